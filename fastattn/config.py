@@ -1,0 +1,63 @@
+"""Environment variables, read here and nowhere else, parsed strictly: a typo is an error, never a silent default."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def _parse_bool(text: str) -> bool:
+    if text in ("0", "1"):
+        return text == "1"
+    raise ValueError("expected 0 or 1")
+
+
+def _parse_log_level(text: str) -> str:
+    if text.upper() in _LOG_LEVELS:
+        return text.upper()
+    raise ValueError(f"expected one of {', '.join(_LOG_LEVELS)}")
+
+
+def _parse_path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return path
+    raise ValueError("expected an absolute path")
+
+
+def _read(name: str, parse: Callable[[str], T], default: T) -> T:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name} is {text!r}, {error}") from None
+
+
+@functools.cache
+def validate_inputs() -> bool:
+    """FASTATTN_VALIDATE_INPUTS=1: check the values in CUDA index tensors too. Each check waits for the GPU; for debugging.
+
+    Cached because it is asked on every operator call: the variable is read once per process.
+    """
+    return _read("FASTATTN_VALIDATE_INPUTS", _parse_bool, False)
+
+
+@functools.cache
+def log_level() -> str:
+    """FASTATTN_LOGLEVEL: one of Python's level names, WARNING when unset."""
+    return _read("FASTATTN_LOGLEVEL", _parse_log_level, "WARNING")
+
+
+@functools.cache
+def cache_dir() -> Path:
+    """FASTATTN_CACHE_DIR: where fetched models are kept, `~/.cache/fastattn` when unset."""
+    return _read("FASTATTN_CACHE_DIR", _parse_path, Path.home() / ".cache" / "fastattn")

@@ -1,0 +1,27 @@
+"""Operators: typed functions over `torch.ops.fastattn`, with CUDA, CPU and fake implementations of each."""
+
+from fastattn.ops._library import has_cuda_kernels
+from fastattn.ops.activation import geglu, swiglu
+from fastattn.ops.attention import paged_attention, varlen_attention
+from fastattn.ops.embedding import embedding
+from fastattn.ops.linear import linear
+from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.rope import rope_kv_write
+from fastattn.ops.sampling import adjust_logits, sample, token_logprobs
+
+__all__ = [
+    "add_rms_norm",
+    "adjust_logits",
+    "embedding",
+    "geglu",
+    "has_cuda_kernels",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv_write",
+    "sample",
+    "swiglu",
+    "token_logprobs",
+    "varlen_attention",
+]

@@ -1,0 +1,234 @@
+"""From logits to tokens: penalties, sampling and log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._library import define
+from fastattn.ops.checks import (
+    FP32,
+    INT32,
+    INT64,
+    LOGITS,
+    AtLeast,
+    TensorArg,
+    check_offsets,
+    check_range,
+    compile_check,
+    fail_value,
+    values_readable,
+)
+from fastattn.reference import sampling as reference
+
+
+def _fake_adjust_logits(*_: object) -> None:
+    return None
+
+
+def _fake_sample(logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.int32)
+
+
+def _fake_token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows,), dtype=torch.float32),
+        logits.new_empty((rows,), dtype=torch.int32),
+        logits.new_empty((rows, num_top), dtype=torch.float32),
+        logits.new_empty((rows, num_top), dtype=torch.int32),
+    )
+
+
+_adjust_logits = define(
+    "adjust_logits(Tensor(a!) logits, Tensor token_ids, Tensor counts, Tensor bias, Tensor indptr, "
+    "Tensor repetition_penalty, Tensor presence_penalty, Tensor frequency_penalty) -> ()",
+    reference.adjust_logits,
+    _fake_adjust_logits,
+)
+_sample = define(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
+    "-> Tensor",
+    reference.sample,
+    _fake_sample,
+)
+_token_logprobs = define(
+    "token_logprobs(Tensor logits, Tensor token_ids, int num_top) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.token_logprobs,
+    _fake_token_logprobs,
+)
+
+_check_adjust_logits = compile_check(
+    "adjust_logits",
+    TensorArg("logits", "B V", FP32, mutated=True),
+    TensorArg("token_ids", "nnz", INT32),
+    TensorArg("counts", "nnz", INT32),
+    TensorArg("bias", "nnz", FP32),
+    TensorArg("indptr", "B+1", INT32),
+    TensorArg("repetition_penalty", "B", FP32),
+    TensorArg("presence_penalty", "B", FP32),
+    TensorArg("frequency_penalty", "B", FP32),
+)
+_check_sample = compile_check(
+    "sample",
+    TensorArg("logits", "B V", LOGITS),
+    TensorArg("temperature", "B", FP32),
+    TensorArg("top_k", "B", INT32),
+    TensorArg("top_p", "B", FP32),
+    TensorArg("min_p", "B", FP32),
+    TensorArg("seed", "B", INT64),
+    TensorArg("position", "B", INT64),
+)
+_check_token_logprobs = compile_check(
+    "token_logprobs",
+    TensorArg("logits", "B V", LOGITS),
+    TensorArg("token_ids", "B", INT32),
+    AtLeast("num_top", 0),
+)
+
+
+def _check_numbers(op: str, name: str, t: Tensor, low: float, high: float, allowed: str) -> None:
+    for index, value in enumerate(t.tolist()):
+        if not low <= value <= high:  # a NaN fails too
+            fail_value(op, f"{name}[{index}] is {value}, expected {allowed}")
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def adjust_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    indptr: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
+) -> None:
+    """Penalties (repetition: https://arxiv.org/abs/1909.05858; presence, frequency: OpenAI's) and biases, in place.
+
+    `logit = (logit > 0 ? logit / rep : logit * rep) - presence·[count > 0] - frequency·max(count, 0) + bias` for the touched
+    tokens, which are a CSR list: row b touches entries indptr[b] … indptr[b + 1] - 1, each token at most once.
+
+    logits: (B, V) fp32, changed in place.
+    token_ids: (nnz) int32. counts: (nnz) int32, occurrences in the output so far; 0: in the prompt only; -1: biased only, no
+      penalty. bias: (nnz) fp32. indptr: (B + 1) int32, ascending from 0 to nnz.
+    repetition_penalty (> 0; 1 is off), presence_penalty, frequency_penalty: (B) fp32.
+
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit. Values
+    are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    """
+    _check_adjust_logits(
+        logits,
+        token_ids,
+        counts,
+        bias,
+        indptr,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+    )
+    if values_readable(indptr):
+        op = "adjust_logits"
+        offsets = indptr.tolist()
+        check_offsets(op, "indptr", offsets)
+        if offsets[-1] != token_ids.shape[0]:
+            fail_value(
+                op,
+                f"indptr[-1] is {offsets[-1]}, expected nnz = {token_ids.shape[0]} from token_ids {tuple(token_ids.shape)}",
+            )
+        check_range(
+            op,
+            "token_ids",
+            token_ids,
+            0,
+            logits.shape[1] - 1,
+            "V - 1 from logits",
+            logits,
+        )
+        check_range(op, "counts", counts, -1, 2**31 - 1, "for logits", logits)
+        _check_numbers(
+            op,
+            "repetition_penalty",
+            repetition_penalty,
+            1e-30,
+            _LARGEST,
+            "a finite number > 0",
+        )
+        for name, t in (
+            ("presence_penalty", presence_penalty),
+            ("frequency_penalty", frequency_penalty),
+        ):
+            _check_numbers(op, name, t, -_LARGEST, _LARGEST, "a finite number")
+    _adjust_logits(
+        logits,
+        token_ids,
+        counts,
+        bias,
+        indptr,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+    )
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Draw one token for each row; the same seed and position always draw the same.
+
+    Order: temperature, top-k, softmax over what is left, top-p (https://arxiv.org/abs/1904.09751), min-p
+    (https://arxiv.org/abs/2407.01082). A limit keeps every token tied with the last one kept. Then inverse CDF in order of token
+    id with `u = Philox4x32-10(key = seed, counter = position).x / 2³²`: the first id whose cumulative probability exceeds
+    u × total.
+
+    logits: (B, V), fp32, bf16 or fp16. All others (B): temperature fp32 ≥ 0 (0 is greedy: the lowest id of the largest),
+    top_k int32 (≤ 0 is off), top_p fp32 in 0 … 1 (1 is off), min_p fp32 in 0 … 1 (0 is off), seed and position int64.
+
+    Returns (B) int32; -1 for a row with a NaN or without a finite logit.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit. Values
+    are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    """
+    _check_sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    if values_readable(temperature):
+        _check_numbers("sample", "temperature", temperature, 0.0, _LARGEST, "a finite number ≥ 0")
+        _check_numbers("sample", "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")
+        _check_numbers("sample", "min_p", min_p, 0.0, 1.0, "0 ≤ min_p ≤ 1")
+    out: Tensor = _sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    return out
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-softmax, in fp32, of the chosen tokens and of the best.
+
+    logits: (B, V), fp32, bf16 or fp16. token_ids: (B) int32. num_top: 0 to V.
+
+    Returns the chosen tokens' log-probabilities (B) fp32, their ranks (B) int32 from 1 (1 + how many are strictly greater), the
+    num_top best log-probabilities (B, num_top) fp32 and their ids int32, highest first, lowest id first among equals.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_token_logprobs(logits, token_ids, num_top)
+    if num_top > logits.shape[1]:
+        fail_value(
+            "token_logprobs",
+            f"num_top is {num_top}, expected at most V = {logits.shape[1]} from logits {tuple(logits.shape)}",
+        )
+    if values_readable(token_ids):
+        check_range(
+            "token_logprobs",
+            "token_ids",
+            token_ids,
+            0,
+            logits.shape[1] - 1,
+            "V - 1 from logits",
+            logits,
+        )
+    chosen, rank, top, top_ids = _token_logprobs(logits, token_ids, num_top)
+    return chosen, rank, top, top_ids

@@ -1,0 +1,61 @@
+"""Rotary embedding (https://arxiv.org/abs/2104.09864) of q and k, and the write of k and v to the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.reference.norm import rms_norm
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn each pair (a, b) of x (T, heads, D) by its angle: (a cos - b sin, b cos + a sin), in fp32."""
+    half = cos.shape[-1]
+    xf = x.float()
+    turned, rest = xf[..., : 2 * half], xf[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+    pair = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def _write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """cache (num_blocks, block_size, Hk, D)[slot] ← rows (T, Hk, D)."""
+    block_size = cache.shape[1]
+    if cache.stride(0) == block_size * cache.stride(1):  # the blocks are one row of slots
+        cache.flatten(0, 1).index_copy_(0, slots, rows)
+    else:
+        cache[slots // block_size, slots % block_size] = rows
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+    interleaved: bool,
+) -> None:
+    """Rotate q in place; write rotated k and plain v to their slots, none for slot -1."""
+    if q.shape[0] == 0:
+        return
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # (T, 1, rotary_dim / 2) each
+    q_normed = q if q_norm_weight is None else rms_norm(q, q_norm_weight, norm_eps)
+    q.copy_(_rotate(q_normed, cos, sin, interleaved))
+
+    slots = slot_mapping.long()
+    if int(slots.min()) < 0:
+        written = (slots >= 0).nonzero().squeeze(1)
+        slots, k, v, cos, sin = (t.index_select(0, written) for t in (slots, k, v, cos, sin))
+    k_normed = k if k_norm_weight is None else rms_norm(k, k_norm_weight, norm_eps)
+    _write(k_cache, _rotate(k_normed, cos, sin, interleaved).to(k_cache.dtype), slots)
+    _write(v_cache, v, slots)

@@ -1,0 +1,111 @@
+"""From logits to tokens: penalties, sampling and log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.reference.philox import philox_first_word
+
+
+def adjust_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    indptr: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
+) -> None:
+    """Penalties and biases of the touched tokens, in place; row b touches token_ids[indptr[b] : indptr[b + 1]]."""
+    row = torch.repeat_interleave(torch.arange(logits.shape[0]), indptr.diff().long())
+    rep, presence, frequency = (
+        repetition_penalty[row],
+        presence_penalty[row],
+        frequency_penalty[row],
+    )
+    old = logits[row, token_ids]
+    penalized = torch.where(old > 0, old / rep, old * rep) - presence * (counts > 0) - frequency * counts
+    logits[row, token_ids] = torch.where(counts >= 0, penalized, old) + bias
+
+
+def _uniform(seed: Tensor, position: Tensor) -> Tensor:
+    """u in [0, 1) for each row, fp64: a 32-bit word over 2³²."""
+    if seed.numel() > 16:
+        return philox_first_word(seed, position).double() * 2.0**-32
+    # a few rows are faster without torch's cost per operation
+    words = [philox_first_word(s, p) for s, p in zip(seed.tolist(), position.tolist(), strict=True)]
+    return torch.tensor(words, dtype=torch.float64) * 2.0**-32
+
+
+def _top_k(x: Tensor, top_k: Tensor) -> Tensor:
+    """Put out all that is below the row's k-th largest; ties with it stay. k ≤ 0 or ≥ V is off."""
+    vocab_size = x.shape[1]
+    limited = (top_k > 0) & (top_k < vocab_size)
+    if not limited.any():
+        return x
+    k = torch.where(limited, top_k, vocab_size)
+    best = x.topk(int(torch.where(limited, top_k, 1).max()), dim=1).values
+    kth = best.gather(1, k.clamp(max=best.shape[1]).sub(1).unsqueeze(1).long())
+    return x.masked_fill((x < kth) & limited.unsqueeze(1), -torch.inf)
+
+
+def _top_p(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Put out the tail: a token stays while those strictly more probable than it sum to less than top_p."""
+    limited = top_p < 1
+    if not limited.any():
+        return weights
+    ranked = weights.sort(dim=1, descending=True).values
+    mass = ranked.cumsum(1, dtype=torch.float64)
+    kept = (mass - ranked) < top_p.double().unsqueeze(1) * mass[
+        :, -1:
+    ]  # mass before each, so the first of a tie decides
+    num_kept = kept.sum(1, keepdim=True).clamp(min=1)
+    last = ranked.gather(1, num_kept - 1)
+    return weights.masked_fill((weights < last) & limited.unsqueeze(1), 0.0)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Draw one token a row by inverse CDF; temperature 0 takes the first of the largest; a row that has no answer gives -1."""
+    best, tokens = logits.max(dim=1)  # the first of the largest; NaN if there is one
+    tokens = tokens.int()
+    if not torch.isfinite(best).all():
+        tokens.masked_fill_(best.isnan() | ~torch.isfinite(logits).any(1), -1)
+    drawn = ((temperature > 0) & (tokens >= 0)).nonzero().squeeze(1)
+    if drawn.numel() == 0:
+        return tokens
+    if drawn.numel() < logits.shape[0]:
+        logits, temperature, top_k, top_p, min_p, seed, position, best = (
+            t.index_select(0, drawn) for t in (logits, temperature, top_k, top_p, min_p, seed, position, best)
+        )
+    x = _top_k(logits.float(), top_k)
+    # Probabilities up to a factor: the largest weighs exactly 1, also when it is +inf or the temperature is tiny.
+    peak = best.float().unsqueeze(1)
+    weights = ((x - peak) / temperature.unsqueeze(1)).exp_().masked_fill_(x == peak, 1.0)
+    weights = _top_p(weights, top_p)
+    weights = weights.masked_fill(weights < min_p.unsqueeze(1), 0.0)
+    cdf = weights.cumsum(1, dtype=torch.float64)
+    target = _uniform(seed, position) * cdf[:, -1]
+    tokens[drawn] = torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1).int()
+    return tokens
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-softmax of the chosen tokens, their ranks, and the num_top best with their ids."""
+    x = logits.float()
+    lse = x.logsumexp(1, keepdim=True)
+    chosen = x.gather(1, token_ids.long().unsqueeze(1))
+    rank = (x > chosen).sum(1, dtype=torch.int32) + 1
+    ids = torch.sort(x, dim=1, descending=True, stable=True).indices[
+        :, :num_top
+    ]  # stable: lowest id first among equals
+    return (chosen - lse).squeeze(1), rank, x.gather(1, ids) - lse, ids.int()
