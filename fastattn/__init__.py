@@ -1,0 +1,44 @@
+"""fastattn: hand-written attention and GEMM kernels for NVIDIA GPUs, and an inference runtime on top of them.
+
+Importing the package is cheap and makes no CUDA context: what is heavy is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastattn.engine.async_engine import AsyncEngine as AsyncEngine
+    from fastattn.engine.config import EngineConfig as EngineConfig
+    from fastattn.engine.engine import Engine as Engine
+    from fastattn.engine.llm import LLM as LLM
+    from fastattn.engine.outputs import CompletionOutput as CompletionOutput
+    from fastattn.engine.outputs import RequestOutput as RequestOutput
+    from fastattn.engine.sampling_params import SamplingParams as SamplingParams
+
+_LAZY = {
+    "LLM": "fastattn.engine.llm",
+    "Engine": "fastattn.engine.engine",
+    "AsyncEngine": "fastattn.engine.async_engine",
+    "EngineConfig": "fastattn.engine.config",
+    "SamplingParams": "fastattn.engine.sampling_params",
+    "RequestOutput": "fastattn.engine.outputs",
+    "CompletionOutput": "fastattn.engine.outputs",
+}
+
+__all__ = ["__version__", "ops", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("ops", "engine", "models", "nn", "reference"):
+        return importlib.import_module(f"fastattn.{name}")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

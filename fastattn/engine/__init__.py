@@ -1,0 +1,1 @@
+"""What runs a model: requests, scheduler, KV cache, runner. No HTTP here."""

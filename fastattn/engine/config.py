@@ -1,0 +1,52 @@
+"""How an engine is set up; frozen once it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Policy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """max_model_len: longest prompt + output. max_num_seqs: most sequences in a step. max_num_batched_tokens: most tokens in
+    a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256. num_kv_blocks:
+    blocks in the pool. enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting
+    requests. max_num_waiting: longer queues refuse new requests. seed: where requests without a seed get theirs from.
+    use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV bookkeeping after each step.
+    """
+
+    max_model_len: int
+    num_kv_blocks: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    policy: Policy = "fcfs"
+    max_num_waiting: int = 100_000
+    seed: int = 0
+    use_cuda_graphs: bool = True
+    debug_checks: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(f"EngineConfig: {name} is {value!r}, allowed is an integer from 1 to 2**31 - 1")
+        if self.block_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"EngineConfig: block_size is {self.block_size!r}, allowed are 8, 16, 32, 64, 128 and 256")
+        if self.policy not in ("fcfs", "priority"):
+            raise ValueError(f"EngineConfig: policy is {self.policy!r}, allowed are 'fcfs' and 'priority'")
+        if self.num_kv_blocks * self.block_size >= 2**31:
+            raise ValueError(f"EngineConfig: num_kv_blocks * block_size is {self.num_kv_blocks * self.block_size}, allowed is below 2**31")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"EngineConfig: max_num_batched_tokens is {self.max_num_batched_tokens}, but without chunked prefill "
+                f"a whole prompt must fit a step: allowed is at least max_model_len = {self.max_model_len}"
+            )
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        return -(-self.max_model_len // self.block_size)

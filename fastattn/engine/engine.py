@@ -1,0 +1,235 @@
+"""The engine: takes requests, runs steps, gives outputs. Single-threaded and deterministic."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastattn._runtime import TokenSequence
+from fastattn.engine.config import EngineConfig
+from fastattn.engine.kv_cache import KVCacheManager
+from fastattn.engine.output_processor import OutputProcessor, RequestGroup
+from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
+from fastattn.engine.request import Request, Status
+from fastattn.engine.runner import Runner
+from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.scheduler import Scheduler
+from fastattn.models.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, object]
+
+
+class EngineBusyError(RuntimeError):
+    """The queue of waiting requests is full; try again later."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and the state right now."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_prefix_queried_tokens: int
+    num_prefix_hit_tokens: int
+    num_kv_blocks: int
+    num_usable_kv_blocks: int
+
+
+class Engine:
+    def __init__(self, runner: Runner, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.runner = runner
+        self.kv = KVCacheManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(config, self.kv)
+        self._processor = OutputProcessor(tokenizer)
+        self._groups: dict[str, RequestGroup] = {}
+        self._owner: dict[Request, RequestGroup] = {}
+        self._num_arrivals = 0
+        self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+
+    # ---- requests in ----
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+    ) -> None:
+        """Queues a prompt, text or {"prompt_token_ids": [...]}. Lower ``priority`` goes first (policy "priority").
+
+        Prefixes are shared within a ``tenant`` only. Raises ValueError, naming both numbers, for what can never run, and
+        EngineBusyError when the queue is full; nothing is queued then.
+        """
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"add_request: params is a {type(params).__name__}, expected SamplingParams")
+        if request_id in self._groups:
+            raise ValueError(f"add_request: request_id {request_id!r} is already in use")
+        text, token_ids = self._tokenize(prompt)
+        max_output = self._admit(token_ids, params)
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        arrival, self._num_arrivals = self._num_arrivals, self._num_arrivals + 1
+        requests: list[Request] = []
+        for index in range(params.n):
+            requests.append(
+                Request(
+                    request_id=request_id,
+                    index=index,
+                    params=params,
+                    num_prompt_tokens=len(token_ids),
+                    max_output_tokens=max_output,
+                    seq=TokenSequence(token_ids),
+                    seed=self._seed(params.seed, arrival, index),
+                    arrival=arrival,
+                    priority=priority if self.config.policy == "priority" else 0,
+                    salt=tenant.encode(),
+                    stop_token_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_token_ids)),
+                    metrics=metrics,
+                    after=requests[0] if requests and self.config.enable_prefix_caching and params.prompt_logprobs is None else None,
+                )
+            )
+        group = RequestGroup(request_id, text, token_ids, requests, [self._processor.make_stream(r) for r in requests], metrics)
+        self._groups[request_id] = group
+        for request in requests:
+            self._owner[request] = group
+            self.scheduler.add(request)
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        vocab_size = self.runner.model.config.vocab_size
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
+            raise TypeError(f"add_request: prompt is a {type(prompt).__name__}, expected a string or {{'prompt_token_ids': [...]}}")
+        ids = prompt["prompt_token_ids"]
+        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+            raise TypeError(f"add_request: prompt_token_ids is a {type(ids).__name__}, expected a list of integers")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise ValueError(f"add_request: prompt_token_ids has {token!r}, allowed are integers from 0 to {vocab_size - 1}")
+        return None, list(ids)
+
+    def _admit(self, token_ids: list[int], params: SamplingParams) -> int:
+        """The most tokens that this request may generate; raises if it can never run."""
+        limit = self.config.max_model_len
+        if not token_ids:
+            raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
+        if len(token_ids) >= limit:
+            raise ValueError(f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1} (max_model_len {limit} less one to generate)")
+        max_output = limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
+        # The last token is never written to the cache: nothing comes after it.
+        needed = -(-(len(token_ids) + max_output - 1) // self.config.block_size)
+        if needed > self.config.num_kv_blocks:
+            raise ValueError(
+                f"add_request: {len(token_ids)} prompt and up to {max_output} new tokens need {needed} KV blocks of "
+                f"{self.config.block_size} tokens, but the cache has {self.config.num_kv_blocks}"
+            )
+        vocab_size = self.runner.model.config.vocab_size
+        for token in [*(params.logit_bias or {}), *(params.stop_token_ids or ())]:
+            if token >= vocab_size:
+                raise ValueError(f"add_request: logit_bias or stop_token_ids has {token}, allowed are ids from 0 to {vocab_size - 1}")
+        if len(self.scheduler.waiting) + params.n > self.config.max_num_waiting:
+            raise EngineBusyError(f"{len(self.scheduler.waiting)} requests are waiting, allowed are {self.config.max_num_waiting}")
+        return max_output
+
+    def _seed(self, seed: int | None, arrival: int, index: int) -> int:
+        """A 64-bit seed: the user's own (each further completion counts on from it), or one from the engine's seed."""
+        if seed is None:
+            digest = hashlib.blake2b(f"{self.config.seed}:{arrival}".encode(), digest_size=8).digest()
+            seed = int.from_bytes(digest, "little", signed=True)
+        return (seed + index + 2**63) % 2**64 - 2**63
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request now; its blocks are free when this returns. Returns its last output; None if it is not known."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for request in group.requests:
+            self.scheduler.finish(request, "abort")
+        return self._give(group)
+
+    # ---- steps ----
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step and returns what is new for each request in it; [] if there is nothing to do."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        now = time.monotonic()
+        for request, num_tokens in scheduled.items():
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = now
+            self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
+        sampled = self.runner.execute(scheduled)
+        self.scheduler.advance(scheduled)
+        self._num_steps += 1
+        now = time.monotonic()
+        touched: dict[str, RequestGroup] = {}
+        for request, token_id, logprobs in zip(sampled.requests, sampled.token_ids, sampled.logprobs, strict=True):
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            self._append(request, token_id)
+            group = self._owner[request]
+            if logprobs is not None and token_id >= 0:
+                request.logprobs.append(logprobs)
+                group.cumulative_logprobs[request.index] += logprobs[token_id][0]
+            touched[request.request_id] = group
+        if self.config.debug_checks:
+            self.kv.check()
+        return [output for group in touched.values() if (output := self._give(group)) is not None]
+
+    def _append(self, request: Request, token_id: int) -> None:
+        """Adds a sampled token and ends the request if this was its last."""
+        if token_id < 0:
+            self.scheduler.finish(request, "error", "the logits are not finite")
+            return
+        request.seq.append(token_id)
+        request.output_token_ids.append(token_id)
+        self._num_generated_tokens += 1
+        if request.params.presence_penalty or request.params.frequency_penalty or request.params.repetition_penalty != 1.0:
+            request.output_counts[token_id] += 1
+        ended: tuple[FinishReason, int | str | None] | None = None
+        if token_id in request.stop_token_ids:
+            ended = ("stop", token_id)  # the end token itself gives no text
+        else:
+            may_stop = len(request.output_token_ids) >= request.params.min_tokens
+            stop = self._owner[request].streams[request.index].push(token_id, may_stop)
+            if stop is not None:
+                ended = ("stop", stop)
+            elif len(request.output_token_ids) >= request.max_output_tokens:
+                ended = ("length", None)
+        if ended is not None:
+            self.scheduler.finish(request, *ended)
+
+    def _give(self, group: RequestGroup) -> RequestOutput | None:
+        for request, stream in zip(group.requests, group.streams, strict=True):
+            if request.status is Status.FINISHED:
+                stream.finish()
+        if group.finished:
+            group.metrics.finished_time = time.monotonic()
+            del self._groups[group.request_id]
+            for request in group.requests:
+                del self._owner[request]
+        return self._processor.output(group)
+
+    # ---- state ----
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._groups)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_steps=self._num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queried_tokens=self.kv.num_queried_tokens,
+            num_prefix_hit_tokens=self.kv.num_hit_tokens,
+            num_kv_blocks=self.config.num_kv_blocks,
+            num_usable_kv_blocks=self.kv.num_usable_blocks,
+        )

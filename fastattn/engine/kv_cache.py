@@ -1,0 +1,74 @@
+"""Who holds which KV block. The arithmetic is in `_runtime`; here are the few decisions about it."""
+
+from __future__ import annotations
+
+from fastattn._runtime import BlockPool, PrefixTree
+from fastattn.engine.request import Request
+
+
+class KVCacheManager:
+    """Blocks for requests, out of one pool, with what finished requests computed kept in a prefix tree until it is needed.
+
+    A block is free, or held by requests, or held by the tree, or by both (shared prefix): always counted, never copied.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.tree = PrefixTree(self.pool, block_size)
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+
+    def attach_prefix(self, request: Request) -> None:
+        """Gives a request without blocks the cached blocks of its longest known prefix.
+
+        At least one token is left to compute, since its logits are needed. A request that wants the log-probabilities of
+        its prompt computes the prompt itself.
+        """
+        if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return
+        blocks = self.tree.match(request.salt, request.seq, len(request.seq) - 1)
+        request.seq.add_blocks(blocks)
+        request.seq.num_computed = len(blocks) * self.block_size
+
+    def count_lookup(self, request: Request) -> None:
+        """Counts the prefix lookup of a request that was let in (one that has to wait looks again in the next step)."""
+        self.num_queried_tokens += len(request.seq)
+        self.num_hit_tokens += request.seq.num_computed
+
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Makes room for ``num_tokens`` more computed tokens; False, with nothing changed, if there are too few blocks."""
+        total = -(-(request.seq.num_computed + num_tokens) // self.block_size)
+        missing = total - request.seq.num_blocks
+        if missing <= 0:
+            return True
+        if (short := missing - self.pool.num_free) > 0:
+            self.tree.evict(short)
+        blocks = self.pool.allocate(missing)
+        if blocks is None:
+            return False
+        request.seq.add_blocks(blocks)
+        return True
+
+    def remember(self, request: Request) -> None:
+        """Lets others share the blocks that are now full. Call after the step that filled them."""
+        if self.enable_prefix_caching:
+            self.tree.insert(request.salt, request.seq, request.seq.num_computed)
+
+    def release(self, request: Request) -> None:
+        """Takes all blocks from a request. What the tree also holds stays cached."""
+        # Last block first, so that the pool hands out the ends of sequences before their beginnings.
+        self.pool.release(request.seq.take_blocks()[::-1])
+
+    def reset(self) -> int:
+        """Forgets all cached prefixes; returns how many blocks became free."""
+        return self.tree.clear()
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.pool.num_free + self.tree.num_evictable
+
+    def check(self) -> None:
+        self.pool.check()
+        self.tree.check()

@@ -1,0 +1,112 @@
+"""The offline front: a model, prompts in, texts out. Familiar to a vLLM user."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from fastattn.engine.engine import Engine, Prompt
+from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.setup import EngineOptions, build_engine
+from fastattn.models.config import ModelConfig
+from fastattn.models.loader import ModelSource
+from fastattn.models.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model.
+
+    model: a name that we know ("smollm2", "gemma3-270m"), a folder in Hugging Face's layout, or a .gguf file.
+    device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto", "float32" (CPU), "bfloat16", "float16".
+    The other options are EngineOptions'. Raises ValueError, in one line, for what cannot work.
+    """
+
+    def __init__(self, model: str | ModelSource, *, tensor_parallel_size: int = 1, quiet: bool = False, **options: Any) -> None:
+        if tensor_parallel_size != 1:
+            raise ValueError(f"LLM: tensor_parallel_size is {tensor_parallel_size}, allowed is 1 in this version")
+        unknown = sorted(set(options) - set(EngineOptions.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"LLM: unknown option {unknown[0]!r}, allowed are {sorted(EngineOptions.__dataclass_fields__)}")
+        self.engine: Engine = build_engine(model, EngineOptions(**options), show_progress=not quiet)
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.engine.runner.model.config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt, all together; the outputs are in the order of the prompts."""
+        listed = _as_list(prompts)
+        final: dict[str, RequestOutput] = {}
+        with tqdm(total=len(listed), desc="Requests", unit="req", disable=None if use_tqdm else True) as bar:
+            for output in self.stream(listed, sampling_params):
+                if output.finished:
+                    final[output.request_id] = output
+                    bar.update()
+        return sorted(final.values(), key=lambda output: int(output.request_id))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of several, through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt that the model's chat template makes of a conversation, as token ids."""
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        # The template writes the special tokens itself, so none is added.
+        return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Yields outputs as they come, of any prompt in any order; request ids count up in the order of the prompts.
+
+        Leaving the loop early aborts what is not finished.
+        """
+        listed = _as_list(prompts)
+        params = _as_params(sampling_params, len(listed))
+        ids: list[str] = []
+        try:
+            for prompt, p in zip(listed, params, strict=True):
+                request_id = str(next(self._ids))
+                self.engine.add_request(request_id, prompt, p)
+                ids.append(request_id)
+            while self.engine.has_unfinished_requests():
+                yield from self.engine.step()
+        finally:
+            for request_id in ids:
+                self.engine.abort_request(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries, expected one or {count}, as many as prompts")
+    return list(params)

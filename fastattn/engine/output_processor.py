@@ -1,0 +1,127 @@
+"""From token ids to text: incremental detokenization, stop strings, and the outputs that a user sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastattn.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from fastattn.engine.request import Request, Status
+from fastattn.engine.sampler import TokenLogprobs
+from fastattn.models.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one completion as its tokens come, with what may turn out to be a stop string held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool, skip_special_tokens: bool) -> None:
+        self._decoder = tokenizer.stream(skip_special_tokens)
+        self._stop, self._include_stop = stop, include_stop
+        self.text = ""  # everything decoded so far, cut at a stop string
+        self.num_released = 0  # characters of `text` that can no longer be part of a stop string
+
+    def push(self, token_id: int, may_stop: bool = True) -> str | None:
+        """Adds a token. Returns the stop string that it completed, if any; `text` then ends there."""
+        piece = self._decoder.step(token_id)
+        if not piece:
+            return None
+        # A stop string that ends in this piece began at most its own length before it.
+        search_from = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
+        self.text += piece
+        found = [(at, stop) for stop in self._stop if may_stop and (at := self.text.find(stop, search_from)) >= 0]
+        if found:
+            at, stop = min(found)
+            self.text = self.text[: at + len(stop) if self._include_stop else at]
+            self.num_released = len(self.text)
+            return stop
+        self.num_released = len(self.text) - self._num_held_back()
+        return None
+
+    def finish(self) -> None:
+        """No more tokens: nothing is held back any longer."""
+        self.num_released = len(self.text)
+
+    def _num_held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+@dataclass
+class RequestGroup:
+    """A user's request: its prompt and its `n` sequences, and how much of each was already given out."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    requests: list[Request]
+    streams: list[TextStream]
+    metrics: RequestMetrics
+    given_chars: list[int] = field(init=False)
+    given_tokens: list[int] = field(init=False)
+    cumulative_logprobs: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given_chars = [0] * len(self.requests)
+        self.given_tokens = [0] * len(self.requests)
+        self.cumulative_logprobs = [0.0] * len(self.requests)
+
+    @property
+    def finished(self) -> bool:
+        return all(r.status is Status.FINISHED for r in self.requests)
+
+
+class OutputProcessor:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def make_stream(self, request: Request) -> TextStream:
+        p = request.params
+        return TextStream(self._tokenizer, p.stop_strings, p.include_stop_str_in_output, p.skip_special_tokens)
+
+    def output(self, group: RequestGroup) -> RequestOutput | None:
+        """What is new for the user, or None if they asked only for the end and it is not there yet."""
+        kind = group.requests[0].params.output_kind
+        if kind == "final" and not group.finished:
+            return None
+        outputs = [self._completion(group, i, delta=kind == "delta") for i in range(len(group.requests))]
+        first = group.requests[0]
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            outputs=outputs,
+            finished=group.finished,
+            metrics=group.metrics,
+            num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=self._prompt_logprobs(first),
+        )
+
+    def _completion(self, group: RequestGroup, index: int, delta: bool) -> CompletionOutput:
+        request, stream = group.requests[index], group.streams[index]
+        from_char, from_token = (group.given_chars[index], group.given_tokens[index]) if delta else (0, 0)
+        group.given_chars[index], group.given_tokens[index] = stream.num_released, len(request.output_token_ids)
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = [self._describe(row) for row in request.logprobs[from_token:]]
+        return CompletionOutput(
+            index=index,
+            text=stream.text[from_char : stream.num_released],
+            token_ids=request.output_token_ids[from_token:],
+            cumulative_logprob=group.cumulative_logprobs[index] if logprobs is not None else None,
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+    def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
+        if request.params.prompt_logprobs is None or not request.is_prefilled and request.status is not Status.FINISHED:
+            return None
+        return [None if row is None else self._describe(row) for row in request.prompt_logprobs]
+
+    def _describe(self, row: TokenLogprobs) -> dict[int, Logprob]:
+        return {token: Logprob(value, rank, self._tokenizer.token_text(token)) for token, (value, rank) in row.items()}

@@ -1,0 +1,67 @@
+"""The state of one sequence that is being generated."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fastattn._runtime import TokenSequence
+from fastattn.engine.outputs import FinishReason, RequestMetrics
+from fastattn.engine.sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One of the `n` completions of a user's request. Only the scheduler changes `status`.
+
+    seq holds prompt and output tokens, the KV blocks, and how many tokens are in the cache.
+    after: the sibling that computes the shared prompt; this one waits until it has, and then finds it in the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    params: SamplingParams
+    num_prompt_tokens: int
+    max_output_tokens: int
+    seq: TokenSequence
+    seed: int
+    arrival: int  # a counter, not a clock: ties would make the order depend on the machine
+    priority: int
+    salt: bytes
+    stop_token_ids: frozenset[int]
+    metrics: RequestMetrics
+    after: Request | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, tuple[float, int]] | None] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.seq.set_sampling(float(p.temperature), max(p.top_k, 0), float(p.top_p), float(p.min_p), self.seed)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose KV is not in the cache yet: 1 while decoding, more while prefilling or after a preemption."""
+        return len(self.seq) - self.seq.num_computed
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.seq.num_computed >= self.num_prompt_tokens
+
+    @property
+    def sort_key(self) -> tuple[int, int, int]:
+        return (self.priority, self.arrival, self.index)
+
+

@@ -1,0 +1,113 @@
+"""Which request gets how many tokens in the next step. Knows no torch; the same arrivals give the same steps."""
+
+from __future__ import annotations
+
+import heapq
+
+from fastattn.engine.config import EngineConfig
+from fastattn.engine.kv_cache import KVCacheManager
+from fastattn.engine.outputs import FinishReason
+from fastattn.engine.request import Request, Status
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill and preemption by recompute.
+
+    ``schedule()`` returns {request: number of tokens}. A decode is a request with one pending token, a prefill one with
+    many, a preempted request one whose tokens are all pending again: amounts, not modes.
+    """
+
+    def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
+        self.config = config
+        self.kv = kv
+        self.waiting: list[tuple[tuple[int, int, int], Request]] = []  # a heap
+        self.running: list[Request] = []  # in the order of `sort_key`
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        request.status = Status.WAITING
+        heapq.heappush(self.waiting, (request.sort_key, request))
+
+    def schedule(self) -> dict[Request, int]:
+        scheduled: dict[Request, int] = {}
+        budget = self.config.max_num_batched_tokens
+        preempted = False
+        # Decodes first: somebody is reading their stream. Python's sort keeps the order among equals.
+        for request in sorted(self.running, key=lambda r: r.num_pending_tokens > 1):
+            if request.status is not Status.RUNNING:  # preempted for one before it
+                continue
+            num_tokens = min(request.num_pending_tokens, budget)
+            if num_tokens == 0:
+                break
+            while not self.kv.reserve(request, num_tokens):
+                victim = self.running[-1]
+                budget += scheduled.pop(victim, 0)
+                self._preempt(victim)
+                preempted = True
+                if victim is request:
+                    break
+            if request.status is Status.RUNNING:
+                scheduled[request] = num_tokens
+                budget -= num_tokens
+        # After a preemption nobody new is let in: the blocks would be taken from those who just gave way.
+        if not preempted:
+            self._admit(scheduled, budget)
+        return scheduled
+
+    def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
+        held_back = []
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            key, request = self.waiting[0]
+            if request.after is not None and request.after.status is not Status.FINISHED and not request.after.is_prefilled:
+                held_back.append(heapq.heappop(self.waiting))
+                continue
+            self.kv.attach_prefix(request)
+            num_tokens = min(request.num_pending_tokens, budget)
+            fits_step = num_tokens == request.num_pending_tokens or self.config.enable_chunked_prefill
+            if not fits_step or not self.kv.reserve(request, num_tokens):
+                self.kv.release(request)
+                break
+            heapq.heappop(self.waiting)
+            self.kv.count_lookup(request)
+            if request.metrics.num_preemptions == 0:
+                request.num_cached_tokens = request.seq.num_computed
+            request.status = Status.RUNNING
+            self.running.append(request)
+            scheduled[request] = num_tokens
+            budget -= num_tokens
+        for entry in held_back:
+            heapq.heappush(self.waiting, entry)
+        self.running.sort(key=lambda r: r.sort_key)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv.release(request)
+        request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.add(request)
+
+    def advance(self, scheduled: dict[Request, int]) -> None:
+        """The step was computed: its tokens' KV is in the cache now. Call before the sampled tokens are appended."""
+        for request, num_tokens in scheduled.items():
+            if request.status is Status.RUNNING:
+                before = request.seq.num_computed // self.config.block_size
+                request.seq.num_computed += num_tokens
+                if request.seq.num_computed // self.config.block_size > before:
+                    self.kv.remember(request)
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a request wherever it stands and takes its blocks back."""
+        if request.status is Status.FINISHED:
+            return
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
+            heapq.heapify(self.waiting)
+        self.kv.release(request)
+        request.status = Status.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_reason
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)

@@ -1,0 +1,79 @@
+"""What every decoder-only model shares: embedding, layers, final norm, LM head, rotary tables, weight loading."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from fastattn import nn, ops
+from fastattn.models.config import ModelConfig
+
+KVCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class DecoderLayer(nn.Module):
+    """One block: adds ``x``, what the previous block left to add (None in the first), into the residual stream in place,
+    and returns what the next one shall add. So each addition shares a kernel with the norm that follows it."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor: ...
+
+
+class DecoderModel(nn.Module):
+    """A causal language model over a paged KV cache.
+
+    Subclasses give the layers. The two halves, hidden states and logits, are apart because only the last token of a
+    sequence needs logits, and the vocabulary is the largest matrix of a small model.
+    """
+
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], max_model_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.embed_scale)
+        self.layers = torch.nn.ModuleList(layers)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size)
+        # Buffers, not weights: computed in fp32 on the CPU whatever the model's device and dtype are.
+        with torch.device("cpu"):
+            table = nn.rotary_table(config.rope, config.head_dim, max_model_len)
+            local = nn.rotary_table(config.rope_local, config.head_dim, max_model_len) if config.rope_local else table
+        self.register_buffer("cos_sin", table, persistent=False)
+        self.register_buffer("cos_sin_local", local, persistent=False)
+
+    def forward(self, token_ids: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
+        """token_ids (T,) int32 → hidden states (T, hidden_size), final norm applied."""
+        residual = self.embed_tokens(token_ids)
+        x: torch.Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            table = self.cos_sin_local if self.config.layer_is_sliding[index] else self.cos_sin
+            k_cache, v_cache = kv_cache[index]
+            x = layer(x, residual, table, meta, k_cache, v_cache)
+        hidden: torch.Tensor = self.norm(x, residual)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (n, hidden_size) → logits (n, vocab_size) fp32."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        logits = ops.linear(hidden, weight).float()
+        if self.config.final_softcap:
+            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+        return logits
+
+    def weights(self, prefix: str = "") -> nn.Weights:
+        yield from self.embed_tokens.weights("model.embed_tokens.")
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Module)
+            yield from layer.weights(f"model.layers.{index}.")
+        yield from self.norm.weights("model.norm.")
+        if self.lm_head is not None:
+            yield from self.lm_head.weights("lm_head.")

@@ -1,0 +1,38 @@
+"""Gemma 3 (text): norms before and after each sublayer, QK-norm, five sliding-window layers to each global one."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn import nn
+from fastattn.models.config import ModelConfig
+from fastattn.models.decoder import DecoderModel
+from fastattn.models.llama import LlamaLayer
+
+
+class Gemma3Layer(LlamaLayer):
+    """x + norm(attn(norm(x))), then x + norm(mlp(norm(x))) (Gemma Team, 2025)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.pre_feedforward_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
+        x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
+        x = self.post_attention_layernorm(self.self_attn(x, cos_sin, meta, k_cache, v_cache))
+        x = self.pre_feedforward_layernorm(x, residual)
+        return self.post_feedforward_layernorm(self.mlp(x))
+
+
+class Gemma3ForCausalLM(DecoderModel):
+    def __init__(self, config: ModelConfig, max_model_len: int) -> None:
+        super().__init__(config, [Gemma3Layer(config, i) for i in range(config.num_layers)], max_model_len)

@@ -1,0 +1,71 @@
+"""Which class runs which architecture, and how a model gets its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from fastattn.models.config import ModelConfig
+from fastattn.models.decoder import DecoderModel
+from fastattn.models.gemma3 import Gemma3ForCausalLM
+from fastattn.models.llama import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from fastattn.models.loader import ModelSource
+
+ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[Gemma3ForCausalLM]] = {
+    "llama": LlamaForCausalLM,
+    "mistral": LlamaForCausalLM,
+    "qwen2": LlamaForCausalLM,
+    "qwen3": LlamaForCausalLM,
+    "gemma3": Gemma3ForCausalLM,
+}
+
+
+def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int) -> DecoderModel:
+    """An uninitialized model on ``device`` in ``dtype``."""
+    if config.architecture not in ARCHITECTURES:
+        raise ValueError(f"model: architecture is {config.architecture!r}, supported are {sorted(ARCHITECTURES)}")
+    with torch.device("meta"):
+        model = ARCHITECTURES[config.architecture](config, max_model_len)
+    # The rotary tables are real already and stay fp32; everything else is allocated once, at its final place.
+    tables = {name: buffer for name, buffer in model.named_buffers()}
+    model = model.to(dtype).to_empty(device=device)
+    for name, table in tables.items():
+        setattr(model, name, table.to(device))
+    return model.eval()
+
+
+def load_model(
+    source: ModelSource, device: torch.device, dtype: torch.dtype, max_model_len: int, show_progress: bool = False
+) -> DecoderModel:
+    """Builds the model of ``source`` and decodes each stored tensor straight into its place.
+
+    Raises ValueError, before anything is read, if the file lacks a tensor that the model needs, has one of another shape,
+    or has one that the model does not know.
+    """
+    model = build_model(source.config, device, dtype, max_model_len)
+    wanted = dict(model.weights())
+    stored = source.tensors()
+    if source.config.tie_word_embeddings:
+        # Some files repeat the tied matrix; it is the embedding's, and reading it twice would only cost time.
+        stored = {name: info for name, info in stored.items() if name != "lm_head.weight"}
+    if missing := sorted(set(wanted) - set(stored)):
+        raise ValueError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    if extra := sorted(set(stored) - set(wanted)):
+        raise ValueError(
+            f"{source.name}: {len(extra)} tensors are unknown to architecture {source.config.architecture!r}, first {extra[0]!r}"
+        )
+    for name, out in wanted.items():
+        if tuple(stored[name].shape) != tuple(out.shape):
+            raise ValueError(f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(out.shape)}")
+    total = sum(info.nbytes for info in stored.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True) as bar:
+        for name, out in wanted.items():
+            source.read(name, out)
+            if source.config.norm_plus_one and name.endswith("norm.weight"):
+                out.add_(1)
+            bar.update(stored[name].nbytes)
+    return model

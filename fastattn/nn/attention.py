@@ -1,0 +1,96 @@
+"""Self-attention over a paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn import ops
+from fastattn.nn.linear import Linear, MergedLinear
+from fastattn.nn.module import Module
+from fastattn.nn.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the tokens of one step stand. All tensors are int32 on the model's device.
+
+    positions, slot_mapping: (T,). cu_seqlens_q: (B + 1,). seqused_k: (B,). block_table: (B, max_blocks).
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    block_table: torch.Tensor
+    max_seqlen_q: int
+
+
+class Attention(Module):
+    """QKV projection → (QK-norm) + rotary + cache write → paged attention → output projection.
+
+    q, k and v are one GEMM whose output the following operators read through strides, so nothing is copied apart.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        softmax_scale: float,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        parts = (("q_proj", num_heads * head_dim), ("k_proj", num_kv_heads * head_dim), ("v_proj", num_kv_heads * head_dim))
+        self.qkv_proj = MergedLinear(hidden_size, parts, qkv_bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, out_bias)
+        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
+        self.qk_norm_eps = qk_norm_eps if qk_norm_eps is not None else 1e-6
+        self.softmax_scale, self.softcap = softmax_scale, softcap
+        # A window of n tokens sees itself and the n - 1 before it; flash-attn counts only those before it.
+        self.window_size = (window - 1, 0) if window is not None else (-1, -1)
+
+    def forward(
+        self, x: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """x (T, hidden_size); cos_sin (max_position, head_dim); caches (num_blocks, block_size, num_kv_heads, head_dim)."""
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q = qkv[:, : self.num_heads]
+        k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        v = qkv[:, self.num_heads + self.num_kv_heads :]
+        ops.rope_kv_write(
+            q,
+            k,
+            v,
+            cos_sin,
+            meta.positions,
+            meta.slot_mapping,
+            k_cache,
+            v_cache,
+            q_norm_weight=self.q_norm.weight if self.q_norm is not None else None,
+            k_norm_weight=self.k_norm.weight if self.k_norm is not None else None,
+            norm_eps=self.qk_norm_eps,
+        )
+        out, _ = ops.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            meta.cu_seqlens_q,
+            meta.seqused_k,
+            meta.block_table,
+            meta.max_seqlen_q,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            window_size=self.window_size,
+            softcap=self.softcap,
+        )
+        return self.o_proj(out.view(x.shape[0], -1))

@@ -1,0 +1,27 @@
+"""The base of our layers: a torch module that can say which checkpoint tensor goes where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class Module(torch.nn.Module):
+    """A layer whose ``weights(prefix)`` lists (name in the checkpoint, destination).
+
+    A destination may be a row slice of a fused weight (q, k and v in one matrix), so that a loader decodes each tensor
+    straight to its final place and nothing is concatenated afterwards.
+    """
+
+    def weights(self, prefix: str) -> Weights:
+        for name, child in self.named_children():
+            if isinstance(child, Module):
+                yield from child.weights(f"{prefix}{name}.")
+
+
+def empty_parameter(*shape: int) -> torch.nn.Parameter:
+    """An uninitialized weight in the default dtype on the default device; inference only, so it never requires grad."""
+    return torch.nn.Parameter(torch.empty(shape), requires_grad=False)
