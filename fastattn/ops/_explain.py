@@ -1,4 +1,7 @@
-"""The slow path of a check: find what is wrong and say it, in the order type → dims → device → dtype → shape → stride → range."""
+"""The slow path of a check: find what is wrong and say it.
+
+The order is type → dims → device → dtype → shape → stride → grad → range.
+"""
 
 from __future__ import annotations
 

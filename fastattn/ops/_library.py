@@ -1,4 +1,4 @@
-"""The torch operator library `fastattn`: schemas, CPU and fake implementations from here, CUDA ones from `fastattn/_C.so`."""
+"""The torch operator library `fastattn`: schema, CPU and fake implementations here, CUDA from `fastattn/_C.so`."""
 
 from __future__ import annotations
 

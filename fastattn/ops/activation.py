@@ -38,7 +38,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def geglu(x: Tensor, approximate: str = "tanh") -> Tensor:
-    """`gelu(gate) * up`, as `swiglu`. approximate: "tanh" (what Gemma uses) or "none" (with erf), as in torch's gelu."""
+    """`gelu(gate) * up`, as `swiglu`. approximate: "tanh" (Gemma) or "none" (with erf), as in torch's gelu."""
     _check_geglu(x)
     if approximate not in _GELU:
         fail_value("geglu", f"approximate is {approximate!r}, expected 'tanh' or 'none'")

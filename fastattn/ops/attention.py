@@ -30,8 +30,8 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 _paged_attention = define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, Tensor block_table, "
-    "int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap) "
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
+    "Tensor block_table, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap) "
     "-> (Tensor, Tensor)",
     reference.paged_attention,
     _fake,
@@ -93,7 +93,8 @@ def paged_attention(
 
     q: (T, H, D), bf16 or fp16, on the CPU also fp32; D a multiple of 8 up to 256, Hk divides H.
     k_cache, v_cache: (num_blocks, block_size, Hk, D), q's dtype, any block_size ≥ 1.
-    cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b + 1] - 1.
+    cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b +
+      1] - 1.
     seqused_k: (B) int32, keys of each sequence. block_table: (B, max_blocks) int32, its pages; what lies past
       ceil(seqused_k / block_size) is never read.
     max_seqlen_q: at least the longest query run.
@@ -102,8 +103,8 @@ def paged_attention(
     softcap: `softcap * tanh(score / softcap)`, 0 is off.
 
     Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf.
-    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit. Values
-    in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     left, right = (
         window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("paged_attention", window_size)
@@ -165,8 +166,8 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to packed keys and values.
 
-    k, v: (Tk, Hk, D), q's dtype. cu_seqlens_k: (B + 1) int32, ascending from 0 to at most Tk; rows past its end are never
-    read. max_seqlen_k: at least the longest key run. The rest, and the results, are as in `paged_attention`.
+    k, v: (Tk, Hk, D), q's dtype. cu_seqlens_k: (B + 1) int32, ascending from 0 to at most Tk; rows past its end are
+    never read. max_seqlen_k: at least the longest key run. The rest, and the results, are as in `paged_attention`.
     """
     left, right = (
         window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("varlen_attention", window_size)
@@ -279,8 +280,8 @@ def _check_pages(k_cache: Tensor, seqused_k: Tensor, block_table: Tensor) -> Non
         if not 0 <= length <= capacity:
             fail_value(
                 op,
-                f"seqused_k[{b}] is {length}, expected 0 ≤ seqused_k ≤ {capacity}, max_blocks * block_size from block_table "
-                f"{tuple(block_table.shape)} and k_cache {tuple(k_cache.shape)}",
+                f"seqused_k[{b}] is {length}, expected 0 ≤ seqused_k ≤ {capacity}, max_blocks * block_size from "
+                f"block_table {tuple(block_table.shape)} and k_cache {tuple(k_cache.shape)}",
             )
     if block_table.numel() == 0:
         return

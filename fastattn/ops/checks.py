@@ -2,15 +2,15 @@
 
 An operator states its arguments once::
 
-    _check = compile_check("rms_norm", TensorArg("x", "... N", FLOAT), TensorArg("weight", "N", "x"), NonNegative("eps"))
+    compile_check("rms_norm", TensorArg("x", "... N", FLOAT), TensorArg("weight", "N", "x"), NonNegative("eps"))
 
 From that table `compile_check` writes a function of plain comparisons, a microsecond or two for a valid call, which
-torch.compile can trace. Only when one of them fails does `explain` go through the table again and raise for the first thing
-that is wrong, in the order type → dims → device → dtype → shape → stride → grad → range. `explain` has the last word: a
-comparison may be too strict (an unusual stride), never too lax.
+torch.compile can trace. Only when one of them fails does `explain` go through the table again and raise for the first
+thing that is wrong, in the order type → dims → device → dtype → shape → stride → grad → range. `explain` has the last
+word: a comparison may be too strict (an unusual stride), never too lax.
 
-Shapes: `N` is a size that all arguments share, `2N` and `B+1` are sizes computed from one, `... N` has 1 to 3 dimensions,
-`like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument that has the same.
+Shapes: `N` is a size that all arguments share, `2N` and `B+1` are sizes computed from one, `... N` has 1 to 3
+dimensions, `like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument that has the same.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def compile_check(op: str, *args: Arg, kernel: str | None = None) -> Callable[..
                 f"cpu_{arg.name}": arg.dtype.cpu,
                 f"cuda_{arg.name}": arg.dtype.cuda,
             }
-    # As dataclasses do: the environment is a closure, so that each name is a fast local cell and torch.compile sees no globals.
+    # As dataclasses do: the environment is a closure, so that each name is a fast local cell and torch.compile sees
+    # no globals.
     source = (
         f"def make({', '.join(environment)}):\n"
         f" def check({names}):\n"
@@ -148,7 +149,7 @@ def compile_check(op: str, *args: Arg, kernel: str | None = None) -> Callable[..
         f" return check\n"
     )
     scope: dict[str, Any] = {}
-    exec(compile(source, f"<check of {op}>", "exec"), {"__name__": __name__}, scope)  # noqa: S102: the source is ours
+    exec(compile(source, f"<check of {op}>", "exec"), {"__name__": __name__}, scope)  # noqa: S102
     check: Callable[..., None] = scope["make"](**environment)
     return check
 

@@ -67,9 +67,10 @@ def rope_kv_write(
     """Rotate q in place, write rotated k and plain v to their slots of the cache (https://arxiv.org/abs/2104.09864).
 
     q: (T, H, D), changed in place; k, v: (T, Hk, D), read only; bf16 or fp16, on the CPU also fp32.
-    cos_sin: (max_position, rotary_dim) fp32, cosines in the first half of a row, sines in the second; rotary_dim is even
-      and at most D; dimensions from rotary_dim on pass through.
-    positions: (T) int32, rows of cos_sin. slot_mapping: (T) int32, `block * block_size + offset`, distinct; -1 writes nothing.
+    cos_sin: (max_position, rotary_dim) fp32, cosines in the first half of a row, sines in the second; rotary_dim is
+      even and at most D; dimensions from rotary_dim on pass through.
+    positions: (T) int32, rows of cos_sin. slot_mapping: (T) int32, `block * block_size + offset`, distinct; -1 writes
+      nothing.
     k_cache, v_cache: (num_blocks, block_size, Hk, D), q's dtype, changed in place.
     q_norm_weight, k_norm_weight: (D), q's dtype: each head is RMS-normalized, and rounded, before it is rotated.
     interleaved: pairs are (2i, 2i + 1) if True, (i, i + rotary_dim / 2) if False (GPT-NeoX, Hugging Face).
@@ -95,8 +96,8 @@ def rope_kv_write(
     if rotary_dim % 2 != 0 or rotary_dim > q.shape[2]:
         fail_value(
             "rope_kv_write",
-            f"cos_sin has shape {tuple(cos_sin.shape)}, expected (max_position, rotary_dim) with rotary_dim even and at most "
-            f"D = {q.shape[2]} from q {tuple(q.shape)}",
+            f"cos_sin has shape {tuple(cos_sin.shape)}, expected (max_position, rotary_dim) with rotary_dim even and at "
+            f"most D = {q.shape[2]} from q {tuple(q.shape)}",
         )
     if values_readable(positions):
         last_slot = k_cache.shape[0] * k_cache.shape[1] - 1

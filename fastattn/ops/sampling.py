@@ -108,16 +108,17 @@ def adjust_logits(
 ) -> None:
     """Penalties (repetition: https://arxiv.org/abs/1909.05858; presence, frequency: OpenAI's) and biases, in place.
 
-    `logit = (logit > 0 ? logit / rep : logit * rep) - presence·[count > 0] - frequency·max(count, 0) + bias` for the touched
+    `logit = (logit > 0 ? logit / rep : logit * rep) - presence·[count > 0] - frequency·max(count, 0) + bias` for the
+    touched
     tokens, which are a CSR list: row b touches entries indptr[b] … indptr[b + 1] - 1, each token at most once.
 
     logits: (B, V) fp32, changed in place.
-    token_ids: (nnz) int32. counts: (nnz) int32, occurrences in the output so far; 0: in the prompt only; -1: biased only, no
-      penalty. bias: (nnz) fp32. indptr: (B + 1) int32, ascending from 0 to nnz.
+    token_ids: (nnz) int32. counts: (nnz) int32, occurrences in the output so far; 0: in the prompt only; -1: biased
+      only, no penalty. bias: (nnz) fp32. indptr: (B + 1) int32, ascending from 0 to nnz.
     repetition_penalty (> 0; 1 is off), presence_penalty, frequency_penalty: (B) fp32.
 
-    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit. Values
-    are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_adjust_logits(
         logits,
@@ -136,7 +137,8 @@ def adjust_logits(
         if offsets[-1] != token_ids.shape[0]:
             fail_value(
                 op,
-                f"indptr[-1] is {offsets[-1]}, expected nnz = {token_ids.shape[0]} from token_ids {tuple(token_ids.shape)}",
+                f"indptr[-1] is {offsets[-1]}, expected nnz = {token_ids.shape[0]} from "
+                f"token_ids {tuple(token_ids.shape)}",
             )
         check_range(
             op,
@@ -185,16 +187,17 @@ def sample(
     """Draw one token for each row; the same seed and position always draw the same.
 
     Order: temperature, top-k, softmax over what is left, top-p (https://arxiv.org/abs/1904.09751), min-p
-    (https://arxiv.org/abs/2407.01082). A limit keeps every token tied with the last one kept. Then inverse CDF in order of token
-    id with `u = Philox4x32-10(key = seed, counter = position).x / 2³²`: the first id whose cumulative probability exceeds
-    u × total.
+    (https://arxiv.org/abs/2407.01082). A limit keeps every token tied with the last one kept. Then inverse CDF in
+    order of token id with `u = Philox4x32-10(key = seed, counter = position).x / 2³²`: the first id whose cumulative
+    probability exceeds u × total.
 
-    logits: (B, V), fp32, bf16 or fp16. All others (B): temperature fp32 ≥ 0 (0 is greedy: the lowest id of the largest),
-    top_k int32 (≤ 0 is off), top_p fp32 in 0 … 1 (1 is off), min_p fp32 in 0 … 1 (0 is off), seed and position int64.
+    logits: (B, V), fp32, bf16 or fp16. All others (B): temperature fp32 ≥ 0 (0 is greedy: the lowest id of the
+    largest), top_k int32 (≤ 0 is off), top_p fp32 in 0 … 1 (1 is off), min_p fp32 in 0 … 1 (0 is off), seed and
+    position int64.
 
     Returns (B) int32; -1 for a row with a NaN or without a finite logit.
-    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit. Values
-    are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_sample(logits, temperature, top_k, top_p, min_p, seed, position)
     if values_readable(temperature):
@@ -210,9 +213,10 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
 
     logits: (B, V), fp32, bf16 or fp16. token_ids: (B) int32. num_top: 0 to V.
 
-    Returns the chosen tokens' log-probabilities (B) fp32, their ranks (B) int32 from 1 (1 + how many are strictly greater), the
-    num_top best log-probabilities (B, num_top) fp32 and their ids int32, highest first, lowest id first among equals.
-    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Returns the chosen tokens' log-probabilities (B) fp32, their ranks (B) int32 from 1 (1 + how many are strictly
+    greater), the num_top best log-probabilities (B, num_top) fp32 and their ids int32, highest first, lowest id first
+    among equals. Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that
+    does not fit.
     """
     _check_token_logprobs(logits, token_ids, num_top)
     if num_top > logits.shape[1]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Queries are taken this many at a time: the scores stay small, and a causal chunk skips the keys that none of its rows see.
+# Queries are taken this many at a time: the scores stay small, and a causal chunk skips the keys that none of its
+# rows see.
 _CHUNK = 256
 
 
@@ -78,7 +79,7 @@ def paged_attention(
     window_right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in the pages of block_table[b]."""
+    """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b]."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     right = _right(causal, window_right)
@@ -117,7 +118,7 @@ def varlen_attention(
     window_right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and keys k[cu_seqlens_k[b] : cu_seqlens_k[b + 1]]."""
+    """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     right = _right(causal, window_right)

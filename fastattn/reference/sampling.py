@@ -75,7 +75,7 @@ def sample(
     seed: Tensor,
     position: Tensor,
 ) -> Tensor:
-    """Draw one token a row by inverse CDF; temperature 0 takes the first of the largest; a row that has no answer gives -1."""
+    """Draw one token a row by inverse CDF; temperature 0 takes the first of the largest; no answer is -1."""
     best, tokens = logits.max(dim=1)  # the first of the largest; NaN if there is one
     tokens = tokens.int()
     if not torch.isfinite(best).all():
