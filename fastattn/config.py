@@ -44,7 +44,7 @@ def _read(name: str, parse: Callable[[str], T], default: T) -> T:
 
 @functools.cache
 def validate_inputs() -> bool:
-    """FASTATTN_VALIDATE_INPUTS=1: check the values in CUDA index tensors too. Each check waits for the GPU; for debugging.
+    """FASTATTN_VALIDATE_INPUTS=1: check the values in CUDA index tensors too. Each check waits for the GPU.
 
     Cached because it is asked on every operator call: the variable is read once per process.
     """

@@ -42,10 +42,7 @@ def _check_shapes(op: str, given: list[tuple[TensorArg, Tensor]]) -> None:
         if arg.like is not None:
             if t.shape != tensors[arg.like].shape:
                 expected = _shape(tensors[arg.like])
-                fail_value(
-                    op,
-                    f"{arg.name} has shape {_shape(t)}, expected {expected}, the shape of {arg.like}",
-                )
+                fail_value(op, f"{arg.name} has shape {_shape(t)}, expected {expected}, the shape of {arg.like}")
             continue
         named = [(split_dim(d), n) for d, n in zip(reversed(arg.dims), reversed(t.shape), strict=False) if d != "..."]
         for (symbol, factor, addend), size in reversed(named):
@@ -55,10 +52,7 @@ def _check_shapes(op: str, given: list[tuple[TensorArg, Tensor]]) -> None:
             if known is None:
                 if size % factor != 0 or size < addend:
                     reason = "an even last dimension" if factor == 2 else f"at least {addend} elements"
-                    fail_value(
-                        op,
-                        f"{arg.name} has shape {_shape(t)}, expected {_pattern(arg)}: {reason}",
-                    )
+                    fail_value(op, f"{arg.name} has shape {_shape(t)}, expected {_pattern(arg)}: {reason}")
                 sizes[symbol] = ((size - addend) // factor, arg, t)
 
 
@@ -105,10 +99,7 @@ def _check_dims(op: str, arg: TensorArg, t: Tensor, tensors: dict[str, Tensor]) 
     if not least <= t.dim() <= most:
         allowed = f"{least} to {most} dimensions" if arg.leading else str(least)
         shape = _shape(tensors[arg.like]) if arg.like is not None else _pattern(arg)
-        fail_value(
-            op,
-            f"{arg.name} has {t.dim()} dimensions, shape {_shape(t)}, expected {allowed}: {shape}",
-        )
+        fail_value(op, f"{arg.name} has {t.dim()} dimensions, shape {_shape(t)}, expected {allowed}: {shape}")
 
 
 def _check_device(op: str, kernel: str, arg: TensorArg, t: Tensor, first_arg: TensorArg, first: Tensor) -> None:
@@ -117,10 +108,7 @@ def _check_device(op: str, kernel: str, arg: TensorArg, t: Tensor, first_arg: Te
     if t.device.type not in ("cpu", "cuda"):
         fail_value(op, f"{arg.name} is on {t.device}, expected cpu or cuda")
     if t.device != first.device:
-        fail_value(
-            op,
-            f"{arg.name} is on {t.device}, expected {first.device} as {first_arg.name}",
-        )
+        fail_value(op, f"{arg.name} is on {t.device}, expected {first.device} as {first_arg.name}")
     if t.is_cuda and not has_cuda_kernel(kernel):
         raise RuntimeError(f"{op}: {arg.name} is on {t.device}, but no CUDA kernel is loaded for it; {HOW_TO_BUILD}")
 
@@ -128,30 +116,18 @@ def _check_device(op: str, kernel: str, arg: TensorArg, t: Tensor, first_arg: Te
 def _check_dtype(op: str, arg: TensorArg, t: Tensor, tensors: dict[str, Tensor]) -> None:
     if isinstance(arg.dtype, str):
         if t.dtype is not tensors[arg.dtype].dtype:
-            fail_type(
-                op,
-                f"{arg.name} is {t.dtype}, expected {tensors[arg.dtype].dtype} as {arg.dtype}",
-            )
+            fail_type(op, f"{arg.name} is {t.dtype}, expected {tensors[arg.dtype].dtype} as {arg.dtype}")
         return
     allowed = arg.dtype.cpu if t.is_cpu else arg.dtype.cuda
     if t.dtype not in allowed:
-        fail_type(
-            op,
-            f"{arg.name} is {t.dtype}, expected {' or '.join(map(str, allowed))} on {t.device.type}",
-        )
+        fail_type(op, f"{arg.name} is {t.dtype}, expected {' or '.join(map(str, allowed))} on {t.device.type}")
 
 
 def _check_strides(op: str, arg: TensorArg, t: Tensor) -> None:
     if t.shape[-1] > 1 and t.stride(-1) != 1:
-        fail_value(
-            op,
-            f"{arg.name} has strides {t.stride()}, expected a contiguous last dimension (stride 1)",
-        )
+        fail_value(op, f"{arg.name} has strides {t.stride()}, expected a contiguous last dimension (stride 1)")
     if arg.mutated and overlaps(t):
-        fail_value(
-            op,
-            f"{arg.name} has shape {_shape(t)} and strides {t.stride()}: it is written, expected no overlap",
-        )
+        fail_value(op, f"{arg.name} has shape {_shape(t)} and strides {t.stride()}: it is written, expected no overlap")
 
 
 def explain(op: str, kernel: str, args: tuple[Arg, ...], values: tuple[object, ...]) -> None:
@@ -164,10 +140,7 @@ def explain(op: str, kernel: str, args: tuple[Arg, ...], values: tuple[object, .
             given.append((arg, value))
         elif not (arg.optional and value is None):
             or_none = " or None" if arg.optional else ""
-            fail_type(
-                op,
-                f"{arg.name} is a {type(value).__name__}, expected a torch.Tensor{or_none}",
-            )
+            fail_type(op, f"{arg.name} is a {type(value).__name__}, expected a torch.Tensor{or_none}")
     tensors = {arg.name: t for arg, t in given}
     for arg, t in given:
         _check_dims(op, arg, t, tensors)
@@ -180,9 +153,6 @@ def explain(op: str, kernel: str, args: tuple[Arg, ...], values: tuple[object, .
         _check_strides(op, arg, t)
     for arg, t in given:
         if t.requires_grad and torch.is_grad_enabled():
-            fail_value(
-                op,
-                f"{arg.name} requires grad, expected no grad: {op} has no backward; use torch.no_grad()",
-            )
+            fail_value(op, f"{arg.name} requires grad, expected no grad: {op} has no backward; use torch.no_grad()")
     for arg, value in zip(args, values, strict=True):
         _check_scalar_range(op, arg, value)

@@ -13,11 +13,7 @@ def _fake(x: Tensor, activation: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-_gated_activation = define(
-    "gated_activation(Tensor x, str activation) -> Tensor",
-    reference.gated_activation,
-    _fake,
-)
+_gated_activation = define("gated_activation(Tensor x, str activation) -> Tensor", reference.gated_activation, _fake)
 
 _check_swiglu = compile_check("swiglu", TensorArg("x", "... 2N", FLOAT), kernel="gated_activation")
 _check_geglu = compile_check("geglu", TensorArg("x", "... 2N", FLOAT), kernel="gated_activation")

@@ -31,8 +31,8 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 _paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
-    "Tensor block_table, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float softcap) "
-    "-> (Tensor, Tensor)",
+    "Tensor block_table, int max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, "
+    "float softcap) -> (Tensor, Tensor)",
     reference.paged_attention,
     _fake,
 )
@@ -93,8 +93,8 @@ def paged_attention(
 
     q: (T, H, D), bf16 or fp16, on the CPU also fp32; D a multiple of 8 up to 256, Hk divides H.
     k_cache, v_cache: (num_blocks, block_size, Hk, D), q's dtype, any block_size ≥ 1.
-    cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b +
-      1] - 1.
+    cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries from cu_seqlens_q[b] up to
+      cu_seqlens_q[b + 1].
     seqused_k: (B) int32, keys of each sequence. block_table: (B, max_blocks) int32, its pages; what lies past
       ceil(seqused_k / block_size) is never read.
     max_seqlen_q: at least the longest query run.
@@ -111,41 +111,16 @@ def paged_attention(
     )
     scale = _scale("paged_attention", q) if softmax_scale is None else softmax_scale
     _check_paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seqused_k,
-        block_table,
-        max_seqlen_q,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, scale, causal, left, right, softcap
     )
     _check_heads("paged_attention", q, "k_cache", k_cache)
     if k_cache.shape[1] == 0:
-        fail_value(
-            "paged_attention",
-            f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1",
-        )
+        fail_value("paged_attention", f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1")
     if values_readable(cu_seqlens_q):
         _check_queries("paged_attention", q, cu_seqlens_q.tolist(), max_seqlen_q)
         _check_pages(k_cache, seqused_k, block_table)
     out, lse = _paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seqused_k,
-        block_table,
-        max_seqlen_q,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, scale, causal, left, right, softcap
     )
     return out, lse
 
@@ -174,36 +149,14 @@ def varlen_attention(
     )
     scale = _scale("varlen_attention", q) if softmax_scale is None else softmax_scale
     _check_varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap
     )
     _check_heads("varlen_attention", q, "k", k)
     if values_readable(cu_seqlens_q):
         _check_queries("varlen_attention", q, cu_seqlens_q.tolist(), max_seqlen_q)
         _check_keys(k, cu_seqlens_k.tolist(), max_seqlen_k)
     out, lse = _varlen_attention(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap
     )
     return out, lse
 
@@ -219,10 +172,7 @@ def _scale(op: str, q: Tensor) -> float:
     if not isinstance(q, Tensor):
         fail_type(op, f"q is a {type(q).__name__}, expected a torch.Tensor")
     if q.dim() != 3:
-        fail_value(
-            op,
-            f"q has {q.dim()} dimensions, shape {tuple(q.shape)}, expected 3: (T, H, D)",
-        )
+        fail_value(op, f"q has {q.dim()} dimensions, shape {tuple(q.shape)}, expected 3: (T, H, D)")
     return float(max(q.shape[2], 1) ** -0.5)
 
 
@@ -230,8 +180,7 @@ def _check_heads(op: str, q: Tensor, name: str, k: Tensor) -> None:
     (_, num_heads, head_dim), num_kv_heads = q.shape, k.shape[-2]
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         fail_value(
-            op,
-            f"q has shape {tuple(q.shape)}, expected (T, H, D) with D a multiple of 8 from 8 to {MAX_HEAD_DIM}",
+            op, f"q has shape {tuple(q.shape)}, expected (T, H, D) with D a multiple of 8 from 8 to {MAX_HEAD_DIM}"
         )
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         fail_value(
@@ -253,10 +202,7 @@ def _check_longest(op: str, name: str, offsets: list[int], longest: int) -> None
 def _check_queries(op: str, q: Tensor, offsets: list[int], longest: int) -> None:
     check_offsets(op, "cu_seqlens_q", offsets)
     if offsets[-1] != q.shape[0]:
-        fail_value(
-            op,
-            f"cu_seqlens_q[-1] is {offsets[-1]}, expected T = {q.shape[0]} from q {tuple(q.shape)}",
-        )
+        fail_value(op, f"cu_seqlens_q[-1] is {offsets[-1]}, expected T = {q.shape[0]} from q {tuple(q.shape)}")
     _check_longest(op, "q", offsets, longest)
 
 

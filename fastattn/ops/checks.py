@@ -134,10 +134,7 @@ def compile_check(op: str, *args: Arg, kernel: str | None = None) -> Callable[..
     }
     for arg in args:
         if isinstance(arg, TensorArg) and isinstance(arg.dtype, Dtypes):
-            environment |= {
-                f"cpu_{arg.name}": arg.dtype.cpu,
-                f"cuda_{arg.name}": arg.dtype.cuda,
-            }
+            environment |= {f"cpu_{arg.name}": arg.dtype.cpu, f"cuda_{arg.name}": arg.dtype.cuda}
     # As dataclasses do: the environment is a closure, so that each name is a fast local cell and torch.compile sees
     # no globals.
     source = (
@@ -168,10 +165,7 @@ def check_range(op: str, name: str, t: Tensor, low: int, high: int, meaning: str
     least, most = min_max(t)
     if least < low or most > high:
         index, value = next((i, v) for i, v in enumerate(t.tolist()) if not low <= v <= high)
-        fail_value(
-            op,
-            f"{name}[{index}] is {value}, expected {low} ≤ {name} ≤ {high}, {meaning} {tuple(source.shape)}",
-        )
+        fail_value(op, f"{name}[{index}] is {value}, expected {low} ≤ {name} ≤ {high}, {meaning} {tuple(source.shape)}")
 
 
 def min_max(t: Tensor) -> tuple[int, int]:
@@ -188,7 +182,4 @@ def check_offsets(op: str, name: str, offsets: list[int]) -> None:
         fail_value(op, f"{name}[0] is {offsets[0]}, expected 0")
     for i in range(1, len(offsets)):
         if offsets[i] < offsets[i - 1]:
-            fail_value(
-                op,
-                f"{name}[{i}] is {offsets[i]}, expected {name}[{i}] ≥ {name}[{i - 1}] = {offsets[i - 1]}",
-            )
+            fail_value(op, f"{name}[{i}] is {offsets[i]}, expected {name}[{i}] ≥ {name}[{i - 1}] = {offsets[i - 1]}")

@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.ops._library import define
-from fastattn.ops.checks import (
-    FLOAT,
-    INT32,
-    NonNegative,
-    TensorArg,
-    check_range,
-    compile_check,
-    values_readable,
-)
+from fastattn.ops.checks import FLOAT, INT32, NonNegative, TensorArg, check_range, compile_check, values_readable
 from fastattn.reference import embedding as reference
 
 
@@ -21,17 +13,10 @@ def _fake(token_ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     return weight.new_empty((token_ids.shape[0], weight.shape[1]))
 
 
-_embedding = define(
-    "embedding(Tensor token_ids, Tensor weight, float scale) -> Tensor",
-    reference.embedding,
-    _fake,
-)
+_embedding = define("embedding(Tensor token_ids, Tensor weight, float scale) -> Tensor", reference.embedding, _fake)
 
 _check_embedding = compile_check(
-    "embedding",
-    TensorArg("token_ids", "T", INT32),
-    TensorArg("weight", "V N", FLOAT),
-    NonNegative("scale"),
+    "embedding", TensorArg("token_ids", "T", INT32), TensorArg("weight", "V N", FLOAT), NonNegative("scale")
 )
 
 
@@ -46,14 +31,6 @@ def embedding(token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """
     _check_embedding(token_ids, weight, scale)
     if values_readable(token_ids):
-        check_range(
-            "embedding",
-            "token_ids",
-            token_ids,
-            0,
-            weight.shape[0] - 1,
-            "V - 1 from weight",
-            weight,
-        )
+        check_range("embedding", "token_ids", token_ids, 0, weight.shape[0] - 1, "V - 1 from weight", weight)
     out: Tensor = _embedding(token_ids, weight, scale)
     return out

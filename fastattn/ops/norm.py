@@ -15,21 +15,14 @@ def _like(x: Tensor, *_: object) -> Tensor:
 
 _rms_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", reference.rms_norm, _like)
 _add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
-    reference.add_rms_norm,
-    _like,
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor", reference.add_rms_norm, _like
 )
 _layer_norm = define(
-    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
-    reference.layer_norm,
-    _like,
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", reference.layer_norm, _like
 )
 
 _check_rms_norm = compile_check(
-    "rms_norm",
-    TensorArg("x", "... N", FLOAT),
-    TensorArg("weight", "N", "x"),
-    NonNegative("eps"),
+    "rms_norm", TensorArg("x", "... N", FLOAT), TensorArg("weight", "N", "x"), NonNegative("eps")
 )
 _check_add_rms_norm = compile_check(
     "add_rms_norm",

@@ -79,36 +79,19 @@ def rope_kv_write(
     Positions and slots are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_rope_kv_write(
-        q,
-        k,
-        v,
-        cos_sin,
-        positions,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        q_norm_weight,
-        k_norm_weight,
-        norm_eps,
-        interleaved,
+        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, norm_eps, interleaved
     )
     rotary_dim = cos_sin.shape[1]
     if rotary_dim % 2 != 0 or rotary_dim > q.shape[2]:
         fail_value(
             "rope_kv_write",
-            f"cos_sin has shape {tuple(cos_sin.shape)}, expected (max_position, rotary_dim) with rotary_dim even and at "
-            f"most D = {q.shape[2]} from q {tuple(q.shape)}",
+            f"cos_sin has shape {tuple(cos_sin.shape)}, expected (max_position, rotary_dim) with rotary_dim even and "
+            f"at most D = {q.shape[2]} from q {tuple(q.shape)}",
         )
     if values_readable(positions):
         last_slot = k_cache.shape[0] * k_cache.shape[1] - 1
         check_range(
-            "rope_kv_write",
-            "positions",
-            positions,
-            0,
-            cos_sin.shape[0] - 1,
-            "max_position - 1 from cos_sin",
-            cos_sin,
+            "rope_kv_write", "positions", positions, 0, cos_sin.shape[0] - 1, "max_position - 1 from cos_sin", cos_sin
         )
         check_range(
             "rope_kv_write",
@@ -120,16 +103,5 @@ def rope_kv_write(
             k_cache,
         )
     _rope_kv_write(
-        q,
-        k,
-        v,
-        cos_sin,
-        positions,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        q_norm_weight,
-        k_norm_weight,
-        norm_eps,
-        interleaved,
+        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, norm_eps, interleaved
     )

@@ -80,10 +80,7 @@ _check_sample = compile_check(
     TensorArg("position", "B", INT64),
 )
 _check_token_logprobs = compile_check(
-    "token_logprobs",
-    TensorArg("logits", "B V", LOGITS),
-    TensorArg("token_ids", "B", INT32),
-    AtLeast("num_top", 0),
+    "token_logprobs", TensorArg("logits", "B V", LOGITS), TensorArg("token_ids", "B", INT32), AtLeast("num_top", 0)
 )
 
 
@@ -121,14 +118,7 @@ def adjust_logits(
     Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_adjust_logits(
-        logits,
-        token_ids,
-        counts,
-        bias,
-        indptr,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
+        logits, token_ids, counts, bias, indptr, repetition_penalty, presence_penalty, frequency_penalty
     )
     if values_readable(indptr):
         op = "adjust_logits"
@@ -140,49 +130,16 @@ def adjust_logits(
                 f"indptr[-1] is {offsets[-1]}, expected nnz = {token_ids.shape[0]} from "
                 f"token_ids {tuple(token_ids.shape)}",
             )
-        check_range(
-            op,
-            "token_ids",
-            token_ids,
-            0,
-            logits.shape[1] - 1,
-            "V - 1 from logits",
-            logits,
-        )
+        check_range(op, "token_ids", token_ids, 0, logits.shape[1] - 1, "V - 1 from logits", logits)
         check_range(op, "counts", counts, -1, 2**31 - 1, "for logits", logits)
-        _check_numbers(
-            op,
-            "repetition_penalty",
-            repetition_penalty,
-            1e-30,
-            _LARGEST,
-            "a finite number > 0",
-        )
-        for name, t in (
-            ("presence_penalty", presence_penalty),
-            ("frequency_penalty", frequency_penalty),
-        ):
+        _check_numbers(op, "repetition_penalty", repetition_penalty, 1e-30, _LARGEST, "a finite number > 0")
+        for name, t in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             _check_numbers(op, name, t, -_LARGEST, _LARGEST, "a finite number")
-    _adjust_logits(
-        logits,
-        token_ids,
-        counts,
-        bias,
-        indptr,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-    )
+    _adjust_logits(logits, token_ids, counts, bias, indptr, repetition_penalty, presence_penalty, frequency_penalty)
 
 
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
 ) -> Tensor:
     """Draw one token for each row; the same seed and position always draw the same.
 
@@ -225,14 +182,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
             f"num_top is {num_top}, expected at most V = {logits.shape[1]} from logits {tuple(logits.shape)}",
         )
     if values_readable(token_ids):
-        check_range(
-            "token_logprobs",
-            "token_ids",
-            token_ids,
-            0,
-            logits.shape[1] - 1,
-            "V - 1 from logits",
-            logits,
-        )
+        check_range("token_logprobs", "token_ids", token_ids, 0, logits.shape[1] - 1, "V - 1 from logits", logits)
     chosen, rank, top, top_ids = _token_logprobs(logits, token_ids, num_top)
     return chosen, rank, top, top_ids

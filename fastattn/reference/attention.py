@@ -23,23 +23,12 @@ def _visible(first_row: int, num_rows: int, keys: range, shift: int, left: int, 
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, left: int, right: int, softcap: float
 ) -> None:
     """One sequence: q (Sq, H, D), k and v (Sk, Hk, D) → out (Sq, H, D), lse (H, Sq)."""
     (num_rows, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     shift = num_keys - num_rows  # bottom-right: the last row stands at the last key
-    k, v = (
-        k.permute(1, 2, 0).float(),
-        v.transpose(0, 1).float(),
-    )  # (Hk, D, Sk), (Hk, Sk, D)
+    k, v = (k.permute(1, 2, 0).float(), v.transpose(0, 1).float())  # (Hk, D, Sk), (Hk, Sk, D)
     for start in range(0, num_rows, _CHUNK):
         rows = min(_CHUNK, num_rows - start)
         first = max(0, start + shift - left) if left >= 0 else 0
@@ -90,17 +79,7 @@ def paged_attention(
         pages = block_table[b, : -(-num_keys // block_size)]
         k = k_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
         v = v_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
-        _attend(
-            q[own],
-            k,
-            v,
-            out[own],
-            lse[:, own],
-            softmax_scale,
-            window_left,
-            right,
-            softcap,
-        )
+        _attend(q[own], k, v, out[own], lse[:, own], softmax_scale, window_left, right, softcap)
     return out, lse
 
 
@@ -124,21 +103,8 @@ def varlen_attention(
     right = _right(causal, window_right)
     starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts) - 1):
-        own, keys = (
-            slice(starts[b], starts[b + 1]),
-            slice(key_starts[b], key_starts[b + 1]),
-        )
-        _attend(
-            q[own],
-            k[keys],
-            v[keys],
-            out[own],
-            lse[:, own],
-            softmax_scale,
-            window_left,
-            right,
-            softcap,
-        )
+        own, keys = (slice(starts[b], starts[b + 1]), slice(key_starts[b], key_starts[b + 1]))
+        _attend(q[own], k[keys], v[keys], out[own], lse[:, own], softmax_scale, window_left, right, softcap)
     return out, lse
 
 

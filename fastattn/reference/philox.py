@@ -19,12 +19,7 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _LOW) ^ c1 ^ k0,
-            p1 & _LOW,
-            ((p0 >> 32) & _LOW) ^ c3 ^ k1,
-            p0 & _LOW,
-        )
+        c0, c1, c2, c3 = (((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW)
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return c0, c1, c2, c3
 
@@ -32,7 +27,4 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
 def philox_first_word(seed: Word, position: Word) -> Word:
     """First word for the 64-bit key `seed` and the 128-bit counter `position` (its upper half is 0)."""
     zero = position & 0
-    return philox4x32(
-        (position & _LOW, (position >> 32) & _LOW, zero, zero),
-        (seed & _LOW, (seed >> 32) & _LOW),
-    )[0]
+    return philox4x32((position & _LOW, (position >> 32) & _LOW, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))[0]

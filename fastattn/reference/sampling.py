@@ -20,11 +20,7 @@ def adjust_logits(
 ) -> None:
     """Penalties and biases of the touched tokens, in place; row b touches token_ids[indptr[b] : indptr[b + 1]]."""
     row = torch.repeat_interleave(torch.arange(logits.shape[0]), indptr.diff().long())
-    rep, presence, frequency = (
-        repetition_penalty[row],
-        presence_penalty[row],
-        frequency_penalty[row],
-    )
+    rep, presence, frequency = (repetition_penalty[row], presence_penalty[row], frequency_penalty[row])
     old = logits[row, token_ids]
     penalized = torch.where(old > 0, old / rep, old * rep) - presence * (counts > 0) - frequency * counts
     logits[row, token_ids] = torch.where(counts >= 0, penalized, old) + bias
@@ -67,13 +63,7 @@ def _top_p(weights: Tensor, top_p: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
 ) -> Tensor:
     """Draw one token a row by inverse CDF; temperature 0 takes the first of the largest; no answer is -1."""
     best, tokens = logits.max(dim=1)  # the first of the largest; NaN if there is one
