@@ -41,17 +41,19 @@ def _attend(
         scores = (grouped.reshape(num_kv_heads, -1, head_dim) * scale) @ k[:, :, first:last]  # (Hk, group * rows, keys)
         if softcap > 0:
             scores = torch.tanh(scores / softcap) * softcap
-        if rows == 1 or (left < 0 and right < 0):  # every key of the range is seen
-            row_lse = scores.logsumexp(-1, keepdim=True)
-            shown = row_lse
-        else:
+        masked = rows > 1 and (left >= 0 or right >= 0)  # else every row sees every key of the range
+        if masked:
             mask = _visible(start, rows, range(first, last), shift, left, right)
             scores.view(num_kv_heads, -1, rows, last - first).masked_fill_(~mask, -torch.inf)
-            row_lse = scores.logsumexp(-1, keepdim=True)
-            shown = row_lse.masked_fill(row_lse == -torch.inf, 0.0)  # a row without keys: exp(-inf - 0) = 0, not NaN
-        result = scores.sub_(shown).exp_() @ v[:, first:last]  # (Hk, group * rows, D)
+        peak = scores.amax(-1, keepdim=True)
+        if masked:
+            peak.masked_fill_(peak == -torch.inf, 0.0)  # a row without keys: exp(-inf - 0) = 0, not NaN
+        weights = scores.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse[:, start : start + rows] = (peak + total.log()).view(num_heads, rows)
+        result = weights @ v[:, first:last]  # (Hk, group * rows, D)
+        result /= total.clamp_(min=1.0)  # at least 1, the weight of the peak, except for a row without keys: 0 / 1
         out[start : start + rows] = result.view(num_heads, rows, head_dim).transpose(0, 1)
-        lse[:, start : start + rows] = row_lse.view(num_heads, rows)
 
 
 def paged_attention(

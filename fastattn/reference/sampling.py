@@ -7,6 +7,9 @@ from torch import Tensor
 
 from fastattn.reference.philox import philox_first_word
 
+# Top-p looks among this many of the best first, and ranks the whole vocabulary only if they do not reach the mass.
+_CANDIDATES = 256
+
 
 def adjust_logits(
     logits: Tensor,
@@ -52,11 +55,12 @@ def _top_p(weights: Tensor, top_p: Tensor) -> Tensor:
     limited = top_p < 1
     if not limited.any():
         return weights
-    ranked = weights.sort(dim=1, descending=True).values
-    mass = ranked.cumsum(1, dtype=torch.float64)
-    kept = (mass - ranked) < top_p.double().unsqueeze(1) * mass[
-        :, -1:
-    ]  # mass before each, so the first of a tie decides
+    bound = top_p.double().unsqueeze(1) * weights.sum(1, keepdim=True, dtype=torch.float64)
+    for candidates in (min(_CANDIDATES, weights.shape[1]), weights.shape[1]):
+        ranked = weights.topk(candidates, dim=1).values
+        kept = ranked.cumsum(1, dtype=torch.float64) - ranked < bound  # mass before each: the first of a tie decides
+        if not (kept[:, -1] & limited).any():  # the end of the mass is among the candidates
+            break
     num_kept = kept.sum(1, keepdim=True).clamp(min=1)
     last = ranked.gather(1, num_kept - 1)
     return weights.masked_fill((weights < last) & limited.unsqueeze(1), 0.0)
@@ -95,7 +99,13 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
     lse = x.logsumexp(1, keepdim=True)
     chosen = x.gather(1, token_ids.long().unsqueeze(1))
     rank = (x > chosen).sum(1, dtype=torch.int32) + 1
-    ids = torch.sort(x, dim=1, descending=True, stable=True).indices[
-        :, :num_top
-    ]  # stable: lowest id first among equals
+    ids = _best_ids(x, num_top)
     return (chosen - lse).squeeze(1), rank, x.gather(1, ids) - lse, ids.int()
+
+
+def _best_ids(x: Tensor, num_top: int) -> Tensor:
+    """Ids of the num_top largest of each row, highest first, lowest id first among equals."""
+    values, ids = x.topk(min(num_top + 1, x.shape[1]), dim=1)
+    if (values[:, 1:] == values[:, :-1]).any():  # topk leaves the order of equals open, and which of them it takes
+        ids = torch.sort(x, dim=1, descending=True, stable=True).indices
+    return ids[:, :num_top]
