@@ -1,0 +1,107 @@
+// Python bindings of the host runtime: fastattn._runtime. No logic here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "runtime/batch_builder.h"
+#include "runtime/block_pool.h"
+#include "runtime/ngram_index.h"
+#include "runtime/prefix_tree.h"
+#include "runtime/token_sequence.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace fastattn {
+namespace {
+
+void bind_token_sequence(py::module_& m) {
+  py::class_<TokenSequence>(m, "TokenSequence", "One request's tokens, KV blocks and sampling row.")
+      .def(py::init<std::vector<int32_t>>(), "token_ids"_a)
+      .def("append", &TokenSequence::append, "token"_a)
+      .def("extend", &TokenSequence::extend, "tokens"_a)
+      .def("truncate", &TokenSequence::truncate, "length"_a, "Keeps the first `length` tokens; not fewer than num_computed.")
+      .def("__len__", &TokenSequence::size)
+      .def("tokens", &TokenSequence::slice, "start"_a = 0, "end"_a = -1, "Tokens start … end - 1; end -1 is all the rest.")
+      .def_property("num_computed", &TokenSequence::num_computed, &TokenSequence::set_num_computed,
+                    "How many tokens have their keys and values in the cache.")
+      .def_property_readonly("num_blocks", [](const TokenSequence& s) { return s.blocks().size(); })
+      .def("blocks", &TokenSequence::blocks, "A copy of the block ids, in order.")
+      .def("add_blocks", &TokenSequence::add_blocks, "blocks"_a)
+      .def("take_blocks", &TokenSequence::take_blocks, "Returns the blocks and forgets them; num_computed becomes 0.")
+      .def("set_sampling", &TokenSequence::set_sampling, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a);
+}
+
+void bind_block_pool(py::module_& m) {
+  py::class_<BlockPool, std::shared_ptr<BlockPool>>(m, "BlockPool", "Reference-counted ids 0 … num_blocks - 1.")
+      .def(py::init<int64_t>(), "num_blocks"_a)
+      .def_property_readonly("num_blocks", &BlockPool::num_blocks)
+      .def_property_readonly("num_free", &BlockPool::num_free)
+      .def("allocate", &BlockPool::allocate, "n"_a, "n blocks with one reference each, or None if fewer are free.")
+      .def("retain", &BlockPool::retain, "blocks"_a, "One more reference on each.")
+      .def("release", &BlockPool::release, "blocks"_a, "One reference fewer on each; returns how many became free.")
+      .def("ref_count", &BlockPool::ref_count, "block"_a)
+      .def("check", &BlockPool::check, "Raises RuntimeError if an invariant is broken.");
+}
+
+void bind_prefix_tree(py::module_& m) {
+  py::class_<PrefixTree>(m, "PrefixTree", "Radix tree over runs of whole blocks, one root per salt.")
+      .def(py::init<std::shared_ptr<BlockPool>, int64_t>(), "pool"_a, "block_size"_a)
+      .def(
+          "match", [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq,
+                      int64_t max_tokens) { return tree.match(std::string(salt), seq, max_tokens); },
+          "salt"_a, "seq"_a, "max_tokens"_a = -1,
+          "Blocks of the longest cached prefix of the first max_tokens tokens, retained for the caller.")
+      .def(
+          "insert", [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq,
+                       int64_t num_tokens) { return tree.insert(std::string(salt), seq, num_tokens); },
+          "salt"_a, "seq"_a, "num_tokens"_a, "Caches the whole blocks among the first num_tokens; returns how many are new.")
+      .def("evict", &PrefixTree::evict, "num_blocks"_a, "Frees least recently used blocks that only the tree holds.")
+      .def("clear", &PrefixTree::clear, "Drops all cached blocks; returns how many became free.")
+      .def_property_readonly("num_cached", &PrefixTree::num_cached)
+      .def_property_readonly("num_evictable", &PrefixTree::num_evictable)
+      .def("check", &PrefixTree::check, "Raises RuntimeError if an invariant is broken.");
+}
+
+void bind_batch_builder(py::module_& m) {
+  py::class_<BatchInfo>(m, "BatchInfo", "What a built step holds.")
+      .def_readonly("num_tokens", &BatchInfo::num_tokens)
+      .def_readonly("num_seqs", &BatchInfo::num_seqs)
+      .def_readonly("num_logits", &BatchInfo::num_logits)
+      .def_readonly("max_seqlen_q", &BatchInfo::max_seqlen_q)
+      .def_readonly("max_seqlen_k", &BatchInfo::max_seqlen_k)
+      .def_readonly("nbytes", &BatchInfo::nbytes);
+  py::class_<BatchBuilder>(m, "BatchBuilder", "Writes every array of one step into one buffer at fixed offsets.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "max_num_tokens"_a, "max_num_seqs"_a, "max_blocks_per_seq"_a,
+           "block_size"_a)
+      .def_property_readonly("nbytes", &BatchBuilder::nbytes)
+      .def("layout",
+           [](const BatchBuilder& builder) {
+             py::dict layout;
+             for (const BatchBuilder::Field& field : builder.layout()) {
+               layout[field.name.c_str()] = py::make_tuple(field.offset, field.dtype, py::tuple(py::cast(field.shape)));
+             }
+             return layout;
+           })
+      .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
+           "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i].");
+}
+
+void bind_ngram_index(py::module_& m) {
+  py::class_<NgramIndex>(m, "NgramIndex", "Prompt lookup: what followed the last time these tokens were seen.")
+      .def(py::init<int64_t, int64_t>(), "min_n"_a, "max_n"_a)
+      .def("extend", &NgramIndex::extend, "tokens"_a)
+      .def("propose", &NgramIndex::propose, "max_tokens"_a)
+      .def("__len__", &NgramIndex::size);
+}
+
+}  // namespace
+}  // namespace fastattn
+
+PYBIND11_MODULE(_runtime, m) {
+  m.doc() = "Host-side data structures of the engine; plain C++, no CUDA, no torch.";
+  fastattn::bind_token_sequence(m);
+  fastattn::bind_block_pool(m);
+  fastattn::bind_prefix_tree(m);
+  fastattn::bind_batch_builder(m);
+  fastattn::bind_ngram_index(m);
+}

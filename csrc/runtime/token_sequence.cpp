@@ -1,0 +1,76 @@
+#include "runtime/token_sequence.h"
+
+#include <limits>
+#include <utility>
+
+#include "runtime/checks.h"
+
+namespace fastattn {
+
+namespace {
+
+void require_tokens(const char* call, const std::vector<int32_t>& tokens) {
+  for (int32_t token : tokens) {
+    if (token < 0) refuse("TokenSequence", call, ": token is ", token, ", allowed is 0 to 2**31 - 1");
+  }
+}
+
+}  // namespace
+
+TokenSequence::TokenSequence(std::vector<int32_t> token_ids) {
+  require_tokens("", token_ids);
+  tokens_ = std::move(token_ids);
+}
+
+void TokenSequence::extend(const std::vector<int32_t>& tokens) {
+  require_tokens(".extend", tokens);
+  tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+}
+
+void TokenSequence::truncate(int64_t length) {
+  if (length < num_computed_ || length > size()) {
+    refuse("TokenSequence.truncate: length is ", length, ", allowed is num_computed = ", num_computed_, " to ", size());
+  }
+  tokens_.resize(length);
+}
+
+std::vector<int32_t> TokenSequence::slice(int64_t start, int64_t end) const {
+  if (end == -1) end = size();
+  if (start < 0 || start > end || end > size()) {
+    refuse("TokenSequence.tokens: start is ", start, " and end ", end, ", allowed is 0 <= start <= end <= ", size());
+  }
+  return {tokens_.begin() + start, tokens_.begin() + end};
+}
+
+void TokenSequence::set_num_computed(int64_t num_computed) {
+  if (num_computed < 0 || num_computed > size()) {
+    refuse("TokenSequence: num_computed is ", num_computed, ", allowed is 0 to ", size());
+  }
+  num_computed_ = num_computed;
+}
+
+void TokenSequence::add_blocks(const std::vector<int32_t>& blocks) {
+  for (int32_t block : blocks) {
+    if (block < 0) refuse("TokenSequence.add_blocks: block is ", block, ", allowed is 0 or more");
+  }
+  blocks_.insert(blocks_.end(), blocks.begin(), blocks.end());
+}
+
+std::vector<int32_t> TokenSequence::take_blocks() {
+  num_computed_ = 0;
+  return std::exchange(blocks_, {});
+}
+
+void TokenSequence::set_sampling(double temperature, int64_t top_k, double top_p, double min_p, int64_t seed) {
+  // Written so that NaN is refused too.
+  if (!(temperature >= 0)) refuse("TokenSequence.set_sampling: temperature is ", temperature, ", allowed is 0 or more");
+  if (!(top_p > 0 && top_p <= 1)) refuse("TokenSequence.set_sampling: top_p is ", top_p, ", allowed is above 0, up to 1");
+  if (!(min_p >= 0 && min_p <= 1)) refuse("TokenSequence.set_sampling: min_p is ", min_p, ", allowed is 0 to 1");
+  if (top_k < 0 || top_k > std::numeric_limits<int32_t>::max()) {
+    refuse("TokenSequence.set_sampling: top_k is ", top_k, ", allowed is 0 to 2**31 - 1");
+  }
+  sampling_ = {static_cast<float>(temperature), static_cast<int32_t>(top_k), static_cast<float>(top_p),
+               static_cast<float>(min_p), seed};
+}
+
+}  // namespace fastattn

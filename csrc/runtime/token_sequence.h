@@ -1,0 +1,47 @@
+// One request's tokens, KV blocks and sampling row.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastattn {
+
+struct SamplingRow {
+  float temperature = 0.0f;
+  int32_t top_k = 0;
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  int64_t seed = 0;
+};
+
+// Lives in C++ so that building a step's arrays touches no Python object per token.
+class TokenSequence {
+ public:
+  explicit TokenSequence(std::vector<int32_t> token_ids);
+
+  void append(int32_t token) { extend({token}); }
+  void extend(const std::vector<int32_t>& tokens);
+  void truncate(int64_t length);
+  int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
+  std::vector<int32_t> slice(int64_t start, int64_t end) const;  // end −1: to the end
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+
+  int64_t num_computed() const { return num_computed_; }
+  void set_num_computed(int64_t num_computed);
+
+  const std::vector<int32_t>& blocks() const { return blocks_; }
+  void add_blocks(const std::vector<int32_t>& blocks);
+  // Hands its blocks over; without them nothing is computed any more.
+  std::vector<int32_t> take_blocks();
+
+  const SamplingRow& sampling() const { return sampling_; }
+  void set_sampling(double temperature, int64_t top_k, double top_p, double min_p, int64_t seed);
+
+ private:
+  std::vector<int32_t> tokens_;
+  std::vector<int32_t> blocks_;
+  int64_t num_computed_ = 0;
+  SamplingRow sampling_;
+};
+
+}  // namespace fastattn
