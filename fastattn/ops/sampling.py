@@ -157,6 +157,8 @@ def sample(
     Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    if logits.shape[1] == 0:
+        fail_value("sample", f"logits has shape {tuple(logits.shape)}, expected (B, V) with V ≥ 1")
     if values_readable(temperature):
         _check_numbers("sample", "temperature", temperature, 0.0, _LARGEST, "a finite number ≥ 0")
         _check_numbers("sample", "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")

@@ -1,0 +1,26 @@
+"""Shared by all tests: the `gpu` marker, and the `device` parameter that runs a test on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device and the CUDA kernels; skipped without")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from fastattn.ops import has_cuda_kernels
+
+    if not has_cuda_kernels():
+        pytest.skip("the CUDA kernels are not built: FASTATTN_CUDA=on pip install .")

@@ -1,0 +1,1 @@
+"""Inputs, oracles, comparison and the table of operators that the operator tests share."""

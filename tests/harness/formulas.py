@@ -1,0 +1,207 @@
+"""The operators once more, as plainly as possible and apart from fastattn.reference: no masks, no batching, loops over rows.
+
+Each takes a call's arguments and a dtype to compute in: fp64 gives the exact result, the result's own dtype gives the "plain
+torch version" of the 2× rule. Everything is on the CPU. What is returned: the results, then the arguments that are changed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(c: torch.dtype, x: Tensor, weight: Tensor, eps: float = 1e-6) -> list[Tensor]:
+    x = x.to(c)
+    mean = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    return [x / (mean + eps).sqrt() * weight.to(c)]
+
+
+def add_rms_norm(c: torch.dtype, x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> list[Tensor]:
+    total = (x.double() + residual.double()).to(x.dtype)
+    return [*rms_norm(c, total, weight, eps), total]
+
+
+def layer_norm(
+    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> list[Tensor]:
+    x = x.to(c)
+    centred = x - x.mean(-1, keepdim=True)
+    out = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.to(c)
+    return [out if bias is None else out + bias.to(c)]
+
+
+def swiglu(c: torch.dtype, x: Tensor) -> list[Tensor]:
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half].to(c), x[..., half:].to(c)
+    return [gate / (1 + (-gate).exp()) * up]
+
+
+def geglu(c: torch.dtype, x: Tensor, approximate: str = "tanh") -> list[Tensor]:
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half].to(c), x[..., half:].to(c)
+    if approximate == "tanh":
+        act = gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2
+    else:
+        act = gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+    return [act * up]
+
+
+def linear(c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    return [F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))]
+
+
+def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
+    rows = [weight[i].to(c) * scale for i in token_ids.tolist()]
+    return [torch.stack(rows) if rows else weight.new_empty((0, weight.shape[1])).to(c)]
+
+
+def rope_kv_write(
+    c: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    interleaved: bool = False,
+) -> list[Tensor]:
+    half = cos_sin.shape[1] // 2
+
+    def turn(x: Tensor, weight: Tensor | None, position: int) -> Tensor:
+        if weight is not None:
+            x = rms_norm(torch.float64, x, weight, norm_eps)[0].to(x.dtype)
+        out = x.to(c).clone()
+        for i in range(half):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+            cos, sin = cos_sin[position, i].to(c), cos_sin[position, half + i].to(c)
+            out[..., a] = x[..., a].to(c) * cos - x[..., b].to(c) * sin
+            out[..., b] = x[..., b].to(c) * cos + x[..., a].to(c) * sin
+        return out
+
+    q_out, k_out, v_out = q.to(c), k_cache.to(c), v_cache.to(c)
+    for t, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):
+        q_out[t] = turn(q[t], q_norm_weight, position)
+        if slot >= 0:
+            k_out[slot // k_cache.shape[1], slot % k_cache.shape[1]] = turn(k[t], k_norm_weight, position)
+            v_out[slot // k_cache.shape[1], slot % k_cache.shape[1]] = v[t].to(c)
+    return [q_out, k_out, v_out]
+
+
+def _attention_row(
+    c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, i: int, num_rows: int, o: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Row i of a sequence: q (H, D), k and v (Sk, Hk, D). Takes only the keys it sees."""
+    at = i + k.shape[0] - num_rows
+    left, right = o["window_size"]
+    right = 0 if o["causal"] else right
+    seen = [j for j in range(k.shape[0]) if (left < 0 or j >= at - left) and (right < 0 or j <= at + right)]
+    if not seen:
+        return torch.zeros_like(q, dtype=c), torch.full((q.shape[0],), -torch.inf, dtype=c)
+    group = q.shape[0] // k.shape[1]
+    keys, values = (t[seen[0] : seen[-1] + 1].to(c).repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("hd,khd->hk", q.to(c), keys) * o["softmax_scale"]
+    if o["softcap"] > 0:
+        scores = o["softcap"] * torch.tanh(scores / o["softcap"])
+    return torch.einsum("hk,khd->hd", torch.softmax(scores, -1), values), torch.logsumexp(scores, -1)
+
+
+def _attention(
+    c: torch.dtype, q: Tensor, runs: list[int], keys: list[Tensor], values: list[Tensor], **options: Any
+) -> list[Tensor]:
+    scale = options.get("softmax_scale")
+    options["softmax_scale"] = q.shape[-1] ** -0.5 if scale is None else scale
+    options = {"window_size": (-1, -1), "softcap": 0.0} | options
+    out, lse = q.to(c).clone(), torch.zeros(q.shape[1], q.shape[0], dtype=c)
+    for b in range(len(runs) - 1):
+        for i in range(runs[b + 1] - runs[b]):
+            t = runs[b] + i
+            out[t], lse[:, t] = _attention_row(c, q[t], keys[b], values[b], i, runs[b + 1] - runs[b], options)
+    return [out, lse]
+
+
+def paged_attention(
+    c: torch.dtype,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    max_seqlen_q: int,
+    causal: bool = True,
+    **options: Any,
+) -> list[Tensor]:
+    size = k_cache.shape[1]
+
+    def gather(cache: Tensor) -> list[Tensor]:
+        rows = [
+            [cache[block_table[b, i // size], i % size] for i in range(n)] for b, n in enumerate(seqused_k.tolist())
+        ]
+        return [torch.stack(r) if r else cache[0, :0] for r in rows]
+
+    return _attention(c, q, cu_seqlens_q.tolist(), gather(k_cache), gather(v_cache), causal=causal, **options)
+
+
+def varlen_attention(
+    c: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    at = cu_seqlens_k.tolist()
+    keys, values = ([t[at[b] : at[b + 1]] for b in range(len(at) - 1)] for t in (k, v))
+    return _attention(c, q, cu_seqlens_q.tolist(), keys, values, causal=causal, **options)
+
+
+def adjust_logits(
+    c: torch.dtype,
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    indptr: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
+) -> list[Tensor]:
+    out = logits.to(c).clone()
+    for b in range(logits.shape[0]):
+        for i in range(int(indptr[b]), int(indptr[b + 1])):
+            old, count = out[b, token_ids[i]].clone(), int(counts[i])
+            if count >= 0:
+                rep = repetition_penalty[b].to(c)
+                old = old / rep if old > 0 else old * rep
+            if count > 0:
+                old = old - presence_penalty[b].to(c) - frequency_penalty[b].to(c) * count
+            out[b, token_ids[i]] = old + bias[i].to(c)
+    return [out]
+
+
+def token_logprobs(c: torch.dtype, logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+    logprobs = torch.log_softmax(logits.to(c), -1)
+    rows = logits.float().tolist()
+    best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:num_top] for row in rows]  # noqa: B023
+    ids = torch.tensor(best, dtype=torch.int64).view(len(rows), num_top)
+    chosen = token_ids.long().unsqueeze(1)
+    rank = [1 + sum(v > row[i] for v in row) for row, i in zip(rows, token_ids.tolist(), strict=True)]
+    return [
+        logprobs.gather(1, chosen).squeeze(1),
+        torch.tensor(rank, dtype=torch.int32),
+        logprobs.gather(1, ids),
+        ids.int(),
+    ]

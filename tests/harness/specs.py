@@ -1,0 +1,288 @@
+"""The table of operators; the tests, the sanitizer runs and the GPU checks are made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import ops
+from tests.harness import formulas
+from tests.harness.attention_calls import bad_paged, bad_varlen, paged_calls, varlen_calls
+from tests.harness.generators import Gen
+from tests.harness.opspec import Call, OpSpec, Role
+from tests.harness.sampling_calls import (
+    adjust_calls,
+    bad_adjust,
+    bad_sample,
+    logprob_calls,
+    sample_calls,
+    verify_sample,
+)
+
+Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
+SHAPES = ((3, 64), (1, 8), (0, 16), (127,), (2, 3, 577), (2, 0, 8), (65, 128), (5, 1), (4, 4096))
+
+
+def norm_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for shape in SHAPES:
+        width = shape[-1]
+        yield f"{shape}", {"x": gen.randn(*shape, dtype=dtype), "weight": gen.randn(width, dtype=dtype), "eps": 1e-6}
+    yield "tiny", {"x": gen.randn(3, 32, dtype=dtype, scale=1e-3), "weight": gen.randn(32, dtype=dtype), "eps": 1e-5}
+    yield "no eps", {"x": gen.randn(3, 32, dtype=dtype), "weight": gen.randn(32, dtype=dtype), "eps": 0.0}
+
+
+def add_norm_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in norm_calls(gen, dtype):
+        yield name, call | {"residual": gen.randn(*call["x"].shape, dtype=dtype)}
+
+
+def layer_norm_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in norm_calls(gen, dtype):
+        if call["x"].shape[-1] > 1 and call["eps"] > 0:  # a single element has no variance: all is rounding
+            yield name, call | {"bias": gen.randn(call["x"].shape[-1], dtype=dtype)}
+            yield f"{name} no bias", call | {"bias": None}
+
+
+def gated_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for *leading, width in SHAPES:
+        yield f"{(*leading, width)}", {"x": gen.randn(*leading, 2 * width, dtype=dtype)}
+    yield "large", {"x": gen.randn(3, 64, dtype=dtype, scale=30.0)}
+
+
+def geglu_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in gated_calls(gen, dtype):
+        for approximate in ("tanh", "none"):
+            yield f"{name} {approximate}", call | {"approximate": approximate}
+
+
+def bad_gated(gen: Gen, base: Call) -> Bad:
+    x = base["x"]
+    for width in (1, 3, 5, 7, 63):
+        yield f"width {width}", {"x": x[:, :1].repeat(1, width)}, ValueError, ("x has shape", f"{width})", "2N", "even")
+    yield "transposed", {"x": x.t().contiguous().t()}, ValueError, ("x has strides",)
+    yield "sparse rows", {"x": x.to_sparse_csr()}, ValueError, ("x has layout", "sparse_csr")
+    for dims in (4, 5, 6, 7):
+        yield (
+            f"{dims} dimensions",
+            {"x": x.view(*([1] * (dims - 2)), *x.shape)},
+            ValueError,
+            (f"x has {dims} dimensions",),
+        )
+    for dtype in (torch.int16, torch.uint8, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2):
+        yield f"{dtype}", {"x": x.to(dtype)}, TypeError, ("x is", str(dtype))
+    yield "a shape", {"x": x.shape}, TypeError, ("x is a Size",)
+    yield "a type", {"x": Tensor}, TypeError, ("x is a",)
+    yield "bytes", {"x": b"x"}, TypeError, ("x is a bytes",)
+    yield "a set", {"x": {1.0}}, TypeError, ("x is a set",)
+    yield "three rows, grad", {"x": x[None].clone().requires_grad_()}, ValueError, ("x requires grad",)
+    yield "meta, one row", {"x": x[0].to("meta")}, ValueError, ("x is on meta",)
+
+
+def bad_geglu(gen: Gen, base: Call) -> Bad:
+    yield from bad_gated(gen, base)
+    for value in ("Tanh", "", "silu", None, 1):
+        yield f"approximate {value}", {"approximate": value}, ValueError, ("approximate is", repr(value), "'none'")
+
+
+def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for leading, k, n in (((3,), 64, 48), ((), 64, 8), ((0,), 16, 16), ((2, 5), 129, 65), ((64,), 256, 127)):
+        call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
+        yield f"{leading} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{leading} {k} {n} no bias", call | {"bias": None}
+
+
+def embedding_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for tokens, vocab, width in ((5, 11, 64), (0, 3, 8), (1, 1, 1), (129, 257, 576)):
+        call = {"token_ids": gen.ints(0, vocab, tokens), "weight": gen.randn(vocab, width, dtype=dtype)}
+        yield f"{tokens} {vocab} {width}", call | {"scale": 1.0}
+        yield f"{tokens} {vocab} {width} scaled", call | {"scale": math.sqrt(width) + 0.1}
+
+
+def bad_embedding(gen: Gen, base: Call) -> Bad:
+    if not base["weight"].is_cuda:
+        for token in (-1, 11, 2**31 - 1, -(2**31)):
+            yield f"id {token}", {"token_ids": gen.tensor([0, token])}, ValueError, (f"token_ids[1] is {token}", "≤ 10")
+
+
+def rope_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    cases = (  # tokens, heads, kv heads, head dim, rotary dim, block size, norm, interleaved
+        (7, 4, 2, 16, 16, 4, False, False),
+        (1, 9, 3, 64, 64, 16, False, False),
+        (0, 4, 2, 16, 16, 4, False, False),
+        (5, 4, 4, 24, 16, 3, True, False),
+        (13, 6, 1, 32, 32, 1, True, True),
+        (6, 2, 2, 8, 4, 5, False, True),
+        (130, 2, 1, 128, 128, 16, True, False),
+        (3, 2, 2, 256, 64, 16, False, True),
+    )
+    for tokens, heads, kv_heads, dim, rotary, size, norm, interleaved in cases:
+        num_blocks = tokens // size + 3
+        slots = gen.permutation(num_blocks * size)[:tokens]
+        slots = [-1 if i % 5 == 2 else s for i, s in enumerate(slots)]
+        angle = torch.rand(97, rotary // 2, generator=gen.rng) * 6
+        call: Call = {
+            "q": gen.randn(tokens, heads, dim, dtype=dtype),
+            "k": gen.randn(tokens, kv_heads, dim, dtype=dtype),
+            "v": gen.randn(tokens, kv_heads, dim, dtype=dtype),
+            "cos_sin": torch.cat([angle.cos(), angle.sin()], 1).to(gen.device),
+            "positions": gen.ints(0, 97, tokens),
+            "slot_mapping": gen.tensor(slots),
+            # what no slot owns is NaN, and must still be so afterwards
+            "k_cache": torch.full((num_blocks, size, kv_heads, dim), math.nan, dtype=dtype, device=gen.device),
+            "v_cache": torch.full((num_blocks, size, kv_heads, dim), math.nan, dtype=dtype, device=gen.device),
+            "interleaved": interleaved,
+            "norm_eps": 1e-6,
+        }
+        if norm:
+            call |= {"q_norm_weight": gen.randn(dim, dtype=dtype), "k_norm_weight": gen.randn(dim, dtype=dtype)}
+        yield f"{(tokens, heads, kv_heads, dim, rotary, size, norm, interleaved)}", call
+
+
+def bad_rope(gen: Gen, base: Call) -> Bad:
+    for width in (15, 18, 32):
+        yield f"rotary_dim {width}", {"cos_sin": gen.randn(97, width)}, ValueError, ("cos_sin has shape", "even", "16")
+    weight = gen.randn(16).to(base["q"].dtype)
+    for name in ("q_norm_weight", "k_norm_weight"):
+        yield f"{name} short", {name: weight[:8]}, ValueError, (f"{name} has shape (8,)", "D = 16 from q")
+        yield f"{name} fp64", {name: weight.double()}, TypeError, (name, "float64")
+        yield f"{name} is a list", {name: [1.0]}, TypeError, (name, "list", "or None")
+    if base["q"].is_cuda:
+        return
+    for name, value, allowed in (
+        ("positions", -1, "≤ 96"),
+        ("positions", 97, "≤ 96"),
+        ("slot_mapping", -2, "≤ 15"),
+        ("slot_mapping", 16, "≤ 15"),
+        ("slot_mapping", 2**31 - 1, "≤ 15"),
+    ):
+        wrong = base[name].clone()
+        wrong[3] = value
+        yield f"{name} {value}", {name: wrong}, ValueError, (f"{name}[3] is {value}", allowed)
+
+
+_NORM_ROLES = {"x": Role((-1,)), "weight": Role((0,))}
+_SCALE: dict[str, Any] = {"softmax_scale": "nonnegative", "softcap": "nonnegative", "causal": "flag"}
+_B = Role((0,))
+
+SPECS = (
+    OpSpec("rms_norm", ops.rms_norm, norm_calls, _NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
+    OpSpec(
+        "add_rms_norm",
+        ops.add_rms_norm,
+        add_norm_calls,
+        _NORM_ROLES | {"residual": Role((0, 1))},
+        formulas.add_rms_norm,
+        mutates=("residual",),
+        scalars={"eps": "nonnegative"},
+    ),
+    OpSpec(
+        "layer_norm",
+        ops.layer_norm,
+        layer_norm_calls,
+        _NORM_ROLES | {"bias": Role((0,), optional=True)},
+        formulas.layer_norm,
+        scalars={"eps": "nonnegative"},
+    ),
+    OpSpec("swiglu", ops.swiglu, gated_calls, {"x": Role()}, formulas.swiglu, bad=bad_gated),
+    OpSpec("geglu", ops.geglu, geglu_calls, {"x": Role()}, formulas.geglu, bad=bad_geglu),
+    OpSpec(
+        "linear",
+        ops.linear,
+        linear_calls,
+        {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
+        formulas.linear,
+    ),
+    OpSpec(
+        "embedding",
+        ops.embedding,
+        embedding_calls,
+        {"token_ids": Role(), "weight": Role()},
+        formulas.embedding,
+        scalars={"scale": "nonnegative"},
+        bad=bad_embedding,
+    ),
+    OpSpec(
+        "rope_kv_write",
+        ops.rope_kv_write,
+        rope_calls,
+        {
+            "q": Role((0, 2)),
+            "k": Role((0, 1, 2)),
+            "v": Role((0, 1, 2)),
+            "cos_sin": Role(),
+            "positions": _B,
+            "slot_mapping": _B,
+            "k_cache": Role((0, 1, 2, 3)),
+            "v_cache": Role((0, 1, 2, 3)),
+        },
+        formulas.rope_kv_write,
+        mutates=("q", "k_cache", "v_cache"),
+        scalars={"norm_eps": "nonnegative", "interleaved": "flag"},
+        bad=bad_rope,
+    ),
+    OpSpec(
+        "paged_attention",
+        ops.paged_attention,
+        paged_calls,
+        {
+            "q": Role((2,)),
+            "k_cache": Role((0, 1, 2, 3)),
+            "v_cache": Role((0, 1, 2, 3)),
+            "cu_seqlens_q": _B,
+            "seqused_k": _B,
+            "block_table": _B,
+        },
+        formulas.paged_attention,
+        scalars=_SCALE | {"max_seqlen_q": "count"},
+        bad=bad_paged,
+    ),
+    OpSpec(
+        "varlen_attention",
+        ops.varlen_attention,
+        varlen_calls,
+        {
+            "q": Role((2,)),
+            "k": Role((0, 1, 2)),
+            "v": Role((0, 1, 2)),
+            "cu_seqlens_q": _B,
+            "cu_seqlens_k": _B,
+        },
+        formulas.varlen_attention,
+        scalars=_SCALE | {"max_seqlen_q": "count", "max_seqlen_k": "count"},
+        bad=bad_varlen,
+    ),
+    OpSpec(
+        "adjust_logits",
+        ops.adjust_logits,
+        adjust_calls,
+        {"logits": Role((0,)), "token_ids": _B, "counts": _B, "bias": _B, "indptr": _B}
+        | {f"{kind}_penalty": _B for kind in ("repetition", "presence", "frequency")},
+        formulas.adjust_logits,
+        mutates=("logits",),
+        bad=bad_adjust,
+        dtypes=(torch.float32,),
+        cuda_dtypes=(torch.float32,),
+    ),
+    OpSpec(
+        "sample",
+        ops.sample,
+        sample_calls,
+        {"logits": Role((0,))} | {n: _B for n in ("temperature", "top_k", "top_p", "min_p", "seed", "position")},
+        verify=verify_sample,
+        bad=bad_sample,
+        cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+    OpSpec(
+        "token_logprobs",
+        ops.token_logprobs,
+        logprob_calls,
+        {"logits": Role((0,)), "token_ids": _B},
+        formulas.token_logprobs,
+        scalars={"num_top": "count"},
+        cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+)
