@@ -1,0 +1,264 @@
+"""What a model is: sizes and switches, read from Hugging Face's config.json or from GGUF metadata, and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCALING_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """theta: base of the angular frequencies. scaling_type, factor and the rest: how a model stretches them for long context
+    (see `nn.rotary`). freq_factors: a divisor per frequency, as GGUF files carry it for Llama 3. attention_factor: scales
+    cosines and sines."""
+
+    theta: float = 10_000.0
+    scaling_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    attention_factor: float = 1.0
+    freq_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaling_type not in SCALING_TYPES:
+            raise ValueError(f"RopeConfig: scaling_type is {self.scaling_type!r}, supported are {', '.join(SCALING_TYPES)}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+            if not 0 < getattr(self, name) < 1e12:
+                raise ValueError(f"RopeConfig: {name} is {getattr(self, name)!r}, allowed is above 0, below 1e12")
+        if self.scaling_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"RopeConfig: low_freq_factor is {self.low_freq_factor}, allowed is below high_freq_factor = {self.high_freq_factor}"
+            )
+
+    @classmethod
+    def from_hf(cls, scaling: Mapping[str, Any] | None, theta: float) -> RopeConfig:
+        """From `rope_scaling` (or `rope_parameters`) of a config.json."""
+        scaling = scaling or {}
+        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        return cls(
+            theta=float(scaling.get("rope_theta", theta)),
+            scaling_type=kind,
+            factor=float(scaling.get("factor", 1.0)),
+            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+            original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
+            attention_factor=float(scaling.get("attention_factor", 1.0)),
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only model. Sizes are counts; norm_plus_one: stored norm weights lack the 1 that Gemma adds to them."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    rope_local: RopeConfig | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    activation: str = "silu"
+    softmax_scale: float = 0.0
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    sliding_window: int | None = None
+    layer_is_sliding: tuple[bool, ...] = ()
+    embed_scale: float = 1.0
+    norm_plus_one: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        limits = {
+            "vocab_size": 2**24,
+            "hidden_size": 2**18,
+            "intermediate_size": 2**20,
+            "num_layers": 2**12,
+            "num_heads": 2**12,
+            "num_kv_heads": 2**12,
+            "head_dim": 256,
+            "max_position_embeddings": 2**27,
+        }
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise ValueError(f"ModelConfig: {name} is {value!r}, allowed is an integer from 1 to {limit}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"ModelConfig: num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.head_dim % 8:
+            raise ValueError(f"ModelConfig: head_dim is {self.head_dim}, expected a multiple of 8")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"ModelConfig: rms_norm_eps is {self.rms_norm_eps!r}, allowed is above 0, below 1")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"ModelConfig: activation is {self.activation!r}, supported are 'silu' and 'gelu_tanh'")
+        if self.softmax_scale == 0.0:
+            object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+        if not self.layer_is_sliding:
+            object.__setattr__(self, "layer_is_sliding", (self.sliding_window is not None,) * self.num_layers)
+        if len(self.layer_is_sliding) != self.num_layers:
+            raise ValueError(f"ModelConfig: layer_is_sliding has {len(self.layer_is_sliding)} entries, expected num_layers = {self.num_layers}")
+        if any(self.layer_is_sliding) and not (self.sliding_window and self.sliding_window >= 1):
+            raise ValueError(f"ModelConfig: sliding_window is {self.sliding_window!r}, expected at least 1 where layers slide")
+        if self.rope.freq_factors is not None and len(self.rope.freq_factors) != self.head_dim // 2:
+            raise ValueError(
+                f"ModelConfig: rope.freq_factors has {len(self.rope.freq_factors)} entries, expected head_dim / 2 = {self.head_dim // 2}"
+            )
+
+
+# model_type in config.json → our architecture
+_HF_TYPES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "gemma3": "gemma3"}
+_HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """From the contents of a config.json. Raises ValueError for a model that we do not run."""
+    kind = raw.get("model_type")
+    if kind not in _HF_TYPES:
+        raise ValueError(f"config.json: model_type is {kind!r}, supported are {', '.join(sorted(_HF_TYPES))}")
+    if kind == "gemma3" and isinstance(raw.get("text_config"), Mapping):
+        raw = {**raw["text_config"], "eos_token_id": raw.get("eos_token_id", raw["text_config"].get("eos_token_id"))}
+    try:
+        return _config_from_hf(_HF_TYPES[kind], raw)
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]!r} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json: a field has the wrong type ({error})") from None
+
+
+def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
+    num_layers, num_heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
+    if activation not in _HF_ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act is {activation!r}, supported are {', '.join(sorted(_HF_ACTIVATIONS))}")
+    theta = float(raw.get("rope_theta", 10_000.0))
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
+    gemma = arch == "gemma3"
+    rope_local = None
+    if gemma:
+        by_kind = scaling or {}
+        full, sliding = by_kind.get("full_attention", scaling), by_kind.get("sliding_attention")
+        rope = RopeConfig.from_hf(full, float(raw.get("rope_theta", 1e6)))
+        rope_local = RopeConfig.from_hf(sliding, float(raw.get("rope_local_base_freq", 10_000.0)))
+    else:
+        rope = RopeConfig.from_hf(scaling, theta)
+    window = raw.get("sliding_window")
+    if arch == "qwen2" or arch == "qwen3":
+        window = window if raw.get("use_sliding_window") else None
+    layer_types = raw.get("layer_types")
+    if layer_types is not None:
+        sliding_layers = tuple(kind == "sliding_attention" for kind in layer_types)
+    elif gemma:
+        pattern = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+        sliding_layers = tuple((i + 1) % pattern != 0 for i in range(num_layers))
+    else:
+        sliding_layers = (window is not None,) * num_layers
+    eos = raw.get("eos_token_id")
+    return ModelConfig(
+        architecture=arch,
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=rope,
+        rope_local=rope_local,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
+        attention_bias=arch == "qwen2" or bool(raw.get("attention_bias", False)),
+        attention_out_bias=arch != "qwen2" and bool(raw.get("attention_bias", False)),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=arch in ("qwen3", "gemma3"),
+        activation=_HF_ACTIVATIONS[activation],
+        softmax_scale=float(raw["query_pre_attn_scalar"]) ** -0.5 if gemma and raw.get("query_pre_attn_scalar") else 0.0,
+        attn_softcap=float(raw.get("attn_logit_softcapping") or 0.0),
+        final_softcap=float(raw.get("final_logit_softcapping") or 0.0),
+        sliding_window=window,
+        layer_is_sliding=sliding_layers,
+        embed_scale=float(raw["hidden_size"]) ** 0.5 if gemma else 1.0,
+        norm_plus_one=gemma,
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    )
+
+
+_GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], vocab_size: int, has_lm_head: bool, freq_factors: tuple[float, ...] | None = None
+) -> ModelConfig:
+    """From a GGUF file's key-value pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+    name = metadata.get("general.architecture")
+    if name not in _GGUF_ARCHITECTURES:
+        raise ValueError(f"general.architecture is {name!r}, supported are {', '.join(sorted(_GGUF_ARCHITECTURES))}")
+    arch = _GGUF_ARCHITECTURES[name]
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{name}.{key}", default)
+        if value is None:
+            raise ValueError(f"metadata {name}.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"metadata {name}.{key} is {value!r}, expected a number")
+        return value
+
+    num_layers, hidden_size, num_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", hidden_size // num_heads if num_heads else 0)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"metadata {name}.rope.dimension_count is {get('rope.dimension_count')}, supported is head_dim = {head_dim}")
+    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"metadata {name}.rope.scaling.type is {scaling!r}, supported are 'none' and 'linear'")
+    rope = RopeConfig(
+        theta=float(get("rope.freq_base", 1e6 if arch == "gemma3" else 10_000.0)),
+        scaling_type="linear" if scaling == "linear" else "default",
+        factor=float(get("rope.scaling.factor", 1.0)),
+        freq_factors=freq_factors,
+    )
+    gemma = arch == "gemma3"
+    window = metadata.get(f"{name}.attention.sliding_window") if gemma else None
+    eos = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    return ModelConfig(
+        architecture=arch,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=get("context_length"),
+        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        rope=rope,
+        rope_local=RopeConfig(theta=float(get("rope.freq_base_swa", 10_000.0))) if gemma else None,
+        tie_word_embeddings=not has_lm_head,
+        attention_bias=arch == "qwen2",
+        qk_norm=arch in ("qwen3", "gemma3"),
+        activation="gelu_tanh" if gemma else "silu",
+        final_softcap=float(get("final_logit_softcapping", 0.0)),
+        sliding_window=window,
+        # Five local layers, then a global one; the file says only the window.
+        layer_is_sliding=tuple((i + 1) % 6 != 0 for i in range(num_layers)) if window else (False,) * num_layers,
+        embed_scale=float(hidden_size) ** 0.5 if gemma else 1.0,
+        norm_plus_one=False,  # the converter has added it already
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=tuple(dict.fromkeys(int(e) for e in eos if isinstance(e, int))),
+    )

@@ -1,0 +1,90 @@
+"""Text to token ids and back, on Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as Pipeline
+from tokenizers.decoders import DecodeStream
+
+from fastattn.models.chat_template import ChatTemplate, ChatTemplateError
+
+
+class TokenStream:
+    """Text of tokens that come one by one. Holds back bytes that do not make a whole character yet."""
+
+    def __init__(self, pipeline: Pipeline, skip_special_tokens: bool) -> None:
+        self._pipeline = pipeline
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+
+    def step(self, token_id: int) -> str | None:
+        """The text that became complete with this token, or None."""
+        piece: str | None = self._stream.step(self._pipeline, token_id)
+        return piece
+
+
+class Tokenizer:
+    """bos_token_id, eos_token_ids: the ids that begin and end a text. add_bos, add_eos: whether encoding adds them."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        bos_token_id: int | None,
+        eos_token_ids: tuple[int, ...],
+        add_bos: bool,
+        add_eos: bool,
+        chat_template: str | None,
+    ) -> None:
+        self._pipeline = pipeline
+        self.bos_token_id, self.eos_token_ids = bos_token_id, eos_token_ids
+        self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
+        self._suffix = list(eos_token_ids[:1]) if add_eos else []
+        self._template = ChatTemplate(chat_template) if chat_template else None
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self._pipeline.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        add_special_tokens: begin with BOS (end with EOS) where the model wants it. parse_special: special tokens that are
+        spelled out in the text become those tokens; off for text that comes from a stranger.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"encode: text is a {type(text).__name__}, expected a string")
+        # Lone surrogates are no text; the library would panic on them.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        self._pipeline.encode_special_tokens = not parse_special
+        ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+        return self._prefix + ids + self._suffix if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self._pipeline.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, skip_special_tokens: bool = True) -> TokenStream:
+        return TokenStream(self._pipeline, skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself; where it is a part of a character, U+FFFD stands for it."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The conversation as the model was trained to read it. Raises ChatTemplateError."""
+        if self._template is None:
+            raise ChatTemplateError("this model has no chat template: it completes text, and was not trained to answer")
+        special = {
+            "bos_token": "" if self.bos_token_id is None else self._pipeline.id_to_token(self.bos_token_id),
+            "eos_token": self._pipeline.id_to_token(self.eos_token_ids[0]) if self.eos_token_ids else "",
+        }
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **special, **variables)
