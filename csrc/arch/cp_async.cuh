@@ -1,0 +1,32 @@
+// cp.async: copies from global to shared memory that bypass the registers and complete in groups.
+//
+// The rule that every pipeline here follows: commit one group per step even if it is empty. Then
+// "all but the newest N groups are done" means the same thing in the middle and at the tail.
+#pragma once
+
+#include <cstdint>
+
+#include "arch/mma_sm80.cuh"
+
+namespace fastattn {
+
+// Copies 16 bytes, or writes 16 zero bytes if `valid` is false; then `source` is not read (but give
+// it a legal address all the same). Both addresses must be multiples of 16. L2 only (.cg): tiles
+// are read once per CTA.
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(destination)), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Closes the group of all copies this thread has issued since the last commit.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's newest groups are unfinished. Other threads' copies
+// are visible only after a barrier that follows.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+}  // namespace fastattn

@@ -1,0 +1,85 @@
+// Tensor-core instructions of the sm_80 family: mma.sync.m16n8k16 with fp32 accumulation and the
+// ldmatrix loads that fill its fragments.
+//
+// Fragment layout, with lane = 4 * g + t (g = 0..7, t = 0..3). Every register holds two 16-bit
+// values, the lower column (for B: the lower k) in its low half:
+//
+//   A 16 x 16 (row, k)   a[0] = (g,     2t..2t+1)     a[1] = (g + 8, 2t..2t+1)
+//                        a[2] = (g,     2t+8..2t+9)   a[3] = (g + 8, 2t+8..2t+9)
+//   B 16 x 8  (k, col)   b0   = (2t..2t+1, g)         b1   = (2t+8..2t+9, g)
+//   C 16 x 8  (row, col) c[0], c[1] = (g, 2t), (g, 2t+1)   c[2], c[3] = (g + 8, 2t), (g + 8, 2t+1)
+//
+// So two neighbouring C tiles (columns 0-7 and 8-15) are, once rounded, exactly one A fragment:
+// that is how attention feeds P = exp(S) to the second product without leaving the registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace fastattn {
+
+// The 32-bit address of a shared-memory pointer, which is what the PTX instructions take.
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Loads four 8 x 8 tiles of 16-bit values. Lane l gives the address of row l % 8 of tile l / 8
+// (16 bytes, 16-byte aligned); r[i] receives, of tile i, row g, columns 2t and 2t + 1.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(row))
+               : "memory");
+}
+
+// The same with every tile transposed: r[i] receives, of tile i, rows 2t and 2t + 1 of column g.
+// This turns V, stored as (key, dim) with dim contiguous, into B fragments with k = key.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(row))
+               : "memory");
+}
+
+// c (16 x 8, fp32) += a (16 x 16) * b (16 x 8); one overload per operand type.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rounds two fp32 values to T and packs them, `low` into the lower half, as fragments want them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+}  // namespace fastattn

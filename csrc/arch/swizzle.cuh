@@ -1,0 +1,23 @@
+// The XOR swizzle of shared-memory tiles that cp.async writes and ldmatrix reads.
+//
+// A tile is ROWS x COLS of 16-bit values; a chunk is 8 of them (16 bytes, one ldmatrix row). Stored
+// plainly, the 8 rows of one ldmatrix tile would start in the same banks. XOR-ing the chunk index
+// with the row spreads them over all 32:
+//
+//   COLS = 64 (a row is 128 bytes)      COLS = 32 (two rows are 128 bytes)
+//   row 0:  c0 c1 c2 c3 c4 c5 c6 c7     rows 0, 1:  c0 c1 c2 c3 | c0 c1 c2 c3
+//   row 1:  c1 c0 c3 c2 c5 c4 c7 c6     rows 2, 3:  c1 c0 c3 c2 | c1 c0 c3 c2
+//   row 2:  c2 c3 c0 c1 c6 c7 c4 c5     rows 4, 5:  c2 c3 c0 c1 | c2 c3 c0 c1
+#pragma once
+
+namespace fastattn {
+
+// Element offset of `chunk` of `row` in a swizzled tile with COLS columns.
+template <int COLS>
+__device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
+  static_assert(COLS == 32 || COLS % 64 == 0, "the swizzle is written for 32 or n * 64 columns");
+  const int key = COLS == 32 ? (row >> 1) & 3 : row & 7;
+  return row * COLS + (chunk ^ key) * 8;
+}
+
+}  // namespace fastattn

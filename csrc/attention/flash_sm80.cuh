@@ -1,0 +1,462 @@
+// FlashAttention-2 style forward on mma.sync, one kernel for contiguous and paged K and V.
+//
+//   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
+//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), then masked
+//
+//   q (T, H, D)   k, v (Tk, Hk, D) or pages (num_blocks, block_size, Hk, D)   G = H / Hk
+//   out (T, H, D)   lse (H, T) fp32
+//
+// Grid: one CTA per (sequence, KV head, split of the keys, tile of rows). A tile's rows are the
+// pairs (query token, head of the group) of one KV head, row r = token r / G, head r % G, so that a
+// decode step with G = 8 loads K and V once, not eight times.
+//
+//              prefill (block_m 64 or 128)                    decode (block_m 16)
+//                    keys of a step                             keys of a step
+//             ┌──────────────────────────┐            ┌────────┬────────┬────────┬────────┐
+//   16 rows   │          warp 0          │   16 rows  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │
+//   16 rows   │          warp 1          │            └────────┴────────┴────────┴────────┘
+//     ...     │           ...            │            each warp has its own maximum, sum and O;
+//             └──────────────────────────┘            they are merged in warp order at the end
+//
+// Shared memory: Q, and two stages each of K and V, all swizzled (arch/swizzle.cuh). Every thread
+// loads (cp.async, zero-filled outside the visible keys and past D) and every warp computes:
+//
+//   step n       wait K(n) │ barrier │ issue K(n+1), V(n+1) │ S = Q K^T, mask, softmax │
+//                wait V(n) │ barrier │ O += P V
+//
+// The first barrier also says that all warps are done with step n - 1, whose stage is refilled.
+//
+// Splits: CTA s of S takes the s-th part of the visible steps, writes a normalized fp32 O and an LSE
+// to the workspace, and flash_sm80_combine adds them in split order: two runs are bitwise equal. S
+// depends on the sizes of the call, not on the lengths.
+//
+// Poison: no key outside the union of the ranges that the tile's rows see is read, and no entry of
+// the block table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number
+// outside the cache gives a row of zeros. A key within that union that only some rows see is read
+// and must be finite for all.
+//
+// Limits: D is a multiple of 8 up to 256; T, Tk, q_len * G < 2^31; rows 16-byte aligned. One warp owns
+// 16 rows, so shared-memory bandwidth, not the tensor cores, bounds it. flash_fwd_sm90 (wgmma, TMA)
+// and paged_decode replace it on Hopper; the masks, the packing and the loaders stay.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "arch/cp_async.cuh"
+#include "arch/mma_sm80.cuh"
+#include "arch/swizzle.cuh"
+#include "attention/flash_sm80_launch.h"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+
+// ---------------------------------------------------------------------------------------------
+// Where K and V live. A loader knows a sequence's length and the address of each key's row.
+
+// One of K and V, for one KV head.
+template <typename T>
+struct KvOperand {
+  const T* base;
+  int64_t block_stride;
+  int64_t token_stride;
+};
+
+// k, v (Tk, Hk, D), sequences one after the other.
+template <typename T>
+struct ContiguousKv {
+  KvOperand<T> k, v;
+  int32_t length;
+
+  __device__ __forceinline__ ContiguousKv(const FlashSm80Params& p, int32_t seq_idx, int32_t kv_head_idx) {
+    const int32_t start = p.cu_seqlens_k[seq_idx];
+    length = p.cu_seqlens_k[seq_idx + 1] - start;
+    k = {static_cast<const T*>(p.k) + kv_head_idx * p.k_head_stride + start * p.k_token_stride, 0, p.k_token_stride};
+    v = {static_cast<const T*>(p.v) + kv_head_idx * p.v_head_stride + start * p.v_token_stride, 0, p.v_token_stride};
+  }
+
+  __device__ __forceinline__ const T* row(const KvOperand<T>& operand, int32_t key) const {
+    return operand.base + key * operand.token_stride;
+  }
+};
+
+// k, v (num_blocks, block_size, Hk, D); block_table (B, max_blocks) names a sequence's pages.
+template <typename T>
+struct PagedKv {
+  KvOperand<T> k, v;
+  int32_t length;
+  const int32_t* block_table;  // this sequence's row
+  FastDivide block_size;
+  int32_t num_blocks;
+
+  __device__ __forceinline__ PagedKv(const FlashSm80Params& p, int32_t seq_idx, int32_t kv_head_idx)
+      : block_size(p.block_size_div), num_blocks(p.num_blocks) {
+    const int64_t capacity = static_cast<int64_t>(p.max_blocks) * p.block_size;
+    length = static_cast<int32_t>(min(static_cast<int64_t>(max(p.seqused_k[seq_idx], 0)), capacity));
+    block_table = p.block_table + seq_idx * p.block_table_stride;
+    k = {static_cast<const T*>(p.k) + kv_head_idx * p.k_head_stride, p.k_block_stride, p.k_token_stride};
+    v = {static_cast<const T*>(p.v) + kv_head_idx * p.v_head_stride, p.v_block_stride, p.v_token_stride};
+  }
+
+  // nullptr if the block table names a page that does not exist.
+  __device__ __forceinline__ const T* row(const KvOperand<T>& operand, int32_t key) const {
+    const int32_t entry = block_size.divide(key);
+    const int32_t block = __ldg(block_table + entry);
+    const int32_t offset = key - entry * block_size.divisor;
+    if (block < 0 || block >= num_blocks) return nullptr;
+    return operand.base + block * operand.block_stride + offset * operand.token_stride;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Shared memory
+
+template <typename T, int HEAD_DIM, bool DECODE>
+struct FlashSm80Storage {
+  static constexpr FlashSm80Tile kTile = flash_sm80_tile(HEAD_DIM, DECODE);
+  static constexpr int kNumThreads = kTile.num_threads();
+  static constexpr int kMergeStride = HEAD_DIM + 8;  // 8 more: rows start in different banks
+
+  struct Stages {
+    T k[2][kTile.block_n * HEAD_DIM];
+    T v[2][kTile.block_n * HEAD_DIM];
+  };
+  // The warps' results, over the stages once those are drained (warps_n > 1).
+  static constexpr int kMergeRows = kTile.warps_n > 1 ? kTile.block_m : 1;
+  struct Merge {
+    float out[kTile.warps_n][kMergeRows][kMergeStride];
+    float row_max[kTile.warps_n][kMergeRows];
+    float row_sum[kTile.warps_n][kMergeRows];
+  };
+
+  alignas(128) T q[kTile.block_m * HEAD_DIM];  // later the rounded output (warps_n == 1)
+  union alignas(128) {
+    Stages stages;
+    Merge merge;
+  };
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kernel
+
+template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
+__global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThreads)
+    flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale) {
+  using Storage = FlashSm80Storage<T, HEAD_DIM, DECODE>;
+  constexpr FlashSm80Tile kTile = Storage::kTile;
+  constexpr int BLOCK_M = kTile.block_m;
+  constexpr int BLOCK_N = kTile.block_n;
+  constexpr int NUM_THREADS = Storage::kNumThreads;
+  constexpr int WARP_N = BLOCK_N / kTile.warps_n;  // keys of a step per warp
+  constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
+  constexpr int ROWS_PER_PASS = NUM_THREADS / CHUNKS;
+  static_assert(BLOCK_M == 16 * kTile.warps_m, "a warp owns 16 rows");
+  static_assert(WARP_N % 16 == 0, "P is consumed 16 keys at a time");
+  static_assert(NUM_THREADS % CHUNKS == 0 && BLOCK_M % ROWS_PER_PASS == 0 && BLOCK_N % ROWS_PER_PASS == 0,
+                "a pass of the threads loads whole rows, and passes fill a tile");
+
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
+
+  const int warp_idx = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int warp_m = warp_idx % kTile.warps_m;
+  const int warp_n = warp_idx / kTile.warps_m;
+
+  // ---- which tile. The last rows come first: with a causal mask they have the most keys.
+  const int32_t num_m_tiles = static_cast<int32_t>(p.config.num_m_tiles);
+  const int32_t num_splits = p.config.num_splits;
+  int32_t tile_idx = blockIdx.x;
+  const int32_t m_tile = num_m_tiles - 1 - tile_idx % num_m_tiles;
+  tile_idx /= num_m_tiles;
+  const int32_t split_idx = tile_idx % num_splits;
+  tile_idx /= num_splits;
+  const int32_t kv_head_idx = tile_idx % p.num_kv_heads;
+  const int32_t seq_idx = tile_idx / p.num_kv_heads;
+
+  const int32_t q_start = p.cu_seqlens_q[seq_idx];
+  const int32_t q_len = p.cu_seqlens_q[seq_idx + 1] - q_start;
+  const int32_t num_rows = q_len * p.group_size.divisor;
+  const int32_t first_row = m_tile * BLOCK_M;
+  if (first_row >= num_rows) return;
+
+  // ---- which keys
+  const KvLoader kv(p, seq_idx, kv_head_idx);
+  const AttentionMask mask = {q_len, kv.length, p.window_left, p.window_right};
+  const int32_t last_row = min(first_row + BLOCK_M, num_rows) - 1;
+  const KeyRange first_visible = mask.visible(p.group_size.divide(first_row));
+  const KeyRange last_visible = mask.visible(p.group_size.divide(last_row));
+  // Ranges move right with the token: this is the union over the tile, and what all rows share.
+  const KeyRange seen_by_any = {first_visible.begin, last_visible.end};
+  const KeyRange seen_by_all = {last_visible.begin, first_visible.end};
+
+  int32_t step = seen_by_any.begin / BLOCK_N;
+  int32_t end_step = step;
+  if (seen_by_any.begin < seen_by_any.end) {
+    end_step = (seen_by_any.end + BLOCK_N - 1) / BLOCK_N;
+    const int32_t steps_per_split = (end_step - step + num_splits - 1) / num_splits;
+    step = min(step + split_idx * steps_per_split, end_step);
+    end_step = min(step + steps_per_split, end_step);
+  }
+
+  // ---- where the results go
+  const int32_t head_chunks = p.head_dim / 8;
+  const int64_t lse_stride = p.num_tokens;
+  T* const out = static_cast<T*>(p.out);
+  float* const partial_out =
+      num_splits > 1 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.head_dim : nullptr;
+  float* const lse = num_splits > 1 ? p.partial_lse + split_idx * p.num_heads * lse_stride : p.lse;
+
+  // Offsets of a row's head in out (and partial_out) and of its entry in lse.
+  const auto row_head = [&](int32_t row) { return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row); };
+  const auto row_token = [&](int32_t row) { return static_cast<int64_t>(q_start + p.group_size.divide(row)); };
+  const auto out_offset = [&](int32_t row) { return (row_token(row) * p.num_heads + row_head(row)) * p.head_dim; };
+  const auto lse_offset = [&](int32_t row) { return row_head(row) * lse_stride + row_token(row); };
+
+  // A thread's place in cooperative loads and stores: one chunk of every ROWS_PER_PASS-th row.
+  const int chunk = threadIdx.x % CHUNKS;
+  const int pass_row = threadIdx.x / CHUNKS;
+
+  // ---- nothing to see: zeros and -inf. The combination ignores the O of such a split.
+  if (step >= end_step) {
+    for (int row = first_row + pass_row; row <= last_row; row += ROWS_PER_PASS) {
+      if (chunk == 0) lse[lse_offset(row)] = -INFINITY;
+      if (num_splits == 1 && chunk < head_chunks) {
+        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    return;
+  }
+
+  // ---- loads
+  const auto load_q = [&] {
+    const T* const q = static_cast<const T*>(p.q);
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / ROWS_PER_PASS; ++i) {
+      const int tile_row = pass_row + i * ROWS_PER_PASS;
+      const int32_t row = first_row + tile_row;
+      const bool valid = row <= last_row && chunk < head_chunks;
+      const int32_t safe_row = min(row, last_row);
+      const T* const source = q + row_token(safe_row) * p.q_token_stride + row_head(safe_row) * p.q_head_stride;
+      cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : q, valid);
+    }
+  };
+  const auto load_kv = [&](const KvOperand<T>& operand, T* tile, int32_t load_step) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
+      const int tile_row = pass_row + i * ROWS_PER_PASS;
+      const int32_t key = load_step * BLOCK_N + tile_row;
+      const T* source = nullptr;
+      if (key >= seen_by_any.begin && key < seen_by_any.end && chunk < head_chunks) {
+        source = kv.row(operand, key);
+      }
+      const bool valid = source != nullptr;
+      cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
+    }
+  };
+
+  load_q();
+  load_kv(kv.k, smem.stages.k[0], step);
+  cp_async_commit();
+  load_kv(kv.v, smem.stages.v[0], step);
+  cp_async_commit();
+
+  // ---- main loop
+  // A lane's rows are g and g + 8 of its warp; rows past the end repeat the last token's range.
+  const int warp_row = warp_m * 16;
+  const bool warp_has_rows = first_row + warp_row <= last_row;
+  KeyRange visible[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int32_t row = min(first_row + warp_row + lane / 4 + i * 8, last_row);
+    visible[i] = mask.visible(p.group_size.divide(row));
+  }
+
+  // Addresses for ldmatrix: Q and V take rows l % 16 and the column half l / 16; K, whose tile is
+  // (key, dim) while the fragment is (dim, key), takes them the other way round.
+  const int q_row = warp_row + lane % 16;
+  const int k_row = warp_n * WARP_N + (lane & 7) + (lane >> 4) * 8;
+  const int v_row = warp_n * WARP_N + lane % 16;
+  const int q_v_half = lane >> 4;
+  const int k_half = (lane >> 3) & 1;
+
+  OnlineSoftmax softmax;
+  float acc[HEAD_DIM / 8][4] = {};
+
+  for (int stage = 0; step < end_step; ++step, stage ^= 1) {
+    // Outstanding groups, oldest first: K(n), V(n).
+    cp_async_wait<1>();
+    __syncthreads();
+    if (step + 1 < end_step) load_kv(kv.k, smem.stages.k[stage ^ 1], step + 1);
+    cp_async_commit();
+    if (step + 1 < end_step) load_kv(kv.v, smem.stages.v[stage ^ 1], step + 1);
+    cp_async_commit();
+
+    float scores[WARP_N / 8][4] = {};
+    if (warp_has_rows) {
+      const T* const k_tile = smem.stages.k[stage];
+#pragma unroll
+      for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
+        uint32_t q_frag[4];
+        ldmatrix_x4(q_frag, smem.q + swizzled<HEAD_DIM>(q_row, kk * 2 + q_v_half));
+#pragma unroll
+        for (int nn = 0; nn < WARP_N / 16; ++nn) {
+          uint32_t k_frag[4];
+          ldmatrix_x4(k_frag, k_tile + swizzled<HEAD_DIM>(k_row + nn * 16, kk * 2 + k_half));
+          mma_m16n8k16<T>(scores[2 * nn], q_frag, k_frag[0], k_frag[1]);
+          mma_m16n8k16<T>(scores[2 * nn + 1], q_frag, k_frag[2], k_frag[3]);
+        }
+      }
+      scale_scores(scores, score_scale);
+      const int32_t first_key = step * BLOCK_N;
+      if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
+        mask_scores(scores, first_key + warp_n * WARP_N, visible);
+      }
+      softmax.update(scores, acc);
+    }
+
+    // Outstanding groups: V(n), K(n+1), V(n+1).
+    cp_async_wait<2>();
+    __syncthreads();
+
+    if (warp_has_rows) {
+      const T* const v_tile = smem.stages.v[stage];
+#pragma unroll
+      for (int kk = 0; kk < WARP_N / 16; ++kk) {
+        const uint32_t p_frag[4] = {pack_pair<T>(scores[2 * kk][0], scores[2 * kk][1]),
+                                    pack_pair<T>(scores[2 * kk][2], scores[2 * kk][3]),
+                                    pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]),
+                                    pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3])};
+#pragma unroll
+        for (int nn = 0; nn < HEAD_DIM / 16; ++nn) {
+          uint32_t v_frag[4];
+          ldmatrix_x4_trans(v_frag, v_tile + swizzled<HEAD_DIM>(v_row + kk * 16, nn * 2 + q_v_half));
+          mma_m16n8k16<T>(acc[2 * nn], p_frag, v_frag[0], v_frag[1]);
+          mma_m16n8k16<T>(acc[2 * nn + 1], p_frag, v_frag[2], v_frag[3]);
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  softmax.finish();
+
+  // ---- epilogue
+  if constexpr (kTile.warps_n == 1) {
+    // A warp owns its rows: no other warp is involved from here on.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int tile_row = warp_row + lane / 4 + i * 8;
+      const int32_t row = first_row + tile_row;
+      const float sum = softmax.row_sum[i];
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+        acc[nn][2 * i] *= inverse;
+        acc[nn][2 * i + 1] *= inverse;
+      }
+      if (row <= last_row) {
+        if (lane % 4 == 0) lse[lse_offset(row)] = log_sum_exp(softmax.row_max[i], sum);
+        if (num_splits > 1) {
+          float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
+#pragma unroll
+          for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+            if (nn < head_chunks) {
+              *reinterpret_cast<float2*>(row_out + nn * 8) = make_float2(acc[nn][2 * i], acc[nn][2 * i + 1]);
+            }
+          }
+        }
+      }
+      if (num_splits == 1) {
+#pragma unroll
+        for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+          *reinterpret_cast<uint32_t*>(smem.q + swizzled<HEAD_DIM>(tile_row, nn) + 2 * (lane % 4)) =
+              pack_pair<T>(acc[nn][2 * i], acc[nn][2 * i + 1]);
+        }
+      }
+    }
+    if (num_splits == 1) {
+      // Through the warp's own rows of Q, so that global stores are whole rows.
+      __syncwarp();
+#pragma unroll 4
+      for (int i = lane; i < 16 * CHUNKS; i += 32) {
+        const int tile_row = warp_row + i / CHUNKS;
+        const int32_t row = first_row + tile_row;
+        if (row <= last_row && i % CHUNKS < head_chunks) {
+          *reinterpret_cast<uint4*>(out + out_offset(row) + (i % CHUNKS) * 8) =
+              *reinterpret_cast<const uint4*>(smem.q + swizzled<HEAD_DIM>(tile_row, i % CHUNKS));
+        }
+      }
+    }
+  } else {
+    // Merge the warps in their order. The barrier ends the last reads of the stages below.
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int tile_row = warp_row + lane / 4 + i * 8;
+      if (lane % 4 == 0) {
+        smem.merge.row_max[warp_n][tile_row] = softmax.row_max[i];
+        smem.merge.row_sum[warp_n][tile_row] = softmax.row_sum[i];
+      }
+#pragma unroll
+      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+        *reinterpret_cast<float2*>(&smem.merge.out[warp_n][tile_row][nn * 8 + 2 * (lane % 4)]) =
+            make_float2(acc[nn][2 * i], acc[nn][2 * i + 1]);
+      }
+    }
+    __syncthreads();
+    for (int tile_row = pass_row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
+      if (chunk >= head_chunks) continue;
+      const int32_t row = first_row + tile_row;
+      float row_max = -INFINITY;
+#pragma unroll
+      for (int w = 0; w < kTile.warps_n; ++w) {
+        row_max = fmaxf(row_max, smem.merge.row_max[w][tile_row]);
+      }
+      float row_sum = 0.0f;
+      float sums[8] = {};
+#pragma unroll
+      for (int w = 0; w < kTile.warps_n; ++w) {
+        const float weight = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
+        row_sum += weight * smem.merge.row_sum[w][tile_row];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          sums[i] += weight * smem.merge.out[w][tile_row][chunk * 8 + i];
+        }
+      }
+      const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i] *= inverse;
+
+      if (chunk == 0) lse[lse_offset(row)] = log_sum_exp(row_max, row_sum);
+      if (num_splits > 1) {
+        float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
+        row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+      } else {
+        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
+            make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
+                       pack_pair<T>(sums[6], sums[7]));
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
+cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
+  constexpr int kSmemBytes = sizeof(FlashSm80Storage<T, HEAD_DIM, DECODE>);
+  static_assert(kSmemBytes <= 99 * 1024, "the limit of sm_86 and sm_89");
+  const auto kernel = flash_sm80_kernel<T, HEAD_DIM, DECODE, KvLoader>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
+  if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  kernel<<<static_cast<unsigned>(num_ctas), p.config.tile.num_threads(), kSmemBytes, stream>>>(
+      p, ScoreScale::make(p.softmax_scale, p.softcap));
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn

@@ -1,0 +1,65 @@
+// Attention forward for sm_80 and later: out = softmax(mask(q k^T * scale)) v over packed sequences,
+// with K and V contiguous (varlen) or in pages. The kernel is in flash_sm80.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "arch/dtype.h"
+#include "arch/fast_divide.h"
+#include "attention/flash_sm80_config.h"
+
+namespace fastattn {
+
+// Strides count elements. Rows (the last dimension) are contiguous and 16-byte aligned.
+struct FlashSm80Params {
+  const void* q = nullptr;  // (T, H, D)
+  const void* k = nullptr;  // (Tk, Hk, D), or pages (num_blocks, block_size, Hk, D)
+  const void* v = nullptr;  // like k
+  void* out = nullptr;      // (T, H, D) contiguous
+  float* lse = nullptr;     // (H, T) natural log, -inf where a row sees no key
+
+  // Workspaces if config.num_splits > 1: (splits, T, H, D) and (splits, H, T).
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+
+  const int32_t* cu_seqlens_q = nullptr;  // (B + 1), ascending from 0 to T
+  const int32_t* cu_seqlens_k = nullptr;  // (B + 1), contiguous K and V only
+  const int32_t* seqused_k = nullptr;     // (B), pages only: keys in the cache, new ones included
+  const int32_t* block_table = nullptr;   // (B, max_blocks), pages only; read up to the length only
+
+  int64_t q_token_stride = 0, q_head_stride = 0;
+  int64_t k_block_stride = 0, k_token_stride = 0, k_head_stride = 0;
+  int64_t v_block_stride = 0, v_token_stride = 0, v_head_stride = 0;
+  int64_t block_table_stride = 0;
+
+  int64_t num_tokens = 0;  // T
+  int32_t num_seqs = 0;    // B
+  int32_t num_heads = 0;   // H
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t num_blocks = 0, max_blocks = 0, block_size = 1;  // pages only
+
+  float softmax_scale = 1.0f;
+  float softcap = 0.0f;       // 0: none
+  int32_t window_left = -1;   // -1: open; at most 2^30
+  int32_t window_right = -1;  // the same; causal is 0
+
+  DType dtype = DType::kBFloat16;
+  bool paged = false;
+  FlashSm80Config config = {};  // from flash_sm80_config
+
+  // Derived by flash_sm80_forward.
+  FastDivide group_size;      // H / Hk
+  FastDivide block_size_div;  // by block_size
+};
+
+// Enqueues the kernel, and the combination of the splits if there are several. Needs T > 0.
+// cudaErrorInvalidValue if no instantiation fits; flash_sm80_supported() says which there are.
+cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t stream);
+
+// "bfloat16 and float16, head_dim up to 256", from the dispatch table.
+const char* flash_sm80_supported();
+
+}  // namespace fastattn
