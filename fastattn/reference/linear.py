@@ -29,5 +29,5 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # One row would be a matrix-vector product, which runs on one thread: a row of zeros beside it makes it a matrix.
     padded = functional.pad(rows, (0, 0, 0, 1)) if num_rows == 1 else rows
     out = (weight @ padded.t()).t()[:num_rows]
-    out = out.contiguous() if bias is None else out + bias
-    return out.view(*x.shape[:-1], weight.shape[0])
+    out = out if bias is None else out + bias
+    return out.contiguous().view(*x.shape[:-1], weight.shape[0])  # the sum keeps the turned strides

@@ -80,11 +80,11 @@ def rope_kv_write(
         if weight is not None:
             x = rms_norm(torch.float64, x, weight, norm_eps)[0].to(x.dtype)
         out = x.to(c).clone()
-        for i in range(half):
-            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-            cos, sin = cos_sin[position, i].to(c), cos_sin[position, half + i].to(c)
-            out[..., a] = x[..., a].to(c) * cos - x[..., b].to(c) * sin
-            out[..., b] = x[..., b].to(c) * cos + x[..., a].to(c) * sin
+        a = [2 * i if interleaved else i for i in range(half)]
+        b = [2 * i + 1 if interleaved else i + half for i in range(half)]
+        cos, sin = cos_sin[position, :half].to(c), cos_sin[position, half:].to(c)
+        out[..., a] = x[..., a].to(c) * cos - x[..., b].to(c) * sin
+        out[..., b] = x[..., b].to(c) * cos + x[..., a].to(c) * sin
         return out
 
     q_out, k_out, v_out = q.to(c), k_cache.to(c), v_cache.to(c)
@@ -99,15 +99,14 @@ def rope_kv_write(
 def _attention_row(
     c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, i: int, num_rows: int, o: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Row i of a sequence: q (H, D), k and v (Sk, Hk, D). Takes only the keys it sees."""
+    """Row i of a sequence: q (H, D), k and v (Sk, H, D). Takes only the keys it sees."""
     at = i + k.shape[0] - num_rows
     left, right = o["window_size"]
     right = 0 if o["causal"] else right
     seen = [j for j in range(k.shape[0]) if (left < 0 or j >= at - left) and (right < 0 or j <= at + right)]
     if not seen:
         return torch.zeros_like(q, dtype=c), torch.full((q.shape[0],), -torch.inf, dtype=c)
-    group = q.shape[0] // k.shape[1]
-    keys, values = (t[seen[0] : seen[-1] + 1].to(c).repeat_interleave(group, 1) for t in (k, v))
+    keys, values = k[seen[0] : seen[-1] + 1], v[seen[0] : seen[-1] + 1]
     scores = torch.einsum("hd,khd->hk", q.to(c), keys) * o["softmax_scale"]
     if o["softcap"] > 0:
         scores = o["softcap"] * torch.tanh(scores / o["softcap"])
@@ -122,9 +121,11 @@ def _attention(
     options = {"window_size": (-1, -1), "softcap": 0.0} | options
     out, lse = q.to(c).clone(), torch.zeros(q.shape[1], q.shape[0], dtype=c)
     for b in range(len(runs) - 1):
+        group = q.shape[1] // keys[b].shape[1]
+        k, v = (t.to(c).repeat_interleave(group, 1) for t in (keys[b], values[b]))
         for i in range(runs[b + 1] - runs[b]):
             t = runs[b] + i
-            out[t], lse[:, t] = _attention_row(c, q[t], keys[b], values[b], i, runs[b + 1] - runs[b], options)
+            out[t], lse[:, t] = _attention_row(c, q[t], k, v, i, runs[b + 1] - runs[b], options)
     return [out, lse]
 
 
@@ -143,10 +144,10 @@ def paged_attention(
     size = k_cache.shape[1]
 
     def gather(cache: Tensor) -> list[Tensor]:
-        rows = [
-            [cache[block_table[b, i // size], i % size] for i in range(n)] for b, n in enumerate(seqused_k.tolist())
-        ]
-        return [torch.stack(r) if r else cache[0, :0] for r in rows]
+        out = []
+        for n, table in zip(seqused_k.tolist(), block_table.tolist(), strict=True):
+            out.append(torch.stack([cache[table[i // size], i % size] for i in range(n)]) if n else cache[0, :0])
+        return out
 
     return _attention(c, q, cu_seqlens_q.tolist(), gather(k_cache), gather(v_cache), causal=causal, **options)
 
@@ -195,7 +196,7 @@ def adjust_logits(
 def token_logprobs(c: torch.dtype, logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
     logprobs = torch.log_softmax(logits.to(c), -1)
     rows = logits.float().tolist()
-    best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:num_top] for row in rows]  # noqa: B023
+    best = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:num_top] for row in rows]
     ids = torch.tensor(best, dtype=torch.int64).view(len(rows), num_top)
     chosen = token_ids.long().unsqueeze(1)
     rank = [1 + sum(v > row[i] for v in row) for row, i in zip(rows, token_ids.tolist(), strict=True)]

@@ -46,6 +46,7 @@ class OpSpec:
     bad: Callable[[Gen, Call], Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     cuda_dtypes: tuple[torch.dtype, ...] = HALVES
+    keeps_dtype: bool = True  # the first result has the dtype of the inputs
 
     def device_dtypes(self, device: str) -> tuple[torch.dtype, ...]:
         return self.cuda_dtypes if device == "cuda" else self.dtypes

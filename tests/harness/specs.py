@@ -274,6 +274,7 @@ SPECS = (
         {"logits": Role((0,))} | {n: _B for n in ("temperature", "top_k", "top_p", "min_p", "seed", "position")},
         verify=verify_sample,
         bad=bad_sample,
+        keeps_dtype=False,
         cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),
     OpSpec(
@@ -283,6 +284,7 @@ SPECS = (
         {"logits": Role((0,)), "token_ids": _B},
         formulas.token_logprobs,
         scalars={"num_top": "count"},
+        keeps_dtype=False,
         cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),
 )

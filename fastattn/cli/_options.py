@@ -1,0 +1,66 @@
+"""Options that several commands share, under vLLM's names."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import typer
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)")
+
+
+def parse_size(text: str | int) -> int:
+    """A count as vLLM writes it: small letters are powers of 1000 ("1.5m" = 1500000), capitals of 1024 ("32K" = 32768)."""
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size, expected a number such as 4096, 32K, 1k or 1.5m")
+    value = float(match[1]) * _FACTORS[match[2]] if "." in match[1] else int(match[1]) * _FACTORS[match[2]]
+    if value != int(value) or value < 1:
+        raise typer.BadParameter(f"{text!r} is not a positive whole number")
+    return int(value)
+
+
+def _size(flag: str, help: str, *aliases: str) -> object:
+    return typer.Option(flag, *aliases, parser=parse_size, metavar="N", help=help, show_default=False)
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="smollm2, gemma3-270m, a folder in Hugging Face's layout, or a .gguf file.")
+]
+
+# ---- engine ----
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 on a CPU.")]
+MaxModelLen = Annotated[int | None, _size("--max-model-len", "Longest prompt and answer together, in tokens.", "-c")]
+MaxNumSeqs = Annotated[int | None, _size("--max-num-seqs", "Most sequences in one step.")]
+MaxNumBatchedTokens = Annotated[int | None, _size("--max-num-batched-tokens", "Most tokens in one step.")]
+BlockSize = Annotated[int, typer.Option("--block-size", metavar="N", help="Tokens in a KV-cache block.")]
+NumKvBlocks = Annotated[int | None, _size("--num-kv-blocks", "KV-cache blocks; as many as fit, if not given.")]
+GpuMemoryUtilization = Annotated[
+    float, typer.Option("--gpu-memory-utilization", metavar="SHARE", help="Share of the GPU's memory to use at most.")
+]
+EnablePrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching", help="Keep what was computed, for prompts that begin alike."
+    ),
+]
+
+# ---- sampling ----
+
+MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens of this total; 1 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Draw among so many likeliest tokens; 0 is off.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", metavar="P", help="Leave out tokens below this share of the likeliest one's; 0 is off.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message, for chat models.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the text: no progress, no summary.")]

@@ -1,0 +1,204 @@
+"""`fastattn chat`: a conversation at the terminal. The prefix cache keeps earlier turns, so each turn computes only what is new."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastattn.cli import _errors, _session
+from fastattn.cli import _options as opt
+
+if TYPE_CHECKING:
+    from fastattn.engine.llm import LLM
+    from fastattn.engine.sampling_params import SamplingParams
+
+HELP = """\
+/help          this list
+/reset         forget the conversation (the system message stays)
+/system TEXT   start anew with this system message; without TEXT: with none
+/save FILE     write the conversation as JSON
+/exit          leave; Ctrl-D does too
+A line that ends in \\ goes on in the next. Ctrl-C stops an answer. A message may begin with / after a space."""
+
+
+@dataclass
+class Conversation:
+    """The messages so far, and one turn more. write gets the answer's text as it comes."""
+
+    llm: LLM
+    params: SamplingParams
+    system: str | None
+    write: Callable[[str], None]
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return first + self.turns
+
+    def say(self, text: str) -> None:
+        """Answers a message. A message that cannot be answered is forgotten again; an interrupted answer is kept as far
+        as it was shown, since the person who reads on has seen it."""
+        self.turns.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            prompt = self.llm.chat_prompt(self.messages)
+            with _session.Interrupt() as interrupt:
+                for _, output in _session.stream(self.llm.engine, [prompt], self.params, interrupt):
+                    completion = output.outputs[0]
+                    answer += completion.text
+                    self.write(completion.text)
+                    if completion.finish_reason == "error":
+                        raise RuntimeError("the model gave logits that are not numbers")
+        except BaseException:
+            self.turns.pop()
+            raise
+        if answer:
+            self.turns.append({"role": "assistant", "content": answer})
+        else:
+            self.turns.pop()
+
+
+def chat(
+    model: opt.Model,
+    system: opt.System = None,
+    max_tokens: opt.MaxTokens = 1024,
+    temperature: opt.Temperature = 0.7,
+    top_p: opt.TopP = 0.95,
+    top_k: opt.TopK = 0,
+    min_p: opt.MinP = 0.0,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKvBlocks = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    enable_prefix_caching: opt.EnablePrefixCaching = True,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Talk with a model. /help lists the commands inside."""
+    params = _session.make_params(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
+    )
+    source = _session.open_source(model)
+    if not source.tokenizer().has_chat_template:  # known from the file's header: say so before weights are loaded
+        raise _errors.CLIError(
+            f'{source.name} has no chat template, so it completes text but does not converse: fastattn run --raw {model} "TEXT"'
+        )
+    loaded = _session.load_llm(
+        source,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=enable_prefix_caching,
+        quiet=quiet,
+    )
+    if not quiet and sys.stdin.isatty():
+        tell(f"{source.name} on {loaded.llm.engine.runner.device}. /help lists the commands.")
+    repl(Conversation(loaded.llm, params, system, _write), read_messages())
+
+
+def repl(conversation: Conversation, messages: Iterator[str]) -> None:
+    """Takes messages and commands until they end or /exit."""
+    for message in messages:
+        if message.startswith("/"):
+            if not command(conversation, message):
+                return
+            continue
+        if not message.strip():
+            continue
+        try:
+            conversation.say(message.strip())
+        except (ValueError, RuntimeError) as error:  # a prompt that became too long, most likely; the chat can go on
+            hint = "" if len(conversation.messages) < 2 else " (/reset starts anew)"
+            tell(f"fastattn: {_errors.one_line(error)}{hint}")
+        conversation.write("\n")
+
+
+def command(conversation: Conversation, line: str) -> bool:
+    """Obeys a /command; False means leave."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in ("/exit", "/quit"):
+        return False
+    if name == "/help":
+        tell(HELP)
+    elif name == "/reset":
+        conversation.turns.clear()
+        tell("The conversation is empty.")
+    elif name == "/system":
+        conversation.system = rest or None
+        conversation.turns.clear()
+        tell("The system message is set, the conversation is empty." if rest else "There is no system message now.")
+    elif name == "/save":
+        save(conversation, rest)
+    else:
+        tell(f"fastattn: unknown command {name}, /help lists them (a message may begin with / after a space)")
+    return True
+
+
+def save(conversation: Conversation, path: str) -> None:
+    if not path:
+        tell("fastattn: /save needs a file name")
+        return
+    try:
+        text = json.dumps(conversation.messages, ensure_ascii=False, indent=2)
+        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
+        tell(f"Saved {len(conversation.messages)} messages to {path}.")
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name, or text that is no UTF-8
+        tell(f"fastattn: {_errors.one_line(error)}")
+
+
+def read_messages() -> Iterator[str]:
+    """Messages from the terminal, with line editing and history, or the lines of a pipe."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  importing it gives input() editing and history
+    lines: list[str] = []
+    while True:
+        try:
+            # input() takes the prompt to stdout; nobody wants it in a pipe.
+            line = input(("… " if lines else "> ") if interactive else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            tell("" if lines else "\n(/exit or Ctrl-D leaves)")
+            lines.clear()
+            continue
+        except UnicodeDecodeError as error:
+            raise _errors.CLIError(f"stdin is not UTF-8: {error.reason} at byte {error.start} of a line") from None
+        if line.endswith("\\"):
+            lines.append(line[:-1])
+            continue
+        yield "\n".join([*lines, line])
+        lines.clear()
+    if lines:  # the input ended in a backslash
+        yield "\n".join(lines)
+    if interactive:
+        tell("")
+
+
+def tell(text: str) -> None:
+    """For the person, not part of the conversation."""
+    print(text, file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

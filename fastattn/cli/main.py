@@ -1,0 +1,92 @@
+"""The typer application: `fastattn run | chat | doctor | plan | version`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastattn import __version__
+from fastattn.cli import _errors
+from fastattn.cli.chat import chat
+from fastattn.cli.doctor import doctor
+from fastattn.cli.plan import plan
+from fastattn.cli.run import run
+
+
+class _Group(TyperGroup):
+    """Turns every way to fail into one line and an exit code, in one place for all commands."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, *more, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, *more, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _errors.hush_stdout()
+            code = _errors.PIPE_CLOSED
+        except (typer.Abort, KeyboardInterrupt):
+            code = _errors.INTERRUPTED
+        except Exception as error:
+            code = _usage_error(error) or _errors.report(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Exception) -> int | None:
+    """Reports a mistake that the argument parser found. Known by its methods: typer hides the class, and it has moved."""
+    if not hasattr(error, "format_message"):
+        return None
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "fastattn"
+    print(f"{where}: {message} (see {where} --help)", file=sys.stderr)
+    return 2
+
+
+app = typer.Typer(
+    name="fastattn",
+    cls=_Group,
+    help="Runs language models on CPUs and NVIDIA GPUs.",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: quick to print, easy to grep, the same on every terminal
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    from fastattn import config
+
+    logging.basicConfig(level=config.log_level(), format="%(levelname)s %(name)s: %(message)s")
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(run)
+app.command()(chat)
+app.command()(doctor)
+app.command("collect-env", help="The same as doctor, under the name that vLLM and torch users know.")(doctor)
+app.command()(plan)
+
+
+@app.command("version")
+def _version() -> None:
+    """Print the version."""
+    _print_version(True)

@@ -1,0 +1,177 @@
+"""`fastattn plan`: what a model will take in memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastattn.cli import _errors, _session
+from fastattn.cli import _options as opt
+from fastattn.cli._summary import bytes_text
+
+if TYPE_CHECKING:
+    from fastattn.engine.memory_plan import MemoryPlan, PlanOptions
+    from fastattn.models.config import ModelConfig
+
+
+def plan(
+    model: opt.Model,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKvBlocks = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    memory: Annotated[
+        int | None,
+        typer.Option("--memory", parser=opt.parse_size, metavar="BYTES", help="Plan for a device of this size, e.g. 80G."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say to the byte what a model takes: weights, KV cache, workspace. Loads nothing. Exit code 1 if it does not fit."""
+    from fastattn.engine.memory_plan import memory_plan
+
+    source = _session.open_source(model)
+    options = make_options(
+        source.config,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        gpu_memory_utilization=gpu_memory_utilization,
+        what_if=memory is not None,
+    )
+    free, total = (memory, memory) if memory is not None else _device_memory(options.device_type, device)
+    result = memory_plan(source.config, source.tensors(), options, free, total)
+    if as_json:
+        typer.echo(json.dumps(as_dict(source.name, result), indent=2))
+    else:
+        _print_table(source.name, result)
+    if not result.fits:
+        raise typer.Exit(1)
+
+
+def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool, **wishes: Any) -> PlanOptions:
+    """The choices that the engine would make. what_if: the device need not be here."""
+    import torch
+
+    from fastattn.engine import setup
+    from fastattn.engine.config import EngineConfig
+    from fastattn.engine.memory_plan import PlanOptions
+
+    if what_if and device.partition(":")[0] == "cuda":
+        chosen = torch.device("cuda")
+    else:
+        try:
+            chosen = setup.choose_device(device)
+        except ValueError as error:
+            hint = " (--memory 80G plans for a GPU that is not here)" if device.startswith("cuda") else ""
+            raise _errors.CLIError(f"{error}{hint}") from error
+    wished = {name: value for name, value in wishes.items() if value is not None}
+    # EngineOptions and EngineConfig check what the engine itself would refuse.
+    limits = setup.EngineOptions(device=device, dtype=dtype, **wished)
+    max_num_seqs = limits.max_num_seqs or (256 if chosen.type == "cuda" else 32)
+    checked = EngineConfig(
+        max_model_len=setup.choose_model_len(config, limits.max_model_len),
+        num_kv_blocks=limits.num_kv_blocks or 1,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(limits.max_num_batched_tokens or (8192 if chosen.type == "cuda" else 512), max_num_seqs),
+        block_size=limits.block_size,
+    )
+    return PlanOptions(
+        device_type=chosen.type,
+        dtype=setup.choose_dtype(dtype, chosen),
+        max_model_len=checked.max_model_len,
+        max_num_seqs=checked.max_num_seqs,
+        max_num_batched_tokens=checked.max_num_batched_tokens,
+        block_size=checked.block_size,
+        num_kv_blocks=limits.num_kv_blocks,
+        gpu_memory_utilization=limits.gpu_memory_utilization,
+    )
+
+
+def _device_memory(device_type: str, device: str) -> tuple[int, int]:
+    if device_type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(torch.device("cuda" if device == "auto" else device))
+        return int(free), int(total)
+    from fastattn.engine.host_memory import host_memory
+
+    host = host_memory()
+    return host.available, host.total
+
+
+def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:
+    """The plan with stable keys; every *_bytes is exact, but activation_bytes and sampling_bytes, which are upper bounds."""
+    o = plan.options
+    return {
+        "model": name,
+        "device": o.device_type,
+        "dtype": str(o.dtype).removeprefix("torch."),
+        "max_model_len": o.max_model_len,
+        "max_num_seqs": o.max_num_seqs,
+        "max_num_batched_tokens": o.max_num_batched_tokens,
+        "block_size": o.block_size,
+        "num_parameters": plan.num_parameters,
+        "stored_bytes": dict(plan.stored_bytes),
+        "weight_bytes": dict(plan.weight_bytes),
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "kv_bytes_per_block": plan.kv_bytes_per_block,
+        "num_kv_blocks": plan.num_kv_blocks,
+        "num_kv_tokens": plan.num_kv_tokens,
+        "kv_bytes": plan.kv_bytes,
+        "activation_bytes": plan.activation_bytes,
+        "sampling_bytes": plan.sampling_bytes,
+        "buffer_bytes": plan.buffer_bytes,
+        "reserve_bytes": plan.reserve_bytes,
+        "total_bytes": plan.total_bytes,
+        "memory_free": plan.memory_free,
+        "memory_total": plan.memory_total,
+        "memory_budget": plan.memory_budget,
+        "num_full_requests": plan.num_full_requests,
+        "fits": plan.fits,
+        "problem": plan.problem,
+    }
+
+
+def _print_table(name: str, plan: MemoryPlan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    o = plan.options
+    dtype = str(o.dtype).removeprefix("torch.")
+    table = Table(title=f"{name}, {o.device_type}, {dtype}", title_justify="left", box=None, pad_edge=False)
+    for column, justify in (("part", "left"), ("bytes", "right"), ("", "right"), ("how", "left")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+
+    def row(part: str, count: int, how: str) -> None:
+        table.add_row(part, f"{count:,}", bytes_text(count), how)
+
+    stored = ", ".join(f"{kind} {bytes_text(count)}" for kind, count in plan.stored_bytes.items())
+    row("file", sum(plan.stored_bytes.values()), stored)
+    loaded = ", ".join(f"{kind} {bytes_text(count)}" for kind, count in plan.weight_bytes.items())
+    row("weights", plan.weights_total, f"{plan.num_parameters:,} parameters, rotary tables; {loaded}")
+    row("KV, a token", plan.kv_bytes_per_token, "all layers, k and v")
+    row("KV, a block", plan.kv_bytes_per_block, f"{o.block_size} tokens")
+    row("KV cache", plan.kv_bytes, f"{plan.num_kv_blocks:,} blocks, {plan.num_kv_tokens:,} tokens")
+    row("activations", plan.activation_bytes, f"at most, in a step of {o.max_num_batched_tokens:,} tokens")
+    row("logits, sampling", plan.sampling_bytes, f"at most, for {o.max_num_seqs:,} sequences")
+    row("step buffers", plan.buffer_bytes, "token ids, positions, block tables")
+    if plan.reserve_bytes:
+        row("reserve", plan.reserve_bytes, "kernels' workspaces, CUDA graphs")
+    row("total", plan.total_bytes, f"of {plan.memory_budget:,} that may be used")
+    Console(highlight=False, soft_wrap=True).print(table)
+    if plan.problem is not None:
+        typer.echo(f"Does not fit: {plan.problem}.")
+    else:
+        requests = plan.num_full_requests
+        noun = "request" if requests == 1 else "requests"
+        typer.echo(f"Fits: {requests} {noun} of {o.max_model_len:,} tokens at the same time.")

@@ -1,0 +1,232 @@
+"""What a model will take in memory, to the byte, computed from its description alone: no weight is read, no GPU asked.
+
+Weights and KV cache are exact. The workspace of a step is an upper bound: the tensors of its widest phase, all counted as
+alive at once, without what the allocator rounds up. A request for prompt_logprobs takes logits of a whole chunk on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastattn.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from fastattn.models.loader import TensorInfo
+
+# Kernels' own workspaces, CUDA graphs and the allocator's slack on a GPU.
+CUDA_RESERVE_BYTES = 512 << 20
+# Without a wish a CPU's cache takes this share of free memory at most: a laptop has other work to do.
+CPU_MEMORY_SHARE = 0.25
+# Queries per pass of the CPU's attention (fastattn.reference.attention), which holds fp32 scores of that many rows.
+_CPU_ATTENTION_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The engine's sizes, every choice made (see EngineConfig). num_kv_blocks None: as many as fit."""
+
+    device_type: str  # "cpu" or "cuda"
+    dtype: torch.dtype
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, but for the counts. memory_free, memory_total: of the device, before anything was loaded."""
+
+    options: PlanOptions
+    num_parameters: int
+    stored_bytes: Mapping[str, int]  # on disk, by stored type
+    weight_bytes: Mapping[str, int]  # loaded, by dtype; the rotary tables are the fp32 part of a half-precision model
+    kv_bytes_per_token: int
+    num_kv_blocks: int
+    activation_bytes: int
+    sampling_bytes: int
+    buffer_bytes: int
+    reserve_bytes: int
+    memory_free: int
+    memory_total: int
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        return self.kv_bytes_per_token * self.options.block_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_block * self.num_kv_blocks
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.options.block_size
+
+    @property
+    def weights_total(self) -> int:
+        return sum(self.weight_bytes.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.activation_bytes + self.sampling_bytes + self.buffer_bytes + self.reserve_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_total + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def memory_budget(self) -> int:
+        """What all of it may take together: on a GPU its share of the card, less what others hold there already."""
+        return _budget(self.options, self.memory_free, self.memory_total)
+
+    @property
+    def blocks_per_request(self) -> int:
+        return -(-self.options.max_model_len // self.options.block_size)
+
+    @property
+    def num_full_requests(self) -> int:
+        """Requests of max_model_len tokens that can run at the same time without preemption."""
+        return min(self.num_kv_blocks // self.blocks_per_request, self.options.max_num_seqs)
+
+    @property
+    def fits(self) -> bool:
+        return self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot run, in one sentence with both numbers; None if it can."""
+        if self.total_bytes > self.memory_budget:
+            return f"{self.total_bytes} bytes are needed, {self.memory_budget} may be used"
+        if self.num_kv_blocks < self.blocks_per_request:
+            return (
+                f"a request of max_model_len = {self.options.max_model_len} tokens needs {self.blocks_per_request} KV blocks "
+                f"of {self.kv_bytes_per_block} bytes, and there is room for {self.num_kv_blocks}"
+            )
+        return None
+
+
+def memory_plan(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    options: PlanOptions,
+    memory_free: int,
+    memory_total: int,
+) -> MemoryPlan:
+    """The plan for a model of these tensors on a device with that much memory."""
+    stored: dict[str, int] = {}
+    num_parameters = 0
+    for name, info in tensors.items():
+        stored[_type_name(info.dtype)] = stored.get(_type_name(info.dtype), 0) + info.nbytes
+        # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
+        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+            num_parameters += prod(info.shape)
+    weights = {_type_name(options.dtype): num_parameters * options.dtype.itemsize}
+    num_tables = 1 if config.rope_local is None else 2
+    table_bytes = num_tables * options.max_model_len * config.head_dim * 4
+    weights["float32"] = weights.get("float32", 0) + table_bytes
+
+    activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
+    buffers = buffer_bytes(options)
+    reserve = CUDA_RESERVE_BYTES if options.device_type == "cuda" else 0
+    fixed = sum(weights.values()) + activations + sampling + buffers + reserve
+    per_token = kv_bytes_per_token(config, options.dtype)
+    blocks = options.num_kv_blocks
+    if blocks is None:
+        blocks = _num_kv_blocks(options, per_token, _budget(options, memory_free, memory_total) - fixed)
+    return MemoryPlan(
+        options=options,
+        num_parameters=num_parameters,
+        stored_bytes=stored,
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        num_kv_blocks=blocks,
+        activation_bytes=activations,
+        sampling_bytes=sampling,
+        buffer_bytes=buffers,
+        reserve_bytes=reserve,
+        memory_free=memory_free,
+        memory_total=memory_total,
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _budget(options: PlanOptions, free: int, total: int) -> int:
+    if options.device_type == "cuda":
+        return max(0, free - int((1 - options.gpu_memory_utilization) * total))
+    return free
+
+
+def _num_kv_blocks(options: PlanOptions, per_token: int, room: int) -> int:
+    """As many blocks as memory allows, but never more than all sequences at full length could use."""
+    if options.device_type == "cpu":
+        room = int(room * CPU_MEMORY_SHARE)
+    most = -(-options.max_model_len // options.block_size) * options.max_num_seqs
+    return max(0, min(room // (per_token * options.block_size), most, (2**31 - 1) // options.block_size))
+
+
+def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    """Upper bound of what a step of max_num_batched_tokens holds between embedding and final norm."""
+    c, tokens, item = config, options.max_num_batched_tokens, options.dtype.itemsize
+    q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    # Residual stream, the previous layer's output and its norm live on through both phases.
+    stream = 3 * c.hidden_size * item
+    attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + c.num_heads * 4  # qkv, out, o_proj; lse
+    mlp = (3 * c.intermediate_size + c.hidden_size) * item  # gate and up, their product, down
+    if options.device_type == "cuda":
+        return tokens * (stream + max(attention, mlp))
+    # The CPU's operators are plain torch and round once at the end, so each holds fp32 copies of what it works on.
+    norm = 3 * c.hidden_size * 4
+    rope = 3 * q_width * 4
+    gated = 3 * c.intermediate_size * 4
+    step = tokens * (stream + max(attention + rope, mlp + gated, norm))
+    keys, rows = options.max_model_len, min(tokens, _CPU_ATTENTION_ROWS)
+    gathered = 2 * keys * kv_width * (item + 2 * 4)  # k and v out of their pages, and in fp32, contiguous for the product
+    scores = rows * (keys * (c.num_heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
+    return step + gathered + scores + _cpu_upcast_bytes(config, options)
+
+
+def _cpu_upcast_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    """The CPU multiplies fp16 (and bf16 with a bias) in fp32: a copy of the matrix, its input and its output."""
+    if options.dtype is torch.float32 or (options.dtype is torch.bfloat16 and not _has_bias(config)):
+        return 0
+    c = config
+    widest = max(2 * c.intermediate_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size)
+    layer = (c.hidden_size + options.max_num_batched_tokens) * 2 * widest
+    head = (c.vocab_size + options.max_num_seqs) * c.hidden_size + options.max_num_seqs * c.vocab_size
+    return 4 * max(layer, head)
+
+
+def _has_bias(config: ModelConfig) -> bool:
+    return config.attention_bias or config.attention_out_bias or config.mlp_bias
+
+
+def sampling_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    """Upper bound for logits and the draw: max_num_seqs rows of the vocabulary."""
+    elements = options.max_num_seqs * config.vocab_size
+    logits = options.dtype.itemsize + 4 + 4  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
+    softcap = 8 if config.final_softcap else 0
+    # The CPU ranks the whole vocabulary when top-p asks for it: rows, weights, ranks and indices, fp64 sums.
+    draw = 0 if options.device_type == "cuda" else 44
+    return elements * (logits + softcap + draw) + options.max_num_seqs * config.hidden_size * options.dtype.itemsize
+
+
+def buffer_bytes(options: PlanOptions) -> int:
+    """The step buffer (`_runtime.BatchBuilder`), and on a GPU its pinned twin on the host is not counted."""
+    seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+    blocks = -(-options.max_model_len // options.block_size)
+    fields = [4 * tokens] * 3 + [4 * (seqs + 1)] + [4 * seqs] * 6 + [8 * seqs] * 2 + [4 * seqs * blocks]
+    return sum(-(-nbytes // 16) * 16 for nbytes in fields)
+
+
+def _type_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

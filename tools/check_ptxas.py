@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Fails a build whose log shows speed that was lost silently: check_ptxas.py LOG.
+
+Looks, in what nvcc and ptxas printed with `-Xptxas -v`, for wgmma instructions that were serialized, a `setmaxnreg` that was
+ignored, and kernels that spill registers to memory. A spill that is known and meant stands in SPILLS_ALLOWED with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+# Part of a kernel's demangled or mangled name → (most bytes it may spill, why).
+SPILLS_ALLOWED: dict[str, tuple[int, str]] = {}
+
+_WARNINGS = (
+    (re.compile(r"wgmma.*serializ", re.IGNORECASE), "wgmma is serialized"),
+    (re.compile(r"C75(08|10|11|15)"), "ptxas warns of lost speed"),
+    (re.compile(r"setmaxnreg.*ignored", re.IGNORECASE), "setmaxnreg is ignored"),
+)
+_FUNCTION = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'|Function properties for (\S+)")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+def findings(log: str) -> list[str]:
+    """One line for each thing that must not be."""
+    found = []
+    kernel, arch = "?", "?"
+    for line in log.splitlines():
+        for pattern, meaning in _WARNINGS:
+            if pattern.search(line):
+                found.append(f"{meaning}: {line.strip()}")
+                break
+        if match := _FUNCTION.search(line):
+            if match[1]:
+                kernel, arch = match[1], match[2]
+            else:
+                kernel = match[3]
+        if match := _SPILLS.search(line):
+            spilled = int(match[2]) + int(match[3])
+            allowed = max((limit for part, (limit, _) in SPILLS_ALLOWED.items() if part in kernel), default=0)
+            if spilled > allowed:
+                found.append(f"{kernel} ({arch}) spills {match[2]} bytes out and {match[3]} in, allowed are {allowed}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path)
+    log = parser.parse_args().log.read_text(errors="replace")
+    found = findings(log)
+    for line in found:
+        print(line)
+    kernels = len(re.findall("Compiling entry function", log))
+    print(f"ptxas: {kernels} kernels, {len(found)} findings")
+    if kernels == 0:
+        print("the log holds no kernel: was it made with -Xptxas -v?")
+    return 1 if found or kernels == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
