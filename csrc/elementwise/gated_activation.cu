@@ -1,0 +1,67 @@
+// Gated activations (https://arxiv.org/abs/2002.05202): SwiGLU and GeGLU.
+//
+//   out[r, j] = round(act(x[r, j]) * x[r, N + j])
+//   silu(g) = g / (1 + e^-g)   gelu(g) = g * Phi(g)   gelu_tanh(g) = g/2 * (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3)))
+//
+//   x (rows, 2N), out (rows, N) bf16 or fp16, fp32 arithmetic
+//
+// Grid: one CTA per (row, piece of up to 256 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
+#include "elementwise/gated_activation.h"
+
+#include "arch/dispatch.h"
+#include "arch/vec.cuh"
+
+namespace fastattn {
+namespace {
+
+template <Activation ACTIVATION>
+__device__ __forceinline__ float activate(float g) {
+  if constexpr (ACTIVATION == Activation::kSilu) return g / (1.0f + __expf(-g));
+  // Phi through erfc: 1 + erf(g / sqrt(2)) would cancel for negative g.
+  if constexpr (ACTIVATION == Activation::kGelu) return 0.5f * g * erfcf(-0.70710678118654752f * g);
+  if constexpr (ACTIVATION == Activation::kGeluTanh) {
+    return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
+  }
+}
+
+template <typename T, int VEC, Activation ACTIVATION>
+__global__ void __launch_bounds__(256)
+    gated_activation_kernel(const __grid_constant__ GatedActivationParams p, int32_t pieces_per_row) {
+  const int64_t row_idx = blockIdx.x / pieces_per_row;
+  const int64_t piece = blockIdx.x % pieces_per_row;
+  const int64_t column = (piece * blockDim.x + threadIdx.x) * VEC;
+  if (column >= p.width) return;
+  const T* const gate = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx) + column;
+  float gates[VEC];
+  float ups[VEC];
+  load_vec<VEC>(gate, gates);
+  load_vec<VEC>(gate + p.width, ups);
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) ups[i] *= activate<ACTIVATION>(gates[i]);
+  store_vec<VEC>(static_cast<T*>(p.out) + row_idx * p.width + column, ups);
+}
+
+template <typename T, int VEC>
+cudaError_t launch(const GatedActivationParams& p, cudaStream_t stream) {
+  const int64_t num_vecs = p.width / VEC;
+  const unsigned num_threads = num_vecs >= 256 ? 256 : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
+  const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
+  if (p.num_rows * pieces > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto kernel = p.activation == Activation::kSilu       ? gated_activation_kernel<T, VEC, Activation::kSilu>
+                      : p.activation == Activation::kGeluTanh ? gated_activation_kernel<T, VEC, Activation::kGeluTanh>
+                                                              : gated_activation_kernel<T, VEC, Activation::kGelu>;
+  kernel<<<static_cast<unsigned>(p.num_rows * pieces), num_threads, 0, stream>>>(p, static_cast<int32_t>(pieces));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t gated_activation(const GatedActivationParams& p, cudaStream_t stream) {
+  const bool vectors = p.width % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.out);
+  return dispatch_half(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return vectors ? launch<T, 8>(p, stream) : launch<T, 1>(p, stream);
+  });
+}
+
+}  // namespace fastattn

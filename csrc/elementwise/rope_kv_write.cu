@@ -1,0 +1,170 @@
+// Rotary embedding (https://arxiv.org/abs/2104.09864) of q and k with the optional RMSNorm of their heads before it
+// (Qwen3, Gemma 3), and the write of k and v to the paged cache: one pass over what the QKV projection left.
+//
+//   (a, b) -> (a cos - b sin, b cos + a sin)    pairs (i, i + rotary_dim / 2), or (2i, 2i + 1) if interleaved
+//
+//   q (T, H, D) in place   k, v (T, Hk, D) -> caches (num_blocks, block_size, Hk, D)   cos_sin (max_position, rotary_dim) fp32
+//
+// Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
+// rotated part and VEC elements at a time of the rest, and writes the elements that it read: q is rotated in place.
+// Memory bounds it.
+#include "elementwise/rope_kv_write.h"
+
+#include <cmath>
+
+#include "arch/dispatch.h"
+#include "arch/reduce.cuh"
+#include "arch/vec.cuh"
+
+namespace fastattn {
+namespace {
+
+constexpr int kWarps = 8;
+
+// Head `source` normalized (norm_weight may be nullptr), rotated by angles cos, sin (rotary_dim / 2 each) and written
+// to `target`, which may be `source`.
+template <typename T, int VEC, bool INTERLEAVED>
+__device__ __forceinline__ void rotate_head(const T* source, T* target, const T* norm_weight, const float* cos,
+                                            const float* sin, const RopeKvWriteParams& p) {
+  const int lane = threadIdx.x % 32;
+  const int half = p.rotary_dim / 2;
+  float scale = 1.0f;
+  if (norm_weight != nullptr) {
+    float square_sum = 0.0f;
+    for (int i = lane; i < p.head_dim; i += 32) {
+      const float value = to_float(source[i]);
+      square_sum += value * value;
+    }
+    square_sum = warp_reduce(square_sum, [](float a, float b) { return a + b; });
+    scale = rsqrtf(square_sum / static_cast<float>(p.head_dim) + p.norm_eps);
+  }
+  const auto load = [&](int element, auto& values) {
+    constexpr int COUNT = sizeof(values) / sizeof(float);
+    load_vec<COUNT>(source + element, values);
+    if (norm_weight != nullptr) {
+      float weight[COUNT];
+      load_vec<COUNT>(norm_weight + element, weight);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) values[i] = to_float(round_to<T>(values[i] * scale * weight[i]));
+    }
+  };
+
+  for (int pair = lane * VEC; pair < half; pair += 32 * VEC) {
+    float both[2 * VEC];  // a, then b
+    float c[VEC], s[VEC];
+    if constexpr (INTERLEAVED) {
+      float alternating[2 * VEC];
+      load(2 * pair, alternating);
+#pragma unroll
+      for (int i = 0; i < 2 * VEC; ++i) both[i % 2 * VEC + i / 2] = alternating[i];
+    } else {
+      float(&a)[VEC] = reinterpret_cast<float(&)[VEC]>(both[0]);
+      float(&b)[VEC] = reinterpret_cast<float(&)[VEC]>(both[VEC]);
+      load(pair, a);
+      load(half + pair, b);
+    }
+    if (cos == nullptr) {  // no such position
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) c[i] = s[i] = NAN;
+    } else {
+      load_vec<VEC>(cos + pair, c);
+      load_vec<VEC>(sin + pair, s);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const float a = both[i];
+      const float b = both[VEC + i];
+      both[i] = a * c[i] - b * s[i];
+      both[VEC + i] = b * c[i] + a * s[i];
+    }
+    if constexpr (INTERLEAVED) {
+      float alternating[2 * VEC];
+#pragma unroll
+      for (int i = 0; i < 2 * VEC; ++i) alternating[i] = both[i % 2 * VEC + i / 2];
+      store_vec<2 * VEC>(target + 2 * pair, alternating);
+    } else {
+      store_vec<VEC>(target + pair, reinterpret_cast<float(&)[VEC]>(both[0]));
+      store_vec<VEC>(target + half + pair, reinterpret_cast<float(&)[VEC]>(both[VEC]));
+    }
+  }
+  for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += 32 * VEC) {
+    float values[VEC];
+    load(element, values);
+    store_vec<VEC>(target + element, values);
+  }
+}
+
+template <typename T, int VEC, bool INTERLEAVED>
+__global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid_constant__ RopeKvWriteParams p) {
+  const int64_t token_idx = blockIdx.x;
+  int32_t head_idx = blockIdx.y * kWarps + threadIdx.x / 32;
+  if (head_idx >= p.num_heads + 2 * p.num_kv_heads) return;
+
+  const int32_t position = p.positions[token_idx];
+  const bool known = position >= 0 && position < p.max_position;
+  const float* const cos = known ? p.cos_sin + position * p.cos_sin_stride : nullptr;
+  const float* const sin = known ? cos + p.rotary_dim / 2 : nullptr;
+
+  if (head_idx < p.num_heads) {
+    T* const head = static_cast<T*>(p.q) + token_idx * p.q_token_stride + head_idx * p.q_head_stride;
+    rotate_head<T, VEC, INTERLEAVED>(head, head, static_cast<const T*>(p.q_norm_weight), cos, sin, p);
+    return;
+  }
+  head_idx -= p.num_heads;
+
+  const int32_t slot = p.slot_mapping[token_idx];
+  if (slot < 0) return;
+  const int32_t block = p.block_size_div.divide(slot);
+  const int32_t offset = slot - block * p.block_size;
+  if (block >= p.num_blocks) return;
+  if (head_idx < p.num_kv_heads) {
+    const T* const head = static_cast<const T*>(p.k) + token_idx * p.k_token_stride + head_idx * p.k_head_stride;
+    T* const target = static_cast<T*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
+                      head_idx * p.k_cache_head_stride;
+    rotate_head<T, VEC, INTERLEAVED>(head, target, static_cast<const T*>(p.k_norm_weight), cos, sin, p);
+  } else {
+    head_idx -= p.num_kv_heads;
+    const T* const head = static_cast<const T*>(p.v) + token_idx * p.v_token_stride + head_idx * p.v_head_stride;
+    T* const target = static_cast<T*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
+                      head_idx * p.v_cache_head_stride;
+    for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) {
+      // As it is, not through fp32: a NaN keeps its bits.
+      *reinterpret_cast<Pack<T, VEC>*>(target + element) = *reinterpret_cast<const Pack<T, VEC>*>(head + element);
+    }
+  }
+}
+
+template <typename T, int VEC>
+cudaError_t launch(const RopeKvWriteParams& p, cudaStream_t stream) {
+  const int32_t num_heads = p.num_heads + 2 * p.num_kv_heads;
+  const int64_t groups = (num_heads + kWarps - 1) / kWarps;
+  if (p.num_tokens > INT32_MAX || groups > 65535) return cudaErrorInvalidConfiguration;
+  const auto kernel = p.interleaved ? rope_kv_write_kernel<T, VEC, true> : rope_kv_write_kernel<T, VEC, false>;
+  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(groups));
+  kernel<<<grid, 32 * kWarps, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+// Pairs of elements, and of angles, can be loaded at once.
+bool even_rows(const RopeKvWriteParams& p) {
+  const auto even = [](auto... strides) { return ((strides % 4 == 0) && ...); };
+  const auto aligned = [](auto... pointers) { return ((reinterpret_cast<uintptr_t>(pointers) % 8 == 0) && ...); };
+  return p.rotary_dim % 4 == 0 &&
+         even(p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride, p.v_token_stride, p.v_head_stride,
+              p.k_block_stride, p.k_slot_stride, p.k_cache_head_stride, p.v_block_stride, p.v_slot_stride,
+              p.v_cache_head_stride, p.cos_sin_stride, static_cast<int64_t>(p.head_dim)) &&
+         aligned(p.q, p.k, p.v, p.k_cache, p.v_cache, p.cos_sin, p.q_norm_weight, p.k_norm_weight);
+}
+
+}  // namespace
+
+cudaError_t rope_kv_write(const RopeKvWriteParams& params, cudaStream_t stream) {
+  RopeKvWriteParams p = params;
+  p.block_size_div = FastDivide(p.block_size);
+  return dispatch_half(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return even_rows(p) ? launch<T, 2>(p, stream) : launch<T, 1>(p, stream);
+  });
+}
+
+}  // namespace fastattn

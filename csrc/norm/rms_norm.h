@@ -1,0 +1,27 @@
+// out = rms_norm(x) * weight, or residual += x and out = rms_norm(residual) * weight. The kernel is in rms_norm.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "arch/dtype.h"
+#include "arch/rows.h"
+
+namespace fastattn {
+
+// Rows (the last dimension) are contiguous.
+struct RmsNormParams {
+  const void* x = nullptr;       // (rows, N)
+  void* residual = nullptr;      // (rows, N), changed in place; nullptr: the plain norm
+  const void* weight = nullptr;  // (N)
+  void* out = nullptr;           // (rows, N) contiguous
+  Rows x_rows, residual_rows;
+  int64_t num_rows = 0;
+  int64_t row_size = 0;  // N
+  float eps = 0.0f;
+  DType dtype = DType::kBFloat16;
+};
+
+// Needs rows > 0 and N > 0. cudaErrorInvalidValue for a dtype that is not bf16 or fp16.
+cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
+
+}  // namespace fastattn

@@ -1,0 +1,58 @@
+// One row of a matrix, spread over the threads of a CTA: read from memory once, visited as often as a norm needs.
+//
+//   vector i of thread t covers the elements from (i * blockDim.x + t) * VEC on
+//   i < kCached stays in registers; what a very long row has beyond that is read again at each visit
+#pragma once
+
+#include "arch/vec.cuh"
+
+namespace fastattn {
+
+template <int VEC>
+struct RowCache {
+  static constexpr int kCached = VEC == 1 ? 8 : 4;
+  float cached[kCached][VEC];
+
+  // load(vec_idx, values) brings each vector for the first time, then use(values) sees it.
+  template <typename Load, typename Use>
+  __device__ __forceinline__ void fill(int64_t num_vecs, Load load, Use use) {
+#pragma unroll
+    for (int i = 0; i < kCached; ++i) {
+      const int64_t vec_idx = i * blockDim.x + threadIdx.x;
+      if (vec_idx < num_vecs) {
+        load(vec_idx, cached[i]);
+        use(cached[i]);
+      }
+    }
+    for (int64_t vec_idx = kCached * blockDim.x + threadIdx.x; vec_idx < num_vecs; vec_idx += blockDim.x) {
+      float values[VEC];
+      load(vec_idx, values);
+      use(values);
+    }
+  }
+
+  // use(vec_idx, values) sees every vector again; reload(vec_idx, values) brings those that are not cached.
+  template <typename Load, typename Use>
+  __device__ __forceinline__ void visit(int64_t num_vecs, Load reload, Use use) {
+#pragma unroll
+    for (int i = 0; i < kCached; ++i) {
+      const int64_t vec_idx = i * blockDim.x + threadIdx.x;
+      if (vec_idx < num_vecs) use(vec_idx, cached[i]);
+    }
+    for (int64_t vec_idx = kCached * blockDim.x + threadIdx.x; vec_idx < num_vecs; vec_idx += blockDim.x) {
+      float values[VEC];
+      reload(vec_idx, values);
+      use(vec_idx, values);
+    }
+  }
+};
+
+// Enough threads that a row fits into the registers, and no more than it has vectors.
+inline unsigned row_cache_threads(int64_t num_vecs, int cached) {
+  const auto warps = [](int64_t n) { return static_cast<unsigned>((n + 31) / 32 * 32); };
+  if (num_vecs <= 256) return num_vecs < 32 ? 32 : warps(num_vecs);
+  const int64_t wanted = (num_vecs + cached - 1) / cached;
+  return wanted <= 256 ? 256 : wanted >= 1024 ? 1024 : warps(wanted);
+}
+
+}  // namespace fastattn
