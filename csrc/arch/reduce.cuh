@@ -15,8 +15,8 @@ __device__ __forceinline__ V warp_reduce(V value, Combine combine) {
   return value;
 }
 
-// Every thread gets the result. blockDim.x is a multiple of 32; all threads call. `identity` is combine's neutral element.
-// May be called again at once: the barrier at its start ends the readers of the call before.
+// Every thread gets the result. blockDim.x is a multiple of 32; all threads call. `identity` is combine's neutral
+// element. May be called again at once: the barrier at its start ends the readers of the call before.
 template <typename V, typename Combine>
 __device__ __forceinline__ V block_reduce(V value, V identity, Combine combine) {
   __shared__ V warp_values[32];

@@ -12,6 +12,9 @@
 
 namespace fastattn {
 
+// What a longer window is cut down to; no sequence is that long.
+constexpr int32_t kMaxWindow = 1 << 30;
+
 // Strides count elements. Rows (the last dimension) are contiguous and 16-byte aligned.
 struct FlashSm80Params {
   const void* q = nullptr;  // (T, H, D)

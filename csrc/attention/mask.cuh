@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace fastattn {
+#include "attention/flash_sm80.h"
 
-// What a longer window is cut down to; no sequence is that long.
-constexpr int32_t kMaxWindow = 1 << 30;
+namespace fastattn {
 
 // Keys begin <= j < end; empty if end <= begin.
 struct KeyRange {

@@ -5,10 +5,9 @@
 //   token_ids (T) int32   weight (V, N), out (T, N) bf16 or fp16
 //
 // Grid: one CTA per (token, piece of up to 128 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
-#include "elementwise/embedding.h"
-
 #include "arch/dispatch.h"
 #include "arch/vec.cuh"
+#include "elementwise/embedding.h"
 
 namespace fastattn {
 namespace {
@@ -38,8 +37,8 @@ cudaError_t launch(const EmbeddingParams& p, cudaStream_t stream) {
   const unsigned num_threads = num_vecs >= kMaxThreads ? kMaxThreads : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
   const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
   if (p.num_tokens * pieces > INT32_MAX) return cudaErrorInvalidConfiguration;
-  embedding_kernel<T, VEC><<<static_cast<unsigned>(p.num_tokens * pieces), num_threads, 0, stream>>>(
-      p, static_cast<int32_t>(pieces));
+  embedding_kernel<T, VEC>
+      <<<static_cast<unsigned>(p.num_tokens * pieces), num_threads, 0, stream>>>(p, static_cast<int32_t>(pieces));
   return cudaGetLastError();
 }
 

@@ -6,10 +6,9 @@
 //   x (rows, 2N), out (rows, N) bf16 or fp16, fp32 arithmetic
 //
 // Grid: one CTA per (row, piece of up to 256 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
-#include "elementwise/gated_activation.h"
-
 #include "arch/dispatch.h"
 #include "arch/vec.cuh"
+#include "elementwise/gated_activation.h"
 
 namespace fastattn {
 namespace {

@@ -3,18 +3,18 @@
 //
 //   (a, b) -> (a cos - b sin, b cos + a sin)    pairs (i, i + rotary_dim / 2), or (2i, 2i + 1) if interleaved
 //
-//   q (T, H, D) in place   k, v (T, Hk, D) -> caches (num_blocks, block_size, Hk, D)   cos_sin (max_position, rotary_dim) fp32
+//   q (T, H, D) in place   k, v (T, Hk, D) -> caches (num_blocks, block_size, Hk, D)   cos_sin (max_position,
+//   rotary_dim) fp32
 //
 // Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
 // rotated part and VEC elements at a time of the rest, and writes the elements that it read: q is rotated in place.
 // Memory bounds it.
-#include "elementwise/rope_kv_write.h"
-
 #include <cmath>
 
 #include "arch/dispatch.h"
 #include "arch/reduce.cuh"
 #include "arch/vec.cuh"
+#include "elementwise/rope_kv_write.h"
 
 namespace fastattn {
 namespace {
@@ -58,8 +58,8 @@ __device__ __forceinline__ void rotate_head(const T* source, T* target, const T*
 #pragma unroll
       for (int i = 0; i < 2 * VEC; ++i) both[i % 2 * VEC + i / 2] = alternating[i];
     } else {
-      float(&a)[VEC] = reinterpret_cast<float(&)[VEC]>(both[0]);
-      float(&b)[VEC] = reinterpret_cast<float(&)[VEC]>(both[VEC]);
+      float (&a)[VEC] = reinterpret_cast<float (&)[VEC]>(both[0]);
+      float (&b)[VEC] = reinterpret_cast<float (&)[VEC]>(both[VEC]);
       load(pair, a);
       load(half + pair, b);
     }
@@ -83,8 +83,8 @@ __device__ __forceinline__ void rotate_head(const T* source, T* target, const T*
       for (int i = 0; i < 2 * VEC; ++i) alternating[i] = both[i % 2 * VEC + i / 2];
       store_vec<2 * VEC>(target + 2 * pair, alternating);
     } else {
-      store_vec<VEC>(target + pair, reinterpret_cast<float(&)[VEC]>(both[0]));
-      store_vec<VEC>(target + half + pair, reinterpret_cast<float(&)[VEC]>(both[VEC]));
+      store_vec<VEC>(target + pair, reinterpret_cast<float (&)[VEC]>(both[0]));
+      store_vec<VEC>(target + half + pair, reinterpret_cast<float (&)[VEC]>(both[VEC]));
     }
   }
   for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += 32 * VEC) {

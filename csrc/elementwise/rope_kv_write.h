@@ -12,10 +12,10 @@ namespace fastattn {
 
 // Strides count elements; the last dimension is contiguous.
 struct RopeKvWriteParams {
-  void* q = nullptr;               // (T, H, D), changed in place
-  const void* k = nullptr;         // (T, Hk, D)
-  const void* v = nullptr;         // (T, Hk, D)
-  const float* cos_sin = nullptr;  // (max_position, rotary_dim): cosines, then sines
+  void* q = nullptr;                      // (T, H, D), changed in place
+  const void* k = nullptr;                // (T, Hk, D)
+  const void* v = nullptr;                // (T, Hk, D)
+  const float* cos_sin = nullptr;         // (max_position, rotary_dim): cosines, then sines
   const int32_t* positions = nullptr;     // (T)
   const int32_t* slot_mapping = nullptr;  // (T), block * block_size + offset; -1 writes nothing
   void* k_cache = nullptr;                // (num_blocks, block_size, Hk, D)

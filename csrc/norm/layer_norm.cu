@@ -8,10 +8,9 @@
 // differences from it, which does not cancel where the mean is large. Memory bounds it.
 //
 //   load ──> sum ──> CTA sum ──> squares of (x - mean) ──> CTA sum ──> scale, shift, store
-#include "norm/layer_norm.h"
-
 #include "arch/dispatch.h"
 #include "arch/reduce.cuh"
+#include "norm/layer_norm.h"
 #include "norm/row_cache.cuh"
 
 namespace fastattn {
@@ -25,24 +24,24 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(const __grid_constant_
   const T* const weight = static_cast<const T*>(p.weight);
   const T* const bias = static_cast<const T*>(p.bias);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
-  const auto load = [&](int64_t vec_idx, float(&values)[VEC]) { load_vec<VEC>(x + vec_idx * VEC, values); };
+  const auto load = [&](int64_t vec_idx, float (&values)[VEC]) { load_vec<VEC>(x + vec_idx * VEC, values); };
 
   RowCache<VEC> row;
   float sum = 0.0f;
-  row.fill(num_vecs, load, [&](const float(&values)[VEC]) {
+  row.fill(num_vecs, load, [&](const float (&values)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sum += values[i];
   });
   const float mean = block_sum(sum) / static_cast<float>(p.row_size);
 
   float square_sum = 0.0f;
-  row.visit(num_vecs, load, [&](int64_t, const float(&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int64_t, const float (&values)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) square_sum += (values[i] - mean) * (values[i] - mean);
   });
   const float scale = rsqrtf(block_sum(square_sum) / static_cast<float>(p.row_size) + p.eps);
 
-  row.visit(num_vecs, load, [&](int64_t vec_idx, const float(&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int64_t vec_idx, const float (&values)[VEC]) {
     float scaled[VEC];
     float shift[VEC] = {};
     load_vec<VEC>(weight + vec_idx * VEC, scaled);

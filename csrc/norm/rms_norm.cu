@@ -11,10 +11,9 @@
 //          └────────────────── the row stays in registers (norm/row_cache.cuh) ─────────────┘
 //
 // Rows that are not 16-byte aligned, or not a multiple of 8 long, take VEC = 1.
-#include "norm/rms_norm.h"
-
 #include "arch/dispatch.h"
 #include "arch/reduce.cuh"
+#include "norm/rms_norm.h"
 #include "norm/row_cache.cuh"
 
 namespace fastattn {
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const __grid_constant__ 
   const T* const weight = static_cast<const T*>(p.weight);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
 
-  const auto load = [&](int64_t vec_idx, float(&values)[VEC]) {
+  const auto load = [&](int64_t vec_idx, float (&values)[VEC]) {
     load_vec<VEC>(x + vec_idx * VEC, values);
     if constexpr (ADD) {
       float old[VEC];
@@ -43,16 +42,16 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const __grid_constant__ 
 
   RowCache<VEC> row;
   float square_sum = 0.0f;
-  row.fill(num_vecs, load, [&](const float(&values)[VEC]) {
+  row.fill(num_vecs, load, [&](const float (&values)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) square_sum += values[i] * values[i];
   });
   const float scale = rsqrtf(block_sum(square_sum) / static_cast<float>(p.row_size) + p.eps);
 
-  const auto reload = [&](int64_t vec_idx, float(&values)[VEC]) {
+  const auto reload = [&](int64_t vec_idx, float (&values)[VEC]) {
     load_vec<VEC>((ADD ? residual : x) + vec_idx * VEC, values);
   };
-  row.visit(num_vecs, reload, [&](int64_t vec_idx, const float(&values)[VEC]) {
+  row.visit(num_vecs, reload, [&](int64_t vec_idx, const float (&values)[VEC]) {
     float scaled[VEC];
     load_vec<VEC>(weight + vec_idx * VEC, scaled);
 #pragma unroll

@@ -20,7 +20,8 @@ BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t
   require("max_blocks_per_seq", max_blocks_per_seq);
   require("block_size", block_size);
   if (max_num_seqs * max_blocks_per_seq > (int64_t{1} << 30)) {
-    refuse("BatchBuilder: max_num_seqs * max_blocks_per_seq is ", max_num_seqs * max_blocks_per_seq, ", allowed is up to 2**30");
+    refuse("BatchBuilder: max_num_seqs * max_blocks_per_seq is ", max_num_seqs * max_blocks_per_seq,
+           ", allowed is up to 2**30");
   }
   const auto add = [this](const char* name, const char* dtype, int64_t item_bytes, std::vector<int64_t> shape) {
     int64_t bytes = item_bytes;
@@ -45,7 +46,8 @@ T* BatchBuilder::at(uintptr_t address, const char* name) const {
 
 void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
                             const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs) const {
-  if (address == 0 || address % 16 != 0) refuse("BatchBuilder.build: address is ", address, ", expected a multiple of 16");
+  if (address == 0 || address % 16 != 0)
+    refuse("BatchBuilder.build: address is ", address, ", expected a multiple of 16");
   if (sequences.size() != num_tokens.size()) {
     refuse("BatchBuilder.build: num_tokens has ", num_tokens.size(), " entries, expected ", sequences.size());
   }
@@ -64,7 +66,8 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
     }
     const int64_t num_needed = (seq->num_computed() + num_tokens[i] + block_size_ - 1) / block_size_;
     if (num_needed > static_cast<int64_t>(seq->blocks().size())) {
-      refuse("BatchBuilder.build: sequences[", i, "] has ", seq->blocks().size(), " blocks, expected at least ", num_needed);
+      refuse("BatchBuilder.build: sequences[", i, "] has ", seq->blocks().size(), " blocks, expected at least ",
+             num_needed);
     }
     if (static_cast<int64_t>(seq->blocks().size()) > max_blocks_per_seq_) {
       refuse("BatchBuilder.build: sequences[", i, "] has ", seq->blocks().size(), " blocks, allowed are up to ",

@@ -7,7 +7,8 @@
 
 namespace fastattn {
 
-// Hands out block ids 0 … num_blocks − 1. A block is free exactly when its count is 0; it is then on the free list once.
+// Hands out block ids 0 … num_blocks − 1. A block is free exactly when its count is 0; it is then on the free list
+// once.
 class BlockPool {
  public:
   explicit BlockPool(int64_t num_blocks);

@@ -1,4 +1,5 @@
-// One way to refuse a bad argument: a std::invalid_argument (ValueError in Python) that names it, raised before any change.
+// One way to refuse a bad argument: a std::invalid_argument (ValueError in Python) that names it, raised before any
+// change.
 #pragma once
 
 #include <sstream>

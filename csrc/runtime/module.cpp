@@ -19,9 +19,11 @@ void bind_token_sequence(py::module_& m) {
       .def(py::init<std::vector<int32_t>>(), "token_ids"_a)
       .def("append", &TokenSequence::append, "token"_a)
       .def("extend", &TokenSequence::extend, "tokens"_a)
-      .def("truncate", &TokenSequence::truncate, "length"_a, "Keeps the first `length` tokens; not fewer than num_computed.")
+      .def("truncate", &TokenSequence::truncate, "length"_a,
+           "Keeps the first `length` tokens; not fewer than num_computed.")
       .def("__len__", &TokenSequence::size)
-      .def("tokens", &TokenSequence::slice, "start"_a = 0, "end"_a = -1, "Tokens start … end - 1; end -1 is all the rest.")
+      .def("tokens", &TokenSequence::slice, "start"_a = 0, "end"_a = -1,
+           "Tokens start … end - 1; end -1 is all the rest.")
       .def_property("num_computed", &TokenSequence::num_computed, &TokenSequence::set_num_computed,
                     "How many tokens have their keys and values in the cache.")
       .def_property_readonly("num_blocks", [](const TokenSequence& s) { return s.blocks().size(); })
@@ -47,14 +49,19 @@ void bind_prefix_tree(py::module_& m) {
   py::class_<PrefixTree>(m, "PrefixTree", "Radix tree over runs of whole blocks, one root per salt.")
       .def(py::init<std::shared_ptr<BlockPool>, int64_t>(), "pool"_a, "block_size"_a)
       .def(
-          "match", [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq,
-                      int64_t max_tokens) { return tree.match(std::string(salt), seq, max_tokens); },
+          "match",
+          [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq, int64_t max_tokens) {
+            return tree.match(std::string(salt), seq, max_tokens);
+          },
           "salt"_a, "seq"_a, "max_tokens"_a = -1,
           "Blocks of the longest cached prefix of the first max_tokens tokens, retained for the caller.")
       .def(
-          "insert", [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq,
-                       int64_t num_tokens) { return tree.insert(std::string(salt), seq, num_tokens); },
-          "salt"_a, "seq"_a, "num_tokens"_a, "Caches the whole blocks among the first num_tokens; returns how many are new.")
+          "insert",
+          [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq, int64_t num_tokens) {
+            return tree.insert(std::string(salt), seq, num_tokens);
+          },
+          "salt"_a, "seq"_a, "num_tokens"_a,
+          "Caches the whole blocks among the first num_tokens; returns how many are new.")
       .def("evict", &PrefixTree::evict, "num_blocks"_a, "Frees least recently used blocks that only the tree holds.")
       .def("clear", &PrefixTree::clear, "Drops all cached blocks; returns how many became free.")
       .def_property_readonly("num_cached", &PrefixTree::num_cached)

@@ -7,8 +7,8 @@
 
 namespace fastattn {
 
-// For every n from min_n to max_n: n-gram → where it last ended. Keys are hashes, and tokens are compared on a hit, so a
-// collision costs a miss, never a wrong match.
+// For every n from min_n to max_n: n-gram → where it last ended. Keys are hashes, and tokens are compared on a hit, so
+// a collision costs a miss, never a wrong match.
 class NgramIndex {
  public:
   NgramIndex(int64_t min_n, int64_t max_n);
@@ -23,8 +23,8 @@ class NgramIndex {
 
   int64_t min_n_, max_n_;
   std::vector<int32_t> tokens_;
-  // [n − min_n]: hash of an n-gram → the ends of its last two occurrences (one past its last token; 0: none). Two, because
-  // the newest is the suffix itself, and what is wanted is the one before it.
+  // [n − min_n]: hash of an n-gram → the ends of its last two occurrences (one past its last token; 0: none). Two,
+  // because the newest is the suffix itself, and what is wanted is the one before it.
   struct Ends {
     int64_t last = 0, before = 0;
   };

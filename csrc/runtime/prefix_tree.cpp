@@ -47,8 +47,8 @@ int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, in
   }
   if (num_blocks == 0) return 0;
   auto root = roots_.find(salt);
-  const Position at = root == roots_.end() ? Position{nullptr, 0, 0}
-                                           : walk(root->second.get(), seq.tokens().data(), num_blocks);
+  const Position at =
+      root == roots_.end() ? Position{nullptr, 0, 0} : walk(root->second.get(), seq.tokens().data(), num_blocks);
   const int64_t num_new = num_blocks - at.num_matched;
   if (num_new == 0) {
     touch(at.node);
@@ -123,7 +123,8 @@ int64_t PrefixTree::num_evictable() const {
   int64_t total = 0;
   for (const auto& entry : roots_) {
     const std::vector<const Node*> nodes = parents_first(entry.second.get());
-    std::unordered_map<const Node*, bool> held;  // whether a block below is in use, so that this node can't become a leaf
+    std::unordered_map<const Node*, bool>
+        held;  // whether a block below is in use, so that this node can't become a leaf
     for (auto it = nodes.rbegin(); it != nodes.rend(); ++it) {
       const Node* node = *it;
       bool blocked = held[node];
@@ -145,7 +146,8 @@ void PrefixTree::check() const {
     for (const Node* node : parents_first(entry.second.get())) {
       invariant(node->tokens.size() == node->blocks.size() * block_size_, "an edge has tokens without blocks");
       invariant((node->parent == nullptr) == (node == entry.second.get()), "a node below the root has no parent");
-      invariant(node->parent == nullptr ? node->blocks.empty() : !node->blocks.empty(), "an edge is empty, or a root is not");
+      invariant(node->parent == nullptr ? node->blocks.empty() : !node->blocks.empty(),
+                "an edge is empty, or a root is not");
       for (int32_t block : node->blocks) {
         invariant(seen.insert(block).second, "block ", block, " is cached twice");
         invariant(pool_->ref_count(block) >= 1, "cached block ", block, " is free");
@@ -173,8 +175,7 @@ PrefixTree::Position PrefixTree::walk(Node* root, const int32_t* tokens, int64_t
     if (child == nullptr) break;
     const int64_t limit = std::min<int64_t>(child->blocks.size(), num_blocks - at.num_matched);
     const int32_t* first = tokens + at.num_matched * block_size_;
-    const int64_t num_same =
-        std::mismatch(first, first + limit * block_size_, child->tokens.begin()).first - first;
+    const int64_t num_same = std::mismatch(first, first + limit * block_size_, child->tokens.begin()).first - first;
     at = {child, num_same / block_size_, at.num_matched + num_same / block_size_};
     if (at.num_in_edge < static_cast<int64_t>(child->blocks.size())) break;
   }

@@ -15,7 +15,8 @@
 
 namespace fastattn {
 
-// A radix tree over runs of whole blocks, one root per salt (tenants never meet). It holds one reference on each block in it.
+// A radix tree over runs of whole blocks, one root per salt (tenants never meet). It holds one reference on each block
+// in it.
 //
 //   root ──[A A B B | blocks 0 1]──┬──[C C | 2]
 //                                  └──[D D E E | 5 6]      block_size 2: an edge is a run of blocks and their tokens
@@ -29,9 +30,11 @@ class PrefixTree {
   PrefixTree(const PrefixTree&) = delete;
   PrefixTree& operator=(const PrefixTree&) = delete;
 
-  // Blocks of the longest known prefix of the first max_tokens tokens (−1: all), in whole blocks, retained for the caller.
+  // Blocks of the longest known prefix of the first max_tokens tokens (−1: all), in whole blocks, retained for the
+  // caller.
   std::vector<int32_t> match(const std::string& salt, const TokenSequence& seq, int64_t max_tokens);
-  // Remembers the whole blocks among the first num_tokens; returns how many were new. Known ones keep the block they have.
+  // Remembers the whole blocks among the first num_tokens; returns how many were new. Known ones keep the block they
+  // have.
   int64_t insert(const std::string& salt, const TokenSequence& seq, int64_t num_tokens);
   int64_t evict(int64_t num_blocks);
   int64_t clear();
@@ -49,9 +52,9 @@ class PrefixTree {
     std::unordered_multimap<uint64_t, std::unique_ptr<Node>> children;  // by the hash of their first block's tokens
   };
   struct Position {
-    Node* node;            // the last node that the walk entered
-    int64_t num_in_edge;   // how many of its blocks matched
-    int64_t num_matched;   // blocks matched from the root on
+    Node* node;           // the last node that the walk entered
+    int64_t num_in_edge;  // how many of its blocks matched
+    int64_t num_matched;  // blocks matched from the root on
   };
   using Leaf = std::pair<uint64_t, Node*>;  // least recently used first; clock ticks are unique
 

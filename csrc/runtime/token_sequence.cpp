@@ -64,7 +64,8 @@ std::vector<int32_t> TokenSequence::take_blocks() {
 void TokenSequence::set_sampling(double temperature, int64_t top_k, double top_p, double min_p, int64_t seed) {
   // Written so that NaN is refused too.
   if (!(temperature >= 0)) refuse("TokenSequence.set_sampling: temperature is ", temperature, ", allowed is 0 or more");
-  if (!(top_p > 0 && top_p <= 1)) refuse("TokenSequence.set_sampling: top_p is ", top_p, ", allowed is above 0, up to 1");
+  if (!(top_p > 0 && top_p <= 1))
+    refuse("TokenSequence.set_sampling: top_p is ", top_p, ", allowed is above 0, up to 1");
   if (!(min_p >= 0 && min_p <= 1)) refuse("TokenSequence.set_sampling: min_p is ", min_p, ", allowed is 0 to 1");
   if (top_k < 0 || top_k > std::numeric_limits<int32_t>::max()) {
     refuse("TokenSequence.set_sampling: top_k is ", top_k, ", allowed is 0 to 2**31 - 1");

@@ -8,11 +8,11 @@
 namespace fastattn {
 
 struct AdjustLogitsParams {
-  float* logits = nullptr;              // (B, V), rows contiguous, changed in place
-  const int32_t* token_ids = nullptr;   // (nnz), each token at most once a row
-  const int32_t* counts = nullptr;      // (nnz) occurrences in the output; 0: prompt only; -1: biased only
-  const float* bias = nullptr;          // (nnz)
-  const int32_t* indptr = nullptr;      // (B + 1), ascending from 0 to nnz
+  float* logits = nullptr;                    // (B, V), rows contiguous, changed in place
+  const int32_t* token_ids = nullptr;         // (nnz), each token at most once a row
+  const int32_t* counts = nullptr;            // (nnz) occurrences in the output; 0: prompt only; -1: biased only
+  const float* bias = nullptr;                // (nnz)
+  const int32_t* indptr = nullptr;            // (B + 1), ascending from 0 to nnz
   const float* repetition_penalty = nullptr;  // (B) > 0
   const float* presence_penalty = nullptr;    // (B)
   const float* frequency_penalty = nullptr;   // (B)

@@ -18,8 +18,6 @@
 //
 // The first bins are by distance, not by bits, because logits share their exponent: equal bins would queue up at one
 // atomic. Latency and L2 bandwidth bound it (one CTA reads a row); several CTAs a row would be the next step.
-#include "sampling/sample.h"
-
 #include <cmath>
 
 #include "arch/dispatch.h"
@@ -27,6 +25,7 @@
 #include "arch/vec.cuh"
 #include "sampling/order.cuh"
 #include "sampling/philox.cuh"
+#include "sampling/sample.h"
 
 namespace fastattn {
 namespace {
@@ -187,7 +186,7 @@ __device__ int32_t draw(const Row<T>& row, SampleStorage& smem, uint32_t u, Kept
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kNumThreads) sample_kernel(const __grid_constant__ SampleParams p) {
+__global__ void __launch_bounds__(kNumThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
   __shared__ SampleStorage smem;
   const int64_t row_idx = blockIdx.x;
   Row<T> row = {static_cast<const T*>(p.logits) + row_idx * p.logits_stride, p.vocab_size, 0.0f,

@@ -8,14 +8,13 @@
 // the best of the ids that it owns (id % 1024), the CTA takes the best of those, and the thread that lost it looks for
 // its next. So num_top costs num_top CTA reductions, not a sort of the vocabulary; num_top is small (20 at most in the
 // OpenAI API).
-#include "sampling/token_logprobs.h"
-
 #include <cmath>
 
 #include "arch/dispatch.h"
 #include "arch/reduce.cuh"
 #include "arch/vec.cuh"
 #include "sampling/order.cuh"
+#include "sampling/token_logprobs.h"
 
 namespace fastattn {
 namespace {
@@ -23,7 +22,7 @@ namespace {
 constexpr int kNumThreads = 1024;
 
 template <typename T>
-__global__ void __launch_bounds__(kNumThreads) token_logprobs_kernel(const __grid_constant__ TokenLogprobsParams p) {
+__global__ void __launch_bounds__(kNumThreads, 1) token_logprobs_kernel(const __grid_constant__ TokenLogprobsParams p) {
   const int64_t row_idx = blockIdx.x;
   const T* const logits = static_cast<const T*>(p.logits) + row_idx * p.logits_stride;
   const auto larger = [](unsigned long long a, unsigned long long b) { return a > b ? a : b; };

@@ -27,7 +27,8 @@ def _size(flag: str, help: str, *aliases: str) -> object:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="smollm2, gemma3-270m, a folder in Hugging Face's layout, or a .gguf file.")
+    str,
+    typer.Argument(metavar="MODEL", help="smollm2, gemma3-270m, a folder in Hugging Face's layout, or a .gguf file."),
 ]
 
 # ---- engine ----
@@ -47,20 +48,30 @@ GpuMemoryUtilization = Annotated[
 EnablePrefixCaching = Annotated[
     bool,
     typer.Option(
-        "--enable-prefix-caching/--no-enable-prefix-caching", help="Keep what was computed, for prompts that begin alike."
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Keep what was computed, for prompts that begin alike.",
     ),
 ]
 
 # ---- sampling ----
 
 MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")]
-TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens of this total; 1 is off.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens of this total; 1 is off.")
+]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Draw among so many likeliest tokens; 0 is off.")]
 MinP = Annotated[
-    float, typer.Option("--min-p", metavar="P", help="Leave out tokens below this share of the likeliest one's; 0 is off.")
+    float,
+    typer.Option("--min-p", metavar="P", help="Leave out tokens below this share of the likeliest one's; 0 is off."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message, for chat models.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the text: no progress, no summary.")]

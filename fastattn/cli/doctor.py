@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from fastattn.doctor import Facts, Verdict
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for an issue or a script.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for an issue or a script.")] = False,
+) -> None:
     """Look at the environment and the installation. Exit code 1 if something is wrong."""
     from fastattn.doctor import collect_facts, judge
 
@@ -35,7 +37,11 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
         for gpu in facts.gpus
     ]
     nvcc = f"{facts.nvcc_version or 'of unknown version'} at {facts.nvcc}" if facts.nvcc else "not found"
-    kernels = "not built" if facts.kernels_path is None else f"{facts.kernels_path} ({', '.join(facts.kernels_archs) or 'unknown'})"
+    kernels = (
+        "not built"
+        if facts.kernels_path is None
+        else f"{facts.kernels_path} ({', '.join(facts.kernels_archs) or 'unknown'})"
+    )
     threads = "" if facts.num_threads is None else f", {facts.num_threads} threads"
     return [
         ("fastattn", f"{facts.fastattn_version} at {facts.fastattn_path}"),

@@ -28,7 +28,9 @@ def plan(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     memory: Annotated[
         int | None,
-        typer.Option("--memory", parser=opt.parse_size, metavar="BYTES", help="Plan for a device of this size, e.g. 80G."),
+        typer.Option(
+            "--memory", parser=opt.parse_size, metavar="BYTES", help="Plan for a device of this size, e.g. 80G."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -82,7 +84,9 @@ def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool,
         max_model_len=setup.choose_model_len(config, limits.max_model_len),
         num_kv_blocks=limits.num_kv_blocks or 1,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(limits.max_num_batched_tokens or (8192 if chosen.type == "cuda" else 512), max_num_seqs),
+        max_num_batched_tokens=max(
+            limits.max_num_batched_tokens or (8192 if chosen.type == "cuda" else 512), max_num_seqs
+        ),
         block_size=limits.block_size,
     )
     return PlanOptions(

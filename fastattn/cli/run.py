@@ -76,7 +76,9 @@ def run(
     inputs = make_inputs(loaded.llm, texts, system, raw)
 
     several = len(texts) * n > 1
-    headers = [_header(i, len(texts), j, n, text) if several else None for i, text in enumerate(texts) for j in range(n)]
+    headers = [
+        _header(i, len(texts), j, n, text) if several else None for i, text in enumerate(texts) for j in range(n)
+    ]
     writer = OrderedWriter(headers, _write)
     tally = Tally()
     start = time.perf_counter()

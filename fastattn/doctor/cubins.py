@@ -18,7 +18,9 @@ def cuda_architectures(library: Path) -> list[str]:
     """
     tool = shutil.which("cuobjdump") or "/usr/local/cuda/bin/cuobjdump"
     try:
-        done = subprocess.run([tool, "--list-elf", str(library)], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [tool, "--list-elf", str(library)], capture_output=True, text=True, timeout=60, check=False
+        )
         found = set(_CUBIN.findall(done.stdout))
     except (OSError, subprocess.TimeoutExpired):
         found = set()

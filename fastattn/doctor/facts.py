@@ -19,7 +19,20 @@ from fastattn.engine.host_memory import host_memory
 
 # What our own code imports at run time.
 REQUIRED = ("torch", "numpy", "tokenizers", "jinja2", "safetensors", "tqdm", "typer", "rich")
-_CPU_FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_CPU_FLAGS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,9 @@ def _look_at_settings(facts: Facts) -> None:
     facts.cache_writable = os.access(existing, os.W_OK)
     facts.cache_free = shutil.disk_usage(existing).free
     try:
-        facts.models = {entry.name: _size(entry) for entry in sorted((cache / "models").iterdir()) if entry.name[0] != "."}
+        facts.models = {
+            entry.name: _size(entry) for entry in sorted((cache / "models").iterdir()) if entry.name[0] != "."
+        }
     except OSError:  # nothing was fetched yet
         pass
 

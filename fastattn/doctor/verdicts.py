@@ -36,7 +36,9 @@ def _python(facts: Facts) -> Iterator[Verdict]:
     if missing:
         yield Verdict("problem", "packages", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     if facts.torch_error is not None and "torch" not in missing:
-        yield Verdict("problem", "torch", f"cannot be imported: {facts.torch_error}", "pip install --force-reinstall torch")
+        yield Verdict(
+            "problem", "torch", f"cannot be imported: {facts.torch_error}", "pip install --force-reinstall torch"
+        )
     if not missing and facts.torch_error is None:
         yield Verdict("ok", "packages", f"torch {facts.packages.get('torch')} and all others are there")
 
@@ -45,7 +47,9 @@ def _runtime(facts: Facts) -> Iterator[Verdict]:
     if facts.runtime_error is None:
         yield Verdict("ok", "runtime", "fastattn._runtime is built and loads")
     else:
-        yield Verdict("problem", "runtime", f"fastattn._runtime: {facts.runtime_error}", "pip install . in the repository")
+        yield Verdict(
+            "problem", "runtime", f"fastattn._runtime: {facts.runtime_error}", "pip install . in the repository"
+        )
 
 
 def _gpu(facts: Facts) -> Iterator[Verdict]:
@@ -57,7 +61,11 @@ def _gpu(facts: Facts) -> Iterator[Verdict]:
     if not facts.gpus:
         if facts.driver_version is not None and facts.torch_error is None:
             cause = "torch is built without CUDA" if facts.torch_cuda is None else "torch sees none of its GPUs"
-            remedy = "install a CUDA build of torch" if facts.torch_cuda is None else "look at CUDA_VISIBLE_DEVICES and nvidia-smi"
+            remedy = (
+                "install a CUDA build of torch"
+                if facts.torch_cuda is None
+                else "look at CUDA_VISIBLE_DEVICES and nvidia-smi"
+            )
             yield Verdict("warning", "gpu", f"driver {facts.driver_version} is there, but {cause}", remedy)
         else:
             yield Verdict("ok", "gpu", "none: models run on the CPU")
@@ -99,12 +107,18 @@ def _cpu(facts: Facts) -> Iterator[Verdict]:
         )
     slow = facts.cpu_features and not {"avx2", "asimd"} & set(facts.cpu_features)
     if slow:
-        yield Verdict("warning", "cpu", f"{facts.cpu_model} has no AVX2: matrix products will be slow", "use a newer CPU or a GPU")
+        yield Verdict(
+            "warning", "cpu", f"{facts.cpu_model} has no AVX2: matrix products will be slow", "use a newer CPU or a GPU"
+        )
     if facts.memory_available < _LITTLE_MEMORY:
         free = f"{facts.memory_available / 2**20:.0f} MiB of {facts.memory_total / 2**20:.0f} MiB are free"
-        yield Verdict("warning", "memory", free, "end other programs, or plan a smaller model with: fastattn plan MODEL")
+        yield Verdict(
+            "warning", "memory", free, "end other programs, or plan a smaller model with: fastattn plan MODEL"
+        )
     else:
-        yield Verdict("ok", "memory", f"{facts.memory_available / 2**30:.1f} GiB of {facts.memory_total / 2**30:.1f} GiB are free")
+        yield Verdict(
+            "ok", "memory", f"{facts.memory_available / 2**30:.1f} GiB of {facts.memory_total / 2**30:.1f} GiB are free"
+        )
 
 
 def _settings(facts: Facts) -> Iterator[Verdict]:
@@ -113,7 +127,9 @@ def _settings(facts: Facts) -> Iterator[Verdict]:
     if facts.cache_dir is None:
         return
     if not facts.cache_writable:
-        yield Verdict("warning", "cache", f"{facts.cache_dir} cannot be written", "set FASTATTN_CACHE_DIR to a folder of yours")
+        yield Verdict(
+            "warning", "cache", f"{facts.cache_dir} cannot be written", "set FASTATTN_CACHE_DIR to a folder of yours"
+        )
     elif facts.cache_free is not None and facts.cache_free < _LITTLE_DISK and not facts.models:
         yield Verdict(
             "warning",

@@ -37,7 +37,9 @@ class BatchBuffers:
     """The step buffer on the host (pinned, for a GPU) and its twin on the device; all arrays stand at fixed places in both,
     so that a captured graph finds the next step's inputs where it found the last one's."""
 
-    def __init__(self, device: torch.device, max_num_tokens: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+    def __init__(
+        self, device: torch.device, max_num_tokens: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int
+    ) -> None:
         self.builder = BatchBuilder(max_num_tokens, max_num_seqs, max_blocks_per_seq, block_size)
         self.host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device_buffer = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)

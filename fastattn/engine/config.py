@@ -40,7 +40,9 @@ class EngineConfig:
         if self.policy not in ("fcfs", "priority"):
             raise ValueError(f"EngineConfig: policy is {self.policy!r}, allowed are 'fcfs' and 'priority'")
         if self.num_kv_blocks * self.block_size >= 2**31:
-            raise ValueError(f"EngineConfig: num_kv_blocks * block_size is {self.num_kv_blocks * self.block_size}, allowed is below 2**31")
+            raise ValueError(
+                f"EngineConfig: num_kv_blocks * block_size is {self.num_kv_blocks * self.block_size}, allowed is below 2**31"
+            )
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
             raise ValueError(
                 f"EngineConfig: max_num_batched_tokens is {self.max_num_batched_tokens}, but without chunked prefill "

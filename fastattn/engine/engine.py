@@ -57,7 +57,13 @@ class Engine:
     # ---- requests in ----
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
     ) -> None:
         """Queues a prompt, text or {"prompt_token_ids": [...]}. Lower ``priority`` goes first (policy "priority").
 
@@ -87,12 +93,17 @@ class Engine:
                     arrival=arrival,
                     priority=priority if self.config.policy == "priority" else 0,
                     salt=tenant.encode(),
-                    stop_token_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_token_ids)),
+                    stop_token_ids=frozenset(params.stop_token_ids or ())
+                    | (frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_token_ids)),
                     metrics=metrics,
-                    after=requests[0] if requests and self.config.enable_prefix_caching and params.prompt_logprobs is None else None,
+                    after=requests[0]
+                    if requests and self.config.enable_prefix_caching and params.prompt_logprobs is None
+                    else None,
                 )
             )
-        group = RequestGroup(request_id, text, token_ids, requests, [self._processor.make_stream(r) for r in requests], metrics)
+        group = RequestGroup(
+            request_id, text, token_ids, requests, [self._processor.make_stream(r) for r in requests], metrics
+        )
         self._groups[request_id] = group
         for request in requests:
             self._owner[request] = group
@@ -103,13 +114,17 @@ class Engine:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
-            raise TypeError(f"add_request: prompt is a {type(prompt).__name__}, expected a string or {{'prompt_token_ids': [...]}}")
+            raise TypeError(
+                f"add_request: prompt is a {type(prompt).__name__}, expected a string or {{'prompt_token_ids': [...]}}"
+            )
         ids = prompt["prompt_token_ids"]
         if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
             raise TypeError(f"add_request: prompt_token_ids is a {type(ids).__name__}, expected a list of integers")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ValueError(f"add_request: prompt_token_ids has {token!r}, allowed are integers from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"add_request: prompt_token_ids has {token!r}, allowed are integers from 0 to {vocab_size - 1}"
+                )
         return None, list(ids)
 
     def _admit(self, token_ids: list[int], params: SamplingParams) -> int:
@@ -118,8 +133,12 @@ class Engine:
         if not token_ids:
             raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
         if len(token_ids) >= limit:
-            raise ValueError(f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1} (max_model_len {limit} less one to generate)")
-        max_output = limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
+            raise ValueError(
+                f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1} (max_model_len {limit} less one to generate)"
+            )
+        max_output = (
+            limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
+        )
         # The last token is never written to the cache: nothing comes after it.
         needed = -(-(len(token_ids) + max_output - 1) // self.config.block_size)
         if needed > self.config.num_kv_blocks:
@@ -130,9 +149,13 @@ class Engine:
         vocab_size = self.runner.model.config.vocab_size
         for token in [*(params.logit_bias or {}), *(params.stop_token_ids or ())]:
             if token >= vocab_size:
-                raise ValueError(f"add_request: logit_bias or stop_token_ids has {token}, allowed are ids from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"add_request: logit_bias or stop_token_ids has {token}, allowed are ids from 0 to {vocab_size - 1}"
+                )
         if len(self.scheduler.waiting) + params.n > self.config.max_num_waiting:
-            raise EngineBusyError(f"{len(self.scheduler.waiting)} requests are waiting, allowed are {self.config.max_num_waiting}")
+            raise EngineBusyError(
+                f"{len(self.scheduler.waiting)} requests are waiting, allowed are {self.config.max_num_waiting}"
+            )
         return max_output
 
     def _seed(self, seed: int | None, arrival: int, index: int) -> int:
@@ -189,7 +212,11 @@ class Engine:
         request.seq.append(token_id)
         request.output_token_ids.append(token_id)
         self._num_generated_tokens += 1
-        if request.params.presence_penalty or request.params.frequency_penalty or request.params.repetition_penalty != 1.0:
+        if (
+            request.params.presence_penalty
+            or request.params.frequency_penalty
+            or request.params.repetition_penalty != 1.0
+        ):
             request.output_counts[token_id] += 1
         ended: tuple[FinishReason, int | str | None] | None = None
         if token_id in request.stop_token_ids:

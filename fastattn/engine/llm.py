@@ -27,12 +27,16 @@ class LLM:
     The other options are EngineOptions'. Raises ValueError, in one line, for what cannot work.
     """
 
-    def __init__(self, model: str | ModelSource, *, tensor_parallel_size: int = 1, quiet: bool = False, **options: Any) -> None:
+    def __init__(
+        self, model: str | ModelSource, *, tensor_parallel_size: int = 1, quiet: bool = False, **options: Any
+    ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"LLM: tensor_parallel_size is {tensor_parallel_size}, allowed is 1 in this version")
         unknown = sorted(set(options) - set(EngineOptions.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"LLM: unknown option {unknown[0]!r}, allowed are {sorted(EngineOptions.__dataclass_fields__)}")
+            raise TypeError(
+                f"LLM: unknown option {unknown[0]!r}, allowed are {sorted(EngineOptions.__dataclass_fields__)}"
+            )
         self.engine: Engine = build_engine(model, EngineOptions(**options), show_progress=not quiet)
         self._ids = itertools.count()
 
@@ -79,7 +83,9 @@ class LLM:
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Yields outputs as they come, of any prompt in any order; request ids count up in the order of the prompts.
 

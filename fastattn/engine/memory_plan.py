@@ -190,7 +190,9 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     gated = 3 * c.intermediate_size * 4
     step = tokens * (stream + max(attention + rope, mlp + gated, norm))
     keys, rows = options.max_model_len, min(tokens, _CPU_ATTENTION_ROWS)
-    gathered = 2 * keys * kv_width * (item + 2 * 4)  # k and v out of their pages, and in fp32, contiguous for the product
+    gathered = (
+        2 * keys * kv_width * (item + 2 * 4)
+    )  # k and v out of their pages, and in fp32, contiguous for the product
     scores = rows * (keys * (c.num_heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
     return step + gathered + scores + _cpu_upcast_bytes(config, options)
 
@@ -213,7 +215,9 @@ def _has_bias(config: ModelConfig) -> bool:
 def sampling_bytes(config: ModelConfig, options: PlanOptions) -> int:
     """Upper bound for logits and the draw: max_num_seqs rows of the vocabulary."""
     elements = options.max_num_seqs * config.vocab_size
-    logits = options.dtype.itemsize + 4 + 4  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
+    logits = (
+        options.dtype.itemsize + 4 + 4
+    )  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
     softcap = 8 if config.final_softcap else 0
     # The CPU ranks the whole vocabulary when top-p asks for it: rows, weights, ranks and indices, fp64 sums.
     draw = 0 if options.device_type == "cuda" else 44

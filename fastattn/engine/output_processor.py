@@ -13,7 +13,9 @@ from fastattn.models.tokenizer import Tokenizer
 class TextStream:
     """The text of one completion as its tokens come, with what may turn out to be a stop string held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], include_stop: bool, skip_special_tokens: bool
+    ) -> None:
         self._decoder = tokenizer.stream(skip_special_tokens)
         self._stop, self._include_stop = stop, include_stop
         self.text = ""  # everything decoded so far, cut at a stop string
@@ -119,7 +121,7 @@ class OutputProcessor:
         )
 
     def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
-        if request.params.prompt_logprobs is None or not request.is_prefilled and request.status is not Status.FINISHED:
+        if request.params.prompt_logprobs is None or (not request.is_prefilled and request.status is not Status.FINISHED):
             return None
         return [None if row is None else self._describe(row) for row in request.prompt_logprobs]
 

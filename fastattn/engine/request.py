@@ -63,5 +63,3 @@ class Request:
     @property
     def sort_key(self) -> tuple[int, int, int]:
         return (self.priority, self.arrival, self.index)
-
-

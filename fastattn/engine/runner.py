@@ -21,7 +21,9 @@ class Runner:
         # Layout, here and nowhere else: (layer, k or v, block, token in block, KV head, head dim). Uninitialized on purpose:
         # no operator reads a slot that was not written.
         self.kv_memory = torch.empty(
-            (c.num_layers, 2, config.num_kv_blocks, config.block_size, c.num_kv_heads, c.head_dim), dtype=dtype, device=device
+            (c.num_layers, 2, config.num_kv_blocks, config.block_size, c.num_kv_heads, c.head_dim),
+            dtype=dtype,
+            device=device,
         )
         self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
         self.buffers = BatchBuffers(

@@ -80,7 +80,11 @@ def _touched_tokens(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarra
     for token in bias:
         counts.setdefault(token, -1)
     ids = np.fromiter(counts, dtype=np.int32, count=len(counts))
-    return ids, np.fromiter(counts.values(), dtype=np.int32, count=len(counts)), np.fromiter((bias.get(t, 0.0) for t in counts), dtype=np.float32, count=len(counts))
+    return (
+        ids,
+        np.fromiter(counts.values(), dtype=np.int32, count=len(counts)),
+        np.fromiter((bias.get(t, 0.0) for t in counts), dtype=np.float32, count=len(counts)),
+    )
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: list[int]) -> list[TokenLogprobs]:

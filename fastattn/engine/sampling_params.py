@@ -64,35 +64,88 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
-        _check(_is_number(self.temperature) and 0 <= self.temperature <= 100, "temperature", self.temperature, "a number from 0 to 100")
+        _check(
+            _is_number(self.temperature) and 0 <= self.temperature <= 100,
+            "temperature",
+            self.temperature,
+            "a number from 0 to 100",
+        )
         _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1")
         _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer, 0 or -1 for off")
         _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1")
-        _check(self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63), "seed", self.seed, "None or a 64-bit integer")
-        _check(self.max_tokens is None or (_is_int(self.max_tokens) and 1 <= self.max_tokens < 2**31), "max_tokens", self.max_tokens, "None or an integer from 1")
-        _check(_is_int(self.min_tokens) and 0 <= self.min_tokens < 2**31, "min_tokens", self.min_tokens, "an integer from 0")
+        _check(
+            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
+            "seed",
+            self.seed,
+            "None or a 64-bit integer",
+        )
+        _check(
+            self.max_tokens is None or (_is_int(self.max_tokens) and 1 <= self.max_tokens < 2**31),
+            "max_tokens",
+            self.max_tokens,
+            "None or an integer from 1",
+        )
+        _check(
+            _is_int(self.min_tokens) and 0 <= self.min_tokens < 2**31,
+            "min_tokens",
+            self.min_tokens,
+            "an integer from 0",
+        )
         if self.max_tokens is not None:
-            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens = {self.max_tokens}")
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                self.min_tokens,
+                f"at most max_tokens = {self.max_tokens}",
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(_is_number(value) and -2 <= value <= 2, name, value, "a number from -2 to 2")
-        _check(_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty, "a number above 0 and up to 10")
+        _check(
+            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number above 0 and up to 10",
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            _check(value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS), name, value, f"None or an integer from 0 to {MAX_LOGPROBS}")
-        _check(self.output_kind in ("cumulative", "delta", "final"), "output_kind", self.output_kind, "'cumulative', 'delta' or 'final'")
+            _check(
+                value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
+                name,
+                value,
+                f"None or an integer from 0 to {MAX_LOGPROBS}",
+            )
+        _check(
+            self.output_kind in ("cumulative", "delta", "final"),
+            "output_kind",
+            self.output_kind,
+            "'cumulative', 'delta' or 'final'",
+        )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        _check(all(isinstance(s, str) and s for s in stop) and len(stop) <= 16, "stop", self.stop, "up to 16 non-empty strings")
+        _check(
+            all(isinstance(s, str) and s for s in stop) and len(stop) <= 16,
+            "stop",
+            self.stop,
+            "up to 16 non-empty strings",
+        )
         object.__setattr__(self, "stop_strings", stop)
         ids = tuple(self.stop_token_ids or ())
-        _check(all(_is_int(i) and 0 <= i < 2**31 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids from 0")
+        _check(
+            all(_is_int(i) and 0 <= i < 2**31 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids from 0"
+        )
         for token, bias in (self.logit_bias or {}).items():
             _check(_is_int(token) and 0 <= token < 2**31, "logit_bias", token, "token ids from 0 as keys")
-            _check(_is_number(bias) and -1000 <= bias <= 1000, "logit_bias", bias, "numbers from -1000 to 1000 as values")
+            _check(
+                _is_number(bias) and -1000 <= bias <= 1000, "logit_bias", bias, "numbers from -1000 to 1000 as values"
+            )
 
     @property
     def needs_logit_adjustment(self) -> bool:
         """Whether the logits must be changed before a token is drawn, for which the engine keeps counts of tokens."""
         return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias or self.min_tokens
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
         )

@@ -58,7 +58,11 @@ class Scheduler:
         held_back = []
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             key, request = self.waiting[0]
-            if request.after is not None and request.after.status is not Status.FINISHED and not request.after.is_prefilled:
+            if (
+                request.after is not None
+                and request.after.status is not Status.FINISHED
+                and not request.after.is_prefilled
+            ):
                 held_back.append(heapq.heappop(self.waiting))
                 continue
             self.kv.attach_prefix(request)

@@ -47,7 +47,7 @@ class EngineOptions:
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" is the GPU if there is one and the kernels were built, else the CPU."""
+    """ "auto" is the GPU if there is one and the kernels were built, else the CPU."""
     if device == "auto":
         device = "cuda" if ops.has_cuda_kernels() and torch.cuda.is_available() else "cpu"
     try:
@@ -60,12 +60,14 @@ def choose_device(device: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no CUDA device")
         if not ops.has_cuda_kernels():
-            raise ValueError(f"device is {device!r}, but the CUDA kernels are not built: FASTATTN_CUDA=on pip install .")
+            raise ValueError(
+                f"device is {device!r}, but the CUDA kernels are not built: FASTATTN_CUDA=on pip install ."
+            )
     return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """ "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in _DTYPES:
@@ -88,7 +90,12 @@ def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype)
 
 
 def choose_num_kv_blocks(
-    config: ModelConfig, options: EngineOptions, max_model_len: int, max_num_seqs: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    options: EngineOptions,
+    max_model_len: int,
+    max_num_seqs: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> int:
     """As many blocks as memory allows, but never more than all sequences at full length could use."""
     if options.num_kv_blocks is not None:

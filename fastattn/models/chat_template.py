@@ -20,7 +20,9 @@ def _raise_exception(message: str) -> NoReturn:
     raise ChatTemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     # jinja2's own filter escapes HTML, which is wrong for a prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -41,7 +43,9 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ChatTemplateError(f"messages[{index}] is {message!r}, expected a mapping with a string 'role' and 'content'")
+                raise ChatTemplateError(
+                    f"messages[{index}] is {message!r}, expected a mapping with a string 'role' and 'content'"
+                )
         try:
             return self._template.render(messages=list(messages), **variables)
         except ChatTemplateError:

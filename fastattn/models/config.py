@@ -26,7 +26,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.scaling_type not in SCALING_TYPES:
-            raise ValueError(f"RopeConfig: scaling_type is {self.scaling_type!r}, supported are {', '.join(SCALING_TYPES)}")
+            raise ValueError(
+                f"RopeConfig: scaling_type is {self.scaling_type!r}, supported are {', '.join(SCALING_TYPES)}"
+            )
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
             if not 0 < getattr(self, name) < 1e12:
                 raise ValueError(f"RopeConfig: {name} is {getattr(self, name)!r}, allowed is above 0, below 1e12")
@@ -99,7 +101,9 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise ValueError(f"ModelConfig: {name} is {value!r}, allowed is an integer from 1 to {limit}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"ModelConfig: num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}")
+            raise ValueError(
+                f"ModelConfig: num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
+            )
         if self.head_dim % 8:
             raise ValueError(f"ModelConfig: head_dim is {self.head_dim}, expected a multiple of 8")
         if not 0 < self.rms_norm_eps < 1:
@@ -111,9 +115,13 @@ class ModelConfig:
         if not self.layer_is_sliding:
             object.__setattr__(self, "layer_is_sliding", (self.sliding_window is not None,) * self.num_layers)
         if len(self.layer_is_sliding) != self.num_layers:
-            raise ValueError(f"ModelConfig: layer_is_sliding has {len(self.layer_is_sliding)} entries, expected num_layers = {self.num_layers}")
+            raise ValueError(
+                f"ModelConfig: layer_is_sliding has {len(self.layer_is_sliding)} entries, expected num_layers = {self.num_layers}"
+            )
         if any(self.layer_is_sliding) and not (self.sliding_window and self.sliding_window >= 1):
-            raise ValueError(f"ModelConfig: sliding_window is {self.sliding_window!r}, expected at least 1 where layers slide")
+            raise ValueError(
+                f"ModelConfig: sliding_window is {self.sliding_window!r}, expected at least 1 where layers slide"
+            )
         if self.rope.freq_factors is not None and len(self.rope.freq_factors) != self.head_dim // 2:
             raise ValueError(
                 f"ModelConfig: rope.freq_factors has {len(self.rope.freq_factors)} entries, expected head_dim / 2 = {self.head_dim // 2}"
@@ -121,7 +129,14 @@ class ModelConfig:
 
 
 # model_type in config.json → our architecture
-_HF_TYPES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "gemma3": "gemma3"}
+_HF_TYPES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "gemma3": "gemma3",
+}
 _HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -145,7 +160,9 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
     if activation not in _HF_ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act is {activation!r}, supported are {', '.join(sorted(_HF_ACTIVATIONS))}")
+        raise ValueError(
+            f"config.json: hidden_act is {activation!r}, supported are {', '.join(sorted(_HF_ACTIVATIONS))}"
+        )
     theta = float(raw.get("rope_theta", 10_000.0))
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
     gemma = arch == "gemma3"
@@ -188,7 +205,9 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=arch in ("qwen3", "gemma3"),
         activation=_HF_ACTIVATIONS[activation],
-        softmax_scale=float(raw["query_pre_attn_scalar"]) ** -0.5 if gemma and raw.get("query_pre_attn_scalar") else 0.0,
+        softmax_scale=float(raw["query_pre_attn_scalar"]) ** -0.5
+        if gemma and raw.get("query_pre_attn_scalar")
+        else 0.0,
         attn_softcap=float(raw.get("attn_logit_softcapping") or 0.0),
         final_softcap=float(raw.get("final_logit_softcapping") or 0.0),
         sliding_window=window,
@@ -223,7 +242,9 @@ def config_from_gguf(
     num_layers, hidden_size, num_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
     head_dim = get("attention.key_length", hidden_size // num_heads if num_heads else 0)
     if get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"metadata {name}.rope.dimension_count is {get('rope.dimension_count')}, supported is head_dim = {head_dim}")
+        raise ValueError(
+            f"metadata {name}.rope.dimension_count is {get('rope.dimension_count')}, supported is head_dim = {head_dim}"
+        )
     scaling = metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise ValueError(f"metadata {name}.rope.scaling.type is {scaling!r}, supported are 'none' and 'linear'")

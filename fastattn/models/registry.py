@@ -60,9 +60,13 @@ def load_model(
         )
     for name, out in wanted.items():
         if tuple(stored[name].shape) != tuple(out.shape):
-            raise ValueError(f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(out.shape)}")
+            raise ValueError(
+                f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(out.shape)}"
+            )
     total = sum(info.nbytes for info in stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
+    ) as bar:
         for name, out in wanted.items():
             source.read(name, out)
             if source.config.norm_plus_one and name.endswith("norm.weight"):

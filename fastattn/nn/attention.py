@@ -49,7 +49,11 @@ class Attention(Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        parts = (("q_proj", num_heads * head_dim), ("k_proj", num_kv_heads * head_dim), ("v_proj", num_kv_heads * head_dim))
+        parts = (
+            ("q_proj", num_heads * head_dim),
+            ("k_proj", num_kv_heads * head_dim),
+            ("v_proj", num_kv_heads * head_dim),
+        )
         self.qkv_proj = MergedLinear(hidden_size, parts, qkv_bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, out_bias)
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
@@ -60,7 +64,12 @@ class Attention(Module):
         self.window_size = (window - 1, 0) if window is not None else (-1, -1)
 
     def forward(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, k_cache: torch.Tensor, v_cache: torch.Tensor
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor,
+        meta: AttentionMetadata,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
     ) -> torch.Tensor:
         """x (T, hidden_size); cos_sin (max_position, head_dim); caches (num_blocks, block_size, num_kv_heads, head_dim)."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)

@@ -271,7 +271,7 @@ SPECS = (
         "sample",
         ops.sample,
         sample_calls,
-        {"logits": Role((0,))} | {n: _B for n in ("temperature", "top_k", "top_p", "min_p", "seed", "position")},
+        {"logits": Role((0,))} | dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed", "position"), _B),
         verify=verify_sample,
         bad=bad_sample,
         keeps_dtype=False,

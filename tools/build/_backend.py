@@ -13,7 +13,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cuda_choice import cuda_wanted, torch_include_dir  # noqa: E402
+from cuda_choice import cuda_wanted, torch_include_dir
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, str] | None = None) -> list[str]:

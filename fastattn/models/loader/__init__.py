@@ -24,7 +24,9 @@ def open_model(name_or_path: str | Path) -> ModelSource:
     else:
         path = Path(name_or_path).expanduser()
     if not path.exists():
-        raise ModelFileError(f"model {str(name_or_path)!r}: no such file or folder, and the known names are {', '.join(sorted(hub.MODELS))}")
+        raise ModelFileError(
+            f"model {str(name_or_path)!r}: no such file or folder, and the known names are {', '.join(sorted(hub.MODELS))}"
+        )
     if path.suffix in _PICKLES:
         raise ModelFileError(f"{path}: pickled weights are programs and are not run, use safetensors or GGUF")
     if path.is_dir():

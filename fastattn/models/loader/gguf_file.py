@@ -22,7 +22,19 @@ from fastattn.models.loader.errors import ModelFileError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMPY = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8", _BOOL: "<u1"}
+_NUMPY = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+    _BOOL: "<u1",
+}
 
 # Far above every real model; a file that claims more is damaged, and believing it would cost memory.
 _MAX_ENTRIES = 1 << 16
@@ -170,7 +182,9 @@ def _read_tensors(cursor: _Cursor, num_tensors: int, metadata: Mapping[str, Any]
         except (ValueError, KeyError):
             cursor.fail(f"tensor {name} has unknown type {kind}")
         if 0 in shape or shape[-1] % block_size:
-            cursor.fail(f"tensor {name} has shape {shape}, expected rows of a multiple of {block_size} for {quant_type.name}")
+            cursor.fail(
+                f"tensor {name} has shape {shape}, expected rows of a multiple of {block_size} for {quant_type.name}"
+            )
         row_bytes = shape[-1] // block_size * block_bytes
         num_rows = prod(shape[:-1])
         if offset % alignment:

@@ -61,7 +61,9 @@ class GGUFSource:
                 if name in _NOT_WEIGHTS:
                     continue
                 if tensor.quant_type.name not in SUPPORTED_TYPES:
-                    raise ValueError(f"tensor {name} has type {tensor.quant_type.name}, supported are {', '.join(SUPPORTED_TYPES)}")
+                    raise ValueError(
+                        f"tensor {name} has type {tensor.quant_type.name}, supported are {', '.join(SUPPORTED_TYPES)}"
+                    )
                 self._tensors[self._hf_name(name)] = tensor
         except ModelFileError:
             raise
@@ -90,7 +92,9 @@ class GGUFSource:
         if tensor is None:
             raise ModelFileError(f"{self._file.path}: tensor {name} is missing")
         if tuple(out.shape) != tensor.shape:
-            raise ModelFileError(f"{self._file.path}: tensor {name} has shape {tensor.shape}, expected {tuple(out.shape)}")
+            raise ModelFileError(
+                f"{self._file.path}: tensor {name} has shape {tensor.shape}, expected {tuple(out.shape)}"
+            )
         rows = _hf_row_order(name, tensor.shape, self._config)
         data = tensor.data if rows is None else tensor.data[rows]
         target = out.view(data.shape[0], -1) if out.is_contiguous() else out
@@ -103,7 +107,9 @@ class GGUFSource:
         if embedding is None or len(embedding.shape) != 2:
             raise ValueError("tensor token_embd.weight is missing or not a matrix")
         factors = self._file.tensors.get("rope_freqs.weight")
-        values = None if factors is None else tuple(float(f) for f in _decode(factors.data, factors.quant_type).flatten())
+        values = (
+            None if factors is None else tuple(float(f) for f in _decode(factors.data, factors.quant_type).flatten())
+        )
         return config_from_gguf(self._file.metadata, embedding.shape[0], "output.weight" in self._file.tensors, values)
 
     def _hf_name(self, name: str) -> str:

