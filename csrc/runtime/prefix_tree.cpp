@@ -58,7 +58,10 @@ int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, in
   const std::vector<int32_t> tokens(seq.tokens().begin() + at.num_matched * block_size_,
                                     seq.tokens().begin() + num_blocks * block_size_);
   pool_->retain(blocks);  // refuses free blocks, before anything is changed
-  if (root == roots_.end()) root = roots_.emplace(salt, std::make_unique<Node>()).first;
+  if (root == roots_.end()) {
+    root = roots_.emplace(salt, std::make_unique<Node>()).first;
+    root->second->salt = &root->first;
+  }
 
   Node* node = at.node != nullptr ? at.node : root->second.get();
   const bool whole_edge = at.num_in_edge == static_cast<int64_t>(node->blocks.size());
@@ -86,19 +89,19 @@ int64_t PrefixTree::evict(int64_t num_blocks) {
   auto leaf = leaves_.begin();
   while (num_freed < num_blocks && leaf != leaves_.end()) {
     Node* node = leaf->second;
-    Node* parent = node->parent;
     while (num_freed < num_blocks && !node->blocks.empty() && pool_->ref_count(node->blocks.back()) == 1) {
       pool_->release({node->blocks.back()});
       node->blocks.pop_back();
       ++num_freed;
       --num_cached_;
     }
-    node->tokens.resize(node->blocks.size() * block_size_);
     ++leaf;
-    if (!node->blocks.empty()) continue;
-    remove_leaf(node);
-    // The parent may have become a leaf, older than those that were passed over: look from the start again.
-    if (parent->parent != nullptr && parent->children.empty()) leaf = leaves_.begin();
+    if (!node->blocks.empty()) {
+      node->tokens.resize(node->blocks.size() * block_size_);
+      continue;
+    }
+    // A parent that became a leaf may be older than those that were passed over: look from the start again.
+    if (remove_leaf(node)) leaf = leaves_.begin();
   }
   return num_freed;
 }
@@ -222,19 +225,22 @@ void PrefixTree::split(Node* node, int64_t num_blocks) {
   node->children.emplace(hash, std::move(back));
 }
 
-void PrefixTree::remove_leaf(Node* node) {
+bool PrefixTree::remove_leaf(Node* node) {
   Node* parent = node->parent;
   const uint64_t last_used = node->last_used;
   leaves_.erase({last_used, node});
-  for (auto child = parent->children.begin(); child != parent->children.end(); ++child) {
-    if (child->second.get() != node) continue;
-    parent->children.erase(child);
-    break;
+  auto child = parent->children.equal_range(hash_block(node->tokens.data())).first;
+  while (child->second.get() != node) ++child;
+  parent->children.erase(child);
+  if (!parent->children.empty()) return false;
+  if (parent->parent == nullptr) {
+    roots_.erase(roots_.find(*parent->salt));  // tenants come and go; an empty root of each would stay for ever
+    return false;
   }
-  if (parent->parent == nullptr || !parent->children.empty()) return;
   // It is as old as the youngest thing that was below it, and that was this node or one that left after it was used.
   parent->last_used = std::max(parent->last_used, last_used);
   leaves_.emplace(parent->last_used, parent);
+  return true;
 }
 
 std::vector<const PrefixTree::Node*> PrefixTree::parents_first(const Node* root) {

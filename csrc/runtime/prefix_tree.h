@@ -46,7 +46,8 @@ class PrefixTree {
  private:
   struct Node {
     Node* parent = nullptr;
-    std::vector<int32_t> tokens;  // block_size × blocks.size()
+    const std::string* salt = nullptr;  // its key in roots_, of roots only
+    std::vector<int32_t> tokens;        // block_size × blocks.size()
     std::vector<int32_t> blocks;
     uint64_t last_used = 0;
     std::unordered_multimap<uint64_t, std::unique_ptr<Node>> children;  // by the hash of their first block's tokens
@@ -63,7 +64,7 @@ class PrefixTree {
   uint64_t hash_block(const int32_t* block_tokens) const;
   void touch(Node* node);
   void split(Node* node, int64_t num_blocks);
-  void remove_leaf(Node* node);
+  bool remove_leaf(Node* node);  // whether its parent became a leaf
   static std::vector<const Node*> parents_first(const Node* root);
 
   std::shared_ptr<BlockPool> pool_;

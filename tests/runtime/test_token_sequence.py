@@ -43,7 +43,9 @@ class TokenSequenceMachine(RuleBasedStateMachine):
             self.seq.truncate(length)
             del self.tokens[length:]
         else:
-            with pytest.raises(ValueError, match=f"length is {length}, allowed is num_computed = {self.num_computed} to"):
+            with pytest.raises(
+                ValueError, match=f"length is {length}, allowed is num_computed = {self.num_computed} to"
+            ):
                 self.seq.truncate(length)
 
     @rule(count=SIZES)
