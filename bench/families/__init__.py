@@ -1,0 +1,19 @@
+"""The families by name. Building their cases is left to the run; here are ids alone."""
+
+from __future__ import annotations
+
+from bench.families import engine_cpu, engine_gpu, flash_fwd, gemm_bf16, paged, small_ops
+from bench.harness.case import Family
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        small_ops.FAMILY,
+        gemm_bf16.FAMILY,
+        flash_fwd.FAMILY,
+        paged.DECODE,
+        paged.PREFILL,
+        engine_cpu.FAMILY,
+        engine_gpu.FAMILY,
+    )
+}

@@ -1,0 +1,171 @@
+"""Attention over a paged KV cache, 32 query heads on 8 KV heads of 128: one token a sequence, and prefills over a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.families.flash_fwd import first
+from bench.harness import formulas
+from bench.harness.case import Case, CaseSpec, Context, Family, op_case
+from bench.harness.ceilings import Work
+from bench.harness.peers import PeerAbsentError, flashinfer, require, vllm_ops
+from fastattn import ops
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+# batch, context
+DECODES = ((1, 1024), (1, 8192), (1, 65536), (2, 4096), (4, 4096), (8, 4096), (32, 4096), (64, 2048), (128, 1024), (128, 4096), (256, 1024))  # fmt: skip
+# batch, new tokens of each sequence, context with them
+PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
+_QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
+
+
+def paged(
+    context: Context, page: int, batch: int, new: int, length: int, heads: int = HEADS, kv_heads: int = KV_HEADS
+) -> Case:
+    """`new` tokens each of `batch` sequences that are `length` tokens long with them; pages in random order."""
+    device, dtype = context.device, torch.bfloat16
+    rng = context.generator(batch + length)
+    pages_each = -(-length // page)
+    shape = (batch * pages_each, page, kv_heads, DIM)
+    k_cache, v_cache = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
+    table = torch.randperm(shape[0], generator=rng, device=device).int().view(batch, pages_each)
+    q = torch.randn(batch * new, heads, DIM, generator=rng, device=device, dtype=dtype)
+    offsets = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+
+    def vllm_fa3() -> Callable[[], Tensor]:
+        vllm_ops()  # loads the kernels
+        attend = require("vllm.vllm_flash_attn").flash_attn_varlen_func
+        out = torch.empty_like(q)
+        return lambda: first(
+            attend(
+                q,
+                k_cache,
+                v_cache,
+                max_seqlen_q=new,
+                cu_seqlens_q=offsets,
+                max_seqlen_k=length,
+                seqused_k=lengths,
+                causal=True,
+                block_table=table,
+                fa_version=3,
+                out=out,
+            )
+        )
+
+    def fa3() -> Callable[[], Tensor]:
+        library = require("fa3_fwd_interface")
+        flags = require("fa3_fwd_config").CONFIG.get("build_flags", {})
+        if flags.get("FLASHATTENTION_DISABLE_PAGEDKV"):
+            raise PeerAbsentError("this FlashAttention-3 wheel was built without paged KV")
+        grouped = q.view(batch, new, heads, DIM)
+        return lambda: first(
+            library.flash_attn_with_kvcache(
+                grouped, k_cache, v_cache, cache_seqlens=lengths, page_table=table, causal=True
+            )
+        )
+
+    def flash_attn() -> Callable[[], Tensor]:
+        attend = require("flash_attn").flash_attn_with_kvcache  # raises for pages that are no multiple of 256
+        grouped = q.view(batch, new, heads, DIM)
+        return lambda: first(attend(grouped, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True))
+
+    def flashinfer_paged() -> Callable[[], Tensor]:
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        indptr = torch.arange(0, batch * pages_each + 1, pages_each, dtype=torch.int32, device=device)
+        last = torch.full((batch,), (length - 1) % page + 1, dtype=torch.int32, device=device)
+        if new == 1:
+            wrapper = flashinfer("flashinfer.decode").BatchDecodeWithPagedKVCacheWrapper(
+                workspace, "NHD", use_tensor_cores=True
+            )
+            wrapper.plan(
+                indptr, table.flatten(), last, heads, kv_heads, DIM, page, q_data_type=dtype, kv_data_type=dtype
+            )
+        else:
+            wrapper = flashinfer("flashinfer.prefill").BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            wrapper.plan(
+                offsets,
+                indptr,
+                table.flatten(),
+                last,
+                heads,
+                kv_heads,
+                DIM,
+                page,
+                causal=True,
+                q_data_type=dtype,
+                kv_data_type=dtype,
+            )
+        return lambda: first(wrapper.run(q, (k_cache, v_cache)))
+
+    def torch_gather() -> Callable[[], Tensor]:
+        """What torch alone can do: collect the pages, then attend."""
+        if 1 < new < length:  # torch aligns its causal mask top-left
+            raise PeerAbsentError("torch has no causal attention over a prefix without a mask tensor")
+        order = table.flatten().long()
+        rows = q.view(batch, new, heads, DIM).transpose(1, 2)
+
+        def call() -> Tensor:
+            k, v = (c[order].view(batch, -1, kv_heads, DIM)[:, :length].transpose(1, 2) for c in (k_cache, v_cache))
+            return F.scaled_dot_product_attention(rows, k, v, is_causal=new > 1, enable_gqa=True).transpose(1, 2)
+
+        return call
+
+    pairs = batch * (new * (length - new) + new * (new + 1) // 2)
+    return op_case(
+        ops.paged_attention,
+        {
+            "q": q,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "cu_seqlens_q": offsets,
+            "seqused_k": lengths,
+            "block_table": table,
+            "max_seqlen_q": new,
+            "causal": True,
+        },
+        formulas.paged_attention,
+        peers={
+            "vllm_fa3": vllm_fa3,
+            "fa3": fa3,
+            "flashinfer": flashinfer_paged,
+            "flash_attn": flash_attn,
+            "torch": torch_gather,
+        },
+        work=Work(num_bytes=4 * batch * length * kv_heads * DIM + 2 * q.nbytes, num_ops=4 * pairs * heads * DIM),
+        config=f"{batch} × {new} of {length} tokens, {heads}/{kv_heads} heads of {DIM}, pages of {page}, bf16",
+    )
+
+
+DECODE = Family(
+    "paged_decode",
+    "cuda",
+    "paged_attention with one token a sequence, beside vLLM's FlashAttention-3",
+    tuple(
+        CaseSpec(
+            f"bf16_p{page}_b{batch}_s{length}",
+            partial(paged, page=page, batch=batch, new=1, length=length),
+            quick=page == 16 and (batch, length) in _QUICK_DECODES,
+        )
+        for page in (16, 64)
+        for batch, length in DECODES
+    ),
+)
+PREFILL = Family(
+    "paged_prefill",
+    "cuda",
+    "paged_attention with prompts and chunks of prompts, beside vLLM's FlashAttention-3",
+    tuple(
+        CaseSpec(
+            f"bf16_p16_b{batch}_t{new}_s{length}",
+            partial(paged, page=16, batch=batch, new=new, length=length),
+            quick=length <= 4096,
+        )
+        for batch, new, length in PREFILLS
+    ),
+)

@@ -1,0 +1,1 @@
+"""Timing, ceilings, peers, correctness and reports; what the families share."""

@@ -1,0 +1,154 @@
+"""Operators on large inputs, on any device, in a chosen dtype: what tests/harness/formulas.py says in loops, in whole tensors.
+
+Each takes the dtype to compute in and a call's arguments, and gives the results, then the arguments that are changed.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.harness.formulas import add_rms_norm, layer_norm, linear, rms_norm, swiglu
+
+__all__ = [
+    "add_rms_norm",
+    "adjust_logits",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv_write",
+    "swiglu",
+    "token_logprobs",
+    "varlen_attention",
+]
+
+# Scores are computed in pieces of at most so many elements, so that 16k × 16k × 16 heads fits.
+_SCORES = 1 << 28
+
+
+def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
+    return [weight[token_ids.long()].to(c) * scale]
+
+
+def rope_kv_write(
+    c: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> list[Tensor]:
+    cos, sin = (t.unsqueeze(1) for t in cos_sin[positions.long()].to(c).chunk(2, -1))
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.to(c).chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    written = slot_mapping >= 0
+    slots = slot_mapping[written].long()
+    k_out, v_out = k_cache.to(c, copy=True), v_cache.to(c, copy=True)
+    k_out.view(-1, *k.shape[1:])[slots] = turned(k)[written]
+    v_out.view(-1, *v.shape[1:])[slots] = v[written].to(c)
+    return [turned(q), k_out, v_out]
+
+
+def _attend(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One sequence: q (Sq, H, D), k and v (Sk, Hk, D) → out (Sq, H, D), lse (H, Sq)."""
+    num_rows, num_keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    out = q.new_empty(q.shape, dtype=c)
+    lse = q.new_empty((q.shape[1], num_rows), dtype=c)
+    step = max(1, min(num_rows, _SCORES // max(1, num_keys)))
+    for head in range(q.shape[1]):
+        keys, values = k[:, head // group].to(c), v[:, head // group].to(c)
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(num_rows, start + step))
+            scores = (q[rows, head].to(c) @ keys.t()) * scale
+            if causal:
+                last = torch.arange(rows.start, rows.stop, device=q.device) + num_keys - num_rows
+                scores.masked_fill_(torch.arange(num_keys, device=q.device) > last.unsqueeze(1), -torch.inf)
+            out[rows, head] = torch.softmax(scores, -1) @ values
+            lse[head, rows] = torch.logsumexp(scores, -1)
+    return out, lse
+
+
+def _attend_all(
+    c: torch.dtype, q: Tensor, starts: list[int], keys: list[Tensor], values: list[Tensor], causal: bool
+) -> list[Tensor]:
+    runs = [slice(a, b) for a, b in pairwise(starts)]
+    scale = q.shape[-1] ** -0.5
+    parts = [_attend(c, q[own], k, v, causal, scale) for own, k, v in zip(runs, keys, values, strict=True)]
+    return [torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)]
+
+
+def varlen_attention(
+    c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, **_: Any
+) -> list[Tensor]:
+    at = cu_seqlens_k.tolist()
+    keys, values = ([t[a:b] for a, b in pairwise(at)] for t in (k, v))
+    return _attend_all(c, q, cu_seqlens_q.tolist(), keys, values, causal)
+
+
+def paged_attention(
+    c: torch.dtype,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    causal: bool,
+    **_: Any,
+) -> list[Tensor]:
+    size = k_cache.shape[1]
+
+    def gather(cache: Tensor) -> list[Tensor]:
+        lengths = enumerate(seqused_k.tolist())
+        return [cache[block_table[b, : -(-n // size)].long()].flatten(0, 1)[:n] for b, n in lengths]
+
+    if bool((cu_seqlens_q.diff() == 1).all()) and bool((seqused_k == seqused_k[0]).all()):
+        return _decode(c, q, torch.stack(gather(k_cache)), torch.stack(gather(v_cache)))
+    return _attend_all(c, q, cu_seqlens_q.tolist(), gather(k_cache), gather(v_cache), causal)
+
+
+def _decode(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """One query a sequence and equal lengths, all at once: q (B, H, D), k and v (B, S, Hk, D)."""
+    grouped = q.to(c).view(q.shape[0], k.shape[2], -1, q.shape[2])  # (B, Hk, group, D)
+    scores = grouped @ k.to(c).permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
+    out = torch.softmax(scores, -1) @ v.to(c).transpose(1, 2)
+    return [out.flatten(1, 2), torch.logsumexp(scores, -1).flatten(1, 2).t()]
+
+
+def adjust_logits(
+    c: torch.dtype,
+    logits: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    bias: Tensor,
+    indptr: Tensor,
+    repetition_penalty: Tensor,
+    presence_penalty: Tensor,
+    frequency_penalty: Tensor,
+) -> list[Tensor]:
+    out = logits.to(c, copy=True)
+    row = torch.repeat_interleave(torch.arange(logits.shape[0], device=logits.device), indptr.diff().long())
+    rep, presence, frequency = (t.to(c)[row] for t in (repetition_penalty, presence_penalty, frequency_penalty))
+    old, count = out[row, token_ids.long()], counts.to(c)
+    penalized = torch.where(old > 0, old / rep, old * rep) - presence * (count > 0) - frequency * count
+    out[row, token_ids.long()] = torch.where(count >= 0, penalized, old) + bias.to(c)
+    return [out]
+
+
+def token_logprobs(c: torch.dtype, logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+    logprobs = torch.log_softmax(logits.to(c), -1)
+    chosen = token_ids.long().unsqueeze(1)
+    rank = 1 + (logits > logits.gather(1, chosen)).sum(1, dtype=torch.int32)
+    ids = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :num_top]
+    return [logprobs.gather(1, chosen).squeeze(1), rank, logprobs.gather(1, ids), ids.int()]
