@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 
 Call = Callable[[], Any]
+# What is written between two calls, at least: it must push the last call's data out of every L2 there is.
+_FLUSH_BYTES = 256 << 20
+
 Sampler = Callable[[], list[float]]  # one round: microseconds of each timed call
 
 
@@ -110,7 +113,7 @@ class GraphTimer:
             max_calls,
         )
         l2_bytes = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
-        self._flush_buffer = torch.empty(max(4 * l2_bytes, 256 << 20) // 4, dtype=torch.int32, device=device)
+        self._flush_buffer = torch.empty(max(4 * l2_bytes, _FLUSH_BYTES) // 4, dtype=torch.int32, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._events_inside = self._can_record_inside()
         self.method = (
@@ -230,9 +233,7 @@ class GraphTimer:
 
 def _event_pairs(n: int, external: bool = False) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
     def event() -> torch.cuda.Event:
-        # torch before 2.8 knows no external events, and then none may be asked for
-        options = {"external": True} if external else {}
-        return torch.cuda.Event(enable_timing=True, **options)  # type: ignore[no-untyped-call]
+        return torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
 
     return [(event(), event()) for _ in range(n)]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastattn.engine.engine import Engine, Prompt
@@ -65,7 +65,7 @@ class Interrupt:
         self.hit = False
         self._previous: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Interrupt:
         self._previous = signal.signal(signal.SIGINT, self._on_signal)
         return self
 

@@ -23,9 +23,9 @@ class _Group(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
-            return super().main(args, *more, standalone_mode=False, **extra)
+            return super().main(args, *more, standalone_mode=False, **extra)  # type: ignore[misc]
         try:
-            code = super().main(args, *more, standalone_mode=False, **extra)
+            code = super().main(args, *more, standalone_mode=False, **extra)  # type: ignore[misc]
             sys.stdout.flush()
         except BrokenPipeError:
             _errors.hush_stdout()

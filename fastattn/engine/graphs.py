@@ -46,7 +46,7 @@ class DecodeGraphs:
     def _capture(self, size: int) -> DecodeGraph:
         # The buffers may hold anything; a step of padding rows alone is harmless to run and to record.
         batch = self._buffers.fill([], [], pad_num_seqs=size)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(batch)  # first calls load modules and libraries, which a capture must not

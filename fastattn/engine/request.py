@@ -61,5 +61,9 @@ class Request:
         return self.seq.num_computed >= self.num_prompt_tokens
 
     @property
+    def must_wait_for_sibling(self) -> bool:
+        return self.after is not None and self.after.status is not Status.FINISHED and not self.after.is_prefilled
+
+    @property
     def sort_key(self) -> tuple[int, int, int]:
         return (self.priority, self.arrival, self.index)

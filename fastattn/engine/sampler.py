@@ -30,7 +30,7 @@ class Sampler:
         """logits (n, vocab_size) fp32 of the n requests whose next token is wanted; may be overwritten."""
         wanted = [r.params.logprobs for r in requests]
         raw = logits
-        if any(r.params.needs_logit_adjustment for r in requests):
+        if any(_is_adjusted(r) for r in requests):
             # Log-probabilities are the model's own, so they are taken from the logits as they were.
             raw = logits.clone() if any(w is not None for w in wanted) else logits
             self._adjust(logits, requests)
@@ -56,14 +56,22 @@ class Sampler:
         def to_device(values: np.ndarray | list[float]) -> torch.Tensor:
             return torch.as_tensor(np.asarray(values, dtype=getattr(values, "dtype", np.float32))).to(device)
 
+        token_ids, counts, bias = (to_device(np.concatenate(part)) for part in zip(*columns, strict=True))
         ops.adjust_logits(
             logits,
-            *(to_device(np.concatenate([c[part] for c in columns])) for part in range(3)),
+            token_ids,
+            counts,
+            bias,
             to_device(indptr),
             to_device([p.repetition_penalty for p in params]),
             to_device([p.presence_penalty for p in params]),
             to_device([p.frequency_penalty for p in params]),
         )
+
+
+def _is_adjusted(request: Request) -> bool:
+    params = request.params
+    return params.has_penalties or bool(params.logit_bias) or len(request.output_token_ids) < params.min_tokens
 
 
 def _touched_tokens(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,8 +80,7 @@ def _touched_tokens(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarra
     counts: dict[int, int] = {}
     if params.repetition_penalty != 1.0:
         counts = dict.fromkeys(request.seq.tokens(0, request.num_prompt_tokens), 0)
-    if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
-        counts.update(request.output_counts)
+    counts.update(request.output_counts)
     bias = dict(params.logit_bias or {})
     if len(request.output_token_ids) < params.min_tokens:
         bias.update(dict.fromkeys(request.stop_token_ids, _BANNED))

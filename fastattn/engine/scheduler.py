@@ -20,13 +20,16 @@ class Scheduler:
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.config = config
         self.kv = kv
-        self.waiting: list[tuple[tuple[int, int, int], Request]] = []  # a heap
+        # A heap. Requests that ended while they waited stay until they come to its top, or until they are the most of it.
+        self._heap: list[tuple[tuple[int, int, int], Request]] = []
+        self.num_waiting = 0
         self.running: list[Request] = []  # in the order of `sort_key`
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
         request.status = Status.WAITING
-        heapq.heappush(self.waiting, (request.sort_key, request))
+        self.num_waiting += 1
+        heapq.heappush(self._heap, (request.sort_key, request))
 
     def schedule(self) -> dict[Request, int]:
         scheduled: dict[Request, int] = {}
@@ -56,14 +59,13 @@ class Scheduler:
 
     def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
         held_back = []
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            key, request = self.waiting[0]
-            if (
-                request.after is not None
-                and request.after.status is not Status.FINISHED
-                and not request.after.is_prefilled
-            ):
-                held_back.append(heapq.heappop(self.waiting))
+        while self._heap and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self._heap[0][1]
+            if request.status is Status.FINISHED:
+                heapq.heappop(self._heap)
+                continue
+            if request.must_wait_for_sibling:
+                held_back.append(heapq.heappop(self._heap))
                 continue
             self.kv.attach_prefix(request)
             num_tokens = min(request.num_pending_tokens, budget)
@@ -71,7 +73,8 @@ class Scheduler:
             if not fits_step or not self.kv.reserve(request, num_tokens):
                 self.kv.release(request)
                 break
-            heapq.heappop(self.waiting)
+            heapq.heappop(self._heap)
+            self.num_waiting -= 1
             self.kv.count_lookup(request)
             if request.metrics.num_preemptions == 0:
                 request.num_cached_tokens = request.seq.num_computed
@@ -80,7 +83,7 @@ class Scheduler:
             scheduled[request] = num_tokens
             budget -= num_tokens
         for entry in held_back:
-            heapq.heappush(self.waiting, entry)
+            heapq.heappush(self._heap, entry)
         self.running.sort(key=lambda r: r.sort_key)
 
     def _preempt(self, request: Request) -> None:
@@ -106,12 +109,11 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self.running.remove(request)
         else:
-            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
-            heapq.heapify(self.waiting)
+            self.num_waiting -= 1
+            request.status = Status.FINISHED
+            if len(self._heap) > 2 * self.num_waiting + 64:
+                self._heap = [entry for entry in self._heap if entry[1].status is Status.WAITING]
+                heapq.heapify(self._heap)
         self.kv.release(request)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)

@@ -25,6 +25,7 @@ def _load_kernels() -> bool:
 
 
 _HAS_KERNELS = _load_kernels()
+_WITH_CUDA_KERNEL: set[str] = set()  # a set and not torch's own answer, which torch.compile cannot trace
 
 
 def has_cuda_kernels() -> bool:
@@ -34,7 +35,7 @@ def has_cuda_kernels() -> bool:
 
 def has_cuda_kernel(name: str) -> bool:
     """Whether the operator `name`, already defined, has a CUDA implementation."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+    return name in _WITH_CUDA_KERNEL
 
 
 def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,6 +45,8 @@ def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        _WITH_CUDA_KERNEL.add(name)
     # The overload itself: a call through the packet searches for it each time.
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
