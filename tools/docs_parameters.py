@@ -10,7 +10,9 @@ from typing import Any
 
 import griffe
 
-_PARAMETER = re.compile(r"([a-z]\w*(?:, [a-z]\w*)*): ")
+_NAMES = r"[a-z]\w*(?:, [a-z]\w*)*"
+_PARAMETER = re.compile(rf"({_NAMES}): ")
+_NEXT = re.compile(rf"(?<=[.;]) (?={_NAMES}: )")  # "… is greedy. top_k: 0 is off": another one in the same line
 
 
 def as_list(text: str) -> str:
@@ -18,15 +20,19 @@ def as_list(text: str) -> str:
     out: list[str] = []
     in_list = False
     for line in text.splitlines():
-        match = _PARAMETER.match(line)
-        if match:
-            if not in_list and out and out[-1].strip():
-                out.append("")
-            names = ", ".join(f"`{name}`" for name in match[1].split(", "))
-            line = f"- {names}: {line[match.end() :]}"
-        in_list = bool(line.strip()) and (in_list or match is not None)
-        out.append(line)
+        begins = _PARAMETER.match(line) is not None
+        if begins and not in_list:
+            out.append("")
+        in_list = begins or (in_list and bool(line.strip()))
+        out += [_item(part) for part in _NEXT.split(line)] if in_list else [line]
     return "\n".join(out)
+
+
+def _item(text: str) -> str:
+    match = _PARAMETER.match(text)
+    if match is None:
+        return text
+    return f"- {', '.join(f'`{name}`' for name in match[1].split(', '))}: {text[match.end() :]}"
 
 
 class Parameters(griffe.Extension):
