@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 from fastattn.engine.engine import Engine, EngineStats, Prompt
@@ -19,6 +21,9 @@ class EngineDeadError(RuntimeError):
     """The step loop ended with an error; this engine answers nobody any more."""
 
 
+Tell = Callable[[Any], None]  # gives an output or an exception to a task, from any thread
+
+
 class AsyncEngine:
     """Only the loop's thread touches the engine: requests and aborts reach it as calls in a list, outputs leave through
     asyncio. When there is nothing to do the thread sleeps."""
@@ -26,8 +31,9 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._wake = threading.Condition()
-        self._calls: list[Callable[[], None]] = []
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestOutput | BaseException]]] = {}
+        # What the loop shall do, and whom to tell if it ends before it has done so.
+        self._calls: deque[tuple[Callable[[], None], Tell]] = deque()
+        self._streams: dict[str, Tell] = {}  # the loop's thread alone touches it
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fastattn-engine", daemon=True)
@@ -40,38 +46,51 @@ class AsyncEngine:
 
         Raises what Engine.add_request raises, and EngineDeadError.
         """
-        queue: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(item: Any) -> None:
+            _post(loop, queue.put_nowait, item)
 
         def add() -> None:
-            # Registered by the loop's thread only once the engine took it, so a refused id cannot take over another's stream.
+            # A stream only once the engine took the request, so a refused id cannot take over another's outputs.
             try:
                 self._engine.add_request(request_id, prompt, params, priority=priority, tenant=tenant)
             except Exception as error:  # the caller's mistake, told to the caller
-                loop.call_soon_threadsafe(queue.put_nowait, error)
+                tell(error)
             else:
-                self._streams[request_id] = (loop, queue)
-                accepted.append(request_id)
+                self._streams[request_id] = tell
 
-        accepted: list[str] = []
-        self._call(add)
+        def abort() -> None:
+            if self._streams.get(request_id) is tell:  # the id may be another's by now
+                del self._streams[request_id]
+                self._engine.abort_request(request_id)
+
+        self._call(add, tell)
         finished = False
         try:
             while not finished:
                 item = await queue.get()
+                finished = isinstance(item, BaseException) or item.finished
                 if isinstance(item, BaseException):
-                    finished = True
                     raise item
-                finished = item.finished
                 yield item
         finally:
             if not finished:
-                self._call(lambda: self._abort(request_id) if accepted else None)
+                with suppress(EngineDeadError):  # then nothing is left to abort
+                    self._call(abort, lambda _: None)
 
     async def stats(self) -> EngineStats:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[EngineStats] = loop.create_future()
-        self._call(lambda: _set_result(loop, future, self._engine.stats()))
+
+        def answer(value: Any) -> None:
+            if not future.done():
+                future.set_exception(value) if isinstance(value, BaseException) else future.set_result(value)
+
+        def tell(value: Any) -> None:
+            _post(loop, answer, value)
+
+        self._call(lambda: tell(self._engine.stats()), tell)
         return await future
 
     def close(self, timeout_seconds: float = 10.0) -> None:
@@ -83,62 +102,60 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and self._failure is None
+        return self._thread.is_alive() and not self._closing
 
-    def _call(self, call: Callable[[], None]) -> None:
+    def _call(self, call: Callable[[], None], if_dead: Tell) -> None:
         with self._wake:
-            if self._failure is not None or self._closing:
-                raise EngineDeadError(f"the engine is not running: {self._failure or 'closed'}")
-            self._calls.append(call)
+            if self._closing:
+                raise self._dead()
+            self._calls.append((call, if_dead))
             self._wake.notify()
 
-    def _abort(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._engine.abort_request(request_id)
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine is not running: {self._failure or 'it was closed'}")
+        error.__cause__ = self._failure
+        return error
 
     def _run(self) -> None:
         try:
-            while True:
-                with self._wake:
-                    while not (self._calls or self._closing or self._engine.has_unfinished_requests()):
-                        self._wake.wait()
-                    calls, self._calls = self._calls, []
-                    if self._closing:
-                        break
-                for call in calls:
-                    call()
+            while self._wait():
+                while self._calls:
+                    self._calls[0][0]()
+                    self._calls.popleft()
                 for output in self._engine.step():
                     self._deliver(output)
         except BaseException as error:
-            # An error in a step leaves the cache in an unknown state, and a CUDA error cannot be recovered from at all.
+            # What one step's requests can get over, the engine has told them; this is a lost device, or a bug of ours.
             logger.exception("the engine's step loop failed")
             self._failure = error
-        finally:
-            with self._wake:
-                self._closing = True
-            dead = EngineDeadError(f"the engine is not running: {self._failure or 'closed'}")
-            for loop, queue in self._streams.values():
-                _post(loop, queue.put_nowait, dead)
+        with self._wake:
+            self._closing = True
+        for tell in [*self._streams.values(), *(if_dead for _, if_dead in self._calls)]:
+            tell(self._dead())
+        if self._failure is None:
+            for request_id in self._streams:
+                self._engine.abort_request(request_id)
+
+    def _wait(self) -> bool:
+        """Sleeps until there is something to do; False when it is to end."""
+        with self._wake:
+            while not (self._calls or self._closing or self._engine.has_unfinished_requests()):
+                self._wake.wait()
+            return not self._closing
 
     def _deliver(self, output: RequestOutput) -> None:
-        entry = self._streams.get(output.request_id)
-        if entry is None:
+        tell = self._streams.get(output.request_id)
+        if tell is None:
             return
         if output.finished:
             del self._streams[output.request_id]
-        loop, queue = entry
-        _post(loop, queue.put_nowait, output)
+        tell(output)
 
 
 def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
     """Calls a function in an event loop; a loop that its owner has closed meanwhile has nobody left to tell."""
-    if not loop.is_closed():
+    try:
         loop.call_soon_threadsafe(function, *args)
-
-
-def _set_result(loop: asyncio.AbstractEventLoop, future: asyncio.Future[EngineStats], value: EngineStats) -> None:
-    def deliver() -> None:
-        if not future.done():
-            future.set_result(value)
-
-    _post(loop, deliver)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise

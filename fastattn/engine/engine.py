@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
@@ -19,6 +22,8 @@ from fastattn.engine.scheduler import Scheduler
 from fastattn.models.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, object]
+
+logger = logging.getLogger("fastattn.engine")
 
 
 class EngineBusyError(RuntimeError):
@@ -70,7 +75,14 @@ class Engine:
         Prefixes are shared within a ``tenant`` only. Raises ValueError, naming both numbers, for what can never run, and
         EngineBusyError when the queue is full; nothing is queued then.
         """
-        params = params or SamplingParams()
+        for name, value, kind in (
+            ("request_id", request_id, str),
+            ("priority", priority, int),
+            ("tenant", tenant, str),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"add_request: {name} is {value!r}, expected {kind.__name__}")
+        params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"add_request: params is a {type(params).__name__}, expected SamplingParams")
         if request_id in self._groups:
@@ -79,6 +91,10 @@ class Engine:
         max_output = self._admit(token_ids, params)
         metrics = RequestMetrics(arrival_time=time.monotonic())
         arrival, self._num_arrivals = self._num_arrivals, self._num_arrivals + 1
+        stop_token_ids = frozenset(
+            [*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.tokenizer.eos_token_ids)]
+        )
+        shares_prompt = self.config.enable_prefix_caching and params.prompt_logprobs is None
         requests: list[Request] = []
         for index in range(params.n):
             requests.append(
@@ -92,13 +108,10 @@ class Engine:
                     seed=self._seed(params.seed, arrival, index),
                     arrival=arrival,
                     priority=priority if self.config.policy == "priority" else 0,
-                    salt=tenant.encode(),
-                    stop_token_ids=frozenset(params.stop_token_ids or ())
-                    | (frozenset() if params.ignore_eos else frozenset(self.tokenizer.eos_token_ids)),
+                    salt=tenant.encode("utf-8", "surrogatepass"),
+                    stop_token_ids=stop_token_ids,
                     metrics=metrics,
-                    after=requests[0]
-                    if requests and self.config.enable_prefix_caching and params.prompt_logprobs is None
-                    else None,
+                    after=requests[0] if requests and shares_prompt else None,
                 )
             )
         group = RequestGroup(
@@ -134,7 +147,8 @@ class Engine:
             raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
         if len(token_ids) >= limit:
             raise ValueError(
-                f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1} (max_model_len {limit} less one to generate)"
+                f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1}, "
+                f"max_model_len less one to generate"
             )
         max_output = (
             limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
@@ -152,9 +166,9 @@ class Engine:
                 raise ValueError(
                     f"add_request: logit_bias or stop_token_ids has {token}, allowed are ids from 0 to {vocab_size - 1}"
                 )
-        if len(self.scheduler.waiting) + params.n > self.config.max_num_waiting:
+        if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
             raise EngineBusyError(
-                f"{len(self.scheduler.waiting)} requests are waiting, allowed are {self.config.max_num_waiting}"
+                f"{self.scheduler.num_waiting} requests are waiting, allowed are {self.config.max_num_waiting}"
             )
         return max_output
 
@@ -186,11 +200,15 @@ class Engine:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
-        sampled = self.runner.execute(scheduled)
+        try:
+            sampled = self.runner.execute(scheduled)
+        except torch.AcceleratorError:
+            raise  # the device is lost to this process; no later step could succeed
+        except Exception as error:
+            return self._fail(scheduled, error)
         self.scheduler.advance(scheduled)
         self._num_steps += 1
         now = time.monotonic()
-        touched: dict[str, RequestGroup] = {}
         for request, token_id, logprobs in zip(sampled.requests, sampled.token_ids, sampled.logprobs, strict=True):
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
@@ -199,10 +217,16 @@ class Engine:
             if logprobs is not None and token_id >= 0:
                 request.logprobs.append(logprobs)
                 group.cumulative_logprobs[request.index] += logprobs[token_id][0]
-            touched[request.request_id] = group
         if self.config.debug_checks:
             self.kv.check()
-        return [output for group in touched.values() if (output := self._give(group)) is not None]
+        return self._give_all(sampled.requests)
+
+    def _fail(self, scheduled: Mapping[Request, int], error: Exception) -> list[RequestOutput]:
+        """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""
+        logger.error("a step of %d requests failed; they end with an error", len(scheduled), exc_info=error)
+        for request in scheduled:
+            self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
+        return self._give_all(list(scheduled))
 
     def _append(self, request: Request, token_id: int) -> None:
         """Adds a sampled token and ends the request if this was its last."""
@@ -212,11 +236,7 @@ class Engine:
         request.seq.append(token_id)
         request.output_token_ids.append(token_id)
         self._num_generated_tokens += 1
-        if (
-            request.params.presence_penalty
-            or request.params.frequency_penalty
-            or request.params.repetition_penalty != 1.0
-        ):
+        if request.params.has_penalties:
             request.output_counts[token_id] += 1
         ended: tuple[FinishReason, int | str | None] | None = None
         if token_id in request.stop_token_ids:
@@ -230,6 +250,10 @@ class Engine:
                 ended = ("length", None)
         if ended is not None:
             self.scheduler.finish(request, *ended)
+
+    def _give_all(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        groups = {request.request_id: self._owner[request] for request in requests}
+        return [output for group in groups.values() if (output := self._give(group)) is not None]
 
     def _give(self, group: RequestGroup) -> RequestOutput | None:
         for request, stream in zip(group.requests, group.streams, strict=True):
@@ -250,7 +274,7 @@ class Engine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.scheduler.num_waiting,
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,

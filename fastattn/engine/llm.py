@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -39,6 +40,8 @@ class LLM:
             )
         self.engine: Engine = build_engine(model, EngineOptions(**options), show_progress=not quiet)
         self._ids = itertools.count()
+        self._streaming: set[str] = set()
+        self._outputs: list[RequestOutput] = []  # of other streams than the one that ran the step
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -57,13 +60,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt, all together; the outputs are in the order of the prompts."""
         listed = _as_list(prompts)
-        final: dict[str, RequestOutput] = {}
+        params = [replace(p, output_kind="final") for p in _as_params(sampling_params, len(listed))]
+        final: list[RequestOutput] = []
         with tqdm(total=len(listed), desc="Requests", unit="req", disable=None if use_tqdm else True) as bar:
-            for output in self.stream(listed, sampling_params):
-                if output.finished:
-                    final[output.request_id] = output
-                    bar.update()
-        return sorted(final.values(), key=lambda output: int(output.request_id))
+            for output in self.stream(listed, params):
+                final.append(output)
+                bar.update()
+        return sorted(final, key=lambda output: int(output.request_id))
 
     def chat(
         self,
@@ -93,17 +96,31 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = _as_params(sampling_params, len(listed))
-        ids: list[str] = []
+        ids: set[str] = set()
         try:
             for prompt, p in zip(listed, params, strict=True):
                 request_id = str(next(self._ids))
                 self.engine.add_request(request_id, prompt, p)
-                ids.append(request_id)
-            while self.engine.has_unfinished_requests():
-                yield from self.engine.step()
+                ids.add(request_id)
+                self._streaming.add(request_id)
+            while ids:
+                for output in self._step(ids):
+                    if output.finished:
+                        ids.remove(output.request_id)
+                        self._streaming.remove(output.request_id)
+                    yield output
         finally:
             for request_id in ids:
                 self.engine.abort_request(request_id)
+            self._streaming -= ids
+
+    def _step(self, ids: set[str]) -> list[RequestOutput]:
+        """Outputs of these requests. A loop over one stream may run another inside it, so each keeps what is the other's."""
+        if not any(output.request_id in ids for output in self._outputs):
+            self._outputs += self.engine.step()
+        taken = [output for output in self._outputs if output.request_id in ids]
+        self._outputs = [o for o in self._outputs if o.request_id in self._streaming and o.request_id not in ids]
+        return taken
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -121,7 +121,9 @@ class OutputProcessor:
         )
 
     def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
-        if request.params.prompt_logprobs is None or (not request.is_prefilled and request.status is not Status.FINISHED):
+        if request.params.prompt_logprobs is None or (
+            not request.is_prefilled and request.status is not Status.FINISHED
+        ):
             return None
         return [None if row is None else self._describe(row) for row in request.prompt_logprobs]
 

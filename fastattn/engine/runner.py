@@ -66,14 +66,15 @@ class Runner:
     def _prompt_logprobs(self, hidden: torch.Tensor, scheduled: dict[Request, int]) -> None:
         row = 0
         for request, num_tokens in scheduled.items():
-            start, count = request.seq.num_computed, request.params.prompt_logprobs
-            # A preempted request comes past its prompt again; what is known is not reported twice.
-            done = max(len(request.prompt_logprobs), 1)
-            if count is not None and (end := min(start + num_tokens + 1, request.num_prompt_tokens)) > done:
-                targets = request.seq.tokens(done, end)
-                rows = hidden[row + done - 1 - start : row + end - 1 - start]
-                if not request.prompt_logprobs:
-                    request.prompt_logprobs.append(None)  # nothing predicts the first token
-                ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
-                request.prompt_logprobs += token_logprobs(self.model.logits(rows), ids, [count] * len(targets))
+            start, count, known = request.seq.num_computed, request.params.prompt_logprobs, request.prompt_logprobs
+            if count is not None:
+                if not known:
+                    known.append(None)  # nothing predicts the first token
+                # A preempted request comes past its prompt again; what is known is not reported twice.
+                end = min(start + num_tokens + 1, request.num_prompt_tokens)
+                if end > len(known):
+                    targets = request.seq.tokens(len(known), end)
+                    rows = hidden[row + len(known) - 1 - start : row + end - 1 - start]
+                    ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
+                    known += token_logprobs(self.model.logits(rows), ids, [count] * len(targets))
             row += num_tokens

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 MAX_LOGPROBS = 64
 MAX_N = 256
@@ -13,17 +12,60 @@ MAX_N = 256
 OutputKind = Literal["cumulative", "delta", "final"]
 
 
-def _check(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"SamplingParams: {name} is {value!r}, allowed is {allowed}")
+Check = Callable[[Any], bool]
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _integer(low: int, high: int) -> Check:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(low: float, high: float) -> Check:
+    """A NaN is in no range."""
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _each(check: Check, limit: int) -> Check:
+    return lambda values: isinstance(values, Collection) and len(values) <= limit and all(map(check, values))
+
+
+_TOKEN_ID = _integer(0, 2**31 - 1)
+_FLAG: tuple[Check, str] = (lambda value: isinstance(value, bool), "True or False")
+# The bounds that are neither a probability's nor a counter's keep every logit finite in fp32.
+_ALLOWED: dict[str, tuple[Check, str]] = {
+    "n": (_integer(1, MAX_N), f"an integer from 1 to {MAX_N}"),
+    "temperature": (_number(0, 100), "a number from 0 to 100"),
+    "top_p": (lambda p: _number(0, 1)(p) and p > 0, "a number above 0 and up to 1"),
+    "top_k": (_integer(-1, 2**31 - 1), "an integer, 0 or -1 for off"),
+    "min_p": (_number(0, 1), "a number from 0 to 1"),
+    "seed": (_or_none(_integer(-(2**63), 2**63 - 1)), "None or a 64-bit integer"),
+    "max_tokens": (_or_none(_integer(1, 2**31 - 1)), "None or an integer from 1"),
+    "min_tokens": (_integer(0, 2**31 - 1), "an integer from 0"),
+    "stop": (_or_none(_each(lambda s: isinstance(s, str) and s != "", 16)), "up to 16 non-empty strings"),
+    "stop_token_ids": (_or_none(_each(_TOKEN_ID, 1024)), "up to 1024 token ids from 0"),
+    "ignore_eos": _FLAG,
+    "presence_penalty": (_number(-2, 2), "a number from -2 to 2"),
+    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
+    "repetition_penalty": (_number(0.01, 10), "a number from 0.01 to 10"),
+    "logit_bias": (
+        _or_none(
+            lambda bias: (
+                isinstance(bias, Mapping)
+                and _each(_TOKEN_ID, 1024)(bias)
+                and all(map(_number(-1000, 1000), bias.values()))
+            )
+        ),
+        "up to 1024 token ids from 0, each with a number from -1000 to 1000",
+    ),
+    "logprobs": (_or_none(_integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": (_or_none(_integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
+    "skip_special_tokens": _FLAG,
+    "include_stop_str_in_output": _FLAG,
+    "output_kind": (lambda kind: kind in ("cumulative", "delta", "final"), "'cumulative', 'delta' or 'final'"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +90,8 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
+    stop: str | Collection[str] | None = None
+    stop_token_ids: Collection[int] | None = None
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -63,89 +105,21 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
-        _check(
-            _is_number(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "a number from 0 to 100",
-        )
-        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1")
-        _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer, 0 or -1 for off")
-        _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1")
-        _check(
-            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
-            "seed",
-            self.seed,
-            "None or a 64-bit integer",
-        )
-        _check(
-            self.max_tokens is None or (_is_int(self.max_tokens) and 1 <= self.max_tokens < 2**31),
-            "max_tokens",
-            self.max_tokens,
-            "None or an integer from 1",
-        )
-        _check(
-            _is_int(self.min_tokens) and 0 <= self.min_tokens < 2**31,
-            "min_tokens",
-            self.min_tokens,
-            "an integer from 0",
-        )
-        if self.max_tokens is not None:
-            _check(
-                self.min_tokens <= self.max_tokens,
-                "min_tokens",
-                self.min_tokens,
-                f"at most max_tokens = {self.max_tokens}",
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, (check, allowed) in _ALLOWED.items():
+            if not check(getattr(self, name)):
+                raise ValueError(f"SamplingParams: {name} is {getattr(self, name)!r}, allowed is {allowed}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"SamplingParams: min_tokens is {self.min_tokens}, allowed is at most max_tokens = {self.max_tokens}"
             )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _check(_is_number(value) and -2 <= value <= 2, name, value, "a number from -2 to 2")
-        _check(
-            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number above 0 and up to 10",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            _check(
-                value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
-                name,
-                value,
-                f"None or an integer from 0 to {MAX_LOGPROBS}",
-            )
-        _check(
-            self.output_kind in ("cumulative", "delta", "final"),
-            "output_kind",
-            self.output_kind,
-            "'cumulative', 'delta' or 'final'",
-        )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        _check(
-            all(isinstance(s, str) and s for s in stop) and len(stop) <= 16,
-            "stop",
-            self.stop,
-            "up to 16 non-empty strings",
-        )
-        object.__setattr__(self, "stop_strings", stop)
-        ids = tuple(self.stop_token_ids or ())
-        _check(
-            all(_is_int(i) and 0 <= i < 2**31 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids from 0"
-        )
-        for token, bias in (self.logit_bias or {}).items():
-            _check(_is_int(token) and 0 <= token < 2**31, "logit_bias", token, "token ids from 0 as keys")
-            _check(
-                _is_number(bias) and -1000 <= bias <= 1000, "logit_bias", bias, "numbers from -1000 to 1000 as values"
-            )
+        # Copies: what their owner changes later changes no running request.
+        object.__setattr__(self, "stop_strings", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
 
     @property
-    def needs_logit_adjustment(self) -> bool:
-        """Whether the logits must be changed before a token is drawn, for which the engine keeps counts of tokens."""
-        return bool(
-            self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.logit_bias
-            or self.min_tokens
-        )
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits, for which the engine counts them."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)

@@ -14,7 +14,28 @@ from fastattn.models.loader import open_model
 from fastattn.models.loader.source import ModelSource
 
 NUM_PROMPTS, NUM_TOKENS = 12, 32
-WORDS = ["the", "sea", "a", "river", "of", "stone", "and", "light", "under", "old", "trees", "where", "birds", "sing", "because", "rain", "falls", "on", "quiet", "roads"]
+WORDS = [
+    "the",
+    "sea",
+    "a",
+    "river",
+    "of",
+    "stone",
+    "and",
+    "light",
+    "under",
+    "old",
+    "trees",
+    "where",
+    "birds",
+    "sing",
+    "because",
+    "rain",
+    "falls",
+    "on",
+    "quiet",
+    "roads",
+]
 
 
 @pytest.fixture(scope="module")

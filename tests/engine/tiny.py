@@ -1,0 +1,138 @@
+"""A model of two layers with random weights, and a tokenizer for it: the whole engine in a millisecond a step, no download."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as Pipeline
+from tokenizers import decoders, models, pre_tokenizers
+
+from fastattn import nn
+from fastattn.engine.config import EngineConfig
+from fastattn.engine.engine import Engine, Prompt
+from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.runner import Runner
+from fastattn.engine.sampling_params import SamplingParams
+from fastattn.models.config import ModelConfig, RopeConfig
+from fastattn.models.decoder import DecoderModel
+from fastattn.models.loader import TensorInfo
+from fastattn.models.registry import build_model
+from fastattn.models.tokenizer import Tokenizer
+
+BOS, EOS = 0, 1
+# Printable ASCII, the bytes of é and €, so that characters may be cut by tokens, and tokens of several characters.
+_BYTES = [*map(chr, range(33, 127)), "Ġ", "Ã", "©", "â", "Ĥ", "¬"]
+_MERGES = [("a", "b"), ("t", "h"), ("th", "e"), ("Ġ", "a"), ("0", "0")]
+_VOCAB = {text: i for i, text in enumerate(["<s>", "</s>", *_BYTES, *(a + b for a, b in _MERGES)])}
+_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=len(_VOCAB),
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(),
+    bos_token_id=BOS,
+    eos_token_ids=(EOS,),
+)
+
+
+def make_tokenizer() -> Tokenizer:
+    pipeline = Pipeline(models.BPE(vocab=_VOCAB, merges=_MERGES))
+    pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pipeline.decoder = decoders.ByteLevel()
+    pipeline.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(
+        pipeline, bos_token_id=BOS, eos_token_ids=(EOS,), add_bos=True, add_eos=False, chat_template=_TEMPLATE
+    )
+
+
+@dataclass(frozen=True)
+class TinySource:
+    """A ModelSource whose weights come from a generator; the end token is made unlikely, so that texts are long."""
+
+    seed: int = 0
+    name: str = "tiny"
+    config: ModelConfig = CONFIG
+
+    def tokenizer(self) -> Tokenizer:
+        return make_tokenizer()
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        model = build_model(self.config, torch.device("meta"), torch.float32, 8)
+        return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out in model.weights()}
+
+    def read(self, name: str, out: torch.Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + sum(map(ord, name)))
+        out.copy_(torch.randn(out.shape, generator=generator) * (0.1 if name.endswith("norm.weight") else 0.4))
+        if name.endswith("norm.weight"):
+            out.add_(1)
+
+
+def make_engine(network: DecoderModel, tokenizer: Tokenizer, **options: Any) -> Engine:
+    """A small engine that verifies its bookkeeping after every step."""
+    defaults = {"max_model_len": 256, "num_kv_blocks": 128, "block_size": 8, "max_num_seqs": 16, "debug_checks": True}
+    config = EngineConfig(**(defaults | options))
+    return Engine(Runner(network, config, torch.device("cpu"), torch.float32), config, tokenizer)
+
+
+def run(
+    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+) -> list[RequestOutput]:
+    """Adds all at once, runs to the end, and returns the last output of each prompt."""
+    every = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    for index, (prompt, p) in enumerate(zip(prompts, every, strict=True)):
+        engine.add_request(str(index), prompt, p)
+    last = {output.request_id: output for output in drain(engine)}
+    return [last[str(index)] for index in range(len(prompts))]
+
+
+def drain(engine: Engine) -> list[RequestOutput]:
+    """All outputs until nothing is left to do; then every block must be free or cached."""
+    outputs = []
+    for _ in range(10_000):
+        if not engine.has_unfinished_requests():
+            break
+        outputs += engine.step()
+    assert_idle(engine)
+    return outputs
+
+
+def assert_idle(engine: Engine) -> None:
+    stats = engine.stats()
+    assert not engine.has_unfinished_requests()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert engine.kv.pool.num_free + engine.kv.tree.num_cached == stats.num_kv_blocks == stats.num_usable_kv_blocks
+    engine.kv.check()
+    assert not engine._groups
+    assert not engine._owner
+
+
+def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """(T, vocab_size) logits of a whole text in one pass, without the engine."""
+    count, config = len(token_ids), network.config
+    arange = torch.arange(count, dtype=torch.int32)
+    meta = nn.AttentionMetadata(
+        positions=arange,
+        slot_mapping=arange,
+        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32),
+        seqused_k=torch.tensor([count], dtype=torch.int32),
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        max_seqlen_q=count,
+    )
+    shape = (1, count, config.num_kv_heads, config.head_dim)
+    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+    with torch.inference_mode():
+        logits: torch.Tensor = network.logits(network(torch.tensor(token_ids, dtype=torch.int32), meta, caches))
+    return logits

@@ -1,0 +1,178 @@
+"""README and docs say what is so: their examples run, their links lead somewhere, and what is public is in them."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import fastattn
+from fastattn import ops
+from fastattn.cli.main import app
+from fastattn.models.loader import ModelFileError, open_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+# Signatures without bodies: a contract to read, not a program to run.
+NOT_PROGRAMS = {ROOT / "docs/design/foundation.md"}
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+_LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+_SNIPPET = re.compile(r'^--8<-- "([^":]+)(?::(\w+))?"$', re.M)
+_PATH = re.compile(r"`((?:csrc|docs|fastattn|tests|tools|bench|requirements|\.ci)/[\w./-]*\w)`")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
+    """(line of its first line, text) of each fenced block in one of these languages."""
+    text = page.read_text()
+    for match in _FENCE.finditer(text):
+        if match[1] in languages:
+            yield text.count("\n", 0, match.start(2)) + 1, match[2]
+
+
+def prose(page: Path) -> str:
+    """The page as its readers see it, with its snippets, without code blocks."""
+
+    def include(match: re.Match[str]) -> str:
+        text = (ROOT / match[1]).read_text()
+        if match[2] is None:
+            return text
+        return text.split(f"--8<-- [start:{match[2]}] -->")[1].split(f"<!-- --8<-- [end:{match[2]}]")[0]
+
+    return _FENCE.sub("", _SNIPPET.sub(include, page.read_text()))
+
+
+def anchors(page: Path) -> set[str]:
+    """Ids of the headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page not in NOT_PROGRAMS and next(blocks(page, "python"), None) is not None],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_examples_run(page: Path) -> None:
+    """The Python blocks of a page, in one namespace from top to bottom, on the CPU."""
+    programs = list(blocks(page, "python"))
+    if any('"smollm2"' in code for _, code in programs):
+        try:
+            open_model("smollm2")
+        except ModelFileError as error:
+            pytest.skip(f"smollm2 cannot be had here: {error}")
+    namespace: dict[str, Any] = {"__name__": "docs_example"}
+    for line, code in programs:
+        # The blank lines make a traceback point into the page.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(prose(page)):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{page.relative_to(ROOT)} links to {target}"
+        assert linked.is_relative_to(ROOT), f"{page.relative_to(ROOT)} links to {target}, outside the repository"
+        if anchor:
+            assert anchor in anchors(linked), f"{page.relative_to(ROOT)} links to {target}: no such heading"
+
+
+@each_page
+def test_paths_exist(page: Path) -> None:
+    for path in _PATH.findall(prose(page)):
+        built = path.endswith(".so")  # there only where it was built
+        assert built or (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
+
+
+def public_names() -> list[tuple[str, Any]]:
+    found = [(f"fastattn.{name}", getattr(fastattn, name)) for name in fastattn.__all__]
+    found += [(f"fastattn.ops.{name}", getattr(ops, name)) for name in ops.__all__]
+    return [(name, value) for name, value in found if inspect.isclass(value) or inspect.isfunction(value)]
+
+
+def documented_names() -> set[str]:
+    """What mkdocstrings is told to show."""
+    return {name for page in PAGES for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)}
+
+
+@pytest.mark.parametrize(("name", "value"), public_names(), ids=lambda value: value if isinstance(value, str) else "")
+def test_public_names_are_documented(name: str, value: Any) -> None:
+    own = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert own and not own.startswith(f"{value.__name__}("), f"{name} has no docstring of its own"
+    assert name in documented_names(), f"{name} is in no page: it needs a line '::: {name}' under docs/"
+
+
+def test_public_names_are_all_kinds_we_know() -> None:
+    """What `public_names` leaves out is known: the version and the module of operators."""
+    left = {*fastattn.__all__, *ops.__all__} - {name.rpartition(".")[2] for name, _ in public_names()}
+    assert left == {"__version__", "ops"}
+
+
+def test_documented_names_exist() -> None:
+    names = documented_names()
+    assert names
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+
+
+def test_readme_names_every_operator() -> None:
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in ops.__all__ if name != "has_cuda_kernels" and f"`{name}`" not in text]
+    assert not missing
+
+
+@each_page
+def test_commands_exist(page: Path) -> None:
+    """`fastattn …` and `make …` in shell blocks: the command, its options, the target."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for _, text in blocks(page, "sh"):
+        for line in text.splitlines():
+            words = re.sub(r'"[^"]*"', "TEXT", line.partition("#")[0]).split()
+            if "fastattn" in words and "pip" not in words:
+                name, *rest = words[words.index("fastattn") + 1 :]
+                known = {opt for param in commands[name].params for opt in (*param.opts, *param.secondary_opts)}
+                unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word not in known]
+                assert not unknown, f"{page.relative_to(ROOT)}: fastattn {name} has no {unknown}"
+            if words[:1] == ["make"]:
+                assert words[1] in targets, f"{page.relative_to(ROOT)}: make {words[1]}"
+
+
+def test_environment_variables_are_listed() -> None:
+    """docs/environment.md has exactly those that are read."""
+    run_time = re.findall(r'_read\(\s*"(\w+)"', (ROOT / "fastattn/config.py").read_text())
+    sources = [ROOT / "setup.py", *(ROOT / "tools/build").glob("*.py")]
+    build_time = re.findall(r'environ\.get\(\s*"(\w+)"', "".join(source.read_text() for source in sources))
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/environment.md").read_text(), re.M)
+    assert sorted(listed) == sorted({*run_time, *build_time})
+    assert len(set(run_time)) < 10
+
+
+def test_versions_agree() -> None:
+    assert f"\nversion: {fastattn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """As `make docs` builds it: a warning is an error."""
+    for module in ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python"):
+        pytest.importorskip(module, reason=f"{module} comes with fastattn[docs]")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "operators/index.html").read_text()
+    assert 'id="fastattn.ops.rms_norm"' in page
+    assert "<li><code>weight</code>: (N), x's dtype, multiplied as it is.</li>" in page
