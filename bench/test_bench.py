@@ -19,6 +19,8 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.config import ModelConfig, RopeConfig
 from fastattn.models.registry import build_model
 
+pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=3)
+
 CASES: dict[str, Callable[[Context], Case]] = {
     "rms_norm": partial(small_ops.rms_norm, tokens=64, width=576),
     "add_rms_norm": partial(small_ops.add_rms_norm, tokens=64, width=576),
@@ -91,8 +93,9 @@ def test_engine_step(num_requests: int, benchmark: Any) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
         engine.add_request(str(i), {"prompt_token_ids": [1 + i, 2, 3]}, params)
     engine.step()
-    outputs = benchmark.pedantic(engine.step, rounds=30, iterations=10, warmup_rounds=2)
+    outputs = benchmark.pedantic(engine.step, rounds=10, iterations=5, warmup_rounds=1)
     assert len(outputs) == num_requests
+    assert not any(output.finished for output in outputs)
 
 
 def test_block_pool(benchmark: Any) -> None:
