@@ -47,6 +47,11 @@ class EngineStats:
 
 
 class Engine:
+    """Requests in, steps, outputs: `add_request`, then `step` until nothing is left. Not for several threads at a time.
+
+    `AsyncEngine` and `LLM` are fronts of it; `fastattn.engine.setup.build_engine` makes one from a model's name.
+    """
+
     def __init__(self, runner: Runner, config: EngineConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
