@@ -70,5 +70,5 @@ FAMILY = Family(
         _spec(64, 128, 1),
     ),
     timer="wall",
-    rounds=3,
+    rounds=2,
 )

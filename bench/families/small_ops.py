@@ -6,6 +6,7 @@ a launch where they are small: `floor_us` and `bound` of a case say which.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from bench.harness import formulas
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
-from bench.harness.peers import compiled, flashinfer, require, skip, vllm_ops
+from bench.harness.peers import PeerAbsentError, compiled, flashinfer, require, skip, vllm_ops
 from fastattn import ops
 from fastattn.reference.philox import philox_first_word
 
@@ -28,12 +29,22 @@ EPS = 1e-5
 BF16 = torch.bfloat16
 
 
-def _compiled(context: Context, function: Callable[..., Any], *arguments: Any) -> PeerBuilder:
+# Seconds a run may spend on compiling torch.compile's side: a lent GPU waits meanwhile.
+COMPILE_SECONDS = 40.0
+
+
+def _compiled(context: Context, function: Callable[..., Any], *arguments: Tensor) -> PeerBuilder:
     if context.quick:
         return skip("torch.compile takes seconds a shape and is left out of --quick")
 
     def build() -> Callable[[], Any]:
+        spent = context.shared.get("compile seconds", 0.0)
+        if spent > COMPILE_SECONDS:
+            raise PeerAbsentError(f"torch.compile has had its {COMPILE_SECONDS:g} s of this run")
+        start = time.perf_counter()
         call = compiled(function)
+        call(*(t.clone() for t in arguments))  # compiles; on copies, because some functions change their arguments
+        context.shared["compile seconds"] = spent + time.perf_counter() - start
         return lambda: call(*arguments)
 
     return build

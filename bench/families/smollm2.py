@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,9 +68,7 @@ def hf_from_gguf() -> Any:
     from fastattn.models.loader.hub import fetch
 
     path = fetch(MODEL)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    with torch.inference_mode(False):
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32
         )
