@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -277,7 +278,7 @@ def test_penalties(engine: Engine, network: DecoderModel, changes: dict[str, Any
     params = with_(GREEDY, max_tokens=20, **changes)
     outputs = run(engine, PROMPTS * 2, [params] * len(PROMPTS) + [GREEDY] * len(PROMPTS))
     plain = [only(output).token_ids[:20] for output in outputs[len(PROMPTS) :]]
-    for output, unpenalized in zip(outputs[: len(PROMPTS)], plain, strict=True):
+    for output in outputs[: len(PROMPTS)]:
         prompt, generated = output.prompt_token_ids, list[int]()
         for _ in range(20):
             logits = full_logits(network, prompt + generated)[-1].double()
@@ -314,7 +315,7 @@ def test_deltas_make_the_whole(make_engine: MakeEngine, n: int) -> None:
             assert [list(row) for part in parts for row in part.logprobs or []] == [*map(list, whole.logprobs or [])]
             growing = [output.outputs[index] for output in cumulative]
             assert (growing[-1].text, growing[-1].token_ids) == (whole.text, whole.token_ids)
-            for earlier, later in zip(growing, growing[1:], strict=False):
+            for earlier, later in pairwise(growing):
                 assert later.text.startswith(earlier.text)
                 assert later.token_ids[: len(earlier.token_ids)] == earlier.token_ids
         for outputs in (deltas, cumulative, [final]):
