@@ -46,7 +46,7 @@ class DecoderModel(nn.Module):
         # Buffers, not weights: computed in fp32 on the CPU whatever the model's device and dtype are.
         with torch.device("cpu"):
             table = nn.rotary_table(config.rope, config.head_dim, max_model_len)
-            local = nn.rotary_table(config.rope_local, config.head_dim, max_model_len) if config.rope_local else table
+            local = nn.rotary_table(config.rope_local, config.head_dim, max_model_len) if config.rope_local else None
         self.register_buffer("cos_sin", table, persistent=False)
         self.register_buffer("cos_sin_local", local, persistent=False)
 
@@ -55,7 +55,8 @@ class DecoderModel(nn.Module):
         residual = self.embed_tokens(token_ids)
         x: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
-            table = self.cos_sin_local if self.config.layer_is_sliding[index] else self.cos_sin
+            is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
+            table = self.cos_sin_local if is_local else self.cos_sin
             k_cache, v_cache = kv_cache[index]
             x = layer(x, residual, table, meta, k_cache, v_cache)
         hidden: torch.Tensor = self.norm(x, residual)

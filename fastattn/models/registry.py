@@ -31,7 +31,7 @@ def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, m
     with torch.device("meta"):
         model = ARCHITECTURES[config.architecture](config, max_model_len)
     # The rotary tables are real already and stay fp32; everything else is allocated once, at its final place.
-    tables = {name: buffer for name, buffer in model.named_buffers()}
+    tables = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
     model = model.to(dtype).to_empty(device=device)
     for name, table in tables.items():
         setattr(model, name, table.to(device))

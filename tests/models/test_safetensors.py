@@ -70,12 +70,7 @@ def save(name: str, folder: Path, **options: Any) -> Any:
     return model
 
 
-KNOWN_BUG = pytest.mark.xfail(
-    reason="non-finite logits past 18 tokens with a window in every layer; see issue 3", strict=False
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=KNOWN_BUG) if n == "mistral" else n for n in MODELS])
+@pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path, **({"max_shard_size": "60KB"} if name == "llama" else {}))
     llm = LLM(str(tmp_path), device="cpu", dtype="float32", max_model_len=128, quiet=True)
