@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -49,6 +50,9 @@ def meta(device: torch.device, method: str) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "cpu": processor(),
+        "load_average": round(os.getloadavg()[0], 2)
+        if hasattr(os, "getloadavg")
+        else None,  # of the minute before the run
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "python": platform.python_version(),

@@ -132,7 +132,7 @@ class Report:
 
     def _header(self) -> list[str]:
         m, c = self.meta, self.ceilings
-        where = m["gpu"] or m["cpu"]
+        where = m["gpu"] or f"{m['cpu']}, load average {m['load_average']}"
         versions = ", ".join(f"{name} {version}" for name, version in m["peers"].items())
         ceilings = ", ".join(f"{name} {value:g}" for name, value in c.items() if value)
         return [

@@ -55,8 +55,8 @@ class WallTimer:
     ) -> None:
         self.rounds, self.min_seconds, self.warm_up, self.clock = rounds, min_seconds, warm_up, clock
         self.method = (
-            f"host clock, {warm_up} warm-up call(s), then {rounds} round(s) in which all calls take turns, "
-            f"samples of at least {min_seconds * 1e3:g} ms, median"
+            f"host clock, {warm_up or 'no'} warm-up, {rounds} round(s) in which all calls take turns, median"
+            + (f" of samples of at least {min_seconds * 1e3:g} ms" if min_seconds else "")
         )
 
     def measure(self, calls: Mapping[str, Call]) -> dict[str, Timing | Exception]:

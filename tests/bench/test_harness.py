@@ -70,7 +70,7 @@ class Clock:
 
 
 def report_of(**meta: Any) -> Report:
-    full = dict.fromkeys(("gpu", "cpu", "date", "commit", "cuda", "driver")) | {
+    full = dict.fromkeys(("gpu", "cpu", "load_average", "date", "commit", "cuda", "driver")) | {
         "peers": {},
         "command": "",
         "method": "",

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.tokenizer import Tokenizer
@@ -63,10 +62,6 @@ def hf_model(source: ModelSource) -> Any:
             state[name].sub_(1)  # transformers adds it in the forward pass
     assert set(state) - set(stored) <= {"lm_head.weight"}  # tied
     return model
-
-
-def llama_layers(config: ModelConfig) -> int:
-    return config.num_layers
 
 
 @dataclass
