@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 ARCHS ?= 90a;80
+FAMILIES ?= engine_cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
 
-.PHONY: help run test cuda lint clean
+.PHONY: help run test cuda lint bench docs clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +36,12 @@ lint: $(STAMPS)/lint $(STAMPS)/test ## ruff, mypy --strict, import-linter, clang
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc)
 
+bench: $(STAMPS)/test ## check and time FAMILIES (default: engine_cpu; python -m bench --list names them all)
+	$(BIN)/python -m bench $(FAMILIES)
+
+docs: $(STAMPS)/docs ## the documentation site, in site/
+	$(BIN)/mkdocs build --strict --quiet
+
 $(STAMPS)/build: requirements/torch.txt requirements/build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements/torch.txt -r requirements/build.txt
@@ -52,5 +59,9 @@ $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python -m pip install clang-format==23.1.5 import-linter==2.16 mypy==2.4.1 ruff==0.17.6
 	@touch $@
 
+$(STAMPS)/docs: $(STAMPS)/package
+	$(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
+	@touch $@
+
 clean: ## remove what was built, and the virtual environment
-	rm -rf build dist *.egg-info $(VENV) fastattn/_runtime*.so fastattn/_C.so
+	rm -rf build dist site *.egg-info $(VENV) fastattn/_runtime*.so fastattn/_C.so

@@ -45,7 +45,7 @@ def hf_model(source: ModelSource) -> Any:
             **sizes,
             layer_types=["sliding_attention" if sliding else "full_attention" for sliding in c.layer_is_sliding],
             sliding_window=c.sliding_window,
-            query_pre_attn_scalar=c.softmax_scale**-2,
+            query_pre_attn_scalar=round(c.softmax_scale**-2),
             rope_parameters={
                 "full_attention": {"rope_type": "default", "rope_theta": c.rope.theta},
                 "sliding_attention": {"rope_type": "default", "rope_theta": c.rope_local.theta},
