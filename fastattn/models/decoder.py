@@ -9,6 +9,7 @@ import torch
 
 from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
+from fastattn.reference import linear as reference
 
 KVCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -35,6 +36,8 @@ class DecoderModel(nn.Module):
     Subclasses give the layers. The two halves, hidden states and logits, are apart because only the last token of a
     sequence needs logits, and the vocabulary is the largest matrix of a small model.
     """
+
+    packed_head: torch.Tensor | None = None
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], max_model_len: int) -> None:
         super().__init__()
@@ -64,11 +67,24 @@ class DecoderModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (n, hidden_size) → logits (n, vocab_size) fp32."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        logits = ops.linear(hidden, weight).float()
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden).float()
+        elif self.packed_head is not None:
+            logits = reference.packed_linear(hidden, self.packed_head, None)
+        else:
+            logits = ops.linear(hidden, self.embed_tokens.weight).float()
         if self.config.final_softcap:
             logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
         return logits
+
+    def pack(self) -> None:
+        """Lays the loaded weights out for the CPU's matrix kernels. A tied head becomes a second copy: rows of the first are
+        the embeddings."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.pack()
+        if self.lm_head is None and reference.can_pack(self.embed_tokens.weight):
+            self.packed_head = reference.pack(self.embed_tokens.weight)
 
     def weights(self, prefix: str = "") -> nn.Weights:
         yield from self.embed_tokens.weights("model.embed_tokens.")

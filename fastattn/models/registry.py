@@ -72,4 +72,5 @@ def load_model(
             if source.config.norm_plus_one and name.endswith("norm.weight"):
                 out.add_(1)
             bar.update(stored[name].nbytes)
+    model.pack()
     return model

@@ -6,10 +6,13 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.module import Module, Weights, empty_parameter
+from fastattn.reference import linear as reference
 
 
 class Linear(Module):
     """y = x Wᵀ + b, with W (out_features, in_features) as in ``torch.nn.Linear``."""
+
+    packed: torch.Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -17,7 +20,15 @@ class Linear(Module):
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None:
+            return reference.packed_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Lays a loaded weight out for the CPU's matrix kernels, in its place. A weight that this is not for stays as it is."""
+        if reference.can_pack(self.weight):
+            self.packed = reference.pack(self.weight)
+            self.weight = torch.nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def weights(self, prefix: str) -> Weights:
         yield f"{prefix}weight", self.weight

@@ -31,3 +31,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = (weight @ padded.t()).t()[:num_rows]
     out = out if bias is None else out + bias
     return out.contiguous().view(*x.shape[:-1], weight.shape[0])  # the sum keeps the turned strides
+
+
+# Rows that oneDNN lays a weight out for. From 8 on the layout is the same, and it is good for one row too.
+_PACKED_FOR_ROWS = 32
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack` can lay out this weight: fp32 on a CPU, in a torch that was built with oneDNN."""
+    return weight.device.type == "cpu" and weight.dtype is torch.float32 and torch._C._has_mkldnn
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight (N, K) as an opaque tensor in oneDNN's blocked layout, for `packed_linear` alone.
+
+    BLAS packs its operands anew in each call, which costs more than the product where x has few rows: packed once, 4 to 64
+    rows take about half the time.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` with a weight from `pack`. x (…, K) fp32 → (…, N)."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out

@@ -8,9 +8,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension."""
-    xf = x.float()
-    rstd = torch.rsqrt(xf.pow(2).mean(-1, keepdim=True).add_(eps))
-    out = (xf * rstd).mul_(weight)
+    out = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
     return out.to(x.dtype).contiguous()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,12 @@ NUM_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
+def llm() -> LLM:
     try:
         open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had: {error}")
-    yield LLM("smollm2", device="cuda", dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.3, quiet=True)
+    return LLM("smollm2", device="cuda", dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.3, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +57,20 @@ def our_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
 
 
 def test_logits_hold_the_2x_rule(llm: LLM, judges: tuple[Any, Any]) -> None:
+    """Over all positions of all prompts: the largest error, and the mean."""
     exact_model, plain_model = judges
-    for prompt in PROMPTS[::5]:
+    ours, plain = [], []
+    for prompt in PROMPTS:
         ids = llm.tokenizer.encode(prompt)
         exact = logits_of(exact_model, ids)
-        plain = (logits_of(plain_model, ids) - exact).abs()
-        ours = (our_logits(llm, ids) - exact).abs()
-        assert float(ours.max()) <= 2 * float(plain.max()), prompt[:40]
-        assert float(ours.mean()) <= 2 * float(plain.mean()), prompt[:40]
+        ours.append((our_logits(llm, ids) - exact).abs())
+        plain.append((logits_of(plain_model, ids) - exact).abs())
+    our_error, plain_error = torch.cat(ours), torch.cat(plain)
+    figures = f"largest {float(our_error.max()):.3f} and {float(plain_error.max()):.3f} for transformers, "
+    figures += f"mean {float(our_error.mean()):.4f} and {float(plain_error.mean()):.4f}"
+    assert float(our_error.max()) <= 2 * float(plain_error.max()), figures
+    assert float(our_error.mean()) <= 2 * float(plain_error.mean()), figures
+    warnings.warn(f"errors of bf16 logits: {figures}", stacklevel=2)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
@@ -105,8 +110,7 @@ def test_greedy_text_is_that_of_fp32_but_at_near_ties(llm: LLM, judges: tuple[An
     )
 
 
-def test_batching_changes_no_token_that_is_not_a_near_tie(llm: LLM) -> None:
-    """Alone or among others, a request with a seed draws from the same distribution: lengths and reasons agree."""
+def test_a_seed_gives_the_same_text_again(llm: LLM) -> None:
     prompt = {"prompt_token_ids": llm.tokenizer.encode(PROMPTS[1])}
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=24, ignore_eos=True)
     first = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids

@@ -111,10 +111,9 @@ def test_every_element_of_a_result_is_written(spec: OpSpec) -> None:
     for what, call in calls_of(spec, seed=24):
         first = spec.run(fresh(call))
         expected = [t.clone() for t in first]
-        own = len(first) - len(spec.mutates)
-        for t in first[:own]:
+        for t in first[: len(first) - len(spec.mutates)]:
             t.fill_(math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)
-        del first, t  # the allocator gives the same memory out again
+        first = t = None  # the allocator gives the same memory out again
         assert_same_bits(spec.run(fresh(call)), expected, what)
 
 
