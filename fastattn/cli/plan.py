@@ -35,6 +35,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say to the byte what a model takes: weights, KV cache, workspace. Loads nothing. Exit code 1 if it does not fit."""
+    import torch
+
+    from fastattn.engine import setup
     from fastattn.engine.memory_plan import memory_plan
 
     source = _session.open_source(model)
@@ -50,7 +53,11 @@ def plan(
         gpu_memory_utilization=gpu_memory_utilization,
         what_if=memory is not None,
     )
-    free, total = (memory, memory) if memory is not None else _device_memory(options.device_type, device)
+    free, total = (
+        (memory, memory)
+        if memory is not None
+        else setup.device_memory(torch.device(device if device != "auto" else options.device_type))
+    )
     result = memory_plan(source.config, source.tensors(), options, free, total)
     if as_json:
         typer.echo(json.dumps(as_dict(source.name, result), indent=2))
@@ -65,8 +72,6 @@ def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool,
     import torch
 
     from fastattn.engine import setup
-    from fastattn.engine.config import EngineConfig
-    from fastattn.engine.memory_plan import PlanOptions
 
     if what_if and device.partition(":")[0] == "cuda":
         chosen = torch.device("cuda")
@@ -77,40 +82,10 @@ def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool,
             hint = " (--memory 80G plans for a GPU that is not here)" if device.startswith("cuda") else ""
             raise _errors.CLIError(f"{error}{hint}") from error
     wished = {name: value for name, value in wishes.items() if value is not None}
-    # EngineOptions and EngineConfig check what the engine itself would refuse.
-    limits = setup.EngineOptions(device=device, dtype=dtype, **wished)
-    max_num_seqs = limits.max_num_seqs or (256 if chosen.type == "cuda" else 32)
-    checked = EngineConfig(
-        max_model_len=setup.choose_model_len(config, limits.max_model_len),
-        num_kv_blocks=limits.num_kv_blocks or 1,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(
-            limits.max_num_batched_tokens or (8192 if chosen.type == "cuda" else 512), max_num_seqs
-        ),
-        block_size=limits.block_size,
-    )
-    return PlanOptions(
-        device_type=chosen.type,
-        dtype=setup.choose_dtype(dtype, chosen),
-        max_model_len=checked.max_model_len,
-        max_num_seqs=checked.max_num_seqs,
-        max_num_batched_tokens=checked.max_num_batched_tokens,
-        block_size=checked.block_size,
-        num_kv_blocks=limits.num_kv_blocks,
-        gpu_memory_utilization=limits.gpu_memory_utilization,
-    )
-
-
-def _device_memory(device_type: str, device: str) -> tuple[int, int]:
-    if device_type == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info(torch.device("cuda" if device == "auto" else device))
-        return int(free), int(total)
-    from fastattn.engine.host_memory import host_memory
-
-    host = host_memory()
-    return host.available, host.total
+    options = setup.EngineOptions(device=device, dtype=dtype, **wished)
+    sizes = setup.plan_options(config, options, chosen, setup.choose_dtype(dtype, chosen))
+    setup.engine_config(options, sizes, options.num_kv_blocks or 1)  # checks what the engine would refuse
+    return sizes
 
 
 def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:

@@ -131,6 +131,9 @@ def memory_plan(
     num_tables = 1 if config.rope_local is None else 2
     table_bytes = num_tables * options.max_model_len * config.head_dim * 4
     weights["float32"] = weights.get("float32", 0) + table_bytes
+    if config.tie_word_embeddings and options.device_type == "cpu" and options.dtype is torch.float32:
+        # The head's own copy, laid out for the CPU's matrix kernels (DecoderModel.pack).
+        weights["float32"] += config.vocab_size * config.hidden_size * 4
 
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
     buffers = buffer_bytes(options)

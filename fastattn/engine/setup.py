@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +9,14 @@ import torch
 from fastattn import ops
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.engine import Engine
+from fastattn.engine.host_memory import host_memory
+from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Without a wish a CPU's cache takes this share of free memory at most: a laptop has other work to do.
-_CPU_MEMORY_SHARE = 0.25
-# Kernels' workspaces, graphs and the allocator's slack on a GPU, beyond weights and activations.
-_CUDA_RESERVE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -85,54 +82,33 @@ def choose_model_len(config: ModelConfig, wish: int | None) -> int:
     return wish
 
 
-def kv_bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    return config.num_layers * 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
-
-
-def choose_num_kv_blocks(
-    config: ModelConfig,
-    options: EngineOptions,
-    max_model_len: int,
-    max_num_seqs: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    """As many blocks as memory allows, but never more than all sequences at full length could use."""
-    if options.num_kv_blocks is not None:
-        return options.num_kv_blocks
-    per_block = kv_bytes_per_block(config, options.block_size, dtype)
-    blocks_per_seq = -(-max_model_len // options.block_size)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - (1 - options.gpu_memory_utilization) * total) - _CUDA_RESERVE_BYTES
-    else:
-        budget = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_MEMORY_SHARE)
-    blocks = min(budget // per_block, blocks_per_seq * max_num_seqs, (2**31 - 1) // options.block_size)
-    if blocks < blocks_per_seq:
-        raise ValueError(
-            f"a request of max_model_len = {max_model_len} tokens needs {blocks_per_seq} KV blocks of {per_block} bytes, but memory is left "
-            f"for {max(blocks, 0)}: lower max_model_len, or set num_kv_blocks"
-        )
-    return blocks
-
-
-def build_engine(model: str | ModelSource, options: EngineOptions, show_progress: bool = False) -> Engine:
-    """Loads ``model`` (a name, a path, or an opened source) and sets up everything that it runs with."""
-    source = open_model(model) if isinstance(model, str) else model
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    max_model_len = choose_model_len(source.config, options.max_model_len)
-    max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 32)
-    max_tokens = options.max_num_batched_tokens or (8192 if device.type == "cuda" else 512)
+def plan_options(config: ModelConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> PlanOptions:
+    """Every size that is open in the options, chosen."""
+    on_gpu = device.type == "cuda"
+    max_model_len = choose_model_len(config, options.max_model_len)
+    max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
+    max_tokens = options.max_num_batched_tokens or (8192 if on_gpu else 512)
     if not options.enable_chunked_prefill:
         max_tokens = max(max_tokens, max_model_len)
-    network = load_model(source, device, dtype, max_model_len, show_progress)
-    config = EngineConfig(
+    return PlanOptions(
+        device_type=device.type,
+        dtype=dtype,
         max_model_len=max_model_len,
-        num_kv_blocks=choose_num_kv_blocks(source.config, options, max_model_len, max_num_seqs, device, dtype),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_tokens, max_num_seqs),
         block_size=options.block_size,
+        num_kv_blocks=options.num_kv_blocks,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+
+
+def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int) -> EngineConfig:
+    return EngineConfig(
+        max_model_len=sizes.max_model_len,
+        num_kv_blocks=num_kv_blocks,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        block_size=sizes.block_size,
         enable_prefix_caching=options.enable_prefix_caching,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.policy,
@@ -140,4 +116,30 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
         use_cuda_graphs=options.use_cuda_graphs,
         debug_checks=options.debug_checks,
     )
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free), int(total)
+    host = host_memory()
+    return host.available, host.total
+
+
+def build_engine(model: str | ModelSource, options: EngineOptions, show_progress: bool = False) -> Engine:
+    """Loads ``model`` (a name, a path, or an opened source) and sets up everything that it runs with.
+
+    What `fastattn plan` says is what happens: the same plan sizes the cache, and refuses before anything is loaded.
+    """
+    source = open_model(model) if isinstance(model, str) else model
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    sizes = plan_options(source.config, options, device, dtype)
+    engine_config(options, sizes, options.num_kv_blocks or 1)  # what is out of range is said before what is too much
+    plan = memory_plan(source.config, source.tensors(), sizes, *device_memory(device))
+    if plan.problem is not None:
+        raise ValueError(f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks")
+    config = engine_config(options, sizes, plan.num_kv_blocks)
+    network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
     return Engine(Runner(network, config, device, dtype), config, source.tokenizer())
