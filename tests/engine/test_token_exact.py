@@ -137,12 +137,21 @@ def test_chunked_prefill(exact: Exact) -> None:
     serve(exact, engine_for(exact, max_num_batched_tokens=19, max_num_seqs=16), all_at_once(exact))
 
 
+def shared_blocks(prompt: list[int], earlier: list[int]) -> int:
+    """Whole blocks of 16 that the prompts begin with, less the one that holds the last token: that is computed anew."""
+    equal = next((i for i, (a, b) in enumerate(zip(prompt, earlier, strict=False)) if a != b), len(earlier))
+    return min(equal, len(prompt) - 1) // 16
+
+
 def test_prefix_hits(exact: Exact) -> None:
     engine = engine_for(exact, enable_prefix_caching=True)
     for prompt in range(len(exact.prompts)):  # one by one, so that those with the same beginning find it
         serve(exact, engine, [Arrival(prompt, num_tokens=1)])
     num_shared = engine.stats().num_prefix_hit_tokens
-    assert num_shared > 0
+    assert num_shared == sum(
+        max((shared_blocks(exact.prompts[i], earlier) for earlier in exact.prompts[:i]), default=0) * 16
+        for i in range(len(exact.prompts))
+    )
     serve(exact, engine, all_at_once(exact))
     whole_blocks = sum((len(prompt) - 1) // 16 * 16 for prompt in exact.prompts)
     assert engine.stats().num_prefix_hit_tokens == num_shared + whole_blocks
