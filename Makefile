@@ -39,8 +39,8 @@ lint: $(STAMPS)/lint $(STAMPS)/test ## ruff, mypy --strict, import-linter, clang
 bench: $(STAMPS)/test ## check and time FAMILIES (default: engine_cpu; python -m bench --list names them all)
 	$(BIN)/python -m bench $(FAMILIES)
 
-docs: $(STAMPS)/docs ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+docs: $(STAMPS)/docs ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(STAMPS)/build: requirements/torch.txt requirements/build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -64,4 +64,4 @@ $(STAMPS)/docs: $(STAMPS)/package
 	@touch $@
 
 clean: ## remove what was built, and the virtual environment
-	rm -rf build dist site *.egg-info $(VENV) fastattn/_runtime*.so fastattn/_C.so
+	rm -rf build dist *.egg-info $(VENV) fastattn/_runtime*.so fastattn/_C.so
