@@ -23,7 +23,7 @@ def llm() -> LLM:
         open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had: {error}")
-    return LLM("smollm2", device="cuda", dtype="bfloat16", max_model_len=2048, gpu_memory_utilization=0.3, quiet=True)
+    return LLM("smollm2", device="cuda", dtype="bfloat16", max_model_len=2048, num_kv_blocks=4096, quiet=True)
 
 
 @pytest.fixture(scope="module")
