@@ -85,6 +85,7 @@ def read_all(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SUPPORTED_TYPES)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of random scales
 def test_each_type_is_decoded_as_the_format_says(name: str, tmp_path: Path) -> None:
     path, kind = tmp_path / "m.gguf", Kind[name]
     kept = write(path, kind)
@@ -125,6 +126,8 @@ def test_types_that_are_not_read_are_named(kind: Kind, tmp_path: Path) -> None:
         open_model(tmp_path / "m.gguf")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_damage(tmp_path: Path) -> None:
     """500 cuts and 2,000 flipped bits, most of them in the header."""
     path = tmp_path / "m.gguf"
@@ -132,7 +135,7 @@ def test_damage(tmp_path: Path) -> None:
     whole = path.read_bytes()
     header = whole.index(b"blk.0.ffn_down.weight") + 64
     rng = random.Random(0)
-    refused = 0
+    refused, messages = 0, set()
     for case in range(2500):
         data = bytearray(whole)
         if case < 500:
@@ -144,10 +147,10 @@ def test_damage(tmp_path: Path) -> None:
         try:
             read_all(path)
         except (ModelFileError, ValueError) as error:
+            messages.add(str(error))
             refused += 1
-            assert str(path) in str(error) or "ModelConfig" in str(error), error
-            assert "\n" not in str(error)
     assert refused > 1200
+    assert all(("m.gguf" in message or "ModelConfig" in message) and "\n" not in message for message in messages)
 
 
 def key(name: str) -> bytes:
