@@ -22,6 +22,18 @@ def parse_size(text: str | int) -> int:
     return int(value)
 
 
+def _parse_number(text: str | float) -> float:
+    """A number; which ones are allowed is SamplingParams' and EngineOptions' to say."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
+def _number(flag: str, metavar: str, help: str) -> object:
+    return typer.Option(flag, parser=_parse_number, metavar=metavar, help=help)
+
+
 def _size(flag: str, help: str, *aliases: str) -> object:
     return typer.Option(flag, *aliases, parser=parse_size, metavar="N", help=help, show_default=False)
 
@@ -43,7 +55,7 @@ MaxNumBatchedTokens = Annotated[int | None, _size("--max-num-batched-tokens", "M
 BlockSize = Annotated[int, typer.Option("--block-size", metavar="N", help="Tokens in a KV-cache block.")]
 NumKvBlocks = Annotated[int | None, _size("--num-kv-blocks", "KV-cache blocks; as many as fit, if not given.")]
 GpuMemoryUtilization = Annotated[
-    float, typer.Option("--gpu-memory-utilization", metavar="SHARE", help="Share of the GPU's memory to use at most.")
+    float, _number("--gpu-memory-utilization", "SHARE", "Share of the GPU's memory to use at most.")
 ]
 EnablePrefixCaching = Annotated[
     bool,
@@ -56,16 +68,12 @@ EnablePrefixCaching = Annotated[
 # ---- sampling ----
 
 MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")
-]
-TopP = Annotated[
-    float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest tokens of this total; 1 is off.")
-]
+Temperature = Annotated[float, _number("--temperature", "T", "0 takes the likeliest token each time.")]
+TopP = Annotated[float, _number("--top-p", "P", "Draw among the likeliest tokens of this total; 1 is off.")]
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Draw among so many likeliest tokens; 0 is off.")]
 MinP = Annotated[
     float,
-    typer.Option("--min-p", metavar="P", help="Leave out tokens below this share of the likeliest one's; 0 is off."),
+    _number("--min-p", "P", "Leave out tokens below this share of the likeliest one's; 0 is off."),
 ]
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.")

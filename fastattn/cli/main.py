@@ -27,7 +27,7 @@ class _Group(TyperGroup):
         try:
             code = super().main(args, *more, standalone_mode=False, **extra)  # type: ignore[misc]
             sys.stdout.flush()
-        except BrokenPipeError:
+        except BrokenPipeError:  # of the flush; a command's own never comes here, see invoke
             _errors.hush_stdout()
             code = _errors.PIPE_CLOSED
         except (typer.Abort, KeyboardInterrupt):
@@ -35,6 +35,13 @@ class _Group(TyperGroup):
         except Exception as error:
             code = _usage_error(error) or _errors.report(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the parser would end the program with 1, as for any failure
+            _errors.hush_stdout()
+            raise typer.Exit(_errors.PIPE_CLOSED) from None
 
 
 def _usage_error(error: Exception) -> int | None:
