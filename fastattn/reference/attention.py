@@ -135,7 +135,8 @@ def _gather(which: str, cache: Tensor, slots: Tensor) -> Tensor:
     shape = (slots.numel(), *cache.shape[2:])
     memory = kept.get((which, cache.dtype))
     if memory is None or memory.numel() < math.prod(shape):
-        memory = kept[which, cache.dtype] = torch.empty(math.prod(shape), dtype=cache.dtype)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+            memory = kept[which, cache.dtype] = torch.empty(math.prod(shape), dtype=cache.dtype)
     return torch.index_select(cache.flatten(0, 1), 0, slots, out=memory[: math.prod(shape)].view(shape))
 
 

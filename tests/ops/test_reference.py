@@ -100,3 +100,35 @@ def test_exported_program_runs() -> None:
     expected = ops.add_rms_norm(x, ours, weight)
     assert torch.equal(program.module()(x, residual, weight), expected)
     assert torch.equal(residual, ours)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("window", [-1, 0, 9])
+def test_decodes_of_many_lengths_are_those_of_each_alone(softcap: float, window: int) -> None:
+    """The CPU takes sequences with one query together, padded, in memory that it keeps: in and outside inference mode."""
+    gen = Gen(seed=9)
+    lengths = [1, 3, 64, 65, 0, 700, 2, 1300, 17]
+    rows = [1, 1, 1, 1, 1, 1, 2, 1, 0]
+    kept = pages(gen, lengths, 16, 2, 8, torch.float32)
+    q = gen.randn(sum(rows), 4, 8)
+    starts = offsets(rows)
+    options = {"window_size": (window, -1), "softcap": softcap}
+
+    def call(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        own = slice(starts[first], starts[last])
+        cu_seqlens = gen.tensor([s - starts[first] for s in starts[first : last + 1]])
+        out: tuple[torch.Tensor, torch.Tensor] = ops.paged_attention(
+            q[own], kept.k_cache, kept.v_cache, cu_seqlens, gen.tensor(lengths[first:last]),
+            kept.block_table[first:last], max(rows), **options,
+        )  # fmt: skip
+        return out
+
+    with torch.inference_mode():
+        together = call(0, len(lengths))
+    again = call(0, len(lengths))
+    for b in range(len(lengths)):
+        own = slice(starts[b], starts[b + 1])
+        out, lse = call(b, b + 1)
+        for result, result_lse in (together, again):
+            torch.testing.assert_close(result[own], out, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(result_lse[:, own], lse, rtol=1e-5, atol=1e-6)
