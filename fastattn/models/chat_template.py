@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -37,7 +36,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # jinja2's own errors, and Python's for the code that jinja2 made of the template
             raise ChatTemplateError(f"the model's chat template cannot be compiled: {error}") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:

@@ -8,6 +8,34 @@ from typing import Any
 
 SCALING_TYPES = ("default", "linear", "llama3")
 
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_layers": 2**12,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "head_dim": 256,
+    "max_position_embeddings": 2**27,
+    "sliding_window": 2**31 - 1,
+}
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Sizes are checked before anything is computed from them: a tuple per layer of 2³¹ layers would be 16 GiB."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LIMITS[name]:
+        raise ValueError(f"ModelConfig: {name} is {value!r}, allowed is an integer from 1 to {_LIMITS[name]}")
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number out of a config.json; null is like absent."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 < value < 1e30:
+        raise ValueError(f"config.json: {key} is {value!r}, expected a number")
+    return float(value)
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -32,6 +60,10 @@ class RopeConfig:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
             if not 0 < getattr(self, name) < 1e12:
                 raise ValueError(f"RopeConfig: {name} is {getattr(self, name)!r}, allowed is above 0, below 1e12")
+        if not isinstance(self.original_max_position, int) or self.original_max_position < 1:
+            raise ValueError(f"RopeConfig: original_max_position is {self.original_max_position!r}, allowed is above 0")
+        if bad := [f for f in self.freq_factors or () if not 0 < f < 1e12]:
+            raise ValueError(f"RopeConfig: freq_factors has {bad[0]!r}, allowed is above 0, below 1e12")
         if self.scaling_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"RopeConfig: low_freq_factor is {self.low_freq_factor}, allowed is below high_freq_factor = {self.high_freq_factor}"
@@ -40,16 +72,18 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, scaling: Mapping[str, Any] | None, theta: float) -> RopeConfig:
         """From `rope_scaling` (or `rope_parameters`) of a config.json."""
+        if not isinstance(scaling, Mapping | None):
+            raise ValueError(f"config.json: rope_scaling is {scaling!r}, expected an object")
         scaling = scaling or {}
         kind = str(scaling.get("rope_type", scaling.get("type", "default")))
         return cls(
-            theta=float(scaling.get("rope_theta", theta)),
+            theta=_number(scaling, "rope_theta", theta),
             scaling_type=kind,
-            factor=float(scaling.get("factor", 1.0)),
-            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-            original_max_position=int(scaling.get("original_max_position_embeddings", 8192)),
-            attention_factor=float(scaling.get("attention_factor", 1.0)),
+            factor=_number(scaling, "factor", 1.0),
+            low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
+            high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
+            original_max_position=int(_number(scaling, "original_max_position_embeddings", 8192)),
+            attention_factor=_number(scaling, "attention_factor", 1.0),
         )
 
 
@@ -86,20 +120,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        limits = {
-            "vocab_size": 2**24,
-            "hidden_size": 2**18,
-            "intermediate_size": 2**20,
-            "num_layers": 2**12,
-            "num_heads": 2**12,
-            "num_kv_heads": 2**12,
-            "head_dim": 256,
-            "max_position_embeddings": 2**27,
-        }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise ValueError(f"ModelConfig: {name} is {value!r}, allowed is an integer from 1 to {limit}")
+        for name in _LIMITS:
+            if name != "sliding_window":
+                _check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig: num_heads is {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}"
@@ -118,10 +141,21 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: layer_is_sliding has {len(self.layer_is_sliding)} entries, expected num_layers = {self.num_layers}"
             )
-        if any(self.layer_is_sliding) and not (self.sliding_window and self.sliding_window >= 1):
-            raise ValueError(
-                f"ModelConfig: sliding_window is {self.sliding_window!r}, expected at least 1 where layers slide"
-            )
+        if any(self.layer_is_sliding):
+            _check_size("sliding_window", self.sliding_window)
+        for name, least in (
+            ("softmax_scale", 1e-12),
+            ("embed_scale", 1e-12),
+            ("attn_softcap", 0),
+            ("final_softcap", 0),
+        ):
+            if not least <= getattr(self, name) < 1e12:
+                raise ValueError(
+                    f"ModelConfig: {name} is {getattr(self, name)!r}, allowed is from {least:g}, below 1e12"
+                )
+        for token in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"ModelConfig: a BOS or EOS id is {token!r}, expected an integer from 0")
         if self.rope.freq_factors is not None and len(self.rope.freq_factors) != self.head_dim // 2:
             raise ValueError(
                 f"ModelConfig: rope.freq_factors has {len(self.rope.freq_factors)} entries, expected head_dim / 2 = {self.head_dim // 2}"
@@ -143,7 +177,7 @@ _HF_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_t
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """From the contents of a config.json. Raises ValueError for a model that we do not run."""
     kind = raw.get("model_type")
-    if kind not in _HF_TYPES:
+    if not isinstance(kind, str) or kind not in _HF_TYPES:
         raise ValueError(f"config.json: model_type is {kind!r}, supported are {', '.join(sorted(_HF_TYPES))}")
     if kind == "gemma3" and isinstance(raw.get("text_config"), Mapping):
         raw = {**raw["text_config"], "eos_token_id": raw.get("eos_token_id", raw["text_config"].get("eos_token_id"))}
@@ -156,47 +190,55 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
-    num_layers, num_heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    num_layers, num_heads, hidden_size = raw["num_hidden_layers"], raw["num_attention_heads"], raw["hidden_size"]
+    for name, size in (("num_layers", num_layers), ("num_heads", num_heads), ("hidden_size", hidden_size)):
+        _check_size(name, size)
+    head_dim = raw.get("head_dim") or hidden_size // num_heads
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
-    if activation not in _HF_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _HF_ACTIVATIONS:
         raise ValueError(
             f"config.json: hidden_act is {activation!r}, supported are {', '.join(sorted(_HF_ACTIVATIONS))}"
         )
-    theta = float(raw.get("rope_theta", 10_000.0))
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
     gemma = arch == "gemma3"
     rope_local = None
     if gemma:
-        by_kind = scaling or {}
+        by_kind = scaling if isinstance(scaling, Mapping) else {}
         full, sliding = by_kind.get("full_attention", scaling), by_kind.get("sliding_attention")
-        rope = RopeConfig.from_hf(full, float(raw.get("rope_theta", 1e6)))
-        rope_local = RopeConfig.from_hf(sliding, float(raw.get("rope_local_base_freq", 10_000.0)))
+        rope = RopeConfig.from_hf(full, _number(raw, "rope_theta", 1e6))
+        rope_local = RopeConfig.from_hf(sliding, _number(raw, "rope_local_base_freq", 10_000.0))
     else:
-        rope = RopeConfig.from_hf(scaling, theta)
+        rope = RopeConfig.from_hf(scaling, _number(raw, "rope_theta", 10_000.0))
     window = raw.get("sliding_window")
     if arch == "qwen2" or arch == "qwen3":
         window = window if raw.get("use_sliding_window") else None
     layer_types = raw.get("layer_types")
     if layer_types is not None:
+        if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+            raise ValueError(f"config.json: layer_types is {layer_types!r}, expected a list of strings")
         sliding_layers = tuple(kind == "sliding_attention" for kind in layer_types)
     elif gemma:
         pattern = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+        if not isinstance(pattern, int) or pattern < 1:
+            raise ValueError(f"config.json: sliding_window_pattern is {pattern!r}, expected an integer from 1")
         sliding_layers = tuple((i + 1) % pattern != 0 for i in range(num_layers))
     else:
         sliding_layers = (window is not None,) * num_layers
     eos = raw.get("eos_token_id")
+    query_scalar = _number(raw, "query_pre_attn_scalar", 0.0) if gemma else 0.0
+    if query_scalar < 0:
+        raise ValueError(f"config.json: query_pre_attn_scalar is {query_scalar!r}, expected a number above 0")
     return ModelConfig(
         architecture=arch,
         vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
+        hidden_size=hidden_size,
         intermediate_size=raw["intermediate_size"],
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=raw.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=rope,
         rope_local=rope_local,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
@@ -205,17 +247,15 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=arch in ("qwen3", "gemma3"),
         activation=_HF_ACTIVATIONS[activation],
-        softmax_scale=float(raw["query_pre_attn_scalar"]) ** -0.5
-        if gemma and raw.get("query_pre_attn_scalar")
-        else 0.0,
-        attn_softcap=float(raw.get("attn_logit_softcapping") or 0.0),
-        final_softcap=float(raw.get("final_logit_softcapping") or 0.0),
+        softmax_scale=query_scalar**-0.5 if query_scalar else 0.0,
+        attn_softcap=_number(raw, "attn_logit_softcapping", 0.0),
+        final_softcap=_number(raw, "final_logit_softcapping", 0.0),
         sliding_window=window,
         layer_is_sliding=sliding_layers,
-        embed_scale=float(raw["hidden_size"]) ** 0.5 if gemma else 1.0,
+        embed_scale=float(hidden_size) ** 0.5 if gemma else 1.0,
         norm_plus_one=gemma,
         bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
 
 
@@ -227,7 +267,7 @@ def config_from_gguf(
 ) -> ModelConfig:
     """From a GGUF file's key-value pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
     name = metadata.get("general.architecture")
-    if name not in _GGUF_ARCHITECTURES:
+    if not isinstance(name, str) or name not in _GGUF_ARCHITECTURES:
         raise ValueError(f"general.architecture is {name!r}, supported are {', '.join(sorted(_GGUF_ARCHITECTURES))}")
     arch = _GGUF_ARCHITECTURES[name]
 
@@ -240,13 +280,15 @@ def config_from_gguf(
         return value
 
     num_layers, hidden_size, num_heads = get("block_count"), get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", hidden_size // num_heads if num_heads else 0)
+    for size_name, size in (("num_layers", num_layers), ("num_heads", num_heads), ("hidden_size", hidden_size)):
+        _check_size(size_name, size)
+    head_dim = get("attention.key_length", hidden_size // num_heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ValueError(
             f"metadata {name}.rope.dimension_count is {get('rope.dimension_count')}, supported is head_dim = {head_dim}"
         )
     scaling = metadata.get(f"{name}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
+    if not isinstance(scaling, str) or scaling not in ("none", "linear"):
         raise ValueError(f"metadata {name}.rope.scaling.type is {scaling!r}, supported are 'none' and 'linear'")
     rope = RopeConfig(
         theta=float(get("rope.freq_base", 1e6 if arch == "gemma3" else 10_000.0)),
@@ -255,7 +297,7 @@ def config_from_gguf(
         freq_factors=freq_factors,
     )
     gemma = arch == "gemma3"
-    window = metadata.get(f"{name}.attention.sliding_window") if gemma else None
+    window = get("attention.sliding_window", 0) or None if gemma else None
     eos = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     return ModelConfig(
         architecture=arch,

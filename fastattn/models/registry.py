@@ -26,10 +26,18 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[Gemma3ForCausalLM]] = {
 
 def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int) -> DecoderModel:
     """An uninitialized model on ``device`` in ``dtype``."""
+    return _allocate(_build_meta(config, max_model_len), device, dtype)
+
+
+def _build_meta(config: ModelConfig, max_model_len: int) -> DecoderModel:
+    """The model without memory for its weights."""
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"model: architecture is {config.architecture!r}, supported are {sorted(ARCHITECTURES)}")
     with torch.device("meta"):
-        model = ARCHITECTURES[config.architecture](config, max_model_len)
+        return ARCHITECTURES[config.architecture](config, max_model_len)
+
+
+def _allocate(model: DecoderModel, device: torch.device, dtype: torch.dtype) -> DecoderModel:
     # The rotary tables are real already and stay fp32; everything else is allocated once, at its final place.
     tables = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
     model = model.to(dtype).to_empty(device=device)
@@ -43,11 +51,11 @@ def load_model(
 ) -> DecoderModel:
     """Builds the model of ``source`` and decodes each stored tensor straight into its place.
 
-    Raises ValueError, before anything is read, if the file lacks a tensor that the model needs, has one of another shape,
+    Raises ValueError, before anything is allocated or read, if the file lacks a tensor that the model needs, has one of another shape,
     or has one that the model does not know.
     """
-    model = build_model(source.config, device, dtype, max_model_len)
-    wanted = dict(model.weights())
+    meta = _build_meta(source.config, max_model_len)
+    wanted = dict(meta.weights())
     stored = source.tensors()
     if source.config.tie_word_embeddings:
         # Some files repeat the tied matrix; it is the embedding's, and reading it twice would only cost time.
@@ -63,11 +71,13 @@ def load_model(
             raise ValueError(
                 f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(out.shape)}"
             )
+    # Only now: a size that a damaged file claims and does not hold must not cost memory.
+    model = _allocate(meta, device, dtype)
     total = sum(info.nbytes for info in stored.values())
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
     ) as bar:
-        for name, out in wanted.items():
+        for name, out in model.weights():
             source.read(name, out)
             if source.config.norm_plus_one and name.endswith("norm.weight"):
                 out.add_(1)

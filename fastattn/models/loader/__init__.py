@@ -23,7 +23,11 @@ def open_model(name_or_path: str | Path) -> ModelSource:
         path = hub.fetch(str(name_or_path))
     else:
         path = Path(name_or_path).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise ModelFileError(f"model {str(name_or_path)!r}: {error.strerror}") from None
+    if not exists:
         raise ModelFileError(
             f"model {str(name_or_path)!r}: no such file or folder, and the known names are {', '.join(sorted(hub.MODELS))}"
         )

@@ -56,15 +56,15 @@ class GGUFSource:
         self._file = read_gguf(path)
         self._tensors: dict[str, GGUFTensor] = {}
         try:
-            self._config = self._read_config()
             for name, tensor in self._file.tensors.items():
-                if name in _NOT_WEIGHTS:
-                    continue
                 if tensor.quant_type.name not in SUPPORTED_TYPES:
                     raise ValueError(
                         f"tensor {name} has type {tensor.quant_type.name}, supported are {', '.join(SUPPORTED_TYPES)}"
                     )
-                self._tensors[self._hf_name(name)] = tensor
+            self._config = self._read_config()
+            for name, tensor in self._file.tensors.items():
+                if name not in _NOT_WEIGHTS:
+                    self._tensors[self._hf_name(name)] = tensor
         except ModelFileError:
             raise
         except ValueError as error:
@@ -97,7 +97,7 @@ class GGUFSource:
             )
         rows = _hf_row_order(name, tensor.shape, self._config)
         data = tensor.data if rows is None else tensor.data[rows]
-        target = out.view(data.shape[0], -1) if out.is_contiguous() else out
+        target = out.view(data.shape[0], -1)
         step = max(1, _CHUNK // tensor.shape[-1])
         for start in range(0, data.shape[0], step):
             target[start : start + step].copy_(_decode(data[start : start + step], tensor.quant_type))
@@ -132,7 +132,7 @@ def _decode(data: np.ndarray, quant_type: GGMLQuantizationType) -> torch.Tensor:
 def _hf_row_order(name: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray | None:
     """Rows of q and k in Hugging Face's order. llama.cpp's converter interleaves the two halves of each head of a Llama,
     because its rotary embedding turns neighbouring pairs; ours, like Hugging Face's, turns (i, i + head_dim / 2)."""
-    if config.architecture != "llama":
+    if config.architecture != "llama" or len(shape) != 2:  # a vector is one row
         return None
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
     if heads is None:

@@ -72,11 +72,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Pipeline:
     name = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in _PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise ValueError(f"metadata tokenizer.ggml.pre is {name!r}, supported are {', '.join(sorted(_PRE_TOKENIZERS))}")
-    merges = []
-    for merge in metadata.get("tokenizer.ggml.merges", ()):
-        left, space, right = str(merge).partition(" ")
+    stored, merges = metadata.get("tokenizer.ggml.merges", []), []
+    if not isinstance(stored, list):
+        raise ValueError(f"metadata tokenizer.ggml.merges is {stored!r}, expected a list of strings")
+    for merge in stored:
+        left, space, right = merge.partition(" ")
         if not space:
             raise ValueError(f"metadata tokenizer.ggml.merges has {merge!r}, expected two tokens")
         merges.append((left, right))
