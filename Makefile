@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 ARCHS ?= 90a;80
 FAMILIES ?= engine_cpu
+MARKS ?= not slow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
 
@@ -17,8 +18,8 @@ run: $(STAMPS)/package ## a real model answers three questions at once
 	$(BIN)/python -m fastattn run smollm2 --max-tokens 96 --temperature 0 "What is photosynthesis?" \
 	  "Explain gravity to a child." "Write a short poem about the sea."
 
-test: $(STAMPS)/test ## the whole test suite; GPU tests are skipped where there is no GPU
-	$(BIN)/python -m pytest -q -n auto --dist worksteal tests
+test: $(STAMPS)/test ## the test suite; GPU tests are skipped where there is no GPU. MARKS= runs the slow ones too
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "$(MARKS)" tests
 
 cuda: $(STAMPS)/build ## compile every CUDA source (no GPU needed) and hold the result against tools/check_*.py
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DFASTATTN_CUDA=ON -DFASTATTN_RUNTIME=OFF "-DFASTATTN_CUDA_ARCHS=$(ARCHS)" \
