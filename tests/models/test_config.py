@@ -1,0 +1,173 @@
+"""Model configurations: the same numbers as transformers reads, out of both file formats, and what is wrong is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fastattn.models.config import ModelConfig, RopeConfig, config_from_gguf, config_from_hf
+from fastattn.nn.rotary import inverse_frequencies
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, **SIZES}
+GGUF: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 8,
+    "llama.context_length": 512,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def of_transformers(kind: str, **changes: Any) -> ModelConfig:
+    return config_from_hf(transformers.AutoConfig.for_model(kind, **{**SIZES, **changes}).to_dict())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_what_transformers_writes_is_read(kind: str) -> None:
+    config = of_transformers(kind)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (8, 4, 2)
+    theirs = transformers.AutoConfig.for_model(kind, **SIZES)
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or 16)
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.qk_norm == (kind in ("qwen3", "gemma3_text"))
+    assert (config.attention_bias, config.attention_out_bias) == (kind == "qwen2", False)
+    assert config.norm_plus_one == (kind == "gemma3_text")
+    if kind == "gemma3_text":
+        assert config.layer_is_sliding == tuple(name == "sliding_attention" for name in theirs.layer_types)
+        assert config.embed_scale == 8.0 and config.activation == "gelu_tanh"
+        assert config.softmax_scale == theirs.query_pre_attn_scalar**-0.5
+        assert config.rope_local is not None and config.rope_local.theta == 10_000.0 and config.rope.theta == 1e6
+    if kind == "mistral":
+        assert config.sliding_window == theirs.sliding_window and all(config.layer_is_sliding)
+
+
+def test_both_formats_say_the_same() -> None:
+    hf = config_from_hf(LLAMA | {"eos_token_id": 2, "tie_word_embeddings": True})
+    assert config_from_gguf(GGUF, 128, has_lm_head=False) == hf
+
+
+def test_a_window_that_is_switched_off() -> None:
+    assert config_from_hf(LLAMA | {"model_type": "qwen2", "sliding_window": 64}).sliding_window is None
+    config = config_from_hf(LLAMA | {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True})
+    assert config.sliding_window == 64 and all(config.layer_is_sliding)
+
+
+def test_gemma_as_a_part_of_a_larger_model() -> None:
+    text = transformers.AutoConfig.for_model("gemma3_text", **SIZES).to_dict()
+    config = config_from_hf({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})
+    assert config.eos_token_ids == (1, 106) and config.architecture == "gemma3"
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    ],
+)
+def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
+    theirs = transformers.AutoConfig.for_model(
+        "llama", **SIZES, head_dim=64, rope_parameters={"rope_theta": 50_000.0, **scaling}
+    )
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    ours = inverse_frequencies(config_from_hf(theirs.to_dict()).rope, 64)
+    torch.testing.assert_close(ours.float(), rotary.inv_freq, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "mamba"}, r"model_type is 'mamba', supported are gemma3, "),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_size": None}, "hidden_size is None, allowed is an integer from 1"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_hidden_layers": 2**31}, "num_layers is 2147483648, allowed is an integer from 1 to 4096"),
+        ({"num_attention_heads": 0}, "num_heads is 0"),
+        ({"num_key_value_heads": 3}, "num_heads is 4, expected a multiple of num_kv_heads = 3"),
+        ({"head_dim": 12}, "head_dim is 12, expected a multiple of 8"),
+        ({"head_dim": 512}, "head_dim is 512, allowed is an integer from 1 to 256"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"rms_norm_eps": 2}, "rms_norm_eps is 2.0, allowed is above 0, below 1"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', supported are "),
+        ({"rope_scaling": 3}, "rope_scaling is 3, expected an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "scaling_type is 'yarn', supported are default, linear",
+        ),
+        ({"rope_theta": -1}, "theta is -1.0, allowed is above 0"),
+        ({"layer_types": "all"}, "layer_types is 'all', expected a list of strings"),
+        ({"layer_types": ["full_attention"]}, "layer_is_sliding has 1 entries, expected num_layers = 8"),
+        ({"layer_types": ["sliding_attention"] * 8}, "sliding_window is None"),
+        ({"eos_token_id": -2}, "a BOS or EOS id is -2"),
+        ({"eos_token_id": ["</s>"]}, "a BOS or EOS id is '</s>'"),
+        ({"attn_logit_softcapping": -1.0}, "attn_softcap is -1.0"),
+    ],
+)
+def test_what_is_wrong_in_a_config_json_is_named(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        config_from_hf(LLAMA | changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key in SIZES if key not in ("num_key_value_heads", "max_position_embeddings")])
+def test_what_is_missing_in_a_config_json_is_named(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"config\.json: '{key}' is missing"):
+        config_from_hf({name: value for name, value in LLAMA.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"general.architecture": "mamba"},
+            "general.architecture is 'mamba', supported are gemma3, llama, qwen2, qwen3",
+        ),
+        ({"llama.block_count": 0}, "num_layers is 0"),
+        ({"llama.embedding_length": [1]}, r"embedding_length is \[1\], expected a number"),
+        ({"llama.feed_forward_length": 1.5}, "intermediate_size is 1.5"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8, supported is head_dim = 16"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', supported are 'none' and 'linear'"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
+    ],
+)
+def test_what_is_wrong_in_gguf_metadata_is_named(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config_from_gguf(GGUF | changes, 128, has_lm_head=False)
+
+
+@pytest.mark.parametrize("key", [key for key in GGUF if key.startswith("llama.") and not key.endswith("_kv")])
+def test_what_is_missing_in_gguf_metadata_is_named(key: str) -> None:
+    with pytest.raises(ValueError, match=f"metadata {key} is missing"):
+        config_from_gguf({name: value for name, value in GGUF.items() if name != key}, 128, has_lm_head=False)
+
+
+def test_frequency_factors_of_another_size() -> None:
+    with pytest.raises(ValueError, match="freq_factors has 3 entries, expected head_dim / 2 = 8"):
+        config_from_gguf(GGUF, 128, has_lm_head=False, freq_factors=(1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="freq_factors has 0.0, allowed is above 0"):
+        RopeConfig(freq_factors=(0.0,))
