@@ -16,7 +16,7 @@ help: ## what there is
 
 run: $(STAMPS)/package ## a real model answers three questions at once
 	$(BIN)/python -m fastattn run smollm2 --max-tokens 96 --temperature 0 "What is photosynthesis?" \
-	  "Explain gravity to a child." "Write a short poem about the sea."
+	  "What is the capital of France?" "What is gravity?"
 
 test: $(STAMPS)/test ## the test suite; GPU tests are skipped where there is no GPU. MARKS= runs the slow ones too
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "$(MARKS)" tests

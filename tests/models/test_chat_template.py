@@ -51,10 +51,10 @@ def test_what_the_template_raises_is_told() -> None:
 def test_a_template_cannot_reach_python(source: str) -> None:
     """Either an error, or nothing at all: jinja2 gives an undefined value for what is not safe."""
     try:
-        assert render(source) in ("", "list")
+        out = render(source)
     except ChatTemplateError as error:
-        assert "\n" not in str(error)
-        assert re.search("SecurityError|UndefinedError", str(error)), error
+        out = re.sub(r"^the model's chat template failed: (SecurityError|UndefinedError): [^\n]*$", "", str(error))
+    assert out in ("", "list")
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ 1 | nothing }}", "{% for %}", "{{ 'a"])

@@ -169,5 +169,5 @@ def test_what_is_missing_in_gguf_metadata_is_named(key: str) -> None:
 def test_frequency_factors_of_another_size() -> None:
     with pytest.raises(ValueError, match="freq_factors has 3 entries, expected head_dim / 2 = 8"):
         config_from_gguf(GGUF, 128, has_lm_head=False, freq_factors=(1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="freq_factors has 0.0, allowed is above 0"):
+    with pytest.raises(ValueError, match=r"freq_factors has 0\.0, allowed is above 0"):
         RopeConfig(freq_factors=(0.0,))

@@ -1,0 +1,228 @@
+"""The scheduler by itself: no model, no torch, steps that are only counted."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastattn._runtime import TokenSequence
+from fastattn.engine.config import EngineConfig
+from fastattn.engine.kv_cache import KVCacheManager
+from fastattn.engine.outputs import RequestMetrics
+from fastattn.engine.request import Request, Status
+from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.scheduler import Scheduler
+
+BLOCK = 8
+
+
+class Simulation:
+    """Schedules requests whose every output token is a counter."""
+
+    def __init__(self, **options: Any) -> None:
+        defaults = {"max_model_len": 128, "num_kv_blocks": 64, "block_size": BLOCK, "max_num_batched_tokens": 32}
+        self.config = EngineConfig(**{**defaults, "max_num_seqs": 8, **options})
+        self.kv = KVCacheManager(self.config.num_kv_blocks, BLOCK, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config, self.kv)
+        self.arrivals, self.tokens = count(), count(1000)
+
+    def add(
+        self, prompt: int | list[int], outputs: int = 4, priority: int = 0, after: Request | None = None
+    ) -> Request:
+        tokens = [next(self.tokens) for _ in range(prompt)] if isinstance(prompt, int) else prompt
+        request = Request(
+            request_id=str(arrival := next(self.arrivals)),
+            index=0,
+            params=SamplingParams(max_tokens=outputs),
+            num_prompt_tokens=len(tokens),
+            max_output_tokens=outputs,
+            seq=TokenSequence(tokens),
+            seed=0,
+            arrival=arrival,
+            priority=priority,
+            salt=b"",
+            stop_token_ids=frozenset(),
+            metrics=RequestMetrics(arrival_time=0.0),
+            after=after,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> dict[Request, int]:
+        """One step; every rule that holds for all steps is checked here."""
+        scheduled = self.scheduler.schedule()
+        assert sum(scheduled.values()) <= self.config.max_num_batched_tokens
+        assert len(scheduled) <= len(self.scheduler.running) <= self.config.max_num_seqs
+        for request, num_tokens in scheduled.items():
+            assert request.status is Status.RUNNING
+            assert 1 <= num_tokens <= request.num_pending_tokens
+            assert request.seq.num_blocks * BLOCK >= request.seq.num_computed + num_tokens
+        self.kv.check()
+        self.scheduler.advance(scheduled)
+        for request in scheduled:
+            if request.num_pending_tokens == 0:
+                request.seq.append(token := next(self.tokens))
+                request.output_token_ids.append(token)
+                if len(request.output_token_ids) == request.max_output_tokens:
+                    self.scheduler.finish(request, "length")
+        return scheduled
+
+    def drain(self, most: int = 10_000) -> int:
+        steps = 0
+        while self.scheduler.running or self.scheduler.num_waiting:
+            assert self.step(), "a step in which nothing moves"
+            steps += 1
+            assert steps < most
+        assert self.kv.num_usable_blocks == self.config.num_kv_blocks
+        return steps
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_decodes_go_first() -> None:
+    sim = Simulation()
+    short = sim.add(5, outputs=10)
+    assert sim.step() == {short: 5}
+    long = sim.add(70)
+    assert sim.step() == {short: 1, long: 31}
+    assert sim.step() == {short: 1, long: 31}
+    assert sim.step() == {short: 1, long: 8}
+    assert sim.step() == {short: 1, long: 1}
+
+
+def test_without_chunks_a_prompt_waits_for_a_step_that_holds_it() -> None:
+    sim = Simulation(enable_chunked_prefill=False, max_num_batched_tokens=128)
+    first, second = sim.add(100), sim.add(40)
+    assert sim.step() == {first: 100}
+    assert sim.step() == {first: 1, second: 40}
+
+
+def test_nobody_overtakes_the_first_in_the_queue() -> None:
+    sim = Simulation(num_kv_blocks=16, max_num_batched_tokens=128)
+    big = sim.add(100, outputs=20)
+    sim.step()
+    blocked, small = sim.add(60), sim.add(8)  # there is room for the small one alone
+    assert list(sim.step()) == [big]
+    assert blocked.status is small.status is Status.WAITING
+
+
+def test_the_most_recent_gives_way_and_comes_back_with_all_its_tokens() -> None:
+    sim = Simulation(num_kv_blocks=4, max_model_len=32, enable_prefix_caching=False)
+    first, second = sim.add(15, outputs=12), sim.add(15, outputs=12)
+    assert sim.step() == {first: 15, second: 15}
+    assert sim.step() == {first: 1, second: 1}
+    assert sim.step() == {first: 1}  # both need a third block and there is none
+    assert (second.status, second.seq.num_blocks, second.num_pending_tokens) == (Status.WAITING, 0, 17)
+    assert (first.metrics.num_preemptions, second.metrics.num_preemptions, sim.scheduler.num_preemptions) == (0, 1, 1)
+    sim.drain()
+    assert len(first.output_token_ids) == len(second.output_token_ids) == 12
+
+
+def test_a_more_urgent_request_is_the_last_to_give_way() -> None:
+    sim = Simulation(num_kv_blocks=4, max_model_len=32, policy="priority", enable_prefix_caching=False)
+    calm, urgent = sim.add(15, outputs=12, priority=1), sim.add(15, outputs=12, priority=0)
+    for _ in range(3):
+        sim.step()
+    assert (calm.status, urgent.status) == (Status.WAITING, Status.RUNNING)
+
+
+def test_urgent_requests_are_let_in_first() -> None:
+    sim = Simulation(max_num_seqs=1)
+    requests = {priority: sim.add(4, outputs=1, priority=priority) for priority in (3, 1, 2)}
+    assert [list(sim.step()) for _ in range(3)] == [[requests[p]] for p in (1, 2, 3)]
+
+
+def test_a_prefix_is_computed_once() -> None:
+    sim = Simulation()
+    prompt = list(range(30))
+    sim.add(prompt)
+    sim.drain()
+    again = sim.add([*prompt, 99])
+    assert sim.step() == {again: 31 - 24}  # three full blocks
+    assert again.num_cached_tokens == 24
+    whole = sim.add(prompt[:24])
+    assert sim.step()[whole] == 8  # one token at least is computed, and blocks are whole
+
+
+def test_siblings_wait_for_the_prompt_they_share() -> None:
+    sim = Simulation()
+    prompt = list(range(50))
+    first = sim.add(prompt)
+    sibling, stranger = sim.add(prompt, after=first), sim.add(4)
+    assert sim.step() == {first: 32}
+    assert sim.step() == {first: 18, stranger: 4}
+    assert sim.step() == {first: 1, stranger: 1, sibling: 2}
+    sim.drain()
+
+
+def test_a_sibling_goes_on_when_the_first_is_aborted() -> None:
+    sim = Simulation()
+    first = sim.add(50)
+    sibling = sim.add(50, after=first)
+    sim.step()
+    sim.scheduler.finish(first, "abort")
+    assert sim.step() == {sibling: 32}
+    sim.drain()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_finish_wherever_it_stands(steps: int) -> None:
+    sim = Simulation()
+    request, other = sim.add(60, outputs=20), sim.add(9, outputs=20)
+    for _ in range(steps):
+        sim.step()
+    for _ in range(2):  # the second time nothing happens
+        sim.scheduler.finish(request, "abort")
+        assert (request.status, request.seq.num_blocks) == (Status.FINISHED, 0)
+    assert request not in sim.step()
+    sim.drain()
+    assert len(other.output_token_ids) == 20
+
+
+def test_the_heap_does_not_keep_those_who_left() -> None:
+    sim = Simulation(max_num_seqs=1)
+    requests = [sim.add(4) for _ in range(5000)]
+    for request in requests[1:]:
+        sim.scheduler.finish(request, "abort")
+    assert sim.scheduler.num_waiting == 1 and len(sim.scheduler._heap) < 100
+
+
+@given(st.randoms(use_true_random=False), st.integers(16, 40), st.integers(1, 40), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_everybody_gets_all_of_it(rng: random.Random, blocks: int, budget: int, caching: bool) -> None:
+    """Random arrivals, priorities, shared prefixes and aborts, with too little memory: all others end whole."""
+    sim = Simulation(
+        num_kv_blocks=blocks, max_num_batched_tokens=budget, policy="priority", enable_prefix_caching=caching
+    )
+    shared = list(range(40))
+    requests: list[Request] = []
+    aborted = set()
+    for _ in range(60):
+        if rng.random() < 0.5:
+            prompt = shared[: rng.randint(1, 40)] + [5000 + rng.randint(0, 3)] * rng.randint(0, 20)
+            sibling = rng.choice(requests) if requests and rng.random() < 0.2 else None
+            requests.append(sim.add(prompt, rng.randint(1, 30), rng.randint(0, 2), sibling))
+        if requests and rng.random() < 0.1:
+            aborted.add(victim := rng.choice(requests))
+            sim.scheduler.finish(victim, "abort")
+        sim.step()
+    sim.drain()
+    for request in requests:
+        assert request in aborted or len(request.output_token_ids) == request.max_output_tokens
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_the_same_arrivals_give_the_same_steps(seed: int) -> None:
+    def steps() -> list[list[tuple[str, int]]]:
+        rng, sim, out = random.Random(seed), Simulation(num_kv_blocks=20), []
+        for _ in range(40):
+            if rng.random() < 0.5:
+                sim.add(rng.randint(1, 60), rng.randint(1, 20), rng.randint(0, 1))
+            out.append([(request.request_id, n) for request, n in sim.step().items()])
+        return out
+
+    assert steps() == steps()
