@@ -1,0 +1,1 @@
+"""Tools that make models cheaper: quantize, prune, distill, evaluate, inspect."""

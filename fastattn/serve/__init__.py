@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: front, engine process, router, response cache, guardrails."""
