@@ -10,7 +10,7 @@ folded into one answer at the end: there is one path to test. Chunks always carr
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -53,15 +53,19 @@ class RequestContext:
 
     request_id: made by the server, 128 random bits; a client's own id is only a label in the log. tenant: from the API key;
     "" without keys. priority: lower goes first. cache_control: the request's Cache-Control directives, lower case.
+    request_headers: by lower-case name; the front fills in those that a rule of the router names, and no others.
     headers: response headers that the parts add (x-fastattn-model, x-fastattn-route, x-fastattn-cache); sent with the
-    first chunk, so they must be set before it is given out.
+    first chunk, so they must be set before it is given out. on_refusal: a guard that blocks or redacts an answer calls
+    these, so that what it kept from the client is not kept elsewhere.
     """
 
     request_id: str
     tenant: str = ""
     priority: int = 0
     cache_control: frozenset[str] = frozenset()
+    request_headers: Mapping[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    on_refusal: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Backend(Protocol):
