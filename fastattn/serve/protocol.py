@@ -1,0 +1,393 @@
+"""What a client may send, and what it gets: OpenAI's requests with vLLM's extensions, every number and list bounded.
+
+Validation is strict: no "5" for 5, no unknown field, no NaN. What passes here is accepted by the engine as far as that can
+be known without the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from fastattn.serve.contract import APIError
+from fastattn.serve.fold import fold_chunks as fold_chunks
+
+MAX_CHOICES = 128  # completions of one request, over all its prompts
+MAX_LOGPROBS = 20
+MAX_LIST = 2048
+_INT32 = 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=_INT32)]
+Text = Annotated[str, Field(max_length=16 * 2**20)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+JSONObject = dict[str, Any]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+# ---- parts of requests ----
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(_Strict):
+    name: ToolName
+    arguments: Text
+
+
+class ToolCall(_Strict):
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Strict):
+    """A turn. The fields that can only be None are what the openai client sends back of an answer."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_LIST)] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    refusal: Text | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[JSONObject], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
+            raise ValueError(f"content is null, expected text for a message of role {self.role!r}")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls in a message of role {self.role!r}, allowed is 'assistant'")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id belongs to messages of role 'tool', and only to them")
+        return self
+
+    @property
+    def text(self) -> str | None:
+        """The content as one text."""
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+
+
+class FunctionDefinition(_Strict):
+    name: ToolName
+    description: Text | None = None
+    parameters: JSONObject | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Strict):
+    name: ToolName
+
+
+class NamedToolChoice(_Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JSONSchemaFormat(_Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    schema_: JSONObject = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type 'json_schema', and allowed only there")
+        return self
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's extension: exactly one of these."""
+
+    json_: JSONObject | Text | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=10_000)] | None = None
+    grammar: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [self.json_, self.json_object, self.regex, self.choice, self.grammar]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("expected exactly one of json, json_object, regex, choice, grammar")
+        return self
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis; we send none
+
+
+# ---- requests ----
+
+
+class _Sampling(_Strict):
+    """What chat and text completion have in common."""
+
+    model: Name
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=4096)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None  # a label of the client's; nothing depends on it
+    # vLLM's extensions
+    top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=_INT32)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JSONObject | Text | None = None
+    guided_regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    guided_choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=10_000)] | None = None  # fmt: skip
+    guided_grammar: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= _INT32):
+                raise ValueError(f"key {key[:20]!r} is not a token id")
+        return bias
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is allowed only with stream: true")
+        limit = self.max_new_tokens
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise ValueError(f"min_tokens is {self.min_tokens}, allowed is at most the token limit, {limit}")
+        guided = (self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
+        if sum(g is not None for g in (self.structured_outputs, *guided)) > 1:
+            raise ValueError("expected at most one of structured_outputs and the guided_ fields")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """The extension in its present form, whichever way it was asked for."""
+        for name in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{name}")) is not None:
+                return StructuredOutputs.model_validate({name: value})
+        return self.structured_outputs
+
+
+class ChatCompletionRequest(_Sampling):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
+    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # Accepted with the one value that describes what we do.
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @model_validator(mode="after")
+    def _chat_fields_agree(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is allowed only with logprobs: true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools has a function name twice")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+        if self.tool_choice in ("auto", "required") and not names:
+            raise ValueError(f"tool_choice is {self.tool_choice!r}, but there are no tools")
+        structured = self.structure is not None or (
+            self.response_format is not None and self.response_format.type != "text"
+        )
+        if structured and self.forces_tool:
+            raise ValueError("a structured response and a forced tool call exclude one another")
+        if self.structure is not None and self.response_format is not None:
+            raise ValueError("expected at most one of response_format and structured_outputs")
+        return self
+
+    @property
+    def forces_tool(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionRequest(_Sampling):
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = 16
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _completion_fields_agree(self) -> Self:
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise ValueError(f"{len(self.prompts)} prompts times n = {self.n}, allowed are {MAX_CHOICES} in all")
+        if self.structure is not None and self.response_format is not None:
+            raise ValueError("expected at most one of response_format and structured_outputs")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        return as_prompts(self.prompt)
+
+
+class EmbeddingRequest(_Strict):
+    model: Name
+    input: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_LIST)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_LIST)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None  # no model of ours was trained to be cut
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        return as_prompts(self.input)
+
+
+class TokenizeRequest(_Strict):
+    """A text, or a conversation through the chat template."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools is allowed only with messages")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=2**20)]
+
+
+def as_prompts(value: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
+    """One prompt or several, as several."""
+    if isinstance(value, str) or isinstance(value[0], int):
+        return [value]
+    return value
+
+
+def validation_error(error: ValidationError) -> APIError:
+    """A 400 that names the first field that is wrong, what is allowed there, and how many more are wrong."""
+    found = error.errors(include_url=False, include_context=False)
+    first = found[0]
+    param = _param(first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"the field {repr(first['loc'][-1])[:100]} is not known"
+        same = [first]
+    else:
+        same = [e for e in found if e["loc"][:1] == first["loc"][:1] and _param(e["loc"]).startswith(param)]
+        # A union gives one error for each of its branches: what is allowed is any of them.
+        text = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in same[:4]))
+        if param and isinstance(first["input"], str | int | float | None):
+            text += f", got {repr(first['input'])[:100]}"
+    where = f"{param[:200]}: " if param else ""
+    more = len({_param(e["loc"]) for e in found} - {_param(e["loc"]) for e in same})
+    text = f"{where}{text}{f' (and {more} more)' if more else ''}"
+    return APIError(400, _printable(text), param=_printable(param[:200]) or None, code="invalid_value")
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    """messages[0].content; steps through a union name its branches, which are no fields."""
+    param = ""
+    for step in location:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif step.isidentifier() and step not in ("str", "int") and not step[:1].isupper():
+            param += f".{step}" if param else step
+    return param
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+# ---- answers ----
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def now() -> int:
+    return int(time.time())
