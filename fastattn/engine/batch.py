@@ -1,15 +1,48 @@
-"""The inputs of one step as tensors: one buffer on the host, one copy to the device, views into it."""
+"""The inputs of one step: a few sizes, one buffer on the host, one copy to the device, tensors that are views into it."""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
 
 from fastattn._runtime import BatchBuilder, TokenSequence
+from fastattn.engine.config import EngineConfig
 from fastattn.nn import AttentionMetadata
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+_STEP = struct.Struct("<7q")
+_ROWS = struct.Struct("<2q")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as a message: with the bytes of the step buffer it is all that a rank must know to compute its part.
+
+    nbytes: of the step buffer that are in use. graph_size: 0 computes the step as it is, n replays the graph of n sequences;
+    with ``capture`` that graph is recorded instead. extra_rows: (first row, count) runs among the tokens whose logits are
+    wanted on top of those that `logits_indices` names.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    num_logits: int
+    max_seqlen_q: int
+    nbytes: int
+    graph_size: int = 0
+    capture: bool = False
+    extra_rows: tuple[tuple[int, int], ...] = ()
+
+    def to_bytes(self) -> bytes:
+        sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes, self.graph_size)
+        return _STEP.pack(*sizes, self.capture) + b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Step:
+        *sizes, capture = _STEP.unpack_from(message)
+        rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size :]))
+        return cls(*sizes, bool(capture), rows)
 
 
 @dataclass(frozen=True)
@@ -37,24 +70,40 @@ class BatchBuffers:
     """The step buffer on the host (pinned, for a GPU) and its twin on the device; all arrays stand at fixed places in both,
     so that a captured graph finds the next step's inputs where it found the last one's."""
 
-    def __init__(
-        self, device: torch.device, max_num_tokens: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int
-    ) -> None:
-        self.builder = BatchBuilder(max_num_tokens, max_num_seqs, max_blocks_per_seq, block_size)
-        self.host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    def __init__(self, device: torch.device, config: EngineConfig, host: torch.Tensor | None = None) -> None:
+        """host: the memory to build in, uint8, if it is another's (ranks share it)."""
+        self.builder = BatchBuilder(
+            config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks_per_seq, config.block_size
+        )
+        if host is None:
+            host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.host = host
         self.device_buffer = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._views = {}
         for name, (offset, dtype, shape) in self.builder.layout().items():
             torch_dtype = _DTYPES[dtype]
             count = torch.Size(shape).numel() * torch_dtype.itemsize
             self._views[name] = self.device_buffer[offset : offset + count].view(torch_dtype).view(shape)
 
-    def fill(self, sequences: list[TokenSequence], num_tokens: list[int], pad_num_seqs: int = 0) -> Batch:
-        """Writes the arrays for these sequences, ``num_tokens[i]`` of sequence i, and ``pad_num_seqs`` empty rows after them."""
+    def fill(self, sequences: list[TokenSequence], num_tokens: list[int], pad_num_seqs: int = 0) -> Step:
+        """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i, and ``pad_num_seqs`` empty rows after
+        them."""
+        self.wait()
         info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, pad_num_seqs)
-        if self.device_buffer is not self.host:
-            self.device_buffer[: info.nbytes].copy_(self.host[: info.nbytes], non_blocking=True)
-        return self.view(info.num_tokens, info.num_seqs, info.num_logits, info.max_seqlen_q)
+        return Step(info.num_tokens, info.num_seqs, info.num_logits, info.max_seqlen_q, info.nbytes)
+
+    def load(self, step: Step) -> Batch:
+        """Brings what was filled to the device, in the order of its stream."""
+        if self._copied is not None:
+            self.device_buffer[: step.nbytes].copy_(self.host[: step.nbytes], non_blocking=True)
+            self._copied.record()
+        return self.view(step.num_tokens, step.num_seqs, step.num_logits, step.max_seqlen_q)
+
+    def wait(self) -> None:
+        """Returns when the host's buffer may be overwritten: a step without a token to sample does not wait for its copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int) -> Batch:
         v = self._views

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastattn.engine.batch import Batch, BatchBuffers
+from fastattn.engine.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,25 @@ class DecodeGraphs:
     All share one memory pool: they run one after another and each step's intermediates die with it.
     """
 
-    def __init__(self, forward: Callable[[Batch], torch.Tensor], buffers: BatchBuffers, max_num_seqs: int) -> None:
-        self._forward, self._buffers = forward, buffers
+    def __init__(self, forward: Callable[[Batch], torch.Tensor], max_num_seqs: int) -> None:
+        self._forward = forward
         powers = [1, 2, 4, 8, 16]
         self.sizes = [s for s in powers + list(range(32, max_num_seqs, 32)) if s < max_num_seqs] + [max_num_seqs]
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def find(self, num_seqs: int) -> DecodeGraph:
-        """The smallest graph that holds ``num_seqs`` sequences of one token each."""
-        size = next(s for s in self.sizes if s >= num_seqs)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+    def size_for(self, num_seqs: int) -> int:
+        """The smallest size that holds ``num_seqs`` sequences of one token each."""
+        return next(s for s in self.sizes if s >= num_seqs)
+
+    def __contains__(self, size: int) -> bool:
+        return size in self._graphs
+
+    def get(self, size: int) -> DecodeGraph:
         return self._graphs[size]
 
-    def _capture(self, size: int) -> DecodeGraph:
-        # The buffers may hold anything; a step of padding rows alone is harmless to run and to record.
-        batch = self._buffers.fill([], [], pad_num_seqs=size)
+    def capture(self, batch: Batch) -> DecodeGraph:
+        """Records a step of ``batch.num_seqs`` sequences. The batch may hold anything that is harmless to run."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -55,4 +57,5 @@ class DecodeGraphs:
         # thread_local: another thread's CUDA call must not break our capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(batch)
-        return DecodeGraph(size, graph, logits)
+        self._graphs[batch.num_seqs] = DecodeGraph(batch.num_seqs, graph, logits)
+        return self._graphs[batch.num_seqs]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from fastattn.engine.batch import Batch, BatchBuffers
+from fastattn.engine.batch import Batch, BatchBuffers, Step
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.graphs import DecodeGraphs
 from fastattn.engine.request import Request
@@ -12,8 +14,22 @@ from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
 from fastattn.models.decoder import DecoderModel
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a step's forward pass gave. logits (num_logits, vocab_size) fp32; extra_logits: the same of each run of
+    `Step.extra_rows`; hidden (T, hidden_size), None where a graph was replayed."""
+
+    logits: torch.Tensor
+    extra_logits: list[torch.Tensor]
+    hidden: torch.Tensor | None
+
+
 class Runner:
-    """Computes one step at a time: ``execute({request: number of tokens})`` → sampled tokens."""
+    """Computes one step at a time: ``execute({request: number of tokens})`` → sampled tokens.
+
+    A step is first a message (`Step` and the step buffer) and then a computation that needs nothing else, ``compute``: so the
+    ranks of a group can repeat it, each with its part of the model.
+    """
 
     def __init__(self, model: DecoderModel, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.config, self.device = model, config, device
@@ -26,34 +42,52 @@ class Runner:
             device=device,
         )
         self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
-        self.buffers = BatchBuffers(
-            device, config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks_per_seq, config.block_size
-        )
+        self.buffers = BatchBuffers(device, config)
         self.sampler = Sampler()
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.use_cuda_graphs:
-            self.graphs = DecodeGraphs(self._forward, self.buffers, config.max_num_seqs)
+            self.graphs = DecodeGraphs(self._forward, config.max_num_seqs)
 
     @torch.inference_mode()
     def execute(self, scheduled: dict[Request, int]) -> Sampled:
         requests, num_tokens = list(scheduled), list(scheduled.values())
-        sequences = [r.seq for r in requests]
-        decodes = all(r.num_pending_tokens == 1 and r.params.prompt_logprobs is None for r in requests)
-        graph = self.graphs.find(len(requests)) if self.graphs is not None and decodes else None
-        if graph is not None:
-            batch = self.buffers.fill(sequences, num_tokens, graph.num_seqs - len(requests))
-            logits = graph.replay()
-        else:
-            batch = self.buffers.fill(sequences, num_tokens)
-            hidden = self._hidden(batch)
-            self._prompt_logprobs(hidden, scheduled)
-            logits = self.model.logits(hidden[batch.logits_indices])
+        graph_size = self._graph_size(requests)
+        step = self.buffers.fill([r.seq for r in requests], num_tokens, max(0, graph_size - len(requests)))
+        wanted = _prompt_rows(scheduled)
+        rows = tuple((first, len(targets)) for _, first, targets in wanted)
+        computed = self.compute(replace(step, graph_size=graph_size, extra_rows=rows))
+        for (request, _, targets), logits in zip(wanted, computed.extra_logits, strict=True):
+            ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
+            request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
         sampling = [r for r, n in scheduled.items() if n == r.num_pending_tokens]
         if not sampling:
             return Sampled([], [], [])
-        if len(sampling) < batch.num_logits:  # rows that only fill up a graph
-            batch = self.buffers.view(batch.num_tokens, batch.num_seqs, len(sampling), 1)
-        return self.sampler.sample(logits[: len(sampling)], batch, sampling)
+        # Without the rows that only fill up a graph.
+        batch = self.buffers.view(step.num_tokens, step.num_seqs, len(sampling), step.max_seqlen_q)
+        return self.sampler.sample(computed.logits[: len(sampling)], batch, sampling)
+
+    @torch.inference_mode()
+    def compute(self, step: Step) -> Computed:
+        """The forward pass of the step that lies in the host's buffer."""
+        batch = self.buffers.load(step)
+        if step.graph_size:
+            assert self.graphs is not None
+            graph = self.graphs.capture(batch) if step.capture else self.graphs.get(step.graph_size)
+            return Computed(graph.replay(), [], None)
+        hidden = self._hidden(batch)
+        extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
+        return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
+
+    def _graph_size(self, requests: list[Request]) -> int:
+        """For how many sequences the graph is that this step can use, recorded if it is new; 0 if it can use none."""
+        decodes = all(r.num_pending_tokens == 1 and r.params.prompt_logprobs is None for r in requests)
+        if self.graphs is None or not decodes:
+            return 0
+        size = self.graphs.size_for(len(requests))
+        if size not in self.graphs:
+            # A step of padding rows alone is harmless to run and to record.
+            self.compute(replace(self.buffers.fill([], [], size), graph_size=size, capture=True))
+        return size
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache)
@@ -63,18 +97,19 @@ class Runner:
         """A decode step: each sequence has one token, so every row wants logits."""
         return self.model.logits(self._hidden(batch))
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, scheduled: dict[Request, int]) -> None:
-        row = 0
-        for request, num_tokens in scheduled.items():
-            start, count, known = request.seq.num_computed, request.params.prompt_logprobs, request.prompt_logprobs
-            if count is not None:
-                if not known:
-                    known.append(None)  # nothing predicts the first token
-                # A preempted request comes past its prompt again; what is known is not reported twice.
-                end = min(start + num_tokens + 1, request.num_prompt_tokens)
-                if end > len(known):
-                    targets = request.seq.tokens(len(known), end)
-                    rows = hidden[row + len(known) - 1 - start : row + end - 1 - start]
-                    ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
-                    known += token_logprobs(self.model.logits(rows), ids, [count] * len(targets))
-            row += num_tokens
+
+def _prompt_rows(scheduled: dict[Request, int]) -> list[tuple[Request, int, list[int]]]:
+    """Whose prompt tokens are predicted in this step: (request, first row that predicts one, the tokens)."""
+    wanted = []
+    row = 0
+    for request, num_tokens in scheduled.items():
+        start, known = request.seq.num_computed, request.prompt_logprobs
+        if request.params.prompt_logprobs is not None:
+            if not known:
+                known.append(None)  # nothing predicts the first token
+            # A preempted request comes past its prompt again; what is known is not reported twice.
+            end = min(start + num_tokens + 1, request.num_prompt_tokens)
+            if end > len(known):
+                wanted.append((request, row + len(known) - 1 - start, request.seq.tokens(len(known), end)))
+        row += num_tokens
+    return wanted

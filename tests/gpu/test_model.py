@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ def our_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
     sequence = TokenSequence(token_ids)
     sequence.add_blocks(blocks)
     try:
-        batch = runner.buffers.fill([sequence], [len(token_ids)])
-        return runner.model.logits(runner.model(batch.token_ids, batch.attention, runner.kv_cache))
+        step = replace(runner.buffers.fill([sequence], [len(token_ids)]), extra_rows=((0, len(token_ids)),))
+        return runner.compute(step).extra_logits[0]
     finally:
         llm.engine.kv.pool.release(blocks)
 
