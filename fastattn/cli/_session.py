@@ -11,7 +11,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastattn.engine.engine import Engine, Prompt
+    from fastattn.engine.engine import Engine
+    from fastattn.engine.intake import Prompt
     from fastattn.engine.llm import LLM
     from fastattn.engine.outputs import RequestOutput
     from fastattn.engine.sampling_params import SamplingParams

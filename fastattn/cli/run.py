@@ -16,7 +16,7 @@ from fastattn.cli._ordered import OrderedWriter
 from fastattn.cli._summary import Tally, print_lines
 
 if TYPE_CHECKING:
-    from fastattn.engine.engine import Prompt
+    from fastattn.engine.intake import Prompt
     from fastattn.engine.llm import LLM
 
 _HEADER_CHARS = 100

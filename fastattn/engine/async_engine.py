@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
-from fastattn.engine.engine import Engine, EngineStats, Prompt
+from fastattn.engine.engine import Engine, EngineStats
+from fastattn.engine.intake import Prepared, Prompt, TokenLists
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
 
@@ -20,6 +21,8 @@ logger = logging.getLogger("fastattn.engine")
 class EngineDeadError(RuntimeError):
     """The step loop ended with an error; this engine answers nobody any more."""
 
+
+_LONG_PROMPT = 2000  # characters; about a millisecond of tokenizing
 
 Tell = Callable[[Any], None]  # gives an output or an exception to a task, from any thread
 
@@ -40,12 +43,20 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str, *, priority: int = 0, tenant: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        resume_token_ids: TokenLists | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the request's outputs as they come. Leaving early, or a cancelled task, aborts the request.
 
         Raises what Engine.add_request raises, and EngineDeadError.
         """
+        prepared = await self._prepare(prompt, params, resume_token_ids)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def tell(item: Any) -> None:
@@ -54,7 +65,7 @@ class AsyncEngine:
         def add() -> None:
             # A stream only once the engine took the request, so a refused id cannot take over another's outputs.
             try:
-                self._engine.add_request(request_id, prompt, params, priority=priority, tenant=tenant)
+                self._engine.add_prepared(request_id, prepared, priority=priority, tenant=tenant)
             except Exception as error:  # the caller's mistake, told to the caller
                 tell(error)
             else:
@@ -78,6 +89,14 @@ class AsyncEngine:
             if not finished:
                 with suppress(EngineDeadError):  # then nothing is left to abort
                     self._call(abort, lambda _: None)
+
+    async def _prepare(
+        self, prompt: Prompt, params: SamplingParams | None, resume_token_ids: TokenLists | None
+    ) -> Prepared:
+        """In the caller's thread, or in another if that may take longer than an event loop should wait."""
+        if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT:
+            return await asyncio.to_thread(self._engine.prepare, prompt, params, resume_token_ids)
+        return self._engine.prepare(prompt, params, resume_token_ids)
 
     async def stats(self) -> EngineStats:
         loop = asyncio.get_running_loop()

@@ -12,6 +12,7 @@ import torch
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.intake import Intake, Prepared, Prompt, TokenLists
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.output_processor import OutputProcessor, RequestGroup
 from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
@@ -21,13 +22,15 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.scheduler import Scheduler
 from fastattn.models.tokenizer import Tokenizer
 
-Prompt = str | Mapping[str, object]
-
 logger = logging.getLogger("fastattn.engine")
 
 
 class EngineBusyError(RuntimeError):
-    """The queue of waiting requests is full; try again later."""
+    """The queue of waiting requests is full; try again later. num_waiting of limit requests wait already."""
+
+    def __init__(self, num_waiting: int, limit: int) -> None:
+        super().__init__(f"{num_waiting} requests are waiting, allowed are {limit}")
+        self.num_waiting, self.limit = num_waiting, limit
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,11 @@ class Engine:
         self.runner = runner
         self.kv = KVCacheManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
+        self._intake = Intake(config, tokenizer, runner.model.config.vocab_size)
         self._processor = OutputProcessor(tokenizer)
         self._groups: dict[str, RequestGroup] = {}
         self._owner: dict[Request, RequestGroup] = {}
+        self._ended_early: list[Request] = []  # were complete when they came; the next step says so
         self._num_arrivals = 0
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
 
@@ -74,12 +79,29 @@ class Engine:
         *,
         priority: int = 0,
         tenant: str = "",
+        resume_token_ids: TokenLists | None = None,
     ) -> None:
         """Queues a prompt, text or {"prompt_token_ids": [...]}. Lower ``priority`` goes first (policy "priority").
 
-        Prefixes are shared within a ``tenant`` only. Raises ValueError, naming both numbers, for what can never run, and
-        EngineBusyError when the queue is full; nothing is queued then.
+        Prefixes are shared within a ``tenant`` only. resume_token_ids: for each of the n completions the tokens that
+        another engine, of the same model and with the same seed, generated before it was lost. Each goes on as if it had
+        not been: the tokens count towards all limits and penalties, "delta" outputs begin after them, and log-probabilities
+        too. A completion that was complete is reported by the next step, with its reason. Without a seed of its own a
+        request's draws depend on what came before it in its engine, and cannot be resumed but when greedy.
+
+        Raises ValueError, naming both numbers, for what can never run, and EngineBusyError when the queue is full; nothing
+        is queued then.
         """
+        self.add_prepared(request_id, self.prepare(prompt, params, resume_token_ids), priority=priority, tenant=tenant)
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, resume_token_ids: TokenLists | None = None
+    ) -> Prepared:
+        """The part of `add_request` that takes time and no engine: any thread may do it, while steps run in another."""
+        return self._intake.prepare(prompt, params, resume_token_ids)
+
+    def add_prepared(self, request_id: str, prepared: Prepared, *, priority: int = 0, tenant: str = "") -> None:
+        """The part of `add_request` that queues."""
         for name, value, kind in (
             ("request_id", request_id, str),
             ("priority", priority, int),
@@ -87,13 +109,27 @@ class Engine:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"add_request: {name} is {value!r}, expected {kind.__name__}")
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"add_request: params is a {type(params).__name__}, expected SamplingParams")
         if request_id in self._groups:
             raise ValueError(f"add_request: request_id {request_id!r} is already in use")
-        text, token_ids = self._tokenize(prompt)
-        max_output = self._admit(token_ids, params)
+        params = prepared.params
+        if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
+            raise EngineBusyError(self.scheduler.num_waiting, self.config.max_num_waiting)
+        requests = self._make_requests(request_id, prepared, priority, tenant)
+        streams = [self._processor.make_stream(r) for r in requests]
+        group = RequestGroup(request_id, prepared.prompt, prepared.token_ids, requests, streams, requests[0].metrics)
+        self._groups[request_id] = group
+        for request in requests:
+            self._owner[request] = group
+            self.scheduler.add(request)
+        try:
+            for request, token_ids in zip(requests, prepared.resumed, strict=True):
+                self._resume(request, token_ids)
+        except ValueError:
+            self.abort_request(request_id)
+            raise
+
+    def _make_requests(self, request_id: str, prepared: Prepared, priority: int, tenant: str) -> list[Request]:
+        params = prepared.params
         metrics = RequestMetrics(arrival_time=time.monotonic())
         arrival, self._num_arrivals = self._num_arrivals, self._num_arrivals + 1
         stop_token_ids = frozenset(
@@ -107,9 +143,9 @@ class Engine:
                     request_id=request_id,
                     index=index,
                     params=params,
-                    num_prompt_tokens=len(token_ids),
-                    max_output_tokens=max_output,
-                    seq=TokenSequence(token_ids),
+                    num_prompt_tokens=len(prepared.token_ids),
+                    max_output_tokens=prepared.max_output_tokens,
+                    seq=TokenSequence(prepared.token_ids),
                     seed=self._seed(params.seed, arrival, index),
                     arrival=arrival,
                     priority=priority if self.config.policy == "priority" else 0,
@@ -119,63 +155,24 @@ class Engine:
                     after=requests[0] if requests and shares_prompt else None,
                 )
             )
-        group = RequestGroup(
-            request_id, text, token_ids, requests, [self._processor.make_stream(r) for r in requests], metrics
-        )
-        self._groups[request_id] = group
-        for request in requests:
-            self._owner[request] = group
-            self.scheduler.add(request)
+        return requests
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        vocab_size = self.runner.model.config.vocab_size
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
-            raise TypeError(
-                f"add_request: prompt is a {type(prompt).__name__}, expected a string or {{'prompt_token_ids': [...]}}"
-            )
-        ids = prompt["prompt_token_ids"]
-        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
-            raise TypeError(f"add_request: prompt_token_ids is a {type(ids).__name__}, expected a list of integers")
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+    def _resume(self, request: Request, token_ids: list[int]) -> None:
+        """Takes a request to where it was after these tokens: the same state, with what was given out marked as given."""
+        group = self._owner[request]
+        for count, token_id in enumerate(token_ids):
+            if request.status is Status.FINISHED:
                 raise ValueError(
-                    f"add_request: prompt_token_ids has {token!r}, allowed are integers from 0 to {vocab_size - 1}"
+                    f"add_request: resume_token_ids[{request.index}] has {len(token_ids)} tokens, but this completion "
+                    f"ended after {count} ({request.finish_reason})"
                 )
-        return None, list(ids)
-
-    def _admit(self, token_ids: list[int], params: SamplingParams) -> int:
-        """The most tokens that this request may generate; raises if it can never run."""
-        limit = self.config.max_model_len
-        if not token_ids:
-            raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1}, "
-                f"max_model_len less one to generate"
-            )
-        max_output = (
-            limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
-        )
-        # The last token is never written to the cache: nothing comes after it.
-        needed = -(-(len(token_ids) + max_output - 1) // self.config.block_size)
-        if needed > self.config.num_kv_blocks:
-            raise ValueError(
-                f"add_request: {len(token_ids)} prompt and up to {max_output} new tokens need {needed} KV blocks of "
-                f"{self.config.block_size} tokens, but the cache has {self.config.num_kv_blocks}"
-            )
-        vocab_size = self.runner.model.config.vocab_size
-        for token in [*(params.logit_bias or {}), *(params.stop_token_ids or ())]:
-            if token >= vocab_size:
-                raise ValueError(
-                    f"add_request: logit_bias or stop_token_ids has {token}, allowed are ids from 0 to {vocab_size - 1}"
-                )
-        if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
-            raise EngineBusyError(
-                f"{self.scheduler.num_waiting} requests are waiting, allowed are {self.config.max_num_waiting}"
-            )
-        return max_output
+            self._append(request, token_id)
+        request.num_resumed_tokens = len(token_ids)
+        stream = group.streams[request.index]
+        if request.status is Status.FINISHED:
+            stream.finish()
+            self._ended_early.append(request)
+        group.given_chars[request.index], group.given_tokens[request.index] = stream.num_released, len(token_ids)
 
     def _seed(self, seed: int | None, arrival: int, index: int) -> int:
         """A 64-bit seed: the user's own (each further completion counts on from it), or one from the engine's seed."""
@@ -197,9 +194,10 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns what is new for each request in it; [] if there is nothing to do."""
+        ended, self._ended_early = self._ended_early, []
         scheduled = self.scheduler.schedule()
         if not scheduled:
-            return []
+            return self._give_all(ended)
         now = time.monotonic()
         for request, num_tokens in scheduled.items():
             if request.metrics.first_scheduled_time is None:
@@ -210,37 +208,37 @@ class Engine:
         except torch.AcceleratorError:
             raise  # the device is lost to this process; no later step could succeed
         except Exception as error:
-            return self._fail(scheduled, error)
+            return self._fail(scheduled, error, ended)
         self.scheduler.advance(scheduled)
         self._num_steps += 1
         now = time.monotonic()
         for request, token_id, logprobs in zip(sampled.requests, sampled.token_ids, sampled.logprobs, strict=True):
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
+            if token_id < 0:
+                self.scheduler.finish(request, "error", "the logits are not finite")
+                continue
             self._append(request, token_id)
+            self._num_generated_tokens += 1
             group = self._owner[request]
-            if logprobs is not None and token_id >= 0:
+            if logprobs is not None:
                 request.logprobs.append(logprobs)
                 group.cumulative_logprobs[request.index] += logprobs[token_id][0]
         if self.config.debug_checks:
             self.kv.check()
-        return self._give_all(sampled.requests)
+        return self._give_all([*ended, *sampled.requests])
 
-    def _fail(self, scheduled: Mapping[Request, int], error: Exception) -> list[RequestOutput]:
+    def _fail(self, scheduled: Mapping[Request, int], error: Exception, ended: list[Request]) -> list[RequestOutput]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""
         logger.error("a step of %d requests failed; they end with an error", len(scheduled), exc_info=error)
         for request in scheduled:
             self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
-        return self._give_all(list(scheduled))
+        return self._give_all([*ended, *scheduled])
 
     def _append(self, request: Request, token_id: int) -> None:
-        """Adds a sampled token and ends the request if this was its last."""
-        if token_id < 0:
-            self.scheduler.finish(request, "error", "the logits are not finite")
-            return
+        """Adds a generated token and ends the request if this was its last."""
         request.seq.append(token_id)
         request.output_token_ids.append(token_id)
-        self._num_generated_tokens += 1
         if request.params.has_penalties:
             request.output_counts[token_id] += 1
         ended: tuple[FinishReason, int | str | None] | None = None
@@ -257,7 +255,8 @@ class Engine:
             self.scheduler.finish(request, *ended)
 
     def _give_all(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        groups = {request.request_id: self._owner[request] for request in requests}
+        # One that was complete when it came may have been aborted since.
+        groups = {request.request_id: self._owner[request] for request in requests if request in self._owner}
         return [output for group in groups.values() if (output := self._give(group)) is not None]
 
     def _give(self, group: RequestGroup) -> RequestOutput | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastattn.engine.engine import Engine, Prompt
+from fastattn.engine.engine import Engine
+from fastattn.engine.intake import Prompt
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.setup import EngineOptions, build_engine

@@ -109,7 +109,9 @@ class OutputProcessor:
         group.given_chars[index], group.given_tokens[index] = stream.num_released, len(request.output_token_ids)
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = [self._describe(row) for row in request.logprobs[from_token:]]
+            # Those of resumed tokens went with the engine that drew them.
+            from_row = max(0, from_token - request.num_resumed_tokens)
+            logprobs = [self._describe(row) for row in request.logprobs[from_row:]]
         return CompletionOutput(
             index=index,
             text=stream.text[from_char : stream.num_released],

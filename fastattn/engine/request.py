@@ -42,6 +42,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    num_resumed_tokens: int = 0  # the first output tokens, which another engine generated
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, tuple[float, int]] | None] = field(default_factory=list)

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fastattn import nn
 from fastattn.engine.config import EngineConfig
-from fastattn.engine.engine import Engine, Prompt
+from fastattn.engine.engine import Engine
+from fastattn.engine.intake import Prompt
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
