@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -32,7 +33,13 @@ def _parse_path(text: str) -> Path:
     raise ValueError("expected an absolute path")
 
 
-def _read(name: str, parse: Callable[[str], T], default: T) -> T:
+def _parse_text(text: str) -> str:
+    if text.strip() and text.isprintable():
+        return text.strip()
+    raise ValueError("expected a text without line breaks, or no such variable")
+
+
+def _read(name: str, parse: Callable[[str], T], default: D) -> T | D:
     text = os.environ.get(name)
     if text is None:
         return default
@@ -61,3 +68,16 @@ def log_level() -> str:
 def cache_dir() -> Path:
     """FASTATTN_CACHE_DIR: where fetched models are kept, `~/.cache/fastattn` when unset."""
     return _read("FASTATTN_CACHE_DIR", _parse_path, Path.home() / ".cache" / "fastattn")
+
+
+def openai_base_url() -> str | None:
+    """OPENAI_BASE_URL: the server that our client commands talk to, such as http://127.0.0.1:8000/v1."""
+    return _read("OPENAI_BASE_URL", _parse_text, None)
+
+
+def openai_api_key() -> str | None:
+    """OPENAI_API_KEY: what our client commands show that server."""
+    try:
+        return _read("OPENAI_API_KEY", _parse_text, None)
+    except ValueError:  # the message must not quote a secret
+        raise ValueError("environment variable OPENAI_API_KEY is no text without line breaks") from None

@@ -145,7 +145,11 @@ def test_commands_exist(page: Path) -> None:
             words = re.sub(r'"[^"]*"', "TEXT", line.partition("#")[0]).split()
             if "fastattn" in words and "pip" not in words:
                 name, *rest = words[words.index("fastattn") + 1 :]
-                known = {opt for param in commands[name].params for opt in (*param.opts, *param.secondary_opts)}
+                command = commands[name]
+                while hasattr(command, "commands") and rest:  # a group, such as bench
+                    name, rest = f"{name} {rest[0]}", rest[1:]
+                    command = command.commands[name.rpartition(" ")[2]]
+                known = {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
                 unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word not in known]
                 assert not unknown, f"{page.relative_to(ROOT)}: fastattn {name} has no {unknown}"
             if words[:1] == ["make"]:

@@ -1,21 +1,32 @@
-"""`fastattn chat`: a conversation at the terminal. The prefix cache keeps earlier turns, so each turn computes only what is new."""
+"""`fastattn chat`: a conversation at the terminal, with a model in this process or with a server.
+
+The prefix cache keeps earlier turns, so each turn computes only what is new.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from fastattn import config
 from fastattn.cli import _errors, _session
 from fastattn.cli import _options as opt
 
 if TYPE_CHECKING:
     from fastattn.engine.llm import LLM
     from fastattn.engine.sampling_params import SamplingParams
+    from fastattn.openai_http import Server
+
+Messages = list[dict[str, str]]
+# Answers a conversation piece by piece, until its end or until the interrupt is hit.
+Answer = Callable[[Messages, _session.Interrupt], Iterator[str]]
 
 HELP = """\
 /help          this list
@@ -30,14 +41,13 @@ A line that ends in \\ goes on in the next. Ctrl-C stops an answer. A message ma
 class Conversation:
     """The messages so far, and one turn more. write gets the answer's text as it comes."""
 
-    llm: LLM
-    params: SamplingParams
+    answer: Answer
     system: str | None
     write: Callable[[str], None]
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: Messages = field(default_factory=list)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> Messages:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return first + self.turns
 
@@ -47,14 +57,10 @@ class Conversation:
         self.turns.append({"role": "user", "content": text})
         answer = ""
         try:
-            prompt = self.llm.chat_prompt(self.messages)
             with _session.Interrupt() as interrupt:
-                for _, output in _session.stream(self.llm.engine, [prompt], self.params, interrupt):
-                    completion = output.outputs[0]
-                    answer += completion.text
-                    self.write(completion.text)
-                    if completion.finish_reason == "error":
-                        raise RuntimeError("the model gave logits that are not numbers")
+                for piece in self.answer(self.messages, interrupt):
+                    answer += piece
+                    self.write(piece)
         except BaseException:
             self.turns.pop()
             raise
@@ -64,8 +70,50 @@ class Conversation:
             self.turns.pop()
 
 
+def by_model(llm: LLM, params: SamplingParams) -> Answer:
+    """Answers of a model in this process."""
+
+    def answer(messages: Messages, interrupt: _session.Interrupt) -> Iterator[str]:
+        for _, output in _session.stream(llm.engine, [llm.chat_prompt(messages)], params, interrupt):
+            completion = output.outputs[0]
+            yield completion.text
+            if completion.finish_reason == "error":
+                raise RuntimeError("the model gave logits that are not numbers")
+
+    return answer
+
+
+def by_server(server: Server, model: str, options: Mapping[str, object]) -> Answer:
+    """Answers of an OpenAI-compatible server. A server that is silent is left at the second Ctrl-C."""
+
+    def answer(messages: Messages, interrupt: _session.Interrupt) -> Iterator[str]:
+        with closing(server.chat(model, messages, options)) as pieces:
+            for piece in pieces:
+                yield piece
+                if interrupt.hit:
+                    break
+
+    return answer
+
+
 def chat(
-    model: opt.Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="smollm2, gemma3-270m, a folder, or a .gguf file; none with --url."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", metavar="URL", help="Talk to this server; OPENAI_BASE_URL, if no MODEL is given."),
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="As the server calls it; the first that it lists.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", metavar="KEY", help="For the server; OPENAI_API_KEY, if not given.")
+    ] = None,
+    quick: Annotated[
+        str | None, typer.Option("--quick", metavar="TEXT", help="Answer this one message, and leave.")
+    ] = None,
     system: opt.System = None,
     max_tokens: opt.MaxTokens = 1024,
     temperature: opt.Temperature = 0.7,
@@ -84,10 +132,21 @@ def chat(
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Talk with a model. /help lists the commands inside."""
+    """Talk with a model, here or on a server. /help lists the commands inside."""
     params = _session.make_params(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
+    if model is None:
+        server, name = _find_server(url, served_model, api_key)
+        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+        # Beyond OpenAI's own fields: sent only where they say something, as a server may refuse what it does not know.
+        options |= {"top_k": top_k or None, "min_p": min_p or None}
+        _talk(Conversation(by_server(server, name, options), system, _write), f"{name} at {server.root}", quick, quiet)
+        return
+    if url is not None or served_model is not None or api_key is not None:
+        raise _errors.CLIError(
+            f"MODEL is {model!r}, which runs here: leave it out to talk to a server (--model names its)"
+        )
     source = _session.open_source(model)
     if not source.tokenizer().has_chat_template:  # known from the file's header: say so before weights are loaded
         raise _errors.CLIError(
@@ -106,9 +165,29 @@ def chat(
         enable_prefix_caching=enable_prefix_caching,
         quiet=quiet,
     )
+    where = f"{source.name} on {loaded.llm.engine.runner.device}"
+    _talk(Conversation(by_model(loaded.llm, params), system, _write), where, quick, quiet)
+
+
+def _find_server(url: str | None, model: str | None, api_key: str | None) -> tuple[Server, str]:
+    from fastattn.openai_http import Server
+
+    url = url or config.openai_base_url()
+    if url is None:
+        raise _errors.CLIError("give a MODEL to run here, or the --url of a server")
+    server = Server(url, api_key or config.openai_api_key())
+    return server, server.choose_model(model)
+
+
+def _talk(conversation: Conversation, where: str, quick: str | None, quiet: bool) -> None:
+    """One answer, or a conversation to its end."""
+    if quick is not None:
+        conversation.say(quick)
+        conversation.write("\n")
+        return
     if not quiet and sys.stdin.isatty():
-        tell(f"{source.name} on {loaded.llm.engine.runner.device}. /help lists the commands.")
-    repl(Conversation(loaded.llm, params, system, _write), read_messages())
+        tell(f"{where}. /help lists the commands.")
+    repl(conversation, read_messages())
 
 
 def repl(conversation: Conversation, messages: Iterator[str]) -> None:
@@ -122,7 +201,11 @@ def repl(conversation: Conversation, messages: Iterator[str]) -> None:
             continue
         try:
             conversation.say(message.strip())
-        except (ValueError, RuntimeError) as error:  # a prompt that became too long, most likely; the chat can go on
+        except (
+            ValueError,
+            RuntimeError,
+            ConnectionError,
+        ) as error:  # a prompt that became too long, a server that is away …
             hint = "" if len(conversation.messages) < 2 else " (/reset starts anew)"
             tell(f"fastattn: {_errors.one_line(error)}{hint}")
         conversation.write("\n")

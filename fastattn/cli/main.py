@@ -1,4 +1,4 @@
-"""The typer application: `fastattn run | chat | doctor | plan | version`."""
+"""The typer application, `fastattn COMMAND`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from fastattn import __version__
 from fastattn.cli import _errors
+from fastattn.cli.bench import app as bench_app
 from fastattn.cli.chat import chat
 from fastattn.cli.doctor import doctor
 from fastattn.cli.plan import plan
@@ -89,6 +90,7 @@ def _main(
 
 app.command()(run)
 app.command()(chat)
+app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command("collect-env", help="The same as doctor, under the name that vLLM and torch users know.")(doctor)
 app.command()(plan)

@@ -1,0 +1,128 @@
+"""`fastattn bench latency | throughput`: the engine without a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from tqdm import tqdm
+
+from fastattn.cli import _bench_options as bopt
+from fastattn.cli import _options as opt
+from fastattn.cli import _session
+
+
+def latency(
+    model: bopt.BenchModel,
+    input_len: bopt.InputLen = 32,
+    output_len: bopt.OutputLen = 128,
+    batch_size: int = typer.Option(8, "--batch-size", metavar="N", help="Requests that go in together."),
+    num_iters_warmup: int = typer.Option(10, "--num-iters-warmup", metavar="N", help="Batches that are not counted."),
+    num_iters: int = typer.Option(30, "--num-iters", metavar="N", help="Batches that are."),
+    n: bopt.Completions = 1,
+    seed: bopt.BenchSeed = 0,
+    output_json: bopt.OutputJson = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKvBlocks = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    enable_prefix_caching: bopt.BenchPrefixCaching = False,
+) -> None:
+    """Time one batch from its prompts going in to its last token."""
+    for name, value, least in (
+        ("batch-size", batch_size, 1),
+        ("num-iters-warmup", num_iters_warmup, 0),
+        ("num-iters", num_iters, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} is {value}, allowed is at least {least}")
+    loaded = _session.load_llm(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    from fastattn.benchmarks import offline
+
+    with tqdm(total=num_iters_warmup + num_iters, desc="Batches", disable=None) as bar:
+        result = offline.latency(
+            loaded.llm,
+            input_len=input_len or 32,
+            output_len=output_len or 128,
+            batch_size=batch_size,
+            num_iters_warmup=num_iters_warmup,
+            num_iters=num_iters,
+            n=n,
+            seed=seed,
+            on_iteration=bar.update,
+        )
+    typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
+    for percentile, seconds in result["percentiles"].items():
+        typer.echo(f"{percentile}% percentile latency: {seconds:.4f} seconds")
+    write_json(output_json, result)
+
+
+def throughput(
+    model: bopt.BenchModel,
+    dataset_name: bopt.Dataset = "random",
+    dataset_path: bopt.DatasetPath = None,
+    num_prompts: bopt.NumPrompts = 1000,
+    input_len: bopt.InputLen = None,
+    output_len: bopt.OutputLen = None,
+    random_range_ratio: bopt.RangeRatio = 0.0,
+    random_prefix_len: bopt.PrefixLen = 0,
+    n: bopt.Completions = 1,
+    seed: bopt.BenchSeed = 0,
+    output_json: bopt.OutputJson = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    block_size: opt.BlockSize = 16,
+    num_kv_blocks: opt.NumKvBlocks = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    enable_prefix_caching: bopt.BenchPrefixCaching = False,
+) -> None:
+    """Time many requests, all given at once."""
+    from fastattn.benchmarks import offline
+    from fastattn.benchmarks.datasets import DatasetOptions
+
+    options = DatasetOptions(
+        dataset_name, dataset_path, num_prompts, input_len, output_len, random_range_ratio, random_prefix_len, seed
+    )
+    loaded = _session.load_llm(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    result = offline.throughput(loaded.llm, options, n=n)
+    typer.echo(
+        f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s, "
+        f"{result['output_tokens_per_second']:.2f} output tokens/s"
+    )
+    write_json(output_json, result)
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
