@@ -61,8 +61,8 @@ def small_engine() -> Engine:
     device, dtype = torch.device("cpu"), torch.float32
     model = build_model(config, device, dtype, max_model_len=2048)
     torch.manual_seed(0)
-    for _, weight in model.weights():
-        torch.nn.init.normal_(weight, std=0.1)
+    for weight in model.weights():
+        torch.nn.init.normal_(weight.out, std=0.1)
     options = EngineConfig(max_model_len=2048, num_kv_blocks=2048, enable_prefix_caching=False)
     return Engine(Runner(model, options, device, dtype), options, NoTokenizer())  # type: ignore[arg-type]
 

@@ -40,9 +40,9 @@ class Step:
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        *sizes, capture = _STEP.unpack_from(message)
+        tokens, seqs, logits, max_seqlen_q, nbytes, graph_size, capture = _STEP.unpack_from(message)
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size :]))
-        return cls(*sizes, bool(capture), rows)
+        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, graph_size, bool(capture), rows)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Runner:
         # Layout, here and nowhere else: (layer, k or v, block, token in block, KV head, head dim). Uninitialized on purpose:
         # no operator reads a slot that was not written.
         self.kv_memory = torch.empty(
-            (c.num_layers, 2, config.num_kv_blocks, config.block_size, c.num_kv_heads, c.head_dim),
+            (c.num_layers, 2, config.num_kv_blocks, config.block_size, model.num_kv_heads, c.head_dim),
             dtype=dtype,
             device=device,
         )

@@ -39,13 +39,21 @@ class DecoderModel(nn.Module):
 
     packed_head: torch.Tensor | None = None
 
-    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[DecoderLayer],
+        max_model_len: int,
+        tp: nn.TensorParallel = nn.ALONE,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.embed_scale)
+        self.config, self.tp = config, tp
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.embed_scale, tp)
         self.layers = torch.nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, shard=tp.shard(config.vocab_size))
         # Buffers, not weights: computed in fp32 on the CPU whatever the model's device and dtype are.
         with torch.device("cpu"):
             table = nn.rotary_table(config.rope, config.head_dim, max_model_len)
@@ -66,16 +74,22 @@ class DecoderModel(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (n, hidden_size) → logits (n, vocab_size) fp32."""
+        """hidden (n, hidden_size) → logits (n, vocab_size) fp32; on a rank other than 0 only that rank's part of them."""
         if self.lm_head is not None:
-            logits = self.lm_head(hidden).float()
+            logits = self.lm_head(hidden)
         elif self.packed_head is not None:
             logits = reference.packed_linear(hidden, self.packed_head, None)
         else:
-            logits = ops.linear(hidden, self.embed_tokens.weight).float()
+            logits = ops.linear(hidden, self.embed_tokens.weight)
+        logits = self.tp.gather_columns(logits, self.config.vocab_size).float()
         if self.config.final_softcap:
             logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
         return logits
+
+    @property
+    def num_kv_heads(self) -> int:
+        """This rank's, of each layer."""
+        return self.tp.shard_heads(self.config.num_heads, self.config.num_kv_heads)[1].length
 
     def pack(self) -> None:
         """Lays the loaded weights out for the CPU's matrix kernels. A tied head becomes a second copy: rows of the first are

@@ -13,8 +13,8 @@ from fastattn.models.llama import LlamaLayer
 class Gemma3Layer(LlamaLayer):
     """x + norm(attn(norm(x))), then x + norm(mlp(norm(x))) (Gemma Team, 2025)."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__(config, index)
+    def __init__(self, config: ModelConfig, index: int, tp: nn.TensorParallel = nn.ALONE) -> None:
+        super().__init__(config, index, tp)
         self.pre_feedforward_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -34,5 +34,5 @@ class Gemma3Layer(LlamaLayer):
 
 
 class Gemma3ForCausalLM(DecoderModel):
-    def __init__(self, config: ModelConfig, max_model_len: int) -> None:
-        super().__init__(config, [Gemma3Layer(config, i) for i in range(config.num_layers)], max_model_len)
+    def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
+        super().__init__(config, [Gemma3Layer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)

@@ -12,7 +12,7 @@ from fastattn.models.decoder import DecoderLayer, DecoderModel
 class LlamaLayer(DecoderLayer):
     """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x)) (Touvron et al., 2023)."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, tp: nn.TensorParallel = nn.ALONE) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = nn.Attention(
@@ -26,9 +26,10 @@ class LlamaLayer(DecoderLayer):
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
             window=config.sliding_window if config.layer_is_sliding[index] else None,
             softcap=config.attn_softcap,
+            tp=tp,
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = nn.GatedMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias)
+        self.mlp = nn.GatedMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias, tp)
 
     def forward(
         self,
@@ -46,5 +47,5 @@ class LlamaLayer(DecoderLayer):
 
 
 class LlamaForCausalLM(DecoderModel):
-    def __init__(self, config: ModelConfig, max_model_len: int) -> None:
-        super().__init__(config, [LlamaLayer(config, i) for i in range(config.num_layers)], max_model_len)
+    def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
+        super().__init__(config, [LlamaLayer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)

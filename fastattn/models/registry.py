@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from fastattn import nn
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.gemma3 import Gemma3ForCausalLM
@@ -24,17 +25,19 @@ ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[Gemma3ForCausalLM]] = {
 }
 
 
-def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int) -> DecoderModel:
-    """An uninitialized model on ``device`` in ``dtype``."""
-    return _allocate(_build_meta(config, max_model_len), device, dtype)
+def build_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int, tp: nn.TensorParallel = nn.ALONE
+) -> DecoderModel:
+    """An uninitialized model, or a rank's part of it, on ``device`` in ``dtype``."""
+    return _allocate(build_meta(config, max_model_len, tp), device, dtype)
 
 
-def _build_meta(config: ModelConfig, max_model_len: int) -> DecoderModel:
+def build_meta(config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> DecoderModel:
     """The model without memory for its weights."""
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"model: architecture is {config.architecture!r}, supported are {sorted(ARCHITECTURES)}")
     with torch.device("meta"):
-        return ARCHITECTURES[config.architecture](config, max_model_len)
+        return ARCHITECTURES[config.architecture](config, max_model_len, tp)
 
 
 def _allocate(model: DecoderModel, device: torch.device, dtype: torch.dtype) -> DecoderModel:
@@ -47,15 +50,20 @@ def _allocate(model: DecoderModel, device: torch.device, dtype: torch.dtype) -> 
 
 
 def load_model(
-    source: ModelSource, device: torch.device, dtype: torch.dtype, max_model_len: int, show_progress: bool = False
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    show_progress: bool = False,
+    tp: nn.TensorParallel = nn.ALONE,
 ) -> DecoderModel:
-    """Builds the model of ``source`` and decodes each stored tensor straight into its place.
+    """Builds the model of ``source`` and decodes each stored tensor, or this rank's part of it, straight into its place.
 
     Raises ValueError, before anything is allocated or read, if the file lacks a tensor that the model needs, has one of another shape,
     or has one that the model does not know.
     """
-    meta = _build_meta(source.config, max_model_len)
-    wanted = dict(meta.weights())
+    meta = build_meta(source.config, max_model_len, tp)
+    wanted = {weight.name: weight for weight in meta.weights()}
     stored = source.tensors()
     if source.config.tie_word_embeddings:
         # Some files repeat the tied matrix; it is the embedding's, and reading it twice would only cost time.
@@ -66,10 +74,10 @@ def load_model(
         raise ValueError(
             f"{source.name}: {len(extra)} tensors are unknown to architecture {source.config.architecture!r}, first {extra[0]!r}"
         )
-    for name, out in wanted.items():
-        if tuple(stored[name].shape) != tuple(out.shape):
+    for name, weight in wanted.items():
+        if tuple(stored[name].shape) != weight.full_shape:
             raise ValueError(
-                f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(out.shape)}"
+                f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {weight.full_shape}"
             )
     # Only now: a size that a damaged file claims and does not hold must not cost memory.
     model = _allocate(meta, device, dtype)
@@ -77,8 +85,9 @@ def load_model(
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
     ) as bar:
-        for name, out in model.weights():
-            source.read(name, out)
+        for name, out, shard in model.weights():
+            if out.numel():
+                source.read(name, out, shard)
             if source.config.norm_plus_one and name.endswith("norm.weight"):
                 out.add_(1)
             bar.update(stored[name].nbytes)

@@ -4,19 +4,26 @@ from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.mlp import GatedMLP
-from fastattn.nn.module import Module, Weights
+from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
+from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
 from fastattn.nn.rotary import rotary_table
+from fastattn.nn.shard import Shard
 
 __all__ = [
+    "ALONE",
     "Attention",
     "AttentionMetadata",
+    "CollectiveError",
     "Embedding",
     "GatedMLP",
     "Linear",
     "MergedLinear",
     "Module",
     "RMSNorm",
+    "Shard",
+    "TensorParallel",
+    "Weight",
     "Weights",
     "rotary_table",
 ]

@@ -10,6 +10,8 @@ from fastattn import ops
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.module import Module
 from fastattn.nn.norm import RMSNorm
+from fastattn.nn.parallel import ALONE, TensorParallel
+from fastattn.nn.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Attention(Module):
     """QKV projection → (QK-norm) + rotary + cache write → paged attention → output projection.
 
     q, k and v are one GEMM whose output the following operators read through strides, so nothing is copied apart.
+    Each rank has some of the heads: num_heads and num_kv_heads are the model's as arguments, the rank's as attributes.
     """
 
     def __init__(
@@ -46,16 +49,15 @@ class Attention(Module):
         qk_norm_eps: float | None = None,
         window: int | None = None,
         softcap: float = 0.0,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        parts = (
-            ("q_proj", num_heads * head_dim),
-            ("k_proj", num_kv_heads * head_dim),
-            ("v_proj", num_kv_heads * head_dim),
-        )
-        self.qkv_proj = MergedLinear(hidden_size, parts, qkv_bias)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, out_bias)
+        q, kv = (heads.times(head_dim) for heads in tp.shard_heads(num_heads, num_kv_heads))
+        self.tp, self.head_dim = tp, head_dim
+        self.num_heads, self.num_kv_heads = q.length // head_dim, kv.length // head_dim
+        self.qkv_proj = MergedLinear(hidden_size, (("q_proj", q), ("k_proj", kv), ("v_proj", kv)), qkv_bias)
+        columns = Shard(1, q.start, q.length, q.total)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, out_bias, columns)
         self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
         self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
         self.qk_norm_eps = qk_norm_eps if qk_norm_eps is not None else 1e-6
@@ -102,4 +104,4 @@ class Attention(Module):
             window_size=self.window_size,
             softcap=self.softcap,
         )
-        return self.o_proj(out.view(x.shape[0], -1))
+        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1)))

@@ -7,21 +7,30 @@ import torch
 from fastattn import ops
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.module import Module
+from fastattn.nn.parallel import ALONE, TensorParallel
 
 _ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
 
 
 class GatedMLP(Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020), with gate and up as one GEMM."""
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020), with gate and up as one GEMM. Each rank has a part of the intermediate."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        bias: bool = False,
+        tp: TensorParallel = ALONE,
+    ) -> None:
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"GatedMLP: activation is {activation!r}, allowed are {sorted(_ACTIVATIONS)}")
-        parts = (("gate_proj", intermediate_size), ("up_proj", intermediate_size))
-        self.gate_up_proj = MergedLinear(hidden_size, parts, bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias)
+        self.tp = tp
+        rows, columns = tp.shard(intermediate_size), tp.shard(intermediate_size, dim=1)
+        self.gate_up_proj = MergedLinear(hidden_size, (("gate_proj", rows), ("up_proj", rows)), bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
+        return self.tp.all_reduce(self.down_proj(self.activation(self.gate_up_proj(x))))

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-Weights = Iterator[tuple[str, torch.Tensor]]
+from fastattn.nn.shard import Shard
+
+
+class Weight(NamedTuple):
+    """name: in the checkpoint. out: the destination. shard: the part of the tensor that belongs there; None is all of it."""
+
+    name: str
+    out: torch.Tensor
+    shard: Shard | None = None
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The tensor's shape in the checkpoint."""
+        shape = tuple(self.out.shape)
+        return shape if self.shard is None else self.shard.full_shape(shape)
+
+
+Weights = Iterator[Weight]
 
 
 class Module(torch.nn.Module):
-    """A layer whose ``weights(prefix)`` lists (name in the checkpoint, destination).
+    """A layer whose ``weights(prefix)`` lists what it takes of a checkpoint.
 
     A destination may be a row slice of a fused weight (q, k and v in one matrix), so that a loader decodes each tensor
     straight to its final place and nothing is concatenated afterwards.

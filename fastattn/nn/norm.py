@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn import ops
-from fastattn.nn.module import Module, Weights, empty_parameter
+from fastattn.nn.module import Module, Weight, Weights, empty_parameter
 
 
 class RMSNorm(Module):
@@ -22,4 +22,4 @@ class RMSNorm(Module):
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def weights(self, prefix: str) -> Weights:
-        yield f"{prefix}weight", self.weight
+        yield Weight(f"{prefix}weight", self.weight)

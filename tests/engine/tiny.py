@@ -20,6 +20,7 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.config import ModelConfig, RopeConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import TensorInfo
+from fastattn.models.loader.source import expected_shape
 from fastattn.models.registry import build_model
 from fastattn.models.tokenizer import Tokenizer
 
@@ -72,13 +73,15 @@ class TinySource:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         model = build_model(self.config, torch.device("meta"), torch.float32, 8)
-        return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out in model.weights()}
+        return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out, _ in model.weights()}
 
-    def read(self, name: str, out: torch.Tensor) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
+        shape = expected_shape(out, shard)
         generator = torch.Generator().manual_seed(self.seed * 1000 + sum(map(ord, name)))
-        out.copy_(torch.randn(out.shape, generator=generator) * (0.1 if name.endswith("norm.weight") else 0.4))
+        whole = torch.randn(shape, generator=generator) * (0.1 if name.endswith("norm.weight") else 0.4)
         if name.endswith("norm.weight"):
-            out.add_(1)
+            whole.add_(1)
+        out.copy_(whole if shard is None else whole[shard.slices])
 
 
 def make_engine(network: DecoderModel, tokenizer: Tokenizer, **options: Any) -> Engine:

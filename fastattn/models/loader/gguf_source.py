@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from fastattn.models.config import ModelConfig, config_from_gguf
 from fastattn.models.loader.errors import ModelFileError
 from fastattn.models.loader.gguf_file import GGUFTensor, read_gguf
 from fastattn.models.loader.gguf_tokenizer import tokenizer_from_gguf
-from fastattn.models.loader.source import TensorInfo
+from fastattn.models.loader.source import TensorInfo, expected_shape
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.nn import Shard
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -87,20 +88,27 @@ class GGUFSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: TensorInfo(t.shape, t.quant_type.name, t.data.nbytes) for name, t in self._tensors.items()}
 
-    def read(self, name: str, out: torch.Tensor) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
+        """Of a shard only its rows, or the quantization blocks that its columns lie in, are read and decoded."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise ModelFileError(f"{self._file.path}: tensor {name} is missing")
-        if tuple(out.shape) != tensor.shape:
-            raise ModelFileError(
-                f"{self._file.path}: tensor {name} has shape {tensor.shape}, expected {tuple(out.shape)}"
-            )
-        rows = _hf_row_order(name, tensor.shape, self._config)
-        data = tensor.data if rows is None else tensor.data[rows]
+        if (expected := expected_shape(out, shard)) != tensor.shape:
+            raise ModelFileError(f"{self._file.path}: tensor {name} has shape {tensor.shape}, expected {expected}")
+        shard = shard or Shard.whole(tensor.shape[0])
+        data, columns = tensor.data, slice(None)
+        order = _hf_row_order(name, tensor.shape, self._config)
+        if shard.dim < len(tensor.shape) - 1:
+            rows = shard.slices[shard.dim]
+            data = data[rows] if order is None else data[order[rows]]
+        else:  # the last dimension, the only one of a vector, lies in one stored row
+            data = data if order is None else data[order]
+            data, columns = _columns(data, tensor.quant_type, shard)
         target = out.view(data.shape[0], -1)
         step = max(1, _CHUNK // tensor.shape[-1])
         for start in range(0, data.shape[0], step):
-            target[start : start + step].copy_(_decode(data[start : start + step], tensor.quant_type))
+            decoded = _decode(data[start : start + step], tensor.quant_type)
+            target[start : start + step].copy_(decoded[:, columns])
 
     def _read_config(self) -> ModelConfig:
         embedding = self._file.tensors.get("token_embd.weight")
@@ -120,6 +128,14 @@ class GGUFSource:
         if match is None or match[2] not in table:
             raise ValueError(f"tensor {name} is unknown to architecture {self._config.architecture!r}")
         return f"model.layers.{int(match[1])}.{table[match[2]]}.{match[3]}"
+
+
+def _columns(data: np.ndarray, quant_type: GGMLQuantizationType, shard: Shard) -> tuple[np.ndarray, slice]:
+    """The blocks of each row that hold the shard's columns, and where in them those are."""
+    size, num_bytes = GGML_QUANT_SIZES[quant_type]
+    first, last = shard.start // size, -(-(shard.start + shard.length) // size)
+    start = shard.start - first * size
+    return data[:, first * num_bytes : last * num_bytes], slice(start, start + shard.length)
 
 
 def _decode(data: np.ndarray, quant_type: GGMLQuantizationType) -> torch.Tensor:

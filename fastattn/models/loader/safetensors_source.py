@@ -13,8 +13,9 @@ from tokenizers import Tokenizer as Pipeline
 
 from fastattn.models.config import ModelConfig, config_from_hf
 from fastattn.models.loader.errors import ModelFileError
-from fastattn.models.loader.source import TensorInfo
+from fastattn.models.loader.source import TensorInfo, expected_shape
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.nn import Shard
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _INDEX = "model.safetensors.index.json"
@@ -46,13 +47,16 @@ class SafetensorsSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, out: torch.Tensor) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
         info = self._tensors.get(name)
         if info is None:
             raise ModelFileError(f"{self._folder}: tensor {name} is missing")
-        if tuple(out.shape) != info.shape:
-            raise ModelFileError(f"{self._folder}: tensor {name} has shape {info.shape}, expected {tuple(out.shape)}")
-        out.copy_(self._files[name].get_tensor(name))
+        if (expected := expected_shape(out, shard)) != info.shape:
+            raise ModelFileError(f"{self._folder}: tensor {name} has shape {info.shape}, expected {expected}")
+        if shard is None or shard.length == shard.total:
+            out.copy_(self._files[name].get_tensor(name))
+        else:
+            out.copy_(self._files[name].get_slice(name)[shard.slices])
 
     def tokenizer(self) -> Tokenizer:
         path = self._folder / "tokenizer.json"

@@ -10,6 +10,7 @@ import torch
 
 from fastattn.models.config import ModelConfig
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.nn import Shard, Weight
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class ModelSource(Protocol):
         """Name in Hugging Face's checkpoints → what is stored."""
         ...
 
-    def read(self, name: str, out: torch.Tensor) -> None:
-        """Decodes a tensor into ``out``: its shape, any floating dtype, any device."""
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
+        """Decodes a tensor, or ``shard`` of it, into ``out``: of that shape, any floating dtype, any device.
+
+        Only the shard is read from the file, as far as its format allows.
+        """
         ...
+
+
+def expected_shape(out: torch.Tensor, shard: Shard | None) -> tuple[int, ...]:
+    """The shape that a tensor must have in the file so that ``out`` can take its shard."""
+    return Weight("", out, shard).full_shape
