@@ -54,7 +54,7 @@ def summarize(
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
         "max_concurrent_requests": most_at_once(good),
-        "num_cache_hits": sum(o.cache.startswith(("hit", "exact", "semantic")) for o in good),
+        "num_cache_hits": sum(o.cache.startswith(("hit", "joined", "semantic")) for o in good),
     }
     for name, seconds in seconds_of(good).items():
         values = np.array(seconds or [0.0]) * 1e3

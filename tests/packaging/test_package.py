@@ -110,6 +110,8 @@ def test_wheel_has_the_package_and_nothing_else(distributions: tuple[Path, Path]
     with zipfile.ZipFile(distributions[1]) as archive:
         names = archive.namelist()
     assert "fastattn/py.typed" in names and "fastattn/_runtime.pyi" in names and "fastattn/ops/linear.py" in names
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn/serve/static").rglob("*") if path.is_file()}
+    assert page and page <= set(names)
     assert any(name.startswith("fastattn/_runtime.") and name.endswith(".so") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastattn"}
     assert distributions[1].stat().st_size < 5 << 20
