@@ -406,10 +406,10 @@ def test_settings_are_sent_and_kept_and_the_key_only_in_the_tab(tab: Any, fake: 
     assert tab.input_value("[name=temperature]") == "0.5"
     assert "secret" not in tab.content()
     ask(tab)
+    fake.api_key = None
     tab.click("#settings-open")
     tab.click("#settings-reset")
     tab.keyboard.press("Escape")
-    fake.api_key = None
     ask(tab)
     assert "temperature" not in fake.bodies[-1]
 

@@ -49,7 +49,7 @@ export class Message {
     this.node.classList.remove("waiting");
     this.node.removeAttribute("aria-busy");
     this.view.set(this.text);
-    if (error) this.body.append(element("p", { class: "error", role: "alert" }, error));
+    if (error) this.meta.before(element("p", { class: "error", role: "alert" }, error)); // apart from the text, which may be drawn once more
     this.meta.replaceChildren(...this.chips(headers, usage, finish, stopped).filter(Boolean), this.actions(onAgain));
     this.ondraw?.();
   }
