@@ -1,5 +1,5 @@
-// Tensor-core instructions of the sm_80 family: mma.sync.m16n8k16 with fp32 accumulation and the
-// ldmatrix loads that fill its fragments.
+// Tensor-core instructions of the sm_80 family: mma.sync.m16n8k16 with fp32 accumulation, its int8 sister, and the
+// ldmatrix loads that fill their fragments.
 //
 // Fragment layout, with lane = 4 * g + t (g = 0..7, t = 0..3). Every register holds two 16-bit
 // values, the lower column (for B: the lower k) in its low half:
@@ -63,6 +63,17 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8, int32) += a (16 x 32) * b (32 x 8) of int8, exact but for overflow. A register holds 4 int8 where that of
+// m16n8k16 holds two 16-bit values: a[0] = (g, 4t..4t+3), b0 = (4t..4t+3, g), and so on. Counted in bytes the layouts
+// are the same, so ldmatrix on rows of int8 fills these fragments too.
+__device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -22,6 +22,10 @@ const char* text(ScalarType dtype) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

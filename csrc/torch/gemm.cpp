@@ -36,7 +36,7 @@ Tensor linear_op(const Tensor& x_given, const Tensor& weight, const std::optiona
   std::optional<Tensor> workspace;
   if (p.config.num_splits > 1) {
     workspace = empty(x, {p.config.num_splits, p.m, n}, ScalarType::Float);
-    p.workspace = static_cast<float*>(workspace->data_ptr());
+    p.workspace = workspace->data_ptr();
   }
   check_launch("linear", gemm_sm80(p, stream_of(x)));
   return out;

@@ -6,6 +6,7 @@ from fastattn.ops.attention import paged_attention, varlen_attention
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.quantized import fp4_linear, int4_linear, int8_linear, quantize_int8
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, sample, token_logprobs
 
@@ -13,11 +14,15 @@ __all__ = [
     "add_rms_norm",
     "adjust_logits",
     "embedding",
+    "fp4_linear",
     "geglu",
     "has_cuda_kernels",
+    "int4_linear",
+    "int8_linear",
     "layer_norm",
     "linear",
     "paged_attention",
+    "quantize_int8",
     "rms_norm",
     "rope_kv_write",
     "sample",

@@ -20,6 +20,8 @@ class Dtypes:
 FLOAT = Dtypes((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, torch.float16))
 LOGITS = Dtypes(FLOAT.cpu, FLOAT.cpu)
 FP32 = Dtypes((torch.float32,), (torch.float32,))
+INT8 = Dtypes((torch.int8,), (torch.int8,))
+UINT8 = Dtypes((torch.uint8,), (torch.uint8,))
 INT32 = Dtypes((torch.int32,), (torch.int32,))
 INT64 = Dtypes((torch.int64,), (torch.int64,))
 

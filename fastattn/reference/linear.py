@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: K may be 0
     num_rows = rows.shape[0]
     if not 0 < num_rows <= _FEW_ROWS:
         return functional.linear(x, weight, bias)

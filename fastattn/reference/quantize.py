@@ -97,7 +97,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
     """The inverse of `pack_int4`: (N, ⌈num_columns/8⌉) int32 → (N, num_columns) int8."""
     rows, words = packed.shape
-    data = packed.reshape(-1).view(torch.uint8).view(rows, 4 * words)
+    data = packed.contiguous().reshape(-1).view(torch.uint8).view(rows, 4 * words)
     return unpack_nibbles(data)[:, :num_columns].to(torch.int8) - 8
 
 

@@ -54,6 +54,64 @@ def linear(c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None
     return [F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))]
 
 
+def int8_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    out = (x.long() @ weight.long().t()).double() * x_scale.double()[:, None] * weight_scale.double()
+    return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
+
+
+def _nibbles(packed: Tensor, columns: Tensor) -> Tensor:
+    """Codes 0 … 15 of these columns of each row, whatever the element's width."""
+    per_element = 2 * packed.element_size()
+    return (packed.long()[:, columns // per_element] >> (columns % per_element * 4)) & 15
+
+
+def int4_linear(
+    c: torch.dtype,
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    columns = torch.arange(x.shape[-1])
+    groups = columns // group_size
+    zero = 8 if zero_point is None else 8 + zero_point.long()[:, groups]
+    weight = (_nibbles(weight_packed, columns) - zero).to(c) * weight_scale.to(c)[:, groups]
+    return linear(c, x, weight, bias)
+
+
+def fp4_linear(
+    c: torch.dtype,
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    columns = torch.arange(x.shape[-1])
+    bits = weight_scale.long()
+    if group_size == 16:  # a sign, four bits of exponent, three of mantissa
+        exponent, mantissa = (bits >> 3) & 15, (bits & 7).double()
+        scale = torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.double() - 10))
+    else:
+        scale = 2.0 ** (bits.double() - 127)
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=c)
+    weight = numbers[_nibbles(weight_packed, columns)] * scale.to(c)[:, columns // group_size]
+    out = linear(c, x, weight)[0]
+    out = out if global_scale is None else out / global_scale.to(c)
+    return [out if bias is None else out + bias.to(c)]
+
+
 def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
     rows = [weight[i].to(c) * scale for i in token_ids.tolist()]
     return [torch.stack(rows) if rows else weight.new_empty((0, weight.shape[1])).to(c)]

@@ -42,7 +42,7 @@ class OpSpec:
     formula: Callable[..., list[Tensor]] | None = None
     verify: Callable[[Call, list[Tensor]], None] | None = None  # instead of the formula, where many answers are right
     mutates: tuple[str, ...] = ()
-    scalars: dict[str, str] = field(default_factory=dict)  # name → "nonnegative", "count", "window" or "flag"
+    scalars: dict[str, str] = field(default_factory=dict)  # name → "nonnegative", "count", "size", "window" or "flag"
     bad: Callable[[Gen, Call], Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     cuda_dtypes: tuple[torch.dtype, ...] = HALVES
@@ -135,6 +135,7 @@ _SCALAR_CASES: dict[str, tuple[tuple[Any, type[Exception]], ...]] = {
         (None, TypeError),
         (True, TypeError),
     ),
+    "size": ((0, ValueError), (-1, ValueError), (2**31, ValueError), (16.0, TypeError), ("16", TypeError), (None, TypeError)),
     "window": ((-2, ValueError), (2**31, ValueError), (1.5, TypeError), (None, TypeError), (False, TypeError)),
     "flag": ((1, TypeError), (0, TypeError), (None, TypeError), ("yes", TypeError), (1.0, TypeError)),
 }

@@ -14,6 +14,17 @@ from tests.harness import formulas
 from tests.harness.attention_calls import bad_paged, bad_varlen, paged_calls, varlen_calls
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
+from tests.harness.quantized_calls import (
+    bad_fp4,
+    bad_int4,
+    bad_int8,
+    bad_quantize,
+    fp4_calls,
+    int4_calls,
+    int8_calls,
+    quantize_calls,
+    verify_quantize,
+)
 from tests.harness.sampling_calls import (
     adjust_calls,
     bad_adjust,
@@ -89,7 +100,7 @@ def bad_geglu(gen: Gen, base: Call) -> Bad:
 
 
 def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    for leading, k, n in (((3,), 64, 48), ((), 64, 8), ((0,), 16, 16), ((2, 5), 129, 65), ((64,), 256, 127)):
+    for leading, k, n in (((3,), 64, 48), ((), 64, 8), ((0,), 16, 16), ((2, 5), 129, 65), ((64,), 256, 127), ((3,), 0, 5)):
         call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
         yield f"{leading} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{leading} {k} {n} no bias", call | {"bias": None}
@@ -195,6 +206,59 @@ SPECS = (
         linear_calls,
         {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
         formulas.linear,
+    ),
+    OpSpec(
+        "quantize_int8",
+        ops.quantize_int8,
+        quantize_calls,
+        {"x": Role()},
+        verify=verify_quantize,
+        bad=bad_quantize,
+        keeps_dtype=False,
+    ),
+    OpSpec(
+        "int8_linear",
+        ops.int8_linear,
+        int8_calls,
+        {
+            "x": Role((0, 1)),
+            "x_scale": Role((0,)),
+            "weight": Role((0, 1)),
+            "weight_scale": Role((0,)),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.int8_linear,
+        bad=bad_int8,
+    ),
+    OpSpec(
+        "int4_linear",
+        ops.int4_linear,
+        int4_calls,
+        {
+            "x": Role(),
+            "weight_packed": Role((0, 1)),
+            "weight_scale": Role((0, 1)),
+            "zero_point": Role((0, 1), optional=True),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.int4_linear,
+        scalars={"group_size": "size"},
+        bad=bad_int4,
+    ),
+    OpSpec(
+        "fp4_linear",
+        ops.fp4_linear,
+        fp4_calls,
+        {
+            "x": Role(),
+            "weight_packed": Role((0, 1)),
+            "weight_scale": Role((0, 1)),
+            "global_scale": Role((0,), optional=True),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.fp4_linear,
+        scalars={"group_size": "size"},
+        bad=bad_fp4,
     ),
     OpSpec(
         "embedding",

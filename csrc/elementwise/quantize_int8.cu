@@ -1,0 +1,70 @@
+// Rows in 8 bits, for products with INT8 weights.
+//
+//   scale[r] = max_j |x[r, j]| / 127, or 1 for a row of zeros        q[r, j] = round(x[r, j] / scale[r]), ties to even
+//
+//   x (rows, N) bf16 or fp16   q (rows, N) int8   scale (rows) fp32
+//
+// One CTA per row, which stays in registers (norm/row_cache.cuh). Memory bounds it: 3 bytes an element.
+//
+//   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
+//
+// Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
+// reaches the scale, where the product finds it. Division, not multiplication by a reciprocal: the same bits as on the
+// CPU.
+#include "arch/dispatch.h"
+#include "arch/reduce.cuh"
+#include "elementwise/quantize_int8.h"
+#include "norm/row_cache.cuh"
+
+namespace fastattn {
+namespace {
+
+template <typename T, int VEC>
+__global__ void __launch_bounds__(1024) quantize_int8_kernel(const __grid_constant__ QuantizeInt8Params p) {
+  const int64_t row_idx = blockIdx.x;
+  const int64_t num_vecs = p.row_size / VEC;
+  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
+  int8_t* const q = p.q + row_idx * p.row_size;
+  const auto load = [&](int64_t vec_idx, float (&values)[VEC]) { load_vec<VEC>(x + vec_idx * VEC, values); };
+
+  RowCache<VEC> row;
+  uint32_t largest = 0;
+  row.fill(num_vecs, load, [&](const float (&values)[VEC]) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) largest = max(largest, __float_as_uint(fabsf(values[i])));
+  });
+  largest = block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); });
+  float scale = __uint_as_float(largest) / 127.0f;
+  if (scale == 0.0f) scale = 1.0f;
+  if (threadIdx.x == 0) p.scale[row_idx] = scale;
+
+  row.visit(num_vecs, load, [&](int64_t vec_idx, const float (&values)[VEC]) {
+    Pack<int8_t, VEC> rounded;
+#pragma unroll
+    // A NaN becomes 0. A scale below the normal numbers is coarse: only then can a quotient round beyond 127.
+    for (int i = 0; i < VEC; ++i) {
+      rounded.values[i] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(values[i] / scale))));
+    }
+    *reinterpret_cast<Pack<int8_t, VEC>*>(q + vec_idx * VEC) = rounded;
+  });
+}
+
+template <typename T, int VEC>
+cudaError_t launch(const QuantizeInt8Params& p, cudaStream_t stream) {
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<VEC>::kCached);
+  quantize_int8_kernel<T, VEC><<<static_cast<unsigned>(p.num_rows), num_threads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t quantize_int8(const QuantizeInt8Params& p, cudaStream_t stream) {
+  const bool vectors = p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
+  return dispatch_half(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return vectors ? launch<T, 8>(p, stream) : launch<T, 1>(p, stream);
+  });
+}
+
+}  // namespace fastattn

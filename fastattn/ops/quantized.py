@@ -1,0 +1,211 @@
+"""Dense layers whose weights, and for INT8 activations too, are numbers of few bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._library import define
+from fastattn.ops.checks import (
+    FLOAT,
+    FP32,
+    INT8,
+    INT32,
+    UINT8,
+    AtLeast,
+    TensorArg,
+    compile_check,
+    fail_type,
+    fail_value,
+)
+from fastattn.reference import quantized as reference
+
+# Above it a sum of K products of int8 may leave int32.
+MAX_INT8_K = 2**17 - 1
+FP4_GROUPS = {16: "e4m3 (NVFP4)", 32: "e8m0 (MXFP4)"}
+
+
+def _fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _fake_int8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_int4(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_fp4(
+    x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_quantize_int8 = define("quantize_int8(Tensor x) -> (Tensor, Tensor)", reference.quantize_int8, _fake_quantize)
+_int8_linear = define(
+    "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype)"
+    " -> Tensor",
+    reference.int8_linear,
+    _fake_int8,
+)
+_int4_linear = define(
+    "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? zero_point, int group_size, Tensor? bias)"
+    " -> Tensor",
+    reference.int4_linear,
+    _fake_int4,
+)
+_fp4_linear = define(
+    "fp4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? global_scale, int group_size, Tensor? bias)"
+    " -> Tensor",
+    reference.fp4_linear,
+    _fake_fp4,
+)
+
+_check_quantize = compile_check("quantize_int8", TensorArg("x", "M K", FLOAT))
+_check_int8 = compile_check(
+    "int8_linear",
+    TensorArg("x", "M K", INT8),
+    TensorArg("x_scale", "M", FP32),
+    TensorArg("weight", "N K", INT8),
+    TensorArg("weight_scale", "N", FP32),
+    TensorArg("bias", "N", FLOAT, optional=True),
+)
+_check_int4 = compile_check(
+    "int4_linear",
+    TensorArg("x", "... K", FLOAT),
+    TensorArg("weight_packed", "N W", INT32),
+    TensorArg("weight_scale", "N G", "x"),
+    TensorArg("zero_point", "N G", INT8, optional=True),
+    AtLeast("group_size", 1),
+    TensorArg("bias", "N", "x", optional=True),
+)
+_check_fp4 = compile_check(
+    "fp4_linear",
+    TensorArg("x", "... K", FLOAT),
+    TensorArg("weight_packed", "N W", UINT8),
+    TensorArg("weight_scale", "N G", UINT8),
+    TensorArg("global_scale", "N", FP32, optional=True),
+    AtLeast("group_size", 1),
+    TensorArg("bias", "N", "x", optional=True),
+)
+
+
+def _check_packing(op: str, x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_size: int, per_word: int) -> None:
+    """weight_packed holds K columns, per_word to an element; weight_scale one a group of them."""
+    columns = x.shape[-1]
+    for name, t, each in (("weight_packed", weight_packed, per_word), ("weight_scale", weight_scale, group_size)):
+        expected = -(-columns // each)
+        if t.shape[1] != expected:
+            fail_value(
+                op,
+                f"{name} has shape {tuple(t.shape)}, expected (N, {expected}): {each} columns to an element, "
+                f"with K = {columns} from x {tuple(x.shape)}",
+            )
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in 8 bits: `scale = max|x| / 127`, `q = round(x / scale)`, ties to even.
+
+    x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+
+    Returns q (M, K) int8 from −127 to 127 and scale (M) fp32, so that x ≈ q · scale. A row of zeros has scale 1. A row with
+    a NaN or an infinity has that as its scale, so that what is computed from it is NaN.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_quantize(x)
+    q, scale = _quantize_int8(x)
+    return q, scale
+
+
+def int8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`(x @ weightᵀ) · x_scale · weight_scale + bias`: the product is exact in int32, the rest fp32, rounded once.
+
+    x: (M, K) int8 and x_scale: (M) fp32, from `quantize_int8`. K < 2¹⁷.
+    weight: (N, K) int8, weight_scale: (N) fp32, a scale a row.
+    bias: (N) in out_dtype.
+    out_dtype: bf16 or fp16, on the CPU also fp32.
+
+    Returns (M, N) in out_dtype, contiguous.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_int8(x, x_scale, weight, weight_scale, bias)
+    allowed = FLOAT.cpu if x.is_cpu else FLOAT.cuda
+    if out_dtype not in allowed:
+        fail_type("int8_linear", f"out_dtype is {out_dtype!r}, expected {' or '.join(map(str, allowed))}")
+    if bias is not None and bias.dtype is not out_dtype:
+        fail_type("int8_linear", f"bias is {bias.dtype}, expected {out_dtype} as out_dtype")
+    if x.shape[1] > MAX_INT8_K:
+        fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {MAX_INT8_K}: longer sums leave int32")
+    out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return out
+
+
+def int4_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`x @ weightᵀ + bias` with weight = (code − zero_point) · weight_scale, rounded to x's dtype; fp32 sums, rounded once.
+
+    x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    weight_packed: (N, ⌈K/8⌉) int32, codes −8 … 7 as code + 8, column 8i + j in bits 4j to 4j + 3 of element i.
+    weight_scale: (N, ⌈K/group_size⌉) in x's dtype, one a group of columns; the last group may be shorter.
+    group_size: columns of a group; K for a scale a row.
+    zero_point: like weight_scale, int8 from −8 to 7: the code of 0, which is 0 without it.
+    bias: (N) in x's dtype.
+
+    Returns (…, N) in x's dtype, contiguous.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_int4(x, weight_packed, weight_scale, zero_point, group_size, bias)
+    _check_packing("int4_linear", x, weight_packed, weight_scale, group_size, 8)
+    out: Tensor = _int4_linear(x, weight_packed, weight_scale, zero_point, group_size, bias)
+    return out
+
+
+def fp4_linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`(x @ weightᵀ) / global_scale + bias` with weight = E2M1 · weight_scale in x's dtype; fp32 sums, rounded once.
+
+    With e4m3 scales the weights are exact in bf16 and fp16; so they are with powers of two, where x's dtype has the range.
+
+    x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i.
+    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns.
+    group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
+    global_scale: (N) fp32, one a row.
+    bias: (N) in x's dtype.
+
+    Returns (…, N) in x's dtype, contiguous.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_fp4(x, weight_packed, weight_scale, global_scale, group_size, bias)
+    if group_size not in FP4_GROUPS:
+        allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
+        fail_value("fp4_linear", f"group_size is {group_size}, expected {allowed}")
+    _check_packing("fp4_linear", x, weight_packed, weight_scale, group_size, 2)
+    out: Tensor = _fp4_linear(x, weight_packed, weight_scale, global_scale, group_size, bias)
+    return out

@@ -1,0 +1,77 @@
+"""Products with weights of few bits: exact integers for INT8, weights made fp32 and rounded to x's dtype for 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.reference import linear as dense
+from fastattn.reference import quantize
+
+# So many products of int8 have a sum of at most 2²⁴ in magnitude, which fp32 arithmetic finds exactly, in any order.
+EXACT_COLUMNS = 2**24 // 128**2
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) int8, scale (M) fp32."""
+    values = x.float()
+    scale = values.abs().amax(1) / 127 if x.shape[1] else values.new_zeros(x.shape[0])
+    scale = torch.where(scale == 0, 1.0, scale)
+    q = (values / scale[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def int8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """x (M, K) int8, x_scale (M), weight (N, K) int8, weight_scale (N), bias (N) → (M, N).
+
+    Integers go through fp32 products, in pieces whose sums are exact: torch's own int8 product takes 20 times as long on
+    processors without instructions for it.
+    """
+    pieces = (torch.split(t.float(), EXACT_COLUMNS, 1) for t in (x, weight))
+    sums = [dense.linear(x_piece, weight_piece, None) for x_piece, weight_piece in zip(*pieces, strict=True)]
+    return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype)
+
+
+def scale_int8_sums(
+    sums: list[Tensor], x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Sums (M, N) of pieces of K, whole numbers in fp32, → (M, N)."""
+    total = sums[0] if len(sums) == 1 else torch.stack([s.int() for s in sums]).sum(0, dtype=torch.int32).float()
+    out = total * (x_scale[:, None] * weight_scale)
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+def int4_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, num_columns: int) -> Tensor:
+    """(N, num_columns) in scale's dtype: (code − zero_point) · scale, rounded once."""
+
+    def wide(t: Tensor) -> Tensor:
+        return quantize.per_column(t, group_size, num_columns)
+
+    codes = quantize.unpack_int4(packed, num_columns)
+    return quantize.dequantize_int(codes, wide(scale), None if zero_point is None else wide(zero_point)).to(scale.dtype)
+
+
+def fp4_weight(packed: Tensor, scale: Tensor, group_size: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+    """(N, num_columns) in dtype: E2M1 · scale, the scale rounded to dtype first; without a global scale."""
+    step = scale.view(torch.float8_e4m3fn).float() if group_size == 16 else quantize.e8m0_step(scale)
+    step = quantize.per_column(step.to(dtype).float(), group_size, num_columns)
+    return (quantize.unpack_e2m1(packed)[:, :num_columns] * step).to(dtype)
+
+
+def int4_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """x (…, K), packed (N, ⌈K/8⌉), scale and zero_point (N, G), bias (N) → (…, N)."""
+    return dense.linear(x, int4_weight(packed, scale, zero_point, group_size, x.shape[-1]), bias)
+
+
+def fp4_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """x (…, K), packed (N, ⌈K/2⌉), scale (N, G), global_scale and bias (N) → (…, N)."""
+    weight = fp4_weight(packed, scale, group_size, x.shape[-1], x.dtype)
+    out = dense.linear(x.float(), weight.float(), None)
+    out = out if global_scale is None else out / global_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)

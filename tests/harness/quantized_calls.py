@@ -1,0 +1,160 @@
+"""Valid and bad calls of the operators on numbers of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tests.harness.generators import Gen
+from tests.harness.opspec import Call
+
+Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
+
+# leading sizes of x, K, N: around the tiles (16, 64, 128 rows; steps of 32 to 256 columns), and what no tile fits
+_SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
+    ((3,), 64, 48),
+    ((1,), 576, 96),
+    ((0,), 64, 16),
+    ((17,), 160, 65),
+    ((65,), 1056, 39),
+    ((130,), 320, 40),
+    ((5,), 129, 33),
+    ((2,), 7, 3),
+    ((4,), 0, 8),
+)
+
+
+def quantize_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for rows, columns in ((3, 64), (1, 8), (0, 16), (65, 129), (7, 1), (4, 9000), (3, 0)):
+        yield f"{(rows, columns)}", {"x": gen.randn(rows, columns, dtype=dtype)}
+    hostile = gen.randn(6, 40, dtype=dtype)
+    hostile[0] = 0
+    hostile[1, 3] = torch.finfo(dtype).max
+    hostile[2] *= torch.finfo(dtype).tiny
+    hostile[3, 1] = torch.nan
+    hostile[4, 2] = -torch.inf
+    hostile[5] = torch.arange(-20, 20)  # ties
+    yield "hostile", {"x": hostile}
+
+
+def verify_quantize(call: Call, results: list[Tensor]) -> None:
+    """scale and q are those of their definition; a q is off by at most half a step, whichever way a tie went."""
+    x, (q, scale) = call["x"].double(), results
+    finite = x.isfinite().all(1)
+    amax = x.abs().amax(1) if x.shape[1] else torch.zeros(x.shape[0], dtype=torch.float64)
+    expected = torch.where(amax == 0, 1.0, amax / 127)
+    assert q.dtype is torch.int8 and scale.dtype is torch.float32 and q.shape == x.shape and scale.shape == x.shape[:1]
+    assert not bool(scale[~finite].isfinite().any())
+    torch.testing.assert_close(scale[finite].double(), expected[finite], rtol=1e-6, atol=2e-45)
+    off = (q.double() - x / scale.double()[:, None])[finite].abs()
+    assert off.numel() == 0 or float(off.max()) <= 0.5 + 1e-4
+    assert q.numel() == 0 or int(q.min()) >= -127
+    assert not bool(q[x.isnan()].any())
+
+
+def bad_quantize(gen: Gen, base: Call) -> Bad:
+    x = base["x"]
+    for t in (x[0], x[None], x[None, None], x[None, None, None]):
+        yield f"{t.dim()} dimensions", {"x": t}, ValueError, (f"x has {t.dim()} dimensions", "expected")
+    for dtype in (torch.int16, torch.uint8, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2):
+        yield f"{dtype}", {"x": x.to(dtype)}, TypeError, ("x is", str(dtype))
+    yield "transposed", {"x": x.t().contiguous().t()}, ValueError, ("x has strides",)
+    yield "sparse rows", {"x": x.to_sparse_csr()}, ValueError, ("x has layout", "sparse_csr")
+    yield "every third element", {"x": x[:, ::3]}, ValueError, ("x has strides",)
+    for value in (x.shape, Tensor, b"x", {1.0}, range(3), lambda: x, NotImplemented, bytearray(1), frozenset(), 1j):
+        yield f"{value!r}", {"x": value}, TypeError, ("x is a", "expected a torch.Tensor")
+    yield "meta, one row", {"x": x[:1].to("meta")}, ValueError, ("x is on meta",)
+    yield "one row, grad", {"x": x[:1].clone().requires_grad_()}, ValueError, ("x requires grad",)
+
+
+def int8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for (rows,), k, n in _SIZES:
+        call: Call = {
+            "x": gen.ints(-128, 128, rows, k, dtype=torch.int8),
+            "x_scale": gen.rand(rows) * 0.02,
+            "weight": gen.ints(-128, 128, n, k, dtype=torch.int8),
+            "weight_scale": gen.rand(n) * 0.01,
+            "out_dtype": dtype,
+        }
+        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n} no bias", call | {"bias": None}
+
+
+def bad_int8(gen: Gen, base: Call) -> Bad:
+    for value in (torch.int8, torch.float64, torch.int32, "float32", None, float):
+        yield f"out_dtype {value}", {"out_dtype": value}, TypeError, ("out_dtype is", "expected")
+    other = torch.float16 if base["out_dtype"] is not torch.float16 else torch.bfloat16
+    yield "bias of another dtype", {"bias": base["bias"].to(other)}, TypeError, ("bias is", "as out_dtype")
+    long = {name: base[name].new_zeros(1, 2**17) for name in ("x", "weight")}
+    scales = {name: base[name][:1] for name in ("x_scale", "weight_scale", "bias")}
+    yield "long sums", long | scales, ValueError, ("x has shape (1, 131072)", "K ≤ 131071")
+
+
+def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: int) -> Iterator[tuple[str, Call]]:
+    name = f"{leading} {k} {n}"
+    x = gen.randn(*leading, k, dtype=dtype)
+    yield name, {"x": x, "bias": gen.randn(n, dtype=dtype)}
+    yield f"{name} no bias", {"x": x, "bias": None}
+
+
+def int4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for index, (leading, k, n) in enumerate((*_SIZES, ((2, 3), 96, 20), ((), 64, 16))):
+        # 32 and 64 go through the fast kernel and 24 through the plain one; a group may be longer than K
+        group = (32, 64, 32, 32, 96, 128, 24, 3, 16, 1000, 24)[index]
+        for with_zero, (name, call) in enumerate(_sized(gen, dtype, leading, k, n)):
+            groups = -(-k // group)
+            call |= {
+                "weight_packed": gen.ints(-(2**31), 2**31, n, -(-k // 8)),
+                "weight_scale": (gen.rand(n, groups) * 0.1).to(dtype),
+                "group_size": group,
+                "zero_point": gen.ints(-8, 8, n, groups, dtype=torch.int8) if (with_zero + index) % 2 == 0 else None,
+            }
+            yield f"{name} groups of {group}", call
+
+
+def _bad_packed(base: Call, per_element: int) -> Bad:
+    packed, scale, x = base["weight_packed"], base["weight_scale"], base["x"]
+    for change in (-1, 1):
+        wide = torch.cat([packed, packed], 1)[:, : packed.shape[1] + change]
+        says = ("weight_packed has shape", f"expected (N, {packed.shape[1]}): {per_element} columns to an element")
+        yield f"weight_packed {change:+}", {"weight_packed": wide}, ValueError, (*says, f"K = {x.shape[-1]}")
+    long = torch.cat([x, x[..., :1]], -1)
+    yield "one column more", {"x": long}, ValueError, ("weight_packed has shape", f"K = {long.shape[-1]}", "expected")
+    grown = torch.cat([scale, scale], 1)
+    others = {name: torch.cat([base[name]] * 2, 1) for name in ("zero_point",) if base.get(name) is not None}
+    says = ("weight_scale has shape", f"expected (N, {scale.shape[1]})", "columns to an element")
+    yield "twice the groups", {"weight_scale": grown} | others, ValueError, says
+
+
+def bad_int4(gen: Gen, base: Call) -> Bad:
+    yield from _bad_packed(base, 8)
+    groups = base["weight_scale"].shape[1]
+    for size in (1, 7, base["x"].shape[-1]):
+        yield f"group_size {size}", {"group_size": size}, ValueError, ("weight_scale", f"{size} columns", str(groups))
+
+
+def fp4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for group in (16, 32):
+        for index, (leading, k, n) in enumerate((*_SIZES, ((2, 3), 96, 20), ((), 64, 16))):
+            for with_global, (name, call) in enumerate(_sized(gen, dtype, leading, k, n)):
+                groups = -(-k // group)
+                # every finite e4m3 from 0 to 448; powers of two that fp16 can hold with their products
+                bits = gen.ints(0, 127, n, groups) if group == 16 else gen.ints(110, 132, n, groups)
+                call |= {
+                    "weight_packed": gen.ints(0, 256, n, -(-k // 2), dtype=torch.uint8),
+                    "weight_scale": bits.to(torch.uint8),
+                    "group_size": group,
+                    "global_scale": gen.rand(n) * 100 + 50 if (with_global + index) % 2 == 0 else None,
+                }
+                if dtype is torch.float16 and call["global_scale"] is None:  # results of thousands of 6 · 448 leave fp16
+                    call["weight_scale"] = call["weight_scale"] // 2
+                yield f"{name} groups of {group}", call
+
+
+def bad_fp4(gen: Gen, base: Call) -> Bad:
+    yield from _bad_packed(base, 2)
+    for size in (1, 8, 64, 128, 576):
+        yield f"group_size {size}", {"group_size": size}, ValueError, (f"group_size is {size}", "16", "32")
+    yield "the other group_size", {"group_size": 48 - base["group_size"]}, ValueError, ()
