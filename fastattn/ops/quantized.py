@@ -96,7 +96,9 @@ _check_fp4 = compile_check(
 )
 
 
-def _check_packing(op: str, x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_size: int, per_word: int) -> None:
+def _check_packing(
+    op: str, x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_size: int, per_word: int
+) -> None:
     """weight_packed holds K columns, per_word to an element; weight_scale one a group of them."""
     columns = x.shape[-1]
     for name, t, each in (("weight_packed", weight_packed, per_word), ("weight_scale", weight_scale, group_size)):

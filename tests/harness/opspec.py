@@ -135,7 +135,14 @@ _SCALAR_CASES: dict[str, tuple[tuple[Any, type[Exception]], ...]] = {
         (None, TypeError),
         (True, TypeError),
     ),
-    "size": ((0, ValueError), (-1, ValueError), (2**31, ValueError), (16.0, TypeError), ("16", TypeError), (None, TypeError)),
+    "size": (
+        (0, ValueError),
+        (-1, ValueError),
+        (2**31, ValueError),
+        (16.0, TypeError),
+        ("16", TypeError),
+        (None, TypeError),
+    ),
     "window": ((-2, ValueError), (2**31, ValueError), (1.5, TypeError), (None, TypeError), (False, TypeError)),
     "flag": ((1, TypeError), (0, TypeError), (None, TypeError), ("yes", TypeError), (1.0, TypeError)),
 }

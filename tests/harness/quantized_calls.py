@@ -148,7 +148,9 @@ def fp4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
                     "group_size": group,
                     "global_scale": gen.rand(n) * 100 + 50 if (with_global + index) % 2 == 0 else None,
                 }
-                if dtype is torch.float16 and call["global_scale"] is None:  # results of thousands of 6 · 448 leave fp16
+                if (
+                    dtype is torch.float16 and call["global_scale"] is None
+                ):  # results of thousands of 6 · 448 leave fp16
                     call["weight_scale"] = call["weight_scale"] // 2
                 yield f"{name} groups of {group}", call
 

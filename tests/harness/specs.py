@@ -100,7 +100,14 @@ def bad_geglu(gen: Gen, base: Call) -> Bad:
 
 
 def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    for leading, k, n in (((3,), 64, 48), ((), 64, 8), ((0,), 16, 16), ((2, 5), 129, 65), ((64,), 256, 127), ((3,), 0, 5)):
+    for leading, k, n in (
+        ((3,), 64, 48),
+        ((), 64, 8),
+        ((0,), 16, 16),
+        ((2, 5), 129, 65),
+        ((64,), 256, 127),
+        ((3,), 0, 5),
+    ):
         call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
         yield f"{leading} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{leading} {k} {n} no bias", call | {"bias": None}
