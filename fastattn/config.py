@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 D = TypeVar("D")
+logger = logging.getLogger("fastattn")
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -62,6 +64,17 @@ def validate_inputs() -> bool:
 def log_level() -> str:
     """FASTATTN_LOGLEVEL: one of Python's level names, WARNING when unset."""
     return _read("FASTATTN_LOGLEVEL", _parse_log_level, "WARNING")
+
+
+def serve_settings(names: Iterable[str]) -> dict[str, str]:
+    """FASTATTN_PORT and its like: for each setting of `fastattn serve` the variable of its name in capitals, if it is set.
+
+    Kubernetes sets FASTATTN_PORT to an address for a service named fastattn: that is not meant for us, and is left out.
+    """
+    found = {name: os.environ[f"FASTATTN_{name.upper()}"] for name in names if f"FASTATTN_{name.upper()}" in os.environ}
+    if "://" in found.get("port", ""):
+        logger.warning("FASTATTN_PORT is %r, which is no number: ignored, Kubernetes sets it", found.pop("port"))
+    return found
 
 
 @functools.cache

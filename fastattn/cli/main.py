@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastattn import __version__
-from fastattn.cli import _errors
+from fastattn.cli import _errors, serve
 from fastattn.cli.bench import app as bench_app
 from fastattn.cli.chat import chat
 from fastattn.cli.doctor import doctor
@@ -94,6 +94,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command("collect-env", help="The same as doctor, under the name that vLLM and torch users know.")(doctor)
 app.command()(plan)
+app.command("serve")(serve.with_flags())
 
 
 @app.command("version")

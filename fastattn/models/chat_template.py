@@ -30,6 +30,7 @@ class ChatTemplate:
     """A compiled template, with the variables and helpers that transformers gives to its templates."""
 
     def __init__(self, source: str) -> None:
+        self.source = source
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception

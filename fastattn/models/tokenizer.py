@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,22 @@ from tokenizers import Tokenizer as Pipeline
 from tokenizers.decoders import DecodeStream
 
 from fastattn.models.chat_template import ChatTemplate, ChatTemplateError
+
+
+def _byte_of() -> dict[str, int]:
+    """The characters that byte-level vocabularies write for bytes: printable ones for themselves, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _decoder_json(pipeline: Pipeline) -> str:
+    state = pipeline.decoder.__getstate__() if pipeline.decoder is not None else b""
+    return state.decode() if isinstance(state, bytes) else str(state)
 
 
 class TokenStream:
@@ -42,6 +59,8 @@ class Tokenizer:
         self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
         self._suffix = list(eos_token_ids[:1]) if add_eos else []
         self._template = ChatTemplate(chat_template) if chat_template else None
+        self._added = frozenset(pipeline.get_added_tokens_decoder())
+        self._is_byte_level = '"ByteLevel"' in _decoder_json(pipeline)
 
     @property
     def vocab_size(self) -> int:
@@ -68,6 +87,34 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
         return TokenStream(self._pipeline, skip_special_tokens)
+
+    def parts(self) -> dict[str, Any]:
+        """What another process needs to make the same tokenizer, see `from_parts`. Plain values, the pipeline as JSON."""
+        return {
+            "pipeline": self._pipeline.to_str(),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": list(self.eos_token_ids),
+            "add_bos": bool(self._prefix),
+            "add_eos": bool(self._suffix),
+            "chat_template": self._template.source if self._template is not None else None,
+        }
+
+    @classmethod
+    def from_parts(cls, *, pipeline: str, eos_token_ids: Sequence[int], **rest: Any) -> Tokenizer:
+        return cls(Pipeline.from_str(pipeline), eos_token_ids=tuple(eos_token_ids), **rest)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, which may be a part of a character."""
+        piece = self._pipeline.id_to_token(token_id)
+        if piece is None:  # the model's vocabulary may be padded beyond the tokenizer's
+            return b""
+        if token_id in self._added:
+            return str(piece).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[char] for char in piece) if _BYTE_OF.keys() >= set(piece) else str(piece).encode()
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return str(piece).replace("▁", " ").encode()
 
     def token_text(self, token_id: int) -> str:
         """One token by itself; where it is a part of a character, U+FFFD stands for it."""

@@ -1,0 +1,280 @@
+"""The routes. Each is a few lines: what a request is, what answers it, in which shape."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import base64
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from fastattn import __version__
+from fastattn.serve.auth import ApiKey
+from fastattn.serve.contract import APIError, Chunk, RequestContext
+from fastattn.serve.json_body import parse_json
+from fastattn.serve.openapi import describe
+from fastattn.serve.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    fold_chunks,
+    validation_error,
+)
+from fastattn.serve.rate_limits import Ticket
+from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone
+from fastattn.serve.state import ServerState
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def make_app(state: ServerState) -> FastAPI:
+    app = FastAPI(
+        title="fastattn",
+        version=__version__,
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    Handlers(state).register(app)
+    describe(app)
+
+    @app.exception_handler(APIError)
+    async def _api_error(request: Request, error: APIError) -> Response:
+        return _json(error.body(), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> Response:
+        text = {404: "there is no such route, see /openapi.json", 405: "this route is not called by this method"}
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        api_error = APIError(error.status_code, text.get(error.status_code, str(error.detail)), kind)  # type: ignore[arg-type]
+        return _json(api_error.body(), error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(ClientGoneError)
+    async def _gone(request: Request, error: ClientGoneError) -> Response:
+        state.metrics.disconnects.inc()
+        return Response(status_code=499)  # for the log; nobody reads it
+
+    @app.exception_handler(Exception)
+    async def _our_fault(request: Request, error: Exception) -> Response:
+        return _json(APIError(500, "internal error", "server_error").body(), 500)
+
+    return app
+
+
+class Handlers:
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def register(self, app: FastAPI) -> None:
+        for path, handler in (
+            ("/v1/chat/completions", self.chat),
+            ("/v1/completions", self.complete),
+            ("/v1/embeddings", self.embed),
+            ("/tokenize", self.tokenize),
+            ("/detokenize", self.detokenize),
+        ):
+            app.post(path, response_class=Response)(handler)
+        for path, getter in (
+            ("/v1/models", self.models),
+            ("/health", self.health),
+            ("/ready", self.ready),
+            ("/metrics", self.metrics),
+            ("/version", self.version),
+        ):
+            app.get(path, response_class=Response)(getter)
+        app.get("/v1/models/{model:path}", response_class=Response)(self.model)
+
+    # ---- answers ----
+
+    async def chat(self, http: Request) -> Response:
+        """An answer to a conversation."""
+        return await self._answer(http, ChatCompletionRequest)
+
+    async def complete(self, http: Request) -> Response:
+        """A text that goes on."""
+        return await self._answer(http, CompletionRequest)
+
+    async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
+        request, num_bytes = await _read(http, kind)
+        backend = self._state.backend()
+        context = self._context(http, request.priority)
+        ticket = self._admit(http, num_bytes, (request.max_new_tokens or 16) * (request.n or 1))
+        try:
+            chunks = _metered(backend.stream(request, context), ticket)
+            if not request.stream:
+                answer = await unless_gone(http.receive, fold_chunks(chunks))
+                return _json(answer, 200, {**ticket.headers, **context.headers})
+            first = await unless_gone(http.receive, anext(chunks))
+        except (ClientGoneError, asyncio.CancelledError):
+            ticket.forfeit()
+            raise
+        except BaseException:
+            ticket.settle(0)
+            raise
+        stream = _for_client(first, chunks, request.wants_usage)
+        headers = {**ticket.headers, **context.headers}
+
+        def on_end(complete: bool) -> None:
+            if complete:
+                ticket.settle(0)
+            else:
+                ticket.forfeit()
+                self._state.metrics.disconnects.inc()
+
+        return EventStream(stream, headers, self._state.config.write_timeout, on_end)
+
+    async def embed(self, http: Request) -> Response:
+        """A vector for each text."""
+        request, num_bytes = await _read(http, EmbeddingRequest)
+        engine = self._state.engine(request.model)
+        ticket = self._admit(http, num_bytes, 0)
+        try:
+            work = engine.embed(request, self._context(http, None))
+            vectors, num_tokens = await unless_gone(http.receive, work)
+        except BaseException:
+            ticket.settle(0)
+            raise
+        ticket.settle(num_tokens)
+        wants_base64 = request.encoding_format == "base64"
+        data = [
+            {"object": "embedding", "index": i, "embedding": _base64(vector) if wants_base64 else vector}
+            for i, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        answer = {"object": "list", "data": data, "model": request.model, "usage": usage}
+        return _json(answer, 200, ticket.headers)
+
+    async def tokenize(self, http: Request) -> Response:
+        """The token ids of a text, or of a conversation as the model reads it."""
+        request, _ = await _read(http, TokenizeRequest)
+        engine = self._state.engine(request.model)
+        if request.messages is not None:
+            ids = await engine.renderer.chat(request.messages, request.tools, request.add_generation_prompt)
+        else:
+            ids = (await engine.renderer.encode([request.prompt or ""], request.add_special_tokens))[0]
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.info.max_model_len, "tokens": ids}
+        if request.return_token_strs:
+            answer["token_strs"] = await engine.renderer.pieces(ids)
+        return _json(answer)
+
+    async def detokenize(self, http: Request) -> Response:
+        """The text of token ids."""
+        request, _ = await _read(http, DetokenizeRequest)
+        engine = self._state.engine(request.model)
+        if any(token >= engine.info.vocab_size for token in request.tokens):
+            text = f"tokens has {max(request.tokens)}, allowed are ids from 0 to {engine.info.vocab_size - 1}"
+            raise APIError(400, text, param="tokens")
+        return _json({"prompt": await engine.renderer.decode(request.tokens)})
+
+    # ---- state ----
+
+    async def models(self) -> Response:
+        """The names that requests may give."""
+        return _json({"object": "list", "data": [self._model(name) for name in self._state.names()]})
+
+    async def model(self, model: str) -> Response:
+        if model not in self._state.names():
+            raise APIError(404, "no model of this name is served", "not_found_error", code="model_not_found")
+        return _json(self._model(model))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        found = {"id": name, "object": "model", "created": self._state.started, "owned_by": "fastattn"}
+        engine = self._state.find_engine(name)
+        return found if engine is None else {**found, "max_model_len": engine.info.max_model_len}
+
+    async def health(self) -> Response:
+        """200 if every engine made a step, or answered in idleness, a moment ago."""
+        if sick := self._state.sick():
+            raise APIError(503, sick, "server_error")
+        return _json({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """200 if requests are taken and can be worked on now."""
+        if self._state.draining:
+            raise APIError(503, "the server is shutting down", "overloaded_error")
+        if waiting := self._state.not_ready():
+            raise APIError(503, waiting, "overloaded_error", headers={"Retry-After": "2"})
+        return _json({"status": "ready"})
+
+    async def metrics(self) -> Response:
+        """Prometheus metrics."""
+        return Response(self._state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def version(self) -> Response:
+        return _json({"version": __version__})
+
+    # ---- requests ----
+
+    def _context(self, http: Request, priority: int | None) -> RequestContext:
+        key: ApiKey = http.state.key
+        # Who has a key can be more patient than it says, not less.
+        own = priority or 0 if not self._state.keys else max(0, priority or 0)
+        directives = http.headers.get("cache-control", "").lower().split(",")
+        return RequestContext(
+            request_id=http.state.request_id,
+            tenant=key.tenant,
+            priority=key.priority + own,
+            cache_control=frozenset(part.strip() for part in directives if part.strip()),
+            request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
+        )
+
+    def _admit(self, http: Request, num_bytes: int, num_new_tokens: int) -> Ticket:
+        try:
+            return self._state.limits.admit(http.state.key, num_bytes // 4 + num_new_tokens)
+        except APIError:
+            self._state.metrics.rejections.labels("rate_limit").inc()
+            raise
+
+
+async def _read(http: Request, kind: type[M]) -> tuple[M, int]:
+    """The request in the body, and the body's size."""
+    body = await http.body()
+    value = parse_json(body)
+    if not isinstance(value, dict):
+        raise APIError(400, "the body is not a JSON object", code="invalid_json")
+    try:
+        return kind.model_validate(value), len(body)
+    except ValidationError as error:
+        raise validation_error(error) from None
+
+
+async def _metered(chunks: AsyncIterator[Chunk], ticket: Ticket) -> AsyncIterator[Chunk]:
+    """Counts the tokens of an answer against its limits."""
+    async with aclosing(chunks) as stream:  # type: ignore[type-var]
+        async for chunk in stream:
+            if usage := chunk.get("usage"):
+                ticket.settle(usage.get("total_tokens", 0))
+            yield chunk
+
+
+async def _for_client(first: Chunk, rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+    """Without the usage that was not asked for; with `usage: null` before it where it was."""
+    async with aclosing(rest) as stream:  # type: ignore[type-var]
+        chunk: Chunk | None = first
+        while chunk is not None:
+            usage = chunk.get("usage")
+            if wants_usage:
+                yield {**chunk, "usage": usage}
+            elif chunk["choices"]:
+                yield {key: value for key, value in chunk.items() if key != "usage"}
+            chunk = await anext(stream, None)
+
+
+def _base64(vector: list[float]) -> str:
+    numbers = array.array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, "application/json")

@@ -1,0 +1,222 @@
+"""Everything that a server can be told: the fields are its flags, the names in its YAML file and, in capitals with
+FASTATTN_ in front, its environment variables. A flag goes before the environment, that before the file, that before the
+default. All that is wrong is said at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
+
+from fastattn.sizes import parse_size
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1, le=2**31 - 1)]  # "32K" too
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+SECTIONS = ("models", "router", "cache", "guardrails")  # only in the file
+
+
+class EngineSettings(BaseModel):
+    """What one engine is started with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: Annotated[str, Field(min_length=1, description="Name, folder or .gguf file of the model.")]
+    chat_template: Annotated[Path | None, Field(description="File with a chat template in place of the model's.")] = (
+        None
+    )
+    device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Field(description="auto is bfloat16 on a GPU, else float32.")
+    ] = "auto"
+    max_model_len: Annotated[Size | None, Field(description="Longest prompt and answer together, in tokens.")] = None
+    max_num_seqs: Annotated[Size | None, Field(description="Most sequences in one step.")] = None
+    max_num_batched_tokens: Annotated[Size | None, Field(description="Most tokens in one step.")] = None
+    block_size: Annotated[Size, Field(description="Tokens in a KV-cache block.")] = 16
+    num_kv_blocks: Annotated[Size | None, Field(description="KV-cache blocks; as many as fit, if not given.")] = None
+    gpu_memory_utilization: Annotated[
+        float, Field(gt=0, le=1, description="Share of the GPU's memory to use at most.")
+    ] = 0.9
+    enable_prefix_caching: Annotated[
+        bool, Field(description="Keep what was computed for prompts that begin alike.")
+    ] = True
+    enable_chunked_prefill: Annotated[bool, Field(description="Compute long prompts over several steps.")] = True
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"], Field(description="Order of waiting requests: as they came, or by priority.")
+    ] = "fcfs"
+    enforce_eager: Annotated[bool, Field(description="No CUDA graphs.")] = False
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=1024, description="GPUs (or CPU processes) that share the model.")] = 1  # fmt: skip
+    speculative_config: Annotated[
+        dict[str, Any] | None,
+        Field(description='Speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4}.'),
+    ] = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="Seed of the engine.")] = 0
+
+    @field_validator("speculative_config", mode="before")
+    @classmethod
+    def _parse_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    def engine_options(self) -> dict[str, Any]:
+        """Fields of EngineOptions, as JSON has them."""
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill seed"  # fmt: skip
+        options = {name: getattr(self, name) for name in names.split()}
+        return options | {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
+
+
+class ServeConfig(EngineSettings):
+    served_model_name: Annotated[
+        list[str], Field(description="Names that requests may give for the model; the model's own by default.")
+    ] = []
+    # ---- the network ----
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 takes a free one.")] = 8000
+    uds: Annotated[Path | None, Field(description="Unix socket to listen on, in place of host and port.")] = None
+    allowed_hosts: Annotated[
+        list[str],
+        Field(description="Names that requests may call this server by (Host); * allows all. On a loopback address only its own names are allowed, elsewhere all."),
+    ] = []  # fmt: skip
+    cors_origins: Annotated[
+        list[str], Field(description="Web pages of these origins may call this server; none may by default.")
+    ] = []
+    ssl_certfile: Annotated[Path | None, Field(description="Certificate for HTTPS.")] = None
+    ssl_keyfile: Annotated[Path | None, Field(description="Its key.")] = None
+
+    # ---- who may ask, and how much ----
+    api_key: Annotated[
+        list[SecretStr], Field(description="Key that clients must send; may be repeated. Every route but /health needs it.")
+    ] = []  # fmt: skip
+    api_keys_file: Annotated[
+        Path | None, Field(description="YAML file of keys as SHA-256 digests, with tenant, scopes, priority and limits.")
+    ] = None  # fmt: skip
+    requests_per_minute: Annotated[
+        int | None, Field(ge=1, le=10**9, description="Limit for each tenant whose key has none.")
+    ] = None
+    tokens_per_minute: Annotated[
+        int | None, Field(ge=1, le=10**12, description="Limit for each tenant whose key has none, prompt and answer.")
+    ] = None
+    limit_concurrency: Annotated[Size, Field(description="Most connections at a time.")] = 4096
+    max_num_waiting: Annotated[
+        Size, Field(description="Sequences that may wait for a place; further requests get 503 and Retry-After.")
+    ] = 1024
+    max_body_bytes: Annotated[Size, Field(description="Largest request body.")] = 8 << 20
+    header_timeout: Annotated[Seconds, Field(description="Seconds for a request's headers to arrive.")] = 10.0
+    body_timeout: Annotated[Seconds, Field(description="Seconds for its body.")] = 30.0
+    write_timeout: Annotated[
+        Seconds, Field(description="Seconds that a client may take none of its stream before it is cut off.")
+    ] = 30.0
+    keep_alive_timeout: Annotated[int, Field(ge=1, le=3600, description="Seconds that an idle connection is kept.")] = 5
+
+    # ---- how it lives ----
+    shutdown_timeout: Annotated[
+        float, Field(ge=0, le=86400, description="Seconds that running answers get to finish after SIGTERM.")
+    ] = 30.0
+    engine_timeout: Annotated[
+        Seconds, Field(description="Seconds without a sign of life after which the engine is restarted.")
+    ] = 60.0
+    health_timeout: Annotated[
+        Seconds, Field(description="Seconds without a sign of life after which /health says 503.")
+    ] = 20.0
+    render_workers: Annotated[
+        int, Field(ge=1, le=64, description="Processes that render chat templates and tokenize.")
+    ] = 2
+
+    # ---- sections of the file ----
+    models: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")], EngineSettings],
+        Field(description="Further engines by name, each with an engine's settings."),
+    ] = {}
+    router: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
+    cache: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
+    guardrails: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
+
+    @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _keys_are_keys(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if any(not key.get_secret_value().isascii() or len(key.get_secret_value()) < 8 for key in keys):
+            raise ValueError("a key has fewer than 8 characters, or others than ASCII")
+        return keys
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile and ssl_certfile are needed together")
+        for name in ("chat_template", "api_keys_file", "ssl_keyfile", "ssl_certfile"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: {path}: no such file")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return self.served_model_name or [self.model]
+
+
+def load(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None) -> ServeConfig:
+    """The configuration of these sources. Raises ValueError in one line that lists everything that is wrong."""
+    merged = _read_file(file) if file is not None else {}
+    merged = merged | dict(environment) | {name: value for name, value in flags.items() if value is not None}
+    try:
+        return ServeConfig.model_validate(merged)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        raise ValueError("; ".join(_describe(item) for item in found)) from None
+
+
+def _describe(item: Any) -> str:
+    name = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        return f"{name} is not a setting"
+    message = item["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    # What a secret was is not for the log.
+    given = "" if "key" in name or item["type"] == "missing" else f", got {repr(item['input'])[:100]}"
+    return f"{name}: {message}{given}"
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path}: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"config: {path}: expected settings by name")
+    # Both spellings, as vLLM has them.
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def environment_names() -> Sequence[str]:
+    """Settings that have an environment variable: all but the sections."""
+    return [name for name in ServeConfig.model_fields if name not in SECTIONS]

@@ -1,0 +1,349 @@
+"""The front's side of the engine: requests go in, outputs come out, and an engine that dies is replaced unnoticed.
+
+What is needed to go on with a request stays here until it ends: the prompt, the seed, the tokens so far. A new engine
+process gets all that is unfinished and continues exactly where the old one was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from fastattn.serve import messages as m
+from fastattn.serve.contract import APIError
+from fastattn.serve.engine_link import EngineLink
+from fastattn.serve.metrics import Metrics
+
+logger = logging.getLogger("fastattn.serve")
+
+MAX_FAILURES = 5  # engine processes in a row that did nothing before they died
+_MAX_STUCK = 3  # engine processes that died with a request that made no progress in any of them: it may be the reason
+_BACK_OFF = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before a restart, by failures so far
+
+State = Literal["starting", "ready", "restarting", "dead"]
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """Seconds. step: silence after which an engine is taken for hung. start: the same while it loads the model."""
+
+    step: float = 60.0
+    start: float = 1800.0
+    health: float = 20.0
+    heartbeat: float = 1.0
+
+
+@dataclass
+class _Work:
+    message: m.Generate | m.Embed
+    position: int
+    tell: Callable[[tuple[int, m.Output] | APIError], None]
+    tokens: list[list[int]]
+    finished: list[bool]
+    has_prompt_logprobs: bool = False
+    progress: bool = False  # since the last (re)start
+    stuck: int = 0
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class EngineClient:
+    def __init__(
+        self, model: str, options: dict[str, Any], metrics: Metrics, times: EngineTimes, max_num_waiting: int
+    ) -> None:
+        self._model, self._options, self._metrics, self._times = model, options, metrics, times
+        self._max_num_waiting = max_num_waiting
+        self._works: dict[str, _Work] = {}
+        self._num_sequences = 0
+        self._link: EngineLink | None = None  # to a process that is ready
+        self._last_heard = time.monotonic()
+        self._failures = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.state: State = "starting"
+        self.info: m.Ready | None = None
+        self.stats: dict[str, float] = {}
+        self.failure: tuple[str, int] | None = None  # why it is dead, and the exit code of the server
+        self.changed = asyncio.Condition()
+
+    # ---- life ----
+
+    async def run(self) -> None:
+        """Keeps an engine running until this task is cancelled, or no engine can be kept running."""
+        folder = Path(tempfile.mkdtemp(prefix="fastattn-"))  # 0700
+        try:
+            while self.state != "dead":
+                await self._one_life(folder)
+        finally:
+            if self.state != "dead":
+                await self._die("the server is shutting down", 0)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _one_life(self, folder: Path) -> None:
+        link = EngineLink(folder)
+        why = None
+        try:
+            self._last_heard = time.monotonic()
+            await link.start(self._model, self._options, self._times.heartbeat)
+            reader = asyncio.create_task(self._read(link))
+            watchdog = asyncio.create_task(self._watch())
+            try:
+                await asyncio.wait({reader, watchdog}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (reader, watchdog):
+                    task.cancel()
+            why = watchdog.result() if watchdog.done() and not watchdog.cancelled() else None
+            if reader.done() and not reader.cancelled() and reader.exception():
+                raise reader.exception() or AssertionError
+        except asyncio.CancelledError:
+            await link.stop()
+            raise
+        finally:
+            self._link = None
+            how = await link.kill()
+        await self._after_death(why or how)
+
+    async def _after_death(self, why: str) -> None:
+        if self.state == "dead":
+            return
+        self._metrics.engine.restarted()
+        self._failures += 1
+        if self._failures > MAX_FAILURES:
+            await self._die(f"the engine died {self._failures} times in a row, last: {why}", 1)
+            return
+        self._metrics.restarts.inc()
+        await self._set_state("restarting")
+        self._drop_poison()
+        delay = _BACK_OFF[self._failures - 1]
+        logger.error(
+            "the engine process ended (%s); %d requests wait for its successor, started in %g s",
+            why,
+            len(self._works),
+            delay,
+        )
+        await asyncio.sleep(delay)
+
+    def _drop_poison(self) -> None:
+        for request_id, work in list(self._works.items()):
+            work.stuck = 0 if work.progress else work.stuck + 1
+            work.progress = False
+            if work.stuck >= _MAX_STUCK:
+                self._forget(request_id)
+                text = f"the engine died {work.stuck} times while it worked on this request"
+                work.tell(APIError(500, text, "server_error"))
+
+    async def _die(self, why: str, exit_code: int) -> None:
+        self.failure = (why, exit_code)
+        for request_id, work in list(self._works.items()):
+            self._forget(request_id)
+            work.tell(APIError(503, why, "server_error"))
+        await self._set_state("dead")
+
+    async def _set_state(self, state: State) -> None:
+        self.state = state
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _read(self, link: EngineLink) -> None:
+        async for message in link.messages():
+            self._last_heard = time.monotonic()
+            if link.num_invalid:
+                self._metrics.invalid_messages.inc(link.num_invalid)
+                link.num_invalid = 0
+            if isinstance(message, m.Outputs):
+                self._failures = 0
+                for output in message.outputs:
+                    self._deliver(output)
+            elif isinstance(message, m.Stats):
+                self.stats = message.values
+                self._metrics.engine.update(message.values)
+            elif isinstance(message, m.Refused):
+                self._refuse(message)
+            elif isinstance(message, m.Ready):
+                self.info, self._link = message, link
+                for work in self._works.values():
+                    link.send(_continued(work))
+                await self._set_state("ready")
+            elif self.info is None:  # it never ran: nothing would change
+                await self._die(message.message, message.exit_code)
+
+    async def _watch(self) -> str:
+        """Ends when the engine has been silent for too long."""
+        tick = min(1.0, self._times.step / 4)
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            if now - before > tick + 1:  # it was we who slept: a stopped process, a suspended machine
+                self._last_heard = now
+            before = now
+            limit = self._times.step if self.state == "ready" else self._times.start
+            if now - self._last_heard > limit:
+                return f"no sign of life for {limit:g} s"
+
+    @property
+    def healthy(self) -> bool:
+        """The engine made a step, or answered in idleness, a moment ago."""
+        return self.state == "ready" and time.monotonic() - self._last_heard < self._times.health
+
+    @property
+    def seconds_since_sign(self) -> float:
+        return time.monotonic() - self._last_heard
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    # ---- requests ----
+
+    async def generate(self, messages: Sequence[m.Generate | m.Embed]) -> AsyncIterator[tuple[int, m.Output]]:
+        """(position in ``messages``, what is new), as it comes, until all are finished. Leaving early aborts them.
+
+        A reader that is slow gets more at a time, not more often. Raises APIError.
+        """
+        self._admit(messages)
+        inbox: asyncio.Queue[tuple[int, m.Output] | APIError] = asyncio.Queue()
+        for position, message in enumerate(messages):
+            n = message.sampling.n if isinstance(message, m.Generate) else 1
+            work = _Work(message, position, inbox.put_nowait, [[] for _ in range(n)], [False] * n)
+            self._works[message.id] = work
+            self._num_sequences += n
+            self._idle.clear()
+            if self._link is not None:
+                self._link.send(message)
+        left = len(messages)
+        try:
+            while left:
+                items = [await inbox.get()]
+                while not inbox.empty():
+                    items.append(inbox.get_nowait())
+                for position, output in _merge(items):
+                    left -= output.finished
+                    yield position, output
+        finally:
+            for message in messages:
+                if self._forget(message.id) and self._link is not None:
+                    self._link.send(m.Abort(message.id))
+
+    def _admit(self, messages: Sequence[m.Generate | m.Embed]) -> None:
+        if self.state == "dead":
+            assert self.failure is not None
+            raise APIError(503, self.failure[0], "server_error")
+        if self.info is None:
+            raise APIError(503, "the model is still loading", "overloaded_error", headers={"Retry-After": "5"})
+        wanted = sum(w.sampling.n if isinstance(w, m.Generate) else 1 for w in messages)
+        limit = self.info.max_num_seqs + self._max_num_waiting
+        if self._num_sequences + wanted > limit:
+            self._metrics.rejections.labels("queue").inc()
+            raise APIError(
+                503,
+                f"{self._num_sequences} sequences run or wait, and {wanted} more would be above the limit of {limit}",
+                "overloaded_error",
+                headers={"Retry-After": str(self._retry_after())},
+            )
+
+    def _retry_after(self) -> int:
+        """Seconds until a place may be free: how long the oldest has been here, within reason."""
+        oldest = min((work.arrival for work in self._works.values()), default=time.monotonic())
+        return max(1, min(30, round(time.monotonic() - oldest)))
+
+    def _deliver(self, output: m.Output) -> None:
+        work = self._works.get(output.id)
+        if work is None:  # aborted a moment ago
+            return
+        work.progress = True
+        # A completion that was over before a restart is reported over once more.
+        output.choices = [c for c in output.choices if not work.finished[c.index]]
+        for choice in output.choices:
+            work.tokens[choice.index] += choice.token_ids
+            work.finished[choice.index] = choice.finish_reason is not None
+            if choice.finish_reason == "error":
+                self._broken(work, choice)
+                return
+        if work.has_prompt_logprobs:
+            output.prompt_logprobs = None
+        work.has_prompt_logprobs |= output.prompt_logprobs is not None
+        if output.finished:
+            self._forget(output.id)
+        work.tell((work.position, output))
+
+    def _broken(self, work: _Work, choice: m.Choice) -> None:
+        self._metrics.corrupted.inc()
+        self._metrics.success.labels("error").inc()
+        if self._forget(work.message.id) and self._link is not None:
+            self._link.send(m.Abort(work.message.id))
+        work.tell(APIError(500, f"the engine could not go on with this request: {choice.stop_reason}", "server_error"))
+
+    def _refuse(self, message: m.Refused) -> None:
+        work = self._works.get(message.id)
+        if work is None:
+            return
+        self._forget(message.id)
+        if message.kind == "busy":
+            self._metrics.rejections.labels("queue").inc()
+            headers = {"Retry-After": str(self._retry_after())}
+            work.tell(APIError(503, message.message, "overloaded_error", headers=headers))
+        else:
+            work.tell(APIError(400, message.message))
+
+    def _forget(self, request_id: str) -> bool:
+        work = self._works.pop(request_id, None)
+        if work is not None:
+            self._num_sequences -= len(work.tokens)
+            if not self._works:
+                self._idle.set()
+        return work is not None
+
+
+def _continued(work: _Work) -> m.Generate | m.Embed:
+    """The request as a new engine process needs it."""
+    message = work.message
+    if isinstance(message, m.Embed):
+        return message
+    sampling = message.sampling
+    if work.has_prompt_logprobs:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+    return msgspec.structs.replace(message, sampling=sampling, resume=work.tokens if any(work.tokens) else None)
+
+
+def _merge(items: list[tuple[int, m.Output] | APIError]) -> list[tuple[int, m.Output]]:
+    """What came for each request since the reader last looked, as one; an error if there is one."""
+    merged: dict[int, m.Output] = {}
+    for item in items:
+        if isinstance(item, APIError):
+            raise item
+        position, new = item
+        old = merged.setdefault(position, new)
+        if old is new:
+            continue
+        choices = {choice.index: choice for choice in old.choices}
+        for choice in new.choices:
+            before = choices.get(choice.index)
+            if before is None:
+                old.choices.append(choice)
+                continue
+            before.text += choice.text
+            before.token_ids = before.token_ids + choice.token_ids
+            if choice.logprobs is not None:
+                before.logprobs = (before.logprobs or []) + choice.logprobs
+            before.finish_reason, before.stop_reason = choice.finish_reason, choice.stop_reason
+        old.finished = new.finished
+        old.num_cached_tokens = new.num_cached_tokens
+        old.prompt_logprobs = old.prompt_logprobs or new.prompt_logprobs
+        old.embedding = new.embedding
+    return list(merged.items())
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Ends a task and waits until it has ended."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

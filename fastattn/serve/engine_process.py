@@ -1,0 +1,206 @@
+"""The engine process: `python -m fastattn.serve.engine_process`, started by the front with an EngineSpec on stdin.
+
+One thread: messages, a step, what is new, and again. It ends when it is told to, or when stdin ends, which is when the
+front is gone. Signals are the front's business: a terminal or a service manager sends them to every process of a server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from fastattn.serve import messages as m
+
+if TYPE_CHECKING:
+    from fastattn.engine.engine import Engine
+    from fastattn.engine.outputs import CompletionOutput, Logprob, RequestOutput
+
+logger = logging.getLogger("fastattn.serve")
+
+
+class EngineLoop:
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], heartbeat: float) -> None:
+        self._engine, self._socket, self._heartbeat = engine, socket, heartbeat
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(m.ToEngine)
+        self._num_invalid = 0
+        self._next_beat = 0.0
+        self._stopped = False
+
+    def run(self) -> None:
+        while not self._stopped:
+            self._receive()
+            outputs = self._engine.step()
+            if outputs:
+                self.send(m.Outputs([self._output(output) for output in outputs]))
+            if (now := time.monotonic()) >= self._next_beat:
+                self._next_beat = now + self._heartbeat
+                values = dataclasses.asdict(self._engine.stats())
+                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+                self.send(m.Stats(numbers, self._num_invalid))
+
+    def send(self, message: m.FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def _receive(self) -> None:
+        """Takes all messages that are there; with nothing to do it waits for one, or for the next sign of life."""
+        timeout = 0.0 if self._engine.has_unfinished_requests() else max(0.0, self._next_beat - time.monotonic())
+        while not self._stopped and self._socket.poll(math.ceil(timeout * 1000)):
+            timeout = 0.0
+            try:
+                message = self._decoder.decode(self._socket.recv())
+            except msgspec.DecodeError:  # not from our front
+                self._num_invalid += 1
+                continue
+            self._obey(message)
+
+    def _obey(self, message: m.ToEngine) -> None:
+        if isinstance(message, m.Stop):
+            self._stopped = True
+        elif isinstance(message, m.Abort):
+            self._engine.abort_request(message.id)
+        else:
+            from fastattn.engine.engine import EngineBusyError
+
+            try:
+                self._add(message)
+            except EngineBusyError as error:
+                self.send(m.Refused(message.id, "busy", str(error)))
+            except (ValueError, TypeError) as error:
+                self.send(m.Refused(message.id, "invalid", str(error).removeprefix("add_request: ")))
+
+    def _add(self, message: m.Generate | m.Embed) -> None:
+        from fastattn.engine.sampling_params import SamplingParams
+
+        prompt = {"prompt_token_ids": message.prompt_token_ids}
+        if isinstance(message, m.Embed):
+            raise ValueError("this engine gives no embeddings")
+        values: dict[str, Any] = msgspec.structs.asdict(message.sampling)
+        values.pop("structured_output")
+        params = SamplingParams(output_kind="delta", **values)
+        self._engine.add_request(
+            message.id,
+            prompt,
+            params,
+            priority=message.priority,
+            tenant=message.tenant,
+            resume_token_ids=message.resume,
+        )
+
+    def _output(self, output: RequestOutput) -> m.Output:
+        metrics = output.metrics
+        started = metrics.first_scheduled_time
+        return m.Output(
+            id=output.request_id,
+            choices=[self._choice(completion) for completion in output.outputs],
+            finished=output.finished,
+            num_cached_tokens=output.num_cached_tokens,
+            queue_seconds=0.0 if started is None else started - metrics.arrival_time,
+            prompt_logprobs=self._prompt_logprobs(output),
+        )
+
+    def _choice(self, completion: CompletionOutput) -> m.Choice:
+        logprobs = None
+        if completion.logprobs is not None:
+            logprobs = [
+                self._logprobs(row, token)
+                for row, token in zip(completion.logprobs, completion.token_ids, strict=False)
+            ]
+        return m.Choice(
+            completion.index,
+            completion.text,
+            completion.token_ids,
+            logprobs,
+            completion.finish_reason,
+            completion.stop_reason,
+        )
+
+    def _prompt_logprobs(self, output: RequestOutput) -> list[list[m.TokenLogprob]] | None:
+        """The first token of a prompt has no probability: its rank is 0."""
+        if output.prompt_logprobs is None:
+            return None
+        tokenizer = self._engine.tokenizer
+        return [
+            self._logprobs(row, token)
+            if row is not None
+            else [m.TokenLogprob(token, 0.0, 0, tokenizer.token_text(token), tokenizer.token_bytes(token))]
+            for row, token in zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+        ]
+
+    def _logprobs(self, row: dict[int, Logprob], chosen: int) -> list[m.TokenLogprob]:
+        """The chosen token first, then by rank."""
+        order = [chosen, *sorted((t for t in row if t != chosen), key=lambda t: row[t].rank)]
+        tokenizer = self._engine.tokenizer
+        return [
+            m.TokenLogprob(t, row[t].logprob, row[t].rank, row[t].decoded_token, tokenizer.token_bytes(t))
+            for t in order
+        ]
+
+
+def _exit_with_the_front() -> None:
+    """Waits for the end of stdin in a thread of its own, so that nothing is left behind by a front that was killed."""
+
+    def wait() -> None:
+        while os.read(0, 4096):  # not sys.stdin: its lock would be held at the interpreter's end
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="fastattn-front-watch", daemon=True).start()
+
+
+def _build(spec: m.EngineSpec) -> Engine:
+    from fastattn.engine.setup import EngineOptions, build_engine
+
+    return build_engine(spec.model, EngineOptions(**spec.options))
+
+
+def main() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=m.EngineSpec)
+    _exit_with_the_front()
+    from fastattn import config
+
+    logging.basicConfig(level=config.log_level(), format="%(levelname)s %(name)s: %(message)s")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, spec.identity.encode())
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.set_hwm(0)  # what is in flight is bounded by the requests that the front admits
+    socket.connect(spec.address)
+    encode = msgspec.msgpack.encode
+    try:
+        engine = _build(spec)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        socket.send(encode(m.StartFailed(" ".join(str(error).split()) or type(error).__name__, 2)))
+        context.destroy()
+        return 2
+    sizes = engine.config
+    socket.send(
+        encode(
+            m.Ready(
+                model=spec.model,
+                device=str(engine.runner.device),
+                max_model_len=sizes.max_model_len,
+                vocab_size=engine.runner.model.config.vocab_size,
+                max_num_seqs=sizes.max_num_seqs,
+                tokenizer=m.TokenizerParts(**engine.tokenizer.parts()),
+            )
+        )
+    )
+    EngineLoop(engine, socket, spec.heartbeat).run()
+    context.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Server-sent events, and work that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fastattn.serve.contract import APIError, Chunk
+
+logger = logging.getLogger("fastattn.serve")
+T = TypeVar("T")
+
+_END = b"data: [DONE]\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client has closed the connection: there is nobody to answer."""
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """What the work gives; if the client leaves first, the work is cancelled and ClientGoneError raised."""
+    task: asyncio.Task[T] = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """Chunks as events, then [DONE]; an error on the way is an event too. on_end is called once, however it ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[Chunk],
+        headers: Mapping[str, str],
+        write_timeout: float,
+        on_end: Callable[[bool], None],
+    ) -> None:
+        super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks, self._write_timeout, self._on_end = chunks, write_timeout, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        complete = False
+        try:
+            await unless_gone(receive, self._write(scope, send))
+            complete = True
+        except ClientGoneError:
+            pass
+        finally:
+            self._on_end(complete)
+
+    async def _write(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            try:
+                async for chunk in self._chunks:
+                    await self._body(send, event(chunk))
+            except APIError as error:
+                await self._body(send, event(error.body()))
+            except Exception:
+                logger.exception("a stream ended with an error of ours")
+                await self._body(send, event(APIError(500, "internal error", "server_error").body()))
+            finally:
+                await self._chunks.aclose()  # type: ignore[attr-defined]
+            await self._body(send, _END, more=False)
+        except asyncio.TimeoutError:
+            logger.info("a client took nothing of its stream for %g s and is cut off", self._write_timeout)
+            if abort := scope.get("fastattn.abort"):  # closing would wait for the client once more
+                abort()
+            raise ClientGoneError from None
+
+    async def _body(self, send: Send, data: bytes, more: bool = True) -> None:
+        # Waits while the connection's buffer is full.
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        await asyncio.wait_for(send(message), self._write_timeout)

@@ -1,0 +1,94 @@
+"""What a running server consists of, for its routes to ask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from fastattn.serve import messages as m
+from fastattn.serve.auth import Keys
+from fastattn.serve.config import EngineSettings, ServeConfig
+from fastattn.serve.contract import APIError, Backend
+from fastattn.serve.engine_backend import EngineBackend
+from fastattn.serve.engine_client import EngineClient, EngineTimes
+from fastattn.serve.metrics import Metrics
+from fastattn.serve.rate_limits import RateLimits
+from fastattn.serve.renderer import Renderer
+
+
+class LocalEngine(EngineBackend):
+    """An engine of this server with its renderer, once it is ready."""
+
+    def __init__(self, client: EngineClient, info: m.Ready, names: Sequence[str], renderer: Renderer, metrics: Metrics) -> None:  # fmt: skip
+        super().__init__(client, renderer, names, metrics)
+        self.client, self.info, self.renderer = client, info, renderer
+
+
+@dataclass
+class ServerState:
+    config: ServeConfig
+    keys: Keys
+    metrics: Metrics = field(default_factory=Metrics)
+    started: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    clients: dict[str, EngineClient] = field(default_factory=dict)
+    engines: dict[str, LocalEngine] = field(default_factory=dict)  # by name, those that have become ready
+    chain: Backend | None = None  # what answers, once all engines are ready
+    routes: Collection[str] = ()  # names that the router adds
+    rule_headers: Collection[str] = ()  # request headers that rules of the router look at
+
+    def __post_init__(self) -> None:
+        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
+        for name, settings in self.engine_settings().items():
+            times = EngineTimes(step=self.config.engine_timeout, health=self.config.health_timeout)
+            self.clients[name] = EngineClient(
+                settings.model, settings.engine_options(), self.metrics, times, self.config.max_num_waiting
+            )
+
+    def engine_settings(self) -> dict[str, EngineSettings]:
+        return {self.config.names[0]: self.config, **self.config.models}
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*self.config.names, *self.config.models, *self.routes]))
+
+    def find_engine(self, name: str | None) -> LocalEngine | None:
+        return self.engines.get(self.config.names[0] if name is None or name in self.config.names else name)
+
+    def engine(self, name: str | None) -> LocalEngine:
+        """The engine of this name. Raises APIError: 404 for what is not served here, 503 while it loads."""
+        found = self.find_engine(name)
+        if found is not None:
+            return found
+        self._check_alive()
+        if name is None or name in self.names():
+            raise _loading()
+        text = f"the model {name[:200]!r} is not served here, see /v1/models"
+        raise APIError(404, text, "not_found_error", param="model", code="model_not_found")
+
+    def backend(self) -> Backend:
+        if self.chain is None:
+            self._check_alive()
+            raise _loading()
+        return self.chain
+
+    def sick(self) -> str | None:
+        """What is wrong with an engine, if anything."""
+        for name, client in self.clients.items():
+            if not client.healthy:
+                return f"engine {name!r} is {client.state}, last sign of life {client.seconds_since_sign:.1f} s ago"
+        return None
+
+    def not_ready(self) -> str | None:
+        if self.chain is None:
+            return "the model is still loading"
+        return next((f"engine {n!r} is {c.state}" for n, c in self.clients.items() if c.state != "ready"), None)
+
+    def _check_alive(self) -> None:
+        for client in self.clients.values():
+            if client.failure is not None:
+                raise APIError(503, client.failure[0], "server_error")
+
+
+def _loading() -> APIError:
+    return APIError(503, "the model is still loading", "overloaded_error", headers={"Retry-After": "5"})

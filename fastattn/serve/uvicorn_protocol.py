@@ -1,0 +1,69 @@
+"""uvicorn's HTTP protocol with the limits that it lacks: how long, and how large, a request's headers may be."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_MAX_HEADER_BYTES = 64 << 10
+
+
+def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
+    """uvicorn makes the instances, so what they are to know goes into the class."""
+
+    class LimitedProtocol(HttpToolsProtocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _num_header_bytes = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait_for_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._header_timer is not None:
+                self._num_header_bytes += len(data)
+            super().data_received(data)
+            # A whole request with its body may come at once; then nothing is waited for here any more.
+            if self._header_timer is not None and self._num_header_bytes > _MAX_HEADER_BYTES:
+                self._refuse(b"431 Request Header Fields Too Large", b"the request's headers are too large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self._header_timer is None:  # another request on a connection that was kept
+                self._wait_for_headers()
+
+        def on_headers_complete(self) -> None:
+            self._stop_waiting()
+            super().on_headers_complete()
+            self.scope["fastattn.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+        def _wait_for_headers(self) -> None:
+            self._num_header_bytes = 0
+            self._header_timer = self.loop.call_later(
+                header_timeout, self._refuse, b"408 Request Timeout", b"the request's headers did not arrive in time"
+            )
+
+        def _stop_waiting(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(b"400 Bad Request", b"the request is not HTTP")
+
+        def _refuse(self, status: bytes, text: bytes) -> None:
+            self._stop_waiting()
+            if self.transport.is_closing():
+                return
+            body = b'{"error":{"message":"' + text + b'","type":"invalid_request_error","param":null,"code":null}}'
+            head = b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+            self.transport.close()
+
+    return LimitedProtocol
