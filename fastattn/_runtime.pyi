@@ -4,6 +4,12 @@ from collections.abc import Sequence
 
 class TokenSequence:
     num_computed: int
+    @property
+    def drafts(self) -> list[int]: ...
+    @drafts.setter
+    def drafts(self, tokens: Sequence[int]) -> None: ...
+    @property
+    def num_drafts(self) -> int: ...
     def __init__(self, token_ids: Sequence[int]) -> None: ...
     def append(self, token: int) -> None: ...
     def extend(self, tokens: Sequence[int]) -> None: ...
@@ -56,12 +62,24 @@ class BatchInfo:
     def nbytes(self) -> int: ...
 
 class BatchBuilder:
-    def __init__(self, max_num_tokens: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None: ...
+    def __init__(
+        self,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        block_size: int,
+        max_logits_per_seq: int = 1,
+    ) -> None: ...
     @property
     def nbytes(self) -> int: ...
     def layout(self) -> dict[str, tuple[int, str, tuple[int, ...]]]: ...
     def build(
-        self, address: int, sequences: Sequence[TokenSequence], num_tokens: Sequence[int], pad_num_seqs: int = 0
+        self,
+        address: int,
+        sequences: Sequence[TokenSequence],
+        num_tokens: Sequence[int],
+        pad_num_seqs: int = 0,
+        pad_num_tokens: int = 1,
     ) -> BatchInfo: ...
 
 class NgramIndex:

@@ -7,11 +7,13 @@
 
 namespace fastattn {
 
-BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t max_blocks_per_seq, int64_t block_size)
+BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t max_blocks_per_seq, int64_t block_size,
+                           int64_t max_logits_per_seq)
     : max_num_tokens_(max_num_tokens),
       max_num_seqs_(max_num_seqs),
       max_blocks_per_seq_(max_blocks_per_seq),
-      block_size_(block_size) {
+      block_size_(block_size),
+      max_logits_per_seq_(max_logits_per_seq) {
   const auto require = [](const char* name, int64_t value) {
     if (value < 1 || value > (1 << 28)) refuse("BatchBuilder: ", name, " is ", value, ", allowed is 1 to 2**28");
   };
@@ -19,9 +21,14 @@ BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t
   require("max_num_seqs", max_num_seqs);
   require("max_blocks_per_seq", max_blocks_per_seq);
   require("block_size", block_size);
+  require("max_logits_per_seq", max_logits_per_seq);
   if (max_num_seqs * max_blocks_per_seq > (int64_t{1} << 30)) {
     refuse("BatchBuilder: max_num_seqs * max_blocks_per_seq is ", max_num_seqs * max_blocks_per_seq,
            ", allowed is up to 2**30");
+  }
+  const int64_t max_num_logits = max_num_seqs * max_logits_per_seq;
+  if (max_num_logits > (int64_t{1} << 28)) {
+    refuse("BatchBuilder: max_num_seqs * max_logits_per_seq is ", max_num_logits, ", allowed is up to 2**28");
   }
   const auto add = [this](const char* name, const char* dtype, int64_t item_bytes, std::vector<int64_t> shape) {
     int64_t bytes = item_bytes;
@@ -31,9 +38,10 @@ BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t
   };
   for (const char* name : {"token_ids", "positions", "slot_mapping"}) add(name, "int32", 4, {max_num_tokens});
   add("cu_seqlens_q", "int32", 4, {max_num_seqs + 1});
-  for (const char* name : {"seqused_k", "logits_indices", "top_k"}) add(name, "int32", 4, {max_num_seqs});
-  for (const char* name : {"temperature", "top_p", "min_p"}) add(name, "float32", 4, {max_num_seqs});
-  for (const char* name : {"seed", "sample_position"}) add(name, "int64", 8, {max_num_seqs});
+  add("seqused_k", "int32", 4, {max_num_seqs});
+  for (const char* name : {"logits_indices", "top_k"}) add(name, "int32", 4, {max_num_logits});
+  for (const char* name : {"temperature", "top_p", "min_p"}) add(name, "float32", 4, {max_num_logits});
+  for (const char* name : {"seed", "sample_position"}) add(name, "int64", 8, {max_num_logits});
   // Last, because it is the largest: a step copies only the rows that it uses.
   add("block_table", "int32", 4, {max_num_seqs, max_blocks_per_seq});
 }
@@ -45,7 +53,8 @@ T* BatchBuilder::at(uintptr_t address, const char* name) const {
 }
 
 void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                            const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs) const {
+                            const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs,
+                            int64_t pad_num_tokens) const {
   if (address == 0 || address % 16 != 0)
     refuse("BatchBuilder.build: address is ", address, ", expected a multiple of 16");
   if (sequences.size() != num_tokens.size()) {
@@ -56,13 +65,22 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
     refuse("BatchBuilder.build: ", num_real, " sequences and pad_num_seqs ", pad_num_seqs, ", allowed are up to ",
            max_num_seqs_, " together");
   }
-  int64_t total = pad_num_seqs;
+  if (pad_num_tokens < 1 || pad_num_tokens > max_logits_per_seq_) {
+    refuse("BatchBuilder.build: pad_num_tokens is ", pad_num_tokens, ", allowed is 1 to ", max_logits_per_seq_);
+  }
+  int64_t total = pad_num_seqs * pad_num_tokens;
   for (int64_t i = 0; i < num_real; ++i) {
     const TokenSequence* seq = sequences[i];
     if (seq == nullptr) refuse("BatchBuilder.build: sequences[", i, "] is None");
-    const int64_t pending = seq->size() - seq->num_computed();
+    // A draft needs the token before it in the same step, whose logits decide about it.
+    const int64_t own = seq->size() - seq->num_computed();
+    const int64_t pending = own > 0 ? own + static_cast<int64_t>(seq->drafts().size()) : 0;
     if (num_tokens[i] < 1 || num_tokens[i] > pending) {
       refuse("BatchBuilder.build: num_tokens[", i, "] is ", num_tokens[i], ", allowed is 1 to ", pending);
+    }
+    if (num_tokens[i] - own + 1 > max_logits_per_seq_) {
+      refuse("BatchBuilder.build: num_tokens[", i, "] has ", num_tokens[i] - own, " drafts, allowed are up to ",
+             max_logits_per_seq_ - 1);
     }
     const int64_t num_needed = (seq->num_computed() + num_tokens[i] + block_size_ - 1) / block_size_;
     if (num_needed > static_cast<int64_t>(seq->blocks().size())) {
@@ -86,8 +104,9 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
 }
 
 BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                              const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs) const {
-  validate(address, sequences, num_tokens, pad_num_seqs);
+                              const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs,
+                              int64_t pad_num_tokens) const {
+  validate(address, sequences, num_tokens, pad_num_seqs, pad_num_tokens);
   auto* token_ids = at<int32_t>(address, "token_ids");
   auto* positions = at<int32_t>(address, "positions");
   auto* slot_mapping = at<int32_t>(address, "slot_mapping");
@@ -121,9 +140,11 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     const int64_t end = start + num_tokens[i];
     for (int64_t position = start; position < end; ++position, ++info.num_tokens) {
       const int64_t block = seq.blocks()[position / block_size_];
-      token_ids[info.num_tokens] = seq.tokens()[position];
+      token_ids[info.num_tokens] =
+          position < seq.size() ? seq.tokens()[position] : seq.drafts()[position - seq.size()];
       positions[info.num_tokens] = static_cast<int32_t>(position);
       slot_mapping[info.num_tokens] = static_cast<int32_t>(block * block_size_ + position % block_size_);
+      if (position >= seq.size() - 1) add_logits_row(info.num_tokens, seq.sampling(), position + 1);
     }
     int32_t* row = block_table + info.num_seqs * max_blocks_per_seq_;
     std::copy(seq.blocks().begin(), seq.blocks().end(), row);
@@ -131,17 +152,18 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(info.num_tokens);
     info.max_seqlen_q = std::max(info.max_seqlen_q, num_tokens[i]);
     info.max_seqlen_k = std::max(info.max_seqlen_k, end);
-    if (end == seq.size()) add_logits_row(info.num_tokens - 1, seq.sampling(), end);
   }
   for (int64_t i = 0; i < pad_num_seqs; ++i) {
-    token_ids[info.num_tokens] = 0;
-    positions[info.num_tokens] = 0;
-    slot_mapping[info.num_tokens] = -1;
+    for (int64_t j = 0; j < pad_num_tokens; ++j, ++info.num_tokens) {
+      token_ids[info.num_tokens] = 0;
+      positions[info.num_tokens] = 0;
+      slot_mapping[info.num_tokens] = -1;
+      add_logits_row(info.num_tokens, SamplingRow{}, 0);
+    }
     block_table[info.num_seqs * max_blocks_per_seq_] = 0;
     seqused_k[info.num_seqs] = 0;
-    add_logits_row(info.num_tokens, SamplingRow{}, 0);
-    cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(++info.num_tokens);
-    info.max_seqlen_q = std::max<int64_t>(info.max_seqlen_q, 1);
+    cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(info.num_tokens);
+    info.max_seqlen_q = std::max<int64_t>(info.max_seqlen_q, pad_num_tokens);
   }
   info.nbytes = fields_.back().offset + info.num_seqs * max_blocks_per_seq_ * int64_t{4};
   return info;

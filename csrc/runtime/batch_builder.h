@@ -27,22 +27,24 @@ class BatchBuilder {
     int64_t offset;  // bytes
   };
 
-  BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t max_blocks_per_seq, int64_t block_size);
+  BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t max_blocks_per_seq, int64_t block_size,
+               int64_t max_logits_per_seq);
 
-  // num_tokens[i] tokens of sequences[i], then pad_num_seqs rows of one token that writes nothing and sees nothing.
+  // num_tokens[i] tokens of sequences[i], its drafts after its own: the last of its own and each draft get a row of
+  // logits. Then pad_num_seqs rows of pad_num_tokens tokens that write nothing and see nothing.
   BatchInfo build(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                  const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs) const;
+                  const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens) const;
 
   int64_t nbytes() const { return nbytes_; }
   const std::vector<Field>& layout() const { return fields_; }
 
  private:
   void validate(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs) const;
+                const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens) const;
   template <typename T>
   T* at(uintptr_t address, const char* name) const;
 
-  int64_t max_num_tokens_, max_num_seqs_, max_blocks_per_seq_, block_size_;
+  int64_t max_num_tokens_, max_num_seqs_, max_blocks_per_seq_, block_size_, max_logits_per_seq_;
   int64_t nbytes_ = 0;
   std::vector<Field> fields_;
 };

@@ -15,7 +15,7 @@ namespace fastattn {
 namespace {
 
 void bind_token_sequence(py::module_& m) {
-  py::class_<TokenSequence>(m, "TokenSequence", "One request's tokens, KV blocks and sampling row.")
+  py::class_<TokenSequence>(m, "TokenSequence", "One request's tokens, drafts, KV blocks and sampling row.")
       .def(py::init<std::vector<int32_t>>(), "token_ids"_a)
       .def("append", &TokenSequence::append, "token"_a)
       .def("extend", &TokenSequence::extend, "tokens"_a)
@@ -26,6 +26,9 @@ void bind_token_sequence(py::module_& m) {
            "Tokens start … end - 1; end -1 is all the rest.")
       .def_property("num_computed", &TokenSequence::num_computed, &TokenSequence::set_num_computed,
                     "How many tokens have their keys and values in the cache.")
+      .def_property("drafts", &TokenSequence::drafts, &TokenSequence::set_drafts,
+                    "A copy of the guesses at what comes next, which are no tokens yet; gone when the tokens change.")
+      .def_property_readonly("num_drafts", [](const TokenSequence& s) { return s.drafts().size(); })
       .def_property_readonly("num_blocks", [](const TokenSequence& s) { return s.blocks().size(); })
       .def("blocks", &TokenSequence::blocks, "A copy of the block ids, in order.")
       .def("add_blocks", &TokenSequence::add_blocks, "blocks"_a)
@@ -78,8 +81,8 @@ void bind_batch_builder(py::module_& m) {
       .def_readonly("max_seqlen_k", &BatchInfo::max_seqlen_k)
       .def_readonly("nbytes", &BatchInfo::nbytes);
   py::class_<BatchBuilder>(m, "BatchBuilder", "Writes every array of one step into one buffer at fixed offsets.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), "max_num_tokens"_a, "max_num_seqs"_a, "max_blocks_per_seq"_a,
-           "block_size"_a)
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), "max_num_tokens"_a, "max_num_seqs"_a,
+           "max_blocks_per_seq"_a, "block_size"_a, "max_logits_per_seq"_a = 1)
       .def_property_readonly("nbytes", &BatchBuilder::nbytes)
       .def("layout",
            [](const BatchBuilder& builder) {
@@ -90,7 +93,8 @@ void bind_batch_builder(py::module_& m) {
              return layout;
            })
       .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
-           "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i].");
+           "pad_num_tokens"_a = 1,
+           "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the rest.");
 }
 
 void bind_ngram_index(py::module_& m) {

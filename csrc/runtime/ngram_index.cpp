@@ -52,8 +52,12 @@ std::vector<int32_t> NgramIndex::propose(int64_t max_tokens) const {
     if (found == ends_[n - min_n_].end()) continue;
     const int64_t earlier = found->second.before;
     if (earlier == 0 || !same(earlier, end, n)) continue;
-    const int64_t stop = std::min(end, earlier + max_tokens);
-    return {tokens_.begin() + earlier, tokens_.begin() + stop};
+    // Past the end of the text the continuation is its own: "abab" goes on "abab", however much is wanted.
+    std::vector<int32_t> found_tokens(max_tokens);
+    for (int64_t i = 0; i < max_tokens; ++i) {
+      found_tokens[i] = earlier + i < end ? tokens_[earlier + i] : found_tokens[earlier + i - end];
+    }
+    return found_tokens;
   }
   return {};
 }

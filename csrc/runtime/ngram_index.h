@@ -14,7 +14,8 @@ class NgramIndex {
   NgramIndex(int64_t min_n, int64_t max_n);
 
   void extend(const std::vector<int32_t>& tokens);  // O(max_n) a token
-  // Up to max_tokens tokens that followed the latest earlier occurrence of the longest suffix that occurred before.
+  // The max_tokens tokens that followed the latest earlier occurrence of the longest suffix that occurred before, and
+  // where the text ends before that many, what follows if it goes on repeating; nothing if no suffix occurred before.
   std::vector<int32_t> propose(int64_t max_tokens) const;
   int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
 

@@ -25,6 +25,7 @@ TokenSequence::TokenSequence(std::vector<int32_t> token_ids) {
 void TokenSequence::extend(const std::vector<int32_t>& tokens) {
   require_tokens(".extend", tokens);
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  drafts_.clear();
 }
 
 void TokenSequence::truncate(int64_t length) {
@@ -32,6 +33,12 @@ void TokenSequence::truncate(int64_t length) {
     refuse("TokenSequence.truncate: length is ", length, ", allowed is num_computed = ", num_computed_, " to ", size());
   }
   tokens_.resize(length);
+  drafts_.clear();
+}
+
+void TokenSequence::set_drafts(const std::vector<int32_t>& tokens) {
+  require_tokens(".drafts", tokens);
+  drafts_ = tokens;
 }
 
 std::vector<int32_t> TokenSequence::slice(int64_t start, int64_t end) const {
@@ -58,6 +65,7 @@ void TokenSequence::add_blocks(const std::vector<int32_t>& blocks) {
 
 std::vector<int32_t> TokenSequence::take_blocks() {
   num_computed_ = 0;
+  drafts_.clear();
   return std::exchange(blocks_, {});
 }
 

@@ -1,4 +1,4 @@
-// One request's tokens, KV blocks and sampling row.
+// One request's tokens, the guesses at what comes next, KV blocks and sampling row.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,17 @@ class TokenSequence {
   std::vector<int32_t> slice(int64_t start, int64_t end) const;  // end −1: to the end
   const std::vector<int32_t>& tokens() const { return tokens_; }
 
+  // Guesses at the tokens that come next, for a step to verify. They are no part of tokens(), so nothing that reads
+  // those (the prefix tree) can take a guess for a fact. Gone as soon as the tokens change.
+  void set_drafts(const std::vector<int32_t>& tokens);
+  const std::vector<int32_t>& drafts() const { return drafts_; }
+
   int64_t num_computed() const { return num_computed_; }
   void set_num_computed(int64_t num_computed);
 
   const std::vector<int32_t>& blocks() const { return blocks_; }
   void add_blocks(const std::vector<int32_t>& blocks);
-  // Hands its blocks over; without them nothing is computed any more.
+  // Hands its blocks over; without them nothing is computed any more, and nothing can be verified.
   std::vector<int32_t> take_blocks();
 
   const SamplingRow& sampling() const { return sampling_; }
@@ -39,6 +44,7 @@ class TokenSequence {
 
  private:
   std::vector<int32_t> tokens_;
+  std::vector<int32_t> drafts_;
   std::vector<int32_t> blocks_;
   int64_t num_computed_ = 0;
   SamplingRow sampling_;

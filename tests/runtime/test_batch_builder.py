@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastattn._runtime import BatchBuilder, BatchInfo, TokenSequence
 
-BLOCK_SIZE, MAX_TOKENS, MAX_SEQS, MAX_BLOCKS = 4, 24, 5, 6
+BLOCK_SIZE, MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, MAX_LOGITS = 4, 24, 5, 6, 4
 PER_LOGIT = ("logits_indices", "temperature", "top_p", "min_p", "top_k", "seed", "sample_position")
 
 
@@ -27,12 +27,14 @@ class Spec:
     num_tokens: int
     blocks: list[int]
     sampling: tuple[float, int, float, float, int] = (0.0, 0, 1.0, 0.0, 0)
+    drafts: tuple[int, ...] = ()
 
     def build(self) -> TokenSequence:
         seq = TokenSequence(self.tokens)
         seq.add_blocks(self.blocks)
         seq.num_computed = self.num_computed
         seq.set_sampling(*self.sampling)
+        seq.drafts = self.drafts
         return seq
 
 
@@ -46,8 +48,9 @@ class Buffer:
         self.bytes = raw[start : start + builder.nbytes + 16]  # the last 16 are past its end
         self.address = self.bytes.ctypes.data
 
-    def fill(self, specs: list[Spec], pad: int = 0) -> BatchInfo:
-        return self.builder.build(self.address, [s.build() for s in specs], [s.num_tokens for s in specs], pad)
+    def fill(self, specs: list[Spec], pad: int = 0, pad_num_tokens: int = 1) -> BatchInfo:
+        counts = [s.num_tokens for s in specs]
+        return self.builder.build(self.address, [s.build() for s in specs], counts, pad, pad_num_tokens)
 
     def field(self, name: str) -> NDArray[Any]:
         offset, dtype, shape = self.builder.layout()[name]
@@ -57,10 +60,10 @@ class Buffer:
 
 @pytest.fixture
 def buffer() -> Buffer:
-    return Buffer(BatchBuilder(MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE))
+    return Buffer(BatchBuilder(MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, MAX_LOGITS))
 
 
-def expected_arrays(specs: list[Spec], pad: int) -> dict[str, NDArray[Any]]:
+def expected_arrays(specs: list[Spec], pad: int, pad_num_tokens: int) -> dict[str, NDArray[Any]]:
     """What the contract says, token by token."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token_ids", "positions", "slot_mapping", "seqused_k", *PER_LOGIT)
@@ -76,34 +79,38 @@ def expected_arrays(specs: list[Spec], pad: int) -> dict[str, NDArray[Any]]:
     for spec in specs:
         end = spec.num_computed + spec.num_tokens
         for position in range(spec.num_computed, end):
-            columns["token_ids"].append(spec.tokens[position])
+            columns["token_ids"].append([*spec.tokens, *spec.drafts][position])
             columns["positions"].append(position)
             columns["slot_mapping"].append(spec.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            if position >= len(spec.tokens) - 1:
+                sampling(spec.sampling, position + 1)
         columns["seqused_k"].append(end)
         cu_seqlens.append(len(columns["token_ids"]))
-        if end == len(spec.tokens):
-            sampling(spec.sampling, end)
     for _ in range(pad):
-        for name, value in (("token_ids", 0), ("positions", 0), ("slot_mapping", -1), ("seqused_k", 0)):
-            columns[name].append(value)
+        for _ in range(pad_num_tokens):
+            for name, value in (("token_ids", 0), ("positions", 0), ("slot_mapping", -1)):
+                columns[name].append(value)
+            sampling((0.0, 0, 1.0, 0.0, 0), 0)
+        columns["seqused_k"].append(0)
         cu_seqlens.append(len(columns["token_ids"]))
-        sampling((0.0, 0, 1.0, 0.0, 0), 0)
     dtypes = {"temperature": "f4", "top_p": "f4", "min_p": "f4", "seed": "i8", "sample_position": "i8"}
     arrays = {name: np.array(values, dtype=dtypes.get(name, "i4")) for name, values in columns.items()}
     return arrays | {"cu_seqlens_q": np.array(cu_seqlens, dtype="i4")}
 
 
 @st.composite
-def spec_lists(draw: st.DrawFn) -> tuple[list[Spec], int]:
-    pad = draw(st.integers(0, 2))
+def spec_lists(draw: st.DrawFn) -> tuple[list[Spec], int, int]:
+    pad, pad_num_tokens = draw(st.integers(0, 2)), draw(st.integers(1, MAX_LOGITS))
     specs: list[Spec] = []
-    room = MAX_TOKENS - pad
+    room = MAX_TOKENS - pad * pad_num_tokens
     for _ in range(draw(st.integers(0, MAX_SEQS - pad))):
         if room == 0:
             break
         tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=MAX_BLOCKS * BLOCK_SIZE))
         num_computed = draw(st.integers(0, len(tokens) - 1))
-        num_tokens = draw(st.integers(1, min(len(tokens) - num_computed, room)))
+        own = len(tokens) - num_computed
+        drafts = draw(st.lists(st.integers(0, 2**31 - 1), max_size=min(5, MAX_BLOCKS * BLOCK_SIZE - len(tokens))))
+        num_tokens = draw(st.integers(1, min(own + min(len(drafts), MAX_LOGITS - 1), room)))
         needed = -(-(num_computed + num_tokens) // BLOCK_SIZE)
         num_blocks = draw(st.integers(needed, MAX_BLOCKS))
         blocks = draw(st.lists(st.integers(0, (2**31 - 1) // BLOCK_SIZE - 1), min_size=num_blocks, max_size=num_blocks))
@@ -115,19 +122,19 @@ def spec_lists(draw: st.DrawFn) -> tuple[list[Spec], int]:
             draw(unit),
             draw(st.integers(-(2**63), 2**63 - 1)),
         )
-        specs.append(Spec(tokens, num_computed, num_tokens, blocks, sampling))
+        specs.append(Spec(tokens, num_computed, num_tokens, blocks, sampling, tuple(drafts)))
         room -= num_tokens
-    return specs, pad
+    return specs, pad, pad_num_tokens
 
 
 @given(case=spec_lists())
 @settings(max_examples=300, deadline=None)
-def test_equals_numpy(case: tuple[list[Spec], int]) -> None:
-    specs, pad = case
-    buffer = Buffer(BatchBuilder(MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE))
+def test_equals_numpy(case: tuple[list[Spec], int, int]) -> None:
+    specs, pad, pad_num_tokens = case
+    buffer = Buffer(BatchBuilder(MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, MAX_LOGITS))
     untouched = buffer.bytes.copy()
-    info = buffer.fill(specs, pad)
-    expected = expected_arrays(specs, pad)
+    info = buffer.fill(specs, pad, pad_num_tokens)
+    expected = expected_arrays(specs, pad, pad_num_tokens)
     for name, array in expected.items():
         field = buffer.field(name)
         assert field.dtype == array.dtype
@@ -139,7 +146,7 @@ def test_equals_numpy(case: tuple[list[Spec], int]) -> None:
     assert (table[len(specs) : len(specs) + pad, 0] == 0).all()
     assert (info.num_tokens, info.num_seqs) == (len(expected["token_ids"]), len(specs) + pad)
     assert info.num_logits == len(expected["logits_indices"])
-    assert info.max_seqlen_q == max([spec.num_tokens for spec in specs] + [1] * (pad > 0), default=0)
+    assert info.max_seqlen_q == max([spec.num_tokens for spec in specs] + [pad_num_tokens] * (pad > 0), default=0)
     assert info.max_seqlen_k == max((spec.num_computed + spec.num_tokens for spec in specs), default=0)
     # A copy of the first nbytes carries the whole step.
     assert info.nbytes == buffer.builder.layout()["block_table"][0] + 4 * MAX_BLOCKS * info.num_seqs
@@ -147,7 +154,7 @@ def test_equals_numpy(case: tuple[list[Spec], int]) -> None:
 
 
 def test_layout() -> None:
-    builder = BatchBuilder(7, 3, 5, 16)
+    builder = BatchBuilder(7, 3, 5, 16, 2)
     layout = builder.layout()
     assert {name: (dtype, shape) for name, (_, dtype, shape) in layout.items()} == {
         "token_ids": ("int32", (7,)),
@@ -155,13 +162,13 @@ def test_layout() -> None:
         "slot_mapping": ("int32", (7,)),
         "cu_seqlens_q": ("int32", (4,)),
         "seqused_k": ("int32", (3,)),
-        "logits_indices": ("int32", (3,)),
-        "top_k": ("int32", (3,)),
-        "temperature": ("float32", (3,)),
-        "top_p": ("float32", (3,)),
-        "min_p": ("float32", (3,)),
-        "seed": ("int64", (3,)),
-        "sample_position": ("int64", (3,)),
+        "logits_indices": ("int32", (6,)),
+        "top_k": ("int32", (6,)),
+        "temperature": ("float32", (6,)),
+        "top_p": ("float32", (6,)),
+        "min_p": ("float32", (6,)),
+        "seed": ("int64", (6,)),
+        "sample_position": ("int64", (6,)),
         "block_table": ("int32", (3, 5)),
     }
     assert list(layout)[-1] == "block_table"
@@ -191,6 +198,10 @@ DECODE = Spec([1, 2, 3, 4, 5], 4, 1, [8, 9])
         ({"num_tokens": -1}, "num_tokens[1] is -1, allowed is 1 to 1"),
         ({"num_computed": 5}, "num_tokens[1] is 1, allowed is 1 to 0"),
         ({"tokens": [], "num_computed": 0}, "num_tokens[1] is 1, allowed is 1 to 0"),
+        ({"num_computed": 5, "drafts": (6, 7)}, "num_tokens[1] is 1, allowed is 1 to 0"),
+        ({"num_tokens": 4, "drafts": (6, 7)}, "num_tokens[1] is 4, allowed is 1 to 3"),
+        ({"num_tokens": 5, "drafts": (6, 7, 8, 9)}, "num_tokens[1] has 4 drafts, allowed are up to 3"),
+        ({"num_tokens": 3, "blocks": [8], "drafts": (6, 7)}, "sequences[1] has 1 blocks, expected at least 2"),
         ({"blocks": []}, "sequences[1] has 0 blocks, expected at least 2"),
         ({"blocks": [8]}, "sequences[1] has 1 blocks, expected at least 2"),
         ({"blocks": [1, 2, 3, 4, 5, 6, 7]}, "sequences[1] has 7 blocks, allowed are up to 6"),
@@ -219,6 +230,8 @@ def test_a_bad_call_leaves_the_buffer_untouched(buffer: Buffer) -> None:
         "address is 0, expected a multiple of 16": (0, [seq], [1], 0),
         f"address is {buffer.address + 4}, expected a multiple of 16": (buffer.address + 4, [seq], [1], 0),
         "sequences[0] is None": (buffer.address, [None], [1], 0),
+        "pad_num_tokens is 0, allowed is 1 to 4": (buffer.address, [], [], 1, 0),
+        "pad_num_tokens is 5, allowed is 1 to 4": (buffer.address, [], [], 1, 5),
     }
     for message, args in bad.items():
         with pytest.raises(ValueError) as caught:
@@ -241,9 +254,11 @@ def test_padding_counts_against_the_tokens() -> None:
         ((1, 1, 0, 1), "max_blocks_per_seq is 0, allowed is 1 to 2**28"),
         ((1, 1, 1, 2**29), "block_size is 536870912, allowed is 1 to 2**28"),
         ((1, 2**16, 2**15, 1), "max_num_seqs * max_blocks_per_seq is 2147483648, allowed is up to 2**30"),
+        ((1, 1, 1, 1, 0), "max_logits_per_seq is 0, allowed is 1 to 2**28"),
+        ((1, 2**16, 1, 1, 2**15), "max_num_seqs * max_logits_per_seq is 2147483648, allowed is up to 2**28"),
     ],
 )
-def test_bad_capacities(sizes: tuple[int, int, int, int], message: str) -> None:
+def test_bad_capacities(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         BatchBuilder(*sizes)
     assert str(caught.value) == f"BatchBuilder: {message}"

@@ -13,11 +13,12 @@ from fastattn._runtime import NgramIndex
 
 
 def brute_force(tokens: list[int], min_n: int, max_n: int, max_tokens: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest suffix that has one."""
+    """What followed the latest earlier occurrence of the longest suffix that has one, as if the text repeated itself."""
     for n in range(min(max_n, len(tokens)), min_n - 1, -1):
         for end in range(len(tokens) - 1, n - 1, -1):
             if tokens[end - n : end] == tokens[-n:]:
-                return tokens[end : end + max_tokens]
+                period = tokens[end:]
+                return (period * max_tokens)[:max_tokens]
     return []
 
 
@@ -88,4 +89,4 @@ def test_bad_calls_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"NgramIndex\.propose: max_tokens is -1, allowed is 0 or more"):
         index.propose(-1)
     assert len(index) == 3
-    assert index.propose(9) == [2, 1]
+    assert index.propose(5) == [2, 1, 2, 1, 2]

@@ -20,6 +20,7 @@ class TokenSequenceMachine(RuleBasedStateMachine):
         super().__init__()
         self.seq = TokenSequence([])
         self.tokens: list[int] = []
+        self.drafts: list[int] = []
         self.blocks: list[int] = []
         self.num_computed = 0
 
@@ -27,6 +28,7 @@ class TokenSequenceMachine(RuleBasedStateMachine):
     def extend(self, tokens: list[int]) -> None:
         self.seq.extend(tokens)
         self.tokens += tokens
+        self.drafts = []
 
     @rule(token=st.integers(-2, 2**31 - 1))
     def append(self, token: int) -> None:
@@ -36,12 +38,23 @@ class TokenSequenceMachine(RuleBasedStateMachine):
         else:
             self.seq.append(token)
             self.tokens.append(token)
+            self.drafts = []
+
+    @rule(tokens=st.lists(st.integers(-1, 2**31 - 1), max_size=4))
+    def draft(self, tokens: list[int]) -> None:
+        if min(tokens, default=0) < 0:
+            with pytest.raises(ValueError, match=r"TokenSequence.drafts: token is -1, allowed is 0 to"):
+                self.seq.drafts = tokens
+        else:
+            self.seq.drafts = tokens
+            self.drafts = tokens
 
     @rule(length=SIZES)
     def truncate(self, length: int) -> None:
         if self.num_computed <= length <= len(self.tokens):
             self.seq.truncate(length)
             del self.tokens[length:]
+            self.drafts = []
         else:
             with pytest.raises(
                 ValueError, match=f"length is {length}, allowed is num_computed = {self.num_computed} to"
@@ -69,7 +82,7 @@ class TokenSequenceMachine(RuleBasedStateMachine):
     @rule()
     def take_blocks(self) -> None:
         assert self.seq.take_blocks() == self.blocks
-        self.blocks, self.num_computed = [], 0
+        self.blocks, self.drafts, self.num_computed = [], [], 0
 
     @rule(start=SIZES, end=SIZES)
     def read(self, start: int, end: int) -> None:
@@ -83,6 +96,7 @@ class TokenSequenceMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert (len(self.seq), self.seq.tokens()) == (len(self.tokens), self.tokens)
+        assert (self.seq.num_drafts, self.seq.drafts) == (len(self.drafts), self.drafts)
         assert (self.seq.num_blocks, self.seq.blocks()) == (len(self.blocks), self.blocks)
         assert self.seq.num_computed == self.num_computed
 
