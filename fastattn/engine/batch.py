@@ -20,8 +20,8 @@ _ROWS = struct.Struct("<2q")
 class Step:
     """A step as a message: with the bytes of the step buffer it is all that a rank must know to compute its part.
 
-    nbytes: of the step buffer that are in use. graph_size: 0 computes the step as it is, n replays the graph of n sequences;
-    with ``capture`` that graph is recorded instead. extra_rows: (first row, count) runs among the tokens whose logits are
+    nbytes: of the step buffer that are in use. graph_size: 0 computes the step as it is, n replays the graph of n sequences
+    (of max_seqlen_q tokens each); with ``capture`` that graph is recorded instead. extra_rows: (first row, count) runs among the tokens whose logits are
     wanted on top of those that `logits_indices` names.
     """
 
@@ -73,7 +73,11 @@ class BatchBuffers:
     def __init__(self, device: torch.device, config: EngineConfig, host: torch.Tensor | None = None) -> None:
         """host: the memory to build in, uint8, if it is another's (ranks share it)."""
         self.builder = BatchBuilder(
-            config.max_num_batched_tokens, config.max_num_seqs, config.max_blocks_per_seq, config.block_size
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            config.max_blocks_per_seq,
+            config.block_size,
+            config.max_logits_per_seq,
         )
         if host is None:
             host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -86,11 +90,13 @@ class BatchBuffers:
             count = torch.Size(shape).numel() * torch_dtype.itemsize
             self._views[name] = self.device_buffer[offset : offset + count].view(torch_dtype).view(shape)
 
-    def fill(self, sequences: list[TokenSequence], num_tokens: list[int], pad_num_seqs: int = 0) -> Step:
-        """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i, and ``pad_num_seqs`` empty rows after
-        them."""
+    def fill(
+        self, sequences: list[TokenSequence], num_tokens: list[int], pad_num_seqs: int = 0, pad_num_tokens: int = 1
+    ) -> Step:
+        """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i, and after them those of ``pad_num_seqs``
+        that are empty, of ``pad_num_tokens`` each."""
         self.wait()
-        info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, pad_num_seqs)
+        info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, pad_num_seqs, pad_num_tokens)
         return Step(info.num_tokens, info.num_seqs, info.num_logits, info.max_seqlen_q, info.nbytes)
 
     def load(self, step: Step) -> Batch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastattn.speculative.config import SpeculativeConfig
+
 Policy = Literal["fcfs", "priority"]
 
 
@@ -15,6 +17,7 @@ class EngineConfig:
     blocks in the pool. enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting
     requests. max_num_waiting: longer queues refuse new requests. seed: where requests without a seed get theirs from.
     use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV bookkeeping after each step.
+    speculative: guess tokens and verify them, several a step; None is off.
     """
 
     max_model_len: int
@@ -29,12 +32,17 @@ class EngineConfig:
     seed: int = 0
     use_cuda_graphs: bool = True
     debug_checks: bool = False
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise ValueError(f"EngineConfig: {name} is {value!r}, allowed is an integer from 1 to 2**31 - 1")
+        if self.speculative is not None and not isinstance(self.speculative, SpeculativeConfig):
+            raise TypeError(
+                f"EngineConfig: speculative is a {type(self.speculative).__name__}, expected SpeculativeConfig or None"
+            )
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"EngineConfig: block_size is {self.block_size!r}, allowed are 8, 16, 32, 64, 128 and 256")
         if self.policy not in ("fcfs", "priority"):
@@ -48,6 +56,11 @@ class EngineConfig:
                 f"EngineConfig: max_num_batched_tokens is {self.max_num_batched_tokens}, but without chunked prefill "
                 f"a whole prompt must fit a step: allowed is at least max_model_len = {self.max_model_len}"
             )
+
+    @property
+    def max_logits_per_seq(self) -> int:
+        """Rows of logits that a sequence may want in one step: after its last token, and after each draft."""
+        return 1 if self.speculative is None else 1 + self.speculative.num_speculative_tokens
 
     @property
     def max_blocks_per_seq(self) -> int:

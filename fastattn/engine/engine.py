@@ -18,9 +18,11 @@ from fastattn.engine.output_processor import OutputProcessor, RequestGroup
 from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
 from fastattn.engine.request import Request, Status
 from fastattn.engine.runner import Runner
+from fastattn.engine.sampler import TokenLogprobs
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.scheduler import Scheduler
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.speculative.speculator import Speculator
 
 logger = logging.getLogger("fastattn.engine")
 
@@ -35,7 +37,11 @@ class EngineBusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start, and the state right now."""
+    """Counters since the start, and the state right now.
+
+    num_drafts: times that guesses of a request were verified; num_draft_tokens: how many in all; num_accepted_tokens: how many
+    of them were right; num_accepted_tokens_per_pos: how often the first, second, … guess was.
+    """
 
     num_running: int
     num_waiting: int
@@ -47,6 +53,10 @@ class EngineStats:
     num_prefix_hit_tokens: int
     num_kv_blocks: int
     num_usable_kv_blocks: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
 
 class Engine:
@@ -55,8 +65,13 @@ class Engine:
     `AsyncEngine` and `LLM` are fronts of it; `fastattn.engine.setup.build_engine` makes one from a model's name.
     """
 
-    def __init__(self, runner: Runner, config: EngineConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, runner: Runner, config: EngineConfig, tokenizer: Tokenizer, speculator: Speculator | None = None
+    ) -> None:
+        if (speculator is None) != (config.speculative is None):
+            raise ValueError("Engine: speculator and config.speculative are given together or not at all")
         self.config = config
+        self.speculator = speculator
         self.tokenizer = tokenizer
         self.runner = runner
         self.kv = KVCacheManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
@@ -195,6 +210,14 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns what is new for each request in it; [] if there is nothing to do."""
         ended, self._ended_early = self._ended_early, []
+        drafts = None
+        if self.speculator is not None:
+            try:
+                drafts = self.speculator.propose(self.scheduler.running)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                return self._fail(dict.fromkeys(self.scheduler.running, 0), error, ended)
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return self._give_all(ended)
@@ -204,7 +227,7 @@ class Engine:
                 request.metrics.first_scheduled_time = now
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
         try:
-            sampled = self.runner.execute(scheduled)
+            sampled = self.runner.execute(scheduled, drafts)
         except torch.AcceleratorError:
             raise  # the device is lost to this process; no later step could succeed
         except Exception as error:
@@ -212,20 +235,16 @@ class Engine:
         self.scheduler.advance(scheduled)
         self._num_steps += 1
         now = time.monotonic()
-        for request, token_id, logprobs in zip(sampled.requests, sampled.token_ids, sampled.logprobs, strict=True):
+        for i, request in enumerate(sampled.requests):
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
-            if token_id < 0:
-                self.scheduler.finish(request, "error", "the logits are not finite")
-                continue
-            self._append(request, token_id)
-            self._num_generated_tokens += 1
-            group = self._owner[request]
-            if logprobs is not None:
-                request.logprobs.append(logprobs)
-                group.cumulative_logprobs[request.index] += logprobs[token_id][0]
+            if self.speculator is not None and sampled.num_drafted[i] > 0:
+                self.speculator.record(request, sampled.num_drafted[i], len(sampled.token_ids[i]) - 1)
+            self._extend(request, sampled.token_ids[i], sampled.logprobs[i])
         if self.config.debug_checks:
             self.kv.check()
+            if self.speculator is not None:
+                self.speculator.check()
         return self._give_all([*ended, *sampled.requests])
 
     def _fail(self, scheduled: Mapping[Request, int], error: Exception, ended: list[Request]) -> list[RequestOutput]:
@@ -234,6 +253,23 @@ class Engine:
         for request in scheduled:
             self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
         return self._give_all([*ended, *scheduled])
+
+    def _extend(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        """Adds what a step gave, all but the last of them accepted drafts; what comes after its end is dropped."""
+        group = self._owner[request]
+        for i, token_id in enumerate(token_ids):
+            if i > 0:
+                self.scheduler.accept(request)
+            if token_id < 0:
+                self.scheduler.finish(request, "error", "the logits are not finite")
+                break
+            self._append(request, token_id)
+            self._num_generated_tokens += 1
+            if logprobs is not None:
+                request.logprobs.append(logprobs[i])
+                group.cumulative_logprobs[request.index] += logprobs[i][token_id][0]
+            if request.status is Status.FINISHED:
+                break
 
     def _append(self, request: Request, token_id: int) -> None:
         """Adds a generated token and ends the request if this was its last."""
@@ -263,6 +299,8 @@ class Engine:
         for request, stream in zip(group.requests, group.streams, strict=True):
             if request.status is Status.FINISHED:
                 stream.finish()
+                if self.speculator is not None:
+                    self.speculator.release(request)
         if group.finished:
             group.metrics.finished_time = time.monotonic()
             del self._groups[group.request_id]
@@ -276,6 +314,8 @@ class Engine:
         return bool(self._groups)
 
     def stats(self) -> EngineStats:
+        speculator = self.speculator
+        accepted = tuple(speculator.num_accepted_per_position) if speculator is not None else ()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
@@ -287,4 +327,8 @@ class Engine:
             num_prefix_hit_tokens=self.kv.num_hit_tokens,
             num_kv_blocks=self.config.num_kv_blocks,
             num_usable_kv_blocks=self.kv.num_usable_blocks,
+            num_drafts=speculator.num_drafts if speculator is not None else 0,
+            num_draft_tokens=speculator.num_draft_tokens if speculator is not None else 0,
+            num_accepted_tokens=sum(accepted),
+            num_accepted_tokens_per_pos=accepted,
         )

@@ -12,11 +12,10 @@ from fastattn.engine.batch import Batch
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """One captured step for ``num_seqs`` sequences of one token each; reads the step buffers, writes ``logits``."""
+    """One captured step of sequences with the same number of tokens; reads the step buffers, writes ``logits``."""
 
-    num_seqs: int
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # (num_seqs, vocab_size) fp32, overwritten by each replay
+    logits: torch.Tensor  # (num_tokens, vocab_size) fp32, overwritten by each replay
 
     def replay(self) -> torch.Tensor:
         self.graph.replay()
@@ -24,7 +23,7 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Sizes go up in powers of two and then in steps of 32, so that padding costs little and few graphs exist.
+    """Graphs by (number of sequences, tokens of each: one, and drafts to verify). Numbers of sequences go up in powers of two and then in steps of 32, so that padding costs little and few graphs exist.
 
     All share one memory pool: they run one after another and each step's intermediates die with it.
     """
@@ -33,21 +32,21 @@ class DecodeGraphs:
         self._forward = forward
         powers = [1, 2, 4, 8, 16]
         self.sizes = [s for s in powers + list(range(32, max_num_seqs, 32)) if s < max_num_seqs] + [max_num_seqs]
-        self._graphs: dict[int, DecodeGraph] = {}
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def size_for(self, num_seqs: int) -> int:
-        """The smallest size that holds ``num_seqs`` sequences of one token each."""
+        """The smallest number of sequences, of those that there are graphs for, that holds ``num_seqs``."""
         return next(s for s in self.sizes if s >= num_seqs)
 
-    def __contains__(self, size: int) -> bool:
-        return size in self._graphs
+    def __contains__(self, shape: tuple[int, int]) -> bool:
+        return shape in self._graphs
 
-    def get(self, size: int) -> DecodeGraph:
-        return self._graphs[size]
+    def get(self, shape: tuple[int, int]) -> DecodeGraph:
+        return self._graphs[shape]
 
     def capture(self, batch: Batch) -> DecodeGraph:
-        """Records a step of ``batch.num_seqs`` sequences. The batch may hold anything that is harmless to run."""
+        """Records a step of ``batch.num_seqs`` sequences of ``batch.attention.max_seqlen_q`` tokens. The batch may hold anything that is harmless to run."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -57,5 +56,6 @@ class DecodeGraphs:
         # thread_local: another thread's CUDA call must not break our capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(batch)
-        self._graphs[batch.num_seqs] = DecodeGraph(batch.num_seqs, graph, logits)
-        return self._graphs[batch.num_seqs]
+        shape = (batch.num_seqs, batch.attention.max_seqlen_q)
+        self._graphs[shape] = DecodeGraph(graph, logits)
+        return self._graphs[shape]

@@ -32,13 +32,17 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Moments on the monotonic clock, in seconds."""
+    """Moments on the monotonic clock, in seconds. num_drafts: times that guesses were verified; num_draft_tokens: how many in
+    all; num_accepted_tokens: how many of them were right."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from fastattn.engine.graphs import DecodeGraphs
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
 from fastattn.models.decoder import DecoderModel
+
+if TYPE_CHECKING:
+    from fastattn.speculative.proposer import Drafts
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Computed:
 
 
 class Runner:
-    """Computes one step at a time: ``execute({request: number of tokens})`` → sampled tokens.
+    """Computes one step at a time: ``execute({request: number of tokens}, drafts)`` → sampled tokens.
 
     A step is first a message (`Step` and the step buffer) and then a computation that needs nothing else, ``compute``: so the
     ranks of a group can repeat it, each with its part of the model.
@@ -49,22 +53,21 @@ class Runner:
             self.graphs = DecodeGraphs(self._forward, config.max_num_seqs)
 
     @torch.inference_mode()
-    def execute(self, scheduled: dict[Request, int]) -> Sampled:
-        requests, num_tokens = list(scheduled), list(scheduled.values())
-        graph_size = self._graph_size(requests)
-        step = self.buffers.fill([r.seq for r in requests], num_tokens, max(0, graph_size - len(requests)))
+    def execute(self, scheduled: dict[Request, int], drafts: Drafts | None = None) -> Sampled:
+        step = self._fill(scheduled)
         wanted = _prompt_rows(scheduled)
         rows = tuple((first, len(targets)) for _, first, targets in wanted)
-        computed = self.compute(replace(step, graph_size=graph_size, extra_rows=rows))
+        computed = self.compute(replace(step, extra_rows=rows))
         for (request, _, targets), logits in zip(wanted, computed.extra_logits, strict=True):
             ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
-        sampling = [r for r, n in scheduled.items() if n == r.num_pending_tokens]
-        if not sampling:
-            return Sampled([], [], [])
+        num_drafted = {r: n - r.num_pending_tokens for r, n in scheduled.items() if n >= r.num_pending_tokens}
+        if not num_drafted:
+            return Sampled([], [], [], [])
         # Without the rows that only fill up a graph.
-        batch = self.buffers.view(step.num_tokens, step.num_seqs, len(sampling), step.max_seqlen_q)
-        return self.sampler.sample(computed.logits[: len(sampling)], batch, sampling)
+        num_rows = len(num_drafted) + sum(num_drafted.values())
+        batch = self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
+        return self.sampler.sample(computed.logits[:num_rows], batch, num_drafted, drafts)
 
     @torch.inference_mode()
     def compute(self, step: Step) -> Computed:
@@ -72,29 +75,36 @@ class Runner:
         batch = self.buffers.load(step)
         if step.graph_size:
             assert self.graphs is not None
-            graph = self.graphs.capture(batch) if step.capture else self.graphs.get(step.graph_size)
+            shape = (step.graph_size, step.max_seqlen_q)
+            graph = self.graphs.capture(batch) if step.capture else self.graphs.get(shape)
             return Computed(graph.replay(), [], None)
         hidden = self._hidden(batch)
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
         return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
 
-    def _graph_size(self, requests: list[Request]) -> int:
-        """For how many sequences the graph is that this step can use, recorded if it is new; 0 if it can use none."""
-        decodes = all(r.num_pending_tokens == 1 and r.params.prompt_logprobs is None for r in requests)
-        if self.graphs is None or not decodes:
-            return 0
-        size = self.graphs.size_for(len(requests))
-        if size not in self.graphs:
+    def _fill(self, scheduled: dict[Request, int]) -> Step:
+        """The step in the host's buffer: as the graph that it can use, recorded if it is new, or as it is.
+
+        A graph serves decodes with the same number of drafts, none included; others differ in shape from step to step.
+        """
+        sequences, num_tokens = [r.seq for r in scheduled], list(scheduled.values())
+        decodes = all(r.num_pending_tokens == 1 and r.params.prompt_logprobs is None for r in scheduled)
+        if self.graphs is None or not decodes or min(num_tokens) != max(num_tokens):
+            return self.buffers.fill(sequences, num_tokens)
+        size, per_seq = self.graphs.size_for(len(sequences)), num_tokens[0]
+        if size * per_seq > self.config.max_num_batched_tokens:
+            return self.buffers.fill(sequences, num_tokens)
+        if (size, per_seq) not in self.graphs:
             # A step of padding rows alone is harmless to run and to record.
-            self.compute(replace(self.buffers.fill([], [], size), graph_size=size, capture=True))
-        return size
+            self.compute(replace(self.buffers.fill([], [], size, per_seq), graph_size=size, capture=True))
+        return replace(self.buffers.fill(sequences, num_tokens, size - len(sequences), per_seq), graph_size=size)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache)
         return hidden
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        """A decode step: each sequence has one token, so every row wants logits."""
+        """A decode step: each sequence has its last token and drafts, so every row wants logits."""
         return self.model.logits(self._hidden(batch))
 
 

@@ -1,8 +1,11 @@
-"""From logits to tokens: penalties and bias, the draw, log-probabilities."""
+"""From logits to tokens: penalties and bias, the draw, the verdict on drafts, log-probabilities."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +14,9 @@ from fastattn import ops
 from fastattn.engine.batch import Batch
 from fastattn.engine.request import Request
 
+if TYPE_CHECKING:
+    from fastattn.speculative.proposer import Drafts
+
 TokenLogprobs = dict[int, tuple[float, int]]  # token id -> (natural log-probability, rank from 1)
 
 _BANNED = float("-inf")
@@ -18,39 +24,68 @@ _BANNED = float("-inf")
 
 @dataclass(frozen=True)
 class Sampled:
-    """token_ids[i] belongs to requests[i]; -1 means that its logits were not numbers."""
+    """What requests[i] goes on with: token_ids[i], of which all but the last were its drafts (num_drafted[i] were verified);
+    -1 means that its logits were not numbers. logprobs[i]: a row for each token, or None if not asked for."""
 
     requests: list[Request]
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
+    token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None]
+    num_drafted: list[int]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of logits: those of a request if the first ``num_accepted`` of its drafts are right."""
+
+    request: Request
+    drafts: list[int]
+    num_accepted: int
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.request.output_token_ids) + self.num_accepted
+
+    @property
+    def is_adjusted(self) -> bool:
+        params = self.request.params
+        return params.has_penalties or bool(params.logit_bias) or self.num_output_tokens < params.min_tokens
 
 
 class Sampler:
-    def sample(self, logits: torch.Tensor, batch: Batch, requests: list[Request]) -> Sampled:
-        """logits (n, vocab_size) fp32 of the n requests whose next token is wanted; may be overwritten."""
-        wanted = [r.params.logprobs for r in requests]
+    def sample(
+        self, logits: torch.Tensor, batch: Batch, num_drafted: dict[Request, int], drafts: Drafts | None = None
+    ) -> Sampled:
+        """logits (n, vocab_size) fp32 of the requests whose next token is wanted, 1 + num_drafted rows each; may be
+        overwritten. drafts: where the drafts come from, if they were drawn.
+
+        Each row's token is drawn as if the drafts before it were right; it counts as long as they are. A draft is right if
+        it is what was drawn, so the text is that of one token a step. Where a draft was itself drawn at random, its row
+        says yes or draws again so that the distribution stays (`ops.speculative_sample`).
+        """
+        rows = [_Row(r, r.seq.drafts[:d], j) for r, d in num_drafted.items() for j in range(d + 1)]
         raw = logits
-        if any(_is_adjusted(r) for r in requests):
+        if any(row.is_adjusted for row in rows):
             # Log-probabilities are the model's own, so they are taken from the logits as they were.
-            raw = logits.clone() if any(w is not None for w in wanted) else logits
-            self._adjust(logits, requests)
+            raw = logits.clone() if any(r.params.logprobs is not None for r in num_drafted) else logits
+            self._adjust(logits, rows)
         token_ids = ops.sample(
             logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position
         )
-        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
-        if rows := [i for i, w in enumerate(wanted) if w is not None]:
-            index = torch.tensor(rows, device=logits.device)
-            counts = [wanted[i] or 0 for i in rows]
-            for i, found in zip(rows, token_logprobs(raw[index], token_ids[index], counts), strict=True):
-                logprobs[i] = found
-        return Sampled(requests, token_ids.tolist(), logprobs)
+        accepted, at = [], 0
+        drawn: list[int] = token_ids.tolist()
+        for request, count in num_drafted.items():
+            accepted.append(_accepted(drawn[at : at + count + 1], request.seq.drafts))
+            at += count + 1
+        return Sampled(
+            list(num_drafted), accepted, _logprobs(raw, token_ids, num_drafted, accepted), list(num_drafted.values())
+        )
 
-    def _adjust(self, logits: torch.Tensor, requests: list[Request]) -> None:
-        columns = [_touched_tokens(request) for request in requests]
+    def _adjust(self, logits: torch.Tensor, rows: Sequence[_Row]) -> None:
+        columns = [_touched_tokens(row) for row in rows]
         lengths = [len(ids) for ids, _, _ in columns]
-        indptr = np.zeros(len(requests) + 1, dtype=np.int32)
+        indptr = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(lengths, out=indptr[1:])
-        params = [r.params for r in requests]
+        params = [row.request.params for row in rows]
         device = logits.device
 
         def to_device(values: np.ndarray | list[float]) -> torch.Tensor:
@@ -69,20 +104,46 @@ class Sampler:
         )
 
 
-def _is_adjusted(request: Request) -> bool:
-    params = request.params
-    return params.has_penalties or bool(params.logit_bias) or len(request.output_token_ids) < params.min_tokens
+def _accepted(drawn: list[int], drafts: list[int]) -> list[int]:
+    """The tokens up to the first that is not the draft in its place, that one too."""
+    count = next((i for i, (a, b) in enumerate(zip(drawn, drafts, strict=False)) if a != b), len(drawn) - 1)
+    return drawn[: count + 1]
 
 
-def _touched_tokens(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_drafted: dict[Request, int], accepted: list[list[int]]
+) -> list[list[TokenLogprobs] | None]:
+    """logits (n, vocab_size) before penalties, token_ids (n,) int32; of the rows that count, of the requests that ask."""
+    index: list[int] = []
+    counts: list[int] = []
+    at = 0
+    for (request, num_drafts), tokens in zip(num_drafted.items(), accepted, strict=True):
+        if (wanted := request.params.logprobs) is not None:
+            index += range(at, at + len(tokens))
+            counts += [wanted] * len(tokens)
+        at += num_drafts + 1
+    if not index:
+        return [None] * len(accepted)
+    rows = torch.tensor(index, device=logits.device)
+    found = iter(token_logprobs(logits[rows], token_ids[rows], counts))
+    return [
+        None if request.params.logprobs is None else [next(found) for _ in tokens]
+        for request, tokens in zip(num_drafted, accepted, strict=True)
+    ]
+
+
+def _touched_tokens(row: _Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(token ids int32, counts int32, bias fp32): the sparse row that `ops.adjust_logits` takes."""
-    params = request.params
+    request, params = row.request, row.request.params
     counts: dict[int, int] = {}
     if params.repetition_penalty != 1.0:
         counts = dict.fromkeys(request.seq.tokens(0, request.num_prompt_tokens), 0)
     counts.update(request.output_counts)
+    if params.has_penalties:
+        for token, count in Counter(row.drafts[: row.num_accepted]).items():
+            counts[token] = counts.get(token, 0) + count
     bias = dict(params.logit_bias or {})
-    if len(request.output_token_ids) < params.min_tokens:
+    if row.num_output_tokens < params.min_tokens:
         bias.update(dict.fromkeys(request.stop_token_ids, _BANNED))
     for token in bias:
         counts.setdefault(token, -1)

@@ -14,7 +14,8 @@ class Scheduler:
     """Continuous batching with chunked prefill and preemption by recompute.
 
     ``schedule()`` returns {request: number of tokens}. A decode is a request with one pending token, a prefill one with
-    many, a preempted request one whose tokens are all pending again: amounts, not modes.
+    many, a preempted request one whose tokens are all pending again, and drafts to verify are tokens more than are pending:
+    amounts, not modes.
     """
 
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
@@ -35,13 +36,17 @@ class Scheduler:
         scheduled: dict[Request, int] = {}
         budget = self.config.max_num_batched_tokens
         preempted = False
+        num_decodes = sum(r.num_pending_tokens == 1 for r in self.running)
         # Decodes first: somebody is reading their stream. Python's sort keeps the order among equals.
         for request in sorted(self.running, key=lambda r: r.num_pending_tokens > 1):
+            num_decodes = max(0, num_decodes - 1)  # those behind it
             if request.status is not Status.RUNNING:  # preempted for one before it
                 continue
             num_tokens = min(request.num_pending_tokens, budget)
             if num_tokens == 0:
                 break
+            if request.seq.num_drafts > 0:
+                num_tokens += self._num_drafts(request, budget - num_tokens - num_decodes)
             while not self.kv.reserve(request, num_tokens):
                 victim = self.running[-1]
                 budget += scheduled.pop(victim, 0)
@@ -56,6 +61,11 @@ class Scheduler:
         if not preempted:
             self._admit(scheduled, budget)
         return scheduled
+
+    def _num_drafts(self, request: Request, room: int) -> int:
+        """How many of its drafts a decode may bring: what others need comes first, in the step and in the cache."""
+        num_drafts = min(request.seq.num_drafts, max(0, room))
+        return num_drafts if self.kv.reserve(request, 1 + num_drafts) else 0
 
     def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
         held_back = []
@@ -94,13 +104,23 @@ class Scheduler:
         self.add(request)
 
     def advance(self, scheduled: dict[Request, int]) -> None:
-        """The step was computed: its tokens' KV is in the cache now. Call before the sampled tokens are appended."""
+        """The step was computed: its tokens' KV is in the cache now. Call before the sampled tokens are appended.
+
+        Drafts are no tokens yet. What was computed of those that are rejected lies past `num_computed` and is overwritten.
+        """
         for request, num_tokens in scheduled.items():
             if request.status is Status.RUNNING:
-                before = request.seq.num_computed // self.config.block_size
-                request.seq.num_computed += num_tokens
-                if request.seq.num_computed // self.config.block_size > before:
-                    self.kv.remember(request)
+                self._count_computed(request, min(num_tokens, request.num_pending_tokens))
+
+    def accept(self, request: Request) -> None:
+        """The token that was appended last was a draft of the step, so its KV is in the cache already."""
+        self._count_computed(request, 1)
+
+    def _count_computed(self, request: Request, num_tokens: int) -> None:
+        before = request.seq.num_computed // self.config.block_size
+        request.seq.num_computed += num_tokens
+        if request.seq.num_computed // self.config.block_size > before:
+            self.kv.remember(request)
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a request wherever it stands and takes its blocks back."""
