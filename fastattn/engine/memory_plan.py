@@ -7,13 +7,14 @@ alive at once, without what the allocator rounds up. A request for prompt_logpro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastattn.models.config import ModelConfig
+from fastattn.speculative.config import SpeculativeConfig
 
 if TYPE_CHECKING:
     from fastattn.models.loader import TensorInfo
@@ -38,11 +39,19 @@ class PlanOptions:
     block_size: int = 16
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
+    speculative: SpeculativeConfig | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Most rows of logits in a step: each sequence's last token and drafts."""
+        per_seq = 1 if self.speculative is None else 1 + self.speculative.num_speculative_tokens
+        return min(self.max_num_seqs * per_seq, max(self.max_num_seqs, self.max_num_batched_tokens))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, but for the counts. memory_free, memory_total: of the device, before anything was loaded."""
+    """Bytes, but for the counts. memory_free, memory_total: of the device, before anything was loaded. draft_…: what a draft
+    model takes on top; its KV cache has as many blocks as the target's."""
 
     options: PlanOptions
     num_parameters: int
@@ -56,10 +65,12 @@ class MemoryPlan:
     reserve_bytes: int
     memory_free: int
     memory_total: int
+    draft_weight_bytes: int = 0
+    draft_kv_bytes_per_token: int = 0
 
     @property
     def kv_bytes_per_block(self) -> int:
-        return self.kv_bytes_per_token * self.options.block_size
+        return (self.kv_bytes_per_token + self.draft_kv_bytes_per_token) * self.options.block_size
 
     @property
     def kv_bytes(self) -> int:
@@ -71,7 +82,7 @@ class MemoryPlan:
 
     @property
     def weights_total(self) -> int:
-        return sum(self.weight_bytes.values())
+        return sum(self.weight_bytes.values()) + self.draft_weight_bytes
 
     @property
     def workspace_bytes(self) -> int:
@@ -118,31 +129,32 @@ def memory_plan(
     options: PlanOptions,
     memory_free: int,
     memory_total: int,
+    draft: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
 ) -> MemoryPlan:
-    """The plan for a model of these tensors on a device with that much memory."""
+    """The plan for a model of these tensors on a device with that much memory. draft: the draft model of speculation."""
     stored: dict[str, int] = {}
-    num_parameters = 0
-    for name, info in tensors.items():
+    for info in tensors.values():
         stored[_type_name(info.dtype)] = stored.get(_type_name(info.dtype), 0) + info.nbytes
-        # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
-        if not (name == "lm_head.weight" and config.tie_word_embeddings):
-            num_parameters += prod(info.shape)
-    weights = {_type_name(options.dtype): num_parameters * options.dtype.itemsize}
-    num_tables = 1 if config.rope_local is None else 2
-    table_bytes = num_tables * options.max_model_len * config.head_dim * 4
-    weights["float32"] = weights.get("float32", 0) + table_bytes
-    if config.tie_word_embeddings and options.device_type == "cpu" and options.dtype is torch.float32:
-        # The head's own copy, laid out for the CPU's matrix kernels (DecoderModel.pack).
-        weights["float32"] += config.vocab_size * config.hidden_size * 4
-
+    num_parameters, weights = _weight_bytes(config, tensors, options)
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
-    buffers = buffer_bytes(options)
+    buffers, per_token = buffer_bytes(options), kv_bytes_per_token(config, options.dtype)
+    draft_weights = draft_per_token = 0
+    if draft is not None:
+        own = draft[0]
+        length = min(options.max_model_len, own.max_position_embeddings)
+        own_options = replace(options, max_model_len=length, speculative=None)
+        draft_weights = sum(_weight_bytes(*draft, own_options)[1].values())
+        draft_per_token = kv_bytes_per_token(own, options.dtype)
+        # The two models take turns, so their work space is the larger one's.
+        activations = max(activations, activation_bytes(own, own_options))
+        sampling = max(sampling, sampling_bytes(own, own_options)) + draft_logits_bytes(config, options)
+        buffers += buffer_bytes(own_options)
     reserve = CUDA_RESERVE_BYTES if options.device_type == "cuda" else 0
-    fixed = sum(weights.values()) + activations + sampling + buffers + reserve
-    per_token = kv_bytes_per_token(config, options.dtype)
+    fixed = sum(weights.values()) + draft_weights + activations + sampling + buffers + reserve
     blocks = options.num_kv_blocks
     if blocks is None:
-        blocks = _num_kv_blocks(options, per_token, _budget(options, memory_free, memory_total) - fixed)
+        room = _budget(options, memory_free, memory_total) - fixed
+        blocks = _num_kv_blocks(options, per_token + draft_per_token, room)
     return MemoryPlan(
         options=options,
         num_parameters=num_parameters,
@@ -156,7 +168,29 @@ def memory_plan(
         reserve_bytes=reserve,
         memory_free=memory_free,
         memory_total=memory_total,
+        draft_weight_bytes=draft_weights,
+        draft_kv_bytes_per_token=draft_per_token,
     )
+
+
+def _weight_bytes(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], options: PlanOptions
+) -> tuple[int, dict[str, int]]:
+    """Number of parameters, and what they and the rotary tables take when loaded, by dtype."""
+    # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
+    num_parameters = sum(
+        prod(info.shape)
+        for name, info in tensors.items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    )
+    weights = {_type_name(options.dtype): num_parameters * options.dtype.itemsize}
+    num_tables = 1 if config.rope_local is None else 2
+    table_bytes = num_tables * options.max_model_len * config.head_dim * 4
+    weights["float32"] = weights.get("float32", 0) + table_bytes
+    if config.tie_word_embeddings and options.device_type == "cpu" and options.dtype is torch.float32:
+        # The head's own copy, laid out for the CPU's matrix kernels (DecoderModel.pack).
+        weights["float32"] += config.vocab_size * config.hidden_size * 4
+    return num_parameters, weights
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -207,7 +241,7 @@ def _cpu_upcast_bytes(config: ModelConfig, options: PlanOptions) -> int:
     c = config
     widest = max(2 * c.intermediate_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size)
     layer = (c.hidden_size + options.max_num_batched_tokens) * 2 * widest
-    head = (c.vocab_size + options.max_num_seqs) * c.hidden_size + options.max_num_seqs * c.vocab_size
+    head = (c.vocab_size + options.num_logits) * c.hidden_size + options.num_logits * c.vocab_size
     return 4 * max(layer, head)
 
 
@@ -216,22 +250,30 @@ def _has_bias(config: ModelConfig) -> bool:
 
 
 def sampling_bytes(config: ModelConfig, options: PlanOptions) -> int:
-    """Upper bound for logits and the draw: max_num_seqs rows of the vocabulary."""
-    elements = options.max_num_seqs * config.vocab_size
+    """Upper bound for logits and the draw: so many rows of the vocabulary."""
+    elements = options.num_logits * config.vocab_size
     logits = (
         options.dtype.itemsize + 4 + 4
     )  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
     softcap = 8 if config.final_softcap else 0
     # The CPU ranks the whole vocabulary when top-p asks for it: rows, weights, ranks and indices, fp64 sums.
     draw = 0 if options.device_type == "cuda" else 44
-    return elements * (logits + softcap + draw) + options.max_num_seqs * config.hidden_size * options.dtype.itemsize
+    return elements * (logits + softcap + draw) + options.num_logits * config.hidden_size * options.dtype.itemsize
+
+
+def draft_logits_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    """What drafts were drawn from, kept for the verdict on them in fp32: once as drawn, once side by side."""
+    if options.speculative is None or not options.speculative.is_probabilistic:
+        return 0
+    return 2 * options.max_num_seqs * options.speculative.num_speculative_tokens * config.vocab_size * 4
 
 
 def buffer_bytes(options: PlanOptions) -> int:
     """The step buffer (`_runtime.BatchBuilder`), and on a GPU its pinned twin on the host is not counted."""
     seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+    rows = seqs if options.speculative is None else seqs * (1 + options.speculative.num_speculative_tokens)
     blocks = -(-options.max_model_len // options.block_size)
-    fields = [4 * tokens] * 3 + [4 * (seqs + 1)] + [4 * seqs] * 6 + [8 * seqs] * 2 + [4 * seqs * blocks]
+    fields = [4 * tokens] * 3 + [4 * (seqs + 1), 4 * seqs] + [4 * rows] * 5 + [8 * rows] * 2 + [4 * seqs * blocks]
     return sum(-(-nbytes // 16) * 16 for nbytes in fields)
 
 

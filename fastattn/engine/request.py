@@ -55,7 +55,7 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens whose KV is not in the cache yet: 1 while decoding, more while prefilling or after a preemption. Drafts
-    (`seq.drafts`) come on top."""
+        (`seq.drafts`) come on top."""
         return len(self.seq) - self.seq.num_computed
 
     @property

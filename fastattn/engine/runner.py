@@ -70,6 +70,14 @@ class Runner:
         return self.sampler.sample(computed.logits[:num_rows], batch, num_drafted, drafts)
 
     @torch.inference_mode()
+    def forward(self, scheduled: dict[Request, int], num_rows: int) -> tuple[torch.Tensor, Batch]:
+        """Logits (num_rows, vocab_size) fp32 of the sequences whose tokens are all in the step, and the columns to draw from
+        them with; valid until the next step."""
+        step = self._fill(scheduled)
+        logits = self.compute(step).logits
+        return logits[:num_rows], self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
+
+    @torch.inference_mode()
     def compute(self, step: Step) -> Computed:
         """The forward pass of the step that lies in the host's buffer."""
         batch = self.buffers.load(step)

@@ -15,6 +15,8 @@ from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
+from fastattn.speculative.config import SpeculativeConfig
+from fastattn.speculative.setup import build_speculator, open_draft
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,6 +39,7 @@ class EngineOptions:
     seed: int = 0
     use_cuda_graphs: bool = True
     debug_checks: bool = False
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -99,6 +102,7 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         block_size=options.block_size,
         num_kv_blocks=options.num_kv_blocks,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        speculative=options.speculative,
     )
 
 
@@ -115,6 +119,7 @@ def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int
         seed=options.seed,
         use_cuda_graphs=options.use_cuda_graphs,
         debug_checks=options.debug_checks,
+        speculative=options.speculative,
     )
 
 
@@ -137,9 +142,15 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
     dtype = choose_dtype(options.dtype, device)
     sizes = plan_options(source.config, options, device, dtype)
     engine_config(options, sizes, options.num_kv_blocks or 1)  # what is out of range is said before what is too much
-    plan = memory_plan(source.config, source.tensors(), sizes, *device_memory(device))
+    draft = open_draft(options.speculative)
+    plan = memory_plan(
+        source.config, source.tensors(), sizes, *device_memory(device), draft and (draft.config, draft.tensors())
+    )
     if plan.problem is not None:
         raise ValueError(f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks")
     config = engine_config(options, sizes, plan.num_kv_blocks)
+    tokenizer = source.tokenizer()
+    # The draft model comes first: what can be wrong with it is found before the larger one is read.
+    speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
     network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
-    return Engine(Runner(network, config, device, dtype), config, source.tokenizer())
+    return Engine(Runner(network, config, device, dtype), config, tokenizer, speculator)

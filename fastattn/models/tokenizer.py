@@ -67,6 +67,11 @@ class Tokenizer:
         size: int = self._pipeline.get_vocab_size(with_added_tokens=True)
         return size
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, special ones too, with its id."""
+        tokens: dict[str, int] = self._pipeline.get_vocab(with_added_tokens=True)
+        return tokens
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 

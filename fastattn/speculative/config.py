@@ -39,7 +39,10 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         if self.method is None:
             object.__setattr__(self, "method", "ngram" if self.model is None else "draft_model")
-        for name, allowed in (("method", ("ngram", "draft_model")), ("draft_sample_method", ("greedy", "probabilistic"))):
+        for name, allowed in (
+            ("method", ("ngram", "draft_model")),
+            ("draft_sample_method", ("greedy", "probabilistic")),
+        ):
             if getattr(self, name) not in allowed:
                 raise _refusal(name, getattr(self, name), " and ".join(map(repr, allowed)))
         _check_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
