@@ -60,6 +60,27 @@ EnablePrefixCaching = Annotated[
     ),
 ]
 
+
+def _parse_speculative(text: str) -> object:
+    from fastattn.speculative.config import SpeculativeConfig
+
+    try:
+        return SpeculativeConfig.from_json(text)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Speculative = Annotated[
+    object | None,
+    typer.Option(
+        "--speculative-config",
+        parser=_parse_speculative,
+        metavar="JSON",
+        help='Guess tokens and verify them: {"method": "ngram"}, or {"model": "…"} for a draft model.',
+        show_default=False,
+    ),
+]
+
 # ---- sampling ----
 
 MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.")]

@@ -33,6 +33,8 @@ class Tally:
     num_tokens: int = 0
     num_prompt_tokens: int = 0
     num_cut: int = 0  # answers that ended at the token limit
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     errors: list[int] = field(default_factory=list)  # prompts whose logits were not numbers
     first_token_seconds: list[float] = field(default_factory=list)
     tokens_per_second: list[float] = field(default_factory=list)  # of each request, from its first token on
@@ -49,6 +51,8 @@ class Tally:
         if any(completion.finish_reason == "error" for completion in output.outputs):
             self.errors.append(index)
         m = output.metrics
+        self.num_draft_tokens += m.num_draft_tokens
+        self.num_accepted_tokens += m.num_accepted_tokens
         if m.first_token_time is not None and m.finished_time is not None:
             self.first_token_seconds.append(m.first_token_time - m.arrival_time)
             more, seconds = self._tokens_of[index] - len(output.outputs), m.finished_time - m.first_token_time
@@ -61,6 +65,9 @@ class Tally:
         if self.tokens_per_second:
             speed += f" in all, {median(self.tokens_per_second):.1f} a request (median, after its first token)"
         cut = f", {plural(self.num_cut, 'answer')} cut at the token limit" if self.num_cut else ""
+        drafts = [
+            f"drafts       {self.num_accepted_tokens} of {plural(self.num_draft_tokens, 'guessed token')} were right"
+        ]
         first = self.first_token_seconds
         first_text = f"{median(first):.3f} s median, {max(first):.3f} s max" if first else "-"
         return [
@@ -68,6 +75,7 @@ class Tally:
             f"{plural(self.num_tokens, 'new token')} in {seconds:.2f} s, on {_where(loaded)}{cut}",
             f"speed        {speed}",
             f"first token  {first_text}",
+            *(drafts if self.num_draft_tokens else []),
             f"load         {loaded.load_seconds:.2f} s, after {loaded.import_seconds:.2f} s of imports",
             f"memory       {_peak_memory(loaded)}",
         ]

@@ -33,6 +33,7 @@ def latency(
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
+    speculative: opt.Speculative = None,
 ) -> None:
     """Time one batch from its prompts going in to its last token."""
     for name, value, least in (
@@ -53,6 +54,7 @@ def latency(
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        speculative=speculative,
     )
     from fastattn.benchmarks import offline
 
@@ -95,6 +97,7 @@ def throughput(
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
+    speculative: opt.Speculative = None,
 ) -> None:
     """Time many requests, all given at once."""
     from fastattn.benchmarks import offline
@@ -114,6 +117,7 @@ def throughput(
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        speculative=speculative,
     )
     result = offline.throughput(loaded.llm, options, n=n)
     typer.echo(

@@ -130,6 +130,7 @@ def chat(
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
+    speculative: opt.Speculative = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Talk with a model, here or on a server. /help lists the commands inside."""
@@ -163,6 +164,7 @@ def chat(
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        speculative=speculative,
         quiet=quiet,
     )
     where = f"{source.name} on {loaded.llm.engine.runner.device}"

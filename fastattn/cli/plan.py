@@ -26,6 +26,7 @@ def plan(
     block_size: opt.BlockSize = 16,
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    speculative: opt.Speculative = None,
     memory: Annotated[
         int | None,
         typer.Option(
@@ -39,6 +40,7 @@ def plan(
 
     from fastattn.engine import setup
     from fastattn.engine.memory_plan import memory_plan
+    from fastattn.speculative.setup import open_draft
 
     source = _session.open_source(model)
     options = make_options(
@@ -51,6 +53,7 @@ def plan(
         block_size=block_size,
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
+        speculative=speculative,
         what_if=memory is not None,
     )
     free, total = (
@@ -58,7 +61,9 @@ def plan(
         if memory is not None
         else setup.device_memory(torch.device(device if device != "auto" else options.device_type))
     )
-    result = memory_plan(source.config, source.tensors(), options, free, total)
+    draft = open_draft(options.speculative)
+    drafts = (draft.config, draft.tensors()) if draft is not None else None
+    result = memory_plan(source.config, source.tensors(), options, free, total, drafts)
     if as_json:
         typer.echo(json.dumps(as_dict(source.name, result), indent=2))
     else:
@@ -102,7 +107,9 @@ def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:
         "num_parameters": plan.num_parameters,
         "stored_bytes": dict(plan.stored_bytes),
         "weight_bytes": dict(plan.weight_bytes),
+        "draft_weight_bytes": plan.draft_weight_bytes,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "draft_kv_bytes_per_token": plan.draft_kv_bytes_per_token,
         "kv_bytes_per_block": plan.kv_bytes_per_block,
         "num_kv_blocks": plan.num_kv_blocks,
         "num_kv_tokens": plan.num_kv_tokens,
@@ -137,12 +144,16 @@ def _print_table(name: str, plan: MemoryPlan) -> None:
     stored = ", ".join(f"{kind} {bytes_text(count)}" for kind, count in plan.stored_bytes.items())
     row("file", sum(plan.stored_bytes.values()), stored)
     loaded = ", ".join(f"{kind} {bytes_text(count)}" for kind, count in plan.weight_bytes.items())
-    row("weights", plan.weights_total, f"{plan.num_parameters:,} parameters, rotary tables; {loaded}")
+    row("weights", sum(plan.weight_bytes.values()), f"{plan.num_parameters:,} parameters, rotary tables; {loaded}")
+    if plan.draft_weight_bytes:
+        row("draft weights", plan.draft_weight_bytes, "of the draft model")
     row("KV, a token", plan.kv_bytes_per_token, "all layers, k and v")
+    if plan.draft_kv_bytes_per_token:
+        row("draft KV, a token", plan.draft_kv_bytes_per_token, "all layers of the draft model, k and v")
     row("KV, a block", plan.kv_bytes_per_block, f"{o.block_size} tokens")
     row("KV cache", plan.kv_bytes, f"{plan.num_kv_blocks:,} blocks, {plan.num_kv_tokens:,} tokens")
     row("activations", plan.activation_bytes, f"at most, in a step of {o.max_num_batched_tokens:,} tokens")
-    row("logits, sampling", plan.sampling_bytes, f"at most, for {o.max_num_seqs:,} sequences")
+    row("logits, sampling", plan.sampling_bytes, f"at most, for {o.num_logits:,} rows")
     row("step buffers", plan.buffer_bytes, "token ids, positions, block tables")
     if plan.reserve_bytes:
         row("reserve", plan.reserve_bytes, "kernels' workspaces, CUDA graphs")

@@ -46,6 +46,7 @@ def run(
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
+    speculative: opt.Speculative = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Answer prompts with a model, streaming, all at once.
@@ -71,6 +72,7 @@ def run(
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        speculative=speculative,
         quiet=quiet,
     )
     inputs = make_inputs(loaded.llm, texts, system, raw)

@@ -17,6 +17,7 @@ from fastattn.engine.setup import EngineOptions, build_engine
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.speculative.config import SpeculativeConfig
 
 Message = Mapping[str, Any]
 
@@ -26,11 +27,18 @@ class LLM:
 
     model: a name that we know ("smollm2", "gemma3-270m"), a folder in Hugging Face's layout, or a .gguf file.
     device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto", "float32" (CPU), "bfloat16", "float16".
+    speculative_config: a SpeculativeConfig, or a mapping of its fields; None is off.
     The other options are EngineOptions'. Raises ValueError, in one line, for what cannot work.
     """
 
     def __init__(
-        self, model: str | ModelSource, *, tensor_parallel_size: int = 1, quiet: bool = False, **options: Any
+        self,
+        model: str | ModelSource,
+        *,
+        tensor_parallel_size: int = 1,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        quiet: bool = False,
+        **options: Any,
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"LLM: tensor_parallel_size is {tensor_parallel_size}, allowed is 1 in this version")
@@ -39,6 +47,10 @@ class LLM:
             raise TypeError(
                 f"LLM: unknown option {unknown[0]!r}, allowed are {sorted(EngineOptions.__dataclass_fields__)}"
             )
+        if isinstance(speculative_config, Mapping):
+            speculative_config = SpeculativeConfig.from_dict(speculative_config)
+        if speculative_config is not None:
+            options["speculative"] = speculative_config
         self.engine: Engine = build_engine(model, EngineOptions(**options), show_progress=not quiet)
         self._ids = itertools.count()
         self._streaming: set[str] = set()

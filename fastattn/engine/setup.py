@@ -144,7 +144,11 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
     engine_config(options, sizes, options.num_kv_blocks or 1)  # what is out of range is said before what is too much
     draft = open_draft(options.speculative)
     plan = memory_plan(
-        source.config, source.tensors(), sizes, *device_memory(device), draft and (draft.config, draft.tensors())
+        source.config,
+        source.tensors(),
+        sizes,
+        *device_memory(device),
+        (draft.config, draft.tensors()) if draft else None,
     )
     if plan.problem is not None:
         raise ValueError(f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks")

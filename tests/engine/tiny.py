@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from fastattn.models.loader import TensorInfo
 from fastattn.models.loader.source import expected_shape
 from fastattn.models.registry import build_model
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.speculative.draft_model import DraftModelProposer
+from fastattn.speculative.proposer import NgramProposer, Proposer
+from fastattn.speculative.speculator import Speculator
 
 BOS, EOS = 0, 1
 # Printable ASCII, the bytes of é and €, so that characters may be cut by tokens, and tokens of several characters.
@@ -84,11 +87,28 @@ class TinySource:
         out.copy_(whole if shard is None else whole[shard.slices])
 
 
-def make_engine(network: DecoderModel, tokenizer: Tokenizer, **options: Any) -> Engine:
-    """A small engine that verifies its bookkeeping after every step."""
+def make_engine(
+    network: DecoderModel, tokenizer: Tokenizer, *, draft: DecoderModel | None = None, **options: Any
+) -> Engine:
+    """A small engine that verifies its bookkeeping after every step. draft: the draft model, with option `speculative`."""
     defaults = {"max_model_len": 256, "num_kv_blocks": 128, "block_size": 8, "max_num_seqs": 16, "debug_checks": True}
     config = EngineConfig(**(defaults | options))
-    return Engine(Runner(network, config, torch.device("cpu"), torch.float32), config, tokenizer)
+    runner = Runner(network, config, torch.device("cpu"), torch.float32)
+    return Engine(runner, config, tokenizer, make_speculator(config, network, draft))
+
+
+def make_speculator(config: EngineConfig, network: DecoderModel, draft: DecoderModel | None) -> Speculator | None:
+    spec = config.speculative
+    if spec is None:
+        return None
+    proposer: Proposer
+    if draft is None:
+        assert spec.prompt_lookup_min is not None and spec.prompt_lookup_max is not None
+        proposer = NgramProposer(spec.prompt_lookup_min, spec.prompt_lookup_max)
+    else:
+        runner = Runner(draft, replace(config, speculative=None), torch.device("cpu"), torch.float32)
+        proposer = DraftModelProposer(runner, network.config.vocab_size, spec.is_probabilistic)
+    return Speculator(spec, proposer)
 
 
 def run(
@@ -121,6 +141,15 @@ def assert_idle(engine: Engine) -> None:
     engine.kv.check()
     assert not engine._groups
     assert not engine._owner
+    if engine.speculator is not None:
+        assert not engine.speculator._lengths
+        proposer = engine.speculator.proposer
+        if isinstance(proposer, DraftModelProposer):
+            assert not proposer._shadows
+            assert proposer.kv.pool.num_free + proposer.kv.tree.num_cached == stats.num_kv_blocks
+            proposer.kv.check()
+        elif isinstance(proposer, NgramProposer):
+            assert not proposer._indexes
 
 
 def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor:
