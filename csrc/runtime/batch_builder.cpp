@@ -140,8 +140,7 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     const int64_t end = start + num_tokens[i];
     for (int64_t position = start; position < end; ++position, ++info.num_tokens) {
       const int64_t block = seq.blocks()[position / block_size_];
-      token_ids[info.num_tokens] =
-          position < seq.size() ? seq.tokens()[position] : seq.drafts()[position - seq.size()];
+      token_ids[info.num_tokens] = position < seq.size() ? seq.tokens()[position] : seq.drafts()[position - seq.size()];
       positions[info.num_tokens] = static_cast<int32_t>(position);
       slot_mapping[info.num_tokens] = static_cast<int32_t>(block * block_size_ + position % block_size_);
       if (position >= seq.size() - 1) add_logits_row(info.num_tokens, seq.sampling(), position + 1);

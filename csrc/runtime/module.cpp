@@ -94,7 +94,8 @@ void bind_batch_builder(py::module_& m) {
            })
       .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
            "pad_num_tokens"_a = 1,
-           "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the rest.");
+           "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the "
+           "rest.");
 }
 
 void bind_ngram_index(py::module_& m) {
