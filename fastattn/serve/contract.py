@@ -56,7 +56,8 @@ class RequestContext:
     request_headers: by lower-case name; the front fills in those that a rule of the router names, and no others.
     headers: response headers that the parts add (x-fastattn-model, x-fastattn-route, x-fastattn-cache); sent with the
     first chunk, so they must be set before it is given out. on_refusal: a guard that blocks or redacts an answer calls
-    these, so that what it kept from the client is not kept elsewhere.
+    these, so that what it kept from the client is not kept elsewhere. cacheable: the router says no when another model than
+    the chosen one had to answer.
     """
 
     request_id: str
@@ -66,6 +67,7 @@ class RequestContext:
     request_headers: Mapping[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     on_refusal: list[Callable[[], None]] = field(default_factory=list)
+    cacheable: bool = True
 
 
 class Backend(Protocol):

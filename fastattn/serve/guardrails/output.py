@@ -1,0 +1,148 @@
+"""The way out: a stream of chunks through the guards, whatever they are split into."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastattn.serve.contract import Chunk, RequestContext
+from fastattn.serve.guardrails.policy import Act, GuardFailedError, Policy, redact
+from fastattn.serve.guardrails.texts import json_slots
+from fastattn.serve.guardrails.window import Released, Window
+
+_TEXTS = ("content", "reasoning_content", "refusal")  # of a chat chunk's delta
+
+
+class OutputGuards:
+    """For one answer. Log-probabilities name the tokens, so they wait for the end of their choice, and are left out if
+    anything was blocked or redacted. Arguments of tool calls wait likewise: nobody can use half of them."""
+
+    def __init__(self, policies: list[Policy], context: RequestContext, num_choices: int) -> None:
+        self._policies, self._context, self._num_choices = policies, context, num_choices
+        self._choices: dict[int, _Choice] = {}
+
+    async def stream(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        async with aclosing(chunks) as stream:  # type: ignore[type-var]
+            async for chunk in stream:
+                parts = [out for part in chunk["choices"] if (out := await self._choice(part).feed(part)) is not None]
+                if parts or chunk.get("usage"):
+                    yield {**chunk, "choices": parts}
+                if sum(choice.is_blocked for choice in self._choices.values()) == self._num_choices:
+                    return  # nothing that follows would be sent; leaving ends the work
+
+    def _choice(self, part: dict[str, Any]) -> _Choice:
+        index = part["index"]
+        if index not in self._choices:
+            self._choices[index] = _Choice(self._policies, self._context)
+        return self._choices[index]
+
+
+class _Choice:
+    def __init__(self, policies: list[Policy], context: RequestContext) -> None:
+        self._policies, self._context = policies, context
+        self._windows: dict[str, Window] = {}
+        self._calls: dict[int, str] = {}  # arguments so far
+        self._logprobs: dict[str, Any] = {}
+        self._is_marked = False
+        self.is_blocked = False
+
+    async def feed(self, part: dict[str, Any]) -> dict[str, Any] | None:
+        """The part as it may be sent now; None when nothing of it may, or is left."""
+        if self.is_blocked:
+            return None
+        final = part.get("finish_reason") is not None
+        for key, values in (part.get("logprobs") or {}).items():
+            if values is not None:
+                self._logprobs[key] = self._logprobs.get(key, []) + values
+        out = {**part, "logprobs": None}
+        try:
+            sent = await self._chat(part, out, final) if "text" not in part else await self._text(part, out, final)
+        except GuardFailedError:
+            self._block(out)
+            return out
+        if final and not self.is_blocked and self._logprobs and not self._is_marked:
+            out["logprobs"] = self._logprobs
+        return out if sent or final or self.is_blocked else None
+
+    async def _text(self, part: dict[str, Any], out: dict[str, Any], final: bool) -> bool:
+        out["text"] = await self._pass("text", part.get("text") or "", final, out)
+        return bool(out["text"])
+
+    async def _chat(self, part: dict[str, Any], out: dict[str, Any], final: bool) -> bool:
+        delta = dict(part.get("delta") or {})
+        out["delta"] = delta
+        for name in _TEXTS:
+            new = delta.pop(name, None)
+            if new is None and not (final and name in self._windows):
+                continue
+            text = await self._pass(name, new or "", final, out)
+            # The first delta says "" to tell that text will come; later ones say nothing or something.
+            if text or new == "":
+                delta[name] = text
+            if self.is_blocked:
+                delta.pop("tool_calls", None)
+                return True
+        calls = [kept for call in delta.pop("tool_calls", None) or () if (kept := self._hold(call))]
+        if final:
+            for index in sorted(self._calls):
+                arguments = await self._arguments(self._calls[index], out)
+                if self.is_blocked:
+                    return True
+                calls.append({"index": index, "function": {"arguments": arguments}})
+        if calls:
+            delta["tool_calls"] = calls
+        return bool(delta)
+
+    async def _pass(self, name: str, text: str, final: bool, out: dict[str, Any]) -> str:
+        if name not in self._windows:
+            self._windows[name] = Window(self._policies)
+        released: Released = await self._windows[name].feed(text, final)
+        self._note(released.acts)
+        if released.blocked is not None:
+            self._block(out)
+        return released.text
+
+    def _hold(self, call: dict[str, Any]) -> dict[str, Any] | None:
+        """A tool call without its arguments, which are kept; None when nothing else is in it."""
+        function = dict(call.get("function") or {})
+        self._calls[call["index"]] = self._calls.get(call["index"], "") + (function.pop("arguments", None) or "")
+        if not function.get("name") and not call.get("id"):
+            return None
+        return {**call, "function": {**function, "arguments": ""}}
+
+    async def _arguments(self, text: str, out: dict[str, Any]) -> str:
+        """Checked as data, so an escape hides nothing and a redaction leaves JSON."""
+        holder = {"arguments": text}
+        for slot in list(json_slots(holder, "arguments", "assistant")):
+            acts: list[Act] = []
+            for policy in self._policies:
+                if policy.config.kind != "json_schema":  # which is about the answer's text
+                    acts += (await policy.scan(slot.text, 0, True))[0]
+            acts = [act for act in acts if act.label is not None]
+            self._note(acts)
+            if any(act.action == "block" for act in acts):
+                self._block(out)
+                return ""
+            if any(act.action == "redact" for act in acts):
+                slot.put(redact(slot.text, acts))
+        return holder["arguments"]
+
+    def _note(self, acts: list[Act]) -> None:
+        for act in acts:
+            policy = next(p for p in self._policies if p.config.name == act.guard)
+            policy.count(act, "output", self._context.request_id)
+        if any(act.action != "log" for act in acts):
+            self._mark()
+
+    def _mark(self) -> None:
+        if not self._is_marked:
+            self._is_marked = True
+            for call in self._context.on_refusal:
+                call()
+
+    def _block(self, out: dict[str, Any]) -> None:
+        self.is_blocked = True
+        self._mark()
+        out["finish_reason"] = "content_filter"
+        out.pop("stop_reason", None)
