@@ -61,7 +61,7 @@ $(STAMPS)/lint: $(STAMPS)/build
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/package
-	$(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[docs,server]"
 	@touch $@
 
 clean: ## remove what was built, and the virtual environment

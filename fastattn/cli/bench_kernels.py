@@ -22,7 +22,7 @@ def _size(flag: str, help: str) -> object:
 
 def kernels(
     operators: Annotated[
-        list[str] | None, typer.Argument(metavar="OPERATOR...", help="Such as rms_norm linear; all, if none is named.")
+        list[str] | None, typer.Argument(metavar="OPERATOR", help="Such as rms_norm linear; all, if none is named.")
     ] = None,
     num_tokens: Annotated[list[int] | None, _size("--num-tokens", "Rows of a step; may be repeated.")] = None,
     hidden_size: Annotated[int, _size("--hidden-size", "Width of the model.")] = 4096,

@@ -99,7 +99,7 @@ def by_server(server: Server, model: str, options: Mapping[str, object]) -> Answ
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="smollm2, gemma3-270m, a folder, or a .gguf file; none with --url."),
+        typer.Argument(metavar="MODEL", help="smollm2, gemma3-270m, a folder, or a .gguf file; none with --url."),
     ] = None,
     url: Annotated[
         str | None,
