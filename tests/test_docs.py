@@ -30,6 +30,8 @@ GENERATED = {ROOT / "docs" / name: make for name, make in docs_reference.PAGES.i
 # Signatures without bodies: a contract to read, not a program to run.
 NOT_PROGRAMS = {ROOT / "docs/design/foundation.md"}
 
+ADDRESS = "http://127.0.0.1:8000"  # of the server that pages start
+
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 _SNIPPET = re.compile(r'^--8<-- "([^":]+)(?::(\w+))?"$', re.M)
@@ -65,14 +67,27 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
+@pytest.fixture(scope="module")
+def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the tiny model, under the name that the pages use."""
+    from tests.serve.harness import running, save_tiny
+
+    folder = save_tiny(tmp_path_factory.mktemp("tiny"))
+    with running(folder, "--served-model-name", "smollm2", "--num-kv-blocks", "256", "--render-workers", "1") as server:
+        yield server.url
+
+
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if page not in NOT_PROGRAMS and next(blocks(page, "python"), None) is not None],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_examples_run(page: Path) -> None:
+def test_examples_run(page: Path, request: pytest.FixtureRequest) -> None:
     """The Python blocks of a page, in one namespace from top to bottom, on the CPU."""
     programs = list(blocks(page, "python"))
+    if any(ADDRESS in code for _, code in programs):  # the page has started a server before
+        url = request.getfixturevalue("server_address")
+        programs = [(line, code.replace(ADDRESS, url)) for line, code in programs]
     if any('"smollm2"' in code for _, code in programs):
         try:
             open_model("smollm2")

@@ -6,12 +6,13 @@ They are made anew at each build and are in no repository, so they cannot be out
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,29 @@ def _commands(path: str, group: Any) -> Iterator[tuple[str, Any]]:
 
 def settings_page() -> str:
     """The server's settings, the sections of its file, the engine's options."""
+    from fastattn.engine.config import EngineConfig
     from fastattn.engine.setup import EngineOptions
+    from fastattn.serve.config import EngineSettings
 
-    out = ["# Settings", "Made from the code. [Environment variables](../environment.md) that are no settings have their own page."]
+    out = [
+        "# Settings",
+        "Made from the code. [Environment variables](../environment.md) that are no settings have their own page.",
+    ]
     out += _server_settings()
     out += ["## Engine", "What `LLM` and `fastattn run` take; `EngineConfig` is what becomes of it."]
-    out += [*_class_parts(EngineOptions, 3)]
+    # What the server's settings say of the same names, and what the engine's own configuration does.
+    said = {name: info.description or "" for name, info in EngineSettings.model_fields.items()}
+    out += [*_class_parts(EngineOptions, 3, said | field_notes(EngineConfig))]
     return "\n\n".join(out) + "\n"
 
 
 def _server_settings() -> list[str]:
-    from fastattn.serve.config import SECTIONS, EngineSettings, ServeConfig
+    from fastattn.serve.config import SECTIONS, ServeConfig
 
-    rows = []
+    rows, sections = [], []
     for name, kind, default, meaning in fields(ServeConfig):
         if name in SECTIONS:
+            sections.append((code(f"{name}:"), meaning))
             continue
         flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
         rows.append((code(flag), code(f"FASTATTN_{name.upper()}"), kind, default, meaning))
@@ -83,24 +92,21 @@ def _server_settings() -> list[str]:
         "name, with `_` or `-`), that before the default. All that is wrong is said at once.",
         table(("flag", "variable", "value", "default", "meaning"), rows),
         "Sections of the file alone:",
-        table(("section", "value", "meaning"), [(code(n), k, m) for n, k, _, m in fields(ServeConfig) if n in SECTIONS]),
+        table(("section", "meaning"), sections),
     ]
-    out += ["### EngineSettings", table(("name", "value", "default", "meaning"), fields(EngineSettings))]
-    for title, cls in _sections():
-        out += [f"## Section `{title}`", *_class_parts(cls, 3)]
+    for name in SECTIONS:
+        # `models` is made of the settings above.
+        if importlib.util.find_spec(f"fastattn.serve.{name}") is not None:
+            module = importlib.import_module(f"fastattn.serve.{name}.config")
+            out += [f"## Section {name}", *_class_parts(getattr(module, f"{name.title()}Config"), 3)]
     return out
 
 
-def _sections() -> list[tuple[str, type]]:
-    from fastattn.serve.cache.config import CacheConfig
-    from fastattn.serve.guardrails.config import GuardrailsConfig
-    from fastattn.serve.router.config import RouterConfig
+def _class_parts(cls: type, level: int, notes: Mapping[str, str] = types.MappingProxyType({})) -> Iterator[str]:
+    """A heading, what the docstring says beside its fields, the fields; then the same of every class among their types.
 
-    return [("router", RouterConfig), ("cache", CacheConfig), ("guardrails", GuardrailsConfig)]
-
-
-def _class_parts(cls: type, level: int) -> Iterator[str]:
-    """A heading, what the docstring says beside its fields, the fields; then the same of every class among their types."""
+    notes: meanings of fields that the class leaves to another.
+    """
     waiting, done = [cls], set()
     while waiting:
         current = waiting.pop(0)
@@ -111,7 +117,7 @@ def _class_parts(cls: type, level: int) -> Iterator[str]:
         about = intro(current)
         if about:
             yield about
-        rows = fields(current)
+        rows = fields(current, notes)
         if rows:
             yield table(("name", "value", "default", "meaning"), [(code(n), *rest) for n, *rest in rows])
         waiting += [found for _, annotation, _ in _raw_fields(current) for found in classes(annotation)]
@@ -124,8 +130,8 @@ def _raw_fields(cls: Any) -> list[tuple[str, Any, Any]]:
     return [(name, hints[name], info) for name, info in found.items()]
 
 
-def fields(cls: Any) -> list[Field]:
-    notes = field_notes(cls)
+def fields(cls: Any, notes: Mapping[str, str] = types.MappingProxyType({})) -> list[Field]:
+    notes = {**notes, **field_notes(cls)}
     rows = []
     for name, annotation, info in _raw_fields(cls):
         kind = type_text(annotation)
@@ -202,7 +208,9 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     flat = [one for item in metadata for one in (getattr(item, "metadata", None) or [item])]
     found = {name: getattr(one, name) for one in flat for name in ("ge", "gt", "le", "lt") if hasattr(one, name)}
     words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
-    return "".join(f" {words[name]} {found[name]:,}" for name in words if found.get(name) is not None)
+    # What is the machine's own limit is none of ours.
+    told = {name: value for name, value in found.items() if value is not None and abs(value) < 2**31 - 1}
+    return "".join(f" {words[name]} {told[name]:,}" for name in words if name in told)
 
 
 # ---- Markdown ----

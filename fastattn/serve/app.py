@@ -20,6 +20,7 @@ from fastattn.serve.auth import ApiKey
 from fastattn.serve.contract import APIError, Chunk, RequestContext
 from fastattn.serve.json_body import parse_json
 from fastattn.serve.openapi import describe
+from fastattn.serve.page import page_routes
 from fastattn.serve.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -45,6 +46,7 @@ def make_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
     )
     Handlers(state).register(app)
+    app.router.routes.extend(page_routes())
     describe(app)
 
     @app.exception_handler(APIError)

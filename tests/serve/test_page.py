@@ -16,6 +16,7 @@ pytest.importorskip("starlette", reason="starlette comes with fastattn[server]")
 from fastattn.serve import page as page_module
 from fastattn.serve.page import FOLDER, page_routes
 from tests.fake_server import FakeServer, run_fake
+from tests.serve.harness import MODEL, Running, chat
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = [
@@ -488,3 +489,31 @@ def test_it_fits_small_screens(tab: Any, fake: FakeServer) -> None:
         assert tab.evaluate(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('{selector}'))"), selector
     box = tab.locator("#send").bounding_box()
     assert box["x"] + box["width"] <= tab.viewport_size["width"]
+
+
+# ---- with the real server ----
+
+
+def test_the_page_of_a_real_server(browser: Any, server: Running) -> None:
+    """The server of the tests, the tiny model, the real metrics: an answer, its model, and moving charts."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    tab, problems, requests = context.new_page(), [], []
+    tab.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("request", lambda r: requests.append(r.url))
+    tab.goto(f"{server.url}/")
+    tab.wait_for_selector("#status[data-state=ok]")
+    tab.click("#settings-open")
+    tab.fill("[name=max_tokens]", "12")
+    tab.fill("[name=temperature]", "0")
+    tab.click("#settings-form .primary")
+    ask(tab, "hello")
+    assert tab.text_content(".model-chip") == MODEL
+    assert tab.text_content(".tokens-chip") == "12 tokens"
+    expected = server.post("/v1/chat/completions", chat("hello", max_tokens=12, temperature=0)).json()
+    shown = tab.text_content(".assistant .text")
+    words = re.findall(r"\w+", expected["choices"][0]["message"]["content"])
+    assert re.findall(r"\w+", shown) == words  # the rest is what Markdown makes of random signs
+    until(tab, "[...document.querySelectorAll('.card:not([hidden]) h3')].length >= 5")
+    until(tab, "document.querySelector('.card path.line').getAttribute('d').includes('L')")
+    context.close()
+    assert not problems and all(url.startswith(server.url) for url in requests)
