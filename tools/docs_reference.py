@@ -6,7 +6,7 @@ They are made anew at each build and are in no repository, so they cannot be out
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import re
 import sys
@@ -95,8 +95,7 @@ def _server_settings() -> list[str]:
         table(("section", "meaning"), sections),
     ]
     for name in SECTIONS:
-        # `models` is made of the settings above.
-        if importlib.util.find_spec(f"fastattn.serve.{name}") is not None:
+        if name != "models":  # which is made of the settings above
             module = importlib.import_module(f"fastattn.serve.{name}.config")
             out += [f"## Section {name}", *_class_parts(getattr(module, f"{name.title()}Config"), 3)]
     return out
