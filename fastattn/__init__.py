@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastattn.engine.outputs import CompletionOutput as CompletionOutput
     from fastattn.engine.outputs import RequestOutput as RequestOutput
     from fastattn.engine.sampling_params import SamplingParams as SamplingParams
+    from fastattn.engine.structured_output import StructuredOutput as StructuredOutput
 
 _LAZY = {
     "LLM": "fastattn.engine.llm",
@@ -25,6 +26,7 @@ _LAZY = {
     "AsyncEngine": "fastattn.engine.async_engine",
     "EngineConfig": "fastattn.engine.config",
     "SamplingParams": "fastattn.engine.sampling_params",
+    "StructuredOutput": "fastattn.engine.structured_output",
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",
 }

@@ -433,6 +433,37 @@ def adjust_logits(context: Context, rows: int, touched: int, vocab: int = VOCAB)
     )
 
 
+def apply_token_bitmask(context: Context, rows: int, vocab: int = VOCAB) -> Case:
+    """Half the tokens are allowed, more than most grammars allow."""
+    device, rng = context.device, context.generator(rows)
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, -(-vocab // 32)), generator=rng, device=device).int()
+    call = {
+        "logits": torch.randn(rows, vocab, generator=rng, device=device) * 3,
+        "bitmask": words,
+        "rows": torch.arange(rows, dtype=torch.int32, device=device),
+    }
+    bit = torch.arange(32, dtype=torch.int32, device=device)
+
+    def plain(logits: Tensor) -> Tensor:
+        allowed = ((words.unsqueeze(2) >> bit) & 1).flatten(1)[:, :vocab]
+        return logits.masked_fill_(allowed == 0, -torch.inf)
+
+    def torch_peer() -> Callable[[], Tensor]:
+        mine = call["logits"].clone()
+        return lambda: plain(mine)
+
+    return op_case(
+        ops.apply_token_bitmask,
+        call,
+        formulas.apply_token_bitmask,
+        mutates=("logits",),
+        peers={"torch": torch_peer, "compile": _compiled(context, plain, call["logits"].clone())},
+        # with random bits every sector of 32 bytes has one to write
+        work=Work(num_bytes=words.nbytes + call["logits"].nbytes),
+        config=f"{rows} × {vocab} fp32, every second token allowed",
+    )
+
+
 def token_logprobs(context: Context, rows: int, num_top: int, vocab: int = VOCAB) -> Case:
     rng = context.generator(rows)
     logits = torch.randn(rows, vocab, generator=rng, device=context.device) * 3
@@ -479,6 +510,7 @@ def _specs() -> Iterator[CaseSpec]:
         for rows in (1, 64, 256) if kind == "topk_topp" else (64,):
             yield CaseSpec(f"sample_{kind}_b{rows}", partial(sample, kind=kind, rows=rows), rows == 64)
     yield CaseSpec("adjust_logits_b64", partial(adjust_logits, rows=64, touched=512), True)
+    yield CaseSpec("apply_token_bitmask_b64", partial(apply_token_bitmask, rows=64), True)
     yield CaseSpec("token_logprobs_b64_top5", partial(token_logprobs, rows=64, num_top=5), True)
 
 

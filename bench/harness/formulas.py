@@ -16,6 +16,7 @@ from tests.harness.formulas import add_rms_norm, layer_norm, linear, rms_norm, s
 __all__ = [
     "add_rms_norm",
     "adjust_logits",
+    "apply_token_bitmask",
     "embedding",
     "layer_norm",
     "linear",
@@ -124,6 +125,15 @@ def _decode(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     scores = grouped @ k.to(c).permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
     out = torch.softmax(scores, -1) @ v.to(c).transpose(1, 2)
     return [out.flatten(1, 2), torch.logsumexp(scores, -1).flatten(1, 2).t()]
+
+
+def apply_token_bitmask(c: torch.dtype, logits: Tensor, bitmask: Tensor, rows: Tensor) -> list[Tensor]:
+    token = torch.arange(logits.shape[1], device=logits.device)
+    allowed = (bitmask[:, token // 32] >> (token % 32)) & 1
+    out = logits.to(c).clone()
+    for row, bits in zip(rows.tolist(), allowed, strict=True):
+        out[row].masked_fill_(bits == 0, -torch.inf)
+    return [out]
 
 
 def adjust_logits(

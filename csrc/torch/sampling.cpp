@@ -1,4 +1,5 @@
 #include "sampling/adjust_logits.h"
+#include "sampling/apply_token_bitmask.h"
 #include "sampling/sample.h"
 #include "sampling/token_logprobs.h"
 #include "torch/checks.h"
@@ -37,6 +38,28 @@ void adjust_logits_op(const Tensor& logits, const Tensor& token_ids, const Tenso
   p.vocab_size = logits.size(1);
   p.nnz = token_ids.size(0);
   check_launch("adjust_logits", adjust_logits(p, stream_of(logits)));
+}
+
+void apply_token_bitmask_op(const Tensor& logits, const Tensor& bitmask, const Tensor& rows) {
+  const Checks checks("apply_token_bitmask", "logits", logits);
+  checks.shape("logits", logits, {kAny, kAny}).dtype("logits", logits, {ScalarType::Float});
+  const int64_t num_masks = rows.size(0);
+  checks.shape("rows", rows, {num_masks}).dtype("rows", rows, {ScalarType::Int});
+  checks.shape("bitmask", bitmask, {num_masks, (logits.size(1) + 31) / 32})
+      .dtype("bitmask", bitmask, {ScalarType::Int});
+  if (logits.numel() == 0 || num_masks == 0) return;
+
+  const OnDeviceOf guard(logits);
+  ApplyTokenBitmaskParams p;
+  p.logits = static_cast<float*>(logits.data_ptr());
+  p.bitmask = data<int32_t>(bitmask);
+  p.rows = data<int32_t>(rows);
+  p.logits_stride = logits.stride(0);
+  p.bitmask_stride = bitmask.stride(0);
+  p.num_rows = logits.size(0);
+  p.num_masks = num_masks;
+  p.vocab_size = logits.size(1);
+  check_launch("apply_token_bitmask", apply_token_bitmask(p, stream_of(logits)));
 }
 
 Tensor sample_op(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
@@ -108,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_op(const Tensor& logit
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("adjust_logits", TORCH_BOX(&adjust_logits_op));
+  m.impl("apply_token_bitmask", TORCH_BOX(&apply_token_bitmask_op));
   m.impl("sample", TORCH_BOX(&sample_op));
   m.impl("token_logprobs", TORCH_BOX(&token_logprobs_op));
 }

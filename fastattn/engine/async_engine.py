@@ -94,7 +94,8 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None, resume_token_ids: TokenLists | None
     ) -> Prepared:
         """In the caller's thread, or in another if that may take longer than an event loop should wait."""
-        if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT:
+        compiles = isinstance(params, SamplingParams) and params.structured_output is not None
+        if compiles or (isinstance(prompt, str) and len(prompt) > _LONG_PROMPT):
             return await asyncio.to_thread(self._engine.prepare, prompt, params, resume_token_ids)
         return self._engine.prepare(prompt, params, resume_token_ids)
 

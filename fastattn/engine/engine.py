@@ -12,6 +12,7 @@ import torch
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.grammar import DEAD_END
 from fastattn.engine.intake import Intake, Prepared, Prompt, TokenLists
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.output_processor import OutputProcessor, RequestGroup
@@ -168,6 +169,7 @@ class Engine:
                     stop_token_ids=stop_token_ids,
                     metrics=metrics,
                     after=requests[0] if requests and shares_prompt else None,
+                    grammar=prepared.grammar and prepared.grammar.copy(),
                 )
             )
         return requests
@@ -182,6 +184,8 @@ class Engine:
                     f"ended after {count} ({request.finish_reason})"
                 )
             self._append(request, token_id)
+        if request.finish_reason == "error":
+            raise ValueError(f"add_request: resume_token_ids[{request.index}] cannot be: {request.stop_reason}")
         request.num_resumed_tokens = len(token_ids)
         stream = group.streams[request.index]
         if request.status is Status.FINISHED:
@@ -261,7 +265,7 @@ class Engine:
             if i > 0:
                 self.scheduler.accept(request)
             if token_id < 0:
-                self.scheduler.finish(request, "error", "the logits are not finite")
+                self.scheduler.finish(request, "error", _why_no_token(request))
                 break
             self._append(request, token_id)
             self._num_generated_tokens += 1
@@ -278,13 +282,21 @@ class Engine:
         if request.params.has_penalties:
             request.output_counts[token_id] += 1
         ended: tuple[FinishReason, int | str | None] | None = None
+        grammar = request.grammar
         if token_id in request.stop_token_ids:
             ended = ("stop", token_id)  # the end token itself gives no text
+            # A dead end, such as a character that no token spells, leaves nothing but the end token.
+            if grammar is not None and token_id in self.tokenizer.eos_token_ids and not grammar.accepting:
+                ended = ("error", grammar.error or DEAD_END)
         else:
+            if grammar is not None:
+                grammar.accept(token_id)
             may_stop = len(request.output_token_ids) >= request.params.min_tokens
             stop = self._owner[request].streams[request.index].push(token_id, may_stop)
             if stop is not None:
                 ended = ("stop", stop)
+            elif grammar is not None and (grammar.finished or grammar.error):
+                ended = ("error", grammar.error) if grammar.error else ("stop", None)
             elif len(request.output_token_ids) >= request.max_output_tokens:
                 ended = ("length", None)
         if ended is not None:
@@ -332,3 +344,10 @@ class Engine:
             num_accepted_tokens=sum(accepted),
             num_accepted_tokens_per_pos=accepted,
         )
+
+
+def _why_no_token(request: Request) -> str:
+    """What to say of a row of logits that nothing could be drawn from."""
+    if request.grammar is None:
+        return "the logits are not finite"
+    return request.grammar.error or "the logits are not finite for any token that the grammar allows"

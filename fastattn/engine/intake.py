@@ -1,4 +1,4 @@
-"""What a request goes through before it is queued: tokens, limits. Touches no engine state, so any thread may do it."""
+"""What a request goes through before it is queued: tokens, limits, grammar. Touches no engine state, so any thread may do it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.grammar import Grammar, GrammarCompiler
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.tokenizer import Tokenizer
 
@@ -18,13 +19,15 @@ MAX_BYTES_PER_TOKEN = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can run. resumed: for each of the n completions the tokens that it has already."""
+    """A request that can run. resumed: for each of the n completions the tokens that it has already. grammar: at its
+    beginning; each completion takes a copy."""
 
     prompt: str | None
     token_ids: list[int]
     params: SamplingParams
     max_output_tokens: int
     resumed: list[list[int]]
+    grammar: Grammar | None = None
 
 
 class Intake:
@@ -32,6 +35,7 @@ class Intake:
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._config, self._tokenizer, self._vocab_size = config, tokenizer, vocab_size
+        self._grammars = GrammarCompiler(tokenizer, vocab_size)
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None, resume_token_ids: TokenLists | None) -> Prepared:
         """Raises TypeError or ValueError, naming both numbers, for what can never run."""
@@ -40,7 +44,10 @@ class Intake:
             raise TypeError(f"add_request: params is a {type(params).__name__}, expected SamplingParams")
         resumed = self._check_resumed(params.n, resume_token_ids)
         text, token_ids = self._tokenize(prompt)
-        return Prepared(text, token_ids, params, self._max_output(token_ids, params), resumed)
+        max_output = self._max_output(token_ids, params)
+        wish = params.structured_output
+        grammar = None if wish is None else self._grammars.compile(wish)
+        return Prepared(text, token_ids, params, max_output, resumed, grammar)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.outputs import FinishReason, RequestMetrics
 from fastattn.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from fastattn.engine.grammar import Grammar
 
 
 class Status(enum.Enum):
@@ -38,6 +42,7 @@ class Request:
     stop_token_ids: frozenset[int]
     metrics: RequestMetrics
     after: Request | None = None
+    grammar: Grammar | None = None  # after the output tokens so far
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

@@ -12,6 +12,7 @@ import torch
 
 from fastattn import ops
 from fastattn.engine.batch import Batch
+from fastattn.engine.grammar import Grammar, GrammarMasks
 from fastattn.engine.request import Request
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class _Row:
 
 
 class Sampler:
+    def __init__(self) -> None:
+        self._masks = GrammarMasks()
+
     def sample(
         self, logits: torch.Tensor, batch: Batch, num_drafted: dict[Request, int], drafts: Drafts | None = None
     ) -> Sampled:
@@ -64,10 +68,14 @@ class Sampler:
         """
         rows = [_Row(r, r.seq.drafts[:d], j) for r, d in num_drafted.items() for j in range(d + 1)]
         raw = logits
-        if any(row.is_adjusted for row in rows):
-            # Log-probabilities are the model's own, so they are taken from the logits as they were.
-            raw = logits.clone() if any(r.params.logprobs is not None for r in num_drafted) else logits
+        is_adjusted = any(row.is_adjusted for row in rows)
+        has_grammar = any(r.grammar is not None for r in num_drafted)
+        if (is_adjusted or has_grammar) and any(r.params.logprobs is not None for r in num_drafted):
+            raw = logits.clone()  # log-probabilities are the model's own, from the logits as they were
+        if is_adjusted:
             self._adjust(logits, rows)
+        if has_grammar:
+            self._mask(logits, num_drafted)
         token_ids = ops.sample(
             logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position
         )
@@ -79,6 +87,20 @@ class Sampler:
         return Sampled(
             list(num_drafted), accepted, _logprobs(raw, token_ids, num_drafted, accepted), list(num_drafted.values())
         )
+
+    def _mask(self, logits: torch.Tensor, num_drafted: dict[Request, int]) -> None:
+        """Forbids what the requests' grammars do not allow. On a GPU the host computes the masks while the model runs."""
+        wanted: list[tuple[Grammar, list[int]]] = []
+        rows: list[int] = []
+        at = 0
+        for request, count in num_drafted.items():
+            if request.grammar is not None:
+                wanted.append((request.grammar, request.seq.drafts[:count]))
+                rows += range(at, at + count + 1)
+            at += count + 1
+        masks = self._masks.fill(wanted, logits.shape[1], pin=logits.is_cuda)
+        row_idx = torch.tensor(rows, dtype=torch.int32).to(logits.device)
+        ops.apply_token_bitmask(logits, masks.to(logits.device, non_blocking=True), row_idx)
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[_Row]) -> None:
         columns = [_touched_tokens(row) for row in rows]

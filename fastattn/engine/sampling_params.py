@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastattn.engine.structured_output import StructuredOutput
+
 MAX_LOGPROBS = 64
 MAX_N = 256
 
@@ -64,6 +66,7 @@ _ALLOWED: dict[str, tuple[Check, str]] = {
     "prompt_logprobs": (_or_none(_integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
     "skip_special_tokens": _FLAG,
     "include_stop_str_in_output": _FLAG,
+    "structured_output": (_or_none(lambda value: isinstance(value, StructuredOutput)), "None or a StructuredOutput"),
     "output_kind": (lambda kind: kind in ("cumulative", "delta", "final"), "'cumulative', 'delta' or 'final'"),
 }
 
@@ -79,6 +82,7 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted for tokens already generated; repetition_penalty: divides (multiplies a
     negative) logit of tokens in prompt or output. logit_bias: {token id: value added to its logit}.
     logprobs: None, or how many of the most likely tokens to report beside the chosen one; prompt_logprobs likewise.
+    structured_output: the form that each completion is held to, by leaving out all tokens that would break it.
     output_kind: each output carries all text so far, only what is new, or comes once at the end.
     """
 
@@ -101,6 +105,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_output: StructuredOutput | None = None
     output_kind: OutputKind = "cumulative"
     stop_strings: tuple[str, ...] = field(init=False, repr=False, compare=False)
 

@@ -125,6 +125,11 @@ class Tokenizer:
         """One token by itself; where it is a part of a character, U+FFFD stands for it."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """The pipeline in the form of tokenizer.json."""
+        text: str = self._pipeline.to_str()
+        return text
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None

@@ -8,11 +8,12 @@ from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.quantized import fp4_linear, int4_linear, int8_linear, quantize_int8
 from fastattn.ops.rope import rope_kv_write
-from fastattn.ops.sampling import adjust_logits, sample, token_logprobs
+from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, token_logprobs
 
 __all__ = [
     "add_rms_norm",
     "adjust_logits",
+    "apply_token_bitmask",
     "embedding",
     "fp4_linear",
     "geglu",

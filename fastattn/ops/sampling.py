@@ -26,6 +26,10 @@ def _fake_adjust_logits(*_: object) -> None:
     return None
 
 
+def _fake_apply_token_bitmask(*_: object) -> None:
+    return None
+
+
 def _fake_sample(logits: Tensor, *_: Tensor) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=torch.int32)
 
@@ -45,6 +49,11 @@ _adjust_logits = define(
     "Tensor repetition_penalty, Tensor presence_penalty, Tensor frequency_penalty) -> ()",
     reference.adjust_logits,
     _fake_adjust_logits,
+)
+_apply_token_bitmask = define(
+    "apply_token_bitmask(Tensor(a!) logits, Tensor bitmask, Tensor rows) -> ()",
+    reference.apply_token_bitmask,
+    _fake_apply_token_bitmask,
 )
 _sample = define(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) "
@@ -68,6 +77,12 @@ _check_adjust_logits = compile_check(
     TensorArg("repetition_penalty", "B", FP32),
     TensorArg("presence_penalty", "B", FP32),
     TensorArg("frequency_penalty", "B", FP32),
+)
+_check_apply_token_bitmask = compile_check(
+    "apply_token_bitmask",
+    TensorArg("logits", "B V", FP32, mutated=True),
+    TensorArg("bitmask", "R W", INT32),
+    TensorArg("rows", "R", INT32),
 )
 _check_sample = compile_check(
     "sample",
@@ -136,6 +151,30 @@ def adjust_logits(
         for name, t in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             _check_numbers(op, name, t, -_LARGEST, _LARGEST, "a finite number")
     _adjust_logits(logits, token_ids, counts, bias, indptr, repetition_penalty, presence_penalty, frequency_penalty)
+
+
+def apply_token_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """Forbid tokens, in place: logits[rows[r], t] becomes -inf where bit t of bitmask[r] is 0.
+
+    Bit t of a row is bit t % 32, from the lowest, of its word t // 32: the layout of llguidance and xgrammar. Bits past V
+    are not looked at. Rows of logits that are not named stay as they are; one that is named twice keeps what both allow.
+
+    logits: (B, V) fp32, changed in place. bitmask: (R, W) int32 with W = ⌈V / 32⌉. rows: (R) int32, 0 to B - 1.
+
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    """
+    _check_apply_token_bitmask(logits, bitmask, rows)
+    num_words = -(-logits.shape[1] // 32)
+    if bitmask.shape[1] != num_words:
+        fail_value(
+            "apply_token_bitmask",
+            f"bitmask has shape {tuple(bitmask.shape)}, expected (R, {num_words}): a bit for each of V = "
+            f"{logits.shape[1]} tokens from logits {tuple(logits.shape)}",
+        )
+    if values_readable(rows):
+        check_range("apply_token_bitmask", "rows", rows, 0, logits.shape[0] - 1, "B - 1 from logits", logits)
+    _apply_token_bitmask(logits, bitmask, rows)
 
 
 def sample(

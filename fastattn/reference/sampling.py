@@ -29,6 +29,14 @@ def adjust_logits(
     logits[row, token_ids] = torch.where(counts >= 0, penalized, old) + bias
 
 
+def apply_token_bitmask(logits: Tensor, bitmask: Tensor, rows: Tensor) -> None:
+    """-inf, in place, for the tokens of row rows[r] whose bit in bitmask[r] is 0; the lowest bit of a word is the first."""
+    bits = (bitmask.unsqueeze(2) >> torch.arange(32, dtype=torch.int32)) & 1
+    banned = bits.flatten(1)[:, : logits.shape[1]] == 0
+    for row, where in zip(rows.tolist(), banned, strict=True):  # one after another: a row may be named twice
+        logits[row].masked_fill_(where, -torch.inf)
+
+
 def _uniform(seed: Tensor, position: Tensor) -> Tensor:
     """u in [0, 1) for each row, fp64: a 32-bit word over 2³²."""
     if seed.numel() > 16:

@@ -26,7 +26,7 @@ from bench.harness.peers import PeerAbsentError
 from tests.harness import formulas as loops
 from tests.harness.attention_calls import paged_calls, varlen_calls
 from tests.harness.generators import Gen
-from tests.harness.sampling_calls import adjust_calls, logprob_calls
+from tests.harness.sampling_calls import adjust_calls, bitmask_calls, logprob_calls
 from tests.harness.specs import embedding_calls, rope_calls
 
 CPU = torch.device("cpu")
@@ -45,6 +45,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "rope_kv_write": partial(small_ops.rope_kv_write, tokens=7, heads=4, kv_heads=2, page=4),
     "embedding": partial(small_ops.embedding, tokens=7, vocab=50, width=64),
     "adjust_logits": partial(small_ops.adjust_logits, rows=3, touched=9, vocab=50),
+    "apply_token_bitmask": partial(small_ops.apply_token_bitmask, rows=3, vocab=50),
     "token_logprobs": partial(small_ops.token_logprobs, rows=3, num_top=4, vocab=50),
     **{
         f"sample {kind}": partial(small_ops.sample, kind=kind, rows=4, vocab=200)
@@ -66,6 +67,7 @@ BESIDE = {
     "rope_kv_write": {"torch", "vllm"},
     "embedding": {"torch"},
     "adjust_logits": {"torch"},
+    "apply_token_bitmask": {"torch"},
     "token_logprobs": {"torch"},
     "sample greedy": {"torch", "vllm", "flashinfer"},
     "sample plain": {"torch", "vllm", "flashinfer"},
@@ -295,6 +297,7 @@ FORMULAS = {
     "paged_attention": paged_calls,
     "varlen_attention": varlen_calls,
     "adjust_logits": adjust_calls,
+    "apply_token_bitmask": bitmask_calls,
     "token_logprobs": logprob_calls,
     "rope_kv_write": rope_calls,
 }

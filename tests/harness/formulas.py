@@ -251,6 +251,15 @@ def adjust_logits(
     return [out]
 
 
+def apply_token_bitmask(c: torch.dtype, logits: Tensor, bitmask: Tensor, rows: Tensor) -> list[Tensor]:
+    out = logits.to(c).clone()
+    for r, row in enumerate(rows.tolist()):
+        for token in range(logits.shape[1]):
+            if not (int(bitmask[r, token // 32]) >> (token % 32)) & 1:
+                out[row, token] = -math.inf
+    return [out]
+
+
 def token_logprobs(c: torch.dtype, logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
     logprobs = torch.log_softmax(logits.to(c), -1)
     rows = logits.float().tolist()

@@ -68,6 +68,36 @@ def bad_adjust(gen: Gen, base: Call) -> Bad:
             yield f"{name} {value}", at(name, 1, value), ValueError, (f"{name}[1] is {value}", "finite")
 
 
+def bitmask_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, rows, vocab, named in (
+        ("some rows", 5, 100, [3, 0]),
+        ("whole words", 2, 64, [0, 1]),
+        ("one token", 3, 1, [2, 1]),
+        ("no masks", 4, 33, []),
+        ("a row twice", 2, 97, [1, 1, 0]),
+        ("every row", 33, 1025, list(range(33))[::-1]),
+        ("wide", 2, 4099, [1]),
+    ):
+        words = gen.ints(-(2**31), 2**31 - 1, len(named), -(-vocab // 32))
+        yield name, {"logits": gen.randn(rows, vocab, scale=3.0), "bitmask": words, "rows": gen.tensor(named)}
+    odd = gen.randn(3, 40)
+    odd[0, 3], odd[1, 4], odd[2, :] = NAN, INF, -INF
+    # Nothing allowed, all allowed, the highest bit alone.
+    words = gen.tensor([[0, 0], [-1, -1], [-(2**31), 0]])
+    yield "not finite", {"logits": odd, "bitmask": words, "rows": gen.tensor([0, 1, 2])}
+
+
+def bad_bitmask(gen: Gen, base: Call) -> Bad:
+    for words in (3, 5):
+        wrong = base["bitmask"].new_zeros(2, words)
+        yield f"{words} words", {"bitmask": wrong}, ValueError, (f"bitmask has shape (2, {words})", "(R, 4)", "V = 100")
+    if not base["logits"].is_cuda:
+        for row in (-1, 5, 2**31 - 1):
+            wrong = base["rows"].clone()
+            wrong[1] = row
+            yield f"row {row}", {"rows": wrong}, ValueError, (f"rows[1] is {row}", "≤ 4")
+
+
 def sample_call(
     gen: Gen,
     logits: Tensor,
