@@ -7,17 +7,19 @@
 //
 // Sums of integers do not depend on their order, so atomics are harmless here: the answer depends on the row alone.
 //
-// One CTA per row; the row is read again and again, from L2 after the first time:
+// One CTA per row; the row is read a few times, from L2 after the first:
 //
 //   max, NaN? ──> greedy: done
-//     │           ┌ 2048 bins by distance from the max ┐
-//     ├─ top-k ──>│ then 4 x 256 bins by the bits of   │──> the smallest kept logit
-//     ├─ top-p ──>│ those in the bin that the k-th (the│
-//     │           └ mass p) falls into                 ┘
+//     │           ┌ 2048 bins by distance from the max;     ┐
+//     ├─ top-k ──>│ what is not beyond the bin that the k-th│──> the smallest kept logit
+//     ├─ top-p ──>│ (the mass p) falls into: into a list;   │
+//     │           └ 4 x 256 bins by the bits of that bin's  ┘
 //     └─ draw: 32 warps sum 32 runs of ids, the run that holds the target is cut into 32 again, down to 32 ids
 //
 // The first bins are by distance, not by bits, because logits share their exponent: equal bins would queue up at one
-// atomic. Latency and L2 bandwidth bound it (one CTA reads a row); several CTAs a row would be the next step.
+// atomic. Everything that comes after the first list reads the list (4096 logits in shared memory) instead of the row;
+// where that many are not enough, the row. Latency bounds it (one CTA reads a row, with eight loads in flight a
+// thread); several CTAs a row would be the next step.
 #include <cmath>
 
 #include "arch/dispatch.h"
@@ -34,6 +36,8 @@ constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / 32;
 constexpr int kDistanceBins = 2 * kNumThreads;
 constexpr float kBinsPerUnit = 64.0f;  // bins reach down to e^-32 of the largest probability; the last takes the rest
+constexpr int kListSize = 4096;
+constexpr int kBatch = 8;                 // loads in flight a thread
 constexpr float kOne = 4398046511104.0f;  // 2^42
 
 struct SampleStorage {
@@ -41,6 +45,8 @@ struct SampleStorage {
   unsigned long long warp_sums[kNumWarps];
   unsigned long long before;  // what is above the chosen bin
   int chosen;
+  int list_size;
+  float list[kListSize];
 };
 
 __device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
@@ -94,8 +100,34 @@ struct Row {
   int32_t vocab_size;
   float peak;
   float temperature;
+  const float* list;  // in shared memory: all logits that can still be kept, in any order
+  int32_t list_size;  // -1: there is no list, any logit of the row can be kept
 
   __device__ __forceinline__ float logit(int32_t id) const { return to_float(logits[id]); }
+
+  // f(id, logit) for every STRIDE-th id. The loads of a batch come first: f has atomics, which no load may pass.
+  template <int STRIDE, typename F>
+  __device__ __forceinline__ void each(int32_t begin, int32_t end, F f) const {
+    for (; begin < end; begin += kBatch * STRIDE) {
+      float x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i] = begin + i * STRIDE < end ? logit(begin + i * STRIDE) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begin + i * STRIDE < end) f(begin + i * STRIDE, x[i]);
+      }
+    }
+  }
+
+  // f(logit) for all that can still be kept, shared among the threads.
+  template <typename F>
+  __device__ __forceinline__ void each_candidate(F f) const {
+    if (list_size < 0) {
+      each<kNumThreads>(threadIdx.x, vocab_size, [&](int32_t, float x) { f(x); });
+    } else {
+      for (int32_t i = threadIdx.x; i < list_size; i += kNumThreads) f(list[i]);
+    }
+  }
 
   // exp((x - peak) / temperature) in fixed point; the peak is 1, also if it is +inf or the temperature is tiny.
   __device__ __forceinline__ float probability(float x) const {
@@ -112,38 +144,47 @@ struct Row {
 };
 
 // The smallest logit, as ordered(x), among those for which the measure of all strictly larger ones is below `bound`
-// (at least 1). measure(x) is what a logit adds: 1 for top-k, its weight for top-p, 0 to leave it out.
+// (at least 1). measure(x) is what a logit adds: 1 for top-k, its weight for top-p, 0 to leave it out. Gives the row
+// its list, if it has none yet and there is room for all that are kept.
 template <typename T, typename Measure>
-__device__ uint32_t last_kept(const Row<T>& row, SampleStorage& smem, unsigned long long bound, Measure measure) {
+__device__ uint32_t last_kept(Row<T>& row, SampleStorage& smem, unsigned long long bound, Measure measure) {
   const auto clear = [&](int num_bins) {
     __syncthreads();  // readers of the level before
     for (int i = threadIdx.x; i < num_bins; i += kNumThreads) smem.bins[i] = 0;
     __syncthreads();
   };
   clear(kDistanceBins);
-#pragma unroll 4
-  for (int32_t id = threadIdx.x; id < row.vocab_size; id += kNumThreads) {
-    const float x = row.logit(id);
+  row.each_candidate([&](float x) {
     const unsigned long long value = measure(x);
     if (value > 0) atomicAdd(&smem.bins[row.distance_bin(x)], value);
-  }
+  });
   choose_bin<kDistanceBins>(smem, bound);
   const int distance_bin = smem.chosen;
   bound -= smem.before;
+
+  if (row.list_size < 0) {
+    if (threadIdx.x == 0) smem.list_size = 0;
+    __syncthreads();
+    row.each_candidate([&](float x) {
+      if (row.distance_bin(x) > distance_bin) return;
+      const int at = atomicAdd(&smem.list_size, 1);
+      if (at < kListSize) smem.list[at] = x;
+    });
+    __syncthreads();
+    if (smem.list_size <= kListSize) row.list_size = smem.list_size;
+  }
 
   uint32_t prefix = 0;  // bits of ordered(x), highest first
   for (int shift = 24; shift >= 0; shift -= 8) {
     clear(256);
     const uint32_t known = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
-#pragma unroll 4
-    for (int32_t id = threadIdx.x; id < row.vocab_size; id += kNumThreads) {
-      const float x = row.logit(id);
-      if (row.distance_bin(x) != distance_bin) continue;
+    row.each_candidate([&](float x) {
+      if (row.distance_bin(x) != distance_bin) return;
       const uint32_t key = ordered(x);
-      if ((key & known) != prefix) continue;
+      if ((key & known) != prefix) return;
       const unsigned long long value = measure(x);
       if (value > 0) atomicAdd(&smem.bins[255 - (key >> shift & 255u)], value);  // the largest come first
-    }
+    });
     choose_bin<256>(smem, bound);
     prefix |= static_cast<uint32_t>(255 - smem.chosen) << shift;
     bound -= smem.before;
@@ -164,8 +205,7 @@ __device__ int32_t draw(const Row<T>& row, SampleStorage& smem, uint32_t u, Kept
     const int32_t run_begin = begin + warp_idx * run;
     const int32_t run_end = min(run_begin + run, end);
     unsigned long long sum = 0;
-#pragma unroll 4
-    for (int32_t id = run_begin + lane; id < run_end; id += 32) sum += kept(row.logit(id));
+    row.template each<32>(run_begin + lane, run_end, [&](int32_t, float x) { sum += kept(x); });
     sum = warp_sum(sum);
     __syncthreads();  // readers of the round before
     if (lane == 0) smem.warp_sums[warp_idx] = sum;
@@ -189,20 +229,22 @@ template <typename T>
 __global__ void __launch_bounds__(kNumThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
   __shared__ SampleStorage smem;
   const int64_t row_idx = blockIdx.x;
-  Row<T> row = {static_cast<const T*>(p.logits) + row_idx * p.logits_stride, p.vocab_size, 0.0f,
-                p.temperature[row_idx]};
+  Row<T> row = {static_cast<const T*>(p.logits) + row_idx * p.logits_stride,
+                p.vocab_size,
+                0.0f,
+                p.temperature[row_idx],
+                smem.list,
+                -1};
 
   unsigned long long best = 0;
   bool is_nan = false;
   bool is_finite = false;
-#pragma unroll 4
-  for (int32_t id = threadIdx.x; id < row.vocab_size; id += kNumThreads) {
-    const float x = row.logit(id);
+  row.template each<kNumThreads>(threadIdx.x, row.vocab_size, [&](int32_t id, float x) {
     is_nan |= x != x;
     is_finite |= fabsf(x) < INFINITY;
     const unsigned long long rank = ranked(x, id);
     best = rank > best ? rank : best;
-  }
+  });
   best = block_reduce(best, 0ull, [](unsigned long long a, unsigned long long b) { return a > b ? a : b; });
   is_nan = __syncthreads_or(is_nan);
   is_finite = __syncthreads_or(is_finite);
@@ -222,8 +264,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) sample_kernel(const __grid_con
   const float top_p = p.top_p[row_idx];
   if (top_p < 1.0f) {
     unsigned long long total = 0;
-#pragma unroll 4
-    for (int32_t id = threadIdx.x; id < row.vocab_size; id += kNumThreads) total += top_k_weight(row.logit(id));
+    row.each_candidate([&](float x) { total += top_k_weight(x); });
     total = block_reduce(total, 0ull, [](unsigned long long a, unsigned long long b) { return a + b; });
     const double mass = ceil(static_cast<double>(top_p) * static_cast<double>(total));
     smallest = last_kept(row, smem, mass < 1.0 ? 1ull : static_cast<unsigned long long>(mass), top_k_weight);
