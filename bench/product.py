@@ -126,7 +126,7 @@ def _speed(llm: Any, count: int, prompt: int, new: int) -> tuple[float, list[lis
 
 def speculation(device: str, quick: bool, name: str) -> dict[str, Any]:
     from fastattn import LLM
-    from fastattn.speculative import SpeculativeConfig
+    from fastattn.speculative.config import SpeculativeConfig
 
     given = SPECULATION[name]
     options = {"speculative": SpeculativeConfig(**given)} if given else {}
