@@ -31,8 +31,8 @@ cuda: $(STAMPS)/build ## compile every CUDA source (no GPU needed) and hold the 
 	$(BIN)/python tools/check_abi.py build/cuda/lib/_C.so
 
 lint: $(STAMPS)/lint $(STAMPS)/test ## ruff, mypy --strict, import-linter, clang-format
-	$(BIN)/ruff check bench fastattn tests tools setup.py
-	$(BIN)/ruff format --check bench fastattn tests tools setup.py
+	$(BIN)/ruff check bench examples fastattn tests tools setup.py
+	$(BIN)/ruff format --check bench examples fastattn tests tools setup.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc)

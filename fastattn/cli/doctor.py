@@ -48,6 +48,7 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
         ("python", f"{facts.python_version} at {facts.python_path}"),
         ("platform", facts.platform),
         ("packages", ", ".join(f"{name} {version or 'missing'}" for name, version in facts.packages.items())),
+        ("extras", "; ".join(_extra(*extra) for extra in facts.extras.items()) or "-"),
         ("torch for CUDA", facts.torch_cuda or "none"),
         ("NVIDIA driver", facts.driver_version or "none"),
         *([("GPU", gpu) for gpu in gpus] or [("GPU", "none")]),
@@ -61,6 +62,10 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
         *(("model", f"{name}, {bytes_text(size)}") for name, size in facts.models.items()),
         *(("variable", f"{name}={value}") for name, value in facts.variables.items()),
     ]
+
+
+def _extra(name: str, missing: list[str]) -> str:
+    return f"{name} without {', '.join(missing)} (pip install 'fastattn[{name}]')" if missing else f"{name} complete"
 
 
 def _print_tables(facts: Facts, verdicts: list[Verdict]) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fastattn.engine.host_memory import host_memory
 
 # What our own code imports at run time.
 REQUIRED = ("torch", "numpy", "tokenizers", "jinja2", "safetensors", "tqdm", "typer", "rich")
+_FOR_DEVELOPERS = ("test", "lint", "docs")
 _CPU_FLAGS = (
     "sse4_2",
     "avx",
@@ -53,6 +55,7 @@ class Facts:
     python_path: str = sys.executable
     platform: str = platform.platform()
     packages: dict[str, str | None] = field(default_factory=dict)
+    extras: dict[str, list[str]] = field(default_factory=dict)  # optional part → its packages that are missing
     torch_error: str | None = None
     torch_cuda: str | None = None  # the CUDA version that torch was built for
     cuda_error: str | None = None  # a GPU is there, but torch cannot use it
@@ -85,6 +88,7 @@ def collect_facts() -> Facts:
     facts = Facts()
     for name in REQUIRED:
         facts.packages[name] = _version(name)
+    facts.extras = _missing_of_extras()
     _look_at_cpu(facts)
     _look_at_settings(facts)
     _look_at_build(facts)
@@ -95,6 +99,22 @@ def collect_facts() -> Facts:
         lines = (_output(facts.nvcc, "--version") or "").splitlines()
         facts.nvcc_version = next((line.split("release", 1)[1].strip() for line in lines if "release" in line), None)
     return facts
+
+
+def _missing_of_extras() -> dict[str, list[str]]:
+    """For each optional part that users install (server, guard, …) what of it is not here, by the package's own metadata."""
+    try:
+        required = importlib.metadata.requires("fastattn") or []
+    except importlib.metadata.PackageNotFoundError:  # run out of a checkout
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in required:
+        match = re.match(r"""([\w.-]+).*extra == ['"](\w+)['"]""", line)
+        if match is not None and match[2] not in _FOR_DEVELOPERS:
+            missing = found.setdefault(match[2], [])
+            if _version(match[1]) is None:
+                missing.append(match[1])
+    return found
 
 
 def _version(package: str) -> str | None:

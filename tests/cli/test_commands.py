@@ -227,6 +227,14 @@ def test_doctor(invoke: Invoke) -> None:
     assert invoke("collect-env").stdout.splitlines()[0] == text.stdout.splitlines()[0]
 
 
+def test_doctor_says_what_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.doctor import collect_facts, facts
+
+    lines = ["torch>=2", "httpx>=0.27; extra == 'server'", "no-such-thing; extra == 'server'", "rich; extra == 'bench'"]
+    monkeypatch.setattr(facts.importlib.metadata, "requires", lambda _: [*lines, 'mypy==2; extra == "lint"'])
+    assert collect_facts().extras == {"server": ["no-such-thing"], "bench": []}
+
+
 @pytest.mark.parametrize("command", ["run", "chat", "doctor", "plan", "version"])
 def test_help(invoke: Invoke, command: str) -> None:
     result = invoke(command, "--help")

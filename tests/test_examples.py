@@ -1,0 +1,54 @@
+"""The programs under examples/ run, each in a process of its own, on the tiny model of the engine's tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serve.harness import save_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+# Program → (further arguments, what it prints). {model} and {port} are filled in.
+RUNS = {
+    "offline.py": (("--model", "{model}"), ("The capital of Japan is|", "tokens were in the cache")),
+    "operator.py": ((), ("as torch's",)),
+    "openai_client.py": (("--model", "{model}", "--port", "{port}"), ("0 [(", "1 [(", " tokens")),
+    "speculative.py": (("--model", "{model}"), ("the same 32 tokens in", "guesses were right")),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_every_example_is_run_and_listed() -> None:
+    programs = {path.name for path in EXAMPLES.glob("*.py")}
+    assert programs == set(RUNS)
+    listed = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{name}`" in listed for name in programs)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example_runs(name: str, model: Path, tmp_path: Path) -> None:
+    if name == "openai_client.py":
+        pytest.importorskip("openai", reason="openai comes with fastattn[test]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments, expected = RUNS[name]
+    command = [sys.executable, EXAMPLES / name, *(a.format(model=model, port=port) for a in arguments)]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in expected:
+        assert text in done.stdout, done.stdout
