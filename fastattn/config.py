@@ -41,6 +41,12 @@ def _parse_text(text: str) -> str:
     raise ValueError("expected a text without line breaks, or no such variable")
 
 
+def _parse_count(text: str) -> int:
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise ValueError("expected a whole number")
+
+
 def _read(name: str, parse: Callable[[str], T], default: D) -> T | D:
     text = os.environ.get(name)
     if text is None:
@@ -81,6 +87,16 @@ def serve_settings(names: Iterable[str]) -> dict[str, str]:
 def cache_dir() -> Path:
     """FASTATTN_CACHE_DIR: where fetched models are kept, `~/.cache/fastattn` when unset."""
     return _read("FASTATTN_CACHE_DIR", _parse_path, Path.home() / ".cache" / "fastattn")
+
+
+def torchrun_place() -> tuple[int, int] | None:
+    """RANK and WORLD_SIZE, as torchrun sets them: this process's rank, and how many there are. None outside of torchrun."""
+    rank, size = _read("RANK", _parse_count, None), _read("WORLD_SIZE", _parse_count, None)
+    if rank is None or size is None:
+        return None
+    if rank >= size:
+        raise ValueError(f"environment variable RANK is {rank}, expected less than WORLD_SIZE = {size}")
+    return rank, size
 
 
 def openai_base_url() -> str | None:

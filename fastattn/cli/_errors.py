@@ -47,6 +47,8 @@ def report(error: BaseException) -> int:
         line, code = f"out of memory: {one_line(error)} (fastattn plan MODEL says what it takes)", 1
     elif isinstance(error, _USER_ERRORS) or type(error).__name__ == "EngineBusyError":
         line, code = one_line(error), 2
+    elif type(error).__name__ == "RankError":
+        line, code = one_line(error), 1
     else:
         line = f"internal error: {type(error).__name__}: {one_line(error)} (FASTATTN_LOGLEVEL=DEBUG shows where)"
         code = 1

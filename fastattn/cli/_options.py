@@ -44,6 +44,12 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 on a CPU.")]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size", "-tp", metavar="N", help="Share the model among N processes, with a GPU each on cuda."
+    ),
+]
 MaxModelLen = Annotated[int | None, _size("--max-model-len", "Longest prompt and answer together, in tokens.", "-c")]
 MaxNumSeqs = Annotated[int | None, _size("--max-num-seqs", "Most sequences in one step.")]
 MaxNumBatchedTokens = Annotated[int | None, _size("--max-num-batched-tokens", "Most tokens in one step.")]

@@ -20,6 +20,7 @@ def plan(
     model: opt.Model,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    tensor_parallel_size: opt.TensorParallelSize = 1,
     max_model_len: opt.MaxModelLen = None,
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
@@ -47,6 +48,7 @@ def plan(
         source.config,
         device=device,
         dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -56,11 +58,8 @@ def plan(
         speculative=speculative,
         what_if=memory is not None,
     )
-    free, total = (
-        (memory, memory)
-        if memory is not None
-        else setup.device_memory(torch.device(device if device != "auto" else options.device_type))
-    )
+    chosen = torch.device(device if device != "auto" else options.device_type)
+    free, total = (memory, memory) if memory is not None else setup.rank_memory(chosen, tensor_parallel_size)
     draft = open_draft(options.speculative)
     drafts = (draft.config, draft.tensors()) if draft is not None else None
     result = memory_plan(source.config, source.tensors(), options, free, total, drafts)
@@ -100,6 +99,7 @@ def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:
         "model": name,
         "device": o.device_type,
         "dtype": str(o.dtype).removeprefix("torch."),
+        "tensor_parallel_size": o.tensor_parallel_size,
         "max_model_len": o.max_model_len,
         "max_num_seqs": o.max_num_seqs,
         "max_num_batched_tokens": o.max_num_batched_tokens,
@@ -134,7 +134,8 @@ def _print_table(name: str, plan: MemoryPlan) -> None:
 
     o = plan.options
     dtype = str(o.dtype).removeprefix("torch.")
-    table = Table(title=f"{name}, {o.device_type}, {dtype}", title_justify="left", box=None, pad_edge=False)
+    each = f", each of {o.tensor_parallel_size} ranks" if o.tensor_parallel_size > 1 else ""
+    table = Table(title=f"{name}, {o.device_type}, {dtype}{each}", title_justify="left", box=None, pad_edge=False)
     for column, justify in (("part", "left"), ("bytes", "right"), ("", "right"), ("how", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
 

@@ -17,6 +17,9 @@ from fastattn.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("fastattn.engine")
 
+# How often an engine without work looks whether its other ranks are there.
+_CHECK_SECONDS = 1.0
+
 
 class EngineDeadError(RuntimeError):
     """The step loop ended with an error; this engine answers nobody any more."""
@@ -119,6 +122,7 @@ class AsyncEngine:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_seconds)
+        self._engine.close()
 
     @property
     def is_alive(self) -> bool:
@@ -160,7 +164,8 @@ class AsyncEngine:
         """Sleeps until there is something to do; False when it is to end."""
         with self._wake:
             while not (self._calls or self._closing or self._engine.has_unfinished_requests()):
-                self._wake.wait()
+                self._wake.wait(_CHECK_SECONDS)
+                self._engine.check()
             return not self._closing
 
     def _deliver(self, output: RequestOutput) -> None:

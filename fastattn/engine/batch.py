@@ -66,19 +66,24 @@ class Batch:
     sample_position: torch.Tensor
 
 
+def step_builder(config: EngineConfig) -> BatchBuilder:
+    """What writes the step buffer, and says where in it everything stands."""
+    return BatchBuilder(
+        config.max_num_batched_tokens,
+        config.max_num_seqs,
+        config.max_blocks_per_seq,
+        config.block_size,
+        config.max_logits_per_seq,
+    )
+
+
 class BatchBuffers:
     """The step buffer on the host (pinned, for a GPU) and its twin on the device; all arrays stand at fixed places in both,
     so that a captured graph finds the next step's inputs where it found the last one's."""
 
     def __init__(self, device: torch.device, config: EngineConfig, host: torch.Tensor | None = None) -> None:
         """host: the memory to build in, uint8, if it is another's (ranks share it)."""
-        self.builder = BatchBuilder(
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            config.max_blocks_per_seq,
-            config.block_size,
-            config.max_logits_per_seq,
-        )
+        self.builder = step_builder(config)
         if host is None:
             host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.host = host

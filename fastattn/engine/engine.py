@@ -17,6 +17,7 @@ from fastattn.engine.intake import Intake, Prepared, Prompt, TokenLists
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.output_processor import OutputProcessor, RequestGroup
 from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
+from fastattn.engine.ranks import RankError
 from fastattn.engine.request import Request, Status
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampler import TokenLogprobs
@@ -232,8 +233,9 @@ class Engine:
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
         try:
             sampled = self.runner.execute(scheduled, drafts)
-        except torch.AcceleratorError:
-            raise  # the device is lost to this process; no later step could succeed
+            self.check()
+        except (torch.AcceleratorError, RankError):
+            raise  # the device, or another rank, is lost to this process; no later step could succeed
         except Exception as error:
             return self._fail(scheduled, error, ended)
         self.scheduler.advance(scheduled)
@@ -321,6 +323,16 @@ class Engine:
         return self._processor.output(group)
 
     # ---- state ----
+
+    def check(self) -> None:
+        """Raises RankError if another rank is gone, which ends this engine."""
+        if self.runner.ranks is not None:
+            self.runner.ranks.check()
+
+    def close(self) -> None:
+        """Ends the other ranks, if there are any. No step is possible then."""
+        if self.runner.ranks is not None:
+            self.runner.ranks.close()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups)

@@ -28,6 +28,7 @@ class LLM:
     model: a name that we know ("smollm2", "gemma3-270m"), a folder in Hugging Face's layout, or a .gguf file.
     device: "auto", "cpu", "cuda", "cuda:N". dtype: "auto", "float32" (CPU), "bfloat16", "float16".
     speculative_config: a SpeculativeConfig, or a mapping of its fields; None is off.
+    tensor_parallel_size: ranks that share the model, a process each, and on CUDA a GPU each.
     The other options are EngineOptions'. Raises ValueError, in one line, for what cannot work.
     """
 
@@ -35,13 +36,10 @@ class LLM:
         self,
         model: str | ModelSource,
         *,
-        tensor_parallel_size: int = 1,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         quiet: bool = False,
         **options: Any,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise ValueError(f"LLM: tensor_parallel_size is {tensor_parallel_size}, allowed is 1 in this version")
         unknown = sorted(set(options) - set(EngineOptions.__dataclass_fields__))
         if unknown:
             raise TypeError(
@@ -55,6 +53,10 @@ class LLM:
         self._ids = itertools.count()
         self._streaming: set[str] = set()
         self._outputs: list[RequestOutput] = []  # of other streams than the one that ran the step
+
+    def close(self) -> None:
+        """Ends the other ranks of a model that is shared by several. Also done when the object is no longer used."""
+        self.engine.close()
 
     @property
     def tokenizer(self) -> Tokenizer:

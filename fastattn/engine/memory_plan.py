@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastattn.models.config import ModelConfig
+from fastattn.models.registry import build_meta
+from fastattn.nn import TensorParallel
 from fastattn.speculative.config import SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class PlanOptions:
     block_size: int = 16
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
     speculative: SpeculativeConfig | None = None
 
     @property
@@ -51,7 +54,11 @@ class PlanOptions:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes, but for the counts. memory_free, memory_total: of the device, before anything was loaded. draft_…: what a draft
-    model takes on top; its KV cache has as many blocks as the target's."""
+    model takes on top; its KV cache has as many blocks as the target's.
+
+    With tensor parallelism all of it is for one rank, rank 0: it has the largest part, the logits of all, and the whole draft
+    model. num_parameters and stored_bytes are the model's.
+    """
 
     options: PlanOptions
     num_parameters: int
@@ -131,18 +138,20 @@ def memory_plan(
     memory_total: int,
     draft: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
 ) -> MemoryPlan:
-    """The plan for a model of these tensors on a device with that much memory. draft: the draft model of speculation."""
+    """The plan for a model of these tensors on a device with that much memory, or on one such device a rank. draft: the draft
+    model of speculation."""
     stored: dict[str, int] = {}
     for info in tensors.values():
         stored[_type_name(info.dtype)] = stored.get(_type_name(info.dtype), 0) + info.nbytes
     num_parameters, weights = _weight_bytes(config, tensors, options)
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
-    buffers, per_token = buffer_bytes(options), kv_bytes_per_token(config, options.dtype)
+    buffers = buffer_bytes(options)
+    per_token = kv_bytes_per_token(config, options.dtype, options.tensor_parallel_size)
     draft_weights = draft_per_token = 0
     if draft is not None:
         own = draft[0]
         length = min(options.max_model_len, own.max_position_embeddings)
-        own_options = replace(options, max_model_len=length, speculative=None)
+        own_options = replace(options, max_model_len=length, speculative=None, tensor_parallel_size=1)
         draft_weights = sum(_weight_bytes(*draft, own_options)[1].values())
         draft_per_token = kv_bytes_per_token(own, options.dtype)
         # The two models take turns, so their work space is the larger one's.
@@ -176,25 +185,46 @@ def memory_plan(
 def _weight_bytes(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], options: PlanOptions
 ) -> tuple[int, dict[str, int]]:
-    """Number of parameters, and what they and the rotary tables take when loaded, by dtype."""
-    # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
-    num_parameters = sum(
-        prod(info.shape)
-        for name, info in tensors.items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    )
-    weights = {_type_name(options.dtype): num_parameters * options.dtype.itemsize}
+    """Number of the model's parameters, and what a rank's part of them and the rotary tables take when loaded, by dtype."""
+    size = options.tensor_parallel_size
+    shards = {w.name: w.shard for w in build_meta(config, 1, TensorParallel(0, size)).weights()} if size > 1 else {}
+    num_parameters = rank_parameters = 0
+    for name, info in tensors.items():
+        # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
+        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+            num_parameters += prod(info.shape)
+            shard = shards.get(name)
+            rank_parameters += prod(info.shape) if shard is None else prod(info.shape) // shard.total * shard.length
+    weights = {_type_name(options.dtype): rank_parameters * options.dtype.itemsize}
     num_tables = 1 if config.rope_local is None else 2
     table_bytes = num_tables * options.max_model_len * config.head_dim * 4
     weights["float32"] = weights.get("float32", 0) + table_bytes
     if config.tie_word_embeddings and options.device_type == "cpu" and options.dtype is torch.float32:
         # The head's own copy, laid out for the CPU's matrix kernels (DecoderModel.pack).
-        weights["float32"] += config.vocab_size * config.hidden_size * 4
+        weights["float32"] += _rank_sizes(config, size).vocab * config.hidden_size * 4
     return num_parameters, weights
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+@dataclass(frozen=True)
+class _Sizes:
+    """Rank 0's part of what is cut across ranks."""
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+
+
+def _rank_sizes(config: ModelConfig, size: int) -> _Sizes:
+    tp = TensorParallel(0, size)
+    heads, kv_heads = tp.shard_heads(config.num_heads, config.num_kv_heads)
+    return _Sizes(
+        heads.length, kv_heads.length, tp.shard(config.intermediate_size).length, tp.shard(config.vocab_size).length
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, size: int = 1) -> int:
+    return config.num_layers * 2 * _rank_sizes(config, size).kv_heads * config.head_dim * dtype.itemsize
 
 
 def _budget(options: PlanOptions, free: int, total: int) -> int:
@@ -214,23 +244,24 @@ def _num_kv_blocks(options: PlanOptions, per_token: int, room: int) -> int:
 def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     """Upper bound of what a step of max_num_batched_tokens holds between embedding and final norm."""
     c, tokens, item = config, options.max_num_batched_tokens, options.dtype.itemsize
-    q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    part = _rank_sizes(config, options.tensor_parallel_size)
+    q_width, kv_width = part.heads * c.head_dim, part.kv_heads * c.head_dim
     # Residual stream, the previous layer's output and its norm live on through both phases.
     stream = 3 * c.hidden_size * item
-    attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + c.num_heads * 4  # qkv, out, o_proj; lse
-    mlp = (3 * c.intermediate_size + c.hidden_size) * item  # gate and up, their product, down
+    attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + part.heads * 4  # qkv, out, o_proj; lse
+    mlp = (3 * part.intermediate + c.hidden_size) * item  # gate and up, their product, down
     if options.device_type == "cuda":
         return tokens * (stream + max(attention, mlp))
     # The CPU's operators are plain torch and round once at the end, so each holds fp32 copies of what it works on.
     norm = 3 * c.hidden_size * 4
     rope = 3 * q_width * 4
-    gated = 3 * c.intermediate_size * 4
+    gated = 3 * part.intermediate * 4
     step = tokens * (stream + max(attention + rope, mlp + gated, norm))
     keys, rows = options.max_model_len, min(tokens, _CPU_ATTENTION_ROWS)
     gathered = (
         2 * keys * kv_width * (item + 2 * 4)
     )  # k and v out of their pages, and in fp32, contiguous for the product
-    scores = rows * (keys * (c.num_heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
+    scores = rows * (keys * (part.heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
     return step + gathered + scores + _cpu_upcast_bytes(config, options)
 
 
@@ -238,10 +269,10 @@ def _cpu_upcast_bytes(config: ModelConfig, options: PlanOptions) -> int:
     """The CPU multiplies fp16 (and bf16 with a bias) in fp32: a copy of the matrix, its input and its output."""
     if options.dtype is torch.float32 or (options.dtype is torch.bfloat16 and not _has_bias(config)):
         return 0
-    c = config
-    widest = max(2 * c.intermediate_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size)
+    c, part = config, _rank_sizes(config, options.tensor_parallel_size)
+    widest = max(2 * part.intermediate, (part.heads + 2 * part.kv_heads) * c.head_dim, c.hidden_size)
     layer = (c.hidden_size + options.max_num_batched_tokens) * 2 * widest
-    head = (c.vocab_size + options.num_logits) * c.hidden_size + options.num_logits * c.vocab_size
+    head = (part.vocab + options.num_logits) * c.hidden_size + options.num_logits * part.vocab
     return 4 * max(layer, head)
 
 
@@ -255,6 +286,8 @@ def sampling_bytes(config: ModelConfig, options: PlanOptions) -> int:
     logits = (
         options.dtype.itemsize + 4 + 4
     )  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
+    if options.tensor_parallel_size > 1:  # rank 0's own part and those of all, before they stand side by side
+        logits += 2 * options.dtype.itemsize
     softcap = 8 if config.final_softcap else 0
     # The CPU ranks the whole vocabulary when top-p asks for it: rows, weights, ranks and indices, fp64 sums.
     draw = 0 if options.device_type == "cuda" else 44

@@ -10,6 +10,7 @@ import torch
 from fastattn.engine.batch import Batch, BatchBuffers, Step
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.graphs import DecodeGraphs
+from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
 from fastattn.models.decoder import DecoderModel
@@ -35,8 +36,18 @@ class Runner:
     ranks of a group can repeat it, each with its part of the model.
     """
 
-    def __init__(self, model: DecoderModel, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.config, self.device = model, config, device
+    def __init__(
+        self,
+        model: DecoderModel,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        step_memory: torch.Tensor | None = None,
+        ranks: RankGroup | None = None,
+    ) -> None:
+        """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0."""
+        self.model, self.config, self.device, self.ranks = model, config, device, ranks
         c = model.config
         # Layout, here and nowhere else: (layer, k or v, block, token in block, KV head, head dim). Uninitialized on purpose:
         # no operator reads a slot that was not written.
@@ -46,7 +57,7 @@ class Runner:
             device=device,
         )
         self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
-        self.buffers = BatchBuffers(device, config)
+        self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.use_cuda_graphs:
@@ -77,9 +88,20 @@ class Runner:
         logits = self.compute(step).logits
         return logits[:num_rows], self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
 
-    @torch.inference_mode()
     def compute(self, step: Step) -> Computed:
-        """The forward pass of the step that lies in the host's buffer."""
+        """The forward pass of the step that lies in the host's buffer, on all ranks."""
+        if self.ranks is None:
+            return self.compute_part(step)
+        return self.ranks.run(step, lambda: self.compute_part(step))
+
+    def follow(self, message: bytes) -> None:
+        """The part of a rank other than 0. Returns when the host's buffer may be overwritten."""
+        self.compute_part(Step.from_bytes(message))
+        self.buffers.wait()
+
+    @torch.inference_mode()
+    def compute_part(self, step: Step) -> Computed:
+        """This rank's part of the forward pass."""
         batch = self.buffers.load(step)
         if step.graph_size:
             assert self.graphs is not None

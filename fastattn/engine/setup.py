@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from fastattn import ops
+from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.engine import Engine
 from fastattn.engine.host_memory import host_memory
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
+from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
@@ -19,14 +22,21 @@ from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.setup import build_speculator, open_draft
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A step on a GPU may have to record a graph; an exchange on a CPU waits for nothing but the other ranks.
+_RANK_TIMEOUT_SECONDS = {"cpu": 4.0, "cuda": 15.0}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a user may say; None leaves the choice to us. See EngineConfig for the meanings."""
+    """What a user may say; None leaves the choice to us. See EngineConfig for the meanings.
+
+    tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
+    may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
+    """
 
     device: str = "auto"
     dtype: str = "auto"
+    tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -40,8 +50,14 @@ class EngineOptions:
     use_cuda_graphs: bool = True
     debug_checks: bool = False
     speculative: SpeculativeConfig | None = None
+    rank_timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        size = self.tensor_parallel_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"tensor_parallel_size is {size!r}, allowed is an integer from 1")
+        if self.rank_timeout_seconds is not None and not 0 < self.rank_timeout_seconds < 1e6:
+            raise ValueError(f"rank_timeout_seconds is {self.rank_timeout_seconds}, allowed is above 0, below 1e6")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
 
@@ -102,6 +118,7 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         block_size=options.block_size,
         num_kv_blocks=options.num_kv_blocks,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        tensor_parallel_size=options.tensor_parallel_size,
         speculative=options.speculative,
     )
 
@@ -132,6 +149,12 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     return host.available, host.total
 
 
+def rank_memory(device: torch.device, num_ranks: int) -> tuple[int, int]:
+    """Free and total bytes for one of ``num_ranks`` ranks, which share a CPU's memory and have a GPU each."""
+    free, total = device_memory(device)
+    return (free, total) if device.type == "cuda" else (free // num_ranks, total // num_ranks)
+
+
 def build_engine(model: str | ModelSource, options: EngineOptions, show_progress: bool = False) -> Engine:
     """Loads ``model`` (a name, a path, or an opened source) and sets up everything that it runs with.
 
@@ -143,18 +166,34 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
     sizes = plan_options(source.config, options, device, dtype)
     engine_config(options, sizes, options.num_kv_blocks or 1)  # what is out of range is said before what is too much
     draft = open_draft(options.speculative)
-    plan = memory_plan(
-        source.config,
-        source.tensors(),
-        sizes,
-        *device_memory(device),
-        (draft.config, draft.tensors()) if draft else None,
-    )
-    if plan.problem is not None:
-        raise ValueError(f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks")
-    config = engine_config(options, sizes, plan.num_kv_blocks)
-    tokenizer = source.tokenizer()
-    # The draft model comes first: what can be wrong with it is found before the larger one is read.
-    speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
-    network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
-    return Engine(Runner(network, config, device, dtype), config, tokenizer, speculator)
+    with ExitStack() as on_error:
+        ranks, memory = None, rank_memory(device, options.tensor_parallel_size)
+        if options.tensor_parallel_size > 1:
+            limit = options.rank_timeout_seconds or _RANK_TIMEOUT_SECONDS[device.type]
+            ranks = start_ranks(options.tensor_parallel_size, source, device, limit)
+            on_error.callback(ranks.close)
+            device = torch.device("cuda", 0) if device.type == "cuda" else device
+            found = ranks.set_up(source.name, dtype)
+            memory = min(memory, *found) if device.type == "cuda" else memory
+        plan = memory_plan(
+            source.config, source.tensors(), sizes, *memory, (draft.config, draft.tensors()) if draft else None
+        )
+        if plan.problem is not None:
+            raise ValueError(
+                f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks"
+            )
+        config = engine_config(options, sizes, plan.num_kv_blocks)
+        tokenizer = source.tokenizer()
+        # The draft model comes first: what can be wrong with it is found before the larger one is read.
+        speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
+        if ranks is None:
+            network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
+            runner = Runner(network, config, device, dtype)
+        else:
+            tp, step_memory = ranks.load(config, step_builder(config).nbytes)
+            network = load_model(source, device, dtype, sizes.max_model_len, show_progress, tp)
+            ranks.wait_until_loaded()
+            runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks)
+        engine = Engine(runner, config, tokenizer, speculator)
+        on_error.pop_all()
+    return engine

@@ -24,6 +24,7 @@ class Group(Protocol):
 
     def allreduce(self, tensor: torch.Tensor) -> Work: ...
     def gather(self, output_tensors: Sequence[torch.Tensor], input_tensor: torch.Tensor, root: int) -> Work: ...
+    def abort(self) -> None: ...
 
 
 class TensorParallel:
@@ -70,6 +71,11 @@ class TensorParallel:
         parts = [torch.empty_like(x) for _ in lengths] if self.rank == 0 else []
         self._exchange(lambda group: group.gather(parts, x, 0))
         return torch.cat([part[:, :n] for part, n in zip(parts, lengths, strict=True)], 1) if parts else x
+
+    def abort(self) -> None:
+        """From another thread: gives up the exchange that is under way, and all later ones."""
+        if self._group is not None:
+            self._group.abort()
 
     def _exchange(self, start: Callable[[Group], Work]) -> None:
         if self._group is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -53,13 +56,17 @@ CONFIG = ModelConfig(
 )
 
 
-def make_tokenizer() -> Tokenizer:
+def make_pipeline() -> Pipeline:
     pipeline = Pipeline(models.BPE(vocab=_VOCAB, merges=_MERGES))
     pipeline.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pipeline.decoder = decoders.ByteLevel()
     pipeline.add_special_tokens(["<s>", "</s>"])
+    return pipeline
+
+
+def make_tokenizer() -> Tokenizer:
     return Tokenizer(
-        pipeline, bos_token_id=BOS, eos_token_ids=(EOS,), add_bos=True, add_eos=False, chat_template=_TEMPLATE
+        make_pipeline(), bos_token_id=BOS, eos_token_ids=(EOS,), add_bos=True, add_eos=False, chat_template=_TEMPLATE
     )
 
 
@@ -169,3 +176,32 @@ def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor
     with torch.inference_mode():
         logits: torch.Tensor = network.logits(network(torch.tensor(token_ids, dtype=torch.int32), meta, caches))
     return logits
+
+
+def write_folder(source: TinySource, folder: Path) -> Path:
+    """The model as a folder in Hugging Face's layout, for those who open it by its path."""
+    c = source.config
+    settings = {
+        "model_type": "gemma3_text" if c.architecture == "gemma3" else c.architecture,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = {name: torch.empty(info.shape) for name, info in source.tensors().items()}
+    for name, tensor in tensors.items():
+        source.read(name, tensor)
+    save_file(tensors, folder / "model.safetensors")
+    make_pipeline().save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,0 +1,176 @@
+"""What ties the ranks of a group together on one machine. Nothing of it has a name that could be left behind.
+
+    rank 0 ──socket── rank 1     a socket each: set-up as JSON, then one `Step` a step, answered when its inputs were read
+       │  └──socket── rank 2     the end of a process ends its socket, whatever the process died of
+       ├── memory: step buffer   written by rank 0, read by all
+       └── memory: board         a record for each rank: exchanges begun so far, and why it failed
+
+Memory is Linux' memfd, passed over the sockets; torch's rendezvous is a file in a third one. Messages are fixed structs, bytes
+and JSON: nothing that is received is ever run.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch._C._distributed_c10d import FileStore
+
+from fastattn.nn import TensorParallel
+
+# Room for a step's message, which has 16 bytes for each sequence that wants its prompt's log-probabilities.
+MAX_MESSAGE = 1 << 20
+_RECORD = struct.Struct("<qB1015s")
+_FAILED, _FAILED_IN_EXCHANGE = 1, 2
+_CONNECT, _FOREVER = timedelta(seconds=60), timedelta(days=365)
+
+
+class LinkClosedError(ConnectionError):
+    """The process at the other end has ended."""
+
+
+class Link:
+    """One end of the socket between rank 0 and another rank. A message arrives whole or not at all."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Link, Link]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
+        return cls(ours), cls(theirs)
+
+    def send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+        try:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise LinkClosedError("the process at the other end has ended") from error
+
+    def receive(self, timeout: float | None = None, max_fds: int = 0) -> tuple[bytes, list[int]]:
+        """The next message and the file descriptors that came with it. Raises LinkClosedError, TimeoutError."""
+        self.socket.settimeout(timeout)
+        try:
+            message, ancillary, _, _ = self.socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * max_fds))
+        except ConnectionResetError:
+            message, ancillary = b"", []
+        finally:
+            self.socket.settimeout(None)
+        if not message:
+            raise LinkClosedError("the process at the other end has ended")
+        fds = array.array("i")
+        for _, _, data in ancillary:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        return message, list(fds)
+
+    def send_json(self, fds: tuple[int, ...] = (), **values: Any) -> None:
+        self.send(json.dumps(values).encode(), fds)
+
+    def receive_json(self, timeout: float | None = None, max_fds: int = 0) -> tuple[dict[str, Any], list[int]]:
+        message, fds = self.receive(timeout, max_fds)
+        return json.loads(message), fds
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class SharedMemory:
+    """Memory without a name: it is gone with the last process that has it open."""
+
+    def __init__(self, fd: int, num_bytes: int | None = None) -> None:
+        """num_bytes: of new memory; None opens what is there."""
+        self.fd = fd
+        if num_bytes is not None:
+            os.ftruncate(fd, num_bytes)
+        self.map = mmap.mmap(fd, 0)
+
+    @classmethod
+    def create(cls, num_bytes: int) -> SharedMemory:
+        return cls(os.memfd_create("fastattn", os.MFD_CLOEXEC), num_bytes)
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """All of it, as bytes; for a CUDA device pinned, so that copies to it need no detour."""
+        whole = torch.frombuffer(self.map, dtype=torch.uint8)
+        if device.type == "cuda":
+            error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)  # type: ignore[no-untyped-call]
+            if int(error) != 0:
+                raise RuntimeError(f"cudaHostRegister of {whole.numel()} shared bytes failed with {error}")
+        return whole
+
+
+class Board:
+    """A record for each rank in shared memory; each writes its own, and rank 0 reads all, whatever state they are in."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+
+    @classmethod
+    def create(cls, num_ranks: int) -> Board:
+        return cls(SharedMemory.create(_RECORD.size * num_ranks))
+
+    @property
+    def fd(self) -> int:
+        return self._memory.fd
+
+    def count_exchange(self, rank: int) -> None:
+        (count,) = struct.unpack_from("<q", self._memory.map, rank * _RECORD.size)
+        struct.pack_into("<q", self._memory.map, rank * _RECORD.size, count + 1)
+
+    def fail(self, rank: int, text: str, in_exchange: bool) -> None:
+        """in_exchange: only because another rank ended or is late."""
+        kind = _FAILED_IN_EXCHANGE if in_exchange else _FAILED
+        _RECORD.pack_into(self._memory.map, rank * _RECORD.size, self.exchanges(rank), kind, text.encode()[:1015])
+
+    def exchanges(self, rank: int) -> int:
+        count: int = _RECORD.unpack_from(self._memory.map, rank * _RECORD.size)[0]
+        return count
+
+    def failure(self, rank: int) -> tuple[str, bool] | None:
+        """(text, in_exchange) of a rank that failed."""
+        _, kind, text = _RECORD.unpack_from(self._memory.map, rank * _RECORD.size)
+        return (text.rstrip(b"\0").decode(errors="replace"), kind == _FAILED_IN_EXCHANGE) if kind else None
+
+
+def connect(
+    store_fd: int,
+    rank: int,
+    size: int,
+    device: torch.device,
+    on_exchange: Callable[[], None],
+    limit_seconds: float | None = None,
+) -> TensorParallel:
+    """This rank's exchange with the others: NCCL between GPUs, gloo over loopback between CPUs. Waits for all of them.
+
+    store_fd: an empty memfd that all of them have open, where they find each other's addresses.
+    limit_seconds: how long an exchange on the CPU may wait for a rank. None: for ever; rank 0 watches for all.
+    """
+    store = FileStore(f"/proc/self/fd/{store_fd}", size)
+    torch_groups: Any = distributed  # whose type stubs differ from what is there
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        nccl = torch_groups.ProcessGroupNCCL.Options()
+        nccl._timeout = _FOREVER  # torch's own watchdog would end this process; ours ends the group with a message
+        group = torch_groups.ProcessGroupNCCL(store, rank, size, nccl)
+    else:
+        gloo = torch_groups.ProcessGroupGloo._Options()
+        gloo._devices = [torch_groups.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        gloo._timeout = _CONNECT
+        group = torch_groups.ProcessGroupGloo(store, rank, size, gloo)
+    tp = TensorParallel(rank, size, group, on_exchange)
+    tp.all_reduce(torch.zeros(1, device=device))  # the first one makes the connections
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        group.set_timeout(_FOREVER if limit_seconds is None else timedelta(seconds=limit_seconds))
+    return tp
