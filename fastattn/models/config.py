@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.models.quantization import QuantizationConfig, quantization_from_hf
+
 SCALING_TYPES = ("default", "linear", "llama3")
 
 _LIMITS = {
@@ -89,7 +91,8 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only model. Sizes are counts; norm_plus_one: stored norm weights lack the 1 that Gemma adds to them."""
+    """A decoder-only model. Sizes are counts; norm_plus_one: stored norm weights lack the 1 that Gemma adds to them.
+    quantization: which linear layers have weights of few bits."""
 
     architecture: str
     vocab_size: int
@@ -118,6 +121,7 @@ class ModelConfig:
     norm_plus_one: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in _LIMITS:
@@ -180,6 +184,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(kind, str) or kind not in _HF_TYPES:
         raise ValueError(f"config.json: model_type is {kind!r}, supported are {', '.join(sorted(_HF_TYPES))}")
     if kind == "gemma3" and isinstance(raw.get("text_config"), Mapping):
+        if raw.get("quantization_config") is not None:
+            raise ValueError("config.json: quantization_config of a model with vision is not supported")
         raw = {**raw["text_config"], "eos_token_id": raw.get("eos_token_id", raw["text_config"].get("eos_token_id"))}
     try:
         return _config_from_hf(_HF_TYPES[kind], raw)
@@ -256,6 +262,7 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         norm_plus_one=gemma,
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        quantization=quantization_from_hf(raw),
     )
 
 

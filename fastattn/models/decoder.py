@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -94,11 +94,16 @@ class DecoderModel(nn.Module):
     def pack(self) -> None:
         """Lays the loaded weights out for the CPU's matrix kernels. A tied head becomes a second copy: rows of the first are
         the embeddings."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                layer.pack()
+        for name, layer in self.linears():
+            layer.pack(name)
         if self.lm_head is None and reference.can_pack(self.embed_tokens.weight):
             self.packed_head = reference.pack(self.embed_tokens.weight)
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """(name, layer) of each linear layer, named as in the checkpoint; of merged ones, as if they were in it."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear) and ".separate." not in name:
+                yield (name if name == "lm_head" else f"model.{name}"), layer
 
     def weights(self, prefix: str = "") -> nn.Weights:
         yield from self.embed_tokens.weights("model.embed_tokens.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from fastattn.models.llama import LlamaForCausalLM
 
 if TYPE_CHECKING:
     from fastattn.models.loader import ModelSource
+
+logger = logging.getLogger("fastattn.models")
 
 ARCHITECTURES: dict[str, type[LlamaForCausalLM] | type[Gemma3ForCausalLM]] = {
     "llama": LlamaForCausalLM,
@@ -37,14 +40,22 @@ def build_meta(config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = 
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"model: architecture is {config.architecture!r}, supported are {sorted(ARCHITECTURES)}")
     with torch.device("meta"):
-        return ARCHITECTURES[config.architecture](config, max_model_len, tp)
+        model = ARCHITECTURES[config.architecture](config, max_model_len, tp)
+        if config.quantization is not None:
+            for name, layer in model.linears():
+                layer.quantize([config.quantization.scheme(piece.name) for piece in layer.pieces(name)])
+        return model
 
 
 def _allocate(model: DecoderModel, device: torch.device, dtype: torch.dtype) -> DecoderModel:
-    # The rotary tables are real already and stay fp32; everything else is allocated once, at its final place.
-    tables = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
-    model = model.to(dtype).to_empty(device=device)
-    for name, table in tables.items():
+    # Everything is allocated once, at its final place; the rotary tables are real already and stay fp32.
+    for module in model.modules():
+        fixed = module.fixed_dtypes if isinstance(module, nn.QuantizedWeight) else ()
+        for name, weight in list(module.named_parameters(recurse=False)):
+            own = weight.dtype if name in fixed or not weight.is_floating_point() else dtype
+            empty = torch.empty(weight.shape, dtype=own, device=device)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=False))
+    for name, table in list(model.named_buffers()):
         setattr(model, name, table.to(device))
     return model.eval()
 
@@ -68,6 +79,11 @@ def load_model(
     if source.config.tie_word_embeddings:
         # Some files repeat the tied matrix; it is the embedding's, and reading it twice would only cost time.
         stored = {name: info for name, info in stored.items() if name != "lm_head.weight"}
+    if source.config.quantization is not None:
+        unused = source.config.quantization.unused
+        stored = {name: info for name, info in stored.items() if not name.endswith(unused)}
+        for note in source.config.quantization.notes:
+            logger.warning("%s: %s", source.name, note)
     if missing := sorted(set(wanted) - set(stored)):
         raise ValueError(f"{source.name}: {len(missing)} tensors are missing, first {missing[0]!r}")
     if extra := sorted(set(stored) - set(wanted)):
@@ -79,13 +95,17 @@ def load_model(
             raise ValueError(
                 f"{source.name}: {name} has shape {tuple(stored[name].shape)}, expected {weight.full_shape}"
             )
+        info = stored[name]
+        if info.dtype not in weight.stored_as if weight.stored_as else info.is_codes:
+            expected = " or ".join(weight.stored_as or ("a float type",))
+            raise ValueError(f"{source.name}: {name} is stored as {info.dtype}, expected {expected}")
     # Only now: a size that a damaged file claims and does not hold must not cost memory.
     model = _allocate(meta, device, dtype)
     total = sum(info.nbytes for info in stored.values())
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
     ) as bar:
-        for name, out, shard in model.weights():
+        for name, out, shard, _ in model.weights():
             if out.numel():
                 source.read(name, out, shard)
             if source.config.norm_plus_one and name.endswith("norm.weight"):

@@ -7,6 +7,7 @@ from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
+from fastattn.nn.quantized import Fp4Scheme, Int4Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
 
@@ -16,11 +17,16 @@ __all__ = [
     "AttentionMetadata",
     "CollectiveError",
     "Embedding",
+    "Fp4Scheme",
     "GatedMLP",
+    "Int4Scheme",
+    "Int8Scheme",
     "Linear",
     "MergedLinear",
     "Module",
+    "QuantizedWeight",
     "RMSNorm",
+    "Scheme",
     "Shard",
     "TensorParallel",
     "Weight",

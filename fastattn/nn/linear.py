@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastattn import ops
 from fastattn.nn.module import Module, Weight, Weights, empty_parameter
+from fastattn.nn.quantized import Piece, QuantizedWeight, Scheme
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as reference
 
@@ -21,6 +24,7 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, shard: Shard | None = None) -> None:
         super().__init__()
+        self.quantized: QuantizedWeight | None = None  # here: a class attribute would hide the module that it may become
         self.shard = shard or Shard.whole(out_features)
         rows = self.shard.length if self.shard.dim == 0 else out_features
         self.weight = empty_parameter(rows, self.shard.length if self.shard.dim == 1 else in_features)
@@ -32,36 +36,96 @@ class Linear(Module):
         self.bias = empty_parameter(rows) if bias and self.bias_shard.length else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantized is not None:
+            out: torch.Tensor = self.quantized(x, self.bias)
+            return out
         if self.packed is not None:
             return reference.packed_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        """Lays a loaded weight out for the CPU's matrix kernels, in its place. A weight that this is not for stays as it is."""
-        if reference.can_pack(self.weight):
+    def pieces(self, name: str) -> list[Piece]:
+        """The checkpoint's layers that this one, ``name`` in the model, is made of."""
+        return [Piece(name, 0, slice(0, self.num_rows), self.shard)]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the matrix that is here, whatever it is stored as."""
+        return self.quantized.rows if self.quantized is not None else self.weight.shape[0]
+
+    def quantize(self, schemes: Sequence[Scheme | None]) -> None:
+        """Stores each piece's weight as its scheme says, None as it is. Before memory is allocated."""
+        (scheme,) = set(schemes)
+        if scheme is not None:
+            rows, columns = self.weight.shape
+            self.quantized = scheme.weight(rows, columns, self.pieces(""))
+            self.weight = empty_parameter(0)
+
+    def pack(self, name: str = "") -> None:
+        """Checks a loaded weight, and lays it out for the CPU's matrix kernels, in its place. A weight that this is not for stays
+        as it is. name: of this layer in the model."""
+        if self.quantized is not None:
+            self.quantized.finish(self.pieces(name))
+            self.quantized.pack()
+        elif reference.can_pack(self.weight):
             self.packed = reference.pack(self.weight)
             self.weight = torch.nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def weights(self, prefix: str) -> Weights:
-        yield Weight(f"{prefix}weight", self.weight, self.shard)
-        if self.has_bias:
-            yield Weight(f"{prefix}bias", self.weight.new_empty(0) if self.bias is None else self.bias, self.bias_shard)
+        for piece in self.pieces(prefix[:-1]):
+            if self.quantized is not None:
+                yield from self.quantized.stored(piece)
+            else:
+                yield Weight(f"{piece.name}.weight", self.weight[piece.rows], piece.shard)
+            if self.has_bias:
+                bias = self.weight.new_empty(0) if self.bias is None else self.bias[piece.rows]
+                yield Weight(f"{piece.name}.bias", bias, piece.shard if piece.shard.dim == 0 else self.bias_shard)
 
 
 class MergedLinear(Linear):
-    """Several linear layers with the same input as one GEMM; ``parts`` are (name in the checkpoint, its rows on this rank)."""
+    """Several linear layers with the same input as one GEMM; ``parts`` are (name in the checkpoint, its rows on this rank).
+
+    Parts whose weights are stored in different ways stay layers of their own.
+    """
 
     def __init__(self, in_features: int, parts: tuple[tuple[str, Shard], ...], bias: bool = False) -> None:
         super().__init__(in_features, sum(rows.length for _, rows in parts), bias)
-        self.parts = parts
+        self.in_features, self.parts = in_features, parts
+        self.separate: torch.nn.ModuleList | None = None
+
+    def pieces(self, name: str) -> list[Piece]:
+        # The parts stand in the checkpoint beside this layer, not below it: replace our own name by theirs.
+        parent = name[: name.rfind(".") + 1]
+        pieces, start = [], 0
+        for index, (part, rows) in enumerate(self.parts):
+            pieces.append(Piece(parent + part, index, slice(start, start + rows.length), rows))
+            start += rows.length
+        return pieces
+
+    def quantize(self, schemes: Sequence[Scheme | None]) -> None:
+        if len(set(schemes)) == 1:
+            return super().quantize(schemes)
+        layers = [Linear(self.in_features, rows.total, self.has_bias, rows) for _, rows in self.parts]
+        for layer, scheme in zip(layers, schemes, strict=True):
+            layer.quantize([scheme])
+        self.separate, self.weight, self.bias = torch.nn.ModuleList(layers), empty_parameter(0), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.separate is not None:
+            return torch.cat([layer(x) for layer in self.separate], -1)
+        return super().forward(x)
 
     def weights(self, prefix: str) -> Weights:
-        # The parts stand in the checkpoint beside this layer, not below it: replace our own name by theirs.
-        parent = prefix[: prefix[:-1].rfind(".") + 1]
-        start = 0
-        for name, rows in self.parts:
-            end = start + rows.length
-            yield Weight(f"{parent}{name}.weight", self.weight[start:end], rows)
-            if self.bias is not None:
-                yield Weight(f"{parent}{name}.bias", self.bias[start:end], rows)
-            start = end
+        if self.separate is None:
+            yield from super().weights(prefix)
+            return
+        for piece, layer in zip(self.pieces(prefix[:-1]), self.separate, strict=True):
+            assert isinstance(layer, Linear)
+            yield from layer.weights(f"{piece.name}.")
+
+    def pack(self, name: str = "") -> None:
+        if self.separate is None:
+            super().pack(name)
+            return
+        for piece, layer in zip(self.pieces(name), self.separate, strict=True):
+            assert isinstance(layer, Linear)
+            layer.pack(piece.name)

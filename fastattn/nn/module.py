@@ -11,11 +11,13 @@ from fastattn.nn.shard import Shard
 
 
 class Weight(NamedTuple):
-    """name: in the checkpoint. out: the destination. shard: the part of the tensor that belongs there; None is all of it."""
+    """name: in the checkpoint. out: the destination. shard: the part of the tensor that belongs there; None is all of it.
+    stored_as: the types that it may have in the file, as safetensors names them; none: any that is numbers to round."""
 
     name: str
     out: torch.Tensor
     shard: Shard | None = None
+    stored_as: tuple[str, ...] = ()
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -43,3 +45,8 @@ class Module(torch.nn.Module):
 def empty_parameter(*shape: int) -> torch.nn.Parameter:
     """An uninitialized weight in the default dtype on the default device; inference only, so it never requires grad."""
     return torch.nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def fixed_parameter(dtype: torch.dtype, *shape: int) -> torch.nn.Parameter:
+    """The same with a dtype of its own, whatever the model's is."""
+    return torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)

@@ -72,6 +72,10 @@ def fp4_linear(
 ) -> Tensor:
     """x (…, K), packed (N, ⌈K/2⌉), scale (N, G), global_scale and bias (N) → (…, N)."""
     weight = fp4_weight(packed, scale, group_size, x.shape[-1], x.dtype)
-    out = dense.linear(x.float(), weight.float(), None)
-    out = out if global_scale is None else out / global_scale
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return scale_fp4_sums(dense.linear(x.float(), weight.float(), None), global_scale, bias, x.dtype)
+
+
+def scale_fp4_sums(sums: Tensor, global_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """sums (…, N) fp32 → (…, N) in dtype."""
+    out = sums if global_scale is None else sums / global_scale
+    return (out if bias is None else out + bias.float()).to(dtype)

@@ -83,7 +83,7 @@ class TinySource:
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         model = build_model(self.config, torch.device("meta"), torch.float32, 8)
-        return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out, _ in model.weights()}
+        return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out, *_ in model.weights()}
 
     def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
         shape = expected_shape(out, shard)
@@ -172,7 +172,8 @@ def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor
         max_seqlen_q=count,
     )
     shape = (1, count, config.num_kv_heads, config.head_dim)
-    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+    dtype = network.embed_tokens.weight.dtype
+    caches = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
     with torch.inference_mode():
         logits: torch.Tensor = network.logits(network(torch.tensor(token_ids, dtype=torch.int32), meta, caches))
     return logits

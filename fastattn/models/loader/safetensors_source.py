@@ -13,11 +13,12 @@ from tokenizers import Tokenizer as Pipeline
 
 from fastattn.models.config import ModelConfig, config_from_hf
 from fastattn.models.loader.errors import ModelFileError
-from fastattn.models.loader.source import TensorInfo, expected_shape
+from fastattn.models.loader.source import CODE_TYPES, TensorInfo, expected_shape
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.nn import Shard
 
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+_BYTES = _FLOATS | CODE_TYPES
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON = 256 << 20
 
@@ -54,9 +55,14 @@ class SafetensorsSource:
         if (expected := expected_shape(out, shard)) != info.shape:
             raise ModelFileError(f"{self._folder}: tensor {name} has shape {info.shape}, expected {expected}")
         if shard is None or shard.length == shard.total:
-            out.copy_(self._files[name].get_tensor(name))
+            stored = self._files[name].get_tensor(name)
         else:
-            out.copy_(self._files[name].get_slice(name)[shard.slices])
+            stored = self._files[name].get_slice(name)[shard.slices]
+        if out.dtype is torch.uint8 and stored.itemsize == 1:
+            stored = stored.view(torch.uint8)  # scales in 8 bits are handed on as their bits
+        elif out.is_floating_point() == info.is_codes:
+            raise ModelFileError(f"{self._folder}: tensor {name} is {info.dtype}, which is not read as {out.dtype}")
+        out.copy_(stored)
 
     def tokenizer(self) -> Tokenizer:
         path = self._folder / "tokenizer.json"

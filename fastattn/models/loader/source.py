@@ -12,6 +12,9 @@ from fastattn.models.config import ModelConfig
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.nn import Shard, Weight
 
+# Types of codes, and of scales in 8 bits, that belong to quantized weights and are read as they are: bytes an element.
+CODE_TYPES = {"I8": 1, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -20,6 +23,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+
+    @property
+    def is_codes(self) -> bool:
+        return self.dtype in CODE_TYPES
 
 
 class ModelSource(Protocol):
@@ -35,7 +42,8 @@ class ModelSource(Protocol):
         ...
 
     def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
-        """Decodes a tensor, or ``shard`` of it, into ``out``: of that shape, any floating dtype, any device.
+        """Decodes a tensor, or ``shard`` of it, into ``out``: of that shape, any device, any floating dtype; codes of
+        quantized weights into an integer one.
 
         Only the shard is read from the file, as far as its format allows.
         """

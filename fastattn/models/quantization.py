@@ -1,0 +1,168 @@
+"""Which layers of a checkpoint have weights of few bits, and how they are stored: `quantization_config` of a config.json, in
+compressed-tensors' form. What we do not run is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastattn.nn import Fp4Scheme, Int4Scheme, Int8Scheme, Scheme
+
+_SUPPORTED = (
+    "int-quantized (INT8 weights a channel, INT8 activations a token, dynamic), pack-quantized (INT4 weights, groups or channels), "
+    "nvfp4-pack-quantized and mxfp4-pack-quantized"
+)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """groups: (targets, scheme), a target being a layer's name, "re:" and a pattern for its beginning, or the class "Linear".
+    ignore: targets that stay as they are. unused: endings of tensors that the checkpoint has and we do not need.
+    notes: what we do otherwise than the checkpoint says."""
+
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    ignore: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the weight of the linear layer ``name`` is stored. A name counts more than a pattern, a pattern more than a class."""
+        if any(_matches(target, name) for target in self.ignore):
+            return None
+        for kind in (_is_name, _is_pattern, _is_class):
+            for targets, scheme in self.groups:
+                if any(kind(target) and _matches(target, name) for target in targets):
+                    return scheme
+        return None
+
+    def __str__(self) -> str:
+        return ", ".join(dict.fromkeys(str(scheme) for _, scheme in self.groups))
+
+
+def _is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _is_class(target: str) -> bool:
+    return target == "Linear"
+
+
+def _is_name(target: str) -> bool:
+    return not _is_pattern(target) and not _is_class(target)
+
+
+def _matches(target: str, name: str) -> bool:
+    if _is_pattern(target):
+        return re.match(target[3:], name) is not None
+    return _is_class(target) or target == name
+
+
+def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
+    """From the contents of a config.json; None for a model that is not quantized."""
+    config = raw.get("quantization_config", raw.get("compression_config"))
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json: quantization_config is {config!r}, expected an object")
+    method = config.get("quant_method")
+    if method != "compressed-tensors":
+        raise ValueError(f"config.json: quant_method is {method!r}, supported is 'compressed-tensors'")
+    _check_rest(config)
+    groups = config.get("config_groups") or {}
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"config.json: config_groups is {groups!r}, expected an object")
+    if not groups:
+        return None
+    parsed, unused, notes = [], [], []
+    for name, group in groups.items():
+        if not isinstance(group, Mapping):
+            raise ValueError(f"config.json: config_groups has {name!r}: {group!r}, expected an object")
+        targets = _targets(f"targets of {name!r}", group.get("targets"))
+        scheme = _scheme(name, group, group.get("format") or config.get("format"))
+        parsed.append((targets, scheme))
+        if isinstance(scheme, Fp4Scheme) and group.get("input_activations") is not None:
+            unused.append(".input_global_scale")
+            notes.append(f"activations stay in 16 bits, where the checkpoint would round them to 4 ({name}, {scheme})")
+    ignore = _targets("ignore", config.get("ignore") or [])
+    return QuantizationConfig(tuple(parsed), ignore, tuple(unused), tuple(notes))
+
+
+def _check_rest(config: Mapping[str, Any]) -> None:
+    """What may stand beside the groups and would change the numbers."""
+    status = config.get("quantization_status", "compressed")
+    if status != "compressed":
+        raise ValueError(f"config.json: quantization_status is {status!r}, supported is 'compressed'")
+    for name in ("kv_cache_scheme", "transform_config"):
+        if config.get(name):
+            raise ValueError(f"config.json: quantization_config has a {name}, which is not supported")
+    sparsity = config.get("sparsity_config") or {}
+    form = sparsity.get("format", "dense") if isinstance(sparsity, Mapping) else sparsity
+    if form != "dense":
+        raise ValueError(
+            f"config.json: sparsity_config has format {form!r}, supported is 'dense': zeros stored as the numbers they are"
+        )
+
+
+def _targets(what: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
+        raise ValueError(f"config.json: {what} is {value!r}, expected a list of strings")
+    for target in value:
+        if _is_pattern(target):
+            _check_pattern(what, target[3:])
+    return tuple(value)
+
+
+def _check_pattern(what: str, pattern: str) -> None:
+    """A pattern comes with the model and must not take minutes: no repeated groups, few repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"config.json: {what} has the pattern {pattern!r}: {error}") from None
+    if len(pattern) > 1000 or re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+        raise ValueError(
+            f"config.json: {what} has the pattern {pattern!r}, allowed are 6 repetitions, none of a group, and 1000 characters"
+        )
+
+
+def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping | None):
+        raise ValueError(f"config.json: group {name!r} has weights {weights!r} and input_activations {inputs!r}")
+    kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("strategy")
+    group_size, symmetric = weights.get("group_size"), weights.get("symmetric", True)
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise ValueError(
+            f"config.json: group {name!r} has actorder {weights['actorder']!r}, where columns and groups are out of order "
+            "(weight_g_idx); supported are 'weight' and 'static'"
+        )
+    if group.get("output_activations") is None and not weights.get("dynamic"):
+        if form == "int-quantized" and (kind, bits, strategy, symmetric) == ("int", 8, "channel", True):
+            if inputs is not None and _is_per_token_int8(inputs):
+                return Int8Scheme()
+        elif form == "pack-quantized" and (kind, bits) == ("int", 4) and inputs is None and isinstance(symmetric, bool):
+            if strategy == "group" and isinstance(group_size, int) and 1 <= group_size < 2**31:
+                return Int4Scheme(group_size, symmetric)
+            if strategy == "channel":
+                return Int4Scheme(None, symmetric)
+        elif (form, kind, bits, group_size, symmetric) == ("nvfp4-pack-quantized", "float", 4, 16, True):
+            return Fp4Scheme(16)
+        elif (form, kind, bits, group_size, symmetric) == ("mxfp4-pack-quantized", "float", 4, 32, True):
+            return Fp4Scheme(32)
+    described = ", ".join(
+        f"{key} {weights[key]!r}"
+        for key in ("num_bits", "type", "strategy", "group_size", "symmetric")
+        if key in weights
+    )
+    activations = (
+        "16-bit" if inputs is None else f"{inputs.get('num_bits')}-bit {inputs.get('type')} {inputs.get('strategy')}"
+    )
+    raise ValueError(
+        f"config.json: group {name!r} is {form!r} with weights of {described} and {activations} activations; supported are {_SUPPORTED}"
+    )
+
+
+def _is_per_token_int8(inputs: Mapping[str, Any]) -> bool:
+    values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"), inputs.get("dynamic"))
+    return values == (8, "int", "token", True) and inputs.get("symmetric", True) is True

@@ -1,0 +1,291 @@
+"""Weights of few bits inside a linear layer: what a checkpoint stores for each format, and how it is multiplied with.
+
+A scheme says how weights are stored; `scheme.weight(...)` makes the module that holds one. On a GPU that module keeps the packed
+form. On a CPU, where no kernel reads it, `pack` turns it into fp32 in oneDNN's layout: results are those of the operators, speed and
+memory are those of a dense model.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastattn import ops
+from fastattn.nn.module import Module, Weight, Weights, empty_parameter, fixed_parameter
+from fastattn.nn.shard import Shard
+from fastattn.reference import linear as dense
+from fastattn.reference import quantize
+from fastattn.reference import quantized as reference
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A layer of the checkpoint in a linear layer of ours, which may be several of them, one below the other.
+
+    name: in the checkpoint. rows: where in our matrix. shard: the rows or columns of its own that are here.
+    """
+
+    name: str
+    index: int
+    rows: slice
+    shard: Shard
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def columns(self, per_entry: int, what: str) -> Shard | None:
+        """The shard of a tensor that has an entry for ``per_entry`` columns of the matrix."""
+        if self.shard.dim == 0 or self.shard.length == self.shard.total:
+            return self.shard if self.shard.dim == 0 else None
+        return self._over(per_entry, f"columns, {what}")
+
+    def packed_rows(self, per_entry: int, what: str) -> Shard | None:
+        """The shard of a tensor that has an entry for ``per_entry`` rows of the matrix."""
+        if self.shard.dim == 1 or self.shard.length == self.shard.total:
+            return None
+        return self._over(per_entry, f"rows, {what}")
+
+    def _over(self, per_entry: int, what: str) -> Shard:
+        try:
+            return self.shard.over(per_entry)
+        except ValueError:
+            s = self.shard
+            raise ValueError(
+                f"{self.name}: this rank's part is {s.start} to {s.start + s.length} of {s.total}, expected multiples of {per_entry} "
+                f"{what}; allowed is a tensor_parallel_size that cuts there, or a model that is quantized in smaller groups"
+            ) from None
+
+
+class QuantizedWeight(Module):
+    """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
+    rearranges what was read, ``forward`` multiplies."""
+
+    packed: list[torch.Tensor] | None = None
+    fixed_dtypes: frozenset[str] = frozenset()
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    @abstractmethod
+    def stored(self, piece: Piece) -> Weights: ...
+
+    def finish(self, pieces: Sequence[Piece]) -> None:
+        """Called once, after everything was read."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (T, columns) → (T, rows)."""
+
+    @abstractmethod
+    def dense_parts(self) -> list[torch.Tensor]:
+        """The codes or numbers that x is multiplied with, fp32, cut along the columns if exactness asks for it."""
+
+    @abstractmethod
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`forward` with ``packed``."""
+
+    def pack(self) -> None:
+        """Lays the weight out for the CPU's matrix kernels, in its place; does nothing elsewhere."""
+        weights = self.matrix()
+        if weights.device.type == "cpu" and torch._C._has_mkldnn:
+            self.packed = [dense.pack(part) for part in self.dense_parts()]
+            weights.data = weights.new_empty(0)
+
+    @abstractmethod
+    def matrix(self) -> torch.nn.Parameter:
+        """What holds the codes."""
+
+
+@dataclass(frozen=True)
+class Int8Scheme:
+    """W8A8: int8 weights with a scale a row; activations are rounded to int8 as they come, with a scale a token."""
+
+    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
+        return Int8Weight(rows, columns)
+
+    def __str__(self) -> str:
+        return "INT8 (W8A8)"
+
+
+class Int8Weight(QuantizedWeight):
+    fixed_dtypes = frozenset({"scale"})
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.codes = fixed_parameter(torch.int8, rows, columns)
+        self.scale = fixed_parameter(torch.float32, rows)
+
+    def matrix(self) -> torch.nn.Parameter:
+        return self.codes
+
+    def stored(self, piece: Piece) -> Weights:
+        yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("I8",))
+        rows = piece.shard if piece.shard.dim == 0 else None
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, _FLOATS)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed_forward(x, bias)
+        q, scale = ops.quantize_int8(x)
+        return ops.int8_linear(q, scale, self.codes, self.scale, bias, out_dtype=x.dtype)
+
+    def dense_parts(self) -> list[torch.Tensor]:
+        return [part.float() for part in torch.split(self.codes, reference.EXACT_COLUMNS, 1)]
+
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.packed is not None
+        q, scale = ops.quantize_int8(x)
+        parts = torch.split(q.float(), reference.EXACT_COLUMNS, 1)
+        sums = [dense.packed_linear(part, weight, None) for part, weight in zip(parts, self.packed, strict=True)]
+        return reference.scale_int8_sums(sums, scale, self.scale, bias, x.dtype)
+
+
+@dataclass(frozen=True)
+class Int4Scheme:
+    """W4A16: INT4 weights with a scale, and a zero point unless symmetric, for each group_size columns (None: for the row)."""
+
+    group_size: int | None
+    symmetric: bool
+
+    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
+        return Int4Weight(rows, columns, pieces, self)
+
+    def __str__(self) -> str:
+        groups = "rows" if self.group_size is None else f"groups of {self.group_size}"
+        return f"INT4 (W4A16), {groups}{'' if self.symmetric else ', zero points'}"
+
+
+class Int4Weight(QuantizedWeight):
+    def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Int4Scheme) -> None:
+        super().__init__(rows, columns)
+        self.group_size = scheme.group_size or max(columns, 1)
+        self.is_grouped = scheme.group_size is not None
+        num_groups = -(-columns // self.group_size)
+        self.codes = fixed_parameter(torch.int32, rows, -(-columns // 8))
+        self.scale = empty_parameter(rows, num_groups)
+        self.zero_point = None if scheme.symmetric else fixed_parameter(torch.int8, rows, num_groups)
+        # What the checkpoint has beside, read whole and gone after `finish`: shapes, and zero points packed along the rows.
+        self.shapes: torch.nn.Parameter | None = fixed_parameter(torch.int64, len(pieces), 2)
+        words = [] if scheme.symmetric else [-(-piece.num_rows // 8) for piece in pieces]
+        self.packed_zero_points = torch.nn.ParameterList(fixed_parameter(torch.int32, n, num_groups) for n in words)
+
+    def matrix(self) -> torch.nn.Parameter:
+        return self.codes
+
+    def stored(self, piece: Piece) -> Weights:
+        yield Weight(
+            f"{piece.name}.weight_packed", self.codes[piece.rows], piece.columns(8, "codes to a word"), ("I32",)
+        )
+        groups = piece.columns(self.group_size, "a group") if self.is_grouped or piece.shard.dim == 0 else None
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows], groups, _FLOATS)
+        assert self.shapes is not None
+        yield Weight(f"{piece.name}.weight_shape", self.shapes[piece.index], None, ("I64", "I32"))
+        if self.zero_point is None:
+            return
+        shard = groups if piece.shard.dim == 1 else piece.packed_rows(8, "zero points to a word")
+        yield Weight(f"{piece.name}.weight_zero_point", self.packed_zero_points[piece.index], shard, ("I32",))
+
+    def finish(self, pieces: Sequence[Piece]) -> None:
+        assert self.shapes is not None
+        for piece, shape in zip(pieces, self.shapes.tolist(), strict=True):
+            total = piece.shard.total
+            expected = [total, self.columns] if piece.shard.dim == 0 else [piece.num_rows, total]
+            if shape != expected:
+                raise ValueError(f"{piece.name}.weight_shape is {shape}, expected {expected}")
+        if self.zero_point is not None:
+            for piece in pieces:
+                words = self.packed_zero_points[piece.index]
+                self.zero_point[piece.rows] = quantize.unpack_int4_zero_points(words, piece.num_rows)
+        self.shapes, self.packed_zero_points = None, torch.nn.ParameterList()
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed_forward(x, bias)
+        return ops.int4_linear(x, self.codes, self.scale, self.group_size, self.zero_point, bias)
+
+    def dense_parts(self) -> list[torch.Tensor]:
+        weight = reference.int4_weight(self.codes, self.scale, self.zero_point, self.group_size, self.columns)
+        return [weight.float()]
+
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.packed is not None
+        out = dense.packed_linear(x.float(), self.packed[0], None if bias is None else bias.float())
+        return out.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Fp4Scheme:
+    """W4A16: E2M1 weights with a scale for each group_size columns: 16 is NVFP4 (e4m3, and an fp32 scale for the whole matrix), 32 is
+    MXFP4 (powers of two)."""
+
+    group_size: int
+
+    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
+        return Fp4Weight(rows, columns, pieces, self)
+
+    def __str__(self) -> str:
+        return "NVFP4 (W4A16)" if self.group_size == quantize.NVFP4_GROUP else "MXFP4 (W4A16)"
+
+
+class Fp4Weight(QuantizedWeight):
+    fixed_dtypes = frozenset({"global_scale", "stored_global_scale"})
+
+    def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp4Scheme) -> None:
+        super().__init__(rows, columns)
+        self.group_size = scheme.group_size
+        self.scale_types = ("F8_E4M3",) if self.group_size == quantize.NVFP4_GROUP else ("U8", "F8_E8M0")
+        self.codes = fixed_parameter(torch.uint8, rows, -(-columns // 2))
+        self.scale = fixed_parameter(torch.uint8, rows, -(-columns // self.group_size))
+        # One for a matrix of the checkpoint; a row of ours each, because several of them may stand here.
+        self.global_scale: torch.nn.Parameter | None = None
+        self.stored_global_scale: torch.nn.Parameter | None = None
+        if self.group_size == quantize.NVFP4_GROUP:
+            self.global_scale = fixed_parameter(torch.float32, rows)
+            self.stored_global_scale = fixed_parameter(torch.float32, len(pieces))
+
+    def matrix(self) -> torch.nn.Parameter:
+        return self.codes
+
+    def stored(self, piece: Piece) -> Weights:
+        yield Weight(
+            f"{piece.name}.weight_packed", self.codes[piece.rows], piece.columns(2, "codes to a byte"), ("U8",)
+        )
+        groups = piece.columns(self.group_size, "a group")
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows], groups, self.scale_types)
+        if self.stored_global_scale is not None:
+            own = self.stored_global_scale[piece.index : piece.index + 1]
+            yield Weight(f"{piece.name}.weight_global_scale", own, None, ("F32",))
+
+    def finish(self, pieces: Sequence[Piece]) -> None:
+        if self.stored_global_scale is None:
+            return
+        assert self.global_scale is not None
+        for piece, value in zip(pieces, self.stored_global_scale.tolist(), strict=True):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{piece.name}.weight_global_scale is {value}, expected a finite number above 0")
+            self.global_scale[piece.rows] = value
+        self.stored_global_scale = None
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed_forward(x, bias)
+        return ops.fp4_linear(x, self.codes, self.scale, self.group_size, self.global_scale, bias)
+
+    def dense_parts(self) -> list[torch.Tensor]:
+        # fp32 holds every product of a number and a scale, as x's dtype need not: the result is the same or nearer.
+        return [reference.fp4_weight(self.codes, self.scale, self.group_size, self.columns, torch.float32)]
+
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.packed is not None
+        out = dense.packed_linear(x.float(), self.packed[0], None)
+        return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)
+
+
+Scheme = Int8Scheme | Int4Scheme | Fp4Scheme

@@ -1,0 +1,134 @@
+"""Tiny quantized checkpoints, made with the library that defines their format, and the dense models that they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastattn.reference import quantize
+
+VOCAB = 64
+# Widths that groups of 32 and 64 divide; 3 KV heads, so that ranks have uneven parts.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A format, by the preset it starts from, and what differs from that."""
+
+    preset: str
+    format: str
+    group_size: int | None = None
+    channel: bool = False
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def scheme(self) -> QuantizationScheme:
+        scheme = preset_name_to_scheme(self.preset, ["Linear"])
+        assert scheme.weights is not None
+        changes: dict[str, Any] = {} if self.group_size is None else {"group_size": self.group_size}
+        if self.channel:
+            changes = {"group_size": None, "strategy": "channel"}
+        scheme.weights = scheme.weights.model_copy(update=changes)
+        return scheme
+
+
+FORMS = {
+    "int8": Form("W8A8", "int-quantized"),
+    "int4 groups of 32": Form("W4A16", "pack-quantized", 32),
+    "int4 zero points": Form("W4A16_ASYM", "pack-quantized", 32),
+    "int4 channel": Form("W4A16", "pack-quantized", channel=True),
+    "int4 channel zero points": Form("W4A16_ASYM", "pack-quantized", channel=True),
+    "nvfp4": Form("NVFP4A16", "nvfp4-pack-quantized"),
+    "nvfp4 activations too": Form("NVFP4", "nvfp4-pack-quantized"),
+    "mxfp4": Form("MXFP4A16", "mxfp4-pack-quantized"),
+    "k_proj stays": Form("NVFP4A16", "nvfp4-pack-quantized", ignore=("lm_head", "re:.*k_proj$")),
+}
+
+
+def _compress(weight: torch.Tensor, form: Form) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight as the checkpoint has it, and as it comes out of there."""
+    scheme, compressor = form.scheme(), BaseCompressor.get_value_from_registry(form.format)
+    args = scheme.weights
+    assert args is not None
+    group = args.group_size or weight.shape[1]
+    groups = weight.unflatten(1, (-1, group))
+    low, high = groups.amin(-1), groups.amax(-1)
+    state: dict[str, torch.Tensor] = {"weight": weight}
+    if form.preset.startswith("NVFP4"):
+        state["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
+    scale, zero = calculate_qparams(low, high, args, state.get("weight_global_scale"))
+    state["weight_scale"] = scale
+    if not args.symmetric:
+        state["weight_zero_point"] = zero.to(torch.int8)
+    stored = compressor.compress(state, scheme)
+    dense = compressor.decompress(stored, scheme)["weight"]
+    if dense.dtype is torch.bfloat16:  # as FP4's are given out; the numbers themselves need more bits
+        step = scale / state.get("weight_global_scale", torch.ones(1))
+        exact = quantize.unpack_e2m1(stored["weight_packed"]) * quantize.per_column(step, group, weight.shape[1])
+        assert torch.equal(exact.bfloat16(), dense)
+        dense = exact
+    if scheme.input_activations is not None and form.preset == "NVFP4":
+        stored["input_global_scale"] = torch.tensor([3.0])
+    return {name: t.contiguous() for name, t in stored.items()}, dense
+
+
+def _round_activations(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    x = args[0].float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return ((x / scale).round() * scale).to(args[0].dtype)
+
+
+def write(folder: Path, form: Form, **config: Any) -> LlamaForCausalLM:
+    """Writes the checkpoint, and returns transformers' model with the weights that it stands for, fp32."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | config)).eval().float()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        is_linear = isinstance(model.get_submodule(layer), torch.nn.Linear) and kind == "weight"
+        kept = any(re.match(target.removeprefix("re:"), layer) for target in form.ignore)
+        if is_linear and not kept:
+            stored, dense = _compress(parameter.detach(), form)
+            tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
+            parameter.copy_(dense)
+            if form.preset == "W8A8":
+                model.get_submodule(layer).register_forward_pre_hook(_round_activations)
+        else:
+            tensors[name] = parameter.clone()
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    groups = {"group_0": form.scheme()}
+    quantization = QuantizationConfig(
+        config_groups=groups, format=form.format, ignore=list(form.ignore), quantization_status="compressed"
+    )
+    raw = model.config.to_dict() | {"quantization_config": quantization.to_dict()}
+    (folder / "config.json").write_text(json.dumps(raw, default=str))
+    vocab = {f"w{i}": i for i in range(VOCAB)}
+    Tokenizer(WordLevel(vocab, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    return model
