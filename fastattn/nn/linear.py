@@ -24,7 +24,9 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, shard: Shard | None = None) -> None:
         super().__init__()
-        self.quantized: QuantizedWeight | None = None  # here: a class attribute would hide the module that it may become
+        self.quantized: QuantizedWeight | None = (
+            None  # here: a class attribute would hide the module that it may become
+        )
         self.shard = shard or Shard.whole(out_features)
         rows = self.shard.length if self.shard.dim == 0 else out_features
         self.weight = empty_parameter(rows, self.shard.length if self.shard.dim == 1 else in_features)
