@@ -18,8 +18,9 @@ EXAMPLES = ROOT / "examples"
 # Program → (further arguments, what it prints). {model} and {port} are filled in.
 RUNS = {
     "offline.py": (("--model", "{model}"), ("The capital of Japan is|", "tokens were in the cache")),
-    "operator.py": ((), ("as torch's",)),
+    "one_operator.py": ((), ("as torch's",)),
     "openai_client.py": (("--model", "{model}", "--port", "{port}"), ("0 [(", "1 [(", " tokens")),
+    "structured_output.py": (("--model", "{model}"), ("json_schema: {", "regex: ", "choice: ")),
     "speculative.py": (("--model", "{model}"), ("the same 32 tokens in", "guesses were right")),
 }
 

@@ -1,6 +1,6 @@
 """One operator in place of torch's: attention over sequences of different lengths, packed, with grouped heads.
 
-python examples/operator.py
+python examples/one_operator.py
 """
 
 from itertools import pairwise
