@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastattn.models.config import ModelConfig
-from fastattn.models.registry import build_meta
+from fastattn.models.registry import build_meta, loaded_bytes
 from fastattn.nn import TensorParallel
 from fastattn.speculative.config import SpeculativeConfig
 
@@ -143,7 +142,7 @@ def memory_plan(
     stored: dict[str, int] = {}
     for info in tensors.values():
         stored[_type_name(info.dtype)] = stored.get(_type_name(info.dtype), 0) + info.nbytes
-    num_parameters, weights = _weight_bytes(config, tensors, options)
+    num_parameters, weights = _weight_bytes(config, options)
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
     buffers = buffer_bytes(options)
     per_token = kv_bytes_per_token(config, options.dtype, options.tensor_parallel_size)
@@ -152,7 +151,7 @@ def memory_plan(
         own = draft[0]
         length = min(options.max_model_len, own.max_position_embeddings)
         own_options = replace(options, max_model_len=length, speculative=None, tensor_parallel_size=1)
-        draft_weights = sum(_weight_bytes(*draft, own_options)[1].values())
+        draft_weights = sum(_weight_bytes(own, own_options)[1].values())
         draft_per_token = kv_bytes_per_token(own, options.dtype)
         # The two models take turns, so their work space is the larger one's.
         activations = max(activations, activation_bytes(own, own_options))
@@ -182,20 +181,12 @@ def memory_plan(
     )
 
 
-def _weight_bytes(
-    config: ModelConfig, tensors: Mapping[str, TensorInfo], options: PlanOptions
-) -> tuple[int, dict[str, int]]:
+def _weight_bytes(config: ModelConfig, options: PlanOptions) -> tuple[int, dict[str, int]]:
     """Number of the model's parameters, and what a rank's part of them and the rotary tables take when loaded, by dtype."""
     size = options.tensor_parallel_size
-    shards = {w.name: w.shard for w in build_meta(config, 1, TensorParallel(0, size)).weights()} if size > 1 else {}
-    num_parameters = rank_parameters = 0
-    for name, info in tensors.items():
-        # Some files repeat the tied matrix; it is loaded once (see models.registry.load_model).
-        if not (name == "lm_head.weight" and config.tie_word_embeddings):
-            num_parameters += prod(info.shape)
-            shard = shards.get(name)
-            rank_parameters += prod(info.shape) if shard is None else prod(info.shape) // shard.total * shard.length
-    weights = {_type_name(options.dtype): rank_parameters * options.dtype.itemsize}
+    rank = build_meta(config, 1, TensorParallel(0, size))
+    weights = {_type_name(kind): n for kind, n in loaded_bytes(rank, options.dtype, options.device_type).items()}
+    num_parameters = (rank if size == 1 else build_meta(config, 1)).num_parameters
     num_tables = 1 if config.rope_local is None else 2
     table_bytes = num_tables * options.max_model_len * config.head_dim * 4
     weights["float32"] = weights.get("float32", 0) + table_bytes
@@ -251,7 +242,7 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + part.heads * 4  # qkv, out, o_proj; lse
     mlp = (3 * part.intermediate + c.hidden_size) * item  # gate and up, their product, down
     if options.device_type == "cuda":
-        return tokens * (stream + max(attention, mlp))
+        return tokens * (stream + max(attention, mlp)) + _quantized_bytes(config, options)
     # The CPU's operators are plain torch and round once at the end, so each holds fp32 copies of what it works on.
     norm = 3 * c.hidden_size * 4
     rope = 3 * q_width * 4
@@ -262,7 +253,19 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
         2 * keys * kv_width * (item + 2 * 4)
     )  # k and v out of their pages, and in fp32, contiguous for the product
     scores = rows * (keys * (part.heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
-    return step + gathered + scores + _cpu_upcast_bytes(config, options)
+    return step + gathered + scores + max(_cpu_upcast_bytes(config, options), _quantized_bytes(config, options))
+
+
+def _quantized_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    """What a product with a quantized weight holds beside its input and output: on a GPU, x in 8 bits; on a CPU, fp32 and
+    integer copies of both."""
+    if config.quantization is None:
+        return 0
+    c, part = config, _rank_sizes(config, options.tensor_parallel_size)
+    widest_in = max(c.hidden_size, part.intermediate, part.heads * c.head_dim)
+    widest_out = max(2 * part.intermediate, (part.heads + 2 * part.kv_heads) * c.head_dim, c.hidden_size)
+    each = widest_in + 4 if options.device_type == "cuda" else 17 * widest_in + 16 * widest_out
+    return options.max_num_batched_tokens * each
 
 
 def _cpu_upcast_bytes(config: ModelConfig, options: PlanOptions) -> int:

@@ -99,6 +99,13 @@ class DecoderModel(nn.Module):
         if self.lm_head is None and reference.can_pack(self.embed_tokens.weight):
             self.packed_head = reference.pack(self.embed_tokens.weight)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the weights are, however they are stored; scales and zero points are none."""
+        quantized = [m for m in self.modules() if isinstance(m, nn.QuantizedWeight)]
+        stored = sum(w.numel() for m in quantized for w in m.parameters())
+        return sum(w.numel() for w in self.parameters()) - stored + sum(m.rows * m.columns for m in quantized)
+
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """(name, layer) of each linear layer, named as in the checkpoint; of merged ones, as if they were in it."""
         for name, layer in self.named_modules():

@@ -60,6 +60,22 @@ def _allocate(model: DecoderModel, device: torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
+def loaded_bytes(meta: DecoderModel, dtype: torch.dtype, device_type: str) -> dict[torch.dtype, int]:
+    """What the weights of a model without memory take once they are loaded, by dtype. The rotary tables are not weights."""
+    found: dict[torch.dtype, int] = {}
+    for module in meta.modules():
+        if isinstance(module, torch.nn.ParameterList):  # what a quantized weight is made from, and then gone
+            continue
+        if isinstance(module, nn.QuantizedWeight):
+            own = module.loaded_bytes(dtype, device_type)
+        else:
+            own = {dtype: sum(w.numel() for _, w in module.named_parameters(recurse=False)) * dtype.itemsize}
+        for kind, nbytes in own.items():
+            if nbytes:
+                found[kind] = found.get(kind, 0) + nbytes
+    return found
+
+
 def load_model(
     source: ModelSource,
     device: torch.device,

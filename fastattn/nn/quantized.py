@@ -63,11 +63,14 @@ class Piece:
 
 
 class QuantizedWeight(Module):
-    """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
+    """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
+    that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
     rearranges what was read, ``forward`` multiplies."""
 
     packed: list[torch.Tensor] | None = None
     fixed_dtypes: frozenset[str] = frozenset()
+    staged: frozenset[str] = frozenset()
+    packed_away: frozenset[str] = frozenset({"codes", "scale"})
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -93,14 +96,25 @@ class QuantizedWeight(Module):
 
     def pack(self) -> None:
         """Lays the weight out for the CPU's matrix kernels, in its place; does nothing elsewhere."""
-        weights = self.matrix()
-        if weights.device.type == "cpu" and torch._C._has_mkldnn:
+        own = dict(self.named_parameters(recurse=False))
+        if _packs(own["codes"].device.type):
             self.packed = [dense.pack(part) for part in self.dense_parts()]
-            weights.data = weights.new_empty(0)
+            for name in self.packed_away & own.keys():
+                own[name].data = own[name].new_empty(0)
 
-    @abstractmethod
-    def matrix(self) -> torch.nn.Parameter:
-        """What holds the codes."""
+    def loaded_bytes(self, dtype: torch.dtype, device_type: str) -> dict[torch.dtype, int]:
+        """What is left of it in memory after loading, by dtype, in a model of ``dtype`` on a device of that type."""
+        gone = self.staged | (self.packed_away if _packs(device_type) else frozenset())
+        found = {torch.float32: 4 * self.rows * self.columns} if _packs(device_type) else {}
+        for name, weight in self.named_parameters(recurse=False):
+            if name not in gone:
+                own = dtype if weight.is_floating_point() and name not in self.fixed_dtypes else weight.dtype
+                found[own] = found.get(own, 0) + weight.numel() * own.itemsize
+        return found
+
+
+def _packs(device_type: str) -> bool:
+    return device_type == "cpu" and torch._C._has_mkldnn
 
 
 @dataclass(frozen=True)
@@ -116,14 +130,12 @@ class Int8Scheme:
 
 class Int8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale"})
+    packed_away = frozenset({"codes"})
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(rows, columns)
         self.codes = fixed_parameter(torch.int8, rows, columns)
         self.scale = fixed_parameter(torch.float32, rows)
-
-    def matrix(self) -> torch.nn.Parameter:
-        return self.codes
 
     def stored(self, piece: Piece) -> Weights:
         yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("I8",))
@@ -163,6 +175,9 @@ class Int4Scheme:
 
 
 class Int4Weight(QuantizedWeight):
+    staged = frozenset({"shapes"})
+    packed_away = frozenset({"codes", "scale", "zero_point"})
+
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Int4Scheme) -> None:
         super().__init__(rows, columns)
         self.group_size = scheme.group_size or max(columns, 1)
@@ -175,9 +190,6 @@ class Int4Weight(QuantizedWeight):
         self.shapes: torch.nn.Parameter | None = fixed_parameter(torch.int64, len(pieces), 2)
         words = [] if scheme.symmetric else [-(-piece.num_rows // 8) for piece in pieces]
         self.packed_zero_points = torch.nn.ParameterList(fixed_parameter(torch.int32, n, num_groups) for n in words)
-
-    def matrix(self) -> torch.nn.Parameter:
-        return self.codes
 
     def stored(self, piece: Piece) -> Weights:
         yield Weight(
@@ -236,6 +248,7 @@ class Fp4Scheme:
 
 class Fp4Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"global_scale", "stored_global_scale"})
+    staged = frozenset({"stored_global_scale"})
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp4Scheme) -> None:
         super().__init__(rows, columns)
@@ -249,9 +262,6 @@ class Fp4Weight(QuantizedWeight):
         if self.group_size == quantize.NVFP4_GROUP:
             self.global_scale = fixed_parameter(torch.float32, rows)
             self.stored_global_scale = fixed_parameter(torch.float32, len(pieces))
-
-    def matrix(self) -> torch.nn.Parameter:
-        return self.codes
 
     def stored(self, piece: Piece) -> Weights:
         yield Weight(

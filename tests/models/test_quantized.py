@@ -17,7 +17,7 @@ from fastattn import LLM, SamplingParams, nn
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import open_model
 from fastattn.models.quantization import quantization_from_hf
-from fastattn.models.registry import load_model
+from fastattn.models.registry import build_meta, load_model, loaded_bytes
 from tests.engine.tiny import full_logits
 from tests.models.quantized import FORMS, SMALL, Form, write
 
@@ -104,6 +104,20 @@ def test_pruned_models_are_dense(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(full_logits(load(tmp_path), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4 zero points", "int4 channel", "nvfp4", "mxfp4", "k_proj stays"])
+def test_planned_memory_is_what_is_taken(name: str, tmp_path: Path) -> None:
+    dense = write(tmp_path, FORMS[name])
+    meta = build_meta(open_model(tmp_path).config, 8)
+    assert meta.num_parameters == sum(p.numel() for p in dense.parameters())
+    for unpacked, device_type in ((True, "cuda"), (False, "cpu")):
+        model = load(tmp_path, torch.bfloat16, unpacked)
+        taken: dict[torch.dtype, int] = {}
+        packed = [t for m in model.modules() if isinstance(m, nn.QuantizedWeight) for t in m.packed or ()]
+        for t in (*model.parameters(), *packed):
+            taken[t.dtype] = taken.get(t.dtype, 0) + t.numel() * t.itemsize
+        assert {k: n for k, n in taken.items() if n} == loaded_bytes(meta, torch.bfloat16, device_type)
 
 
 def test_activations_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
