@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastattn.engine.llm import LLM as LLM
     from fastattn.engine.outputs import CompletionOutput as CompletionOutput
     from fastattn.engine.outputs import RequestOutput as RequestOutput
+    from fastattn.engine.pooling_params import PoolingParams as PoolingParams
     from fastattn.engine.sampling_params import SamplingParams as SamplingParams
     from fastattn.engine.structured_output import StructuredOutput as StructuredOutput
 
@@ -26,6 +27,7 @@ _LAZY = {
     "AsyncEngine": "fastattn.engine.async_engine",
     "EngineConfig": "fastattn.engine.config",
     "SamplingParams": "fastattn.engine.sampling_params",
+    "PoolingParams": "fastattn.engine.pooling_params",
     "StructuredOutput": "fastattn.engine.structured_output",
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from fastattn.engine.engine import Engine, EngineStats
-from fastattn.engine.intake import Prepared, Prompt, TokenLists
+from fastattn.engine.intake import Params, Prepared, Prompt, TokenLists
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
 
@@ -48,7 +48,7 @@ class AsyncEngine:
     async def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None,
+        params: Params | None,
         request_id: str,
         *,
         priority: int = 0,
@@ -93,9 +93,7 @@ class AsyncEngine:
                 with suppress(EngineDeadError):  # then nothing is left to abort
                     self._call(abort, lambda _: None)
 
-    async def _prepare(
-        self, prompt: Prompt, params: SamplingParams | None, resume_token_ids: TokenLists | None
-    ) -> Prepared:
+    async def _prepare(self, prompt: Prompt, params: Params | None, resume_token_ids: TokenLists | None) -> Prepared:
         """In the caller's thread, or in another if that may take longer than an event loop should wait."""
         compiles = isinstance(params, SamplingParams) and params.structured_output is not None
         if compiles or (isinstance(prompt, str) and len(prompt) > _LONG_PROMPT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.grammar import DEAD_END
-from fastattn.engine.intake import Intake, Prepared, Prompt, TokenLists
+from fastattn.engine.intake import Intake, Params, Prepared, Prompt, TokenLists
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.output_processor import OutputProcessor, RequestGroup
 from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
@@ -21,7 +22,6 @@ from fastattn.engine.ranks import RankError
 from fastattn.engine.request import Request, Status
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampler import TokenLogprobs
-from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.scheduler import Scheduler
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.speculator import Speculator
@@ -92,13 +92,14 @@ class Engine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         priority: int = 0,
         tenant: str = "",
         resume_token_ids: TokenLists | None = None,
     ) -> None:
-        """Queues a prompt, text or {"prompt_token_ids": [...]}. Lower ``priority`` goes first (policy "priority").
+        """Queues a prompt, text or {"prompt_token_ids": [...]}, to be gone on with (SamplingParams) or embedded
+        (PoolingParams). Lower ``priority`` goes first (policy "priority").
 
         Prefixes are shared within a ``tenant`` only. resume_token_ids: for each of the n completions the tokens that
         another engine, of the same model and with the same seed, generated before it was lost. Each goes on as if it had
@@ -112,7 +113,7 @@ class Engine:
         self.add_prepared(request_id, self.prepare(prompt, params, resume_token_ids), priority=priority, tenant=tenant)
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams | None = None, resume_token_ids: TokenLists | None = None
+        self, prompt: Prompt, params: Params | None = None, resume_token_ids: TokenLists | None = None
     ) -> Prepared:
         """The part of `add_request` that takes time and no engine: any thread may do it, while steps run in another."""
         return self._intake.prepare(prompt, params, resume_token_ids)
@@ -170,6 +171,7 @@ class Engine:
                     stop_token_ids=stop_token_ids,
                     metrics=metrics,
                     after=requests[0] if requests and shares_prompt else None,
+                    pooling=prepared.pooling,
                     grammar=prepared.grammar and prepared.grammar.copy(),
                 )
             )
@@ -244,6 +246,9 @@ class Engine:
         for i, request in enumerate(sampled.requests):
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
+            if request.pooling is not None:
+                self._end_pooling(request)
+                continue
             if self.speculator is not None and sampled.num_drafted[i] > 0:
                 self.speculator.record(request, sampled.num_drafted[i], len(sampled.token_ids[i]) - 1)
             self._extend(request, sampled.token_ids[i], sampled.logprobs[i])
@@ -276,6 +281,13 @@ class Engine:
                 group.cumulative_logprobs[request.index] += logprobs[i][token_id][0]
             if request.status is Status.FINISHED:
                 break
+
+    def _end_pooling(self, request: Request) -> None:
+        if request.embedding is None or not all(map(math.isfinite, request.embedding)):
+            request.embedding = None
+            self.scheduler.finish(request, "error", "the hidden states are not finite")
+        else:
+            self.scheduler.finish(request, "stop")
 
     def _append(self, request: Request, token_id: int) -> None:
         """Adds a generated token and ends the request if this was its last."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.grammar import Grammar, GrammarCompiler
+from fastattn.engine.pooling_params import PoolingParams
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, object]
+Params = SamplingParams | PoolingParams
 TokenLists = Sequence[Sequence[int]]
 
 # No tokenizer's tokens are longer than this on average, whatever the text: what is longer cannot fit, and is not tokenized.
@@ -28,6 +30,7 @@ class Prepared:
     max_output_tokens: int
     resumed: list[list[int]]
     grammar: Grammar | None = None
+    pooling: PoolingParams | None = None
 
 
 class Intake:
@@ -37,17 +40,39 @@ class Intake:
         self._config, self._tokenizer, self._vocab_size = config, tokenizer, vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size)
 
-    def prepare(self, prompt: Prompt, params: SamplingParams | None, resume_token_ids: TokenLists | None) -> Prepared:
+    def prepare(self, prompt: Prompt, params: Params | None, resume_token_ids: TokenLists | None) -> Prepared:
         """Raises TypeError or ValueError, naming both numbers, for what can never run."""
         params = SamplingParams() if params is None else params
+        if isinstance(params, PoolingParams):
+            return self._prepare_pooling(prompt, params, resume_token_ids)
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"add_request: params is a {type(params).__name__}, expected SamplingParams")
+            raise TypeError(
+                f"add_request: params is a {type(params).__name__}, expected SamplingParams or PoolingParams"
+            )
         resumed = self._check_resumed(params.n, resume_token_ids)
         text, token_ids = self._tokenize(prompt)
         max_output = self._max_output(token_ids, params)
         wish = params.structured_output
         grammar = None if wish is None else self._grammars.compile(wish)
         return Prepared(text, token_ids, params, max_output, resumed, grammar)
+
+    def _prepare_pooling(self, prompt: Prompt, pooling: PoolingParams, resume_token_ids: TokenLists | None) -> Prepared:
+        if resume_token_ids is not None:
+            raise ValueError(
+                "add_request: resume_token_ids is given with PoolingParams, allowed is None: no tokens come"
+            )
+        text, token_ids = self._tokenize(prompt)
+        self._check_length(token_ids, self._config.max_model_len, "max_model_len")
+        self._check_blocks(len(token_ids), f"{len(token_ids)} prompt tokens")
+        # The engine sees a greedy request for one token, which is then not taken.
+        params = SamplingParams(temperature=0, max_tokens=1, output_kind="final")
+        return Prepared(text, token_ids, params, 1, [[]], pooling=pooling)
+
+    def _check_length(self, token_ids: list[int], limit: int, what: str) -> None:
+        if not token_ids:
+            raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
+        if len(token_ids) > limit:
+            raise ValueError(f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit}, {what}")
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -88,13 +113,7 @@ class Intake:
     def _max_output(self, token_ids: list[int], params: SamplingParams) -> int:
         """The most tokens that this request may generate; raises if it can never run."""
         limit = self._config.max_model_len
-        if not token_ids:
-            raise ValueError("add_request: the prompt has 0 tokens, expected at least 1")
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"add_request: the prompt has {len(token_ids)} tokens, allowed are up to {limit - 1}, "
-                f"max_model_len less one to generate"
-            )
+        self._check_length(token_ids, limit - 1, "max_model_len less one to generate")
         max_output = (
             limit - len(token_ids) if params.max_tokens is None else min(params.max_tokens, limit - len(token_ids))
         )

@@ -23,10 +23,9 @@ class KVCacheManager:
     def attach_prefix(self, request: Request) -> None:
         """Gives a request without blocks the cached blocks of its longest known prefix.
 
-        At least one token is left to compute, since its logits are needed. A request that wants the log-probabilities of
-        its prompt computes the prompt itself.
+        At least one token is left to compute, since its logits are needed.
         """
-        if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.needs_every_token:
             return
         blocks = self.tree.match(request.salt, request.seq, len(request.seq) - 1)
         request.seq.add_blocks(blocks)
@@ -52,8 +51,12 @@ class KVCacheManager:
         return True
 
     def remember(self, request: Request) -> None:
-        """Lets others share the blocks that are now full. Call after the step that filled them."""
-        if self.enable_prefix_caching:
+        """Lets others share the blocks that are now full. Call after the step that filled them.
+
+        Not those of a request that takes no cached prefix: its last block would pin the cached twins of its first ones,
+        and a request that fills the pool would wait for them for ever.
+        """
+        if self.enable_prefix_caching and not request.needs_every_token:
             self.tree.insert(request.salt, request.seq, request.seq.num_computed)
 
     def release(self, request: Request) -> None:

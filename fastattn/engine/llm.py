@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from fastattn.engine.engine import Engine
-from fastattn.engine.intake import Prompt
+from fastattn.engine.intake import Params, Prompt
 from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.pooling_params import PoolingParams
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.setup import EngineOptions, build_engine
 from fastattn.models.config import ModelConfig
@@ -75,13 +76,29 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt, all together; the outputs are in the order of the prompts."""
         listed = _as_list(prompts)
-        params = [replace(p, output_kind="final") for p in _as_params(sampling_params, len(listed))]
+        every = _as_params("sampling_params", sampling_params, len(listed), SamplingParams())
+        params = [replace(p, output_kind="final") for p in every]
+        return self._run(listed, params, "Requests", use_tqdm)
+
+    def _run(self, prompts: list[Prompt], params: Sequence[Params], what: str, use_tqdm: bool) -> list[RequestOutput]:
         final: list[RequestOutput] = []
-        with tqdm(total=len(listed), desc="Requests", unit="req", disable=None if use_tqdm else True) as bar:
-            for output in self.stream(listed, params):
+        with tqdm(total=len(prompts), desc=what, unit="req", disable=None if use_tqdm else True) as bar:
+            for output in self.stream(prompts, params):
                 final.append(output)
                 bar.update()
         return sorted(final, key=lambda output: int(output.request_id))
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """A vector for each prompt, in their order: `RequestOutput.embedding`."""
+        listed = _as_list(prompts)
+        params = _as_params("pooling_params", pooling_params, len(listed), PoolingParams())
+        return self._run(listed, params, "Prompts", use_tqdm)
 
     def chat(
         self,
@@ -103,14 +120,14 @@ class LLM:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] | None = None,
     ) -> Iterator[RequestOutput]:
         """Yields outputs as they come, of any prompt in any order; request ids count up in the order of the prompts.
 
         Leaving the loop early aborts what is not finished.
         """
         listed = _as_list(prompts)
-        params = _as_params(sampling_params, len(listed))
+        params = _as_params("params", params, len(listed), SamplingParams())
         ids: set[str] = set()
         try:
             for prompt, p in zip(listed, params, strict=True):
@@ -142,9 +159,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
 
 
-def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+P = TypeVar("P", bound=Params)
+
+
+def _as_params(name: str, params: P | Sequence[P] | None, count: int, default: P) -> list[P]:
+    if params is None or not isinstance(params, Sequence):
+        return [default if params is None else params] * count
     if len(params) != count:
-        raise ValueError(f"sampling_params has {len(params)} entries, expected one or {count}, as many as prompts")
+        raise ValueError(f"{name} has {len(params)} entries, expected one or {count}, as many as prompts")
     return list(params)

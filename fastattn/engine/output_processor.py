@@ -101,6 +101,7 @@ class OutputProcessor:
             metrics=group.metrics,
             num_cached_tokens=first.num_cached_tokens,
             prompt_logprobs=self._prompt_logprobs(first),
+            embedding=first.embedding,
         )
 
     def _completion(self, group: RequestGroup, index: int, delta: bool) -> CompletionOutput:

@@ -51,7 +51,7 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its completions so far."""
+    """A prompt and its completions so far, or the embedding of it (its one completion is empty then)."""
 
     request_id: str
     prompt: str | None
@@ -61,3 +61,4 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    embedding: list[float] | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.outputs import FinishReason, RequestMetrics
+from fastattn.engine.pooling_params import PoolingParams
 from fastattn.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Request:
     metrics: RequestMetrics
     after: Request | None = None
     grammar: Grammar | None = None  # after the output tokens so far
+    pooling: PoolingParams | None = None  # wants an embedding and no tokens
+    embedding: list[float] | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -66,6 +69,11 @@ class Request:
     @property
     def is_prefilled(self) -> bool:
         return self.seq.num_computed >= self.num_prompt_tokens
+
+    @property
+    def needs_every_token(self) -> bool:
+        """The whole prompt must be computed, whatever of it is cached: something is wanted of each of its tokens."""
+        return self.params.prompt_logprobs is not None or (self.pooling is not None and self.pooling.pooling == "mean")
 
     @property
     def must_wait_for_sibling(self) -> bool:

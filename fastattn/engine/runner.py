@@ -10,6 +10,7 @@ import torch
 from fastattn.engine.batch import Batch, BatchBuffers, Step
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.graphs import DecodeGraphs
+from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
@@ -59,6 +60,7 @@ class Runner:
         self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
+        self.pooler = Pooler()
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.use_cuda_graphs:
             self.graphs = DecodeGraphs(self._forward, config.max_num_seqs)
@@ -72,6 +74,8 @@ class Runner:
         for (request, _, targets), logits in zip(wanted, computed.extra_logits, strict=True):
             ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
+        if computed.hidden is not None:
+            self.pooler.pool(computed.hidden, scheduled)
         num_drafted = {r: n - r.num_pending_tokens for r, n in scheduled.items() if n >= r.num_pending_tokens}
         if not num_drafted:
             return Sampled([], [], [], [])
@@ -118,7 +122,9 @@ class Runner:
         A graph serves decodes with the same number of drafts, none included; others differ in shape from step to step.
         """
         sequences, num_tokens = [r.seq for r in scheduled], list(scheduled.values())
-        decodes = all(r.num_pending_tokens == 1 and r.params.prompt_logprobs is None for r in scheduled)
+        decodes = all(
+            r.num_pending_tokens == 1 and r.params.prompt_logprobs is None and r.pooling is None for r in scheduled
+        )
         if self.graphs is None or not decodes or min(num_tokens) != max(num_tokens):
             return self.buffers.fill(sequences, num_tokens)
         size, per_seq = self.graphs.size_for(len(sequences)), num_tokens[0]

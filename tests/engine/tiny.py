@@ -16,10 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from fastattn import nn
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine
-from fastattn.engine.intake import Prompt
+from fastattn.engine.intake import Params, Prompt
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.runner import Runner
-from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.config import ModelConfig, RopeConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import TensorInfo
@@ -118,11 +117,9 @@ def make_speculator(config: EngineConfig, network: DecoderModel, draft: DecoderM
     return Speculator(spec, proposer)
 
 
-def run(
-    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
-) -> list[RequestOutput]:
+def run(engine: Engine, prompts: Sequence[Prompt], params: Params | Sequence[Params]) -> list[RequestOutput]:
     """Adds all at once, runs to the end, and returns the last output of each prompt."""
-    every = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    every = params if isinstance(params, Sequence) else [params] * len(prompts)
     for index, (prompt, p) in enumerate(zip(prompts, every, strict=True)):
         engine.add_request(str(index), prompt, p)
     last = {output.request_id: output for output in drain(engine)}
@@ -161,6 +158,13 @@ def assert_idle(engine: Engine) -> None:
 
 def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor:
     """(T, vocab_size) logits of a whole text in one pass, without the engine."""
+    with torch.inference_mode():
+        logits: torch.Tensor = network.logits(full_hidden(network, token_ids))
+    return logits
+
+
+def full_hidden(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """(T, hidden_size) final hidden states of a whole text in one pass, without the engine."""
     count, config = len(token_ids), network.config
     arange = torch.arange(count, dtype=torch.int32)
     meta = nn.AttentionMetadata(
@@ -175,8 +179,8 @@ def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor
     dtype = network.embed_tokens.weight.dtype
     caches = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
     with torch.inference_mode():
-        logits: torch.Tensor = network.logits(network(torch.tensor(token_ids, dtype=torch.int32), meta, caches))
-    return logits
+        hidden: torch.Tensor = network(torch.tensor(token_ids, dtype=torch.int32), meta, caches)
+    return hidden
 
 
 def write_folder(source: TinySource, folder: Path) -> Path:
