@@ -94,6 +94,8 @@ class Handlers:
         ):
             app.get(path, response_class=Response)(getter)
         app.get("/v1/models/{model:path}", response_class=Response)(self.model)
+        for path, getter in (("/health", self.health), ("/ready", self.ready)):  # as some load balancers ask
+            app.head(path, include_in_schema=False, response_class=Response)(getter)
 
     # ---- answers ----
 

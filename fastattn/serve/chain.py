@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
+from fastattn.models.tokenizer import Tokenizer
 from fastattn.serve.contract import Backend, Chunk, RequestContext
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
-from fastattn.serve.state import ServerState
+from fastattn.serve.state import LocalEngine, ServerState
+
+
+@dataclass(frozen=True)
+class Chain:
+    """front: what gets the requests. closers: of the parts, from front to back."""
+
+    front: Backend
+    closers: tuple[Callable[[], Awaitable[None]], ...] = ()
+
+    async def close(self) -> None:
+        for close in self.closers:
+            await close()
 
 
 class Engines:
@@ -21,5 +35,42 @@ class Engines:
         return self._state.engine(request.model).stream(request, context)
 
 
-def build_chain(state: ServerState) -> Backend:
-    return Engines(state)
+def build_chain(state: ServerState) -> Chain:
+    """Raises ValueError or ImportError for a part that cannot be made as it is configured."""
+    config, registry = state.config, state.metrics.registry
+    closers: list[Callable[[], Awaitable[None]]] = []
+    digests = {name: engine.info.digest for name, engine in state.engines.items()}
+    backend: Backend = Engines(state)
+
+    def fingerprint(model: str) -> str | None:
+        engine = state.find_engine(model)
+        return None if engine is None else engine.info.digest
+
+    if config.router is not None:
+        from fastattn.serve.router import build_router
+
+        router = build_router(config.router, state.engines, digests, registry=registry)
+        backend, fingerprint = router, router.fingerprint
+        closers.insert(0, router.close)
+    if config.cache is not None:
+        from fastattn.serve.cache import build_cache
+
+        cache = build_cache(config.cache, backend, fingerprint, registry=registry)
+        backend = cache
+        closers.insert(0, cache.close)
+    if config.guardrails is not None:
+        from fastattn.serve.guardrails import build_guardrails
+
+        guards = build_guardrails(config.guardrails, backend, decode=_decoder(state), registry=registry)
+        backend = guards
+        closers.insert(0, guards.close)
+    return Chain(backend, tuple(closers))
+
+
+def _decoder(state: ServerState) -> Callable[[list[int]], str] | None:
+    """Token ids to text, for guards that look at prompts of ids; with several engines it is not known whose ids they are."""
+    engines: list[LocalEngine] = list(state.engines.values())
+    if len(engines) != 1:
+        return None
+    tokenizer = Tokenizer.from_parts(**engines[0].info.tokenizer_parts())
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -21,6 +21,9 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from fastattn.serve.cache.config import CacheConfig
+from fastattn.serve.guardrails.config import GuardrailsConfig
+from fastattn.serve.router.config import RouterConfig
 from fastattn.sizes import parse_size
 
 
@@ -77,9 +80,12 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill seed"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
-        return options | {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
+        options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
+        if self.speculative_config is not None:
+            options["speculative"] = self.speculative_config
+        return options
 
 
 class ServeConfig(EngineSettings):
@@ -144,9 +150,9 @@ class ServeConfig(EngineSettings):
         dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")], EngineSettings],
         Field(description="Further engines by name, each with an engine's settings."),
     ] = {}
-    router: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
-    cache: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
-    guardrails: Annotated[dict[str, Any] | None, Field(description="Section of the file.")] = None
+    router: Annotated[RouterConfig | None, Field(description="One endpoint over several models.")] = None
+    cache: Annotated[CacheConfig | None, Field(description="Answers are kept and given again.")] = None
+    guardrails: Annotated[GuardrailsConfig | None, Field(description="What may go in and come out.")] = None
 
     @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", mode="before")
     @classmethod

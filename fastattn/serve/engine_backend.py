@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -20,16 +20,14 @@ from fastattn.serve.tools import ToolReader, forced_schema, reader_for
 
 
 class EngineBackend:
-    """names: those under which the model is served; the first is the one that answers carry for all of them."""
+    """Whatever model a request names, this engine answers it: choosing is somebody else's."""
 
-    def __init__(self, client: EngineClient, renderer: Renderer, names: Collection[str], metrics: Metrics) -> None:
+    def __init__(self, client: EngineClient, renderer: Renderer, metrics: Metrics) -> None:
         self._client, self._renderer, self._metrics = client, renderer, metrics
-        self.names = tuple(names)
 
     async def stream(
         self, request: ChatCompletionRequest | CompletionRequest, context: RequestContext
     ) -> AsyncIterator[Chunk]:
-        self.check_model(request.model)
         clock = _Clock(self._metrics)
         prompts = await self._prompts(request)
         sampling = _sampling(request)
@@ -55,7 +53,6 @@ class EngineBackend:
 
     async def embed(self, request: EmbeddingRequest, context: RequestContext) -> tuple[list[list[float]], int]:
         """An embedding for each input, and how many tokens they had."""
-        self.check_model(request.model)
         prompts = await self._encode(list(request.prompts))
         works = [
             m.Embed(f"{context.request_id}-{i}", ids, context.priority, context.tenant) for i, ids in enumerate(prompts)
@@ -66,11 +63,6 @@ class EngineBackend:
                 if output.embedding is not None:
                     found[position] = output.embedding
         return found, sum(map(len, prompts))
-
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
-            text = f"the model {name[:200]!r} is not served here, see /v1/models"
-            raise APIError(404, text, "not_found_error", param="model", code="model_not_found")
 
     async def _prompts(self, request: ChatCompletionRequest | CompletionRequest) -> list[list[int]]:
         if isinstance(request, CompletionRequest):

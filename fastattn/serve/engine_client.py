@@ -108,8 +108,10 @@ class EngineClient:
             await link.stop()
             raise
         finally:
-            self._link = None
+            was_ready, self._link = self._link is not None, None
             how = await link.kill()
+        if was_ready:
+            self._drop_poison()
         await self._after_death(why or how)
 
     async def _after_death(self, why: str) -> None:
@@ -122,7 +124,6 @@ class EngineClient:
             return
         self._metrics.restarts.inc()
         await self._set_state("restarting")
-        self._drop_poison()
         delay = _BACK_OFF[self._failures - 1]
         logger.error(
             "the engine process ended (%s); %d requests wait for its successor, started in %g s",
@@ -133,6 +134,7 @@ class EngineClient:
         await asyncio.sleep(delay)
 
     def _drop_poison(self) -> None:
+        """Gives up requests that may be what kills engines."""
         for request_id, work in list(self._works.items()):
             work.stuck = 0 if work.progress else work.stuck + 1
             work.progress = False
@@ -175,6 +177,8 @@ class EngineClient:
                 await self._set_state("ready")
             elif self.info is None:  # it never ran: nothing would change
                 await self._die(message.message, message.exit_code)
+            else:
+                logger.error("the engine cannot start again: %s", message.message)
 
     async def _watch(self) -> str:
         """Ends when the engine has been silent for too long."""
@@ -276,11 +280,18 @@ class EngineClient:
         work.tell((work.position, output))
 
     def _broken(self, work: _Work, choice: m.Choice) -> None:
-        self._metrics.corrupted.inc()
         self._metrics.success.labels("error").inc()
-        if self._forget(work.message.id) and self._link is not None:
-            self._link.send(m.Abort(work.message.id))
-        work.tell(APIError(500, f"the engine could not go on with this request: {choice.stop_reason}", "server_error"))
+        message = work.message
+        if self._forget(message.id) and self._link is not None:
+            self._link.send(m.Abort(message.id))
+        text = f"the engine could not go on with this request: {choice.stop_reason}"
+        if isinstance(message, m.Generate) and message.sampling.structured_output is not None:
+            work.tell(
+                APIError(400, text, code="structured_output_failed")
+            )  # a grammar too large for a step, or a dead end
+        else:
+            self._metrics.corrupted.inc()
+            work.tell(APIError(500, text, "server_error"))
 
     def _refuse(self, message: m.Refused) -> None:
         work = self._works.get(message.id)

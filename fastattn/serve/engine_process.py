@@ -7,6 +7,7 @@ front is gone. Signals are the front's business: a terminal or a service manager
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -14,18 +15,28 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
+from fastattn import __version__
 from fastattn.serve import messages as m
 
 if TYPE_CHECKING:
     from fastattn.engine.engine import Engine
+    from fastattn.engine.intake import Prepared
     from fastattn.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from fastattn.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("fastattn.serve")
+
+_PREPARE_SECONDS = 0.002  # between looks at what is being prepared, when there is nothing else to do
 
 
 class EngineLoop:
@@ -34,6 +45,11 @@ class EngineLoop:
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(m.ToEngine)
         self._num_invalid = 0
         self._next_beat = 0.0
+        # Grammars are compiled beside the loop. An abort takes a request out of `_preparing`; what is ready comes back
+        # through the queue.
+        self._pool = ThreadPoolExecutor(1, "fastattn-prepare")
+        self._preparing: set[str] = set()
+        self._prepared: SimpleQueue[tuple[m.Generate, Future[Prepared]]] = SimpleQueue()
         self._stopped = False
 
     def run(self) -> None:
@@ -54,6 +70,8 @@ class EngineLoop:
     def _receive(self) -> None:
         """Takes all messages that are there; with nothing to do it waits for one, or for the next sign of life."""
         timeout = 0.0 if self._engine.has_unfinished_requests() else max(0.0, self._next_beat - time.monotonic())
+        if self._preparing:
+            timeout = min(timeout, _PREPARE_SECONDS)
         while not self._stopped and self._socket.poll(math.ceil(timeout * 1000)):
             timeout = 0.0
             try:
@@ -62,31 +80,41 @@ class EngineLoop:
                 self._num_invalid += 1
                 continue
             self._obey(message)
+        while not self._prepared.empty():
+            message, future = self._prepared.get_nowait()
+            if message.id in self._preparing:
+                self._preparing.remove(message.id)
+                self._answer_refusal(message, partial(self._queue, message, future))
 
     def _obey(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Stop):
             self._stopped = True
         elif isinstance(message, m.Abort):
+            self._preparing.discard(message.id)
             self._engine.abort_request(message.id)
         else:
-            from fastattn.engine.engine import EngineBusyError
+            self._answer_refusal(message, partial(self._add, message))
 
-            try:
-                self._add(message)
-            except EngineBusyError as error:
-                self.send(m.Refused(message.id, "busy", str(error)))
-            except (ValueError, TypeError) as error:
-                self.send(m.Refused(message.id, "invalid", str(error).removeprefix("add_request: ")))
+    def _answer_refusal(self, message: m.Generate | m.Embed, add: Callable[[], None]) -> None:
+        from fastattn.engine.engine import EngineBusyError
+
+        try:
+            add()
+        except EngineBusyError as error:
+            self.send(m.Refused(message.id, "busy", str(error)))
+        except (ValueError, TypeError, ImportError) as error:
+            self.send(m.Refused(message.id, "invalid", str(error).removeprefix("add_request: ")))
 
     def _add(self, message: m.Generate | m.Embed) -> None:
-        from fastattn.engine.sampling_params import SamplingParams
-
         prompt = {"prompt_token_ids": message.prompt_token_ids}
         if isinstance(message, m.Embed):
             raise ValueError("this engine gives no embeddings")
-        values: dict[str, Any] = msgspec.structs.asdict(message.sampling)
-        values.pop("structured_output")
-        params = SamplingParams(output_kind="delta", **values)
+        params = _params(message.sampling)
+        if message.sampling.structured_output is not None:
+            self._preparing.add(message.id)
+            future = self._pool.submit(self._engine.prepare, prompt, params, message.resume)
+            future.add_done_callback(lambda done: self._prepared.put((message, done)))
+            return
         self._engine.add_request(
             message.id,
             prompt,
@@ -95,6 +123,10 @@ class EngineLoop:
             tenant=message.tenant,
             resume_token_ids=message.resume,
         )
+
+    def _queue(self, message: m.Generate, future: Future[Prepared]) -> None:
+        prepared = future.result()
+        self._engine.add_prepared(message.id, prepared, priority=message.priority, tenant=message.tenant)
 
     def _output(self, output: RequestOutput) -> m.Output:
         metrics = output.metrics
@@ -146,6 +178,19 @@ class EngineLoop:
         ]
 
 
+def _params(sampling: m.Sampling) -> SamplingParams:
+    from fastattn.engine.sampling_params import SamplingParams
+
+    values: dict[str, Any] = msgspec.structs.asdict(sampling)
+    values.pop("structured_output")
+    if (wish := sampling.structured_output) is not None:
+        from fastattn.engine.structured_output import StructuredOutput
+
+        value = tuple(wish.value) if isinstance(wish.value, list) else wish.value
+        values["structured_output"] = StructuredOutput(wish.kind, value)
+    return SamplingParams(output_kind="delta", **values)
+
+
 def _exit_with_the_front() -> None:
     """Waits for the end of stdin in a thread of its own, so that nothing is left behind by a front that was killed."""
 
@@ -157,10 +202,25 @@ def _exit_with_the_front() -> None:
     threading.Thread(target=wait, name="fastattn-front-watch", daemon=True).start()
 
 
-def _build(spec: m.EngineSpec) -> Engine:
+def _build(spec: m.EngineSpec) -> tuple[Engine, str]:
+    """The engine, and the digest of what decides about its answers."""
     from fastattn.engine.setup import EngineOptions, build_engine
+    from fastattn.models.loader import open_model
+    from fastattn.speculative.config import SpeculativeConfig
 
-    return build_engine(spec.model, EngineOptions(**spec.options))
+    options = dict(spec.options)
+    if (speculative := options.pop("speculative", None)) is not None:
+        options["speculative"] = SpeculativeConfig.from_dict(speculative)
+    source = open_model(spec.model)
+    digest = _digest(Path(source.name), {"version": __version__, **spec.options})
+    return build_engine(source, EngineOptions(**options)), digest
+
+
+def _digest(path: Path, options: dict[str, Any]) -> str:
+    """Of a model's files by name, size and time, which is quick for any size, and of how it is run."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(msgspec.json.encode([stats, options])).hexdigest()
 
 
 def main() -> int:
@@ -179,7 +239,7 @@ def main() -> int:
     socket.connect(spec.address)
     encode = msgspec.msgpack.encode
     try:
-        engine = _build(spec)
+        engine, digest = _build(spec)
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         socket.send(encode(m.StartFailed(" ".join(str(error).split()) or type(error).__name__, 2)))
         context.destroy()
@@ -193,11 +253,15 @@ def main() -> int:
                 max_model_len=sizes.max_model_len,
                 vocab_size=engine.runner.model.config.vocab_size,
                 max_num_seqs=sizes.max_num_seqs,
+                digest=digest,
                 tokenizer=m.TokenizerParts(**engine.tokenizer.parts()),
             )
         )
     )
-    EngineLoop(engine, socket, spec.heartbeat).run()
+    try:
+        EngineLoop(engine, socket, spec.heartbeat).run()
+    finally:
+        engine.close()
     context.destroy()
     return 0
 

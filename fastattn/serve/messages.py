@@ -104,7 +104,12 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
+    digest: str  # of what decides about answers: files, options
     tokenizer: TokenizerParts
+
+    def tokenizer_parts(self) -> dict[str, Any]:
+        """Arguments of Tokenizer.from_parts."""
+        return msgspec.structs.asdict(self.tokenizer)
 
 
 class StartFailed(msgspec.Struct, tag="failed", array_like=True):

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from fastattn.serve.app import make_app
 from fastattn.serve.auth import load_keys
-from fastattn.serve.chain import build_chain
+from fastattn.serve.chain import Chain, build_chain
 from fastattn.serve.config import ServeConfig
 from fastattn.serve.engine_client import EngineClient, cancel
 from fastattn.serve.gate import ASGIApp, Gate
@@ -109,6 +109,7 @@ class Server:
         )
         self._gate.num_connections = lambda: len(self._http.server_state.connections)
         self._renderers: list[Renderer] = []
+        self._chain: Chain | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -135,6 +136,8 @@ class Server:
                 await asyncio.wait_for(self._gate.idle.wait(), 2)
             self._http.should_exit = True
             await http
+            if self._chain is not None:
+                await self._chain.close()
             for renderer in self._renderers:
                 await renderer.close()
         return code
@@ -176,9 +179,9 @@ class Server:
             renderer = Renderer(parts, info.max_model_len, config.render_workers)
             self._renderers.append(renderer)
             await renderer.start()
-            own = config.names if settings is config else [name]
-            self._state.engines[name] = LocalEngine(client, info, own, renderer, self._state.metrics)
-        self._state.chain = build_chain(self._state)
+            self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics)
+        self._chain = build_chain(self._state)
+        self._state.chain = self._chain.front
         seconds = time.monotonic() - self._started
         names = ", ".join(self._state.names())
         print(f"fastattn: ready, {names} at {self._address()} ({seconds:.1f} s)", file=sys.stderr, flush=True)

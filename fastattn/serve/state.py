@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastattn.serve import messages as m
@@ -20,8 +20,8 @@ from fastattn.serve.renderer import Renderer
 class LocalEngine(EngineBackend):
     """An engine of this server with its renderer, once it is ready."""
 
-    def __init__(self, client: EngineClient, info: m.Ready, names: Sequence[str], renderer: Renderer, metrics: Metrics) -> None:  # fmt: skip
-        super().__init__(client, renderer, names, metrics)
+    def __init__(self, client: EngineClient, info: m.Ready, renderer: Renderer, metrics: Metrics) -> None:
+        super().__init__(client, renderer, metrics)
         self.client, self.info, self.renderer = client, info, renderer
 
 
@@ -35,8 +35,6 @@ class ServerState:
     clients: dict[str, EngineClient] = field(default_factory=dict)
     engines: dict[str, LocalEngine] = field(default_factory=dict)  # by name, those that have become ready
     chain: Backend | None = None  # what answers, once all engines are ready
-    routes: Collection[str] = ()  # names that the router adds
-    rule_headers: Collection[str] = ()  # request headers that rules of the router look at
 
     def __post_init__(self) -> None:
         self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
@@ -50,7 +48,15 @@ class ServerState:
         return {self.config.names[0]: self.config, **self.config.models}
 
     def names(self) -> list[str]:
-        return list(dict.fromkeys([*self.config.names, *self.config.models, *self.routes]))
+        """What requests may name: where there is a router, it decides."""
+        if self.config.router is not None:
+            return self.config.router.public_names
+        return list(dict.fromkeys([*self.config.names, *self.config.models]))
+
+    @property
+    def rule_headers(self) -> Collection[str]:
+        """Request headers that rules of the router look at."""
+        return self.config.router.header_names if self.config.router is not None else ()
 
     def find_engine(self, name: str | None) -> LocalEngine | None:
         return self.engines.get(self.config.names[0] if name is None or name in self.config.names else name)
@@ -61,7 +67,7 @@ class ServerState:
         if found is not None:
             return found
         self._check_alive()
-        if name is None or name in self.names():
+        if name is None or name in (*self.config.names, *self.config.models):
             raise _loading()
         text = f"the model {name[:200]!r} is not served here, see /v1/models"
         raise APIError(404, text, "not_found_error", param="model", code="model_not_found")

@@ -125,12 +125,11 @@ class ToolReader:
             before, self._buffer = self._buffer[:at], self._buffer[at + len(OPEN) :]
             self._tagged = True
         else:
-            held = _overlap(self._buffer, OPEN)
-            if not self._seen_text and not self._buffer.strip():
-                held = len(self._buffer)  # blank so far: a call may follow, and nobody misses the blanks then
-            before = self._buffer[: len(self._buffer) - held]
+            before = self._buffer[: len(self._buffer) - _overlap(self._buffer, OPEN)]
+            if not self._seen_text and not before.strip() and len(self._buffer) <= _MAX_HEADER:
+                return False  # a call may follow, and then nobody misses the blanks
             self._buffer = self._buffer[len(before) :]
-        if before.strip() or (before and self._seen_text):
+        if before.strip() or (before and (self._seen_text or at < 0)):
             self._seen_text = True
             deltas.append({"content": before})
         return at >= 0
