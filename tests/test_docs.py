@@ -177,6 +177,25 @@ def test_commands_exist(page: Path) -> None:
                 assert words[1] in targets, f"{page.relative_to(ROOT)}: make {words[1]}"
 
 
+def test_the_reference_has_every_command_and_setting() -> None:
+    pytest.importorskip("pydantic", reason="pydantic comes with fastattn[server]")
+    from fastattn.engine.setup import EngineOptions
+    from fastattn.serve.config import SECTIONS, ServeConfig
+
+    commands = docs_reference.cli_page()
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for path in [f"{name} {sub}" for sub in getattr(command, "commands", ())] or [name]:
+            assert f"\n## fastattn {path}\n" in commands
+    assert "`--num-kv-blocks N`" in commands and "[OPTIONS]" in commands
+    settings = docs_reference.settings_page()
+    for name in set(ServeConfig.model_fields) - {"model", *SECTIONS}:
+        assert f"| `--{name.replace('_', '-')}` | `FASTATTN_{name.upper()}` |" in settings
+    for name in EngineOptions.__dataclass_fields__:
+        assert f"\n| `{name}` |" in settings
+    for line in settings.splitlines():  # a table that is cut by a bar in a cell
+        assert not line.startswith("|") or re.sub(r"\\\|", "", line).count("|") in (3, 4, 5, 6), line
+
+
 def test_environment_variables_are_listed() -> None:
     """docs/environment.md has exactly those that are read."""
     run_time = re.findall(r'_read\(\s*"(\w+)"', (ROOT / "fastattn/config.py").read_text())

@@ -335,14 +335,14 @@ def test_charts_are_drawn_from_the_metrics(tab: Any, fake: FakeServer) -> None:
     until(tab, "document.querySelector('.card .value').textContent === '7'")
     shown = dict(zip(tab.locator(".card:visible h3").all_text_contents(), tab.locator(".card:visible .keys").all_text_contents(), strict=True))  # fmt: skip
     assert set(shown) == {
-        "Requests", "Tokens a second", "Time to first token", "Between tokens", "KV cache in use", "Prefix cache hits",
+        "Requests", "Tokens/s", "Time to first token", "Between tokens", "KV cache in use", "Prefix cache hits",
         "Speculation accepted", "Answers from the cache",
     }  # fmt: skip
     assert shown["Requests"] == "running7waiting1"
     assert shown["KV cache in use"] == "25 %" and shown["Prefix cache hits"] == "25 %"
     assert shown["Speculation accepted"] == "50 %" and shown["Answers from the cache"] == "50 %"
     assert shown["Time to first token"] == "p505.0 msp959.5 ms"
-    assert re.fullmatch(r"generated[\d.]+prompt[\d.]+", shown["Tokens a second"])
+    assert re.fullmatch(r"generated[\d.]+prompt[\d.]+", shown["Tokens/s"])
     lines = tab.locator(".card:visible path.line.s0")
     for index in range(8):
         assert lines.nth(index).get_attribute("d").count("L") >= 4

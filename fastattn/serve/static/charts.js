@@ -107,7 +107,7 @@ export class Chart {
 
 export const CHARTS = [
   { title: "Requests", format: "count", series: [{ key: "running", name: "running" }, { key: "waiting", name: "waiting" }], about: "Sequences in the engine's steps, and those that wait for a place" },
-  { title: "Tokens a second", format: "rate", series: [{ key: "generated", name: "generated" }, { key: "prompt", name: "prompt" }], about: "Tokens generated, and prompt tokens computed" },
+  { title: "Tokens/s", format: "rate", series: [{ key: "generated", name: "generated" }, { key: "prompt", name: "prompt" }], about: "Tokens generated, and prompt tokens computed" },
   { title: "Time to first token", format: "time", series: [{ key: "ttft", name: "p50" }, { key: "ttftWorst", name: "p95" }], about: "Median and 95th percentile of the last ten seconds' requests" },
   { title: "Between tokens", format: "time", series: [{ key: "itl", name: "p50" }, { key: "itlWorst", name: "p95" }], about: "From a token to the next: median and 95th percentile of the last ten seconds" },
   { title: "KV cache in use", format: "share", series: [{ key: "kv", name: "" }], about: "Share of the KV cache's blocks" },
