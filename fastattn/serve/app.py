@@ -47,7 +47,7 @@ def make_app(state: ServerState) -> FastAPI:
     )
     Handlers(state).register(app)
     app.router.routes.extend(page_routes())
-    describe(app)
+    describe(app, state.names())
 
     @app.exception_handler(APIError)
     async def _api_error(request: Request, error: APIError) -> Response:

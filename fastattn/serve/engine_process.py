@@ -108,7 +108,11 @@ class EngineLoop:
     def _add(self, message: m.Generate | m.Embed) -> None:
         prompt = {"prompt_token_ids": message.prompt_token_ids}
         if isinstance(message, m.Embed):
-            raise ValueError("this engine gives no embeddings")
+            from fastattn.engine.pooling_params import PoolingParams
+
+            pooling = PoolingParams()
+            self._engine.add_request(message.id, prompt, pooling, priority=message.priority, tenant=message.tenant)
+            return
         params = _params(message.sampling)
         if message.sampling.structured_output is not None:
             self._preparing.add(message.id)
@@ -138,6 +142,7 @@ class EngineLoop:
             num_cached_tokens=output.num_cached_tokens,
             queue_seconds=0.0 if started is None else started - metrics.arrival_time,
             prompt_logprobs=self._prompt_logprobs(output),
+            embedding=output.embedding,
         )
 
     def _choice(self, completion: CompletionOutput) -> m.Choice:

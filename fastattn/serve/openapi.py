@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,21 +41,23 @@ _ERROR = {
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Makes the app's description, on the first request for it, one that has bodies and errors."""
+def describe(app: FastAPI, names: Sequence[str]) -> None:
+    """Makes the app's description, on the first request for it, one that has bodies, errors, and the models' names."""
     plain = app.openapi
 
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _complete(plain())
+            app.openapi_schema = _complete(plain(), names)
         return app.openapi_schema
 
     app.openapi = complete  # type: ignore[method-assign]
 
 
-def _complete(schema: dict[str, Any]) -> dict[str, Any]:
+def _complete(schema: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     models = [(model, "validation") for model in _BODIES.values()]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    for model in _BODIES.values():
+        definitions["$defs"][model.__name__]["properties"]["model"] = {"type": "string", "enum": list(names)}
     components = schema.setdefault("components", {})
     components["schemas"] = {**definitions["$defs"], "Error": _ERROR}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

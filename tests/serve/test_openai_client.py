@@ -177,6 +177,25 @@ def test_echo_and_logprobs(client: openai.OpenAI) -> None:
         assert logprobs[0] is None and all(value <= 0 for value in logprobs[1:])
 
 
+def test_embeddings(client: openai.OpenAI, server: Running) -> None:
+    texts = ["hello", "the other", "hello"]
+    answer = client.embeddings.create(model=MODEL, input=texts)  # the client asks for base64
+    vectors = [entry.embedding for entry in answer.data]
+    assert [entry.index for entry in answer.data] == [0, 1, 2] and len(vectors[0]) == tiny.CONFIG.hidden_size
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-6) and vectors[0] != pytest.approx(vectors[1], abs=1e-2)
+    assert math.hypot(*vectors[0]) == pytest.approx(1, abs=1e-5)
+    ids = [tiny.make_tokenizer().encode(text) for text in texts]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, ids))
+    plain = client.embeddings.create(model=MODEL, input=ids, encoding_format="float")
+    assert [entry.embedding for entry in plain.data] == [pytest.approx(vector, abs=1e-6) for vector in vectors]
+    one = server.post("/v1/embeddings", {"model": MODEL, "input": "hello"}).json()
+    assert one["data"][0]["embedding"] == pytest.approx(vectors[0], abs=1e-6)
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model=MODEL, input="x", dimensions=8)
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model=MODEL, input="x" * 5000)
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
