@@ -165,21 +165,23 @@ def full_logits(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor
 
 def full_hidden(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor:
     """(T, hidden_size) final hidden states of a whole text in one pass, without the engine."""
-    count, config = len(token_ids), network.config
-    arange = torch.arange(count, dtype=torch.int32)
+    count, config, weight = len(token_ids), network.config, network.embed_tokens.weight
+
+    def ints(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=weight.device)
+
     meta = nn.AttentionMetadata(
-        positions=arange,
-        slot_mapping=arange,
-        cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32),
-        seqused_k=torch.tensor([count], dtype=torch.int32),
-        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        positions=ints(range(count)),
+        slot_mapping=ints(range(count)),
+        cu_seqlens_q=ints([0, count]),
+        seqused_k=ints([count]),
+        block_table=ints([0])[None],
         max_seqlen_q=count,
     )
-    shape = (1, count, config.num_kv_heads, config.head_dim)
-    dtype = network.embed_tokens.weight.dtype
-    caches = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
+    shape = (2, 1, count, config.num_kv_heads, config.head_dim)
+    caches = [tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device)) for _ in range(config.num_layers)]
     with torch.inference_mode():
-        hidden: torch.Tensor = network(torch.tensor(token_ids, dtype=torch.int32), meta, caches)
+        hidden: torch.Tensor = network(ints(token_ids), meta, caches)
     return hidden
 
 
