@@ -159,10 +159,8 @@ class Watch:
         for member in self.members:
             member.link.close()
         deadline = time.monotonic() + timeout_seconds
-        for member in self.members:
-            if member.process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    member.process.wait(max(0.0, deadline - time.monotonic()))
+        while time.monotonic() < deadline and any(member.ending() is None for member in self.members):
+            time.sleep(0.005)
         self._kill()
         os.close(wake)  # what the thread waits for
         self._thread.join()

@@ -106,7 +106,12 @@ class Pair:
         warnings.warn(f"near tie at token {at}: {gap:.2e}", stacklevel=2)
 
 
-@pytest.fixture(params=[(name, size) for name in MODELS for size in (2, 3, 4)], ids=lambda p: f"{p[0]}-{p[1]}")
+# Every kind of part: KV heads that are divided evenly, unevenly, and replicated.
+CASES = [("9-and-3-heads", size) for size in (2, 3, 4)] + [("gemma3", 2), ("gemma3", 4)]
+CASES += [("tied", 3), ("biases", 2), ("biases", 4), ("one-kv-head", 3), ("qk-norm", 2), ("qk-norm", 3)]
+
+
+@pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{p[1]}")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     name, size = request.param
     made = Pair(MODELS[name], size)
