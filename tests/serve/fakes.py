@@ -18,6 +18,15 @@ def wait(coroutine: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, seconds))
 
 
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """A machine may be slow; a condition that never comes is an error."""
+    for _ in range(int(seconds / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"it did not come true in {seconds} s")
+
+
 def chat(text: str = "hello", **fields: Any) -> ChatCompletionRequest:
     messages = fields.pop("messages", [{"role": "user", "content": text}])
     body = {"model": "m", "temperature": 0.0, "messages": messages} | fields
@@ -136,3 +145,14 @@ async def error_of(backend: Backend, request: Request, context: RequestContext) 
     except APIError as error:
         return error
     raise AssertionError(f"an answer came: {answer}")
+
+
+async def until_error(backend: Backend, request: Request, context: RequestContext) -> tuple[str, APIError]:
+    """(text, error) of an answer that breaks off."""
+    got = ""
+    try:
+        async for chunk in backend.stream(request, context):
+            got += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    except APIError as error:
+        return got, error
+    raise AssertionError(f"it came to its end: {got!r}")

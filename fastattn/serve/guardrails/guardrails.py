@@ -111,7 +111,13 @@ class Guardrails:
             if any(act.action == "redact" for act in acts):
                 slot.put(redact(slot.text, acts))
                 changed = True
-        return type(request).model_validate(data) if changed else request
+        if not changed:
+            return request
+        prompts = data.get("prompt")
+        if isinstance(prompts, list) and self._decode and any(isinstance(prompt, str) for prompt in prompts):
+            # One of several prompts of token ids became text, so all do.
+            data["prompt"] = [p if isinstance(p, str) else self._decode(p) for p in prompts]
+        return type(request).model_validate(data)
 
     async def _scan_slot(self, slot: Slot) -> list[Act]:
         acts: list[Act] = []

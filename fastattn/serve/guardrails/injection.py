@@ -25,6 +25,7 @@ _ENCODINGS: tuple[tuple[re.Pattern[str], Callable[[str], bytes]], ...] = (
 )
 _ESCAPES = re.compile(r"(?:\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}){4,}")
 _ESCAPE = re.compile(r"\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})")
+_LINE_BREAK = re.compile(r"[ \t]*\n[ \t]*")
 _SPACED = re.compile(r"\b(?:\w[ .*_-]){3,}\w\b")
 _LEET = str.maketrans("01345$7@", "oieasst" + "a")
 _WORD = re.compile(r"[\w@$]+")
@@ -64,6 +65,8 @@ def _views(text: str, depth: int) -> Iterator[str]:
     """The text folded, and what else it may say."""
     plain = fold(text).text
     yield plain
+    if "\n" in plain:
+        yield _LINE_BREAK.sub(" ", plain)
     if _SPACED.search(plain):
         yield _SPACED.sub(lambda m: re.sub(r"[ .*_-]", "", m.group()), plain)
     yield _WORD.sub(lambda m: m.group().translate(_LEET), plain)  # digits that stand for letters

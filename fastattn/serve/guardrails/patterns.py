@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ _MAX_WIDTH = 4096
 def longest_match(pattern: str) -> int | None:
     """Most characters that a match can have; None when there is no bound, or none that we can tell."""
     try:
-        _, width = _parser.parse(pattern).getwidth()
+        with warnings.catch_warnings():  # [[:digit:]] is a set in a set to Python; the width it gives is enough
+            warnings.simplefilter("ignore")
+            _, width = _parser.parse(pattern).getwidth()
     except (_parser.error, RecursionError, OverflowError, ValueError):  # RE2 knows more: \pL, \z, \Q
         return None
     return int(width) if width <= _MAX_WIDTH else None

@@ -181,7 +181,8 @@ def _is_ip(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return not (address.is_unspecified or address.is_loopback)
+    is_word = address.version == 6 and not any(map(str.isdigit, text))  # a::b, face::bad of C++
+    return not (address.is_unspecified or address.is_loopback or is_word)
 
 
 _KEYS = (
@@ -192,7 +193,7 @@ _KEYS = (
 _PHONE = (
     r"(?:(?:\+|00)[1-9](?:[ ./-]?\(?\d\)?){7,14}"  # international
     r"|\(?[2-9]\d{2}\)?[ ./-]?[2-9]\d{2}[ .-]\d{4}"  # North American
-    r"|0\d{1,4}[ /-](?:\d[ -]?){4,8}\d)"  # national, elsewhere
+    r"|0[1-9]\d{1,3}[ /-](?:\d[ -]?){4,8}\d)"  # national, elsewhere
 )
 
 
