@@ -16,6 +16,7 @@ from fastattn.cli.bench import app as bench_app
 from fastattn.cli.chat import chat
 from fastattn.cli.doctor import doctor
 from fastattn.cli.plan import plan
+from fastattn.cli.router import app as router_app
 from fastattn.cli.run import run
 
 
@@ -95,6 +96,7 @@ app.command()(doctor)
 app.command("collect-env", help="The same as doctor, under the name that vLLM and torch users know.")(doctor)
 app.command()(plan)
 app.command("serve")(serve.with_flags())
+app.add_typer(router_app, name="router")
 
 
 @app.command("version")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from fastattn.models.tokenizer import Tokenizer
 from fastattn.serve.contract import Backend, Chunk, RequestContext
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
-from fastattn.serve.state import LocalEngine, ServerState
+from fastattn.serve.state import ServerState
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,20 @@ def build_chain(state: ServerState) -> Chain:
     return Chain(backend, tuple(closers))
 
 
-def _decoder(state: ServerState) -> Callable[[list[int]], str] | None:
-    """Token ids to text, for guards that look at prompts of ids; with several engines it is not known whose ids they are."""
-    engines: list[LocalEngine] = list(state.engines.values())
-    if len(engines) != 1:
-        return None
-    tokenizer = Tokenizer.from_parts(**engines[0].info.tokenizer_parts())
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+def _decoder(state: ServerState) -> Callable[[str, list[int]], Awaitable[str]]:
+    """Token ids to text, for guards that look at prompts of ids: by the tokenizer of the engine that a request names."""
+
+    async def decode(model: str, token_ids: list[int]) -> str:
+        engine = state.find_engine(_engine_name(state, model))
+        if engine is None:
+            raise ValueError(f"a prompt of token ids cannot be looked at for {model!r}, which is no engine of this server")
+        return await engine.renderer.decode(token_ids)
+
+    return decode
+
+
+def _engine_name(state: ServerState, model: str) -> str:
+    """The engine behind a name of the router, if it stands for that one alone."""
+    entries = state.config.router.model_list if state.config.router is not None else ()
+    engines = {entry.engine for entry in entries if entry.model_name == model}
+    return engines.pop() or model if len(engines) == 1 else model

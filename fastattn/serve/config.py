@@ -174,6 +174,9 @@ class ServeConfig(EngineSettings):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: {path}: no such file")
+        for number, entry in enumerate(self.router.model_list if self.router is not None else ()):
+            if entry.engine is not None and entry.engine not in (known := [self.names[0], *self.models]):
+                raise ValueError(f"router.model_list.{number}.engine is {entry.engine!r}, known are {', '.join(known)}")
         return self
 
     @property
@@ -199,8 +202,9 @@ def _describe(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
-    # What a secret was is not for the log.
-    given = "" if "key" in name or item["type"] == "missing" else f", got {repr(item['input'])[:100]}"
+    # What a secret was is not for the log, nor what holds one.
+    hidden = "key" in name or item["type"] == "missing" or isinstance(item["input"], dict | list)
+    given = "" if hidden else f", got {repr(item['input'])[:100]}"
     return f"{name}: {message}{given}"
 
 

@@ -122,7 +122,7 @@ def signature_of(text: str) -> Signature:
     words: list[str] = []
     shape: list[str] = []
     negations: list[str] = []
-    starts_sentence = True
+    starts_sentence, unit_at = True, -1
     tokens = _TOKEN.findall(text)
     for i, word in enumerate(tokens):
         low = word.lower().rstrip(".")
@@ -130,7 +130,10 @@ def signature_of(text: str) -> Signature:
             following = tokens[i + 1].lower() if i + 1 < len(tokens) else ""
             before = tokens[i - 1] if i else ""
             unit = UNITS.get(following) or (before if before in "$€£¥" else "")
+            unit_at = i + 1 if following in UNITS else -1
             numbers.append(f"{NUMBER_WORDS.get(low, low)} {unit}".strip())
+        elif i == unit_at:
+            pass  # it is with its number
         elif not word[0].isalnum():
             if word in "+-*/=<>^%&|~\\{}[]@#$€£¥":
                 shape.append(word)

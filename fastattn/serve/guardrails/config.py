@@ -17,14 +17,14 @@ PIIKind = Literal["email", "phone", "credit_card", "iban", "us_ssn", "ip_address
 
 
 class _Guard(Section):
-    """name: in messages, logs and metrics. on: what goes in, what comes out. action: block refuses the request or ends the
+    """name: in messages, logs and metrics. directions: what goes in, what comes out. action: block refuses the request or ends the
     answer; redact puts [LABEL] in its place; log counts and writes a line without the text. roles: whose messages are
     looked at on the way in. fail: what happens when the guard itself fails or is too slow: closed refuses, open lets pass.
     time_budget: seconds a call.
     """
 
     name: Label
-    on: Annotated[list[Direction], Field(min_length=1)] = Field(["input", "output"])
+    directions: Annotated[list[Direction], Field(min_length=1)] = Field(["input", "output"])
     action: Action = "block"
     roles: Annotated[list[Role], Field(min_length=1)] = Field(["system", "developer", "user", "assistant", "tool"])
     fail: Literal["closed", "open"] = "closed"
@@ -35,7 +35,7 @@ class SizeGuardConfig(_Guard):
     """max_prompt_chars: of all messages together. max_message_chars: of one. max_messages: how many."""
 
     kind: Literal["size"]
-    on: list[Literal["input"]] = Field(["input"])  # type: ignore[assignment]
+    directions: list[Literal["input"]] = Field(["input"])  # type: ignore[assignment]
     action: Literal["block", "log"] = "block"
     max_prompt_chars: Annotated[int, Field(ge=1)] | None = None
     max_message_chars: Annotated[int, Field(ge=1)] | None = None
@@ -89,7 +89,7 @@ class InjectionGuardConfig(_Guard):
     nothing to redact."""
 
     kind: Literal["injection"]
-    on: list[Literal["input"]] = Field(["input"])  # type: ignore[assignment]
+    directions: list[Literal["input"]] = Field(["input"])  # type: ignore[assignment]
     action: Literal["block", "log"] = "block"
     roles: Annotated[list[Role], Field(min_length=1)] = Field(["user", "tool"])
     threshold: Annotated[float, Field(gt=0)] = 1.0
@@ -99,7 +99,7 @@ class SchemaGuardConfig(_Guard):
     """The answer must be JSON of this schema. It is held back until its end."""
 
     kind: Literal["json_schema"]
-    on: list[Literal["output"]] = Field(["output"])  # type: ignore[assignment]
+    directions: list[Literal["output"]] = Field(["output"])  # type: ignore[assignment]
     action: Literal["block", "log"] = "block"
     json_schema: dict[str, Any]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry
@@ -30,7 +30,7 @@ from fastattn.serve.guardrails.texts import Request, Slot, slots
 from fastattn.serve.guardrails.whole import PresidioGuard, SchemaGuard
 from fastattn.serve.protocol import ChatCompletionRequest
 
-Decode = Callable[[list[int]], str]
+Decode = Callable[[str, list[int]], Awaitable[str]]  # (model, token ids)
 
 
 class Guardrails:
@@ -53,8 +53,8 @@ class Guardrails:
         self._sizes = [guard for guard in config.guards if isinstance(guard, SizeGuardConfig)]
         others = [guard for guard in config.guards if not isinstance(guard, SizeGuardConfig)]
         self._policies = [Policy(c, (guards or {}).get(c.name) or build_guard(c), self._metrics) for c in others]
-        self._input = [policy for policy in self._policies if "input" in policy.config.on]
-        self._output = [policy for policy in self._policies if "output" in policy.config.on]
+        self._input = [policy for policy in self._policies if "input" in policy.config.directions]
+        self._output = [policy for policy in self._policies if "output" in policy.config.directions]
 
     async def stream(self, request: Request, context: RequestContext) -> AsyncIterator[Chunk]:
         begun = time.perf_counter()
@@ -96,10 +96,8 @@ class Guardrails:
     async def _check_input(self, request: Request, context: RequestContext) -> Request:
         """The request, with what is to be redacted redacted. Raises APIError."""
         data = request.model_dump(mode="python", by_alias=True, exclude_unset=True)
-        try:
-            texts = list(slots(data, self._decode))
-        except ValueError as error:
-            raise _refusal(self._input[0].config.name, str(error)) from None
+        decoded = await self._decode_prompts(request)
+        texts = list(slots(data, lambda ids: decoded[tuple(ids)]))
         changed = False
         for slot in texts:
             acts = await self._scan_slot(slot)
@@ -114,10 +112,23 @@ class Guardrails:
         if not changed:
             return request
         prompts = data.get("prompt")
-        if isinstance(prompts, list) and self._decode and any(isinstance(prompt, str) for prompt in prompts):
+        if isinstance(prompts, list) and any(isinstance(prompt, str) for prompt in prompts):
             # One of several prompts of token ids became text, so all do.
-            data["prompt"] = [p if isinstance(p, str) else self._decode(p) for p in prompts]
+            data["prompt"] = [p if isinstance(p, str) else decoded[tuple(p)] for p in prompts]
         return type(request).model_validate(data)
+
+    async def _decode_prompts(self, request: Request) -> dict[tuple[int, ...], str]:
+        prompts = () if isinstance(request, ChatCompletionRequest) else request.prompts
+        found: dict[tuple[int, ...], str] = {}
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                if self._decode is None:
+                    raise _refusal(self._input[0].config.name, "a prompt of token ids cannot be looked at")
+                try:
+                    found[tuple(prompt)] = await self._decode(request.model, prompt)
+                except ValueError as error:
+                    raise _refusal(self._input[0].config.name, str(error)) from None
+        return found
 
     async def _scan_slot(self, slot: Slot) -> list[Act]:
         acts: list[Act] = []

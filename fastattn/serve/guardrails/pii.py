@@ -42,6 +42,13 @@ def _luhn(digits: str) -> bool:
     return (sum(map(int, digits[-1::-2])) + sum(int(doubled[int(d)]) for d in digits[-2::-2])) % 10 == 0
 
 
+def _is_card(digits: str, num_groups: int) -> bool:
+    """Groups of two digits and more, or each digit by itself: a list of numbers has some of both."""
+    if num_groups * 2 > len(digits) and num_groups != len(digits):
+        return False
+    return digits[0] in "23456" and len(set(digits)) > 1 and _luhn(digits)
+
+
 _CARD_GROUPS = compile_pattern(r"\d+")
 
 
@@ -56,7 +63,7 @@ def _cards(run: str) -> Spans:
             if last > i and groups[last][0] - groups[last - 1][1] != 1:
                 break
             digits += run[slice(*groups[last])]
-            if 13 <= len(digits) <= 19 and digits[0] in "23456" and len(set(digits)) > 1 and _luhn(digits):
+            if 13 <= len(digits) <= 19 and _is_card(digits, last - i + 1):
                 best = last
             last += 1
         if best is not None:

@@ -19,8 +19,8 @@ class Slot(NamedTuple):
     put: Callable[[str], None]
 
 
-def slots(data: dict[str, Any], decode: Callable[[list[int]], str] | None) -> Iterator[Slot]:
-    """Every text that the model will see. decode: token ids to text; without it a prompt of ids raises ValueError."""
+def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[Slot]:
+    """Every text that the model will see. decode: token ids to text."""
     for message in data.get("messages") or ():
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
@@ -51,11 +51,9 @@ def _slot(role: str, holder: Any, key: Any) -> Slot:
     return Slot(role, holder[key], lambda text: holder.__setitem__(key, text))
 
 
-def _prompt_slot(prompt: str | list[int], decode: Callable[[list[int]], str] | None, holder: Any, key: Any) -> Slot:
+def _prompt_slot(prompt: str | list[int], decode: Callable[[list[int]], str], holder: Any, key: Any) -> Slot:
     if isinstance(prompt, str):
         return _slot("user", holder, key)
-    if decode is None:
-        raise ValueError("a prompt of token ids cannot be looked at")
     return Slot("user", decode(prompt), lambda text: holder.__setitem__(key, text))
 
 

