@@ -72,7 +72,9 @@ def _decoder(state: ServerState) -> Callable[[str, list[int]], Awaitable[str]]:
     async def decode(model: str, token_ids: list[int]) -> str:
         engine = state.find_engine(_engine_name(state, model))
         if engine is None:
-            raise ValueError(f"a prompt of token ids cannot be looked at for {model!r}, which is no engine of this server")
+            raise ValueError(
+                f"a prompt of token ids cannot be looked at for {model!r}, which is no engine of this server"
+            )
         return await engine.renderer.decode(token_ids)
 
     return decode
