@@ -112,10 +112,9 @@ class LLM:
         return self.generate([self.chat_prompt(c) for c in conversations], sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt that the model's chat template makes of a conversation, as token ids."""
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        # The template writes the special tokens itself, so none is added.
-        return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        """The prompt that the model's chat template makes of a conversation, as token ids. Special tokens that are spelled
+        out in a message stay text."""
+        return {"prompt_token_ids": self.tokenizer.chat_token_ids(messages)}
 
     def stream(
         self,

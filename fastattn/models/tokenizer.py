@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer as Pipeline
 from tokenizers.decoders import DecodeStream
 
 from fastattn.models.chat_template import ChatTemplate, ChatTemplateError
+from fastattn.models.control_tokens import MARK, Marker, find_control_tokens
 
 
 def _byte_of() -> dict[str, int]:
@@ -59,6 +62,8 @@ class Tokenizer:
         self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
         self._suffix = list(eos_token_ids[:1]) if add_eos else []
         self._template = ChatTemplate(chat_template) if chat_template else None
+        self._control = find_control_tokens(pipeline, chat_template)
+        self._marker = Marker(frozenset(self._control.values()))
         self._added = frozenset(pipeline.get_added_tokens_decoder())
         self._is_byte_level = '"ByteLevel"' in _decoder_json(pipeline)
 
@@ -76,15 +81,36 @@ class Tokenizer:
         """Token ids of a text.
 
         add_special_tokens: begin with BOS (end with EOS) where the model wants it. parse_special: special tokens that are
-        spelled out in the text become those tokens; off for text that comes from a stranger.
+        spelled out in the text become those tokens; off for text that comes from a stranger. Any thread may call.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode: text is a {type(text).__name__}, expected a string")
         # Lone surrogates are no text; the library would panic on them.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        self._pipeline.encode_special_tokens = not parse_special
-        ids: list[int] = self._pipeline.encode(text, add_special_tokens=False).ids
+        ids: list[int] = (
+            self._pipeline.encode(text, add_special_tokens=False).ids if parse_special else self._encode_literally(text)
+        )
         return self._prefix + ids + self._suffix if add_special_tokens else ids
+
+    @cached_property
+    def _literal(self) -> Pipeline:
+        """A twin to which control tokens are text. Switching one pipeline to and fro would not do for several threads."""
+        parts = json.loads(self._pipeline.to_str())
+        for token in parts["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in self._control
+        twin = Pipeline.from_str(json.dumps(parts))
+        twin.encode_special_tokens = True
+        return twin
+
+    def _encode_literally(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for token_id in self._literal.encode(text, add_special_tokens=False).ids:
+            if token_id in self._control:  # merged from its letters, as some vocabularies allow
+                for char in self._control[token_id]:
+                    ids += self._literal.encode(char, add_special_tokens=False).ids
+            else:
+                ids.append(token_id)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._pipeline.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -134,10 +160,51 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def chat_token_ids(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The conversation as the model was trained to read it. Control tokens come from the template alone: one that is
+        spelled out in a message, or put together from several, stays text. Raises ChatTemplateError."""
+        return self.encode_chat(self.render_chat(messages, add_generation_prompt, **variables))
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The first half of `chat_token_ids`: a text for `encode_chat` alone, with marks in it."""
+        marked, variables = self._marker.mark(list(messages)), self._marker.mark(variables)
+        return self.apply_chat_template(marked, add_generation_prompt, **variables)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The second half of `chat_token_ids`."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        encoding = self._pipeline.encode(text, add_special_tokens=False)
+        if MARK not in text:
+            whole: list[int] = encoding.ids
+            return whole
+        # Between two control tokens of the template a section is as it is, or, with marks in it, all text.
+        ids: list[int] = []
+        first, at = 0, 0
+
+        def add_section(end_token: int, end_char: int) -> None:
+            section = text[at:end_char]
+            if MARK in section:
+                ids.extend(self._encode_literally(section.replace(MARK, "")))
+            else:
+                ids.extend(encoding.ids[first:end_token])
+
+        for index, (token_id, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token_id in self._control and text[start:end].strip() == self._control[token_id].strip():
+                add_section(index, start)
+                ids.append(token_id)
+                first, at = index + 1, end
+        add_section(len(encoding.ids), len(text))
+        return ids
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The conversation as the model was trained to read it. Raises ChatTemplateError."""
+        """The conversation as text, as the template writes it. Raises ChatTemplateError. For a model's prompt take
+        `chat_token_ids`: in a text nobody can tell the template's control tokens from those that a message spells out."""
         if self._template is None:
             raise ChatTemplateError("this model has no chat template: it completes text, and was not trained to answer")
         special = {

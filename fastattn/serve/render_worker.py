@@ -69,11 +69,11 @@ def answer(tokenizer: Tokenizer, request: Request) -> Reply:
         return Reply(texts=[tokenizer.token_text(token) for token in request.tokens])
     if isinstance(request, Encode):
         return Reply(ids=[_encode(tokenizer, request, text) for text in request.texts])
-    text = tokenizer.apply_chat_template(
+    text = tokenizer.render_chat(
         request.messages, add_generation_prompt=request.add_generation_prompt, tools=request.tools
     )
     _check_length(tokenizer, text, request.max_tokens)
-    return Reply(ids=[tokenizer.encode(text, add_special_tokens=False)])
+    return Reply(ids=[tokenizer.encode_chat(text)])
 
 
 def _encode(tokenizer: Tokenizer, request: Encode, text: str) -> list[int]:
