@@ -20,6 +20,10 @@ RUNS = {
     "offline.py": (("--model", "{model}"), ("The capital of Japan is|", "tokens were in the cache")),
     "one_operator.py": ((), ("as torch's",)),
     "openai_client.py": (("--model", "{model}", "--port", "{port}"), ("0 [(", "1 [(", " tokens")),
+    "router_cache.py": (
+        ("--model", "{model}", "--port", "{port}"),
+        ("model small, route default, cache miss", "cache hit", "model large, route rule:long, cache miss"),
+    ),
     "structured_output.py": (("--model", "{model}"), ("json_schema: {", "regex: ", "choice: ")),
     "speculative.py": (("--model", "{model}"), ("the same 32 tokens in", "guesses were right")),
 }
@@ -39,8 +43,9 @@ def test_every_example_is_run_and_listed() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_example_runs(name: str, model: Path, tmp_path: Path) -> None:
-    if name == "openai_client.py":
-        pytest.importorskip("openai", reason="openai comes with fastattn[test]")
+    if name in ("openai_client.py", "router_cache.py", "structured_output.py"):
+        for module in ("openai", "fastapi", "llguidance"):
+            pytest.importorskip(module, reason=f"{module} comes with fastattn[test]")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments, expected = RUNS[name]
