@@ -45,6 +45,7 @@ def kernels(
     import torch
 
     from fastattn.benchmarks import kernels as bench
+    from fastattn.benchmarks.kernel_cases import cases
     from fastattn.engine.setup import choose_device, choose_dtype
 
     where = choose_device(device)
@@ -54,7 +55,7 @@ def kernels(
         shapes = bench.Shapes(
             rows, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, context_len, block_size
         )
-        chosen += bench.choose(list(bench.cases(shapes, where, kind)), operators or [])
+        chosen += bench.choose(list(cases(shapes, where, kind)), operators or [])
     timer = bench.Timer(where, min_seconds)
     limits = bench.ceilings(timer, where, kind)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -7,6 +7,7 @@ import torch
 
 from fastattn import ops
 from fastattn.benchmarks import kernels
+from fastattn.benchmarks.kernel_cases import cases
 
 SHAPES = kernels.Shapes(
     num_tokens=3, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=50, context_len=20, block_size=8
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_every_operator_is_measured(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    found = list(kernels.cases(SHAPES, torch.device(device), dtype))
+    found = list(cases(SHAPES, torch.device(device), dtype))
     # Without a sensible size of its own: it touches a handful of logits.
     assert {case.operator for case in found} >= set(ops.__all__) - {"has_cuda_kernels", "adjust_logits"}
     timer = kernels.Timer(torch.device(device), min_seconds=0.0)
@@ -30,7 +31,7 @@ def test_every_operator_is_measured(device: str) -> None:
 
 
 def test_bytes_and_operations() -> None:
-    found = {(case.operator, case.shape): case for case in kernels.cases(SHAPES, CPU, torch.float32)}
+    found = {(case.operator, case.shape): case for case in cases(SHAPES, CPU, torch.float32)}
     linear = found["linear", "3 × 32 → 96"]
     assert (linear.num_bytes, linear.num_flop) == (4 * (3 * 32 + 96 * 32 + 3 * 96), 2 * 3 * 32 * 96)
     decode = found["paged_attention", "decode, 3 × 20 keys"]
@@ -45,7 +46,7 @@ def test_ceilings_are_rates() -> None:
 
 def test_unknown_operators_and_sizes_are_named() -> None:
     with pytest.raises(ValueError, match=r"operator is 'softmax', allowed are .*rms_norm"):
-        kernels.choose(list(kernels.cases(SHAPES, CPU, torch.float32)), ["softmax"])
+        kernels.choose(list(cases(SHAPES, CPU, torch.float32)), ["softmax"])
     with pytest.raises(ValueError, match="num_kv_heads is 3"):
         kernels.Shapes(num_heads=4, num_kv_heads=3)
     with pytest.raises(ValueError, match="head_dim is 0"):
