@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ class CMakeBuild(build_ext):
             command += [f"-DFASTATTN_TORCH_INCLUDE={include}", f"-DFASTATTN_CUDA_ARCHS={cuda_archs()}"]
         subprocess.run(command, check=True)
         subprocess.run(["cmake", "--build", self.build_temp, "--parallel", str(num_jobs())], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install runs from the source tree; setuptools brings what it knows of there, which is `_runtime` alone."""
+        super().copy_extensions_to_source()
+        kernels = Path(self.build_lib, "fastattn/_C.so")
+        if kernels.exists():
+            shutil.copy2(kernels, ROOT / "fastattn/_C.so")
 
 
 setup(ext_modules=[Extension("fastattn._runtime", sources=[])], cmdclass={"build_ext": CMakeBuild})

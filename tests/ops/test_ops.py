@@ -76,6 +76,10 @@ def test_hostile_strides(spec: OpSpec, device: str) -> None:
             # a CPU matrix product may take another path for other strides: equal up to its rounding
             if device == "cpu" and spec.name in PRODUCTS:
                 torch.testing.assert_close(gapped, packed, rtol=1e-4, atol=1e-5, equal_nan=True)
+            elif device == "cuda" and spec.name == "fp4_linear":
+                # gaps of 8 bytes: rows are not 16-byte aligned and take the plain kernel, which sums in another order
+                scale = float(packed.abs().max()) if packed.numel() else 0.0
+                torch.testing.assert_close(gapped, packed, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 * scale)
             else:
                 assert torch.equal(bits(packed), bits(gapped)), f"{spec.name} {name}"
 
