@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastattn.speculative.config import SpeculativeConfig
 
-Policy = Literal["fcfs", "priority"]
+Policy = Literal["fcfs", "priority", "fair"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class EngineConfig:
     """max_model_len: longest prompt + output. max_num_seqs: most sequences in a step. max_num_batched_tokens: most tokens in
     a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256. num_kv_blocks:
     blocks in the pool. enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting
-    requests. max_num_waiting: longer queues refuse new requests. seed: where requests without a seed get theirs from.
+    requests: by arrival ("fcfs"), by priority, or "fair" to tenants, by what each was served. max_waiting_steps: after so many
+    steps a request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without a seed get theirs from.
     use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV bookkeeping after each step.
     speculative: guess tokens and verify them, several a step; None is off.
     """
@@ -28,6 +29,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     policy: Policy = "fcfs"
+    max_waiting_steps: int = 1000
     max_num_waiting: int = 100_000
     seed: int = 0
     use_cuda_graphs: bool = True
@@ -35,7 +37,14 @@ class EngineConfig:
     speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+        for name in (
+            "max_model_len",
+            "num_kv_blocks",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_waiting",
+            "max_waiting_steps",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise ValueError(f"EngineConfig: {name} is {value!r}, allowed is an integer from 1 to 2**31 - 1")
@@ -45,8 +54,8 @@ class EngineConfig:
             )
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"EngineConfig: block_size is {self.block_size!r}, allowed are 8, 16, 32, 64, 128 and 256")
-        if self.policy not in ("fcfs", "priority"):
-            raise ValueError(f"EngineConfig: policy is {self.policy!r}, allowed are 'fcfs' and 'priority'")
+        if self.policy not in ("fcfs", "priority", "fair"):
+            raise ValueError(f"EngineConfig: policy is {self.policy!r}, allowed are 'fcfs', 'priority' and 'fair'")
         if self.num_kv_blocks * self.block_size >= 2**31:
             raise ValueError(
                 f"EngineConfig: num_kv_blocks * block_size is {self.num_kv_blocks * self.block_size}, allowed is below 2**31"

@@ -50,6 +50,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    num_charged: int = 0  # tokens whose computation its tenant has paid for (policy "fair")
     num_resumed_tokens: int = 0  # the first output tokens, which another engine generated
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)

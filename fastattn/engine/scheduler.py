@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
-
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.outputs import FinishReason
 from fastattn.engine.request import Request, Status
+from fastattn.engine.waiting import OUTPUT_COST, PROMPT_COST, FairQueue, OrderedQueue, WaitingQueue
 
 
 class Scheduler:
@@ -21,18 +20,20 @@ class Scheduler:
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.config = config
         self.kv = kv
-        # A heap. Requests that ended while they waited stay until they come to its top, or until they are the most of it.
-        self._heap: list[tuple[tuple[int, int, int], Request]] = []
+        is_fair = config.policy == "fair"
+        self.waiting: WaitingQueue = FairQueue() if is_fair else OrderedQueue(config.max_waiting_steps)
         self.num_waiting = 0
+        self._num_gone = 0  # ended while they waited, since the queue was told to forget such
         self.running: list[Request] = []  # in the order of `sort_key`
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
         request.status = Status.WAITING
         self.num_waiting += 1
-        heapq.heappush(self._heap, (request.sort_key, request))
+        self.waiting.push(request)
 
     def schedule(self) -> dict[Request, int]:
+        self.waiting.next_step()
         scheduled: dict[Request, int] = {}
         budget = self.config.max_num_batched_tokens
         preempted = False
@@ -69,13 +70,12 @@ class Scheduler:
 
     def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
         held_back = []
-        while self._heap and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self._heap[0][1]
-            if request.status is Status.FINISHED:
-                heapq.heappop(self._heap)
-                continue
+        while budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting.first()
+            if request is None:
+                break
             if request.must_wait_for_sibling:
-                held_back.append(heapq.heappop(self._heap))
+                held_back.append(self.waiting.pop_first())
                 continue
             self.kv.attach_prefix(request)
             num_tokens = min(request.num_pending_tokens, budget)
@@ -83,17 +83,20 @@ class Scheduler:
             if not fits_step or not self.kv.reserve(request, num_tokens):
                 self.kv.release(request)
                 break
-            heapq.heappop(self._heap)
+            self.waiting.pop_first()
             self.num_waiting -= 1
             self.kv.count_lookup(request)
             if request.metrics.num_preemptions == 0:
                 request.num_cached_tokens = request.seq.num_computed
+                # All of the prompt at once, so that the next of this tenant is not let in on credit.
+                self.waiting.charge(request, PROMPT_COST * request.num_pending_tokens)
+                request.num_charged = len(request.seq)
             request.status = Status.RUNNING
             self.running.append(request)
             scheduled[request] = num_tokens
             budget -= num_tokens
-        for entry in held_back:
-            heapq.heappush(self._heap, entry)
+        for request in held_back:
+            self.waiting.push(request)
         self.running.sort(key=lambda r: r.sort_key)
 
     def _preempt(self, request: Request) -> None:
@@ -121,6 +124,10 @@ class Scheduler:
         request.seq.num_computed += num_tokens
         if request.seq.num_computed // self.config.block_size > before:
             self.kv.remember(request)
+        # What is computed again after a preemption is not paid for again.
+        if (new := request.seq.num_computed - request.num_charged) > 0:
+            self.waiting.charge(request, OUTPUT_COST * new)
+            request.num_charged += new
 
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a request wherever it stands and takes its blocks back."""
@@ -130,10 +137,10 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.num_waiting -= 1
-            request.status = Status.FINISHED
-            if len(self._heap) > 2 * self.num_waiting + 64:
-                self._heap = [entry for entry in self._heap if entry[1].status is Status.WAITING]
-                heapq.heapify(self._heap)
+            self._num_gone += 1
         self.kv.release(request)
         request.status = Status.FINISHED
+        if self._num_gone > self.num_waiting + 64:  # so that what is kept of them is never the most
+            self.waiting.forget_ended()
+            self._num_gone = 0
         request.finish_reason, request.stop_reason = reason, stop_reason

@@ -427,7 +427,7 @@ def test_abort_of_many_that_wait_is_quick(make_engine: MakeEngine) -> None:
         if i != 4321:
             assert engine.abort_request(str(i)) is not None
     assert engine.stats().num_waiting == 1
-    assert len(engine.scheduler._heap) < 100
+    assert len(engine.scheduler.waiting._heap._entries) < 100
     (last,) = [output for output in drain(engine) if output.finished]
     assert last.request_id == "4321"
 

@@ -32,7 +32,12 @@ class Simulation:
         self.arrivals, self.tokens = count(), count(1000)
 
     def add(
-        self, prompt: int | list[int], outputs: int = 4, priority: int = 0, after: Request | None = None
+        self,
+        prompt: int | list[int],
+        outputs: int = 4,
+        priority: int = 0,
+        after: Request | None = None,
+        tenant: bytes = b"",
     ) -> Request:
         tokens = [next(self.tokens) for _ in range(prompt)] if isinstance(prompt, int) else prompt
         request = Request(
@@ -45,7 +50,7 @@ class Simulation:
             seed=0,
             arrival=arrival,
             priority=priority,
-            salt=b"",
+            salt=tenant,
             stop_token_ids=frozenset(),
             metrics=RequestMetrics(arrival_time=0.0),
             after=after,
@@ -187,7 +192,7 @@ def test_the_heap_does_not_keep_those_who_left() -> None:
     requests = [sim.add(4) for _ in range(5000)]
     for request in requests[1:]:
         sim.scheduler.finish(request, "abort")
-    assert sim.scheduler.num_waiting == 1 and len(sim.scheduler._heap) < 100
+    assert sim.scheduler.num_waiting == 1 and len(sim.scheduler.waiting._heap._entries) < 100
 
 
 @given(st.randoms(use_true_random=False), st.integers(16, 40), st.integers(1, 40), st.booleans())
@@ -226,3 +231,71 @@ def test_the_same_arrivals_give_the_same_steps(seed: int) -> None:
         return out
 
     assert steps() == steps()
+
+
+# ---- nobody waits for ever, nobody takes it all ----
+
+
+def test_age_goes_before_priority() -> None:
+    """Urgent requests without end: the calm one is let in after its limit, and is not the first to give way again."""
+    sim = Simulation(policy="priority", max_num_seqs=1, max_waiting_steps=50)
+    sim.add(4, outputs=3)
+    calm = sim.add(4, outputs=3, priority=1000)
+    steps = 0
+    while calm.status is not Status.FINISHED:
+        if sim.scheduler.num_waiting < 3:
+            sim.add(4, outputs=3, priority=-5)
+        sim.step()
+        steps += 1
+        assert steps < 60
+    assert steps > 50
+    assert calm.metrics.num_preemptions == 0
+
+
+def served(sim: Simulation, steps: int, backlog: dict[bytes, tuple[int, int, int]]) -> dict[bytes, int]:
+    """What each tenant is served in so many steps, if it always has (count, prompt, outputs) waiting."""
+    cost: dict[bytes, int] = dict.fromkeys(backlog, 0)
+    waiting: dict[bytes, list[Request]] = {tenant: [] for tenant in backlog}
+    for _ in range(steps):
+        for tenant, (depth, prompt, outputs) in backlog.items():
+            waiting[tenant] = [r for r in waiting[tenant] if r.status is Status.WAITING]
+            waiting[tenant] += [sim.add(prompt, outputs, tenant=tenant) for _ in range(depth - len(waiting[tenant]))]
+        for request, num_tokens in sim.step().items():
+            cost[request.salt] += 2 * num_tokens if num_tokens == 1 else num_tokens
+    return cost
+
+
+def test_fair_shares() -> None:
+    """One tenant with a flood of requests, one with a few long ones, one with short ones: the same service for each."""
+    sim = Simulation(policy="fair", max_num_seqs=4, enable_prefix_caching=False)
+    cost = served(sim, 3000, {b"flood": (40, 10, 8), b"long": (2, 60, 30), b"short": (3, 3, 2)})
+    assert max(cost.values()) < 1.1 * min(cost.values()), cost
+    flooded = served(Simulation(max_num_seqs=4), 500, {b"flood": (40, 10, 8), b"short": (3, 3, 2)})
+    assert flooded[b"flood"] > 5 * flooded[b"short"]  # what the order of arrival gives
+
+
+def test_fair_but_not_idle() -> None:
+    """Alone a tenant has the machine to itself, in order of arrival; one that comes back has no credit for its absence."""
+    sim = Simulation(policy="fair", max_num_seqs=1, enable_prefix_caching=False)
+    mine = [sim.add(5, outputs=4, tenant=b"a") for _ in range(40)]
+    for _ in range(80):
+        sim.step()
+    assert [r.status is Status.FINISHED for r in mine] == [True] * 20 + [False] * 20
+    theirs = [sim.add(5, outputs=4, tenant=b"b") for _ in range(10)]
+    for _ in range(40):
+        sim.step()
+    done = [sum(r.status is Status.FINISHED for r in requests) for requests in (mine[20:], theirs)]
+    assert done in ([5, 5], [4, 6], [6, 4])
+    for request in theirs:
+        sim.scheduler.finish(request, "abort")
+    sim.drain()
+    assert sim.scheduler.num_waiting == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_fair_ends_for_all(wanted: list[tuple[int, int, int]]) -> None:
+    sim = Simulation(policy="fair", num_kv_blocks=12, max_num_batched_tokens=9)
+    requests = [sim.add(prompt, outputs, tenant=bytes([tenant])) for tenant, prompt, outputs in wanted]
+    sim.drain()
+    assert all(len(r.output_token_ids) == outputs for r, (_, _, outputs) in zip(requests, wanted, strict=True))
