@@ -155,7 +155,7 @@ def _attention(
         lengths = torch.full((batch,), s.context_len, device=device, dtype=torch.int32)
         return lambda: ops.paged_attention(q, keys, values, offsets, lengths, table, 1)
 
-    kept = (2 * heads + 2 * kv_heads) * batch * dim
+    kept = (2 * heads + 2 * kv_heads) * rows * dim
     # Half of the scores are masked, and not computed.
     yield Case("varlen_attention", f"prefill of {rows}", prefill, kept * size, 2 * rows * rows * heads * dim)
     read = 2 * batch * s.context_len * kv_heads * dim + 2 * batch * heads * dim

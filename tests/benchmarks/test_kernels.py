@@ -34,9 +34,17 @@ def test_bytes_and_operations() -> None:
     found = {(case.operator, case.shape): case for case in cases(SHAPES, CPU, torch.float32)}
     linear = found["linear", "3 × 32 → 96"]
     assert (linear.num_bytes, linear.num_flop) == (4 * (3 * 32 + 96 * 32 + 3 * 96), 2 * 3 * 32 * 96)
+    prefill = found["varlen_attention", "prefill of 3"]
+    assert (prefill.num_bytes, prefill.num_flop) == (4 * 3 * 8 * (2 * 4 + 2 * 2), 2 * 3 * 3 * 4 * 8)
     decode = found["paged_attention", "decode, 3 × 20 keys"]
     assert decode.num_bytes == 4 * (3 * 20 * 2 * 8 * 2 + 2 * 3 * 4 * 8)
     assert decode.num_flop == 3 * 20 * 4 * 8 * 4
+
+
+def test_no_step_decodes_thousands() -> None:
+    large = kernels.Shapes(num_tokens=2048)
+    shapes = {case.operator: case.shape for case in cases(large, CPU, torch.float32)}  # nothing is allocated yet
+    assert shapes["paged_attention"] == "decode, 256 × 2048 keys" and shapes["varlen_attention"] == "prefill of 2048"
 
 
 def test_ceilings_are_rates() -> None:
