@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -42,6 +43,9 @@ class AsyncEngine:
         self._streams: dict[str, Tell] = {}  # the loop's thread alone touches it
         self._closing = False
         self._failure: BaseException | None = None
+        self.num_steps = 0
+        self.last_step_time: float | None = None  # on the monotonic clock
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="fastattn-engine", daemon=True)
         self._thread.start()
 
@@ -123,6 +127,13 @@ class AsyncEngine:
         self._engine.close()
 
     @property
+    def seconds_without_step(self) -> float:
+        """How long there has been something to do and no step was finished; 0 when idle. Any thread may ask: a health check
+        calls an engine ill whose step takes longer than a step can take."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
@@ -146,6 +157,8 @@ class AsyncEngine:
                     self._calls.popleft()
                 for output in self._engine.step():
                     self._deliver(output)
+                self.num_steps += 1
+                self.last_step_time = self._busy_since = time.monotonic()
         except BaseException as error:
             # What one step's requests can get over, the engine has told them; this is a lost device, or a bug of ours.
             logger.exception("the engine's step loop failed")
@@ -162,8 +175,11 @@ class AsyncEngine:
         """Sleeps until there is something to do; False when it is to end."""
         with self._wake:
             while not (self._calls or self._closing or self._engine.has_unfinished_requests()):
+                self._busy_since = None
                 self._wake.wait(_CHECK_SECONDS)
                 self._engine.check()
+            if self._busy_since is None:
+                self._busy_since = time.monotonic()
             return not self._closing
 
     def _deliver(self, output: RequestOutput) -> None:

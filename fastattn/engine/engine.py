@@ -274,7 +274,12 @@ class Engine:
             if token_id < 0:
                 self.scheduler.finish(request, "error", _why_no_token(request))
                 break
-            self._append(request, token_id)
+            try:
+                self._append(request, token_id)
+            except Exception as error:  # of its text or its grammar; the others of the step are not to blame
+                logger.error("request %r ends with an error", request.request_id, exc_info=error)
+                self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
+                break
             self._num_generated_tokens += 1
             if logprobs is not None:
                 request.logprobs.append(logprobs[i])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -168,3 +170,67 @@ def test_a_loop_that_is_gone_does_not_stop_the_engine(front: AsyncEngine) -> Non
     loop.run_until_complete(anext(stream))
     loop.close()
     assert wait(text_of(front, "hello", "b"))
+
+
+def test_progress_can_be_watched(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs shows from another thread; an idle engine is not ill."""
+    engine = make_engine()
+    step, go_on, hangs = engine.step, threading.Event(), threading.Event()
+
+    def stuck() -> Any:
+        if hangs.is_set():
+            go_on.wait(30)
+        return step()
+
+    monkeypatch.setattr(engine, "step", stuck)
+    front = AsyncEngine(engine)
+    assert wait(text_of(front, "hello", "a"))
+    deadline = time.monotonic() + 10
+    while front.seconds_without_step and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert front.seconds_without_step == 0
+    assert front.num_steps >= 24
+    last = front.last_step_time
+    assert last is not None and last <= time.monotonic()
+    hangs.set()
+
+    async def hang() -> tuple[float, str]:
+        answer = asyncio.create_task(text_of(front, "hello", "b"))
+        await asyncio.sleep(0.5)
+        seconds = front.seconds_without_step
+        go_on.set()
+        return seconds, await answer
+
+    seconds, text = wait(hang())
+    assert seconds > 0.1 and text
+    assert front.last_step_time is not None and front.last_step_time > last
+    front.close()
+
+
+def test_one_request_s_bad_luck_is_its_own(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong with the text of one, in the tokenizer for instance, ends that one."""
+    engine = make_engine()
+    front = AsyncEngine(engine)
+    expected = wait(text_of(front, "good", "before"))
+    make_stream = engine._processor.make_stream
+
+    def sometimes(request: Any) -> Any:
+        stream = make_stream(request)
+        if request.request_id == "bad":
+            monkeypatch.setattr(stream, "push", lambda *_: 1 / 0)
+        return stream
+
+    monkeypatch.setattr(engine._processor, "make_stream", sometimes)
+
+    async def reason_of(request_id: str) -> Any:
+        async for output in front.generate(request_id, PARAMS, request_id):
+            last = output.outputs[0]
+        return last.finish_reason, last.stop_reason, last.text
+
+    async def both() -> Any:
+        return await asyncio.gather(reason_of("bad"), reason_of("good"))
+
+    bad, good = wait(both())
+    assert bad[:2] == ("error", "ZeroDivisionError: division by zero")
+    assert good == ("length", None, expected)
+    front.close()
