@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from fastattn.serve.contract import APIError
+from fastattn.serve.yaml_file import load_yaml
 
 Scope = Literal["inference", "metrics"]
 _ALL: tuple[Scope, ...] = ("inference", "metrics")
@@ -110,14 +111,12 @@ def load_keys(plain: Sequence[SecretStr], file: Path | None) -> Keys:
 def _read(file: Path | None) -> list[ApiKey]:
     if file is None:
         return []
-    import yaml  # type: ignore[import-untyped]
-
     try:
-        entries = _File.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))).keys
+        entries = _File.model_validate(load_yaml(file.read_text(encoding="utf-8"))).keys
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
         raise ValueError(f"api_keys_file: {file}: {wrong}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"api_keys_file: {file}: {' '.join(str(error).split())}") from None
     names = [entry.name for entry in entries]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -24,6 +24,7 @@ from typing_extensions import Self
 from fastattn.serve.cache.config import CacheConfig
 from fastattn.serve.guardrails.config import GuardrailsConfig
 from fastattn.serve.router.config import RouterConfig
+from fastattn.serve.yaml_file import load_yaml
 from fastattn.sizes import parse_size
 
 
@@ -209,16 +210,14 @@ def _describe(item: Any) -> str:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path}: {' '.join(str(error).split())}") from None
+        values = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"config: {path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

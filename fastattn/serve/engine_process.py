@@ -60,6 +60,7 @@ class EngineLoop:
                 self.send(m.Outputs([self._output(output) for output in outputs]))
             if (now := time.monotonic()) >= self._next_beat:
                 self._next_beat = now + self._heartbeat
+                self._engine.check()  # a lost rank is noticed in idleness too; the front starts a new engine then
                 values = dataclasses.asdict(self._engine.stats())
                 numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
                 self.send(m.Stats(numbers, self._num_invalid))

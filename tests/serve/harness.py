@@ -118,7 +118,8 @@ def wait_for(condition: Any, what: str, seconds: float = START_SECONDS) -> Any:
 
 
 def command(model: str | Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "fastattn", "serve", str(model), "--port", "0", *flags]
+    named = [str(model)] if model else []
+    return [sys.executable, "-m", "fastattn", "serve", *named, "--port", "0", *flags]
 
 
 @contextmanager
