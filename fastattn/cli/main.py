@@ -14,8 +14,13 @@ from fastattn import __version__
 from fastattn.cli import _errors, serve
 from fastattn.cli.bench import app as bench_app
 from fastattn.cli.chat import chat
+from fastattn.cli.distill import distill
 from fastattn.cli.doctor import doctor
+from fastattn.cli.eval import eval_
+from fastattn.cli.inspect import inspect
 from fastattn.cli.plan import plan
+from fastattn.cli.prune import prune
+from fastattn.cli.quantize import quantize
 from fastattn.cli.router import app as router_app
 from fastattn.cli.run import run
 
@@ -97,6 +102,11 @@ app.command("collect-env", help="The same as doctor, under the name that vLLM an
 app.command()(plan)
 app.command("serve")(serve.with_flags())
 app.add_typer(router_app, name="router")
+app.command()(quantize)
+app.command()(prune)
+app.command()(distill)
+app.command("eval")(eval_)
+app.command()(inspect)
 
 
 @app.command("version")

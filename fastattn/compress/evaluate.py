@@ -1,0 +1,170 @@
+"""`eval`: how well a model predicts real text, and how far it is from another model, through our own engine's network.
+
+KL(teacher ‖ student) is the mean over tokens of Σ p log(p / q): the nats by which the student's prediction of the next token
+differs from the teacher's. Top-1 agreement is the share of tokens where both think the same one likeliest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from fastattn.compress.sources import Model, opened
+from fastattn.compress.text import load_corpus, token_windows
+from fastattn.compress.walk import window_cache
+from fastattn.engine.setup import choose_device, choose_dtype
+from fastattn.models.decoder import DecoderModel
+from fastattn.models.loader import ModelSource
+from fastattn.models.registry import load_model
+
+# Tokens whose logits are held at once, for each of two models.
+_LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """nll: mean −log p of the next token, in nats; perplexity: its exponential. kl_*, top1: against the other model."""
+
+    model: str
+    text: str
+    text_digest: str
+    num_tokens: int
+    nll: float
+    perplexity: float
+    against: str | None = None
+    against_perplexity: float | None = None
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    top1: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """files: text; none is the held-out part of the built-in one. max_tokens: stop after so many; None: all of it."""
+
+    files: tuple[str, ...] = ()
+    length: int = 512
+    max_tokens: int | None = 16384
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}, allowed is from 2")
+        if self.max_tokens is not None and self.max_tokens < self.length:
+            raise ValueError(f"max_tokens is {self.max_tokens}, allowed is from length = {self.length}")
+
+
+def evaluate(
+    model: Model,
+    against: Model | None = None,
+    options: EvalOptions | None = None,
+    *,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Perplexity of ``model`` on text, and its distance from the model ``against``, the teacher.
+
+    Both are held in memory. Raises ValueError, in one line, for what cannot work, such as two vocabularies.
+    """
+    options = options or EvalOptions()
+    student, teacher = opened(model), None if against is None else opened(against)
+    corpus = load_corpus(options.files, "evaluation")
+    count = None if options.max_tokens is None else options.max_tokens // options.length
+    tokens = token_windows(corpus, student.tokenizer(), options.length, count)
+    if teacher is not None:
+        check_same_vocabulary(student, teacher)
+    networks = [_load(source, options) for source in (student, teacher) if source is not None]
+    sums = _Sums()
+    for window in tqdm(tokens, desc="Evaluating", unit="window", disable=None if show_progress else True):
+        sums.add_window(networks, window)
+    return Evaluation(
+        model=Path(student.name).name,
+        text=corpus.name,
+        text_digest=corpus.digest,
+        num_tokens=sums.count,
+        nll=sums.mean(sums.nll[0]),
+        perplexity=math.exp(min(sums.mean(sums.nll[0]), 700)),
+        against=None if teacher is None else Path(teacher.name).name,
+        against_perplexity=None if teacher is None else math.exp(min(sums.mean(sums.nll[1]), 700)),
+        kl_mean=None if teacher is None else sums.mean(sums.kl),
+        kl_max=None if teacher is None else sums.kl_max,
+        top1=None if teacher is None else sums.mean(sums.agreed),
+    )
+
+
+def check_same_vocabulary(student: ModelSource, teacher: ModelSource) -> None:
+    """Raises ValueError if the two models' tokens are not the same."""
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{student.name} has {sizes[0]} tokens, {teacher.name} has {sizes[1]}: they cannot be compared"
+        )
+    ours, theirs = student.tokenizer().vocabulary(), teacher.tokenizer().vocabulary()
+    if different := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+        token, token_id = different[0]
+        raise ValueError(
+            f"token {token_id}, {token!r}, is not the same to {student.name} and {teacher.name}: they cannot be compared"
+        )
+
+
+def hidden_states(network: DecoderModel, tokens: Tensor) -> Tensor:
+    """tokens (n, length) → hidden states (n · length, hidden_size) after the final norm, in one pass."""
+    config, weight = network.config, network.embed_tokens.weight
+    count, length = tokens.shape
+    meta, caches = window_cache(
+        config.num_kv_heads, config.head_dim, count, length, weight.device, weight.dtype, config.num_layers
+    )
+    hidden: Tensor = network(tokens.to(weight.device, torch.int32).flatten(), meta, caches)
+    return hidden
+
+
+class _Sums:
+    """Adds up in double precision over tokens."""
+
+    def __init__(self) -> None:
+        self.count, self.kl, self.kl_max, self.agreed = 0, 0.0, 0.0, 0.0
+        self.nll = [0.0, 0.0]
+
+    def mean(self, total: float) -> float:
+        return total / self.count
+
+    @torch.inference_mode()
+    def add_window(self, networks: Sequence[DecoderModel], window: Tensor) -> None:
+        hidden = [hidden_states(network, window[None])[:-1] for network in networks]
+        targets = window[1:].to(hidden[0].device)
+        for rows in _chunks(len(targets)):
+            logs = [functional.log_softmax(n.logits(h[rows]), -1) for n, h in zip(networks, hidden, strict=True)]
+            for which, log in enumerate(logs):
+                self.nll[which] -= float(log.gather(1, targets[rows, None]).sum(dtype=torch.float64))
+            if len(logs) == 2:
+                student, teacher = logs
+                kl = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1, dtype=torch.float64)
+                self.kl += float(kl.sum())
+                self.kl_max = max(self.kl_max, float(kl.max()))
+                self.agreed += float((student.argmax(-1) == teacher.argmax(-1)).sum())
+        self.count += len(targets)
+        if not math.isfinite(self.nll[0]):
+            raise ValueError("the model gave logits that are not numbers")
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _LOGIT_ROWS):
+        yield slice(start, min(start + _LOGIT_ROWS, count))
+
+
+def _load(source: ModelSource, options: EvalOptions) -> DecoderModel:
+    if options.length > source.config.max_position_embeddings:
+        raise ValueError(f"length is {options.length}, allowed is up to {source.config.max_position_embeddings} here")
+    device = choose_device(options.device)
+    return load_model(source, device, choose_dtype(options.dtype, device), options.length)
