@@ -90,7 +90,7 @@ def test_the_engine_runs_it(scheme: str, source: TinySource, calibration: Calibr
 
     expected, found = logits(Unpacked(config=source.config)), logits(open_model(folder))
     error = (found - expected).norm() / expected.norm()
-    assert error < (0.03 if scheme == "int8" else 0.01), error
+    assert error < (0.08 if scheme == "int8" else 0.01), error
     described = inspect_model(str(folder))
     assert described.num_parameters == inspect_model(source).num_parameters
     assert described.bits < 20 and described.quantization is not None
