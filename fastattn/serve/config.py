@@ -64,7 +64,8 @@ class EngineSettings(BaseModel):
     ] = True
     enable_chunked_prefill: Annotated[bool, Field(description="Compute long prompts over several steps.")] = True
     scheduling_policy: Annotated[
-        Literal["fcfs", "priority"], Field(description="Order of waiting requests: as they came, or by priority.")
+        Literal["fcfs", "priority", "fair"],
+        Field(description="Order of waiting requests: as they came, by priority, or fair to tenants."),
     ] = "fcfs"
     enforce_eager: Annotated[bool, Field(description="No CUDA graphs.")] = False
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024, description="GPUs (or CPU processes) that share the model.")] = 1  # fmt: skip

@@ -26,6 +26,7 @@ from fastattn.engine.outputs import CompletionOutput
 from fastattn.engine.structured_output import MAX_BYTES
 from fastattn.models.registry import load_model
 from fastattn.models.tokenizer import Tokenizer
+from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
 from tests.engine.tiny import EOS, drain, run
 
@@ -486,3 +487,17 @@ def test_a_server_goes_on_while_grammars_are_compiled(make_engine: MakeEngine) -
     assert len(free.token_ids) == 200
     assert point.finish_reason == "stop"
     json.loads(point.text)
+
+
+def test_speculation_changes_nothing(make_engine: MakeEngine) -> None:
+    """Drafts are verified under the masks that they lead to."""
+    wish = StructuredOutput("regex", "((ab|cd){3} ){4}x")
+    params = replace(DRAWN, structured_output=wish, max_tokens=60)
+    prompt = "ab ab cd cd ababab cdcdcd ababab "
+    plain = run(make_engine(), [prompt] * 2, [params, replace(params, temperature=0)])
+    engine = make_engine(speculative=SpeculativeConfig(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3))
+    guessed = run(engine, [prompt] * 2, [params, replace(params, temperature=0)])
+    assert [o.outputs[0].token_ids for o in guessed] == [o.outputs[0].token_ids for o in plain]
+    assert engine.stats().num_accepted_tokens > 0
+    for output in guessed:
+        assert output.outputs[0].finish_reason != "stop" or re2.fullmatch(wish.value, output.outputs[0].text)
