@@ -20,6 +20,7 @@ RUNS = {
     "offline.py": (("--model", "{model}"), ("The capital of Japan is|", "tokens were in the cache")),
     "one_operator.py": ((), ("as torch's",)),
     "openai_client.py": (("--model", "{model}", "--port", "{port}"), ("0 [(", "1 [(", " tokens")),
+    "quantize.py": (("--model", "{model}"), ("perplexity ", "KL 0.0", "INT8 says:")),
     "router_cache.py": (
         ("--model", "{model}", "--port", "{port}"),
         ("model small, route default, cache miss", "cache hit", "model large, route rule:long, cache miss"),
