@@ -227,6 +227,7 @@ class Engine:
                 return self._fail(dict.fromkeys(self.scheduler.running, 0), error, ended)
         scheduled = self.scheduler.schedule()
         if not scheduled:
+            self.check()
             return self._give_all(ended)
         now = time.monotonic()
         for request, num_tokens in scheduled.items():

@@ -80,14 +80,19 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     if settings["speculative"] is not None:
         settings["speculative"] = SpeculativeConfig.from_dict(settings["speculative"])
     options = EngineConfig(**settings)
-    tp = connect(store_fd, rank, size, device, lambda: board.count_exchange(rank))
-    network = load_model(open_model(setup["source"]), device, dtype, options.max_model_len, tp=tp)
-    runner = Runner(network, options, device, dtype, step_memory=SharedMemory(memory_fd).tensor(device))
-    link.send(b"loaded")
-    while True:
-        message, _ = link.receive()
-        runner.follow(message)
-        link.send(b"read")
+    tp = connect(store_fd, rank, size, device, lambda: board.begin(rank))
+    try:
+        network = load_model(open_model(setup["source"]), device, dtype, options.max_model_len, tp=tp)
+        runner = Runner(network, options, device, dtype, step_memory=SharedMemory(memory_fd).tensor(device))
+        link.send(b"loaded")
+        while True:
+            message, _ = link.receive()
+            board.begin(rank)
+            runner.follow(message)
+            link.send(b"read")
+    finally:
+        if device.type == "cuda":
+            tp.abort()  # torch complains about a group that is left to the end of its process
 
 
 def _end_with_rank_0(sock: socket.socket, ended: threading.Event) -> None:

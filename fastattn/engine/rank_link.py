@@ -3,7 +3,7 @@
     rank 0 ──socket── rank 1     a socket each: set-up as JSON, then one `Step` a step, answered when its inputs were read
        │  └──socket── rank 2     the end of a process ends its socket, whatever the process died of
        ├── memory: step buffer   written by rank 0, read by all
-       └── memory: board         a record for each rank: exchanges begun so far, and why it failed
+       └── memory: board         a record for each rank: steps and exchanges begun so far, and why it failed
 
 Memory is Linux' memfd, passed over the sockets; torch's rendezvous is a file in a third one. Messages are fixed structs, bytes
 and JSON: nothing that is received is ever run.
@@ -123,16 +123,16 @@ class Board:
     def fd(self) -> int:
         return self._memory.fd
 
-    def count_exchange(self, rank: int) -> None:
+    def begin(self, rank: int) -> None:
         (count,) = struct.unpack_from("<q", self._memory.map, rank * _RECORD.size)
         struct.pack_into("<q", self._memory.map, rank * _RECORD.size, count + 1)
 
     def fail(self, rank: int, text: str, in_exchange: bool) -> None:
         """in_exchange: only because another rank ended or is late."""
         kind = _FAILED_IN_EXCHANGE if in_exchange else _FAILED
-        _RECORD.pack_into(self._memory.map, rank * _RECORD.size, self.exchanges(rank), kind, text.encode()[:1015])
+        _RECORD.pack_into(self._memory.map, rank * _RECORD.size, self.begun(rank), kind, text.encode()[:1015])
 
-    def exchanges(self, rank: int) -> int:
+    def begun(self, rank: int) -> int:
         count: int = _RECORD.unpack_from(self._memory.map, rank * _RECORD.size)[0]
         return count
 

@@ -116,8 +116,12 @@ class Watch:
             if self._cause is None:
                 self._cause = own_failure or self._find_cause()
                 self._kill()
-                self.abort()
+                self._abort_once()
             return self._cause
+
+    def _abort_once(self) -> None:
+        abort, self.abort = self.abort, lambda: None
+        abort()
 
     def _find_cause(self) -> str:
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -132,11 +136,11 @@ class Watch:
                 if failure is not None:
                     victims = f"{member} failed: {failure[0]}"
             time.sleep(0.01)
-        begun = [self.board.exchanges(rank) for rank in range(self.size)]
+        begun = [self.board.begun(rank) for rank in range(self.size)]
         late = [str(member) for member in self.members if begun[member.rank] < max(begun)]
         if late:
             return f"{' and '.join(late)} did not answer in time"
-        return victims or "the ranks did not finish a step in time, though each had begun all of its exchanges"
+        return victims or "the ranks did not finish a step in time, though each had begun all of it"
 
     def _kill(self) -> None:
         for member in self.members:
@@ -162,6 +166,7 @@ class Watch:
         while time.monotonic() < deadline and any(member.ending() is None for member in self.members):
             time.sleep(0.005)
         self._kill()
+        self._abort_once()
         os.close(wake)  # what the thread waits for
         self._thread.join()
         os.close(self._awake)
@@ -180,11 +185,12 @@ class RankGroup:
         self.size, self.device, self._limit = size, device, limit_seconds
         self._board = Board.create(size)
         self._store_fd = os.memfd_create("fastattn", os.MFD_CLOEXEC)
+        self._fds = [self._board.fd, self._store_fd]  # until the other ranks have opened what they stand for
         self._watch = Watch(size, self._board, sockets)
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // size))
         # Also when nobody closes an engine that is no longer used, and when Python ends.
-        self._finalizer = weakref.finalize(self, _finish, self._watch, threads)
+        self._finalizer = weakref.finalize(self, _finish, self._watch, threads, self._fds)
 
     @property
     def members(self) -> Sequence[Member]:
@@ -209,12 +215,13 @@ class RankGroup:
     def load(self, config: EngineConfig, step_bytes: int) -> tuple[TensorParallel, torch.Tensor]:
         """Connects the ranks and has each load its part. Returns rank 0's place and the step memory that all ranks see."""
         memory = SharedMemory.create(step_bytes)
+        self._fds.append(memory.fd)
         with self._guarded():
             for member in self.members:
                 member.link.send_json((memory.fd,), config=asdict(config))
             limit = self._limit if self.device.type == "cpu" else None
             board = self._board
-            tp = connect(self._store_fd, 0, self.size, self.device, lambda: board.count_exchange(0), limit)
+            tp = connect(self._store_fd, 0, self.size, self.device, lambda: board.begin(0), limit)
             if self.device.type == "cuda":
                 self._late = _LateStep(self._limit)
                 self._watch.is_late, self._watch.abort = self._late.is_late, tp.abort
@@ -224,6 +231,7 @@ class RankGroup:
         with self._guarded():
             for member in self.members:
                 member.link.receive(_LOAD_SECONDS)
+        _close(self._fds)
 
     def run(self, step: Step, compute: Callable[[], T]) -> T:
         """Has every rank compute the step that lies in the step memory; ``compute`` is rank 0's part.
@@ -232,6 +240,7 @@ class RankGroup:
         """
         with self._guarded():
             message = step.to_bytes()
+            self._board.begin(0)
             for member in self.members:
                 member.link.send(message)
             with self._late if self.device.type == "cuda" else contextlib.nullcontext():
@@ -287,9 +296,15 @@ class _LateStep:
         return since is not None and time.monotonic() - since > self._limit and not (end is not None and end.query())  # type: ignore[no-untyped-call]
 
 
-def _finish(watch: Watch, num_threads: int) -> None:
+def _finish(watch: Watch, num_threads: int, fds: list[int]) -> None:
     watch.stop()
+    _close(fds)
     torch.set_num_threads(num_threads)
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def _start(rank: int) -> Member:

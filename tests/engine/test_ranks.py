@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -43,6 +44,13 @@ def nothing_stays_behind() -> Iterator[None]:
     yield
     assert os.listdir("/dev/shm") == shared
     assert wait_for(lambda: running_children() <= children, 5), "a rank runs on"
+
+
+def read_link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:  # of the listing itself
+        return ""
 
 
 def running_children() -> set[int]:
@@ -93,7 +101,9 @@ def test_ranks_end_with_an_engine_that_nobody_holds(folder: str) -> None:
     llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
     (pid,) = pids(llm)
     del llm
+    gc.collect()
     assert wait_for(lambda: not runs(pid), 5)
+    assert not [link for link in map(read_link, Path("/proc/self/fd").iterdir()) if "memfd:fastattn" in link]
 
 
 def kill(number: signal.Signals) -> Callable[[Any], None]:

@@ -16,11 +16,16 @@ import torch
 
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine
+from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.pooling_params import PoolingParams
+from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.config import ModelConfig, RopeConfig
 from fastattn.models.decoder import DecoderModel
-from fastattn.models.registry import load_model
+from fastattn.models.registry import build_meta, build_model, load_model
+from fastattn.nn import TensorParallel
+from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
 from tests.engine.exact import NEAR_TIE
 from tests.engine.thread_ranks import ThreadRanks
@@ -79,9 +84,9 @@ class Pair:
     def alone(self, **options: Any) -> Engine:
         return tiny.make_engine(self.network, self.source.tokenizer(), **options)
 
-    def shared(self, **options: Any) -> Engine:
+    def shared(self, draft: DecoderModel | None = None, **options: Any) -> Engine:
         self.groups.append(ThreadRanks(self.source, self.size))
-        return self.groups[-1].start(EngineConfig(**(OPTIONS | options)))
+        return self.groups[-1].start(EngineConfig(**(OPTIONS | options)), draft)
 
     def close(self) -> None:
         for group in self.groups:
@@ -190,6 +195,32 @@ def test_what_requests_ask_for(odd: Pair) -> None:
         assert ours[1].prompt_logprobs is not None
 
 
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_speculation_on_ranks(odd: Pair, method: str) -> None:
+    """Drafts are verified by all ranks in one step; who makes them is rank 0's own business."""
+    if method == "ngram":
+        config, draft = SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3), None
+    else:
+        config, draft = SpeculativeConfig(num_speculative_tokens=3, model="tiny"), odd.network
+    prompts = [*PROMPTS, "ab ab ab ab ab ab ab"]
+    engine = odd.shared(draft, speculative=config, max_num_batched_tokens=40, num_kv_blocks=40)
+    odd.compare(tiny.run(engine, prompts, GREEDY), tiny.run(odd.alone(), prompts, GREEDY))
+    stats = engine.stats()
+    assert stats.num_draft_tokens > 0
+    assert stats.num_accepted_tokens > 0
+
+
+def test_embeddings_on_ranks(odd: Pair) -> None:
+    """Beside a request that generates, and in chunks."""
+    engines = odd.shared(max_num_batched_tokens=16), odd.alone()
+    for pooling in (PoolingParams(pooling="mean"), PoolingParams(pooling="last", normalize=False)):
+        ours, alone = (tiny.run(engine, PROMPTS[:3], [pooling, pooling, GREEDY]) for engine in engines)
+        for a, b in zip(ours[:2], alone[:2], strict=True):
+            assert a.embedding is not None
+            assert a.embedding == pytest.approx(b.embedding, abs=1e-5)
+        odd.compare(ours[2:], alone[2:])
+
+
 def assert_logprobs_close(ours: Any, alone: Any) -> None:
     assert (ours is None) == (alone is None)
     for a, b in zip(ours or [], alone or [], strict=True):
@@ -198,3 +229,21 @@ def assert_logprobs_close(ours: Any, alone: Any) -> None:
             assert token in b
             assert a[token].rank == b[token].rank
             assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_memory_plan_counts_what_rank_0_holds(size: int) -> None:
+    """To the byte: its weights with rotary tables, and its KV cache; and no other rank has more of either."""
+    source = tiny.TinySource(config=MODELS["9-and-3-heads"])
+    sizes = PlanOptions("cpu", torch.float32, 256, 16, 64, 8, num_kv_blocks=32, tensor_parallel_size=size)
+    plan = memory_plan(source.config, source.tensors(), sizes, 1 << 30, 1 << 30)
+    config = EngineConfig(max_model_len=256, num_kv_blocks=32, max_num_seqs=16, max_num_batched_tokens=64, block_size=8)
+    cpu = torch.device("cpu")
+    weights, kv = [], []
+    for rank in range(size):
+        model = build_model(source.config, cpu, torch.float32, 256, TensorParallel(rank, size))
+        weights.append(sum(4 * w.out.numel() for w in model.weights()) + 4 * model.cos_sin.numel())
+        kv.append(Runner(model, config, cpu, torch.float32).kv_memory.nbytes)
+    assert plan.weights_total == weights[0] == max(weights)
+    assert plan.kv_bytes == kv[0] == max(kv)
+    assert plan.num_parameters == sum(w.out.numel() for w in build_meta(source.config, 8).weights())

@@ -15,9 +15,11 @@ from fastattn.engine.batch import Step, step_builder
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine
 from fastattn.engine.runner import Runner
+from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.registry import load_model
 from fastattn.nn import TensorParallel
+from tests.engine.tiny import make_speculator
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -35,7 +37,8 @@ class ThreadRanks:
         self._threads: list[threading.Thread] = []
         self.runners: list[Runner] = []
 
-    def start(self, config: EngineConfig) -> Engine:
+    def start(self, config: EngineConfig, draft: DecoderModel | None = None) -> Engine:
+        """draft: the draft model of speculation, which rank 0 has to itself."""
         memory = torch.zeros(step_builder(config).nbytes, dtype=torch.uint8)
         self._threads = [
             threading.Thread(target=self._follow, args=(rank, config, memory), daemon=True)
@@ -46,7 +49,8 @@ class ThreadRanks:
         runner = self._runner(0, config, memory)
         for rank in range(1, self.size):
             assert self._outbox[rank].get(timeout=60) is None
-        return Engine(runner, config, self._source.tokenizer())
+        speculator = make_speculator(config, runner.model, draft)
+        return Engine(runner, config, self._source.tokenizer(), speculator)
 
     def _runner(self, rank: int, config: EngineConfig, memory: torch.Tensor) -> Runner:
         groups: Any = distributed
