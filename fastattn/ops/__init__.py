@@ -8,7 +8,7 @@ from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.quantized import fp4_linear, int4_linear, int8_linear, quantize_int8
 from fastattn.ops.rope import rope_kv_write
-from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, token_logprobs
+from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
 
 __all__ = [
     "add_rms_norm",
@@ -27,6 +27,7 @@ __all__ = [
     "rms_norm",
     "rope_kv_write",
     "sample",
+    "speculative_sample",
     "swiglu",
     "token_logprobs",
     "varlen_attention",

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, sampling and log-probabilities."""
+"""From logits to tokens: penalties, sampling, the verdict on drafts, log-probabilities."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ _sample = define(
     reference.sample,
     _fake_sample,
 )
+_speculative_sample = define(
+    "speculative_sample(Tensor logits, Tensor draft_logits, Tensor draft_token_ids, Tensor draft_rows, Tensor temperature, "
+    "Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position) -> Tensor",
+    reference.speculative_sample,
+    _fake_sample,
+)
 _token_logprobs = define(
     "token_logprobs(Tensor logits, Tensor token_ids, int num_top) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.token_logprobs,
@@ -87,6 +93,19 @@ _check_apply_token_bitmask = compile_check(
 _check_sample = compile_check(
     "sample",
     TensorArg("logits", "B V", LOGITS),
+    TensorArg("temperature", "B", FP32),
+    TensorArg("top_k", "B", INT32),
+    TensorArg("top_p", "B", FP32),
+    TensorArg("min_p", "B", FP32),
+    TensorArg("seed", "B", INT64),
+    TensorArg("position", "B", INT64),
+)
+_check_speculative_sample = compile_check(
+    "speculative_sample",
+    TensorArg("logits", "B V", LOGITS),
+    TensorArg("draft_logits", "D V", "logits"),
+    TensorArg("draft_token_ids", "B", INT32),
+    TensorArg("draft_rows", "B", INT32),
     TensorArg("temperature", "B", FP32),
     TensorArg("top_k", "B", INT32),
     TensorArg("top_p", "B", FP32),
@@ -196,13 +215,64 @@ def sample(
     Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_sample(logits, temperature, top_k, top_p, min_p, seed, position)
-    if logits.shape[1] == 0:
-        fail_value("sample", f"logits has shape {tuple(logits.shape)}, expected (B, V) with V ≥ 1")
-    if values_readable(temperature):
-        _check_numbers("sample", "temperature", temperature, 0.0, _LARGEST, "a finite number ≥ 0")
-        _check_numbers("sample", "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")
-        _check_numbers("sample", "min_p", min_p, 0.0, 1.0, "0 ≤ min_p ≤ 1")
+    _check_limits("sample", logits, temperature, top_p, min_p)
     out: Tensor = _sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    return out
+
+
+def _check_limits(op: str, logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor) -> None:
+    if logits.shape[1] == 0:
+        fail_value(op, f"logits has shape {tuple(logits.shape)}, expected (B, V) with V ≥ 1")
+    if values_readable(temperature):
+        _check_numbers(op, "temperature", temperature, 0.0, _LARGEST, "a finite number ≥ 0")
+        _check_numbers(op, "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")
+        _check_numbers(op, "min_p", min_p, 0.0, 1.0, "0 ≤ min_p ≤ 1")
+
+
+def speculative_sample(
+    logits: Tensor,
+    draft_logits: Tensor,
+    draft_token_ids: Tensor,
+    draft_rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Draw one token for each row, which is the draft's token as often as can be without changing the distribution.
+
+    Rejection sampling of https://arxiv.org/abs/2211.17192 and https://arxiv.org/abs/2302.01318. p and q are what `sample`
+    draws from: `logits` and `draft_logits`, both under the row's temperature, top-k, top-p and min-p. If x was drawn from
+    q, it is the answer with probability min(1, p(x) / q(x)), else the answer is drawn from max(p - q, 0); either way it is
+    distributed as p. So a chain of drafts is right as far as each row's answer is its draft. Philox4x32-10 of (seed,
+    position) gives the first decision from its second word and the other draw from its third.
+
+    A row without a draft, or whose draft's logits have a NaN or no finite one, is `sample`'s, and so is one at
+    temperature 0.
+
+    logits: (B, V), fp32, bf16 or fp16, the target's. draft_logits: (D, V), same dtype, the draft model's.
+    draft_token_ids: (B) int32, x. draft_rows: (B) int32, the row of draft_logits that x was drawn from; -1: no draft, and x
+    is not read. Rows of draft_logits that none names are not read.
+    temperature, top_k, top_p, min_p, seed, position: (B), as in `sample`; the draft was drawn with another seed.
+
+    Returns (B) int32; -1 for a row with a NaN or without a finite logit.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1; there a draft outside draft_logits
+    or the vocabulary is none.
+    """
+    op = "speculative_sample"
+    columns = (temperature, top_k, top_p, min_p, seed, position)
+    _check_speculative_sample(logits, draft_logits, draft_token_ids, draft_rows, *columns)
+    _check_limits(op, logits, temperature, top_p, min_p)
+    if values_readable(temperature):
+        check_range(
+            op, "draft_rows", draft_rows, -1, draft_logits.shape[0] - 1, "D - 1 from draft_logits", draft_logits
+        )
+        read = torch.where(draft_rows >= 0, draft_token_ids, 0)
+        check_range(op, "draft_token_ids", read, 0, logits.shape[1] - 1, "V - 1 from logits", logits)
+    out: Tensor = _speculative_sample(logits, draft_logits, draft_token_ids, draft_rows, *columns)
     return out
 
 

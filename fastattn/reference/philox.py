@@ -24,7 +24,11 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
     return c0, c1, c2, c3
 
 
-def philox_first_word(seed: Word, position: Word) -> Word:
-    """First word for the 64-bit key `seed` and the 128-bit counter `position` (its upper half is 0)."""
+def philox_words(seed: Word, position: Word) -> tuple[Word, Word, Word, Word]:
+    """The words for the 64-bit key `seed` and the 128-bit counter `position` (its upper half is 0)."""
     zero = position & 0
-    return philox4x32((position & _LOW, (position >> 32) & _LOW, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))[0]
+    return philox4x32((position & _LOW, (position >> 32) & _LOW, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
+
+
+def philox_first_word(seed: Word, position: Word) -> Word:
+    return philox_words(seed, position)[0]

@@ -1,11 +1,11 @@
-"""From logits to tokens: penalties, sampling and log-probabilities."""
+"""From logits to tokens: penalties, sampling, the verdict on drafts, log-probabilities."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastattn.reference.philox import philox_first_word
+from fastattn.reference.philox import philox_first_word, philox_words
 
 # Top-p looks among this many of the best first, and ranks the whole vocabulary only if they do not reach the mass.
 _CANDIDATES = 256
@@ -89,15 +89,56 @@ def sample(
         logits, temperature, top_k, top_p, min_p, seed, position, best = (
             t.index_select(0, drawn) for t in (logits, temperature, top_k, top_p, min_p, seed, position, best)
         )
+    tokens[drawn] = _draw(_weights(logits, best, temperature, top_k, top_p, min_p), _uniform(seed, position))
+    return tokens
+
+
+def _weights(logits: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities up to a factor, fp32: the largest weighs exactly 1, also when it is +inf or the temperature is tiny."""
     x = _top_k(logits.float(), top_k)
-    # Probabilities up to a factor: the largest weighs exactly 1, also when it is +inf or the temperature is tiny.
     peak = best.float().unsqueeze(1)
     weights = ((x - peak) / temperature.unsqueeze(1)).exp_().masked_fill_(x == peak, 1.0)
     weights = _top_p(weights, top_p)
-    weights = weights.masked_fill(weights < min_p.unsqueeze(1), 0.0)
+    return weights.masked_fill(weights < min_p.unsqueeze(1), 0.0)
+
+
+def _draw(weights: Tensor, u: Tensor) -> Tensor:
+    """The first id whose cumulative weight exceeds u of the total."""
     cdf = weights.cumsum(1, dtype=torch.float64)
-    target = _uniform(seed, position) * cdf[:, -1]
-    tokens[drawn] = torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1).int()
+    return torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1).int()
+
+
+def speculative_sample(
+    logits: Tensor,
+    draft_logits: Tensor,
+    draft_token_ids: Tensor,
+    draft_rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """x ~ q becomes a draw from p: x itself with probability min(1, p(x) / q(x)), else one from max(p - q, 0)."""
+    tokens = sample(logits, temperature, top_k, top_p, min_p, seed, position)
+    rows = ((draft_rows >= 0) & (temperature > 0) & (tokens >= 0)).nonzero().squeeze(1)
+    q_logits = draft_logits[draft_rows[rows].long()]
+    # A row with a NaN or without a finite logit says nothing about the draft, which is then no draw from it.
+    says = (q_logits.isfinite().any(1) & ~q_logits.isnan().any(1)).nonzero().squeeze(1)
+    rows, q_logits = rows[says], q_logits[says]
+    if rows.numel() == 0:
+        return tokens
+    limits = (temperature[rows], top_k[rows], top_p[rows], min_p[rows])
+    p, q = (_weights(x, x.max(1).values, *limits).double() for x in (logits[rows], q_logits))
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    _, accept, again, _ = (word.double() * 2.0**-32 for word in philox_words(seed[rows], position[rows]))
+    draft = draft_token_ids[rows]
+    p_draft, q_draft = (t.gather(1, draft.long().unsqueeze(1)).squeeze(1) for t in (p, q))
+    left = (p - q).clamp_(min=0.0)
+    # Nothing is left where p is q but for rounding, and then a rejection is rounding too.
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, p)
+    tokens[rows] = torch.where(accept * q_draft < p_draft, draft, _draw(left, again))
     return tokens
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.reference.philox import philox_first_word
+from fastattn.reference.philox import philox_first_word, philox_words
 from tests.harness.generators import Gen, offsets
 from tests.harness.opspec import Call
 
@@ -164,10 +164,9 @@ def _kept(x: Tensor, temperature: float, top_k: int, top_p: float, min_p: float,
     weights = torch.where(x == x.max(), 1.0, ((x - x.max()) / temperature).exp())
     if 0 < top_k < x.numel():
         weights = torch.where(x >= x.sort(descending=True).values[top_k - 1], weights, 0.0)
-    ranked, order = weights.sort(descending=True, stable=True)
-    before = torch.empty_like(weights)
-    before[order] = ranked.cumsum(0) - ranked
-    above = torch.stack([before[weights == w].min() for w in weights.unique()])[weights.unique(return_inverse=True)[1]]
+    values, which = weights.unique(return_inverse=True)  # ascending
+    mass = torch.zeros_like(values).index_add_(0, which, weights)
+    above = (mass.flip(0).cumsum(0).flip(0) - mass)[which]  # of all that are strictly larger
     in_top_p = (
         (above < top_p * weights.sum() + slack) | (weights == 1.0)
         if top_p < 1
@@ -220,6 +219,119 @@ def bad_sample(gen: Gen, base: Call) -> Bad:
             wrong = base[name].clone()
             wrong[2] = value
             yield f"{name} {value}", {name: wrong}, ValueError, (f"{name}[2] is {wrong[2].item()}", "expected")
+
+
+def speculative_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    def call(p: Tensor, q: Tensor, rows: list[int], tokens: Tensor | None = None, **limits: Any) -> Call:
+        drafts = {
+            "draft_logits": q,
+            "draft_token_ids": gen.ints(0, p.shape[1], p.shape[0]) if tokens is None else tokens,
+            "draft_rows": gen.tensor(rows),
+        }
+        return sample_call(gen, p, **limits) | drafts
+
+    def logits(rows: int, vocab: int, scale: float = 2.0) -> Tensor:
+        return gen.randn(rows, vocab, dtype=dtype, scale=scale)
+
+    mixed = {"temperature": [0.0, 1.0, 0.7, 2.0, 1.0, 1.0], "top_k": [5, 0, 10, 1, 300, 0], "top_p": 0.9, "min_p": 0.02}
+    yield "all kinds", call(logits(6, 300), logits(4, 300), [3, 1, 0, -1, 2, 2], **mixed)
+    yield "greedy", call(logits(5, 127), logits(5, 127), [0, 1, 2, 3, 4], temperature=0.0)
+    yield "no drafts", call(logits(5, 127), logits(0, 127), [-1] * 5, top_p=0.9)
+    near = logits(24, 40)
+    likely = near.float().argmax(1).int()
+    yield "near", call(near, near + logits(24, 40, 0.3), list(range(24)), likely)
+    yield "the same", call(near, near.clone(), list(range(24)), likely)
+    yield "far", call(near, -near, list(range(24)), (-near).float().argmax(1).int())
+    yield "limits", call(near, near + logits(24, 40, 0.3), list(range(24)), likely, top_k=[3, 10] * 12, top_p=0.8)
+    yield "no rows", call(logits(0, 16), logits(3, 16), [])
+    yield "one token", call(logits(3, 1), logits(2, 1), [1, -1, 0])
+    odd, odd_drafts = logits(10, 65), logits(10, 65)
+    odd[0, 3] = NAN
+    odd[1] = -INF
+    odd[2, 5:] = -INF
+    odd[3, 7] = INF
+    odd_drafts[4, 9] = NAN
+    odd_drafts[5] = -INF
+    odd_drafts[6, 5:] = -INF
+    odd_drafts[7, 11] = INF
+    odd[8, 11] = odd_drafts[8, 11] = INF
+    tokens = gen.tensor([3, 4, 2, 7, 9, 5, 4, 11, 11, 60])
+    yield "not finite", call(odd, odd_drafts, list(range(10)), tokens)
+    unread = logits(6, 90)
+    unread[1::2] = NAN
+    yield "rows that none names", call(logits(3, 90), unread, [4, 0, 2])
+    yield "vocabulary", call(logits(3, 49152), logits(3, 49152), [2, 1, 0], top_k=[0, 40, 0], top_p=[0.95, 1.0, 1.0])
+
+
+def _distributions(call: Call, row: dict[str, Any], b: int, slack: float) -> tuple[Tensor, Tensor]:
+    """p and q of one row in fp64, with limits that are looser by `slack`."""
+    limits = (row["temperature"], row["top_k"], row["top_p"], row["min_p"], slack)
+    out = []
+    for x in (call["logits"][b], call["draft_logits"][row["draft_rows"]]):
+        weights, kept = _kept(x.cpu().double(), *limits)
+        weights = torch.where(kept, weights, 0.0)
+        out.append(weights / weights.sum())
+    return out[0], out[1]
+
+
+def verify_speculative(call: Call, results: list[Tensor]) -> None:
+    """Each token is what the rule says in fp64, but for the rounding of p, q and their sums."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+    plain = {"logits": call["logits"]} | {name: call[name] for name in names}
+    columns = {k: v.cpu().tolist() for k, v in call.items() if k not in ("logits", "draft_logits")}
+    for b, token in enumerate(results[0].tolist()):
+        row = {k: v[b] for k, v in columns.items()}
+        x, q_logits = call["logits"][b].cpu(), None
+        if row["draft_rows"] >= 0:
+            q_logits = call["draft_logits"][row["draft_rows"]].cpu()
+        decided = (
+            q_logits is not None
+            and row["temperature"] > 0
+            and all(bool(t.isfinite().any()) and not bool(t.isnan().any()) for t in (x, q_logits))
+        )
+        if not decided:
+            verify_sample({k: v[b : b + 1] for k, v in plain.items()}, [results[0][b : b + 1]])
+            continue
+        _, accept, again, _ = (word / 2**32 for word in philox_words(row["seed"], row["position"]))
+        draft, rounding = row["draft_token_ids"], 1e-5
+        for slack in (0.0, 1e-6, -1e-6):
+            p, q = _distributions(call, row, b, slack)
+            margin = float(p[draft] - accept * q[draft])
+            if token == draft and margin > -rounding * float(p[draft] + q[draft]) and margin != 0:
+                break
+            left = (p - q).clamp(min=0)
+            total = float(left.sum())
+            if margin > rounding * float(p[draft] + q[draft]):
+                continue
+            if total < rounding:  # p is q: whatever p allows
+                if float(p[token]) > 0:
+                    break
+                continue
+            cdf = left.cumsum(0)
+            low, high = float(cdf[token] - left[token]), float(cdf[token])
+            if float(p[token] - q[token]) > -rounding and low - rounding <= again * total <= high + rounding:
+                break
+        else:
+            raise AssertionError(
+                f"row {b} {row}: got {token}, p {float(p[token])}, q {float(q[token])}, margin {margin}"
+            )
+
+
+def bad_speculative(gen: Gen, base: Call) -> Bad:
+    empty = {"logits": base["logits"][:, :0], "draft_logits": base["draft_logits"][:, :0]}
+    yield "no vocabulary", empty, ValueError, ("logits has shape (6, 0)", "V ≥ 1")
+    if base["logits"].is_cuda:
+        return
+    yield from (case for case in bad_sample(gen, base) if case[0] != "no vocabulary")
+    for name, index, value, says in (
+        ("draft_rows", 1, -2, "-1 ≤ draft_rows ≤ 3"),
+        ("draft_rows", 1, 4, "-1 ≤ draft_rows ≤ 3"),
+        ("draft_token_ids", 0, -1, "0 ≤ draft_token_ids ≤ 299"),
+        ("draft_token_ids", 4, 300, "0 ≤ draft_token_ids ≤ 299"),
+    ):
+        wrong = base[name].clone()
+        wrong[index] = value
+        yield f"{name} {value}", {name: wrong}, ValueError, (f"{name}[{index}] is {value}", says)
 
 
 def logprob_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:

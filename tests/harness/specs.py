@@ -30,10 +30,13 @@ from tests.harness.sampling_calls import (
     bad_adjust,
     bad_bitmask,
     bad_sample,
+    bad_speculative,
     bitmask_calls,
     logprob_calls,
     sample_calls,
+    speculative_calls,
     verify_sample,
+    verify_speculative,
 )
 
 Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
@@ -358,6 +361,19 @@ SPECS = (
         {"logits": Role((0,))} | dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed", "position"), _B),
         verify=verify_sample,
         bad=bad_sample,
+        keeps_dtype=False,
+        cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+    OpSpec(
+        "speculative_sample",
+        ops.speculative_sample,
+        speculative_calls,
+        {"logits": Role((0, 1)), "draft_logits": Role((1,))}
+        | dict.fromkeys(
+            ("draft_token_ids", "draft_rows", "temperature", "top_k", "top_p", "min_p", "seed", "position"), _B
+        ),
+        verify=verify_speculative,
+        bad=bad_speculative,
         keeps_dtype=False,
         cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
     ),

@@ -99,3 +99,68 @@ def test_first_id_whose_cumulative_probability_exceeds() -> None:
     call = sample_call(Gen(seed=4), torch.zeros(rows, 2), 1.0)
     u = [philox_first_word(s, p) / 2**32 for s, p in zip(call["seed"].tolist(), call["position"].tolist(), strict=True)]
     assert ops.sample(**call).tolist() == [0 if x < 0.5 else 1 for x in u]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 4},
+        {"top_p": 0.74},
+        {"min_p": 0.25},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+def test_drafts_do_not_change_the_distribution(device: str, scale: float, limits: dict[str, float]) -> None:
+    """20,000 drafts from a q that is p, near it, or p upside down: what comes out is p.
+
+    And it is the draft as often as can be: the sum over all tokens of min(p, q).
+    """
+    draws, vocab = 20_000, 12
+    p_logits = torch.tensor([5, 1, 9, 2, 30, 2, 2, 3, 20, 1, 15, 10.0]).log()
+    noise = Gen(seed=5).randn(vocab)
+    q_logits = -p_logits if scale < 0 else p_logits + scale * noise
+    values = {"temperature": 1.0, **limits}
+
+    def call(logits: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        return sample_call(Gen(device, seed), logits.expand(draws, vocab).contiguous().to(device), **values)
+
+    # The same positions, other seeds, as in the engine.
+    target, draft = call(p_logits, 6), call(q_logits, 7)
+    draft["position"] = target["position"]
+    guessed = ops.sample(**draft)
+    rows = torch.arange(draws, dtype=torch.int32, device=device)
+    out = ops.speculative_sample(draft_logits=draft["logits"], draft_token_ids=guessed, draft_rows=rows, **target).cpu()
+    p, q = (_exact(logits, **values) for logits in (p_logits, q_logits))
+    counts = torch.bincount(out.long(), minlength=vocab)
+    assert int(counts[p == 0].sum()) == 0
+    assert _chi_square(counts[p > 0], p[p > 0]) < 50.0
+    overlap = float(torch.minimum(p, q).sum())
+    accepted = float((out == guessed.cpu()).double().mean())
+    assert abs(accepted - overlap) < 5 * (overlap * (1 - overlap) / draws) ** 0.5 + 1e-6
+    # Each answer by what was guessed: no guess is favoured beyond p.
+    assert int((out[out != guessed.cpu()] == -1).sum()) == 0
+
+
+def _exact(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
+    """The distribution that `sample` draws from, in fp64, by its definition."""
+    weights = (logits.double() / temperature).softmax(0)
+    if top_k:
+        weights = torch.where(weights >= weights.sort(descending=True).values[top_k - 1], weights, 0.0)
+    weights = weights / weights.sum()
+    above = torch.stack([weights[weights > w + 1e-12].sum() for w in weights])
+    weights = torch.where((above < top_p) & (weights >= min_p * weights.max() - 1e-12), weights, 0.0)
+    return weights / weights.sum()
+
+
+def test_rows_without_a_draft_are_those_of_sample(device: str) -> None:
+    call = sample_call(Gen(device, seed=8), Gen(device, seed=9).randn(30, 200), [0.0, 0.7, 1.0] * 10, 20, 0.95, 0.01)
+    rows = torch.full((30,), -1, dtype=torch.int32, device=device)
+    ids = torch.full((30,), -7, dtype=torch.int32, device=device)
+    none = ops.speculative_sample(draft_logits=call["logits"][:0], draft_token_ids=ids, draft_rows=rows, **call)
+    assert torch.equal(none, ops.sample(**call))
