@@ -6,8 +6,8 @@
 
 namespace fastattn {
 
-// First of the four words for the 64-bit key `seed` and the counter `position` (its upper 64 bits are 0).
-__device__ __forceinline__ uint32_t philox_first_word(uint64_t seed, uint64_t position) {
+// The four words for the 64-bit key `seed` and the counter `position` (its upper 64 bits are 0).
+__device__ __forceinline__ uint4 philox_words(uint64_t seed, uint64_t position) {
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
@@ -21,7 +21,11 @@ __device__ __forceinline__ uint32_t philox_first_word(uint64_t seed, uint64_t po
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return c0;
+  return make_uint4(c0, c1, c2, c3);
+}
+
+__device__ __forceinline__ uint32_t philox_first_word(uint64_t seed, uint64_t position) {
+  return philox_words(seed, position).x;
 }
 
 }  // namespace fastattn

@@ -1,6 +1,7 @@
 #include "sampling/adjust_logits.h"
 #include "sampling/apply_token_bitmask.h"
 #include "sampling/sample.h"
+#include "sampling/speculative_sample.h"
 #include "sampling/token_logprobs.h"
 #include "torch/checks.h"
 
@@ -62,9 +63,9 @@ void apply_token_bitmask_op(const Tensor& logits, const Tensor& bitmask, const T
   check_launch("apply_token_bitmask", apply_token_bitmask(p, stream_of(logits)));
 }
 
-Tensor sample_op(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-                 const Tensor& min_p, const Tensor& seed, const Tensor& position) {
-  const Checks checks("sample", "logits", logits);
+// Checks what both samplers take and fills all of SampleParams but the result.
+SampleParams sample_params(const Checks& checks, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                           const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position) {
   checks.shape("logits", logits, {kAny, kAny}).dtype("logits", logits, kFloats);
   const int64_t num_rows = logits.size(0);
   const int64_t vocab_size = logits.size(1);
@@ -81,17 +82,50 @@ Tensor sample_op(const Tensor& logits, const Tensor& temperature, const Tensor& 
   p.min_p = static_cast<const float*>(column("min_p", min_p, ScalarType::Float));
   p.seed = static_cast<const int64_t*>(column("seed", seed, ScalarType::Long));
   p.position = static_cast<const int64_t*>(column("position", position, ScalarType::Long));
-  Tensor out = empty(logits, {num_rows}, ScalarType::Int);
-  if (num_rows == 0) return out;
-
-  const OnDeviceOf guard(logits);
   p.logits = logits.data_ptr();
-  p.out = static_cast<int32_t*>(out.data_ptr());
   p.logits_stride = logits.stride(0);
   p.num_rows = num_rows;
   p.vocab_size = static_cast<int32_t>(vocab_size);
   p.dtype = dtype_of(logits);
+  return p;
+}
+
+Tensor sample_op(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                 const Tensor& min_p, const Tensor& seed, const Tensor& position) {
+  const Checks checks("sample", "logits", logits);
+  SampleParams p = sample_params(checks, logits, temperature, top_k, top_p, min_p, seed, position);
+  Tensor out = empty(logits, {p.num_rows}, ScalarType::Int);
+  if (p.num_rows == 0) return out;
+
+  const OnDeviceOf guard(logits);
+  p.out = static_cast<int32_t*>(out.data_ptr());
   check_launch("sample", sample(p, stream_of(logits)));
+  return out;
+}
+
+Tensor speculative_sample_op(const Tensor& logits, const Tensor& draft_logits, const Tensor& draft_token_ids,
+                             const Tensor& draft_rows, const Tensor& temperature, const Tensor& top_k,
+                             const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position) {
+  const Checks checks("speculative_sample", "logits", logits);
+  SpeculativeSampleParams p;
+  p.target = sample_params(checks, logits, temperature, top_k, top_p, min_p, seed, position);
+  checks.shape("draft_logits", draft_logits, {kAny, logits.size(1)})
+      .dtype("draft_logits", draft_logits, {logits.scalar_type()});
+  const int64_t num_rows = p.target.num_rows;
+  checks.shape("draft_token_ids", draft_token_ids, {num_rows})
+      .dtype("draft_token_ids", draft_token_ids, {ScalarType::Int});
+  checks.shape("draft_rows", draft_rows, {num_rows}).dtype("draft_rows", draft_rows, {ScalarType::Int});
+  Tensor out = empty(logits, {num_rows}, ScalarType::Int);
+  if (num_rows == 0) return out;
+
+  const OnDeviceOf guard(logits);
+  p.target.out = static_cast<int32_t*>(out.data_ptr());
+  p.draft_logits = draft_logits.data_ptr();
+  p.draft_token_ids = data<int32_t>(draft_token_ids);
+  p.draft_rows = data<int32_t>(draft_rows);
+  p.draft_stride = draft_logits.stride(0);
+  p.num_draft_rows = draft_logits.size(0);
+  check_launch("speculative_sample", speculative_sample(p, stream_of(logits)));
   return out;
 }
 
@@ -133,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("adjust_logits", TORCH_BOX(&adjust_logits_op));
   m.impl("apply_token_bitmask", TORCH_BOX(&apply_token_bitmask_op));
   m.impl("sample", TORCH_BOX(&sample_op));
+  m.impl("speculative_sample", TORCH_BOX(&speculative_sample_op));
   m.impl("token_logprobs", TORCH_BOX(&token_logprobs_op));
 }
 

@@ -76,9 +76,11 @@ class Sampler:
             self._adjust(logits, rows)
         if has_grammar:
             self._mask(logits, num_drafted)
-        token_ids = ops.sample(
-            logits, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position
-        )
+        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position)
+        if drafts is None or drafts.logits is None:
+            token_ids = ops.sample(logits, *columns)
+        else:
+            token_ids = ops.speculative_sample(logits, drafts.logits, *_drafts_of(rows, drafts, logits.device), *columns)
         accepted, at = [], 0
         drawn: list[int] = token_ids.tolist()
         for request, count in num_drafted.items():
@@ -124,6 +126,18 @@ class Sampler:
             to_device([p.presence_penalty for p in params]),
             to_device([p.frequency_penalty for p in params]),
         )
+
+
+def _drafts_of(rows: Sequence[_Row], drafts: Drafts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row the draft that it decides about and the row of `drafts.logits` that it was drawn from, both (n) int32; -1
+    for the last row of a request, which decides about none."""
+    ids, places = [], []
+    for row in rows:
+        is_draft = row.num_accepted < len(row.drafts)
+        ids.append(row.drafts[row.num_accepted] if is_draft else -1)
+        places.append(drafts.rows[row.request][row.num_accepted] if is_draft else -1)
+    both = torch.tensor([ids, places], dtype=torch.int32).to(device)
+    return both[0], both[1]
 
 
 def _accepted(drawn: list[int], drafts: list[int]) -> list[int]:

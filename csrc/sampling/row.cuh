@@ -1,0 +1,252 @@
+// One row of logits as a distribution, for a CTA of kNumThreads: temperature, top-k, top-p, min-p, and the draw,
+// without a sort. sample.cu says how; speculative_sample.cu holds two of them against each other.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "arch/reduce.cuh"
+#include "arch/vec.cuh"
+#include "sampling/order.cuh"
+
+namespace fastattn {
+
+constexpr int kNumThreads = 1024;
+constexpr int kNumWarps = kNumThreads / 32;
+constexpr int kDistanceBins = 2 * kNumThreads;
+constexpr float kBinsPerUnit = 64.0f;  // bins reach down to e^-32 of the largest probability; the last takes the rest
+constexpr int kListSize = 4096;
+constexpr int kBatch = 8;                 // loads in flight a thread
+constexpr float kOne = 4398046511104.0f;  // 2^42
+
+struct SampleStorage {
+  unsigned long long bins[kDistanceBins];
+  unsigned long long warp_sums[kNumWarps];
+  unsigned long long before;  // what is above the chosen bin
+  int chosen;
+  int list_size;
+  float list[kListSize];
+};
+
+__device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
+  return warp_reduce(value, [](unsigned long long a, unsigned long long b) { return a + b; });
+}
+
+// Sum over this lane and the lanes below it.
+__device__ __forceinline__ unsigned long long warp_inclusive_sum(unsigned long long value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const unsigned long long lower = __shfl_up_sync(0xffffffffu, value, distance);
+    if (threadIdx.x % 32 >= distance) value += lower;
+  }
+  return value;
+}
+
+// Finds the last of the smem.bins[0 … NUM_BINS) that still has something of the first `bound` in it: all bins before it
+// hold less than bound. Leaves it in smem.chosen and what they hold in smem.before. If all bins together hold less
+// than bound, it is the last that is not empty. Two bins per thread; a barrier before and after.
+template <int NUM_BINS>
+__device__ __forceinline__ void choose_bin(SampleStorage& smem, unsigned long long bound) {
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const int warp_idx = threadIdx.x / 32;
+  const int bin = 2 * threadIdx.x;
+  const unsigned long long first = bin < NUM_BINS ? smem.bins[bin] : 0;
+  const unsigned long long second = bin < NUM_BINS ? smem.bins[bin + 1] : 0;
+  const unsigned long long inclusive = warp_inclusive_sum(first + second);
+  if (lane == 31) smem.warp_sums[warp_idx] = inclusive;
+  if (threadIdx.x == 0) smem.chosen = -1;
+  __syncthreads();
+  unsigned long long before = warp_sum(lane < warp_idx ? smem.warp_sums[lane] : 0) + inclusive - first - second;
+  // At most one thread finds a bin that is not empty, begins under the bound, and either reaches it or is the last.
+  const unsigned long long total = warp_sum(smem.warp_sums[lane]);
+  const unsigned long long limit = bound < total ? bound : total;
+  if (first > 0 && before < limit && before + first >= limit) {
+    smem.chosen = bin;
+    smem.before = before;
+  }
+  before += first;
+  if (second > 0 && before < limit && before + second >= limit) {
+    smem.chosen = bin + 1;
+    smem.before = before;
+  }
+  __syncthreads();
+}
+
+template <typename T>
+struct Row {
+  const T* logits;
+  int32_t vocab_size;
+  float peak;
+  float temperature;
+  const float* list;  // in shared memory: all logits that can still be kept, in any order
+  int32_t list_size;  // -1: there is no list, any logit of the row can be kept
+
+  __device__ __forceinline__ float logit(int32_t id) const { return to_float(logits[id]); }
+
+  // f(id, logit) for every STRIDE-th id. The loads of a batch come first: f has atomics, which no load may pass.
+  template <int STRIDE, typename F>
+  __device__ __forceinline__ void each(int32_t begin, int32_t end, F f) const {
+    for (; begin < end; begin += kBatch * STRIDE) {
+      float x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i] = begin + i * STRIDE < end ? logit(begin + i * STRIDE) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begin + i * STRIDE < end) f(begin + i * STRIDE, x[i]);
+      }
+    }
+  }
+
+  // f(logit) for all that can still be kept, shared among the threads.
+  template <typename F>
+  __device__ __forceinline__ void each_candidate(F f) const {
+    if (list_size < 0) {
+      each<kNumThreads>(threadIdx.x, vocab_size, [&](int32_t, float x) { f(x); });
+    } else {
+      for (int32_t i = threadIdx.x; i < list_size; i += kNumThreads) f(list[i]);
+    }
+  }
+
+  // exp((x - peak) / temperature) in fixed point; the peak is 1, also if it is +inf or the temperature is tiny.
+  __device__ __forceinline__ float probability(float x) const {
+    return x == peak ? 1.0f : expf((x - peak) / temperature);
+  }
+  __device__ __forceinline__ unsigned long long weight(float x) const {
+    return static_cast<unsigned long long>(probability(x) * kOne + 0.5f);
+  }
+  __device__ __forceinline__ int distance_bin(float x) const {
+    // 0 for the peak itself; NaN from inf - inf cannot be: then x == peak.
+    if (x == peak) return 0;
+    return static_cast<int>(fminf((peak - x) * kBinsPerUnit, static_cast<float>(kDistanceBins - 1)));
+  }
+};
+
+// The smallest logit, as ordered(x), among those for which the measure of all strictly larger ones is below `bound`
+// (at least 1). measure(x) is what a logit adds: 1 for top-k, its weight for top-p, 0 to leave it out. Gives the row
+// its list, if it has none yet and there is room for all that are kept.
+template <typename T, typename Measure>
+__device__ uint32_t last_kept(Row<T>& row, SampleStorage& smem, unsigned long long bound, Measure measure) {
+  const auto clear = [&](int num_bins) {
+    __syncthreads();  // readers of the level before
+    for (int i = threadIdx.x; i < num_bins; i += kNumThreads) smem.bins[i] = 0;
+    __syncthreads();
+  };
+  clear(kDistanceBins);
+  row.each_candidate([&](float x) {
+    const unsigned long long value = measure(x);
+    if (value > 0) atomicAdd(&smem.bins[row.distance_bin(x)], value);
+  });
+  choose_bin<kDistanceBins>(smem, bound);
+  const int distance_bin = smem.chosen;
+  bound -= smem.before;
+
+  if (row.list_size < 0) {
+    if (threadIdx.x == 0) smem.list_size = 0;
+    __syncthreads();
+    row.each_candidate([&](float x) {
+      if (row.distance_bin(x) > distance_bin) return;
+      const int at = atomicAdd(&smem.list_size, 1);
+      if (at < kListSize) smem.list[at] = x;
+    });
+    __syncthreads();
+    if (smem.list_size <= kListSize) row.list_size = smem.list_size;
+  }
+
+  uint32_t prefix = 0;  // bits of ordered(x), highest first
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    clear(256);
+    const uint32_t known = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
+    row.each_candidate([&](float x) {
+      if (row.distance_bin(x) != distance_bin) return;
+      const uint32_t key = ordered(x);
+      if ((key & known) != prefix) return;
+      const unsigned long long value = measure(x);
+      if (value > 0) atomicAdd(&smem.bins[255 - (key >> shift & 255u)], value);  // the largest come first
+    });
+    choose_bin<256>(smem, bound);
+    prefix |= static_cast<uint32_t>(255 - smem.chosen) << shift;
+    bound -= smem.before;
+  }
+  return prefix;
+}
+
+// The first id whose cumulative weight exceeds u / 2^32 of the total, which is not 0. kept(id, x) is what an id weighs
+// whose logit is x, 0 if it is not kept.
+template <typename T, typename Kept>
+__device__ int32_t draw(const Row<T>& row, SampleStorage& smem, uint32_t u, Kept kept) {
+  const int lane = threadIdx.x % 32;
+  const int warp_idx = threadIdx.x / 32;
+  int32_t begin = 0;
+  int32_t end = row.vocab_size;
+  unsigned long long target = 0;  // counted from `begin`
+  for (bool first = true; first || end - begin > 32; first = false) {
+    const int32_t run = ((end - begin + kNumWarps - 1) / kNumWarps + 31) / 32 * 32;  // whole warps, so at least 32 ids
+    const int32_t run_begin = begin + warp_idx * run;
+    const int32_t run_end = min(run_begin + run, end);
+    unsigned long long sum = 0;
+    row.template each<32>(run_begin + lane, run_end, [&](int32_t id, float x) { sum += kept(id, x); });
+    sum = warp_sum(sum);
+    __syncthreads();  // readers of the round before
+    if (lane == 0) smem.warp_sums[warp_idx] = sum;
+    __syncthreads();
+    const unsigned long long inclusive = warp_inclusive_sum(smem.warp_sums[lane]);
+    if (first) {
+      const unsigned long long total = __shfl_sync(0xffffffffu, inclusive, 31);
+      target = __umul64hi(total, u) << 32 | (total * u) >> 32;  // total * u / 2^32, below total
+    }
+    const int chosen = __ffs(__ballot_sync(0xffffffffu, inclusive > target)) - 1;
+    target -= __shfl_sync(0xffffffffu, inclusive, max(chosen - 1, 0)) * (chosen > 0);
+    begin += chosen * run;
+    end = min(begin + run, end);
+  }
+  const int32_t id = begin + lane;
+  const unsigned long long inclusive = warp_inclusive_sum(id < end ? kept(id, row.logit(id)) : 0);
+  return begin + __ffs(__ballot_sync(0xffffffffu, inclusive > target)) - 1;
+}
+
+// The largest logit's first id; -1 for a row with a NaN or without a finite logit. Sets the row's peak. All threads get
+// it.
+template <typename T>
+__device__ int32_t find_peak(Row<T>& row) {
+  unsigned long long best = 0;
+  bool is_nan = false;
+  bool is_finite = false;
+  row.template each<kNumThreads>(threadIdx.x, row.vocab_size, [&](int32_t id, float x) {
+    is_nan |= x != x;
+    is_finite |= fabsf(x) < INFINITY;
+    const unsigned long long rank = ranked(x, id);
+    best = rank > best ? rank : best;
+  });
+  best = block_reduce(best, 0ull, [](unsigned long long a, unsigned long long b) { return a > b ? a : b; });
+  is_nan = __syncthreads_or(is_nan);
+  is_finite = __syncthreads_or(is_finite);
+  const int32_t best_id = ranked_id(best);
+  if (is_nan || !is_finite) return -1;
+  row.peak = row.logit(best_id);
+  return best_id;
+}
+
+__device__ __forceinline__ unsigned long long block_sum(unsigned long long value) {
+  return block_reduce(value, 0ull, [](unsigned long long a, unsigned long long b) { return a + b; });
+}
+
+// The smallest logit, as ordered(x), that top-k and top-p keep; 0 where both are off. Needs the peak.
+template <typename T>
+__device__ uint32_t limit(Row<T>& row, SampleStorage& smem, int32_t top_k, float top_p) {
+  uint32_t smallest = 0;
+  if (top_k > 0 && top_k < row.vocab_size) {
+    smallest = last_kept(row, smem, top_k, [](float) { return 1ull; });
+  }
+  if (top_p < 1.0f) {
+    const auto top_k_weight = [&](float x) { return ordered(x) >= smallest ? row.weight(x) : 0ull; };
+    unsigned long long total = 0;
+    row.each_candidate([&](float x) { total += top_k_weight(x); });
+    total = block_sum(total);
+    const double mass = ceil(static_cast<double>(top_p) * static_cast<double>(total));
+    smallest = last_kept(row, smem, mass < 1.0 ? 1ull : static_cast<unsigned long long>(mass), top_k_weight);
+  }
+  return smallest;
+}
+
+}  // namespace fastattn

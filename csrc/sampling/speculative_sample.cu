@@ -1,0 +1,116 @@
+// Rejection sampling of a drafted token (https://arxiv.org/abs/2211.17192, https://arxiv.org/abs/2302.01318).
+//
+//   p, q   what sample.cu draws from logits and from draft_logits, under the same limits; x ~ q is the draft
+//   token  x           if u1 * q[x] < p[x]                       u1, u2: 2nd and 3rd word of Philox(seed, position) /
+//   2^32
+//          first id with  sum of r up to it  >  u2 * (sum of r)  otherwise, r[i] = max(p[i] - q[i], 0)
+//
+// p and q are weights over their sum, in 2^-42 steps, integers again: the sum of r does not depend on its order. Where
+// r is 0 everywhere p and q are the same but for rounding, and p itself is drawn from.
+//
+// One CTA per row, one row after the other in the same shared memory:
+//
+//   target: max, NaN? ──> greedy, or nothing: done
+//     ├─ no draft, or its logits are no numbers ──> drawn as sample.cu does
+//     └─ limits, sum ──> draft row: limits, sum ──> accept? done ──> sum of r ──> draw
+#include "arch/dispatch.h"
+#include "sampling/philox.cuh"
+#include "sampling/row.cuh"
+#include "sampling/speculative_sample.h"
+
+namespace fastattn {
+namespace {
+
+constexpr double kProbabilityOne = 4398046511104.0;  // 2^42
+
+// A row under its limits. `scale` makes probabilities of weights.
+template <typename T>
+struct Limited {
+  Row<T> row;
+  uint32_t smallest = 0;
+  float min_p = 0.0f;
+  double scale = 0.0;
+
+  __device__ __forceinline__ unsigned long long weight(float x) const {
+    return ordered(x) >= smallest && row.probability(x) >= min_p ? row.weight(x) : 0ull;
+  }
+  __device__ __forceinline__ double probability(int32_t id) const {
+    return static_cast<double>(weight(row.logit(id))) * scale;
+  }
+  __device__ __forceinline__ unsigned long long fixed_probability(float x) const {
+    return static_cast<unsigned long long>(static_cast<double>(weight(x)) * scale + 0.5);
+  }
+};
+
+template <typename T>
+__device__ void set_limits(Limited<T>& out, SampleStorage& smem, const SampleParams& p, int64_t row_idx) {
+  out.smallest = limit(out.row, smem, p.top_k[row_idx], p.top_p[row_idx]);
+  out.min_p = p.min_p[row_idx];
+  unsigned long long total = 0;
+  out.row.template each<kNumThreads>(threadIdx.x, out.row.vocab_size,
+                                     [&](int32_t, float x) { total += out.weight(x); });
+  out.scale = kProbabilityOne / static_cast<double>(block_sum(total));  // the peak is always kept
+  __syncthreads();                                                      // the list is the next row's from here on
+  out.row.list_size = -1;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    speculative_sample_kernel(const __grid_constant__ SpeculativeSampleParams params) {
+  __shared__ SampleStorage smem;
+  const SampleParams& p = params.target;
+  const int64_t row_idx = blockIdx.x;
+  const auto answer = [&](int32_t token) {
+    if (threadIdx.x == 0) p.out[row_idx] = token;
+  };
+  const auto row_of = [&](const void* logits, int64_t idx, int64_t stride) {
+    return Row<T>{
+        static_cast<const T*>(logits) + idx * stride, p.vocab_size, 0.0f, p.temperature[row_idx], smem.list, -1};
+  };
+
+  Limited<T> target;
+  target.row = row_of(p.logits, row_idx, p.logits_stride);
+  const int32_t best_id = find_peak(target.row);
+  if (best_id < 0 || target.row.temperature <= 0.0f) return answer(best_id);
+  set_limits(target, smem, p, row_idx);
+  const uint4 words = philox_words(p.seed[row_idx], p.position[row_idx]);
+  const auto target_weight = [&](int32_t, float x) { return target.weight(x); };
+
+  const int32_t draft_row = params.draft_rows[row_idx];
+  bool is_drafted = draft_row >= 0 && draft_row < params.num_draft_rows;
+  const int32_t token = is_drafted ? params.draft_token_ids[row_idx] : 0;
+  is_drafted = is_drafted && token >= 0 && token < p.vocab_size;
+  Limited<T> draft;
+  if (is_drafted) {
+    draft.row = row_of(params.draft_logits, draft_row, params.draft_stride);
+    is_drafted = find_peak(draft.row) >= 0;
+  }
+  if (!is_drafted) return answer(draw(target.row, smem, words.x, target_weight));
+  set_limits(draft, smem, p, row_idx);
+
+  const double accept = static_cast<double>(words.y) * 0x1p-32;
+  if (accept * draft.probability(token) < target.probability(token)) return answer(token);
+
+  const auto left = [&](int32_t id, float x) {
+    const unsigned long long ours = target.fixed_probability(x);
+    const unsigned long long theirs = draft.fixed_probability(draft.row.logit(id));
+    return ours > theirs ? ours - theirs : 0ull;
+  };
+  unsigned long long total = 0;
+  target.row.template each<kNumThreads>(threadIdx.x, p.vocab_size, [&](int32_t id, float x) { total += left(id, x); });
+  if (block_sum(total) == 0) return answer(draw(target.row, smem, words.z, target_weight));
+  answer(draw(target.row, smem, words.z, left));
+}
+
+}  // namespace
+
+cudaError_t speculative_sample(const SpeculativeSampleParams& params, cudaStream_t stream) {
+  const SampleParams& p = params.target;
+  if (p.num_rows > INT32_MAX || p.vocab_size > kSampleMaxVocab) return cudaErrorInvalidConfiguration;
+  return dispatch_float(p.dtype, [&](auto element) {
+    speculative_sample_kernel<decltype(element)><<<static_cast<unsigned>(p.num_rows), kNumThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace fastattn
