@@ -80,7 +80,9 @@ class Sampler:
         if drafts is None or drafts.logits is None:
             token_ids = ops.sample(logits, *columns)
         else:
-            token_ids = ops.speculative_sample(logits, drafts.logits, *_drafts_of(rows, drafts, logits.device), *columns)
+            token_ids = ops.speculative_sample(
+                logits, drafts.logits, *_drafts_of(rows, drafts, logits.device), *columns
+            )
         accepted, at = [], 0
         drawn: list[int] = token_ids.tolist()
         for request, count in num_drafted.items():

@@ -69,12 +69,14 @@ class Speculator:
         wanted = {}
         for request in running:
             request.seq.drafts = []
-            if request.num_pending_tokens == 1 and (count := self._num_wanted(request)) > 0:
+            if request.num_pending_tokens == 1 and request.pooling is None and (count := self._num_wanted(request)) > 0:
                 wanted[request] = count
         drafts = self.proposer.propose(wanted) if wanted else Drafts()
         for request, token_ids in drafts.token_ids.items():
             # Nothing comes after an end token.
-            end = next((i + 1 for i, token in enumerate(token_ids) if token in request.stop_token_ids), None)
+            end = next((i + 1 for i, token in enumerate(token_ids) if token in request.stop_token_ids), len(token_ids))
+            if request.grammar is not None:
+                end = min(end, request.grammar.num_valid(token_ids))
             request.seq.drafts = token_ids[:end]
         return drafts
 

@@ -11,13 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn._runtime import TokenSequence
+from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine, EngineStats
 from fastattn.engine.outputs import CompletionOutput, RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.structured_output import StructuredOutput
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.config import SpeculativeConfig
-from tests.engine.tiny import assert_idle, drain, make_engine, run
+from tests.engine.thread_ranks import ThreadRanks
+from tests.engine.tiny import TinySource, assert_idle, drain, make_engine, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -225,6 +228,36 @@ def test_mixed_schedules(setting: Setting, case: Any) -> None:
 def test_many_mixed_schedules(setting: Setting, case: Any) -> None:
     proposer, config, options, arrivals = case
     setting.compare(setting.speculating(proposer, config, **options), arrivals)
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_structured_output(setting: Setting, proposer: str) -> None:
+    """Guesses that a grammar forbids are not verified, and those that it allows end where it does."""
+    wishes = [StructuredOutput("regex", "(abc |the ){3,9}!"), StructuredOutput("choice", ("the end", "the start"))]
+    arrivals = [
+        Arrival(i, SamplingParams(**values, max_tokens=40, structured_output=wish))
+        for i, wish in enumerate(wishes)
+        for values in ({"temperature": 0}, {"temperature": 1, "seed": 3, "n": 2})
+    ]
+    stats = setting.compare(setting.speculating(proposer), arrivals)
+    # A draft model does not know the grammar: what it says is seldom allowed, but then it may be right.
+    assert stats.num_accepted_tokens > {"ngram": 10, "perfect": 2, "stranger": -1}[proposer]
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_two_ranks(setting: Setting, proposer: str) -> None:
+    """Rank 0 guesses, both verify."""
+    spec = setting.speculating(proposer).config.speculative
+    ranks = ThreadRanks(TinySource(), 2)
+    config = EngineConfig(
+        max_model_len=256, num_kv_blocks=20, block_size=8, max_num_seqs=4, debug_checks=True, speculative=spec
+    )
+    engine = ranks.start(config, setting.drafts[proposer])
+    try:
+        stats = setting.compare(engine, [Arrival(i % len(PROMPTS), params_of(i, 30)) for i in (0, 1, 2, 7)])
+        assert stats.num_draft_tokens > 20
+    finally:
+        ranks.close()
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
