@@ -25,6 +25,7 @@ def start_ranks(size: int, source: ModelSource, device: torch.device, limit_seco
     Raises ValueError for what cannot work, RankError for a rank that does not start.
     """
     _check(size, source, device)
+    device = torch.device("cuda", 0) if device.type == "cuda" else device  # NCCL wants to know which
     place = config.torchrun_place()
     if place is None or place[1] == 1:
         return RankGroup(size, device, limit_seconds)
