@@ -162,11 +162,14 @@ class Watch:
             self._cause = self._cause or "the group was closed"
         for member in self.members:
             member.link.close()
+        # All ranks give their connections up at the same time: one that is alone with it tries for long to reach the others.
+        ending = threading.Thread(target=self._abort_once, name="fastattn-abort", daemon=True)
+        ending.start()
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline and any(member.ending() is None for member in self.members):
             time.sleep(0.005)
         self._kill()
-        self._abort_once()
+        ending.join(timeout_seconds)
         os.close(wake)  # what the thread waits for
         self._thread.join()
         os.close(self._awake)
