@@ -177,6 +177,12 @@ def _sampling(s: Shapes, device: torch.device) -> Iterator[Case]:
         rest = (full(0.8, f), full(50, torch.int32), full(0.95, f), full(0, f), full(7, i), full(3, i))
         return lambda: ops.sample(arguments, *rest)
 
+    def speculative_sample() -> Call:
+        f, i, arguments, drafts = torch.float32, torch.int64, logits(), logits()
+        rest = (full(0.8, f), full(50, torch.int32), full(0.95, f), full(0, f), full(7, i), full(3, i))
+        every, ids = torch.arange(rows, device=device, dtype=torch.int32), full(1, torch.int32)
+        return lambda: ops.speculative_sample(arguments, drafts, ids, every, *rest)
+
     def token_logprobs() -> Call:
         x, token_ids = logits(), full(1, torch.int32)
         return lambda: ops.token_logprobs(x, token_ids, 5)
@@ -189,4 +195,5 @@ def _sampling(s: Shapes, device: torch.device) -> Iterator[Case]:
     # Everything is allowed: no logit is written.
     yield Case("apply_token_bitmask", f"{rows} × {vocab}", apply_token_bitmask, rows * vocab // 8)
     yield Case("sample", f"{rows} × {vocab}, top-k 50, top-p 0.95", sample, rows * vocab * 4)
+    yield Case("speculative_sample", f"{rows} × {vocab}, a draft each", speculative_sample, 2 * rows * vocab * 4)
     yield Case("token_logprobs", f"{rows} × {vocab}, 5 best", token_logprobs, rows * vocab * 4)

@@ -458,7 +458,7 @@ REFUSED = [
     ("", {}, "add_request: 40 prompt and up to 24 new tokens need 8 KV blocks of 8 tokens, but the cache has 5", {"prompt": {"prompt_token_ids": [5] * 40}}),
     ("", {"logit_bias": {107: 1.0}}, "add_request: logit_bias or stop_token_ids has 107, allowed are ids from 0 to 106", {}),
     ("", {"stop_token_ids": [500]}, "add_request: logit_bias or stop_token_ids has 500, allowed are ids from 0 to 106", {}),
-    ("", {}, "add_request: params is a dict, expected SamplingParams", {"params": {}}),
+    ("", {}, "add_request: params is a dict, expected SamplingParams or PoolingParams", {"params": {}}),
     ("", {}, "add_request: request_id 'taken' is already in use", {"request_id": "taken"}),
     ("", {}, "add_request: request_id is 7, expected str", {"request_id": 7}),
     ("", {}, "add_request: priority is 'high', expected int", {"priority": "high"}),
@@ -585,7 +585,7 @@ def test_nothing_leaks_in_a_long_random_run(make_engine: MakeEngine) -> None:
         ({"max_num_seqs": 2.5}, "EngineConfig: max_num_seqs is 2.5, allowed is an integer from 1 to 2**31 - 1"),
         ({"num_kv_blocks": True}, "EngineConfig: num_kv_blocks is True, allowed is an integer from 1 to 2**31 - 1"),
         ({"block_size": 12}, "EngineConfig: block_size is 12, allowed are 8, 16, 32, 64, 128 and 256"),
-        ({"policy": "lifo"}, "EngineConfig: policy is 'lifo', allowed are 'fcfs' and 'priority'"),
+        ({"policy": "lifo"}, "EngineConfig: policy is 'lifo', allowed are 'fcfs', 'priority' and 'fair'"),
         (
             {"num_kv_blocks": 2**27},
             "EngineConfig: num_kv_blocks * block_size is 2147483648, allowed is below 2**31",
