@@ -12,11 +12,14 @@ and JSON: nothing that is received is ever run.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import mmap
 import os
+import resource
 import socket
 import struct
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -31,6 +34,7 @@ from fastattn.nn import TensorParallel
 MAX_MESSAGE = 1 << 20
 _RECORD = struct.Struct("<qB1015s")
 _FAILED, _FAILED_IN_EXCHANGE = 1, 2
+_HIGH_FD, _HIGH_FDS = 4096, 64  # descriptors below this and the process's limit, the last of them for stores
 _CONNECT, _FOREVER = timedelta(seconds=60), timedelta(days=365)
 
 
@@ -155,7 +159,11 @@ def connect(
     store_fd: an empty memfd that all of them have open, where they find each other's addresses.
     limit_seconds: how long an exchange on the CPU may wait for a rank. None: for ever; rank 0 watches for all.
     """
-    store = FileStore(f"/proc/self/fd/{store_fd}", size)
+    # When the store goes it opens its path again, and would never come back from a file that is not its own. So its number
+    # is one that no other file gets (the kernel gives the lowest that is free), and it is closed just before the group goes.
+    top = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _HIGH_FD) - _HIGH_FDS
+    own_fd = fcntl.fcntl(store_fd, fcntl.F_DUPFD_CLOEXEC, max(top, 3))
+    store = FileStore(f"/proc/self/fd/{own_fd}", size)
     torch_groups: Any = distributed  # whose type stubs differ from what is there
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -167,6 +175,7 @@ def connect(
         gloo._devices = [torch_groups.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         gloo._timeout = _CONNECT
         group = torch_groups.ProcessGroupGloo(store, rank, size, gloo)
+    weakref.finalize(group, os.close, own_fd)
     tp = TensorParallel(rank, size, group, on_exchange)
     tp.all_reduce(torch.zeros(1, device=device))  # the first one makes the connections
     if device.type == "cuda":

@@ -106,6 +106,24 @@ def test_ranks_end_with_an_engine_that_nobody_holds(folder: str) -> None:
     assert not [link for link in map(read_link, Path("/proc/self/fd").iterdir()) if "memfd:fastattn" in link]
 
 
+def test_a_group_goes_while_its_old_file_numbers_are_taken(folder: str, tmp_path: Path) -> None:
+    """torch's store opens its path once more when it goes; from a file that is not its own it would never come back."""
+    other = tmp_path / "other"
+    other.write_bytes(b"\x7f\x31\x20\x31" * 1000)
+    program = f"""
+import gc, os
+from fastattn import LLM
+llm = LLM({folder!r}, tensor_parallel_size=2, **{OPTIONS!r})
+llm.close()
+files = [open({str(other)!r}, "r+b") for _ in range(200)]
+del llm
+gc.collect()
+print("gone")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "gone\n", done.stderr
+
+
 def kill(number: signal.Signals) -> Callable[[Any], None]:
     return lambda member: os.kill(member.pid, number)
 

@@ -31,6 +31,7 @@ BAD: dict[str, list[Any]] = {
     "skip_special_tokens": [0, None],
     "include_stop_str_in_output": [1, "no"],
     "output_kind": ["all", None, 1],
+    "structured_output": ["[0-9]+", {"kind": "regex", "value": "a"}, True],
 }
 GOOD: dict[str, list[Any]] = {
     "n": [1, 256],
