@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,7 @@ class _Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},  # and none of the server's secrets
         )
         await self._write(self._parts)
 

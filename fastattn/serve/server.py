@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
@@ -173,10 +174,13 @@ class Server:
             info = client.info
             assert info is not None
             settings = self._state.engine_settings()[name]
-            parts = info.tokenizer
             if settings.chat_template is not None:
-                parts = msgspec.structs.replace(parts, chat_template=settings.chat_template.read_text(encoding="utf-8"))
-            renderer = Renderer(parts, info.max_model_len, config.render_workers)
+                template = settings.chat_template.read_text(encoding="utf-8")
+                # Another template is another model to the response cache.
+                digest = hashlib.sha256(f"{info.digest}\0{template}".encode()).hexdigest()
+                parts = msgspec.structs.replace(info.tokenizer, chat_template=template)
+                info = msgspec.structs.replace(info, tokenizer=parts, digest=digest)
+            renderer = Renderer(info.tokenizer, info.max_model_len, config.render_workers)
             self._renderers.append(renderer)
             await renderer.start()
             self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics)

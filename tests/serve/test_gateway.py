@@ -252,3 +252,20 @@ def test_what_is_wrong_in_the_file_is_said_at_once(tiny_folder: Path, tmp_path: 
     file.write_text(yaml.safe_dump({"router": {"model_list": [{"model_name": "a", "engine": "b"}]}}))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "router.model_list.0.engine is 'b', known are" in done.stderr
+
+
+def test_another_chat_template_is_another_model_to_the_cache(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = {"served_model_name": ["small"], "num_kv_blocks": 64, "block_size": 8, "render_workers": 1}
+    settings["cache"] = {"path": str(tmp_path / "cache.sqlite")}
+    file, template = tmp_path / "serve.yaml", tmp_path / "template.jinja"
+    file.write_text(yaml.safe_dump(settings))
+    template.write_text("{% for m in messages %}another form of {{ m['content'] }}{% endfor %}")
+    found = []
+    for more in ([], ["--chat-template", str(template)], []):
+        with running(tiny_folder, "--config", str(file), *more) as server:
+            body = chat("the same question", model="small", temperature=0, max_tokens=8)
+            answer = server.post("/v1/chat/completions", body)
+            assert answer.status_code == 200, answer.text
+            found.append((answer.headers[CACHE], said(answer), answer.json()["usage"]["prompt_tokens"]))
+    assert [state for state, _, _ in found] == ["miss", "miss", "hit"]
+    assert found[0][1:] == found[2][1:] and found[0][2] != found[1][2]
