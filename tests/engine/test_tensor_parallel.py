@@ -7,6 +7,8 @@ the two best logits are nearer to each other than that; such a place is checked,
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.pooling_params import PoolingParams
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.structured_output import StructuredOutput
 from fastattn.models.config import ModelConfig, RopeConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.registry import build_meta, build_model, load_model
@@ -208,6 +211,54 @@ def test_speculation_on_ranks(odd: Pair, method: str) -> None:
     stats = engine.stats()
     assert stats.num_draft_tokens > 0
     assert stats.num_accepted_tokens > 0
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0}, "b": {"enum": ["x", "yes"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+FORMS = [
+    StructuredOutput("json_schema", json.dumps(SCHEMA)),
+    StructuredOutput("regex", "[0-9]{3}-[a-f]{2,5}(st)?"),
+    StructuredOutput("choice", ("the fox", "the dog", "a")),
+]
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["", "ngram"])
+def test_structured_output_on_ranks(odd: Pair, speculative: bool) -> None:
+    """Masks are rank 0's business, on logits gathered from all. Beside a free text, drawn and greedy, with drafts that a
+    grammar may refuse."""
+    spec = SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+    options: dict[str, Any] = {"max_num_batched_tokens": 40} | ({"speculative": spec} if speculative else {})
+    base = SamplingParams(temperature=0, max_tokens=40)
+    params = [dataclasses.replace(base, structured_output=form) for form in FORMS]
+    params += [dataclasses.replace(p, temperature=1.0, seed=7, n=2, min_p=0.02, logprobs=2) for p in params]
+    params += [dataclasses.replace(base, ignore_eos=True)]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(params))]
+    ours, alone = (tiny.run(make(**options), prompts, params) for make in (odd.shared, odd.alone))
+    odd.compare(ours, alone)
+    ended = 0
+    for p, a, b in zip(params[:-1], ours, alone, strict=False):
+        for one, other in zip(a.outputs, b.outputs, strict=True):
+            assert one.text == other.text
+            assert_logprobs_close(one.logprobs, other.logprobs)
+            assert p.structured_output is not None
+            if one.finish_reason == "stop":
+                ended += 1
+                check_form(p.structured_output, one.text)
+    assert ended >= 6  # the rest is cut by max_tokens
+
+
+def check_form(form: StructuredOutput, text: str) -> None:
+    if form.kind == "json_schema":
+        value = json.loads(text)
+        assert value["a"] >= 0 and value["b"] in ("x", "yes")
+    elif form.kind == "regex":
+        assert re.fullmatch(form.text, text)
+    else:
+        assert text in form.value
 
 
 def test_embeddings_on_ranks(odd: Pair) -> None:
