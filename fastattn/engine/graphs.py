@@ -32,7 +32,7 @@ class DecodeGraphs:
         self._forward = forward
         powers = [1, 2, 4, 8, 16]
         self.sizes = [s for s in powers + list(range(32, max_num_seqs, 32)) if s < max_num_seqs] + [max_num_seqs]
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self.captured: dict[tuple[int, int], DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def size_for(self, num_seqs: int) -> int:
@@ -40,10 +40,10 @@ class DecodeGraphs:
         return next(s for s in self.sizes if s >= num_seqs)
 
     def __contains__(self, shape: tuple[int, int]) -> bool:
-        return shape in self._graphs
+        return shape in self.captured
 
     def get(self, shape: tuple[int, int]) -> DecodeGraph:
-        return self._graphs[shape]
+        return self.captured[shape]
 
     def capture(self, batch: Batch) -> DecodeGraph:
         """Records a step of ``batch.num_seqs`` sequences of ``batch.attention.max_seqlen_q`` tokens. The batch may hold anything that is harmless to run."""
@@ -57,5 +57,5 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(batch)
         shape = (batch.num_seqs, batch.attention.max_seqlen_q)
-        self._graphs[shape] = DecodeGraph(graph, logits)
-        return self._graphs[shape]
+        self.captured[shape] = DecodeGraph(graph, logits)
+        return self.captured[shape]

@@ -64,6 +64,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.use_cuda_graphs:
             self.graphs = DecodeGraphs(self._forward, config.max_num_seqs)
+            model.tp.captured(self.graphs.captured.clear)
 
     @torch.inference_mode()
     def execute(self, scheduled: dict[Request, int], drafts: Drafts | None = None) -> Sampled:

@@ -6,6 +6,7 @@ between the two nothing is exchanged and one sum over ranks ends the pair (Shoey
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,6 +14,9 @@ import torch
 from torch.distributed import Work
 
 from fastattn.nn.shard import Shard, split, split_heads, split_unit
+
+# Longer than kernels take to see that their exchange was given up.
+_QUIT_SECONDS = 0.1
 
 
 class CollectiveError(RuntimeError):
@@ -44,6 +48,7 @@ class TensorParallel:
         if not 0 <= rank < size:
             raise ValueError(f"TensorParallel: rank is {rank}, allowed is 0 to {size - 1}, one less than size")
         self.rank, self.size, self._group, self._on_exchange = rank, size, group, on_exchange
+        self._drop_captures: list[Callable[[], None]] = []
 
     def shard(self, total: int, dim: int = 0) -> Shard:
         """This rank's part of a dimension."""
@@ -72,10 +77,25 @@ class TensorParallel:
         self._exchange(lambda group: group.gather(parts, x, 0))
         return torch.cat([part[:, :n] for part, n in zip(parts, lengths, strict=True)], 1) if parts else x
 
-    def abort(self) -> None:
-        """From another thread: gives up the exchange that is under way, and all later ones."""
+    def captured(self, drop: Callable[[], None]) -> None:
+        """Says how to drop the CUDA graphs that exchanges are recorded in: ``abort`` does. No graph may be replayed then.
+
+        drop: must not hold what holds this object, or neither ever goes.
+        """
         if self._group is not None:
-            self._group.abort()
+            self._drop_captures.append(drop)
+
+    def abort(self) -> None:
+        """From another thread: gives up the exchange that is under way, and all later ones. May take long."""
+        if self._group is None:
+            return
+        # It ends the kernels that run, and then NCCL waits for the last graph that has one of its own in it.
+        aborting = threading.Thread(target=self._group.abort, name="fastattn-abort", daemon=True)
+        aborting.start()
+        aborting.join(_QUIT_SECONDS)
+        for drop in self._drop_captures:
+            drop()
+        aborting.join()
 
     def _exchange(self, start: Callable[[Group], Work]) -> None:
         if self._group is None:
