@@ -27,7 +27,12 @@ def main(fd: str, parent: str) -> NoReturn:
         sys.exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when to end, a server drains first
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(follow(socket.socket(fileno=int(fd))))
+    code = follow(socket.socket(fileno=int(fd)))
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # nothing else is left to tidy up, and a device that hangs would make it take for ever
 
 
 def follow(sock: socket.socket) -> int:
@@ -52,6 +57,7 @@ def follow(sock: socket.socket) -> int:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({Path(last.filename).name}:{last.lineno})"
         board.fail(rank, f"{type(error).__name__}: {error}{place}", isinstance(error, CollectiveError))
+        link.shut_down()  # rank 0 hears of it now; what this process's end waits for may take long
         return 1
     finally:
         ended.set()
@@ -62,7 +68,7 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     import torch
 
     from fastattn.engine.config import EngineConfig
-    from fastattn.engine.rank_link import SharedMemory, connect
+    from fastattn.engine.rank_link import LinkClosedError, SharedMemory, connect
     from fastattn.engine.runner import Runner
     from fastattn.engine.setup import choose_device, choose_dtype, device_memory
     from fastattn.models.loader import open_model
@@ -90,9 +96,10 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
             board.begin(rank)
             runner.follow(message)
             link.send(b"read")
-    finally:
+    except LinkClosedError:
         if device.type == "cuda":
-            tp.abort()  # torch complains about a group that is left to the end of its process
+            tp.abort()  # as rank 0 does at this moment: one that is alone with it tries for long to reach the others
+        raise
 
 
 def _end_with_rank_0(sock: socket.socket, ended: threading.Event) -> None:

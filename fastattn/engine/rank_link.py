@@ -12,6 +12,7 @@ and JSON: nothing that is received is ever run.
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import json
 import mmap
@@ -20,7 +21,7 @@ import resource
 import socket
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +37,15 @@ _RECORD = struct.Struct("<qB1015s")
 _FAILED, _FAILED_IN_EXCHANGE = 1, 2
 _HIGH_FD, _HIGH_FDS = 4096, 64  # descriptors below this and the process's limit, the last of them for stores
 _CONNECT, _FOREVER = timedelta(seconds=60), timedelta(days=365)
+# torch's threads beside NCCL would end this process, minutes after an error or when giving NCCL up takes long. It is the
+# user's; who is lost is ours to find and to say.
+_NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",  # its waits cannot be captured
+}
 
 
 class LinkClosedError(ConnectionError):
@@ -84,6 +94,11 @@ class Link:
     def receive_json(self, timeout: float | None = None, max_fds: int = 0) -> tuple[dict[str, Any], list[int]]:
         message, fds = self.receive(timeout, max_fds)
         return json.loads(message), fds
+
+    def shut_down(self) -> None:
+        """Tells the other end that this one has ended, also while another thread waits for the socket."""
+        with contextlib.suppress(OSError):  # the other end was first
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.socket.close()
@@ -169,7 +184,8 @@ def connect(
         torch.cuda.set_device(device)
         nccl = torch_groups.ProcessGroupNCCL.Options()
         nccl._timeout = _FOREVER  # torch's own watchdog would end this process; ours ends the group with a message
-        group = torch_groups.ProcessGroupNCCL(store, rank, size, nccl)
+        with _environment(_NCCL_ENVIRONMENT):  # read when a group is made
+            group = torch_groups.ProcessGroupNCCL(store, rank, size, nccl)
     else:
         gloo = torch_groups.ProcessGroupGloo._Options()
         gloo._devices = [torch_groups.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
@@ -183,3 +199,17 @@ def connect(
     else:
         group.set_timeout(_FOREVER if limit_seconds is None else timedelta(seconds=limit_seconds))
     return tp
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

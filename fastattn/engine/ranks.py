@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,8 @@ T = TypeVar("T")
 _GRACE_SECONDS = 0.5
 # Importing torch on a machine that has other work to do, and loading weights from a slow disk.
 _START_SECONDS, _LOAD_SECONDS = 120.0, 1800.0
+# Ranks that are told to end have the first to do so; one that was killed has the second, in which the kernel frees its device.
+_LEAVE_SECONDS, _DIE_SECONDS = 3.0, 1.0
 _BOOT = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from fastattn.engine.rank import main; main(*sys.argv[2:])"
 
 
@@ -70,7 +73,7 @@ class Watch:
         """sockets: to ranks that torchrun started; None starts them."""
         self.size, self.board = size, board
         self.members: list[Member] = []
-        self.abort: Callable[[], None] = lambda: None  # frees a thread that waits for a GPU that waits for a rank
+        self.abort: Callable[[], None] | None = None  # frees a thread that waits for a GPU that waits for a rank
         self.is_late: Callable[[], bool] = lambda: False  # asked now and then
         self._cause: str | None = None
         self._lock = threading.Lock()
@@ -115,13 +118,18 @@ class Watch:
         with self._lock:
             if self._cause is None:
                 self._cause = own_failure or self._find_cause()
+                self._start_abort()
                 self._kill()
-                self._abort_once()
             return self._cause
 
-    def _abort_once(self) -> None:
-        abort, self.abort = self.abort, lambda: None
-        abort()
+    def _start_abort(self) -> threading.Thread | None:
+        """Not waited for by who has lost a rank: alone it may take long, and what it is for it does first."""
+        abort, self.abort = self.abort, None
+        if abort is None:
+            return None
+        thread = threading.Thread(target=abort, name="fastattn-end", daemon=True)
+        thread.start()
+        return thread
 
     def _find_cause(self) -> str:
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -149,11 +157,13 @@ class Watch:
                     member.process.kill()
                 elif _exists(member.pid):
                     os.kill(member.pid, signal.SIGKILL)
-        for member in self.members:
-            if member.process is not None:
-                member.process.wait()
+        self._wait_for_ends(time.monotonic() + _DIE_SECONDS)
 
-    def stop(self, timeout_seconds: float = 5.0) -> None:
+    def _wait_for_ends(self, deadline: float) -> None:
+        while time.monotonic() < deadline and any(member.ending() is None for member in self.members):
+            time.sleep(0.005)
+
+    def stop(self) -> None:
         """Lets the ranks end by themselves, and ends those that do not. May be called again."""
         with self._lock:
             if self._wake < 0:
@@ -163,16 +173,16 @@ class Watch:
         for member in self.members:
             member.link.close()
         # All ranks give their connections up at the same time: one that is alone with it tries for long to reach the others.
-        ending = threading.Thread(target=self._abort_once, name="fastattn-abort", daemon=True)
-        ending.start()
-        deadline = time.monotonic() + timeout_seconds
-        while time.monotonic() < deadline and any(member.ending() is None for member in self.members):
-            time.sleep(0.005)
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        aborting = self._start_abort()
+        self._wait_for_ends(deadline)
         self._kill()
-        ending.join(timeout_seconds)
+        if aborting is not None:
+            aborting.join(max(0.0, deadline - time.monotonic()))
         os.close(wake)  # what the thread waits for
-        self._thread.join()
-        os.close(self._awake)
+        if self._thread is not threading.current_thread():  # the garbage collector runs in any
+            self._thread.join()
+            os.close(self._awake)
 
 
 class RankGroup:
@@ -224,11 +234,31 @@ class RankGroup:
                 member.link.send_json((memory.fd,), config=asdict(config))
             limit = self._limit if self.device.type == "cpu" else None
             board = self._board
-            tp = connect(self._store_fd, 0, self.size, self.device, lambda: board.begin(0), limit)
+            tp = self._unless_it_falls(
+                lambda: connect(self._store_fd, 0, self.size, self.device, lambda: board.begin(0), limit)
+            )
             if self.device.type == "cuda":
                 self._late = _LateStep(self._limit)
                 self._watch.is_late, self._watch.abort = self._late.is_late, tp.abort
             return tp, memory.tensor(self.device)
+
+    def _unless_it_falls(self, call: Callable[[], T]) -> T:
+        """A call that waits for ranks, in a thread that is left behind if it waits for one that is gone or late: nothing
+        frees it while NCCL makes its connections."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="fastattn-connect", daemon=True).start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not wait([future], 0.1).done:
+            if self._watch.cause is not None or time.monotonic() > deadline:
+                raise TimeoutError("a rank does not answer")
+        return future.result()
 
     def wait_until_loaded(self) -> None:
         with self._guarded():
@@ -255,7 +285,7 @@ class RankGroup:
     def check(self) -> None:
         """Raises RankError if the group is gone."""
         if self._watch.cause is not None:
-            raise RankError(self._message(self._watch.cause))
+            raise RankError(self._message(self._watch.fall()))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -266,8 +296,10 @@ class RankGroup:
             raise
         except (CollectiveError, LinkClosedError, TimeoutError) as error:
             raise RankError(self._message(self._watch.fall())) from error
-        except Exception as error:
-            cause = self._watch.fall(f"rank 0 failed: {type(error).__name__}: {error}")
+        except BaseException as error:
+            cause = self._watch.fall(f"rank 0 failed: {type(error).__name__}: {error}".removesuffix(": "))
+            if not isinstance(error, Exception):  # Ctrl-C, after which rank 0 is no longer where the others are
+                raise
             raise RankError(self._message(cause)) from error
 
     def _message(self, cause: str) -> str:

@@ -8,20 +8,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastattn import LLM, AsyncEngine, SamplingParams
+from fastattn import LLM, AsyncEngine, SamplingParams, StructuredOutput
+from fastattn.engine import rank_link
 from fastattn.engine.async_engine import EngineDeadError
+from fastattn.engine.rank_link import connect
 from fastattn.engine.ranks import RankError
 from fastattn.models.loader import ModelFileError, open_model
 from tests.engine.prompts import PROMPTS
-from tests.engine.test_tensor_parallel import MODELS
+from tests.engine.test_tensor_parallel import MODELS, assert_logprobs_close
 from tests.engine.tiny import TinySource, write_folder
 
 pytestmark = pytest.mark.timeout(300)
@@ -97,6 +101,54 @@ def test_two_ranks_and_one_give_the_same_text(folder: str) -> None:
         texts(llm, PROMPTS[:1])
 
 
+def test_whatever_a_request_asks_for(folder: str) -> None:
+    """In one batch, greedy and drawn, twice, so that prefixes are shared; and embeddings after it."""
+    form = StructuredOutput("json_schema", '{"type": "array", "items": {"enum": [1, "ab", null]}, "maxItems": 3}')
+    asked: list[dict[str, Any]] = [
+        {"structured_output": form},
+        {"structured_output": StructuredOutput("regex", "([a-z]{2}[0-9]){2,6}")},
+        {"logprobs": 3, "prompt_logprobs": 2},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"logit_bias": {5: 4.0}, "min_tokens": 8, "stop_token_ids": [5], "n": 2},
+        {"min_p": 0.05, "top_p": 0.9, "logprobs": 1},
+    ]
+    params = [SamplingParams(max_tokens=16, temperature=0, **a) for a in asked if "n" not in a]
+    params += [SamplingParams(max_tokens=16, temperature=1, seed=seed, **a) for seed, a in enumerate(asked)]
+    prompts = [PROMPTS[i % 4] for i in range(len(params))]
+    found = []
+    for size in (1, 2):
+        llm = LLM(folder, tensor_parallel_size=size, **OPTIONS)
+        outputs = [o for _ in range(2) for o in llm.generate(prompts, params, use_tqdm=False)]
+        vectors = [o.embedding for o in llm.embed(prompts[:3], use_tqdm=False)]
+        llm.close()
+        llm.engine._intake._grammars._sandbox.close()  # the process that compiles grammars is no rank
+        found.append((outputs, vectors))
+    (alone, alone_vectors), (shared, shared_vectors) = found
+    for a, b in zip(shared, alone, strict=True):
+        assert [(o.token_ids, o.text, o.finish_reason) for o in a.outputs] == [
+            (o.token_ids, o.text, o.finish_reason) for o in b.outputs
+        ]
+        for one, other in zip(a.outputs, b.outputs, strict=True):
+            assert_logprobs_close(one.logprobs, other.logprobs)
+        assert_logprobs_close(a.prompt_logprobs, b.prompt_logprobs)
+    assert shared[2].prompt_logprobs is not None
+    for one, other in zip(shared_vectors, alone_vectors, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_groups_that_start_at_the_same_time(folder: str) -> None:
+    """Each finds its own ranks: nothing of a group has a name or a port that another could take."""
+    expected = texts(LLM(folder, **OPTIONS), PROMPTS[:2])
+    with ThreadPoolExecutor(2) as pool:
+        llms = list(pool.map(lambda _: LLM(folder, tensor_parallel_size=2, **OPTIONS), range(2)))
+        assert list(pool.map(lambda llm: texts(llm, PROMPTS[:2]), llms)) == [expected] * 2
+    os.kill(pids(llms[0])[0], signal.SIGKILL)
+    with pytest.raises(RankError, match="was killed by signal 9"):
+        texts(llms[0], PROMPTS[:1])
+    assert texts(llms[1], PROMPTS[:2]) == expected
+    llms[1].close()
+
+
 def test_ranks_end_with_an_engine_that_nobody_holds(folder: str) -> None:
     llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
     (pid,) = pids(llm)
@@ -156,6 +208,53 @@ def test_a_rank_that_is_lost_is_named_and_ends_the_group(folder: str, rank: int,
         texts(llm, PROMPTS[:1])
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "closed"])
+def test_nothing_waits_for_what_never_ends(folder: str, lost: bool) -> None:
+    """Giving NCCL up may hang for as long as it likes, and a rank that is told to end may not hear it."""
+    llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
+    ranks, forever = llm.engine.runner.ranks, threading.Event()
+    assert ranks is not None
+    ranks._watch.abort = lambda: [forever.wait()]
+    (pid,) = pids(llm)
+    os.kill(pid, signal.SIGKILL if lost else signal.SIGSTOP)
+    start = time.monotonic()
+    if lost:
+        with pytest.raises(RankError, match="was killed by signal 9"):
+            texts(llm, PROMPTS[:1])
+    llm.close()
+    assert time.monotonic() - start < 5
+    assert not runs(pid)
+    forever.set()
+
+
+def test_a_rank_that_is_lost_while_all_connect(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who connects would wait for it for a minute, with NCCL for ever."""
+    killed = []
+
+    def kill_and_connect(*arguments: Any) -> Any:
+        (rank,) = running_children() - before
+        os.kill(rank, signal.SIGKILL)
+        killed.append(time.monotonic())
+        return connect(*arguments)
+
+    monkeypatch.setattr("fastattn.engine.ranks.connect", kill_and_connect)
+    before = running_children()
+    with pytest.raises(RankError, match=r"rank 1 \(process \d+\) was killed by signal 9"):
+        LLM(folder, tensor_parallel_size=2, **OPTIONS)
+    assert time.monotonic() - killed[0] < 5
+
+
+def test_what_torch_reads_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is the user's, who may train beside us."""
+    first, second, *_ = rank_link._NCCL_ENVIRONMENT
+    monkeypatch.setenv(first, "3")
+    monkeypatch.delenv(second, raising=False)
+    before = dict(os.environ)
+    with rank_link._environment(rank_link._NCCL_ENVIRONMENT):
+        assert os.environ[first] == os.environ[second] == "0"
+    assert os.environ == before
+
+
 def test_our_own_part_that_fails_ends_the_group(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for an exchange that never comes, so no later step is possible."""
     llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
@@ -167,6 +266,21 @@ def test_our_own_part_that_fails_ends_the_group(folder: str, monkeypatch: pytest
     with pytest.raises(RankError, match="rank 0 failed: MemoryError: no more"):
         texts(llm, PROMPTS[:1])
     assert not any(map(runs, pids(llm)))
+
+
+def test_an_interrupt_within_a_step_ends_the_group(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next step's exchanges would be added to what is left of this one's."""
+    llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner.model, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        texts(llm, PROMPTS[:1])
+    monkeypatch.undo()
+    with pytest.raises(RankError, match=r"rank 0 failed: KeyboardInterrupt$"):
+        texts(llm, PROMPTS[:1])
 
 
 def test_a_rank_that_ends_while_nothing_runs_is_noticed(folder: str) -> None:
