@@ -122,9 +122,12 @@ class SharedMemory:
         """All of it, as bytes; for a CUDA device pinned, so that copies to it need no detour."""
         whole = torch.frombuffer(self.map, dtype=torch.uint8)
         if device.type == "cuda":
-            error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)  # type: ignore[no-untyped-call]
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            error = cudart.cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
             if int(error) != 0:
                 raise RuntimeError(f"cudaHostRegister of {whole.numel()} shared bytes failed with {error}")
+            # Or the next group's memory, which the kernel likes to put in the same place, would be refused as known.
+            weakref.finalize(whole, cudart.cudaHostUnregister, whole.data_ptr()).atexit = False
         return whole
 
 

@@ -138,6 +138,7 @@ def test_whatever_a_request_asks_for(folder: str) -> None:
 
 def test_groups_that_start_at_the_same_time(folder: str) -> None:
     """Each finds its own ranks: nothing of a group has a name or a port that another could take."""
+    threads = torch.get_num_threads()
     expected = texts(LLM(folder, **OPTIONS), PROMPTS[:2])
     with ThreadPoolExecutor(2) as pool:
         llms = list(pool.map(lambda _: LLM(folder, tensor_parallel_size=2, **OPTIONS), range(2)))
@@ -146,7 +147,9 @@ def test_groups_that_start_at_the_same_time(folder: str) -> None:
     with pytest.raises(RankError, match="was killed by signal 9"):
         texts(llms[0], PROMPTS[:1])
     assert texts(llms[1], PROMPTS[:2]) == expected
-    llms[1].close()
+    for llm in llms:
+        llm.close()
+    torch.set_num_threads(threads)  # each gives back the number that it found, and the second found the first's
 
 
 def test_ranks_end_with_an_engine_that_nobody_holds(folder: str) -> None:
