@@ -66,19 +66,19 @@ class Member:
 
 
 class Watch:
-    """Starts ranks 1 and up and has an eye on them, in a thread of its own: the kernel ends a child when the thread that
-    started it ends, and rank 0's other threads may be waiting for a rank that is gone."""
+    """Starts ranks 1 and up, has an eye on them, and gives the exchange with them up, in a thread of its own: the kernel ends
+    a child when the thread that started it ends, and rank 0's other threads may be waiting for a rank that is gone."""
 
     def __init__(self, size: int, board: Board, sockets: Sequence[socket.socket] | None) -> None:
         """sockets: to ranks that torchrun started; None starts them."""
         self.size, self.board = size, board
         self.members: list[Member] = []
-        self.abort: Callable[[], None] | None = None  # frees a thread that waits for a GPU that waits for a rank
+        self.abort: Callable[[], None] = lambda: None  # frees a thread that waits for a GPU that waits for a rank
         self.is_late: Callable[[], bool] = lambda: False  # asked now and then
         self._cause: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may stop a group from within
         self._awake, self._wake = os.pipe()
-        self._started = threading.Event()
+        self._started, self._aborted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(sockets,), name="fastattn-ranks", daemon=True)
         self._start_errors: list[BaseException] = []
         self._thread.start()
@@ -93,20 +93,26 @@ class Watch:
                 self.members.append(_start(rank) if sockets is None else _adopt(rank, sockets[rank - 1]))
         except BaseException as error:
             self._start_errors.append(error)
-        self._started.set()
         poll = select.poll()
         poll.register(self._awake, select.POLLIN)
         for member in self.members:
             poll.register(member.link.socket, select.POLLRDHUP)
+        self._started.set()
         while True:
             events = poll.poll(200)
             if any(fd == self._awake for fd, _ in events):
-                return
+                break
             if events or self.is_late():
                 self.fall()
                 break
+        # Nobody waits for this without a limit: a rank that is alone with it may take long.
+        try:
+            self.abort()
+        finally:
+            self._aborted.set()
         # Ends with the group: not before, since the children end with this thread.
-        select.select([self._awake], [], [])
+        while os.read(self._awake, 8):
+            pass
 
     @property
     def cause(self) -> str | None:
@@ -118,18 +124,9 @@ class Watch:
         with self._lock:
             if self._cause is None:
                 self._cause = own_failure or self._find_cause()
-                self._start_abort()
+                os.write(self._wake, b"!")
                 self._kill()
             return self._cause
-
-    def _start_abort(self) -> threading.Thread | None:
-        """Not waited for by who has lost a rank: alone it may take long, and what it is for it does first."""
-        abort, self.abort = self.abort, None
-        if abort is None:
-            return None
-        thread = threading.Thread(target=abort, name="fastattn-end", daemon=True)
-        thread.start()
-        return thread
 
     def _find_cause(self) -> str:
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -173,14 +170,14 @@ class Watch:
         for member in self.members:
             member.link.close()
         # All ranks give their connections up at the same time: one that is alone with it tries for long to reach the others.
+        os.write(wake, b"!")
         deadline = time.monotonic() + _LEAVE_SECONDS
-        aborting = self._start_abort()
         self._wait_for_ends(deadline)
         self._kill()
-        if aborting is not None:
-            aborting.join(max(0.0, deadline - time.monotonic()))
-        os.close(wake)  # what the thread waits for
         if self._thread is not threading.current_thread():  # the garbage collector runs in any
+            self._aborted.wait(max(0.0, deadline - time.monotonic()))
+        os.close(wake)
+        if self._aborted.is_set() and self._thread is not threading.current_thread():
             self._thread.join()
             os.close(self._awake)
 
@@ -232,6 +229,8 @@ class RankGroup:
         with self._guarded():
             for member in self.members:
                 member.link.send_json((memory.fd,), config=asdict(config))
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # of this thread, which launches the steps
             limit = self._limit if self.device.type == "cpu" else None
             board = self._board
             tp = self._unless_it_falls(

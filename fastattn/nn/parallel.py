@@ -6,6 +6,7 @@ between the two nothing is exchanged and one sum over ranks ends the pair (Shoey
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -91,11 +92,15 @@ class TensorParallel:
             return
         # It ends the kernels that run, and then NCCL waits for the last graph that has one of its own in it.
         aborting = threading.Thread(target=self._group.abort, name="fastattn-abort", daemon=True)
-        aborting.start()
-        aborting.join(_QUIT_SECONDS)
+        with contextlib.suppress(RuntimeError):  # Python is ending, starts no thread any more, and no kernel runs
+            aborting.start()
+            aborting.join(_QUIT_SECONDS)
         for drop in self._drop_captures:
             drop()
-        aborting.join()
+        if aborting.ident is None:
+            self._group.abort()
+        else:
+            aborting.join()
 
     def _exchange(self, start: Callable[[Group], Work]) -> None:
         if self._group is None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,11 @@ def read_link(path: Path) -> str:
 
 
 def running_children() -> set[int]:
-    listed = Path(f"/proc/self/task/{os.getpid()}/children")
-    tasks = Path("/proc/self/task").iterdir() if listed.exists() else []
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile, or a kernel that does not list them
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def runs(pid: int) -> bool:

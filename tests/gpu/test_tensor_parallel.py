@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,10 @@ def end_after(seconds: float) -> None:
         print(f"not done after {seconds:.0f} s", flush=True)
         faulthandler.dump_traceback()
         for task in Path("/proc/self/task").iterdir():
-            for pid in (task / "children").read_text().split():
-                os.kill(int(pid), signal.SIGCONT)
-                os.kill(int(pid), signal.SIGABRT)
+            with suppress(OSError):  # a thread or a rank that has ended meanwhile
+                for pid in (task / "children").read_text().split():
+                    os.kill(int(pid), signal.SIGCONT)
+                    os.kill(int(pid), signal.SIGABRT)
         time.sleep(2)
         os._exit(1)
 

@@ -44,6 +44,19 @@ def test_graphs_go_before_the_group() -> None:
         tp.all_reduce(torch.zeros(1))
 
 
+@pytest.mark.timeout(30)
+def test_graphs_go_before_the_group_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    group = CapturedGroup()
+    tp = TensorParallel(0, 2, group)
+    tp.captured(group.dropped.set)
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    tp.abort()
+    assert group.began.is_set()
+
+
 def test_one_rank_alone_holds_no_graphs() -> None:
     """It is shared by all models of the process."""
     tp = TensorParallel()
