@@ -23,7 +23,7 @@ from fastattn import LLM, AsyncEngine, SamplingParams, StructuredOutput
 from fastattn.engine import rank_link
 from fastattn.engine.async_engine import EngineDeadError
 from fastattn.engine.rank_link import connect
-from fastattn.engine.ranks import RankError
+from fastattn.engine.ranks import RankError, _LateStep
 from fastattn.models.loader import ModelFileError, open_model
 from tests.engine.prompts import PROMPTS
 from tests.engine.test_tensor_parallel import MODELS, assert_logprobs_close
@@ -248,6 +248,31 @@ def test_a_rank_that_is_lost_while_all_connect(folder: str, monkeypatch: pytest.
     with pytest.raises(RankError, match=r"rank 1 \(process \d+\) was killed by signal 9"):
         LLM(folder, tensor_parallel_size=2, **OPTIONS)
     assert time.monotonic() - killed[0] < 5
+
+
+def test_a_late_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is launched, and while it runs; once it has ended the device is left alone."""
+    ended, asked = False, 0
+
+    class Event:
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            nonlocal asked
+            asked += 1
+            return ended
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    late = _LateStep(0.0)
+    assert not late.is_late()
+    with late:
+        assert late.is_late()
+    assert late.is_late()
+    ended = True
+    assert not late.is_late()
+    assert (late.is_late(), asked) == (False, 2)
+    with late:
+        assert late.is_late()
 
 
 def test_what_torch_reads_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
