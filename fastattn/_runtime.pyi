@@ -79,7 +79,7 @@ class BatchBuilder:
         sequences: Sequence[TokenSequence],
         num_tokens: Sequence[int],
         pad_num_seqs: int = 0,
-        pad_num_tokens: int = 1,
+        pad_num_tokens: int = 0,
     ) -> BatchInfo: ...
 
 class NgramIndex:

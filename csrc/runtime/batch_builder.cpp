@@ -65,10 +65,11 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
     refuse("BatchBuilder.build: ", num_real, " sequences and pad_num_seqs ", pad_num_seqs, ", allowed are up to ",
            max_num_seqs_, " together");
   }
-  if (pad_num_tokens < 1 || pad_num_tokens > max_logits_per_seq_) {
-    refuse("BatchBuilder.build: pad_num_tokens is ", pad_num_tokens, ", allowed is 1 to ", max_logits_per_seq_);
+  if (pad_num_tokens < 0 || pad_num_tokens > pad_num_seqs * max_logits_per_seq_) {
+    refuse("BatchBuilder.build: pad_num_tokens is ", pad_num_tokens, ", allowed is 0 to ",
+           pad_num_seqs * max_logits_per_seq_, " with pad_num_seqs ", pad_num_seqs);
   }
-  int64_t total = pad_num_seqs * pad_num_tokens;
+  int64_t total = pad_num_tokens;
   for (int64_t i = 0; i < num_real; ++i) {
     const TokenSequence* seq = sequences[i];
     if (seq == nullptr) refuse("BatchBuilder.build: sequences[", i, "] is None");
@@ -153,7 +154,8 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     info.max_seqlen_k = std::max(info.max_seqlen_k, end);
   }
   for (int64_t i = 0; i < pad_num_seqs; ++i) {
-    for (int64_t j = 0; j < pad_num_tokens; ++j, ++info.num_tokens) {
+    const int64_t share = (i + 1) * pad_num_tokens / pad_num_seqs - i * pad_num_tokens / pad_num_seqs;
+    for (int64_t j = 0; j < share; ++j, ++info.num_tokens) {
       token_ids[info.num_tokens] = 0;
       positions[info.num_tokens] = 0;
       slot_mapping[info.num_tokens] = -1;
@@ -162,7 +164,7 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     block_table[info.num_seqs * max_blocks_per_seq_] = 0;
     seqused_k[info.num_seqs] = 0;
     cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(info.num_tokens);
-    info.max_seqlen_q = std::max<int64_t>(info.max_seqlen_q, pad_num_tokens);
+    info.max_seqlen_q = std::max(info.max_seqlen_q, share);
   }
   info.nbytes = fields_.back().offset + info.num_seqs * max_blocks_per_seq_ * int64_t{4};
   return info;

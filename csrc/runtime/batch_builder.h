@@ -31,7 +31,7 @@ class BatchBuilder {
                int64_t max_logits_per_seq);
 
   // num_tokens[i] tokens of sequences[i], its drafts after its own: the last of its own and each draft get a row of
-  // logits. Then pad_num_seqs rows of pad_num_tokens tokens that write nothing and see nothing.
+  // logits. Then pad_num_seqs rows that share pad_num_tokens tokens evenly, which write nothing and see nothing.
   BatchInfo build(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
                   const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens) const;
 

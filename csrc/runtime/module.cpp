@@ -93,7 +93,7 @@ void bind_batch_builder(py::module_& m) {
              return layout;
            })
       .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
-           "pad_num_tokens"_a = 1,
+           "pad_num_tokens"_a = 0,
            "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the "
            "rest.");
 }

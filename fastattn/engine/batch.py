@@ -9,6 +9,7 @@ import torch
 
 from fastattn._runtime import BatchBuilder, TokenSequence
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
 from fastattn.nn import AttentionMetadata
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
@@ -20,9 +21,9 @@ _ROWS = struct.Struct("<2q")
 class Step:
     """A step as a message: with the bytes of the step buffer it is all that a rank must know to compute its part.
 
-    nbytes: of the step buffer that are in use. graph_size: 0 computes the step as it is, n replays the graph of n sequences
-    (of max_seqlen_q tokens each); with ``capture`` that graph is recorded instead. extra_rows: (first row, count) runs among the tokens whose logits are
-    wanted on top of those that `logits_indices` names.
+    nbytes: of the step buffer that are in use. graph: replay the CUDA graph of this shape, recording it first with
+    ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
+    `logits_indices` names.
     """
 
     num_tokens: int
@@ -30,19 +31,23 @@ class Step:
     num_logits: int
     max_seqlen_q: int
     nbytes: int
-    graph_size: int = 0
+    graph: bool = False
     capture: bool = False
     extra_rows: tuple[tuple[int, int], ...] = ()
 
     def to_bytes(self) -> bytes:
-        sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes, self.graph_size)
-        return _STEP.pack(*sizes, self.capture) + b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
+        sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes)
+        return _STEP.pack(*sizes, self.graph, self.capture) + b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        tokens, seqs, logits, max_seqlen_q, nbytes, graph_size, capture = _STEP.unpack_from(message)
+        tokens, seqs, logits, max_seqlen_q, nbytes, graph, capture = _STEP.unpack_from(message)
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size :]))
-        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, graph_size, bool(capture), rows)
+        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, bool(graph), bool(capture), rows)
+
+    @property
+    def shape(self) -> DecodeShape:
+        return DecodeShape(self.num_seqs, self.num_tokens, self.max_seqlen_q)
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,15 @@ class Batch:
     sample_position: torch.Tensor
 
 
+def decode_shapes(config: EngineConfig) -> DecodeShapes:
+    return DecodeShapes(config.max_num_seqs, config.max_logits_per_seq, config.max_num_batched_tokens)
+
+
 def step_builder(config: EngineConfig) -> BatchBuilder:
     """What writes the step buffer, and says where in it everything stands."""
     return BatchBuilder(
         config.max_num_batched_tokens,
-        config.max_num_seqs,
+        decode_shapes(config).max_num_seqs,
         config.max_blocks_per_seq,
         config.block_size,
         config.max_logits_per_seq,
@@ -95,14 +104,14 @@ class BatchBuffers:
             count = torch.Size(shape).numel() * torch_dtype.itemsize
             self._views[name] = self.device_buffer[offset : offset + count].view(torch_dtype).view(shape)
 
-    def fill(
-        self, sequences: list[TokenSequence], num_tokens: list[int], pad_num_seqs: int = 0, pad_num_tokens: int = 1
-    ) -> Step:
-        """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i, and after them those of ``pad_num_seqs``
-        that are empty, of ``pad_num_tokens`` each."""
+    def fill(self, sequences: list[TokenSequence], num_tokens: list[int], shape: DecodeShape | None = None) -> Step:
+        """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i. shape: of the graph that will compute
+        them; what is missing to it is made up by sequences that write nothing and see nothing."""
         self.wait()
-        info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, pad_num_seqs, pad_num_tokens)
-        return Step(info.num_tokens, info.num_seqs, info.num_logits, info.max_seqlen_q, info.nbytes)
+        pad = (0, 0) if shape is None else (shape.num_seqs - len(sequences), shape.num_tokens - sum(num_tokens))
+        info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, *pad)
+        max_seqlen_q = info.max_seqlen_q if shape is None else shape.max_seqlen_q
+        return Step(info.num_tokens, info.num_seqs, info.num_logits, max_seqlen_q, info.nbytes, shape is not None)
 
     def load(self, step: Step) -> Batch:
         """Brings what was filled to the device, in the order of its stream."""

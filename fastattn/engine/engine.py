@@ -225,11 +225,13 @@ class Engine:
                 raise
             except Exception as error:
                 return self._fail(dict.fromkeys(self.scheduler.running, 0), error, ended)
+        now = time.monotonic()
         scheduled = self.scheduler.schedule()
         if not scheduled:
             self.check()
             return self._give_all(ended)
-        now = time.monotonic()
+        num_seqs, num_tokens = len(scheduled), sum(scheduled.values())
+        only_decodes = all(r.num_pending_tokens == 1 for r in scheduled)
         for request, num_tokens in scheduled.items():
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
@@ -243,7 +245,7 @@ class Engine:
             return self._fail(scheduled, error, ended)
         self.scheduler.advance(scheduled)
         self._num_steps += 1
-        now = time.monotonic()
+        started, now = now, time.monotonic()
         for i, request in enumerate(sampled.requests):
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
@@ -257,7 +259,10 @@ class Engine:
             self.kv.check()
             if self.speculator is not None:
                 self.speculator.check()
-        return self._give_all([*ended, *sampled.requests])
+        outputs = self._give_all([*ended, *sampled.requests])
+        if self.speculator is not None and only_decodes:
+            self.speculator.record_step(num_seqs, num_tokens - num_seqs, time.monotonic() - started)
+        return outputs
 
     def _fail(self, scheduled: Mapping[Request, int], error: Exception, ended: list[Request]) -> list[RequestOutput]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastattn.engine.decode_shapes import DecodeShapes
 from fastattn.models.config import ModelConfig
 from fastattn.models.registry import build_meta, loaded_bytes
 from fastattn.nn import TensorParallel
@@ -286,15 +287,15 @@ def _has_bias(config: ModelConfig) -> bool:
 def sampling_bytes(config: ModelConfig, options: PlanOptions) -> int:
     """Upper bound for logits and the draw: so many rows of the vocabulary."""
     elements = options.num_logits * config.vocab_size
-    logits = (
-        options.dtype.itemsize + 4 + 4
-    )  # as multiplied, in fp32, and the untouched copy that logprobs are taken from
+    # As multiplied, in fp32, and the untouched copy that logprobs are taken from.
+    logits = options.dtype.itemsize + 4 + 4
+    if options.device_type == "cuda":  # CUDA graphs have their own
+        logits += options.dtype.itemsize + 4
     if options.tensor_parallel_size > 1:  # rank 0's own part and those of all, before they stand side by side
         logits += 2 * options.dtype.itemsize
-    softcap = 8 if config.final_softcap else 0
     # The CPU ranks the whole vocabulary when top-p asks for it: rows, weights, ranks and indices, fp64 sums.
     draw = 0 if options.device_type == "cuda" else 44
-    return elements * (logits + softcap + draw) + options.num_logits * config.hidden_size * options.dtype.itemsize
+    return elements * (logits + draw) + options.num_logits * config.hidden_size * options.dtype.itemsize
 
 
 def draft_logits_bytes(config: ModelConfig, options: PlanOptions) -> int:
@@ -306,8 +307,10 @@ def draft_logits_bytes(config: ModelConfig, options: PlanOptions) -> int:
 
 def buffer_bytes(options: PlanOptions) -> int:
     """The step buffer (`_runtime.BatchBuilder`), and on a GPU its pinned twin on the host is not counted."""
-    seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
-    rows = seqs if options.speculative is None else seqs * (1 + options.speculative.num_speculative_tokens)
+    per_seq = 1 if options.speculative is None else 1 + options.speculative.num_speculative_tokens
+    tokens = options.max_num_batched_tokens
+    seqs = DecodeShapes(options.max_num_seqs, per_seq, tokens).max_num_seqs
+    rows = seqs * per_seq
     blocks = -(-options.max_model_len // options.block_size)
     fields = [4 * tokens] * 3 + [4 * (seqs + 1), 4 * seqs] + [4 * rows] * 5 + [8 * rows] * 2 + [4 * seqs * blocks]
     return sum(-(-nbytes // 16) * 16 for nbytes in fields)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastattn.engine.batch import Batch, BatchBuffers, Step
+from fastattn.engine.batch import Batch, BatchBuffers, Step, decode_shapes
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.graphs import DecodeGraphs
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
@@ -63,8 +64,8 @@ class Runner:
         self.pooler = Pooler()
         self.graphs: DecodeGraphs | None = None
         if device.type == "cuda" and config.use_cuda_graphs:
-            self.graphs = DecodeGraphs(self._forward, config.max_num_seqs)
-            model.tp.captured(self.graphs.captured.clear)
+            self.graphs = DecodeGraphs(self._decode, decode_shapes(config))
+            model.tp.captured(self.graphs.drop)
 
     @torch.inference_mode()
     def execute(self, scheduled: dict[Request, int], drafts: Drafts | None = None) -> Sampled:
@@ -108,41 +109,38 @@ class Runner:
     def compute_part(self, step: Step) -> Computed:
         """This rank's part of the forward pass."""
         batch = self.buffers.load(step)
-        if step.graph_size:
+        if step.graph:
             assert self.graphs is not None
-            shape = (step.graph_size, step.max_seqlen_q)
-            graph = self.graphs.capture(batch) if step.capture else self.graphs.get(shape)
+            graph = self.graphs.capture(step.shape, batch) if step.capture else self.graphs.get(step.shape)
             return Computed(graph.replay(), [], None)
         hidden = self._hidden(batch)
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
         return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
 
     def _fill(self, scheduled: dict[Request, int]) -> Step:
-        """The step in the host's buffer: as the graph that it can use, recorded if it is new, or as it is.
-
-        A graph serves decodes with the same number of drafts, none included; others differ in shape from step to step.
-        """
+        """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""
         sequences, num_tokens = [r.seq for r in scheduled], list(scheduled.values())
-        decodes = all(
-            r.num_pending_tokens == 1 and r.params.prompt_logprobs is None and r.pooling is None for r in scheduled
-        )
-        if self.graphs is None or not decodes or min(num_tokens) != max(num_tokens):
-            return self.buffers.fill(sequences, num_tokens)
-        size, per_seq = self.graphs.size_for(len(sequences)), num_tokens[0]
-        if size * per_seq > self.config.max_num_batched_tokens:
-            return self.buffers.fill(sequences, num_tokens)
-        if (size, per_seq) not in self.graphs:
-            # A step of padding rows alone is harmless to run and to record.
-            self.compute(replace(self.buffers.fill([], [], size, per_seq), graph_size=size, capture=True))
-        return replace(self.buffers.fill(sequences, num_tokens, size - len(sequences), per_seq), graph_size=size)
+        shape = self._graph_shape(scheduled)
+        if shape is not None and self.graphs is not None and shape not in self.graphs:
+            # A step of padding alone is harmless to run and to record.
+            self.compute(replace(self.buffers.fill([], [], shape), capture=True))
+        return self.buffers.fill(sequences, num_tokens, shape)
+
+    def _graph_shape(self, scheduled: dict[Request, int]) -> DecodeShape | None:
+        if self.graphs is None or not scheduled:
+            return None
+        for r in scheduled:
+            if r.num_pending_tokens != 1 or r.params.prompt_logprobs is not None or r.pooling is not None:
+                return None
+        return self.graphs.shapes.fit(len(scheduled), sum(scheduled.values()))
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache)
         return hidden
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _decode(self, batch: Batch, out: torch.Tensor | None) -> torch.Tensor:
         """A decode step: each sequence has its last token and drafts, so every row wants logits."""
-        return self.model.logits(self._hidden(batch))
+        return self.model.logits(self._hidden(batch), out)
 
 
 def _prompt_rows(scheduled: dict[Request, int]) -> list[tuple[Request, int, list[int]]]:

@@ -73,17 +73,19 @@ class DecoderModel(nn.Module):
         hidden: torch.Tensor = self.norm(x, residual)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (n, hidden_size) → logits (n, vocab_size) fp32; on a rank other than 0 only that rank's part of them."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden (n, hidden_size) → logits (n, vocab_size) fp32, in ``out`` if given; on a rank other than 0 only that rank's
+        part of them."""
         if self.lm_head is not None:
             logits = self.lm_head(hidden)
         elif self.packed_head is not None:
             logits = reference.packed_linear(hidden, self.packed_head, None)
         else:
             logits = ops.linear(hidden, self.embed_tokens.weight)
-        logits = self.tp.gather_columns(logits, self.config.vocab_size).float()
+        logits = self.tp.gather_columns(logits, self.config.vocab_size)
+        logits = logits.float() if out is None else out.copy_(logits)
         if self.config.final_softcap:
-            logits = torch.tanh(logits / self.config.final_softcap) * self.config.final_softcap
+            logits.div_(self.config.final_softcap).tanh_().mul_(self.config.final_softcap)
         return logits
 
     @property

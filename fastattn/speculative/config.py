@@ -25,7 +25,8 @@ class SpeculativeConfig:
     same; given none, 5 and 2.
     draft_sample_method: "greedy" guesses the draft model's likeliest tokens, and the text is what it is without speculation;
     "probabilistic" draws them and keeps the distribution, not the text (`ops.speculative_sample`).
-    adaptive_draft_length: guess less, and for a while nothing, for a request whose guesses keep being rejected.
+    adaptive_draft_length: guess less, and for a while nothing, for a request whose guesses keep being rejected, and for all
+    no more than pays by what guesses and steps are measured to cost.
     """
 
     method: Method | None = None

