@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import secrets
+import string
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import quote
 
 from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError, Chunk, RequestContext
@@ -35,7 +37,8 @@ class EngineBackend:
             m.Generate(f"{context.request_id}-{i}", ids, self._fit(ids, sampling), context.priority, context.tenant)
             for i, ids in enumerate(prompts)
         ]
-        context.headers.setdefault("x-fastattn-model", request.model)
+        # A model's name may be a path in any alphabet; a header may not.
+        context.headers.setdefault("x-fastattn-model", quote(request.model, safe=string.punctuation + " "))
         if isinstance(request, ChatCompletionRequest):
             answer: _ChatAnswer | _TextAnswer = _ChatAnswer(request, context)
         else:

@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import msgspec
+
 from fastattn.serve.auth import NOBODY, ApiKey, Keys, token_of
 from fastattn.serve.config import ServeConfig
 from fastattn.serve.contract import APIError
@@ -59,11 +61,15 @@ class Gate:
         request_id = uuid.uuid4().hex
         status = 0
 
+        body = _Body(scope, receive, self._config.max_body_bytes, self._config.body_timeout)
+
         async def count(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *self._own_headers(request_id)]
+                if self.draining or not body.complete:  # what the client may still send is not waited for
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         works = path in WORK
@@ -73,12 +79,11 @@ class Gate:
         try:
             key = self._let_in(scope)
             scope.setdefault("state", {}).update(key=key, request_id=request_id)
-            body = _Body(receive, self._config.max_body_bytes, self._config.body_timeout)
             await self._app(scope, body.receive, count)
         except APIError as error:
             if status:
                 raise
-            await send_error(count, error, close=True)
+            await _send_error(count, error)
         finally:
             self.num_working -= works
             if not self.num_working:
@@ -97,8 +102,7 @@ class Gate:
             )
 
     def _own_headers(self, request_id: str) -> list[tuple[bytes, bytes]]:
-        found = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-        return [*found, (b"connection", b"close")] if self.draining else found
+        return [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
 
     def _let_in(self, scope: Scope) -> ApiKey:
         """Whose request it is. Raises APIError for what goes no further."""
@@ -152,14 +156,15 @@ class Gate:
 class _Body:
     """receive() that gives up on a body that is too large, or that takes too long."""
 
-    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, seconds: float) -> None:
         self._receive, self._max_bytes = receive, max_bytes
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._num_bytes = 0
-        self._complete = False
+        # Without one of these a request has no body (RFC 9112, 6.3).
+        self.complete = not any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
     async def receive(self) -> Message:
-        if self._complete:
+        if self.complete:
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
@@ -168,7 +173,7 @@ class _Body:
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise _too_large(self._max_bytes)
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         return message
 
 
@@ -176,15 +181,10 @@ def _too_large(limit: int) -> APIError:
     return APIError(413, f"the body is larger than {limit} bytes", code="request_too_large")
 
 
-async def send_error(send: Send, error: APIError, close: bool = False) -> None:
-    """close: what the client may still send is not waited for."""
-    import msgspec
-
+async def _send_error(send: Send, error: APIError) -> None:
     body = msgspec.json.encode(error.body())
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in error.headers.items()]
-    if close:
-        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -52,7 +52,10 @@ def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
     for tool in tools:
         parameters = dict(tool.function.parameters or {"type": "object"})
         for key in ("$defs", "definitions"):  # references start at the root, which is ours here
-            for name, value in parameters.pop(key, {}).items():
+            found = parameters.pop(key, {})
+            if not isinstance(found, dict):
+                raise APIError(400, f"{key} of {tool.function.name!r} is no object", param="tools")
+            for name, value in found.items():
                 if definitions.setdefault(key, {}).setdefault(name, value) != value:
                     raise APIError(400, f"two tools define {key}/{name} differently", param="tools")
         properties = {"name": {"const": tool.function.name}, "arguments": parameters}

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol with the limits that it lacks: how long, and how large, a request's headers may be."""
+"""uvicorn's HTTP protocol with the limits that it lacks: how long, and how large, a request's headers may be, and what
+follows the body (trailers)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
     class LimitedProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
         _num_header_bytes = 0
+        _num_chunk_bytes: int | None = None  # since a chunk's head, while nothing of its data has come
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -28,10 +30,30 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self._header_timer is not None:
                 self._num_header_bytes += len(data)
+            elif self._num_chunk_bytes is not None:
+                self._num_chunk_bytes += len(data)
             super().data_received(data)
             # A whole request with its body may come at once; then nothing is waited for here any more.
             if self._header_timer is not None and self._num_header_bytes > _MAX_HEADER_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", b"the request's headers are too large")
+            elif (self._num_chunk_bytes or 0) > _MAX_HEADER_BYTES:  # the parser keeps a trailer until its end
+                self._refuse(b"431 Request Header Fields Too Large", b"the request's trailers are too large")
+
+        def on_chunk_header(self) -> None:
+            self._num_chunk_bytes = 0
+
+        def on_body(self, body: bytes) -> None:
+            self._num_chunk_bytes = None
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._num_chunk_bytes = None
+            super().on_message_complete()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            # Trailers would join the headers behind the back of whoever has judged those.
+            if self._header_timer is not None:
+                super().on_header(name, value)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
