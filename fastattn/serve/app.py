@@ -114,11 +114,13 @@ class Handlers:
         request, num_bytes = await _read(http, kind)
         backend = self._state.backend()
         context = self._context(http, request.priority)
-        ticket = self._admit(http, num_bytes, (request.max_new_tokens or 16) * (request.n or 1))
+        num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        ticket = self._admit(http, num_bytes, (request.max_new_tokens or 16) * (request.n or 1) * num_prompts)
         try:
             chunks = _metered(backend.stream(request, context), ticket)
             if not request.stream:
                 answer = await unless_gone(http.receive, fold_chunks(chunks))
+                ticket.forfeit()  # where nobody said what it took: a guard ended it, an upstream does not count
                 return _json(answer, 200, {**ticket.headers, **context.headers})
             first = await unless_gone(http.receive, anext(chunks))
         except (ClientGoneError, asyncio.CancelledError):
@@ -131,10 +133,8 @@ class Handlers:
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:
-            if complete:
-                ticket.settle(0)
-            else:
-                ticket.forfeit()
+            ticket.forfeit()
+            if not complete:
                 self._state.metrics.disconnects.inc()
 
         return EventStream(stream, headers, self._state.config.write_timeout, on_end)
@@ -147,6 +147,9 @@ class Handlers:
         try:
             work = engine.embed(request, self._context(http, None))
             vectors, num_tokens = await unless_gone(http.receive, work)
+        except (ClientGoneError, asyncio.CancelledError):
+            ticket.forfeit()
+            raise
         except BaseException:
             ticket.settle(0)
             raise

@@ -208,6 +208,8 @@ class _ChatAnswer(_Answer):
         if reader is not None:
             deltas += reader.feed(choice.text)
             deltas += reader.finish() if choice.finish_reason is not None else []
+            if self._request.parallel_tool_calls is False:
+                deltas = [delta for delta in deltas if all(call["index"] == 0 for call in delta.get("tool_calls", ()))]
         elif choice.text:
             deltas.append({"content": choice.text})
         logprobs = None

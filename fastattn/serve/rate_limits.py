@@ -26,7 +26,7 @@ class Ticket:
         self.headers: dict[str, str] = {}
 
     def forfeit(self) -> None:
-        """The client left before it was known what the request took: what was reserved counts."""
+        """The request is over, and if nobody said what it took, what was reserved counts."""
         self.settle(self._reserved)
 
     def settle(self, num_tokens: int) -> None:

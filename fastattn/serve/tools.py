@@ -104,7 +104,7 @@ class ToolReader:
     def finish(self) -> list[Delta]:
         """No more text: what was held back is what it is."""
         rest, self._buffer = self._buffer, ""
-        if self._call is not None or not rest or self._fixed is not None:
+        if self._call is not None or not rest or self._fixed is not None or (self.num_calls and not rest.strip()):
             return []
         body = rest.strip().removeprefix(OPEN).removesuffix(CLOSE) if self._tagged else rest
         if (self._tagged or not self._seen_text) and (call := self._whole(body)):

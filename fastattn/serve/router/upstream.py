@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fastattn import __version__
-from fastattn.serve.contract import APIError, Chunk, RequestContext
+from fastattn.serve.contract import DELTA_TEXTS, APIError, Chunk, RequestContext
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
 
 if TYPE_CHECKING:
@@ -140,11 +140,7 @@ def _is_choice(choice: Any) -> bool:
     delta = choice.get("delta") if choice.get("delta") is not None else {}
     calls = delta.get("tool_calls") if isinstance(delta, dict) else None
     texts = [choice.get("text"), choice.get("finish_reason")]
-    texts += (
-        [delta.get(name) for name in ("role", "content", "refusal", "reasoning_content")]
-        if isinstance(delta, dict)
-        else [0]
-    )
+    texts += [delta.get(name) for name in ("role", *DELTA_TEXTS)] if isinstance(delta, dict) else [0]
     return (
         all(text is None or isinstance(text, str) for text in texts)
         and (calls is None or (isinstance(calls, list) and all(map(_is_call, calls))))

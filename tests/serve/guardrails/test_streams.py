@@ -355,3 +355,24 @@ def test_requests_of_other_shapes_pass() -> None:
     assert isinstance(chat(), ChatCompletionRequest)
     answer = wait(ask(rails(saying("a"), PII), completion(["x", "y"], n=1), context()))
     assert text_of(answer) == "a"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"delta": {"reasoning": "heroin"}},
+        {"delta": {"reasoning_content": "heroin"}},
+        {"delta": {"content": "x", "thoughts": "heroin"}},
+        {"delta": {"content": "x"}, "text": "heroin"},
+        {"delta": {"content": "x"}, "message": {"content": "heroin"}},
+    ],
+)
+def test_what_no_guard_has_seen_does_not_pass(extra: dict[str, Any]) -> None:
+    """Another server may put text where ours does not."""
+    made = chunks(chat(), ["x"])
+    made[1]["choices"][0] |= extra
+
+    async def run() -> str:
+        return str([chunk async for chunk in rails(Scripted(lambda *_: made), WORDS).stream(chat(), context())])
+
+    assert "heroin" not in wait(run())
