@@ -15,7 +15,7 @@ from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError, Chunk, RequestContext
 from fastattn.serve.engine_client import EngineClient
 from fastattn.serve.logprobs import chat_logprobs, text_logprobs
-from fastattn.serve.metrics import Metrics
+from fastattn.serve.metrics import EngineMetrics
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, now, usage
 from fastattn.serve.renderer import Renderer
 from fastattn.serve.tools import ToolReader, forced_schema, reader_for
@@ -24,7 +24,7 @@ from fastattn.serve.tools import ToolReader, forced_schema, reader_for
 class EngineBackend:
     """Whatever model a request names, this engine answers it: choosing is somebody else's."""
 
-    def __init__(self, client: EngineClient, renderer: Renderer, metrics: Metrics) -> None:
+    def __init__(self, client: EngineClient, renderer: Renderer, metrics: EngineMetrics) -> None:
         self._client, self._renderer, self._metrics = client, renderer, metrics
 
     async def stream(
@@ -52,6 +52,8 @@ class EngineBackend:
                 for chunk in answer.chunks(position, output):
                     yield chunk
         num_prompt = sum(map(len, prompts))
+        self._metrics.num_prompt_tokens.observe(num_prompt)
+        self._metrics.num_generated_tokens.observe(num_generated)
         yield answer.head([]) | {"usage": usage(num_prompt, num_generated, sum(num_cached))}
 
     async def embed(self, request: EmbeddingRequest, context: RequestContext) -> tuple[list[list[float]], int]:
@@ -160,7 +162,7 @@ def _structure(request: ChatCompletionRequest | CompletionRequest) -> m.Structur
 class _Clock:
     """Latencies of one request, as its reader sees them."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
         self._start = self._last = time.monotonic()
         self._first = True
@@ -177,7 +179,7 @@ class _Clock:
             self._first, self._last = False, at
         for choice in output.choices:
             if choice.finish_reason is not None:
-                self._metrics.success.labels(choice.finish_reason).inc()
+                self._metrics.success[choice.finish_reason].inc()
         if output.finished:
             self._metrics.e2e.observe(at - self._start)
 

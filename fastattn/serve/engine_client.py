@@ -58,10 +58,17 @@ class _Work:
 
 class EngineClient:
     def __init__(
-        self, model: str, options: dict[str, Any], metrics: Metrics, times: EngineTimes, max_num_waiting: int
+        self,
+        name: str,
+        model: str,
+        options: dict[str, Any],
+        metrics: Metrics,
+        times: EngineTimes,
+        max_num_waiting: int,
     ) -> None:
         self._model, self._options, self._metrics, self._times = model, options, metrics, times
         self._max_num_waiting = max_num_waiting
+        self._own_metrics = metrics.of(name)
         self._works: dict[str, _Work] = {}
         self._num_sequences = 0
         self._link: EngineLink | None = None  # to a process that is ready
@@ -117,7 +124,7 @@ class EngineClient:
     async def _after_death(self, why: str) -> None:
         if self.state == "dead":
             return
-        self._metrics.engine.restarted()
+        self._own_metrics.numbers.restarted()
         self._failures += 1
         if self._failures > MAX_FAILURES:
             await self._die(f"the engine died {self._failures} times in a row, last: {why}", 1)
@@ -167,7 +174,7 @@ class EngineClient:
                     self._deliver(output)
             elif isinstance(message, m.Stats):
                 self.stats = message.values
-                self._metrics.engine.update(message.values)
+                self._own_metrics.numbers.update(message.values)
             elif isinstance(message, m.Refused):
                 self._refuse(message)
             elif isinstance(message, m.Ready):
@@ -280,7 +287,7 @@ class EngineClient:
         work.tell((work.position, output))
 
     def _broken(self, work: _Work, choice: m.Choice) -> None:
-        self._metrics.success.labels("error").inc()
+        self._own_metrics.success["error"].inc()
         message = work.message
         if self._forget(message.id) and self._link is not None:
             self._link.send(m.Abort(message.id))

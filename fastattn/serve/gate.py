@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -31,6 +32,7 @@ ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models",
 )  # fmt: skip
 WORK = ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what a proxy or a client may call a request
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -59,6 +61,9 @@ class Gate:
         start = time.monotonic()
         path = scope["path"]
         request_id = uuid.uuid4().hex
+        # A proxy's own id goes back to it and into the log; nothing else is looked up by it.
+        label = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        label = label if _CLIENT_ID.fullmatch(label) else request_id
         status = 0
 
         body = _Body(scope, receive, self._config.max_body_bytes, self._config.body_timeout)
@@ -67,7 +72,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *self._own_headers(request_id)]
+                message["headers"] = [*message.get("headers", []), *_own_headers(label)]
                 if self.draining or not body.complete:  # what the client may still send is not waited for
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -91,7 +96,7 @@ class Gate:
             route = path if path in ROUTES else "other"
             self._metrics.http.labels(route, f"{status // 100}xx").inc()
             logger.info(
-                "%s %s %d in %.3f s, key %r, tenant %r, request %s",
+                "%s %s %d in %.3f s, key %r, tenant %r, request %s%s",
                 scope["method"] if scope["method"].isalpha() else "?",
                 route,
                 status,
@@ -99,17 +104,15 @@ class Gate:
                 key.name,
                 key.tenant,
                 request_id,
+                "" if label == request_id else f", called {label}",
             )
-
-    def _own_headers(self, request_id: str) -> list[tuple[bytes, bytes]]:
-        return [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
 
     def _let_in(self, scope: Scope) -> ApiKey:
         """Whose request it is. Raises APIError for what goes no further."""
         headers = _headers(scope)
         path, method = scope["path"], scope["method"]
         self._check_host(headers.get("host"))
-        self._check_origin(scope, headers)
+        self._check_origin(headers)
         if path == "/health" and method in ("GET", "HEAD"):
             return NOBODY
         try:
@@ -134,11 +137,12 @@ class Gate:
         if self._hosts is not None and name.lower() not in self._hosts:
             raise APIError(403, "this server is not called by this Host; see --allowed-hosts", "permission_error")
 
-    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_origin(self, headers: dict[str, str]) -> None:
         origin = headers.get("origin")
         if origin is None or origin in self._config.cors_origins or "*" in self._config.cors_origins:
             return
-        if origin != f"{scope.get('scheme', 'http')}://{headers.get('host')}":
+        # The scheme may differ: behind a proxy that ends TLS the page is https, and this server's requests are not.
+        if origin not in (f"http://{headers.get('host')}", f"https://{headers.get('host')}"):
             raise APIError(
                 403, "pages of other origins may not call this server; see --cors-origins", "permission_error"
             )
@@ -175,6 +179,10 @@ class _Body:
             raise _too_large(self._max_bytes)
         self.complete = not message.get("more_body", False)
         return message
+
+
+def _own_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    return [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
 
 
 def _too_large(limit: int) -> APIError:

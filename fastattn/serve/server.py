@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -52,6 +53,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     if config.uds is not None:
         listener = socket.socket(socket.AF_UNIX)
         try:
+            _remove_stale(config.uds)
             old = os.umask(0o177)  # a socket for its owner
             try:
                 listener.bind(str(config.uds))
@@ -76,6 +78,17 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
+def _remove_stale(path: Path) -> None:
+    """A socket that nobody listens on any more: a server that was killed leaves it behind."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+
+
 class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,7 +104,13 @@ class Server:
         self._gate = Gate(make_app(state), config, state.keys, state.metrics)
         app: ASGIApp = self._gate
         if config.cors_origins:
-            app = CORSMiddleware(app, config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+            seen = ["x-request-id", "retry-after", "x-fastattn-model", "x-fastattn-route", "x-fastattn-cache"]
+            seen += [
+                f"x-ratelimit-{n}-{kind}" for n in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+            ]
+            app = CORSMiddleware(
+                app, config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=seen
+            )
         self._http = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -183,7 +202,7 @@ class Server:
             renderer = Renderer(info.tokenizer, info.max_model_len, config.render_workers)
             self._renderers.append(renderer)
             await renderer.start()
-            self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics)
+            self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics.of(name))
         self._chain = build_chain(self._state)
         self._state.chain = self._chain.front
         seconds = time.monotonic() - self._started
