@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import zmq
 
 from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError
@@ -96,7 +97,11 @@ class EngineClient:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _one_life(self, folder: Path) -> None:
-        link = EngineLink(folder)
+        try:
+            link = EngineLink(folder)
+        except zmq.ZMQError as error:  # out of file descriptors, say; they come back
+            await self._after_death(f"it could not be started: {error}")
+            return
         why = None
         try:
             self._last_heard = time.monotonic()
@@ -114,6 +119,8 @@ class EngineClient:
         except asyncio.CancelledError:
             await link.stop()
             raise
+        except OSError as error:
+            why = f"it could not be started: {error}"
         finally:
             was_ready, self._link = self._link is not None, None
             how = await link.kill()

@@ -165,7 +165,10 @@ class _Body:
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._num_bytes = 0
         # Without one of these a request has no body (RFC 9112, 6.3).
-        self.complete = not any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        self.complete = not any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in scope["headers"]
+        )
 
     async def receive(self) -> Message:
         if self.complete:

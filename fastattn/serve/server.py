@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ _LAG_SECONDS = 0.5
 def serve(config: ServeConfig) -> int:
     """Serves until a signal ends it or no engine can be kept running; the exit code. Raises ValueError or OSError."""
     state = ServerState(config, load_keys(config.api_key, config.api_keys_file))
+    _raise_file_limit()
     listener = _listen(config)
     try:
         import uvloop
@@ -46,6 +48,14 @@ def serve(config: ServeConfig) -> int:
         listener.close()
         if config.uds is not None:
             config.uds.unlink(missing_ok=True)
+
+
+def _raise_file_limit() -> None:
+    """A shell's 1024 files are fewer than the connections that are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(config: ServeConfig) -> socket.socket:

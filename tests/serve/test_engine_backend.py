@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
+from fastattn.serve import engine_client
 from fastattn.serve import messages as m
 from fastattn.serve.config import ServeConfig
 from fastattn.serve.engine_backend import EngineBackend
@@ -85,6 +87,32 @@ def test_every_engine_has_its_own_numbers() -> None:
         'fastattn:request_generation_tokens_sum{model_name="a"} 5.0',
     ):
         assert line in lines
+
+
+@pytest.mark.parametrize("error", [zmq.ZMQError(24), OSError(24, "Too many open files")])
+def test_an_engine_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Out of file descriptors when its engine had died, a server ended with a traceback."""
+    tries = 0
+
+    class Link:
+        def __init__(self, folder: Path) -> None:
+            nonlocal tries
+            tries += 1
+            if isinstance(error, zmq.ZMQError):
+                raise error
+
+        async def start(self, *_: Any) -> None:
+            raise error
+
+        async def kill(self) -> str:
+            return "it did not start"
+
+    monkeypatch.setattr(engine_client, "EngineLink", Link)
+    monkeypatch.setattr(engine_client, "_BACK_OFF", (0.0,) * 5)
+    client = engine_client.EngineClient("m", "m", {}, Metrics(), engine_client.EngineTimes(), 1)
+    wait(client.run())
+    assert tries == 1 + engine_client.MAX_FAILURES and client.failure is not None
+    assert "could not be started: Too many open files" in client.failure[0] or "[Errno 24]" in client.failure[0]
 
 
 def test_a_socket_that_was_left_behind_is_no_hindrance(tmp_path: Path) -> None:

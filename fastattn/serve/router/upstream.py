@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 
 from fastattn import __version__
 from fastattn.serve.contract import DELTA_TEXTS, APIError, Chunk, RequestContext
@@ -116,8 +117,9 @@ class _Progress:
 
     def check(self, data: bytes, kind: str) -> Chunk:
         try:
-            chunk = json.loads(data, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            # Stricter than json: no NaN and no half of a surrogate pair, which could not be sent on.
+            chunk = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise _BadStreamError("something that is not JSON") from None
         if isinstance(chunk, dict) and chunk.get("error"):
             raise _BadStreamError("an error in the middle of its answer")
@@ -179,10 +181,6 @@ def _message(text: bytes) -> str | None:
 def _seconds(response: httpx.Response) -> float | None:
     value = response.headers.get("retry-after", "")
     return min(float(value), 3600.0) if value.isascii() and value.isdigit() else None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def _key(config: DeploymentConfig) -> str | None:
