@@ -111,11 +111,12 @@ class Handlers:
         return await self._answer(http, CompletionRequest)
 
     async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
+        ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, kind)
         backend = self._state.backend()
         context = self._context(http, request.priority)
         num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
-        ticket = self._admit(http, num_bytes, (request.max_new_tokens or 16) * (request.n or 1) * num_prompts)
+        ticket.reserve(num_bytes // 4 + (request.max_new_tokens or 16) * (request.n or 1) * num_prompts)
         try:
             chunks = _metered(backend.stream(request, context), ticket)
             if not request.stream:
@@ -141,9 +142,10 @@ class Handlers:
 
     async def embed(self, http: Request) -> Response:
         """A vector for each text."""
+        ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, EmbeddingRequest)
         engine = self._state.engine(request.model)
-        ticket = self._admit(http, num_bytes, 0)
+        ticket.reserve(num_bytes // 4)
         try:
             work = engine.embed(request, self._context(http, None))
             vectors, num_tokens = await unless_gone(http.receive, work)
@@ -239,13 +241,6 @@ class Handlers:
             cache_control=frozenset(part.strip() for part in directives if part.strip()),
             request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
         )
-
-    def _admit(self, http: Request, num_bytes: int, num_new_tokens: int) -> Ticket:
-        try:
-            return self._state.limits.admit(http.state.key, num_bytes // 4 + num_new_tokens)
-        except APIError:
-            self._state.metrics.rejections.labels("rate_limit").inc()
-            raise
 
 
 async def _read(http: Request, kind: type[M]) -> tuple[M, int]:

@@ -259,6 +259,8 @@ class EngineClient:
             raise APIError(503, "the model is still loading", "overloaded_error", headers={"Retry-After": "5"})
         wanted = sum(w.sampling.n if isinstance(w, m.Generate) else 1 for w in messages)
         limit = self.info.max_num_seqs + self._max_num_waiting
+        if wanted > limit:  # later would be no better
+            raise APIError(400, f"the request has {wanted} sequences, allowed are {limit}: see --max-num-waiting")
         if self._num_sequences + wanted > limit:
             self._metrics.rejections.labels("queue").inc()
             raise APIError(

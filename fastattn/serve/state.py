@@ -37,7 +37,8 @@ class ServerState:
     chain: Backend | None = None  # what answers, once all engines are ready
 
     def __post_init__(self) -> None:
-        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
+        refused = self.metrics.rejections.labels("rate_limit").inc
+        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute, refused)
         for name, settings in self.engine_settings().items():
             times = EngineTimes(step=self.config.engine_timeout, health=self.config.health_timeout)
             self.clients[name] = EngineClient(

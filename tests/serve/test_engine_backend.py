@@ -14,6 +14,7 @@ import zmq
 from fastattn.serve import engine_client
 from fastattn.serve import messages as m
 from fastattn.serve.config import ServeConfig
+from fastattn.serve.contract import APIError
 from fastattn.serve.engine_backend import EngineBackend
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.server import _listen
@@ -127,3 +128,11 @@ def test_a_socket_that_was_left_behind_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file is left alone")
     with pytest.raises(OSError, match="in use"):
         _listen(ServeConfig(model="m", uds=tmp_path / "file"))
+
+
+def test_what_never_fits_is_not_to_be_tried_again() -> None:
+    client = engine_client.EngineClient("m", "m", {}, Metrics(), engine_client.EngineTimes(), 1)
+    client.info = SimpleNamespace(max_num_seqs=2)  # type: ignore[assignment]
+    with pytest.raises(APIError, match="4 sequences") as caught:
+        client._admit([m.Embed(str(i), [1]) for i in range(4)])
+    assert caught.value.status == 400

@@ -16,6 +16,17 @@ from tests.serve.fakes import saying, wait
 
 WORDS = {"name": "w", "kind": "words", "words": ["secret"], "directions": ["output"]}
 LIMIT = 10_000
+KEY = ApiKey(b"")
+
+
+def client_of(state: ServerState) -> httpx.AsyncClient:
+    app = make_app(state)
+
+    async def with_key(scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("state", {}).update(key=KEY, request_id="r")
+        await app(scope, receive, send)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(with_key), base_url="http://test")
 
 
 def left_after(body: dict[str, Any], path: str, guarded: bool) -> tuple[int, int]:
@@ -23,21 +34,17 @@ def left_after(body: dict[str, Any], path: str, guarded: bool) -> tuple[int, int
     state = ServerState(ServeConfig(model="m", tokens_per_minute=LIMIT), Keys([]))
     answers: Any = saying("a secret")
     state.chain = Guardrails(GuardrailsConfig.model_validate({"guards": [WORDS]}), answers) if guarded else answers
-    app, key = make_app(state), ApiKey(b"")
-
-    async def with_key(scope: Any, receive: Any, send: Any) -> None:
-        scope.setdefault("state", {}).update(key=key, request_id="r")
-        await app(scope, receive, send)
 
     async def run() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(with_key), base_url="http://test") as client:
+        async with client_of(state) as client:
             response = await client.post(path, json=body)
             assert response.status_code == 200, response.text
             await asyncio.sleep(0)
 
     wait(run())
-    left = int(state.limits.admit(key, 0).headers["x-ratelimit-remaining-tokens"])
-    return left, state.limits._reserved[key.bucket]
+    reserved, ticket = state.limits._reserved[KEY.bucket], state.limits.admit(KEY)
+    ticket.reserve(0)
+    return int(ticket.headers["x-ratelimit-remaining-tokens"]), reserved
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
@@ -57,17 +64,22 @@ def test_an_answer_that_a_guard_ended_costs_what_was_reserved() -> None:
 
 
 def test_every_prompt_counts() -> None:
-    body = {"model": "m", "prompt": ["a"] * 100, "max_tokens": 101}
-    state = ServerState(ServeConfig(model="m", tokens_per_minute=LIMIT), Keys([]))
+    assert status_of({"model": "m", "prompt": ["a"] * 100, "max_tokens": 101}, tokens_per_minute=LIMIT) == [429]
+
+
+def test_a_request_counts_before_it_is_read() -> None:
+    """Else what is refused as wrong costs time without an end."""
+    assert status_of(5, requests_per_minute=1) == [400, 429]
+
+
+def status_of(body: Any, **limits: int) -> list[int]:
+    state = ServerState(ServeConfig(model="m", **limits), Keys([]))
     state.chain = saying("a")
-    app = make_app(state)
 
-    async def run() -> int:
-        async def with_key(scope: Any, receive: Any, send: Any) -> None:
-            scope.setdefault("state", {}).update(key=ApiKey(b""), request_id="r")
-            await app(scope, receive, send)
+    async def run() -> list[int]:
+        async with client_of(state) as client:
+            count = 1 + ("requests_per_minute" in limits)
+            return [(await client.post("/v1/completions", json=body)).status_code for _ in range(count)]
 
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(with_key), base_url="http://test") as client:
-            return (await client.post("/v1/completions", json=body)).status_code
-
-    assert wait(run()) == 429
+    found: list[int] = wait(run())
+    return found
