@@ -62,6 +62,8 @@ class Message(_Strict):
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: Text | None = None
+    reasoning_content: Text | None = None  # a model's thinking, as it came; and another name for it
+    reasoning: Text | None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[JSONObject], Field(max_length=0)] | None = None
@@ -70,6 +72,8 @@ class Message(_Strict):
     def _has_what_its_role_needs(self) -> Self:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError(f"content is null, expected text for a message of role {self.role!r}")
+        if (self.reasoning_content or self.reasoning) and self.role != "assistant":
+            raise ValueError(f"reasoning_content in a message of role {self.role!r}, allowed is 'assistant'")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls in a message of role {self.role!r}, allowed is 'assistant'")
         if (self.role == "tool") != (self.tool_call_id is not None):

@@ -150,6 +150,8 @@ def _as_template_sees(message: Message, knows_tools: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {"role": role, "content": message.text or message.refusal or ""}
     if message.name is not None:
         seen["name"] = message.name
+    if (thought := message.reasoning_content or message.reasoning) is not None:
+        seen["reasoning_content"] = thought  # the name that templates know
     calls = [
         {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         for call in message.tool_calls or ()

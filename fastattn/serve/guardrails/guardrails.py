@@ -30,7 +30,7 @@ from fastattn.serve.guardrails.pii import PIIGuard
 from fastattn.serve.guardrails.policy import Act, GuardFailedError, GuardMetrics, Policy, redact
 from fastattn.serve.guardrails.texts import Request, Slot, slots
 from fastattn.serve.guardrails.whole import PresidioGuard, SchemaGuard
-from fastattn.serve.protocol import ChatCompletionRequest
+from fastattn.serve.protocol import ChatCompletionRequest, Message
 
 Decode = Callable[[str, list[int]], Awaitable[str]]  # (model, token ids)
 
@@ -80,7 +80,7 @@ class Guardrails:
         if not self._sizes:
             return
         if isinstance(request, ChatCompletionRequest):
-            lengths = [len(message.text or "") for message in request.messages]
+            lengths = [_num_chars(message) for message in request.messages]
         else:
             lengths = [len(prompt) for prompt in request.prompts]
         for guard in self._sizes:
@@ -150,6 +150,12 @@ class Guardrails:
 
     def _policy(self, act: Act) -> Policy:
         return next(policy for policy in self._policies if policy.config.name == act.guard)
+
+
+def _num_chars(message: Message) -> int:
+    texts = [message.text, message.refusal, message.reasoning_content, message.reasoning]
+    texts += [call.function.arguments for call in message.tool_calls or ()]
+    return sum(len(text or "") for text in texts)
 
 
 def build_guard(config: GuardConfig) -> Guard:

@@ -40,7 +40,7 @@ def _message_slots(message: dict[str, Any]) -> Iterator[Slot]:
         yield _slot(role, message, "content")
     if isinstance(content, list):  # the model sees them joined, so nothing hides in a cut between two
         yield Slot(role, "".join(part["text"] for part in content), lambda text: message.__setitem__("content", text))
-    for name in ("name", "refusal", "tool_call_id"):
+    for name in ("name", "refusal", "reasoning_content", "reasoning", "tool_call_id"):
         if isinstance(message.get(name), str):
             yield _slot(role, message, name)
     for call in message.get("tool_calls") or ():

@@ -42,6 +42,7 @@ PLACES = [
     chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"enum": [MAIL]}}}]),
     chat(messages=[{"role": "user", "content": [{"type": "text", "text": "jane@"}, {"type": "text", "text": "example.org"}]}]),
     chat(messages=[{"role": "tool", "content": "x", "tool_call_id": MAIL}]),
+    chat(messages=[{"role": "assistant", "content": "x", "reasoning_content": MAIL}]),
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"id": MAIL}]}]),
     completion(f"Write to {MAIL}"),
     completion(["a", MAIL]),
@@ -119,6 +120,11 @@ def test_token_ids_are_decoded_or_refused() -> None:
         ({"max_prompt_chars": 10}, chat("x" * 11), "max_prompt_chars is 10, the request has 11"),
         ({"max_prompt_chars": 10}, completion(["x" * 6] * 2), "max_prompt_chars is 10, the request has 12"),
         ({"max_message_chars": 5}, completion(["x" * 6, "y"]), "max_message_chars is 5, the request has 6"),
+        (
+            {"max_message_chars": 5},
+            chat(messages=[{"role": "assistant", "content": "xx", "reasoning": "x" * 4}]),
+            "max_message_chars is 5, the request has 6",
+        ),
         (
             {"max_messages": 1},
             chat(messages=[{"role": "user", "content": "a"}] * 2),
