@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEADER_BYTES = 64 << 10
 
@@ -17,6 +17,7 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
     class LimitedProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
         _num_header_bytes = 0
+        _cycles: tuple[RequestResponseCycle, ...] = ()  # not yet answered
         _num_chunk_bytes: int | None = None  # since a chunk's head, while nothing of its data has come
 
         def connection_made(self, transport: Any) -> None:
@@ -25,6 +26,11 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            # uvicorn tells only the last of several requests that came at once.
+            for cycle in self._cycles:
+                cycle.disconnected = True
+                cycle.message_event.set()
+            self.pipeline.clear()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -64,6 +70,7 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
             self._stop_waiting()
             super().on_headers_complete()
             self.scope["fastattn.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+            self._cycles = (*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle)
 
         def _wait_for_headers(self) -> None:
             self._num_header_bytes = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 from typing import Any
 
@@ -75,6 +76,20 @@ def test_leaving_before_the_body_is_no_error_of_ours(server: Running) -> None:
         time.sleep(0.1)
     wait_for(lambda: server.metric("fastattn:client_disconnects_total") > count, "a client that left", 10)
     assert 'route="/v1/completions",status="5xx"' not in server.get("/metrics").text
+
+
+def test_leaving_several_requests_at_once(server: Running) -> None:
+    """Only the last was told; the others wrote on to a closed connection, each with two tracebacks."""
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    request = b"POST /v1/completions" + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    seen = len(server.log)
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(request * 3)
+            connection.recv(100)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+    wait_for(lambda: server.metric("fastattn:num_requests_running") == 0, "an idle engine", 30)
+    assert not any("error of ours" in line or "Traceback" in line for line in server.log[seen:])
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, DetokenizeRequest])
