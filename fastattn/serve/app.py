@@ -14,6 +14,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fastattn import __version__
 from fastattn.serve.auth import ApiKey
@@ -35,6 +36,7 @@ from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone
 from fastattn.serve.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
+_ON_THE_SPOT = 64 << 10  # bytes of a body that are read in the event loop: about a millisecond
 
 
 def make_app(state: ServerState) -> FastAPI:
@@ -60,8 +62,9 @@ def make_app(state: ServerState) -> FastAPI:
         api_error = APIError(error.status_code, text.get(error.status_code, str(error.detail)), kind)  # type: ignore[arg-type]
         return _json(api_error.body(), error.status_code, dict(error.headers or {}))
 
+    @app.exception_handler(ClientDisconnect)  # before its body was here
     @app.exception_handler(ClientGoneError)
-    async def _gone(request: Request, error: ClientGoneError) -> Response:
+    async def _gone(request: Request, error: Exception) -> Response:
         state.metrics.disconnects.inc()
         return Response(status_code=499)  # for the log; nobody reads it
 
@@ -108,14 +111,17 @@ class Handlers:
         return await self._answer(http, CompletionRequest)
 
     async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
+        ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, kind)
         backend = self._state.backend()
         context = self._context(http, request.priority)
-        ticket = self._admit(http, num_bytes, (request.max_new_tokens or 16) * (request.n or 1))
+        num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        ticket.reserve(num_bytes // 4 + (request.max_new_tokens or 16) * (request.n or 1) * num_prompts)
         try:
             chunks = _metered(backend.stream(request, context), ticket)
             if not request.stream:
                 answer = await unless_gone(http.receive, fold_chunks(chunks))
+                ticket.forfeit()  # where nobody said what it took: a guard ended it, an upstream does not count
                 return _json(answer, 200, {**ticket.headers, **context.headers})
             first = await unless_gone(http.receive, anext(chunks))
         except (ClientGoneError, asyncio.CancelledError):
@@ -128,22 +134,24 @@ class Handlers:
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:
-            if complete:
-                ticket.settle(0)
-            else:
-                ticket.forfeit()
+            ticket.forfeit()
+            if not complete:
                 self._state.metrics.disconnects.inc()
 
         return EventStream(stream, headers, self._state.config.write_timeout, on_end)
 
     async def embed(self, http: Request) -> Response:
         """A vector for each text."""
+        ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, EmbeddingRequest)
         engine = self._state.engine(request.model)
-        ticket = self._admit(http, num_bytes, 0)
+        ticket.reserve(num_bytes // 4)
         try:
             work = engine.embed(request, self._context(http, None))
             vectors, num_tokens = await unless_gone(http.receive, work)
+        except (ClientGoneError, asyncio.CancelledError):
+            ticket.forfeit()
+            raise
         except BaseException:
             ticket.settle(0)
             raise
@@ -161,13 +169,16 @@ class Handlers:
         """The token ids of a text, or of a conversation as the model reads it."""
         request, _ = await _read(http, TokenizeRequest)
         engine = self._state.engine(request.model)
+        render = engine.renderer
         if request.messages is not None:
-            ids = await engine.renderer.chat(request.messages, request.tools, request.add_generation_prompt)
+            work = render.chat(request.messages, request.tools, request.add_generation_prompt)
+            ids = await unless_gone(http.receive, work)
         else:
-            ids = (await engine.renderer.encode([request.prompt or ""], request.add_special_tokens))[0]
+            texts = [request.prompt or ""]
+            ids = (await unless_gone(http.receive, render.encode(texts, request.add_special_tokens)))[0]
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.info.max_model_len, "tokens": ids}
         if request.return_token_strs:
-            answer["token_strs"] = await engine.renderer.pieces(ids)
+            answer["token_strs"] = await unless_gone(http.receive, render.pieces(ids))
         return _json(answer)
 
     async def detokenize(self, http: Request) -> Response:
@@ -177,7 +188,7 @@ class Handlers:
         if any(token >= engine.info.vocab_size for token in request.tokens):
             text = f"tokens has {max(request.tokens)}, allowed are ids from 0 to {engine.info.vocab_size - 1}"
             raise APIError(400, text, param="tokens")
-        return _json({"prompt": await engine.renderer.decode(request.tokens)})
+        return _json({"prompt": await unless_gone(http.receive, engine.renderer.decode(request.tokens))})
 
     # ---- state ----
 
@@ -231,22 +242,21 @@ class Handlers:
             request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
         )
 
-    def _admit(self, http: Request, num_bytes: int, num_new_tokens: int) -> Ticket:
-        try:
-            return self._state.limits.admit(http.state.key, num_bytes // 4 + num_new_tokens)
-        except APIError:
-            self._state.metrics.rejections.labels("rate_limit").inc()
-            raise
-
 
 async def _read(http: Request, kind: type[M]) -> tuple[M, int]:
     """The request in the body, and the body's size."""
     body = await http.body()
+    # A large one takes longer than others can wait.
+    request = _parse(body, kind) if len(body) <= _ON_THE_SPOT else await asyncio.to_thread(_parse, body, kind)
+    return request, len(body)
+
+
+def _parse(body: bytes, kind: type[M]) -> M:
     value = parse_json(body)
     if not isinstance(value, dict):
         raise APIError(400, "the body is not a JSON object", code="invalid_json")
     try:
-        return kind.model_validate(value), len(body)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise validation_error(error) from None
 

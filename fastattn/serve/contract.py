@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A `chat.completion.chunk` or streamed `text_completion` object of OpenAI's API, ready for JSON.
 Chunk = dict[str, Any]
+# Texts in the delta of a chat's chunk; the last two are what servers call a model's thinking.
+DELTA_TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
 ErrorType = Literal[
     "invalid_request_error", "authentication_error", "permission_error", "not_found_error", "rate_limit_error",

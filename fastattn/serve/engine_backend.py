@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
+import string
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import quote
 
 from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError, Chunk, RequestContext
 from fastattn.serve.engine_client import EngineClient
 from fastattn.serve.logprobs import chat_logprobs, text_logprobs
-from fastattn.serve.metrics import Metrics
+from fastattn.serve.metrics import EngineMetrics
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, now, usage
 from fastattn.serve.renderer import Renderer
 from fastattn.serve.tools import ToolReader, forced_schema, reader_for
@@ -22,7 +24,7 @@ from fastattn.serve.tools import ToolReader, forced_schema, reader_for
 class EngineBackend:
     """Whatever model a request names, this engine answers it: choosing is somebody else's."""
 
-    def __init__(self, client: EngineClient, renderer: Renderer, metrics: Metrics) -> None:
+    def __init__(self, client: EngineClient, renderer: Renderer, metrics: EngineMetrics) -> None:
         self._client, self._renderer, self._metrics = client, renderer, metrics
 
     async def stream(
@@ -35,7 +37,8 @@ class EngineBackend:
             m.Generate(f"{context.request_id}-{i}", ids, self._fit(ids, sampling), context.priority, context.tenant)
             for i, ids in enumerate(prompts)
         ]
-        context.headers.setdefault("x-fastattn-model", request.model)
+        # A model's name may be a path in any alphabet; a header may not.
+        context.headers.setdefault("x-fastattn-model", quote(request.model, safe=string.punctuation + " "))
         if isinstance(request, ChatCompletionRequest):
             answer: _ChatAnswer | _TextAnswer = _ChatAnswer(request, context)
         else:
@@ -49,6 +52,8 @@ class EngineBackend:
                 for chunk in answer.chunks(position, output):
                     yield chunk
         num_prompt = sum(map(len, prompts))
+        self._metrics.num_prompt_tokens.observe(num_prompt)
+        self._metrics.num_generated_tokens.observe(num_generated)
         yield answer.head([]) | {"usage": usage(num_prompt, num_generated, sum(num_cached))}
 
     async def embed(self, request: EmbeddingRequest, context: RequestContext) -> tuple[list[list[float]], int]:
@@ -157,7 +162,7 @@ def _structure(request: ChatCompletionRequest | CompletionRequest) -> m.Structur
 class _Clock:
     """Latencies of one request, as its reader sees them."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
         self._start = self._last = time.monotonic()
         self._first = True
@@ -174,7 +179,7 @@ class _Clock:
             self._first, self._last = False, at
         for choice in output.choices:
             if choice.finish_reason is not None:
-                self._metrics.success.labels(choice.finish_reason).inc()
+                self._metrics.success[choice.finish_reason].inc()
         if output.finished:
             self._metrics.e2e.observe(at - self._start)
 
@@ -205,6 +210,8 @@ class _ChatAnswer(_Answer):
         if reader is not None:
             deltas += reader.feed(choice.text)
             deltas += reader.finish() if choice.finish_reason is not None else []
+            if self._request.parallel_tool_calls is False:
+                deltas = [delta for delta in deltas if all(call["index"] == 0 for call in delta.get("tool_calls", ()))]
         elif choice.text:
             deltas.append({"content": choice.text})
         logprobs = None

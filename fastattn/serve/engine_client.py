@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import zmq
 
 from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError
@@ -58,10 +59,17 @@ class _Work:
 
 class EngineClient:
     def __init__(
-        self, model: str, options: dict[str, Any], metrics: Metrics, times: EngineTimes, max_num_waiting: int
+        self,
+        name: str,
+        model: str,
+        options: dict[str, Any],
+        metrics: Metrics,
+        times: EngineTimes,
+        max_num_waiting: int,
     ) -> None:
         self._model, self._options, self._metrics, self._times = model, options, metrics, times
         self._max_num_waiting = max_num_waiting
+        self._own_metrics = metrics.of(name)
         self._works: dict[str, _Work] = {}
         self._num_sequences = 0
         self._link: EngineLink | None = None  # to a process that is ready
@@ -89,7 +97,11 @@ class EngineClient:
             shutil.rmtree(folder, ignore_errors=True)
 
     async def _one_life(self, folder: Path) -> None:
-        link = EngineLink(folder)
+        try:
+            link = EngineLink(folder)
+        except zmq.ZMQError as error:  # out of file descriptors, say; they come back
+            await self._after_death(f"it could not be started: {error}")
+            return
         why = None
         try:
             self._last_heard = time.monotonic()
@@ -107,6 +119,8 @@ class EngineClient:
         except asyncio.CancelledError:
             await link.stop()
             raise
+        except OSError as error:
+            why = f"it could not be started: {error}"
         finally:
             was_ready, self._link = self._link is not None, None
             how = await link.kill()
@@ -117,7 +131,7 @@ class EngineClient:
     async def _after_death(self, why: str) -> None:
         if self.state == "dead":
             return
-        self._metrics.engine.restarted()
+        self._own_metrics.numbers.restarted()
         self._failures += 1
         if self._failures > MAX_FAILURES:
             await self._die(f"the engine died {self._failures} times in a row, last: {why}", 1)
@@ -167,7 +181,7 @@ class EngineClient:
                     self._deliver(output)
             elif isinstance(message, m.Stats):
                 self.stats = message.values
-                self._metrics.engine.update(message.values)
+                self._own_metrics.numbers.update(message.values)
             elif isinstance(message, m.Refused):
                 self._refuse(message)
             elif isinstance(message, m.Ready):
@@ -245,6 +259,8 @@ class EngineClient:
             raise APIError(503, "the model is still loading", "overloaded_error", headers={"Retry-After": "5"})
         wanted = sum(w.sampling.n if isinstance(w, m.Generate) else 1 for w in messages)
         limit = self.info.max_num_seqs + self._max_num_waiting
+        if wanted > limit:  # later would be no better
+            raise APIError(400, f"the request has {wanted} sequences, allowed are {limit}: see --max-num-waiting")
         if self._num_sequences + wanted > limit:
             self._metrics.rejections.labels("queue").inc()
             raise APIError(
@@ -280,7 +296,7 @@ class EngineClient:
         work.tell((work.position, output))
 
     def _broken(self, work: _Work, choice: m.Choice) -> None:
-        self._metrics.success.labels("error").inc()
+        self._own_metrics.success["error"].inc()
         message = work.message
         if self._forget(message.id) and self._link is not None:
             self._link.send(m.Abort(message.id))

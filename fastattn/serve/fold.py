@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastattn.serve.contract import APIError, Chunk
+from fastattn.serve.contract import DELTA_TEXTS, APIError, Chunk
 
 _OBJECTS = {"chat.completion.chunk": "chat.completion", "text_completion": "text_completion"}
 
@@ -43,6 +43,9 @@ class Fold:
     def result(self) -> dict[str, Any]:
         if not self._head:
             raise APIError(502, "the stream ended before its first chunk", "server_error")
+        for choice in self._choices.values():
+            if (message := choice.get("message", {})).get("tool_calls") and not message["content"]:
+                message["content"] = None  # a stream begins with "" before anybody knows
         answer = {**self._head, "choices": [self._choices[index] for index in sorted(self._choices)]}
         if self._usage is not None:
             answer["usage"] = self._usage
@@ -58,7 +61,7 @@ class Fold:
         }
         choice = self._choices.setdefault(index, empty)
         message = choice["message"]
-        for key in ("content", "refusal", "reasoning_content"):
+        for key in DELTA_TEXTS:
             if delta.get(key) is not None:
                 message[key] = (message.get(key) or "") + delta[key]
         for call in delta.get("tool_calls") or ():

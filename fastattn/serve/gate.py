@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+import msgspec
 
 from fastattn.serve.auth import NOBODY, ApiKey, Keys, token_of
 from fastattn.serve.config import ServeConfig
@@ -29,6 +32,7 @@ ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models",
 )  # fmt: skip
 WORK = ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what a proxy or a client may call a request
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -57,13 +61,20 @@ class Gate:
         start = time.monotonic()
         path = scope["path"]
         request_id = uuid.uuid4().hex
+        # A proxy's own id goes back to it and into the log; nothing else is looked up by it.
+        label = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        label = label if _CLIENT_ID.fullmatch(label) else request_id
         status = 0
+
+        body = _Body(scope, receive, self._config.max_body_bytes, self._config.body_timeout)
 
         async def count(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *self._own_headers(request_id)]
+                message["headers"] = [*message.get("headers", []), *_own_headers(label)]
+                if self.draining or not body.complete:  # what the client may still send is not waited for
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         works = path in WORK
@@ -73,12 +84,11 @@ class Gate:
         try:
             key = self._let_in(scope)
             scope.setdefault("state", {}).update(key=key, request_id=request_id)
-            body = _Body(receive, self._config.max_body_bytes, self._config.body_timeout)
             await self._app(scope, body.receive, count)
         except APIError as error:
             if status:
                 raise
-            await send_error(count, error, close=True)
+            await _send_error(count, error)
         finally:
             self.num_working -= works
             if not self.num_working:
@@ -86,7 +96,7 @@ class Gate:
             route = path if path in ROUTES else "other"
             self._metrics.http.labels(route, f"{status // 100}xx").inc()
             logger.info(
-                "%s %s %d in %.3f s, key %r, tenant %r, request %s",
+                "%s %s %d in %.3f s, key %r, tenant %r, request %s%s",
                 scope["method"] if scope["method"].isalpha() else "?",
                 route,
                 status,
@@ -94,18 +104,15 @@ class Gate:
                 key.name,
                 key.tenant,
                 request_id,
+                "" if label == request_id else f", called {label}",
             )
-
-    def _own_headers(self, request_id: str) -> list[tuple[bytes, bytes]]:
-        found = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-        return [*found, (b"connection", b"close")] if self.draining else found
 
     def _let_in(self, scope: Scope) -> ApiKey:
         """Whose request it is. Raises APIError for what goes no further."""
         headers = _headers(scope)
         path, method = scope["path"], scope["method"]
         self._check_host(headers.get("host"))
-        self._check_origin(scope, headers)
+        self._check_origin(headers)
         if path == "/health" and method in ("GET", "HEAD"):
             return NOBODY
         try:
@@ -130,11 +137,12 @@ class Gate:
         if self._hosts is not None and name.lower() not in self._hosts:
             raise APIError(403, "this server is not called by this Host; see --allowed-hosts", "permission_error")
 
-    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _check_origin(self, headers: dict[str, str]) -> None:
         origin = headers.get("origin")
         if origin is None or origin in self._config.cors_origins or "*" in self._config.cors_origins:
             return
-        if origin != f"{scope.get('scheme', 'http')}://{headers.get('host')}":
+        # The scheme may differ: behind a proxy that ends TLS the page is https, and this server's requests are not.
+        if origin not in (f"http://{headers.get('host')}", f"https://{headers.get('host')}"):
             raise APIError(
                 403, "pages of other origins may not call this server; see --cors-origins", "permission_error"
             )
@@ -152,14 +160,18 @@ class Gate:
 class _Body:
     """receive() that gives up on a body that is too large, or that takes too long."""
 
-    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, seconds: float) -> None:
         self._receive, self._max_bytes = receive, max_bytes
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._num_bytes = 0
-        self._complete = False
+        # Without one of these a request has no body (RFC 9112, 6.3).
+        self.complete = not any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in scope["headers"]
+        )
 
     async def receive(self) -> Message:
-        if self._complete:
+        if self.complete:
             return await self._receive()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
@@ -168,23 +180,22 @@ class _Body:
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise _too_large(self._max_bytes)
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         return message
+
+
+def _own_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    return [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
 
 
 def _too_large(limit: int) -> APIError:
     return APIError(413, f"the body is larger than {limit} bytes", code="request_too_large")
 
 
-async def send_error(send: Send, error: APIError, close: bool = False) -> None:
-    """close: what the client may still send is not waited for."""
-    import msgspec
-
+async def _send_error(send: Send, error: APIError) -> None:
     body = msgspec.json.encode(error.body())
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in error.headers.items()]
-    if close:
-        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

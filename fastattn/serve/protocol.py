@@ -25,7 +25,8 @@ TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Text = Annotated[str, Field(max_length=16 * 2**20)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
+# The first wrong one says enough: a million of them take a gigabyte and ten seconds to describe.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
 JSONObject = dict[str, Any]
 
 
@@ -61,6 +62,8 @@ class Message(_Strict):
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     refusal: Text | None = None
+    reasoning_content: Text | None = None  # a model's thinking, as it came; and another name for it
+    reasoning: Text | None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[JSONObject], Field(max_length=0)] | None = None
@@ -69,6 +72,8 @@ class Message(_Strict):
     def _has_what_its_role_needs(self) -> Self:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError(f"content is null, expected text for a message of role {self.role!r}")
+        if (self.reasoning_content or self.reasoning) and self.role != "assistant":
+            raise ValueError(f"reasoning_content in a message of role {self.role!r}, allowed is 'assistant'")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls in a message of role {self.role!r}, allowed is 'assistant'")
         if (self.role == "tool") != (self.tool_call_id is not None):
@@ -332,7 +337,7 @@ class TokenizeRequest(_Strict):
 
 class DetokenizeRequest(_Strict):
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=2**20)]
+    tokens: Annotated[list[TokenId], Field(max_length=2**20, fail_fast=True)]
 
 
 def as_prompts(value: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
@@ -347,7 +352,9 @@ def validation_error(error: ValidationError) -> APIError:
     found = error.errors(include_url=False, include_context=False)
     first = found[0]
     param = _param(first["loc"])
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "none_required":
+        text, same = "it is not supported here, allowed is null", [first]
+    elif first["type"] == "extra_forbidden":
         text = f"the field {repr(first['loc'][-1])[:100]} is not known"
         same = [first]
     else:

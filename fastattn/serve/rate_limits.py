@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -21,50 +22,63 @@ from fastattn.serve.contract import APIError
 class Ticket:
     """A request that was let in. headers: for its answer."""
 
-    def __init__(self, limits: RateLimits, bucket: tuple[str, str], item: RateLimitItemPerMinute | None, reserved: int) -> None:  # fmt: skip
-        self._limits, self._bucket, self._item, self._reserved = limits, bucket, item, reserved
+    def __init__(self, limits: RateLimits, bucket: tuple[str, str], tokens: RateLimitItemPerMinute | None) -> None:
+        self._limits, self._bucket, self._tokens = limits, bucket, tokens
+        self._reserved: int | None = None
         self.headers: dict[str, str] = {}
 
+    def reserve(self, estimate: int) -> None:
+        """estimate: tokens that the request will take, about. Once. Raises APIError 429."""
+        if self._tokens is not None:
+            self.headers |= self._limits.reserve(self._tokens, self._bucket, estimate)
+            self._reserved = estimate
+
     def forfeit(self) -> None:
-        """The client left before it was known what the request took: what was reserved counts."""
-        self.settle(self._reserved)
+        """The request is over, and if nobody said what it took, what was reserved counts."""
+        self.settle(self._reserved or 0)
 
     def settle(self, num_tokens: int) -> None:
         """The request is over and took so many tokens. Once only; more calls change nothing."""
-        item, self._item = self._item, None
-        if item is not None:
-            self._limits.count_tokens(item, self._bucket, num_tokens, self._reserved)
+        reserved, self._reserved = self._reserved, None
+        if reserved is not None and self._tokens is not None:
+            self._limits.count_tokens(self._tokens, self._bucket, num_tokens, reserved)
 
 
 class RateLimits:
-    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
-        self._requests, self._tokens = requests_per_minute, tokens_per_minute
+    """on_refusal: called for each request that is refused."""
+
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._requests, self._tokens, self._on_refusal = requests_per_minute, tokens_per_minute, on_refusal
         self._window = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._reserved: Counter[tuple[str, str]] = Counter()
 
-    def admit(self, key: ApiKey, estimate: int) -> Ticket:
-        """Raises APIError 429 with Retry-After. estimate: tokens that the request will take, about."""
+    def admit(self, key: ApiKey) -> Ticket:
+        """Before anything is done for it, so that one that is wrong counts too. Raises APIError 429 with Retry-After."""
         requests = _item(key.requests_per_minute or self._requests)
-        tokens = _item(key.tokens_per_minute or self._tokens)
-        bucket = key.bucket
-        if tokens is not None:
-            if estimate > tokens.amount:
-                text = f"the request may take {estimate} tokens, allowed are {tokens.amount} a minute: lower max_tokens"
-                raise APIError(429, text, "rate_limit_error", code="rate_limit_exceeded")
-            left = self._left(tokens, "tokens", bucket) - self._reserved[bucket]
-            if estimate > left:
-                text = f"the limit of {tokens.amount} tokens a minute is reached: {max(0, left)} are left, this needs {estimate}"  # fmt: skip
-                raise self._refusal(text, tokens, "tokens", bucket)
-        if requests is not None and not self._window.hit(requests, "requests", *bucket):
+        if requests is not None and not self._window.hit(requests, "requests", *key.bucket):
             text = f"the limit of {requests.amount} requests a minute is reached"
-            raise self._refusal(text, requests, "requests", bucket)
-        if tokens is not None:
-            self._reserved[bucket] += estimate
-        ticket = Ticket(self, bucket, tokens, estimate)
-        for kind, item in (("requests", requests), ("tokens", tokens)):
-            if item is not None:
-                ticket.headers |= self._headers(item, kind, bucket)
+            raise self._refusal(text, requests, "requests", key.bucket)
+        ticket = Ticket(self, key.bucket, _item(key.tokens_per_minute or self._tokens))
+        if requests is not None:
+            ticket.headers |= self._headers(requests, "requests", key.bucket)
         return ticket
+
+    def reserve(self, tokens: RateLimitItemPerMinute, bucket: tuple[str, str], estimate: int) -> dict[str, str]:
+        if estimate > tokens.amount:
+            self._on_refusal()
+            text = f"the request may take {estimate} tokens, allowed are {tokens.amount} a minute: lower max_tokens"
+            raise APIError(429, text, "rate_limit_error", code="rate_limit_exceeded")
+        left = self._left(tokens, "tokens", bucket) - self._reserved[bucket]
+        if estimate > left:
+            text = f"the limit of {tokens.amount} tokens a minute is reached: {max(0, left)} are left, this needs {estimate}"
+            raise self._refusal(text, tokens, "tokens", bucket)
+        self._reserved[bucket] += estimate
+        return self._headers(tokens, "tokens", bucket)
 
     def count_tokens(self, item: RateLimitItemPerMinute, bucket: tuple[str, str], taken: int, reserved: int) -> None:
         self._reserved[bucket] -= reserved
@@ -87,6 +101,7 @@ class RateLimits:
         }
 
     def _refusal(self, text: str, item: RateLimitItemPerMinute, kind: str, bucket: tuple[str, str]) -> APIError:
+        self._on_refusal()
         stats = self._window.get_window_stats(item, kind, *bucket)
         headers = self._headers(item, kind, bucket) | {"Retry-After": str(_seconds_until(stats.reset_time))}
         return APIError(429, text, "rate_limit_error", code="rate_limit_exceeded", headers=headers)

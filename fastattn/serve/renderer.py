@@ -118,14 +118,19 @@ class Renderer:
         return (await self._ask(w.Pieces(list(tokens)))).texts
 
     async def _ask(self, request: w.Request) -> w.Reply:
-        # Shielded: a client that leaves must not leave half a reply in a pipe.
-        reply = await asyncio.shield(asyncio.ensure_future(self._exchange(_encode(request))))
+        try:
+            data = _encode(request)
+        except (OverflowError, RecursionError) as error:  # of a tool's schema, or a call's arguments
+            raise APIError(400, f"the request cannot be given to the chat template: {error}") from None
+        # Who leaves while all workers are busy is gone, and the request with it.
+        worker = await self._idle.get()
+        # Shielded: a client that leaves now must not leave half a reply in a pipe.
+        reply = await asyncio.shield(asyncio.ensure_future(self._exchange(worker, data)))
         if reply.error is not None:
             raise APIError(400, reply.error)
         return reply
 
-    async def _exchange(self, request: bytes) -> w.Reply:
-        worker = await self._idle.get()
+    async def _exchange(self, worker: _Worker, request: bytes) -> w.Reply:
         try:
             return await worker.ask(request)
         except (EOFError, asyncio.TimeoutError):
@@ -145,6 +150,8 @@ def _as_template_sees(message: Message, knows_tools: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {"role": role, "content": message.text or message.refusal or ""}
     if message.name is not None:
         seen["name"] = message.name
+    if (thought := message.reasoning_content or message.reasoning) is not None:
+        seen["reasoning_content"] = thought  # the name that templates know
     calls = [
         {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         for call in message.tool_calls or ()

@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -35,6 +37,7 @@ _LAG_SECONDS = 0.5
 def serve(config: ServeConfig) -> int:
     """Serves until a signal ends it or no engine can be kept running; the exit code. Raises ValueError or OSError."""
     state = ServerState(config, load_keys(config.api_key, config.api_keys_file))
+    _raise_file_limit()
     listener = _listen(config)
     try:
         import uvloop
@@ -47,11 +50,20 @@ def serve(config: ServeConfig) -> int:
             config.uds.unlink(missing_ok=True)
 
 
+def _raise_file_limit() -> None:
+    """A shell's 1024 files are fewer than the connections that are allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(65536, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _listen(config: ServeConfig) -> socket.socket:
     """The socket, before anything is loaded: an address in use is said at once."""
     if config.uds is not None:
         listener = socket.socket(socket.AF_UNIX)
         try:
+            _remove_stale(config.uds)
             old = os.umask(0o177)  # a socket for its owner
             try:
                 listener.bind(str(config.uds))
@@ -76,6 +88,17 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listener
 
 
+def _remove_stale(path: Path) -> None:
+    """A socket that nobody listens on any more: a server that was killed leaves it behind."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+
+
 class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,7 +114,13 @@ class Server:
         self._gate = Gate(make_app(state), config, state.keys, state.metrics)
         app: ASGIApp = self._gate
         if config.cors_origins:
-            app = CORSMiddleware(app, config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+            seen = ["x-request-id", "retry-after", "x-fastattn-model", "x-fastattn-route", "x-fastattn-cache"]
+            seen += [
+                f"x-ratelimit-{n}-{kind}" for n in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+            ]
+            app = CORSMiddleware(
+                app, config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=seen
+            )
         self._http = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -183,7 +212,7 @@ class Server:
             renderer = Renderer(info.tokenizer, info.max_model_len, config.render_workers)
             self._renderers.append(renderer)
             await renderer.start()
-            self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics)
+            self._state.engines[name] = LocalEngine(client, info, renderer, self._state.metrics.of(name))
         self._chain = build_chain(self._state)
         self._state.chain = self._chain.front
         seconds = time.monotonic() - self._started

@@ -20,6 +20,10 @@ T = TypeVar("T")
 _END = b"data: [DONE]\n\n"
 
 
+class _SlowClientError(Exception):
+    """The client took nothing for too long."""
+
+
 class ClientGoneError(Exception):
     """The client has closed the connection: there is nobody to answer."""
 
@@ -83,13 +87,15 @@ class EventStream(Response):
                     await self._body(send, event(chunk))
             except APIError as error:
                 await self._body(send, event(error.body()))
+            except _SlowClientError:
+                raise
             except Exception:
                 logger.exception("a stream ended with an error of ours")
                 await self._body(send, event(APIError(500, "internal error", "server_error").body()))
             finally:
                 await self._chunks.aclose()  # type: ignore[attr-defined]
             await self._body(send, _END, more=False)
-        except asyncio.TimeoutError:
+        except _SlowClientError:
             logger.info("a client took nothing of its stream for %g s and is cut off", self._write_timeout)
             if abort := scope.get("fastattn.abort"):  # closing would wait for the client once more
                 abort()
@@ -98,4 +104,7 @@ class EventStream(Response):
     async def _body(self, send: Send, data: bytes, more: bool = True) -> None:
         # Waits while the connection's buffer is full.
         message = {"type": "http.response.body", "body": data, "more_body": more}
-        await asyncio.wait_for(send(message), self._write_timeout)
+        try:
+            await asyncio.wait_for(send(message), self._write_timeout)
+        except asyncio.TimeoutError:
+            raise _SlowClientError from None

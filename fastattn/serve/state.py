@@ -12,7 +12,7 @@ from fastattn.serve.config import EngineSettings, ServeConfig
 from fastattn.serve.contract import APIError, Backend
 from fastattn.serve.engine_backend import EngineBackend
 from fastattn.serve.engine_client import EngineClient, EngineTimes
-from fastattn.serve.metrics import Metrics
+from fastattn.serve.metrics import EngineMetrics, Metrics
 from fastattn.serve.rate_limits import RateLimits
 from fastattn.serve.renderer import Renderer
 
@@ -20,7 +20,7 @@ from fastattn.serve.renderer import Renderer
 class LocalEngine(EngineBackend):
     """An engine of this server with its renderer, once it is ready."""
 
-    def __init__(self, client: EngineClient, info: m.Ready, renderer: Renderer, metrics: Metrics) -> None:
+    def __init__(self, client: EngineClient, info: m.Ready, renderer: Renderer, metrics: EngineMetrics) -> None:
         super().__init__(client, renderer, metrics)
         self.client, self.info, self.renderer = client, info, renderer
 
@@ -37,11 +37,12 @@ class ServerState:
     chain: Backend | None = None  # what answers, once all engines are ready
 
     def __post_init__(self) -> None:
-        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute)
+        refused = self.metrics.rejections.labels("rate_limit").inc
+        self.limits = RateLimits(self.config.requests_per_minute, self.config.tokens_per_minute, refused)
         for name, settings in self.engine_settings().items():
             times = EngineTimes(step=self.config.engine_timeout, health=self.config.health_timeout)
             self.clients[name] = EngineClient(
-                settings.model, settings.engine_options(), self.metrics, times, self.config.max_num_waiting
+                name, settings.model, settings.engine_options(), self.metrics, times, self.config.max_num_waiting
             )
 
     def engine_settings(self) -> dict[str, EngineSettings]:

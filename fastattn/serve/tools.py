@@ -52,7 +52,10 @@ def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
     for tool in tools:
         parameters = dict(tool.function.parameters or {"type": "object"})
         for key in ("$defs", "definitions"):  # references start at the root, which is ours here
-            for name, value in parameters.pop(key, {}).items():
+            found = parameters.pop(key, {})
+            if not isinstance(found, dict):
+                raise APIError(400, f"{key} of {tool.function.name!r} is no object", param="tools")
+            for name, value in found.items():
                 if definitions.setdefault(key, {}).setdefault(name, value) != value:
                     raise APIError(400, f"two tools define {key}/{name} differently", param="tools")
         properties = {"name": {"const": tool.function.name}, "arguments": parameters}
@@ -101,7 +104,7 @@ class ToolReader:
     def finish(self) -> list[Delta]:
         """No more text: what was held back is what it is."""
         rest, self._buffer = self._buffer, ""
-        if self._call is not None or not rest or self._fixed is not None:
+        if self._call is not None or not rest or self._fixed is not None or (self.num_calls and not rest.strip()):
             return []
         body = rest.strip().removeprefix(OPEN).removesuffix(CLOSE) if self._tagged else rest
         if (self._tagged or not self._seen_text) and (call := self._whole(body)):

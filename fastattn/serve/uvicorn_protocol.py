@@ -1,11 +1,12 @@
-"""uvicorn's HTTP protocol with the limits that it lacks: how long, and how large, a request's headers may be."""
+"""uvicorn's HTTP protocol with the limits that it lacks: how long, and how large, a request's headers may be, and what
+follows the body (trailers)."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEADER_BYTES = 64 << 10
 
@@ -16,6 +17,8 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
     class LimitedProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
         _num_header_bytes = 0
+        _cycles: tuple[RequestResponseCycle, ...] = ()  # not yet answered
+        _num_chunk_bytes: int | None = None  # since a chunk's head, while nothing of its data has come
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -23,15 +26,40 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            # uvicorn tells only the last of several requests that came at once.
+            for cycle in self._cycles:
+                cycle.disconnected = True
+                cycle.message_event.set()
+            self.pipeline.clear()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             if self._header_timer is not None:
                 self._num_header_bytes += len(data)
+            elif self._num_chunk_bytes is not None:
+                self._num_chunk_bytes += len(data)
             super().data_received(data)
             # A whole request with its body may come at once; then nothing is waited for here any more.
             if self._header_timer is not None and self._num_header_bytes > _MAX_HEADER_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", b"the request's headers are too large")
+            elif (self._num_chunk_bytes or 0) > _MAX_HEADER_BYTES:  # the parser keeps a trailer until its end
+                self._refuse(b"431 Request Header Fields Too Large", b"the request's trailers are too large")
+
+        def on_chunk_header(self) -> None:
+            self._num_chunk_bytes = 0
+
+        def on_body(self, body: bytes) -> None:
+            self._num_chunk_bytes = None
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._num_chunk_bytes = None
+            super().on_message_complete()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            # Trailers would join the headers behind the back of whoever has judged those.
+            if self._header_timer is not None:
+                super().on_header(name, value)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -42,6 +70,7 @@ def protocol_class(header_timeout: float) -> type[HttpToolsProtocol]:
             self._stop_waiting()
             super().on_headers_complete()
             self.scope["fastattn.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+            self._cycles = (*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle)
 
         def _wait_for_headers(self) -> None:
             self._num_header_bytes = 0

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.engine import tiny
-from tests.serve.harness import MODEL, Running
+from tests.serve.harness import MODEL, Running, wait_for
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -289,3 +289,13 @@ def test_headers(server: Running, path: str) -> None:
     assert response.headers["x-fastattn-model"] == MODEL
     assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
     assert response.json()["id"].endswith(response.headers["x-request-id"])
+
+
+def test_a_request_keeps_the_name_that_it_came_with(server: Running) -> None:
+    body = {"model": MODEL, "max_tokens": 1, "prompt": "a"}
+    named = server.post("/v1/completions", body, headers={"X-Request-Id": "edge-7f:1"})
+    assert named.headers["x-request-id"] == "edge-7f:1" and "edge-7f" not in named.json()["id"]
+    wait_for(lambda: any("called edge-7f:1" in line for line in server.log), "a line in the log", 10)
+    for odd in ("a b", "a" * 200, "caf\xe9", "<script>"):
+        other = server.post("/v1/completions", body, headers={"X-Request-Id": odd.encode("latin-1")})
+        assert other.json()["id"].endswith(other.headers["x-request-id"])

@@ -371,10 +371,12 @@ def test_figures_of_known_samples(tab: Any) -> None:
             'fastattn:generation_tokens_total 100\nfastattn:h_bucket{le="1"} 10\nfastattn:h_bucket{le="+Inf"} 10\n',
             'fastattn:generation_tokens_total{m="a"} 90\nfastattn:generation_tokens_total{m="b"} 60\n'
             'fastattn:h_bucket{le="1"} 14\nfastattn:h_bucket{le="2"} 18\nfastattn:h_bucket{le="+Inf"} 18\n'
+            'fastattn:kv_cache_usage_perc{m="a"} 0.5\nfastattn:kv_cache_usage_perc{m="b"} 0.7\n'
             "vllm:other 3\n",
         ],
     )
     assert result["now"]["generated"] == 25  # series are added up: (90 + 60 − 100) / 2 s
+    assert result["now"]["kv"] == pytest.approx(0.6)
     assert result["now"].get("running") is None
     assert result["p25"] == pytest.approx(0.5) and result["p99"] == pytest.approx(1.955) and result["none"] is None
 

@@ -18,6 +18,7 @@ from fastattn.serve.protocol import (
     fold_chunks,
     validation_error,
 )
+from fastattn.serve.renderer import _as_template_sees
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -116,6 +117,11 @@ def test_an_answer_can_be_sent_back() -> None:
     tool = {"role": "tool", "content": "5", "tool_call_id": "1"}
     request = ChatCompletionRequest.model_validate({"model": "m", "messages": [USER, answer, tool]})
     assert request.messages[1].tool_calls is not None
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    message = ChatCompletionRequest.model_validate({"model": "m", "messages": [USER, thought]}).messages[1]
+    assert _as_template_sees(message, knows_tools=False)["reasoning_content"] == "hm"
+    with pytest.raises(ValidationError, match="allowed is 'assistant'"):
+        ChatCompletionRequest.model_validate({"model": "m", "messages": [USER | {"reasoning": "hm"}]})
 
 
 def test_every_way_to_ask_for_structure_is_one() -> None:

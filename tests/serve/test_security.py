@@ -188,6 +188,8 @@ def test_origin(guarded: Running, origin: str) -> None:
     assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
     own = guarded.post("/v1/chat/completions", body, headers={**guarded.headers, "Origin": guarded.url})
     assert own.status_code == 200
+    tls = {"Origin": guarded.url.replace("http:", "https:")}  # a proxy in front ends TLS
+    assert guarded.post("/v1/chat/completions", body, headers={**guarded.headers, **tls}).status_code == 200
     preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     assert httpx.options(guarded.url + "/v1/models", headers=preflight).status_code == 403
 

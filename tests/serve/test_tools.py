@@ -42,6 +42,7 @@ TEXTS: list[tuple[str, Read]] = [
     (CALL, ("", [("get_weather", ARGUMENTS)])),
     (f"Let me look.\n{CALL}", ("Let me look.\n", [("get_weather", ARGUMENTS)])),
     (f"{CALL}\n{SECOND}", ("", [("get_weather", ARGUMENTS), ("add", {})])),
+    (f"{CALL}\n ", ("", [("get_weather", ARGUMENTS)])),
     (f"a{SECOND}b", ("ab", [("add", {})])),
     ('<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>', ("", [("add", {"a": 1})])),
     ('<tool_call>{"name": "add", "parameters": {"a": 1}}', ("", [("add", {"a": 1})])),

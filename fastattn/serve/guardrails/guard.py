@@ -24,10 +24,13 @@ class Scan(NamedTuple):
 
 class Guard(Protocol):
     """needs_whole_text: nothing is settled before the end, so it is asked once. is_linear: its time is bounded by the
-    text's length, so short texts are scanned on the spot; others run in a thread with a time limit."""
+    text's length, so short texts are scanned on the spot; others run in a thread with a time limit. most_per_second: no more
+    characters than that can be looked at in a second, so a longer text is not begun: a thread cannot be stopped, and other
+    requests would wait for it. None: it is quick."""
 
     needs_whole_text: bool
     is_linear: bool
+    most_per_second: int | None
 
     def scan(self, text: str, start: int, final: bool) -> Scan:
         """Findings that begin at `start` or later; what is before it was dealt with and is there as context. final: no more

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
 from fastattn.serve.contract import APIError, Backend, Chunk, RequestContext
 from fastattn.serve.guardrails.config import (
@@ -28,7 +30,7 @@ from fastattn.serve.guardrails.pii import PIIGuard
 from fastattn.serve.guardrails.policy import Act, GuardFailedError, GuardMetrics, Policy, redact
 from fastattn.serve.guardrails.texts import Request, Slot, slots
 from fastattn.serve.guardrails.whole import PresidioGuard, SchemaGuard
-from fastattn.serve.protocol import ChatCompletionRequest
+from fastattn.serve.protocol import ChatCompletionRequest, Message
 
 Decode = Callable[[str, list[int]], Awaitable[str]]  # (model, token ids)
 
@@ -78,7 +80,7 @@ class Guardrails:
         if not self._sizes:
             return
         if isinstance(request, ChatCompletionRequest):
-            lengths = [len(message.text or "") for message in request.messages]
+            lengths = [_num_chars(message) for message in request.messages]
         else:
             lengths = [len(prompt) for prompt in request.prompts]
         for guard in self._sizes:
@@ -98,7 +100,7 @@ class Guardrails:
         data = request.model_dump(mode="python", by_alias=True, exclude_unset=True)
         decoded = await self._decode_prompts(request)
         texts = list(slots(data, lambda ids: decoded[tuple(ids)]))
-        changed = False
+        redacting = ""
         for slot in texts:
             acts = await self._scan_slot(slot)
             for act in acts:
@@ -106,16 +108,20 @@ class Guardrails:
             block = next((act for act in acts if act.action == "block"), None)
             if block is not None:
                 raise _refusal(block.guard, f"it has what is not allowed here: {block.label}")
-            if any(act.action == "redact" for act in acts):
+            if found := next((act for act in acts if act.action == "redact"), None):
                 slot.put(redact(slot.text, acts))
-                changed = True
-        if not changed:
+                redacting = found.guard
+            await asyncio.sleep(0)  # others' turns between the texts of a long request
+        if not redacting:
             return request
         prompts = data.get("prompt")
         if isinstance(prompts, list) and any(isinstance(prompt, str) for prompt in prompts):
             # One of several prompts of token ids became text, so all do.
             data["prompt"] = [p if isinstance(p, str) else decoded[tuple(p)] for p in prompts]
-        return type(request).model_validate(data)
+        try:
+            return type(request).model_validate(data)
+        except ValidationError:  # a tool's name, say
+            raise _refusal(redacting, "what is to be redacted stands where it cannot be replaced") from None
 
     async def _decode_prompts(self, request: Request) -> dict[tuple[int, ...], str]:
         prompts = () if isinstance(request, ChatCompletionRequest) else request.prompts
@@ -144,6 +150,12 @@ class Guardrails:
 
     def _policy(self, act: Act) -> Policy:
         return next(policy for policy in self._policies if policy.config.name == act.guard)
+
+
+def _num_chars(message: Message) -> int:
+    texts = [message.text, message.refusal, message.reasoning_content, message.reasoning]
+    texts += [call.function.arguments for call in message.tool_calls or ()]
+    return sum(len(text or "") for text in texts)
 
 
 def build_guard(config: GuardConfig) -> Guard:

@@ -40,6 +40,7 @@ class InjectionGuard:
 
     is_linear = True
     needs_whole_text = True
+    most_per_second: int | None = 2_000_000
 
     def __init__(self, threshold: float = 1.0) -> None:
         self._threshold = threshold

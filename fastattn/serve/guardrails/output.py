@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastattn.serve.contract import Chunk, RequestContext
+from fastattn.serve.contract import DELTA_TEXTS, Chunk, RequestContext
 from fastattn.serve.guardrails.policy import Act, GuardFailedError, Policy, redact
 from fastattn.serve.guardrails.texts import json_slots
 from fastattn.serve.guardrails.window import Released, Window
 
-_TEXTS = ("content", "reasoning_content", "refusal")  # of a chat chunk's delta
+# What else may pass. A server elsewhere may send more, and nobody has looked at that.
+_OF_CHOICE = ("index", "finish_reason", "stop_reason")
 
 
 class OutputGuards:
@@ -55,9 +56,9 @@ class _Choice:
         for key, values in (part.get("logprobs") or {}).items():
             if values is not None:
                 self._logprobs[key] = self._logprobs.get(key, []) + values
-        out = {**part, "logprobs": None}
+        out = {name: part[name] for name in _OF_CHOICE if name in part} | {"logprobs": None}
         try:
-            sent = await self._chat(part, out, final) if "text" not in part else await self._text(part, out, final)
+            sent = await self._chat(part, out, final) if "delta" in part else await self._text(part, out, final)
         except GuardFailedError:
             self._block(out)
             return out
@@ -70,10 +71,11 @@ class _Choice:
         return bool(out["text"])
 
     async def _chat(self, part: dict[str, Any], out: dict[str, Any], final: bool) -> bool:
-        delta = dict(part.get("delta") or {})
+        given = part["delta"] or {}
+        delta = {"role": given["role"]} if given.get("role") else {}
         out["delta"] = delta
-        for name in _TEXTS:
-            new = delta.pop(name, None)
+        for name in DELTA_TEXTS:
+            new = given.get(name)
             if new is None and not (final and name in self._windows):
                 continue
             text = await self._pass(name, new or "", final, out)
@@ -81,9 +83,8 @@ class _Choice:
             if text or new == "":
                 delta[name] = text
             if self.is_blocked:
-                delta.pop("tool_calls", None)
                 return True
-        calls = [kept for call in delta.pop("tool_calls", None) or () if (kept := self._hold(call))]
+        calls = [kept for call in given.get("tool_calls") or () if (kept := self._hold(call))]
         if final:
             for index in sorted(self._calls):
                 arguments = await self._arguments(self._calls[index], out)

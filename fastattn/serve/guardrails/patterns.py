@@ -35,6 +35,7 @@ class PatternGuard:
     back, unless `window` says how long one can get."""
 
     is_linear = True
+    most_per_second: int | None = None
 
     def __init__(self, patterns: Mapping[str, str], *, case_sensitive: bool = True, window: int | None = None) -> None:
         self._patterns = [(label, compile_pattern(p, case_sensitive=case_sensitive)) for label, p in patterns.items()]
@@ -60,6 +61,7 @@ class WordGuard:
 
     is_linear = True
     needs_whole_text = False
+    most_per_second: int | None = None
 
     def __init__(self, words: Sequence[str]) -> None:
         folded = sorted({" ".join(fold(word).text.split()) for word in words} - {""}, key=len, reverse=True)

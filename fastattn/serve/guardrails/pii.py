@@ -230,6 +230,7 @@ KINDS: dict[str, Kind] = {
 class PIIGuard:
     is_linear = True
     needs_whole_text = False
+    most_per_second: int | None = None
 
     def __init__(self, kinds: Sequence[str]) -> None:
         # Python's own engine: one class with a plus is linear there too, and it is quicker than RE2 for short matches.

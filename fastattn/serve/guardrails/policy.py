@@ -58,6 +58,10 @@ class Policy:
 
     async def scan(self, text: str, start: int, final: bool) -> tuple[list[Act], int]:
         """(findings, settled) as of Guard.scan. Raises GuardFailedError if the guard fails and that closes."""
+        most = self.guard.most_per_second
+        if most is not None and len(text) > most * self.config.time_budget:
+            why = f"cannot look at {len(text)} characters in {self.config.time_budget} s"
+            return self._failed("slow", why, len(text))
         try:
             scan = await self._scan(text, start, final)
             acts = [self._act(finding, len(text)) for finding in scan.findings]

@@ -38,12 +38,13 @@ def _message_slots(message: dict[str, Any]) -> Iterator[Slot]:
     role, content = message["role"], message.get("content")
     if isinstance(content, str):
         yield _slot(role, message, "content")
-    for part in content if isinstance(content, list) else ():
-        yield _slot(role, part, "text")
-    for name in ("name", "refusal"):
+    if isinstance(content, list):  # the model sees them joined, so nothing hides in a cut between two
+        yield Slot(role, "".join(part["text"] for part in content), lambda text: message.__setitem__("content", text))
+    for name in ("name", "refusal", "reasoning_content", "reasoning", "tool_call_id"):
         if isinstance(message.get(name), str):
             yield _slot(role, message, name)
     for call in message.get("tool_calls") or ():
+        yield _slot(role, call, "id")
         yield from json_slots(call["function"], "arguments", role)
 
 

@@ -12,6 +12,7 @@ from fastattn.serve.guardrails.guard import Finding, Scan
 class SchemaGuard:
     is_linear = False
     needs_whole_text = True
+    most_per_second: int | None = None
 
     def __init__(self, schema: dict[str, Any]) -> None:
         """Raises ValueError for a schema that is none, or that refers to anything outside itself."""
@@ -36,6 +37,7 @@ class SchemaGuard:
 class PresidioGuard:
     is_linear = False
     needs_whole_text = True
+    most_per_second: int | None = 20_000
 
     def __init__(self, config: PresidioGuardConfig) -> None:
         """Raises ImportError that names the extra, ValueError for a pipeline that is not installed."""

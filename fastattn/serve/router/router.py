@@ -14,7 +14,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from fastattn import __version__
-from fastattn.serve.contract import APIError, Backend, Chunk, RequestContext
+from fastattn.serve.contract import DELTA_TEXTS, APIError, Backend, Chunk, RequestContext
 from fastattn.serve.router.confidence import Confidence, Request, with_logprobs, without_logprobs
 from fastattn.serve.router.config import CascadeConfig, RouterConfig
 from fastattn.serve.router.deployment import Deployment, cost, is_retryable
@@ -278,8 +278,8 @@ def _has_words(chunk: Chunk) -> bool:
     """Whether a client would see something of it, an end included."""
     for choice in chunk["choices"]:
         delta = choice.get("delta") or {}
-        said = (choice.get("text"), choice.get("finish_reason"), *(delta.get(k) for k in ("content", "refusal")))
-        if any(said) or delta.get("tool_calls") or delta.get("reasoning_content"):
+        said = (choice.get("text"), choice.get("finish_reason"), *(delta.get(name) for name in DELTA_TEXTS))
+        if any(said) or delta.get("tool_calls"):
             return True
     return False
 

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 
 from fastattn import __version__
-from fastattn.serve.contract import APIError, Chunk, RequestContext
+from fastattn.serve.contract import DELTA_TEXTS, APIError, Chunk, RequestContext
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ class _Progress:
 
     def check(self, data: bytes, kind: str) -> Chunk:
         try:
-            chunk = json.loads(data, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            # Stricter than json: no NaN and no half of a surrogate pair, which could not be sent on.
+            chunk = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise _BadStreamError("something that is not JSON") from None
         if isinstance(chunk, dict) and chunk.get("error"):
             raise _BadStreamError("an error in the middle of its answer")
@@ -140,11 +142,7 @@ def _is_choice(choice: Any) -> bool:
     delta = choice.get("delta") if choice.get("delta") is not None else {}
     calls = delta.get("tool_calls") if isinstance(delta, dict) else None
     texts = [choice.get("text"), choice.get("finish_reason")]
-    texts += (
-        [delta.get(name) for name in ("role", "content", "refusal", "reasoning_content")]
-        if isinstance(delta, dict)
-        else [0]
-    )
+    texts += [delta.get(name) for name in ("role", *DELTA_TEXTS)] if isinstance(delta, dict) else [0]
     return (
         all(text is None or isinstance(text, str) for text in texts)
         and (calls is None or (isinstance(calls, list) and all(map(_is_call, calls))))
@@ -183,10 +181,6 @@ def _message(text: bytes) -> str | None:
 def _seconds(response: httpx.Response) -> float | None:
     value = response.headers.get("retry-after", "")
     return min(float(value), 3600.0) if value.isascii() and value.isdigit() else None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def _key(config: DeploymentConfig) -> str | None:

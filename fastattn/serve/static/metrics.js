@@ -48,6 +48,8 @@ const share = (part, whole) => (whole > 0 ? part / whole : null);
  */
 export function figures(now, before) {
   const value = (name) => now.metrics.get(name)?.value;
+  // Of several engines each has a share.
+  const mean = (name) => (now.metrics.has(name) ? value(name) / Math.max(now.metrics.get(name).labels.size, 1) : undefined);
   const seconds = Math.max(now.seconds - before.seconds, 1e-3);
   const change = (name) => (now.metrics.has(name) ? Math.max(0, value(name) - (before.metrics.get(name)?.value ?? 0)) : undefined);
   const rate = (name) => (now.metrics.has(name) ? (now === before ? null : change(name) / seconds) : undefined);
@@ -62,7 +64,7 @@ export function figures(now, before) {
     waiting: value("num_requests_waiting"),
     generated: rate("generation_tokens"),
     prompt: rate("prompt_tokens"),
-    kv: value("kv_cache_usage_perc"),
+    kv: mean("kv_cache_usage_perc"),
     prefix: ratio("prefix_cache_hits", "prefix_cache_queries"),
     // Without speculation the counters stay at 0, and there is nothing to show.
     accepted: value("spec_decode_num_draft_tokens") > 0 ? ratio("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens") : undefined,

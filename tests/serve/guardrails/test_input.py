@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import random
@@ -39,6 +40,10 @@ PLACES = [
     chat(messages=[{"role": "tool", "content": MAIL, "tool_call_id": "c"}]),
     chat(tools=[{"type": "function", "function": {"name": "f", "description": f"Mails {MAIL}"}}]),
     chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"enum": [MAIL]}}}]),
+    chat(messages=[{"role": "user", "content": [{"type": "text", "text": "jane@"}, {"type": "text", "text": "example.org"}]}]),
+    chat(messages=[{"role": "tool", "content": "x", "tool_call_id": MAIL}]),
+    chat(messages=[{"role": "assistant", "content": "x", "reasoning_content": MAIL}]),
+    chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"id": MAIL}]}]),
     completion(f"Write to {MAIL}"),
     completion(["a", MAIL]),
 ]  # fmt: skip
@@ -57,6 +62,26 @@ def test_every_place_is_looked_at(request_: Any) -> None:
     logged = saying("ok")
     wait(ask(rails(logged, PII | {"action": "log"}), request_, context()))
     assert logged.requests == [request_]
+
+
+def test_what_cannot_be_replaced_is_refused() -> None:
+    words = {"name": "w", "kind": "words", "words": ["weather"], "action": "redact", "directions": ["input"]}
+    tool = {"type": "function", "function": {"name": "weather"}}
+    error = wait(error_of(rails(saying("ok"), words), chat(tools=[tool]), context()))
+    assert error.status == 400 and "'w'" in error.message
+
+
+def test_a_long_request_lets_others_run() -> None:
+    request = chat(messages=[{"role": "user", "content": "a word and the next 4 " * 180}] * 100)
+
+    async def run() -> int:
+        turns, asked = 0, asyncio.ensure_future(ask(rails(saying("ok"), PII), request, context()))
+        while not asked.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return turns
+
+    assert wait(run()) >= 100
 
 
 def test_what_has_nothing_to_redact_is_not_touched() -> None:
@@ -95,6 +120,11 @@ def test_token_ids_are_decoded_or_refused() -> None:
         ({"max_prompt_chars": 10}, chat("x" * 11), "max_prompt_chars is 10, the request has 11"),
         ({"max_prompt_chars": 10}, completion(["x" * 6] * 2), "max_prompt_chars is 10, the request has 12"),
         ({"max_message_chars": 5}, completion(["x" * 6, "y"]), "max_message_chars is 5, the request has 6"),
+        (
+            {"max_message_chars": 5},
+            chat(messages=[{"role": "assistant", "content": "xx", "reasoning": "x" * 4}]),
+            "max_message_chars is 5, the request has 6",
+        ),
         (
             {"max_messages": 1},
             chat(messages=[{"role": "user", "content": "a"}] * 2),

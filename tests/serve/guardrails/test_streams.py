@@ -17,7 +17,7 @@ from fastattn.serve.guardrails import Guardrails, GuardrailsConfig
 from fastattn.serve.guardrails.guard import Finding, Scan
 from fastattn.serve.guardrails.pii import KINDS
 from fastattn.serve.protocol import ChatCompletionRequest
-from tests.serve.fakes import Scripted, ask, chat, chunks, completion, context, saying, text_of, wait
+from tests.serve.fakes import Scripted, ask, chat, chunks, completion, context, error_of, saying, text_of, wait
 
 SECRETS = {
     "email": "jane.doe+x@mail.example.co.uk", "phone": "+49 30 901820", "credit_card": "4111 1111 1111 1111",
@@ -257,6 +257,7 @@ class Sick:
     """is_linear: on the spot; else in a thread."""
 
     def __init__(self, how: str, *, is_linear: bool) -> None:
+        self.most_per_second: int | None = None
         self._how, self.is_linear, self.needs_whole_text = how, is_linear, False
 
     def scan(self, text: str, start: int, final: bool) -> Scan:
@@ -292,6 +293,17 @@ def test_a_guard_that_fails(how: str, fail: str) -> None:
         assert text_of(answer) == "fine"
     else:
         assert (answer.status, answer.code) == (503, "guardrail_unavailable")
+
+
+def test_a_text_that_takes_too_long_is_not_begun() -> None:
+    """Two of seven megabytes kept the threads of a guard for ten seconds, and everybody's requests failed with it."""
+    guard = {"name": "sick", "kind": "words", "words": ["x"], "directions": ["input"], "time_budget": 0.5}
+    sick = Sick("raises", is_linear=False)
+    sick.most_per_second = 10_000
+    backend = rails(saying("fine"), guard, objects={"sick": sick})
+    error = wait(error_of(backend, chat("a" * 5001), context()))
+    assert (error.status, error.code) == (503, "guardrail_unavailable")
+    assert backend._metrics.failures.labels("sick", "slow")._value.get() == 1
 
 
 def test_a_slow_guard_does_not_stop_the_loop() -> None:
@@ -355,3 +367,24 @@ def test_requests_of_other_shapes_pass() -> None:
     assert isinstance(chat(), ChatCompletionRequest)
     answer = wait(ask(rails(saying("a"), PII), completion(["x", "y"], n=1), context()))
     assert text_of(answer) == "a"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"delta": {"reasoning": "heroin"}},
+        {"delta": {"reasoning_content": "heroin"}},
+        {"delta": {"content": "x", "thoughts": "heroin"}},
+        {"delta": {"content": "x"}, "text": "heroin"},
+        {"delta": {"content": "x"}, "message": {"content": "heroin"}},
+    ],
+)
+def test_what_no_guard_has_seen_does_not_pass(extra: dict[str, Any]) -> None:
+    """Another server may put text where ours does not."""
+    made = chunks(chat(), ["x"])
+    made[1]["choices"][0] |= extra
+
+    async def run() -> str:
+        return str([chunk async for chunk in rails(Scripted(lambda *_: made), WORDS).stream(chat(), context())])
+
+    assert "heroin" not in wait(run())

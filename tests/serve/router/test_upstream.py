@@ -148,6 +148,7 @@ FAULTS: dict[str, tuple[Handler, int, str]] = {
     "empty": (events(), 502, "cut the answer"),
     "not JSON": (events(b"data: {oops\n\n"), 502, "not JSON"),
     "NaN": (events(b'data: {"choices": [], "x": NaN}\n\n'), 502, "not JSON"),
+    "half a surrogate": (events(b'data: {"choices": [{"index": 0, "delta": {"content": "\\ud800"}}]}\n\n'), 502, "not JSON"),
     "deep": (events(b"data: " + b"[" * 100_000 + b"\n\n"), 502, "not JSON"),
     "no chunk": (events(b'data: {"choices": {}}\n\n'), 502, "a chunk that is none"),
     "a list": (events(b"data: []\n\n"), 502, "a chunk that is none"),
