@@ -133,7 +133,7 @@ def test_options_change_speed_and_memory_but_not_the_text(invoke: Invoke) -> Non
         (("bench", "serve", "--plot", "no-such-folder/load.png"), "", ("no-such-folder",)),
         (("bench", "serve", "--save-result", "--result-dir", "no-such-folder"), "", ("no-such-folder",)),
         (("bench", "serve", "--goodput", "speed:9"), "", ("--goodput", "speed:9", "ttft")),
-        (("bench", "kernels", "--min-seconds", "0"), "", ("--min-seconds", "above 0")),
+        (("bench", "kernels", "--min-seconds", "-1"), "", ("--min-seconds", "from 0")),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )
