@@ -1,4 +1,4 @@
-"""A server, and the openai package talking to it: an answer as a stream, log-probabilities, two answers at once.
+"""A server, and the openai package talking to it: a stream, two answers with log-probabilities, a tool call.
 
 pip install 'fastattn[server]' openai
 python examples/openai_client.py [--model smollm2]
@@ -47,6 +47,19 @@ try:
         tokens = choice.logprobs.content
         print(choice.index, [(token.token, round(token.logprob, 2)) for token in tokens])
     print(answer.usage.total_tokens, "tokens")
+
+    # "required" holds the answer to the function's schema, so what is not cut by max_tokens parses.
+    city = {"enum": ["Paris", "Rome"]}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model="example",
+        messages=[{"role": "user", "content": "Sun in Rome?"}],
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": schema}}],
+        tool_choice="required",
+        temperature=0,
+    )
+    call = answer.choices[0].message.tool_calls[0].function
+    print(f"the model calls {call.name}({call.arguments})")
 finally:
     server.terminate()  # it finishes what it has begun, then ends
     server.wait()

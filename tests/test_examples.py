@@ -17,9 +17,17 @@ EXAMPLES = ROOT / "examples"
 
 # Program → (further arguments, what it prints). {model} and {port} are filled in.
 RUNS = {
+    "embeddings.py": (("--model", "{model}"), ("A kitten naps.", "Stocks fell")),
+    "guardrails.py": (
+        ("--model", "{model}", "--port", "{port}"),
+        ("200 {", "400 the request was refused by the guardrail 'orders'", 'guard="private"'),
+    ),
     "offline.py": (("--model", "{model}"), ("The capital of Japan is|", "tokens were in the cache")),
     "one_operator.py": ((), ("as torch's",)),
-    "openai_client.py": (("--model", "{model}", "--port", "{port}"), ("0 [(", "1 [(", " tokens")),
+    "openai_client.py": (
+        ("--model", "{model}", "--port", "{port}"),
+        ("0 [(", "1 [(", " tokens", "the model calls weather({"),
+    ),
     "quantize.py": (("--model", "{model}"), ("perplexity ", "KL 0.0", "INT8 says:")),
     "router_cache.py": (
         ("--model", "{model}", "--port", "{port}"),
@@ -27,6 +35,7 @@ RUNS = {
     ),
     "structured_output.py": (("--model", "{model}"), ("json_schema: {", "regex: ", "choice: ")),
     "speculative.py": (("--model", "{model}"), ("the same 32 tokens in", "guesses were right")),
+    "tensor_parallel.py": (("--model", "{model}"), ("two ranks on ", " say:")),
 }
 
 
@@ -44,7 +53,7 @@ def test_every_example_is_run_and_listed() -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_example_runs(name: str, model: Path, tmp_path: Path) -> None:
-    if name in ("openai_client.py", "router_cache.py", "structured_output.py"):
+    if name in ("guardrails.py", "openai_client.py", "router_cache.py", "structured_output.py"):
         for module in ("openai", "fastapi", "llguidance"):
             pytest.importorskip(module, reason=f"{module} comes with fastattn[test]")
     with socket.create_server(("127.0.0.1", 0)) as free:

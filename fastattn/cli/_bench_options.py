@@ -9,6 +9,20 @@ import typer
 
 from fastattn.cli._options import _number, _size
 
+
+def _place(path: Path | None) -> Path | None:
+    """Where a result goes is looked at before it is measured."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is no folder")
+    return path
+
+
+def _picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{str(path)!r} ends in {path.suffix!r}, allowed are .png, .svg and .pdf")
+    return _place(path)
+
+
 DatasetName = Literal["random", "sharegpt", "custom"]
 
 BenchModel = Annotated[
@@ -36,7 +50,13 @@ PrefixLen = Annotated[
 ]
 BenchSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same prompts and arrivals.")]
 Completions = Annotated[int, typer.Option("-n", "--n", metavar="N", help="Answers to each prompt.")]
-OutputJson = Annotated[Path | None, typer.Option("--output-json", metavar="FILE", help="Write the result as JSON.")]
+OutputJson = Annotated[
+    Path | None, typer.Option("--output-json", metavar="FILE", callback=_place, help="Write the result as JSON.")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", callback=_picture, help="Draw latency over throughput, as PNG, SVG or PDF."),
+]
 BenchPrefixCaching = Annotated[
     bool,
     typer.Option(

@@ -25,12 +25,12 @@ def _parse_number(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a number") from None
 
 
-def _number(flag: str, metavar: str, help: str) -> object:
-    return typer.Option(flag, parser=_parse_number, metavar=metavar, help=help)
+def _number(flag: str, metavar: str, help: str, panel: str | None = None) -> object:
+    return typer.Option(flag, parser=_parse_number, metavar=metavar, help=help, rich_help_panel=panel)
 
 
-def _size(flag: str, help: str, *aliases: str) -> object:
-    return typer.Option(flag, *aliases, parser=parse_size, metavar="N", help=help, show_default=False)
+def _size(flag: str, help: str, *aliases: str, panel: str | None = None) -> object:
+    return typer.Option(flag, *aliases, parser=parse_size, metavar="N", help=help, rich_help_panel=panel)
 
 
 Model = Annotated[
@@ -40,29 +40,58 @@ Model = Annotated[
 
 # ---- engine ----
 
+ENGINE = "Engine"
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 on a CPU.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=ENGINE)
+]
+Dtype = Annotated[
+    DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 on a CPU.", rich_help_panel=ENGINE)
+]
 TensorParallelSize = Annotated[
     int,
     typer.Option(
-        "--tensor-parallel-size", "-tp", metavar="N", help="Share the model among N processes, with a GPU each on cuda."
+        "--tensor-parallel-size",
+        "-tp",
+        metavar="N",
+        help="Share the model among N processes, with a GPU each on cuda.",
+        rich_help_panel=ENGINE,
     ),
 ]
-MaxModelLen = Annotated[int | None, _size("--max-model-len", "Longest prompt and answer together, in tokens.", "-c")]
-MaxNumSeqs = Annotated[int | None, _size("--max-num-seqs", "Most sequences in one step.")]
-MaxNumBatchedTokens = Annotated[int | None, _size("--max-num-batched-tokens", "Most tokens in one step.")]
-BlockSize = Annotated[int, typer.Option("--block-size", metavar="N", help="Tokens in a KV-cache block.")]
-NumKvBlocks = Annotated[int | None, _size("--num-kv-blocks", "KV-cache blocks; as many as fit, if not given.")]
+MaxModelLen = Annotated[
+    int | None,
+    _size(
+        "--max-model-len",
+        "Longest prompt and answer together, in tokens. Not given: the model's, up to 8192.",
+        "-c",
+        panel=ENGINE,
+    ),
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    _size("--max-num-seqs", "Most sequences in one step. Not given: 256 on a GPU, 32 on a CPU.", panel=ENGINE),
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    _size("--max-num-batched-tokens", "Most tokens in one step. Not given: 8192 on a GPU, 512 on a CPU.", panel=ENGINE),
+]
+BlockSize = Annotated[
+    int, typer.Option("--block-size", metavar="N", help="Tokens in a KV-cache block.", rich_help_panel=ENGINE)
+]
+NumKvBlocks = Annotated[
+    int | None, _size("--num-kv-blocks", "KV-cache blocks. Not given: as many as fit.", panel=ENGINE)
+]
 GpuMemoryUtilization = Annotated[
-    float, _number("--gpu-memory-utilization", "SHARE", "Share of the GPU's memory to use at most.")
+    float, _number("--gpu-memory-utilization", "SHARE", "Share of the GPU's memory to use at most.", ENGINE)
 ]
 EnablePrefixCaching = Annotated[
     bool,
     typer.Option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
         help="Keep what was computed, for prompts that begin alike.",
+        rich_help_panel=ENGINE,
     ),
 ]
 
@@ -83,25 +112,36 @@ Speculative = Annotated[
         parser=_parse_speculative,
         metavar="JSON",
         help='Guess tokens and verify them: {"method": "ngram"}, or {"model": "…"} for a draft model.',
-        show_default=False,
+        rich_help_panel=ENGINE,
     ),
 ]
 
 # ---- sampling ----
 
-MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.")]
-Temperature = Annotated[float, _number("--temperature", "T", "0 takes the likeliest token each time.")]
-TopP = Annotated[float, _number("--top-p", "P", "Draw among the likeliest tokens of this total; 1 is off.")]
-TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Draw among so many likeliest tokens; 0 is off.")]
+SAMPLING = "Sampling"
+
+MaxTokens = Annotated[int | None, _size("--max-tokens", "Longest answer, in tokens.", panel=SAMPLING)]
+Temperature = Annotated[float, _number("--temperature", "T", "0 takes the likeliest token each time.", SAMPLING)]
+TopP = Annotated[float, _number("--top-p", "P", "Draw among the likeliest tokens of this total; 1 is off.", SAMPLING)]
+TopK = Annotated[
+    int,
+    typer.Option(
+        "--top-k", metavar="K", help="Draw among so many likeliest tokens; 0 is off.", rich_help_panel=SAMPLING
+    ),
+]
 MinP = Annotated[
     float,
-    _number("--min-p", "P", "Leave out tokens below this share of the likeliest one's; 0 is off."),
+    _number("--min-p", "P", "Leave out tokens below this share of the likeliest one's; 0 is off.", SAMPLING),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.")
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", help="Same seed, same text. Not given: a new one each time.", rich_help_panel=SAMPLING
+    ),
 ]
 Stop = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.", rich_help_panel=SAMPLING),
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message, for chat models.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the text: no progress, no summary.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]

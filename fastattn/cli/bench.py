@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import typer
 
+from fastattn.cli._help import Command, Group
 from fastattn.cli.bench_kernels import kernels
 from fastattn.cli.bench_offline import latency, throughput
 from fastattn.cli.bench_serve import serve
 
 app = typer.Typer(
+    cls=Group,
     help="Measure the engine, a running server, or the operators.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command()(latency)
-app.command()(throughput)
-app.command()(serve)
-app.command()(kernels)
+app.command(cls=Command)(latency)
+app.command(cls=Command)(throughput)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(kernels)

@@ -41,7 +41,12 @@ def kernels(
     min_seconds: Annotated[float, opt._number("--min-seconds", "SECONDS", "Time to spend on each case.")] = 0.2,
     output_json: bopt.OutputJson = None,
 ) -> None:
-    """Time the operators at the sizes of a model (default: 8B class) beside the copy and matrix rates of this device."""
+    """Time each operator beside the rates of this device.
+
+    Sizes are those of an 8B-class model; rates are those of torch's copy and matrix product.
+    """
+    if not min_seconds >= 0:
+        raise ValueError(f"--min-seconds is {min_seconds:g}, allowed is a number from 0")
     import torch
 
     from fastattn.benchmarks import kernels as bench

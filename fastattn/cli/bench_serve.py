@@ -85,12 +85,10 @@ def serve(
     result_filename: Annotated[
         str | None, typer.Option("--result-filename", metavar="NAME", help="Not given: rate, model and time.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw latency over throughput, as PNG, SVG or PDF.")
-    ] = None,
+    plot: bopt.Plot = None,
     disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
 ) -> None:
-    """Send requests to a running server as the clock says, and measure the answers.
+    """Send requests to a server by the clock, and time the answers.
 
     Exit code 1 if a request failed.
     """
@@ -111,6 +109,8 @@ def serve(
     )
     if plot is not None:
         require_matplotlib()
+    if (save_result or save_detailed) and not result_dir.is_dir():
+        raise ValueError(f"--result-dir is {str(result_dir)!r}, expected a folder that is there")
     url = base_url or config.openai_base_url() or f"http://{host}:{port}"
     server = Server(url, api_key or config.openai_api_key())
     samples = load_samples(options, _tokenizer(tokenizer))
@@ -207,8 +207,12 @@ def _in(text: str, flag: str, low: float, high: float) -> float:
 
 
 def _limit(text: str) -> tuple[str, float]:
+    from fastattn.benchmarks.summary import METRICS
+
     name, _, value = text.partition(":")
-    return _metrics(name)[0] if name else "", _in(value, "goodput", 0, float("inf"))
+    if name not in METRICS:
+        raise ValueError(f"--goodput has {text!r}, expected METRIC:MS with one of {', '.join(METRICS)}")
+    return name, _in(value, "goodput", 0, float("inf"))
 
 
 def _extra(text: str | None, temperature: float, ignore_eos: bool) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class Conversation:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return first + self.turns
 
-    def say(self, text: str) -> None:
-        """Answers a message. A message that cannot be answered is forgotten again; an interrupted answer is kept as far
+    def say(self, text: str) -> bool:
+        """Answers a message, and says whether it was let finish. A message that cannot be answered is forgotten again; an interrupted answer is kept as far
         as it was shown, since the person who reads on has seen it."""
         self.turns.append({"role": "user", "content": text})
         answer = ""
@@ -68,6 +68,7 @@ class Conversation:
             self.turns.append({"role": "assistant", "content": answer})
         else:
             self.turns.pop()
+        return not interrupt.hit
 
 
 def by_model(llm: LLM, params: SamplingParams) -> Answer:
@@ -186,8 +187,10 @@ def _find_server(url: str | None, model: str | None, api_key: str | None) -> tup
 def _talk(conversation: Conversation, where: str, quick: str | None, quiet: bool) -> None:
     """One answer, or a conversation to its end."""
     if quick is not None:
-        conversation.say(quick)
+        finished = conversation.say(quick)
         conversation.write("\n")
+        if not finished:
+            raise typer.Exit(_errors.INTERRUPTED)
         return
     if not quiet and sys.stdin.isatty():
         tell(f"{where}. /help lists the commands.")

@@ -53,9 +53,9 @@ def distill(
     evaluate: copt.Evaluate = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Train STUDENT to predict as its teacher does, and write it. Zeros that `fastattn prune` made stay zeros.
+    """Train a smaller model to predict as its teacher does.
 
-    Needs transformers (pip install 'fastattn[compress]'). Interrupted, the same command goes on from its last checkpoint.
+    Zeros that `fastattn prune` made stay zeros. Needs transformers (pip install 'fastattn[compress]'). Interrupted, the same command goes on from its last checkpoint.
     """
     from fastattn.cli._compress_report import finish
     from fastattn.compress import DistillOptions

@@ -31,7 +31,10 @@ def eval_(
     as_json: copt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure perplexity on text, and with --against the KL divergence and how often both choose the same token."""
+    """Measure perplexity, and how far a model is from another.
+
+    With --against: the KL divergence, and how often both think the same token likeliest.
+    """
     from fastattn.cli._compress_report import evaluation_lines, print_json
     from fastattn.compress import EvalOptions, evaluate
 

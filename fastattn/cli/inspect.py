@@ -21,7 +21,7 @@ def inspect(
     ] = False,
     as_json: copt.AsJson = False,
 ) -> None:
-    """Say what a model is: architecture, parameters, formats and bytes of each kind of layer, and its receipt."""
+    """Say what a model is: layers, formats, bytes, receipt."""
     from fastattn.cli._compress_report import print_json
     from fastattn.compress import inspect_model
 

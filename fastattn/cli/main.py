@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from fastattn import __version__
-from fastattn.cli import _errors, serve
+from fastattn.cli import _errors
+from fastattn.cli._help import Command, Group
 from fastattn.cli.bench import app as bench_app
 from fastattn.cli.chat import chat
 from fastattn.cli.distill import distill
@@ -23,9 +23,10 @@ from fastattn.cli.prune import prune
 from fastattn.cli.quantize import quantize
 from fastattn.cli.router import app as router_app
 from fastattn.cli.run import run
+from fastattn.cli.serve import ServeCommand, serve
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """Turns every way to fail into one line and an exit code, in one place for all commands."""
 
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
@@ -55,8 +56,12 @@ def _usage_error(error: Exception) -> int | None:
     """Reports a mistake that the argument parser found. Known by its methods: typer hides the class, and it has moved."""
     if not hasattr(error, "format_message"):
         return None
-    message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: what there is, not what is wrong
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    # "Value error, " is how pydantic, which newer typers use, begins the messages of its own checks.
+    message = " ".join(error.format_message().split()).replace(": Value error, ", ": ").rstrip(".")
     where = context.command_path if context is not None else "fastattn"
     print(f"{where}: {message} (see {where} --help)", file=sys.stderr)
     return 2
@@ -94,22 +99,27 @@ def _main(
         typer.echo(context.get_help())
 
 
-app.command()(run)
-app.command()(chat)
-app.add_typer(bench_app, name="bench")
-app.command()(doctor)
-app.command("collect-env", help="The same as doctor, under the name that vLLM and torch users know.")(doctor)
-app.command()(plan)
-app.command("serve")(serve.with_flags())
-app.add_typer(router_app, name="router")
-app.command()(quantize)
-app.command()(prune)
-app.command()(distill)
-app.command("eval")(eval_)
-app.command()(inspect)
+_GENERATE, _SERVE, _CHEAPER = "Generate text", "Serve", "Make a model cheaper"
+_MEASURE, _HERE = "Look and measure", "This installation"
+
+app.command(cls=Command, rich_help_panel=_GENERATE)(run)
+app.command(cls=Command, rich_help_panel=_GENERATE)(chat)
+app.command("serve", cls=ServeCommand, rich_help_panel=_SERVE)(serve)
+app.add_typer(router_app, name="router", rich_help_panel=_SERVE)
+app.command(cls=Command, rich_help_panel=_CHEAPER)(quantize)
+app.command(cls=Command, rich_help_panel=_CHEAPER)(prune)
+app.command(cls=Command, rich_help_panel=_CHEAPER)(distill)
+app.command(cls=Command, rich_help_panel=_MEASURE)(plan)
+app.command(cls=Command, rich_help_panel=_MEASURE)(inspect)
+app.command("eval", cls=Command, rich_help_panel=_MEASURE)(eval_)
+app.add_typer(bench_app, name="bench", rich_help_panel=_MEASURE)
+app.command(cls=Command, rich_help_panel=_HERE)(doctor)
+app.command("collect-env", cls=Command, rich_help_panel=_HERE, help="The same as doctor, as vLLM and torch call it.")(
+    doctor
+)
 
 
-@app.command("version")
+@app.command("version", cls=Command, rich_help_panel=_HERE)
 def _version() -> None:
     """Print the version."""
     _print_version(True)

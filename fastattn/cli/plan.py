@@ -36,7 +36,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say to the byte what a model takes: weights, KV cache, workspace. Loads nothing. Exit code 1 if it does not fit."""
+    """Say what a model takes in memory, before it is loaded.
+
+    Weights, KV cache and workspace, to the byte. Exit code 1 if it does not fit.
+    """
     import torch
 
     from fastattn.engine import setup

@@ -34,9 +34,9 @@ def prune(
     evaluate: copt.Evaluate = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write a model with two of each four weights zero, or with fewer layers; `fastattn distill` heals it.
+    """Write a model with fewer weights, or with fewer layers.
 
-    Interrupted, the same command goes on where it was.
+    Two of each four weights become zero, or whole layers go; `fastattn distill` heals it. Interrupted, the same command goes on where it was.
     """
     from fastattn.cli._compress_report import finish
     from fastattn.compress import CalibrationOptions, PruneOptions

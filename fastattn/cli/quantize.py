@@ -46,9 +46,9 @@ def quantize(
     evaluate: copt.Evaluate = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write a model in INT8, INT4, NVFP4 or MXFP4, in compressed-tensors' layout, with a receipt.
+    """Write a model in INT8, INT4, NVFP4 or MXFP4, with a receipt.
 
-    Interrupted, the same command goes on where it was.
+    The folder has compressed-tensors' layout. Interrupted, the same command goes on where it was.
     """
     from fastattn.cli._compress_report import finish
     from fastattn.compress import CalibrationOptions, QuantizeOptions

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastattn.cli._errors import CLIError
+from fastattn.cli._help import Command, Group
 
 if TYPE_CHECKING:
     from fastattn.serve.router.config import RouterConfig
     from fastattn.serve.router.evaluate import Evaluation
 
-app = typer.Typer(help="Look at how requests are spread over models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at how requests are spread over models.", cls=Group, no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.callback()
@@ -23,24 +26,32 @@ def _group() -> None:
     """Look at how requests are spread over models."""
 
 
-@app.command("evaluate")
+@app.command("evaluate", cls=Command)
 def evaluate(
     prompts: Annotated[
         Path, typer.Argument(metavar="PROMPTS", help="JSON lines: prompt or messages, and reference if it is known.")
     ],
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The server's YAML file.")],
-    cascade: Annotated[str | None, typer.Option(help="Which of its cascades; needed if there are several.")] = None,
-    url: Annotated[
-        str | None, typer.Option(help="Address of a server that runs with this file, for models that are its engines.")
+    cascade: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of its cascades; needed if there are several.")
     ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with the key for --url.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Address of a server that runs with this file, for models that are its engines."
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the key for --url.")] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where evaluation.json and evaluation.png go.")] = Path(
         "router-evaluation"
     ),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    concurrency: Annotated[int, typer.Option(min=1, max=1000, help="Prompts at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 128,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Prompts at a time.")] = 8,
 ) -> None:
-    """Asks both models of a cascade all prompts once, and shows cost and quality for every threshold."""
+    """Show what each threshold of a cascade costs and is worth.
+
+    Both models are asked all prompts once.
+    """
     try:
         from fastattn.serve.router import evaluate as work
         from fastattn.serve.router.router import Router

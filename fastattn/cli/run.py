@@ -25,7 +25,7 @@ _HEADER_CHARS = 100
 def run(
     model: opt.Model,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="Texts to answer; - reads more from stdin, one a line.")
+        list[str], typer.Argument(metavar="PROMPT", help="Texts to answer; - reads more from stdin, one a line.")
     ],
     system: opt.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")] = False,

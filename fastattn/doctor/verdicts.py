@@ -138,4 +138,4 @@ def _settings(facts: Facts) -> Iterator[Verdict]:
             "free some, or set FASTATTN_CACHE_DIR to another disk",
         )
     else:
-        yield Verdict("ok", "cache", f"{facts.cache_dir}, {len(facts.models)} models in it")
+        yield Verdict("ok", "cache", f"{facts.cache_dir}, models in it: {len(facts.models)}")

@@ -201,11 +201,13 @@ def _describe(item: Any) -> str:
     name = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
         return f"{name} is not a setting"
+    if item["type"] == "missing":
+        return f"{name} is not given"
     message = item["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
     # What a secret was is not for the log, nor what holds one.
-    hidden = "key" in name or item["type"] == "missing" or isinstance(item["input"], dict | list)
+    hidden = "key" in name or isinstance(item["input"], dict | list)
     given = "" if hidden else f", got {repr(item['input'])[:100]}"
     return f"{name}: {message}{given}"
 

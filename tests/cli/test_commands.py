@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import Result
 
 from fastattn import LLM, SamplingParams, __version__
+from fastattn.cli.serve import ServeCommand, _with_flags
 from tests.cli.conftest import Invoke
 from tests.engine.tiny import TinySource
 
@@ -126,6 +128,12 @@ def test_options_change_speed_and_memory_but_not_the_text(invoke: Invoke) -> Non
         (("plan", "tiny", "--memory", "lots"), "", ("lots",)),
         (("run", "tiny", "--no-such-option", "hi"), "", ("--no-such-option",)),
         (("no-such-command",), "", ("no-such-command",)),
+        (("serve",), "", ("model is not given",)),
+        (("bench", "serve", "--plot", "load.xyz"), "", ("--plot", ".xyz", ".svg")),
+        (("bench", "serve", "--plot", "no-such-folder/load.png"), "", ("no-such-folder",)),
+        (("bench", "serve", "--save-result", "--result-dir", "no-such-folder"), "", ("no-such-folder",)),
+        (("bench", "serve", "--goodput", "speed:9"), "", ("--goodput", "speed:9", "ttft")),
+        (("bench", "kernels", "--min-seconds", "-1"), "", ("--min-seconds", "from 0")),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )
@@ -235,10 +243,43 @@ def test_doctor_says_what_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch
     assert collect_facts().extras == {"server": ["no-such-thing"], "bench": []}
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "doctor", "plan", "version"])
+_COMMANDS = """run, chat, serve, router, router evaluate, quantize, prune, distill, plan, inspect, eval, bench, bench latency,
+bench throughput, bench serve, bench kernels, doctor, collect-env, version"""
+
+
+@pytest.mark.parametrize("command", re.split(r",\s", _COMMANDS))
 def test_help(invoke: Invoke, command: str) -> None:
-    result = invoke(command, "--help")
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0 and "Usage: " in result.stdout
+
+
+def test_help_of_all_has_whole_sentences_in_groups(invoke: Invoke) -> None:
+    """What a line has no room for is cut to "...", which helps nobody."""
+    for group in ((), ("bench",), ("router",)):
+        assert "..." not in invoke(*group, "--help").stdout.replace("[ARGS]...", "")
+    assert "\nGenerate text:\n  run " in invoke("--help").stdout
+    assert "\nSampling:\n  --max-tokens N " in invoke("run", "--help").stdout
+    assert "[default: 256]" in invoke("run", "--help").stdout
+
+
+@pytest.mark.parametrize("group", ["bench", "router"])
+def test_a_group_without_a_command_says_what_there_is(invoke: Invoke, group: str) -> None:
+    result = invoke(group)
+    assert result.exit_code == 2 and "\nCommands:\n" in result.stderr
+
+
+def test_serve_without_its_packages_says_so(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastattn.serve.config", None)
+    monkeypatch.delattr("fastattn.serve.config", raising=False)
+    monkeypatch.setattr(ServeCommand, "_full", property(lambda _: _with_flags()))  # not what an earlier test cached
+    result = invoke("serve", "tiny", "--port", "8000")
+    assert result.exit_code == 2 and "pip install 'fastattn[server]'" in result.stderr
+
+
+def test_help_loads_neither_torch_nor_the_server() -> None:
+    code = "import sys, fastattn.cli.main; print({'torch', 'pydantic', 'httpx', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_version(invoke: Invoke) -> None:

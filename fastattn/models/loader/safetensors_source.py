@@ -30,6 +30,8 @@ class SafetensorsSource:
         self._folder = folder
         try:
             self._config = config_from_hf(_read_json(folder / "config.json"))
+        except ModelFileError:  # a ValueError that names the file already
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{folder / 'config.json'}: {error}") from None
         self._files: dict[str, Any] = {}  # tensor name → its open file, which is mapped and not read
@@ -159,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
-        raise ModelFileError(f"{path}: {error}") from None
+        raise ModelFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: expected a JSON object")
     return value
