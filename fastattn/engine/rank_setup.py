@@ -41,10 +41,6 @@ def start_ranks(size: int, source: ModelSource, device: torch.device, limit_seco
 
 
 def _check(size: int, source: ModelSource, device: torch.device) -> None:
-    c = source.config
-    most = min(c.num_heads, c.intermediate_size, c.vocab_size)
-    if size > most:
-        raise ValueError(f"tensor_parallel_size is {size}, allowed is up to {most} for this model: its attention heads")
     if device.type == "cuda":
         if ":" in str(device):
             raise ValueError(

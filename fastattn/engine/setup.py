@@ -96,13 +96,18 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def choose_model_len(config: ModelConfig, wish: int | None) -> int:
     if wish is None:
         return min(config.max_position_embeddings, 8192)
-    if not 1 <= wish <= config.max_position_embeddings:
-        raise ValueError(f"max_model_len is {wish}, allowed is 1 to {config.max_position_embeddings} for this model")
+    if not 2 <= wish <= config.max_position_embeddings:  # one token to read and one to say
+        raise ValueError(f"max_model_len is {wish}, allowed is 2 to {config.max_position_embeddings} for this model")
     return wish
 
 
 def plan_options(config: ModelConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> PlanOptions:
     """Every size that is open in the options, chosen."""
+    most = min(config.num_heads, config.intermediate_size, config.vocab_size)
+    if options.tensor_parallel_size > most:
+        raise ValueError(
+            f"tensor_parallel_size is {options.tensor_parallel_size}, allowed is up to {most} for this model: its attention heads"
+        )
     on_gpu = device.type == "cuda"
     max_model_len = choose_model_len(config, options.max_model_len)
     max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
