@@ -82,6 +82,8 @@ class DistillOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is above 0")
         if not 0 <= self.weight_decay < 1:
             raise ValueError(f"weight_decay is {self.weight_decay!r}, allowed is from 0, below 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed!r}, allowed is an integer from 0, below 2**32")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes is {self.max_minutes!r}, allowed is above 0")
 
@@ -101,11 +103,16 @@ def distill(
     for what cannot work; ImportError without transformers.
     """
     options, out = options or DistillOptions(), Path(out)
-    check_free(out, force)
     pupil = open_plain(student)
     master = opened(teacher)
+    check_free(out, force, pupil.name, master.name)
     check_same_vocabulary(pupil, master)
+    limit = min(pupil.config.max_position_embeddings, master.config.max_position_embeddings)
+    if options.length > limit:
+        raise ValueError(f"length is {options.length}, allowed is up to {limit} for these models")
     corpus = load_corpus(options.files, "calibration")
+    if not options.generate:
+        token_windows(corpus, pupil.tokenizer(), options.length, 1)  # too short a text is said before a folder is begun
     dtype = choose_output_dtype(pupil, options.dtype)
     digest = source_digest(pupil)
     described: dict[str, Any] = {

@@ -183,7 +183,9 @@ class Quantizer(Rewriter):
             codes = self.format.round(rounded, columns)
         else:
             codes = self.format.round(weight, columns)
-        error = output_error(weight, codes * columns, hessian if hessian is not None else torch.eye(weight.shape[1]))
+        if hessian is None:
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+        error = output_error(weight, codes * columns, hessian)
         stored: dict[str, Tensor] = {}
         per_row = {suffix: t for suffix, t in steps.stored.items() if t.shape[0] == weight.shape[0] and t.dim() == 2}
         for name, part in product.split(codes, weights).items():
