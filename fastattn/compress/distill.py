@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fastattn.compress.evaluate import check_same_vocabulary, hidden_states
 from fastattn.compress.hf_folder import folder_files, hf_config, stores_norms_minus_one
 from fastattn.compress.output import OutputFolder, check_free
-from fastattn.compress.prune import keep_largest
+from fastattn.compress.prune import is_two_of_four
 from fastattn.compress.receipt import source_digest, versions
 from fastattn.compress.rewrite import choose_output_dtype
 from fastattn.compress.sources import Model, open_plain, opened
@@ -328,13 +328,6 @@ def schedule(progress: float) -> float:
     if progress < _WARMUP:
         return max(progress / _WARMUP, 0.02)
     return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether a matrix has at most two numbers other than zero in each four neighbours of a row."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return not bool((weight.detach() * ~keep_largest(weight.detach().abs())).any())
 
 
 def hf_module(source: ModelSource) -> Any:

@@ -76,6 +76,9 @@ class OutputFolder:
                 found = None
             if found == self._job:
                 self.resumed = True
+                for entry in self.partial.iterdir():  # files that a kill cut short; safetensors calls its own .tmp…
+                    if entry.name.startswith(".tmp") or entry.suffix == ".tmp":
+                        entry.unlink()
                 if done := sum(self.has_shard(i) for i in range(self.num_shards)):
                     logger.warning("%s: going on after %d of %d shards", self.partial, done, self.num_shards)
                 return

@@ -118,6 +118,13 @@ def keep_largest(score: Tensor) -> Tensor:
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether a matrix has at most two numbers other than zero in each four neighbours of a row."""
+    if weight.dim() != 2 or weight.shape[1] % _GROUP:
+        return False
+    return not bool((weight.detach() * ~keep_largest(weight.detach().abs())).any())
+
+
 def sparsegpt(weight: Tensor, hessian: Tensor, damp: float) -> Tensor:
     """The weight with two of each four zero, the others changed to make up for it. In each four those stay whose loss,
     w² / U_jj², would cost most once later columns have done what they can."""

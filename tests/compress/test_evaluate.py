@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastattn.compress import (
@@ -23,8 +24,10 @@ from fastattn.compress import (
     quantize,
     read_receipt,
 )
+from fastattn.compress.formats import make_format
 from fastattn.compress.gptq import output_error
-from fastattn.compress.prune import layers_to_keep, sparsegpt, wanda_mask
+from fastattn.compress.prune import is_two_of_four, layers_to_keep, sparsegpt, wanda_mask
+from fastattn.compress.quantize import Quantizer
 from fastattn.compress.rewrite import choose_walk
 from fastattn.compress.smooth import smooth_layer
 from fastattn.compress.text import load_corpus, token_windows
@@ -199,6 +202,19 @@ def test_sparsegpt_is_nearer_than_wanda(
         out = prune(source, tmp_path / method, PruneOptions(method, calibration=calibration))
         kl[method] = evaluate(str(out), source, EvalOptions((text,), 40, 120)).kl_mean or 0
     assert 0 < kl["sparsegpt"] < kl["wanda"]
+
+
+@pytest.mark.parametrize(("scheme", "rounding"), [("nvfp4", "gptq"), ("int8", "nearest"), ("int8", "gptq")])
+def test_a_sparse_model_stays_sparse_in_fewer_bits(
+    scheme: str, rounding: str, source: TinySource, calibration: CalibrationOptions, tmp_path: Path
+) -> None:
+    pruned = prune(source, tmp_path / "pruned", PruneOptions(calibration=calibration))
+    options = QuantizeOptions(scheme=scheme, rounding=rounding, calibration=calibration)
+    out = quantize(str(pruned), tmp_path / "out", options)
+    stored = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    reader = Quantizer(source.config, torch.float32, make_format(scheme, [32, 64], torch.float32), options)
+    matrices = {name: value for name, value in reader.from_stored(stored).items() if "_proj" in name}
+    assert len(matrices) == 14 and all(is_two_of_four(value) and value.any() for value in matrices.values())
 
 
 def test_layers_that_do_least_are_left_out(text: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_numbers_that_would_spoil_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):
         quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="int8", rounding="nearest", smooth=0))
     Spoilt.value = 1e5
-    with pytest.raises(ValueError, match="up_proj.weight holds numbers too large for dtype 'float16'"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight holds numbers too large for dtype 'float16'"):
         quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="none", dtype="float16"))
     quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="none", dtype="bfloat16"))
 

@@ -115,6 +115,15 @@ def test_killed_anywhere_the_old_folder_or_the_new_one_is_there(
         assert left == [out.name], point
 
 
+def test_files_that_a_kill_cut_short_do_not_stay(run: Callable[..., Path], tmp_path: Path) -> None:
+    """safetensors writes under a name of its own first, which kill -9 leaves behind."""
+    expected = contents(run(tmp_path / "expected"))
+    killed_at(12, lambda: run(tmp_path / "out"))
+    for name in (".tmpA1b2C3", "checkpoint.safetensors.tmp"):
+        (tmp_path / "out.partial" / name).write_bytes(b"half")
+    assert contents(run(tmp_path / "out")) == expected
+
+
 def test_what_was_written_is_not_computed_again(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
