@@ -36,7 +36,6 @@ CASES: dict[str, QuantizeOptions | PruneOptions | DistillOptions] = {
     "magnitude": PruneOptions("magnitude"),
     "wanda": PruneOptions("wanda", calibration=CALIBRATION),
     "sparsegpt": PruneOptions("sparsegpt", calibration=CALIBRATION),
-    "sparsegpt_distilled": DistillOptions(steps=120, max_minutes=3),
     "layers": PruneOptions("layers", drop=6, calibration=CALIBRATION),
     "layers_distilled": DistillOptions(steps=120, max_minutes=8),
 }

@@ -152,7 +152,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # a busy machine must make it later, not worse: steps end the training, and no clock
+@pytest.mark.timeout(3600)  # a busy machine must make it later, not worse: steps end the training, and no clock
 def test_smollm2_without_a_fifth_of_its_layers(tmp_path: Path) -> None:
     """The recipe of docs/prune_distill.md, shorter."""
     try:
@@ -161,7 +161,7 @@ def test_smollm2_without_a_fifth_of_its_layers(tmp_path: Path) -> None:
         pytest.skip(f"smollm2 cannot be had here: {error}")
     calibration = CalibrationOptions(samples=8)
     pruned = prune("smollm2", tmp_path / "pruned", PruneOptions("layers", drop=6, calibration=calibration))
-    out = distill(str(pruned), tmp_path / "out", "smollm2", DistillOptions(steps=20))
+    out = distill(str(pruned), tmp_path / "out", "smollm2", DistillOptions(steps=40))
     judged = EvalOptions(max_tokens=1024)
     before, after = (evaluate(str(path), "smollm2", judged).kl_mean or 0 for path in (pruned, out))
     assert after < 0.7 * before
