@@ -26,13 +26,14 @@ from fastattn.compress.receipt import read_receipt, versions
 MODEL = "smollm2"
 RESULTS = Path(__file__).parent / "results" / "compress.json"
 CALIBRATION = CalibrationOptions(samples=16, length=512)
-JUDGED = EvalOptions(length=512, max_tokens=1024)
+JUDGED = EvalOptions(length=512, max_tokens=4096)
 FOUR_BITS = ("int4", "nvfp4", "mxfp4")
 
 CASES: dict[str, QuantizeOptions | PruneOptions | DistillOptions] = {
     "int8": QuantizeOptions(scheme="int8", calibration=CALIBRATION),
     **{f"{scheme}_nearest": QuantizeOptions(scheme=scheme, rounding="nearest") for scheme in FOUR_BITS},
     **{f"{scheme}_gptq": QuantizeOptions(scheme=scheme, calibration=CALIBRATION) for scheme in FOUR_BITS},
+    "magnitude": PruneOptions("magnitude"),
     "wanda": PruneOptions("wanda", calibration=CALIBRATION),
     "sparsegpt": PruneOptions("sparsegpt", calibration=CALIBRATION),
     "layers": PruneOptions("layers", drop=6, calibration=CALIBRATION),
@@ -47,9 +48,9 @@ def make(name: str, out: Path) -> None:
     elif isinstance(options, PruneOptions):
         prune(MODEL, out, options, show_progress=True)
     else:
-        student = out.with_name("layers")
+        student = out.with_name(name.removesuffix("_distilled"))
         if not student.is_dir():
-            make("layers", student)
+            make(student.name, student)
         distill(str(student), out, MODEL, options, show_progress=True)
 
 

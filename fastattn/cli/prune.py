@@ -14,9 +14,10 @@ def prune(
     model: opt.Model,
     out: copt.Out,
     method: Annotated[
-        Literal["wanda", "sparsegpt", "layers"],
+        Literal["magnitude", "wanda", "sparsegpt", "layers"],
         typer.Option(
-            "--method", help="wanda, sparsegpt: two of each four weights become zero. layers: whole layers go."
+            "--method",
+            help="wanda, sparsegpt, magnitude: two of each four weights become zero. layers: whole layers go.",
         ),
     ] = "wanda",
     drop: Annotated[

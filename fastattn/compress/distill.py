@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fastattn.compress.evaluate import check_same_vocabulary, hidden_states
 from fastattn.compress.hf_folder import folder_files, hf_config, stores_norms_minus_one
 from fastattn.compress.output import OutputFolder, check_free
-from fastattn.compress.prune import keep_largest
+from fastattn.compress.prune import is_two_of_four
 from fastattn.compress.receipt import source_digest, versions
 from fastattn.compress.rewrite import choose_output_dtype
 from fastattn.compress.sources import Model, open_plain, opened
@@ -82,6 +82,8 @@ class DistillOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, allowed is above 0")
         if not 0 <= self.weight_decay < 1:
             raise ValueError(f"weight_decay is {self.weight_decay!r}, allowed is from 0, below 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed!r}, allowed is an integer from 0, below 2**32")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes is {self.max_minutes!r}, allowed is above 0")
 
@@ -101,11 +103,16 @@ def distill(
     for what cannot work; ImportError without transformers.
     """
     options, out = options or DistillOptions(), Path(out)
-    check_free(out, force)
     pupil = open_plain(student)
     master = opened(teacher)
+    check_free(out, force, pupil.name, master.name)
     check_same_vocabulary(pupil, master)
+    limit = min(pupil.config.max_position_embeddings, master.config.max_position_embeddings)
+    if options.length > limit:
+        raise ValueError(f"length is {options.length}, allowed is up to {limit} for these models")
     corpus = load_corpus(options.files, "calibration")
+    if not options.generate:
+        token_windows(corpus, pupil.tokenizer(), options.length, 1)  # too short a text is said before a folder is begun
     dtype = choose_output_dtype(pupil, options.dtype)
     digest = source_digest(pupil)
     described: dict[str, Any] = {
@@ -321,13 +328,6 @@ def schedule(progress: float) -> float:
     if progress < _WARMUP:
         return max(progress / _WARMUP, 0.02)
     return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether a matrix has at most two numbers other than zero in each four neighbours of a row."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return not bool((weight.detach() * ~keep_largest(weight.detach().abs())).any())
 
 
 def hf_module(source: ModelSource) -> Any:

@@ -266,7 +266,9 @@ def make_format(
                 f"{', '.join(map(str, sorted(set(in_features))))} columns"
             )
         if not fitting:
-            raise ValueError(f"scheme 'int4' needs multiples of 32 columns, a matrix has {in_features}")
+            raise ValueError(
+                f"scheme 'int4' needs multiples of 32 columns, a matrix has {next(n for n in in_features if n % 32)}"
+            )
         return Int4(group_size or fitting[0], scale_dtype)
     size = q.NVFP4_GROUP if scheme == "nvfp4" else q.MXFP4_GROUP
     if bad := [n for n in in_features if n % size]:

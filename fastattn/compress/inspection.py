@@ -89,7 +89,7 @@ def inspect_model(model: Model, *, count_zeros: bool = False) -> Inspection:
 def _grouped(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     found: dict[str, dict[str, TensorInfo]] = {name: {} for name in (*_GROUPS, "other")}
     for name, info in tensors.items():
-        layer = name.split(".")[-2]
+        layer = name.rpartition(".")[0]
         group = next((group for group, endings in _GROUPS.items() if layer.endswith(endings)), "other")
         found[group][name] = info
     return found

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 logger = logging.getLogger("fastattn.compress")
@@ -39,11 +39,12 @@ class OutputFolder:
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any], num_shards: int, force: bool = False) -> None:
-        self.out = out.absolute()
+        self.out = Path(os.path.realpath(out))  # what a link leads to is made, so that the link stays
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._replaced = self.out.with_name(f".{self.out.name}.replaced")
         self._job, self.num_shards = json.loads(json.dumps(job)), num_shards
         self._lock: int | None = None
+        self.resumed = False
         if self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)  # killed between the two renames: what was there is there again
         check_free(self.out, force)
@@ -51,7 +52,7 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.partial.mkdir(exist_ok=True)
-        self._lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._resume()
@@ -74,12 +75,18 @@ class OutputFolder:
             except ValueError:
                 found = None
             if found == self._job:
+                self.resumed = True
+                for entry in self.partial.iterdir():  # files that a kill cut short; safetensors calls its own .tmp…
+                    if entry.name.startswith(".tmp") or entry.suffix == ".tmp":
+                        entry.unlink()
                 if done := sum(self.has_shard(i) for i in range(self.num_shards)):
                     logger.warning("%s: going on after %d of %d shards", self.partial, done, self.num_shards)
                 return
             logger.warning("%s: left by a job with other settings, starting over", self.partial)
+        elif foreign := sorted({entry.name for entry in self.partial.iterdir()} - {_LOCK, f"{_JOB}.tmp"}):
+            raise ValueError(f"{self.partial}: is no job of ours (it has {foreign[0]} and no {_JOB}), move it away")
         for entry in self.partial.iterdir():
-            if entry.name != _LOCK:
+            if entry.name not in (_LOCK, _JOB):  # the job is replaced last: with it the folder is known as ours
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.write_text(_JOB, json.dumps(self._job, indent=2) + "\n")
 
@@ -123,8 +130,14 @@ class OutputFolder:
         (self.partial / name).unlink(missing_ok=True)
 
     def _write(self, name: str, write: Callable[[str], Any]) -> None:
+        assert self._lock is not None
         temporary = self.partial / f"{name}.tmp"
-        write(str(temporary))
+        try:
+            write(str(temporary))
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(f"{temporary}: {error}") from None
+        # It also keeps its files from everybody else; the lock has the mode that new files have here.
+        temporary.chmod(os.fstat(self._lock).st_mode & 0o777)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(self.partial / name)
@@ -158,14 +171,19 @@ class OutputFolder:
         return self.out
 
 
-def check_free(out: Path, force: bool) -> None:
-    """Raises ValueError if ``out`` is there and may not be replaced."""
+def check_free(out: Path, force: bool, *read: str) -> None:
+    """Raises ValueError if ``out`` is there and may not be replaced. read: paths of the models that the job reads."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
         raise ValueError(f"{out}: is there already; --force replaces it when the new one is whole")
     if not (out / "config.json").is_file():
         raise ValueError(f"{out}: is not a model folder (it has no config.json), so it is not replaced")
+    for path in read:
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+            raise ValueError(
+                f"{out}: holds the model that is read ({path}), so it is not replaced; write to another folder"
+            )
 
 
 def _tensor_bytes(path: Path) -> int:

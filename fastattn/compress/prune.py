@@ -28,15 +28,16 @@ from fastattn.compress.sources import Model, open_plain
 from fastattn.compress.walk import LayerWalk, Product
 from fastattn.models.config import ModelConfig
 
-METHODS = ("wanda", "sparsegpt", "layers")
+METHODS = ("magnitude", "wanda", "sparsegpt", "layers")
 _GROUP, _KEPT = 4, 2
 
 
 @dataclass(frozen=True)
 class PruneOptions:
     """method: "wanda" zeroes two of each four weights of a row, those with the least |W|·‖x‖ (Sun et al., 2023); "sparsegpt"
-    too, and changes those that stay to make up for it (Frantar and Alistarh, 2023); "layers" leaves out the ``drop`` layers
-    that change their input least (Men et al., 2024).
+    too, and changes those that stay to make up for it (Frantar and Alistarh, 2023); "magnitude" those with the least |W|,
+    without a text: what the others are measured by. "layers" leaves out the ``drop`` layers that change their input least
+    (Men et al., 2024).
 
     keep_first, keep_last: layers at the ends that "layers" may not leave out. The rest is as in QuantizeOptions.
     """
@@ -79,14 +80,15 @@ def prune(
     source = open_plain(model)
     dtype = choose_output_dtype(source, options.dtype)
     walk = choose_walk(source, options.device, options.calibration.length)
-    calibration = calibration_tokens(source, options.calibration)
     method: dict[str, Any] = {"method": options.method}
+    calibration = None if options.method == "magnitude" else calibration_tokens(source, options.calibration)
     if options.method == "layers":
+        assert calibration is not None
         influence = block_influence(walk, calibration[1], show_progress)
         kept = layers_to_keep(influence, options)
         method |= {"drop": options.drop, "block_influence": [round(value, 6) for value in influence]}
         job = Job("prune", method, Path(out), force, kept, show_progress)
-        return rewrite_model(source, job, Rewriter(source.config, dtype), walk)
+        return rewrite_model(source, job, Rewriter(source.config, dtype), walk, calibration)
     if options.method == "sparsegpt":
         method["damp"] = options.damp
     check_widths(walk)
@@ -116,6 +118,13 @@ def keep_largest(score: Tensor) -> Tensor:
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether a matrix has at most two numbers other than zero in each four neighbours of a row."""
+    if weight.dim() != 2 or weight.shape[1] % _GROUP:
+        return False
+    return not bool((weight.detach() * ~keep_largest(weight.detach().abs())).any())
+
+
 def sparsegpt(weight: Tensor, hessian: Tensor, damp: float) -> Tensor:
     """The weight with two of each four zero, the others changed to make up for it. In each four those stay whose loss,
     w² / U_jj², would cost most once later columns have done what they can."""
@@ -133,11 +142,10 @@ def sparsegpt(weight: Tensor, hessian: Tensor, damp: float) -> Tensor:
 class Sparsifier(Rewriter):
     """Two of each four weights of the layers' matrices become zero."""
 
-    needs_inputs = True
-
     def __init__(self, config: ModelConfig, dtype: torch.dtype, options: PruneOptions) -> None:
         super().__init__(config, dtype)
         self.options = options
+        self.needs_inputs = options.method != "magnitude"
 
     def rewrite(
         self, weights: dict[str, Tensor], products: Sequence[Product], inputs: Mapping[str, LayerInputs]
@@ -145,14 +153,18 @@ class Sparsifier(Rewriter):
         errors: dict[str, float] = {}
         pruned = dict(weights)
         for product in products:
-            weight, hessian = product.stack(weights), inputs[product.path].hessian.matrix
-            if self.options.method == "wanda":
-                sparse = weight * wanda_mask(weight, hessian.diagonal().sqrt())
-            else:
+            weight = product.stack(weights)
+            if inputs:
+                hessian = inputs[product.path].hessian.matrix
+            else:  # magnitude: Wanda, where every input counts the same
+                hessian = torch.eye(weight.shape[1], device=weight.device)
+            if self.options.method == "sparsegpt":
                 sparse = sparsegpt(weight, hessian, self.options.damp)
+            else:
+                sparse = weight * wanda_mask(weight, hessian.diagonal().sqrt())
             errors[product.path] = output_error(weight, sparse, hessian)
             pruned |= {f"{name}.weight": part for name, part in product.split(sparse, weights).items()}
-        return self.plain(pruned), {"output_error": errors}
+        return self.plain(pruned), {"output_error" if inputs else "weight_error": errors}
 
 
 # ---- layers ----

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.compress.formats import WeightFormat, make_format
 from fastattn.compress.gptq import compensate, output_error
+from fastattn.compress.prune import is_two_of_four
 from fastattn.compress.rewrite import (
     CalibrationOptions,
     Job,
@@ -171,10 +172,12 @@ class Quantizer(Rewriter):
         size = self.format.group(weight.shape[1])
         importance = hessian.diagonal() if hessian is not None and self.options.uses_mse else None
         steps = self.format.fit(weight, importance)
+        # What other columns got wrong must not fill the zeros of a pruned matrix; rounding alone keeps them.
+        kept = weight != 0 if is_two_of_four(weight) else torch.ones_like(weight, dtype=torch.bool)
 
         def rounder(rest: Tensor, column: int, pivots: Tensor) -> Tensor:
             step = steps.step[:, column // size]
-            return self.format.round(rest[:, 0], step) * step
+            return self.format.round(rest[:, 0], step) * step * kept[:, column]
 
         columns = steps.step.repeat_interleave(size, 1)
         if self.options.uses_gptq:
@@ -183,7 +186,9 @@ class Quantizer(Rewriter):
             codes = self.format.round(rounded, columns)
         else:
             codes = self.format.round(weight, columns)
-        error = output_error(weight, codes * columns, hessian if hessian is not None else torch.eye(weight.shape[1]))
+        if hessian is None:
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+        error = output_error(weight, codes * columns, hessian)
         stored: dict[str, Tensor] = {}
         per_row = {suffix: t for suffix, t in steps.stored.items() if t.shape[0] == weight.shape[0] and t.dim() == 2}
         for name, part in product.split(codes, weights).items():

@@ -77,7 +77,12 @@ class Rewriter:
         return {name: self.to_stored(name, tensor) for name, tensor in weights.items()}
 
     def to_stored(self, name: str, tensor: Tensor) -> Tensor:
-        return (tensor - self._norm_offset).to(self.dtype) if name.endswith("norm.weight") else tensor.to(self.dtype)
+        stored = (tensor - (self._norm_offset if name.endswith("norm.weight") else 0)).to(self.dtype)
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"tensor {name} holds numbers too large for dtype {str(self.dtype).removeprefix('torch.')!r}"
+            )
+        return stored
 
     def from_stored(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `rewrite`, as the engine will see it: name → fp32 values."""
@@ -114,10 +119,14 @@ def choose_output_dtype(source: ModelSource, dtype: str) -> torch.dtype:
 
 def choose_walk(source: ModelSource, device: str, length: int) -> LayerWalk:
     chosen = choose_device(device)
-    return LayerWalk(source, chosen, torch.float32 if chosen.type == "cpu" else torch.bfloat16, length)
+    dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
+    return LayerWalk(source, chosen, dtype, min(length, source.config.max_position_embeddings))
 
 
 def calibration_tokens(source: ModelSource, options: CalibrationOptions) -> tuple[Corpus, Tensor]:
+    limit = source.config.max_position_embeddings
+    if options.length > limit:
+        raise ValueError(f"calibration: length is {options.length}, allowed is up to {limit} for this model")
     corpus = load_corpus(options.files, "calibration")
     return corpus, token_windows(corpus, source.tokenizer(), options.length, options.samples)
 
@@ -126,9 +135,9 @@ def rewrite_model(
     source: ModelSource, job: Job, rewriter: Rewriter, walk: LayerWalk, calibration: tuple[Corpus, Tensor] | None = None
 ) -> Path:
     """Runs the job, or goes on with it where it was interrupted. Each layer is calibrated on what the layers before it give
-    as they were rewritten, so that it can make up for them."""
+    as they were rewritten, so that it can make up for them; if the rewriter wants no inputs, the receipt names the text only."""
     started = time.monotonic()
-    check_free(job.out, job.force)
+    check_free(job.out, job.force, source.name)
     kept = job.kept if job.kept is not None else tuple(range(source.config.num_layers))
     digest = source_digest(source)
     described: dict[str, Any] = {
@@ -138,11 +147,12 @@ def rewrite_model(
         "layers": list(kept),
     }
     described["dtype"] = str(rewriter.dtype).removeprefix("torch.")
+    tokens = None
     if calibration is not None:
         corpus, tokens = calibration
         described["calibration"] = {"text": corpus.name, "digest": corpus.digest, "windows": list(tokens.shape)}
     with OutputFolder(job.out, described | {"versions": versions()}, len(kept) + 2, job.force) as folder:
-        _write_layers(folder, rewriter, walk, kept, calibration, job.show_progress)
+        _write_layers(folder, rewriter, walk, kept, tokens if rewriter.needs_inputs else None, job.show_progress)
         config = replace(
             source.config,
             num_layers=len(kept),
@@ -155,7 +165,7 @@ def rewrite_model(
             "source": {"name": Path(source.name).name, "digest": digest, "architecture": config.architecture},
             "versions": versions(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - started, 1),
+            **({} if folder.resumed else {"seconds": round(time.monotonic() - started, 1)}),
             "bytes": {"before": sum(info.nbytes for info in source.tensors().values())},
             "records": records,
         }
@@ -167,13 +177,13 @@ def _write_layers(
     rewriter: Rewriter,
     walk: LayerWalk,
     kept: Sequence[int],
-    calibration: tuple[Corpus, Tensor] | None,
+    tokens: Tensor | None,
     show_progress: bool,
 ) -> None:
     last = len(kept) + 1
     if not folder.has_shard(0):
         folder.write_shard(0, rewriter.plain(walk.read_top(("model.embed_tokens.",))), {})
-    states = walk.embed(calibration[1]) if calibration is not None and not folder.has_shard(last) else None
+    states = walk.embed(tokens) if tokens is not None and not folder.has_shard(last) else None
     layers = list(enumerate(kept, 1))
     for shard, index in tqdm(layers, desc="Layers", unit="layer", disable=None if show_progress else True):
         if folder.has_shard(shard) and states is None:

@@ -153,8 +153,13 @@ class LayerWalk:
 
 
 def read_weight(source: ModelSource, name: str, out: Tensor) -> None:
-    """Reads a tensor as the network multiplies with it: Gemma's norms with the 1 that its checkpoints leave out."""
+    """Reads a tensor as the network multiplies with it: Gemma's norms with the 1 that its checkpoints leave out.
+
+    Raises ValueError for numbers that are not finite: rounded or trained, they would spoil the model without a word.
+    """
     source.read(name, out)
+    if not out.isfinite().all():
+        raise ValueError(f"{source.name}: tensor {name} holds numbers that are not finite")
     if source.config.norm_plus_one and name.endswith("norm.weight"):
         out.add_(1)
 

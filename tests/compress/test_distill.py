@@ -98,6 +98,13 @@ def test_the_teacher_may_write_the_text(source: TinySource, text: str, tmp_path:
     assert sorted(path.suffix for path in out.iterdir() if path.suffix != ".safetensors") == [".json"] * 6
 
 
+def test_a_text_too_short_begins_no_folder(source: TinySource, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("hi")
+    with pytest.raises(ValueError, match="has 2 tokens, expected at least a window of 48"):
+        distill(source, tmp_path / "out", source, replace(QUICK, files=(str(tmp_path / "short.txt"),)))
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
 def test_time_is_a_limit_too(source: TinySource, text: str, tmp_path: Path) -> None:
     options = replace(QUICK, files=(text,), steps=10**6, max_minutes=1 / 60)
     out = distill(TinySource(seed=1, config=source.config), tmp_path / "out", source, options)
@@ -134,6 +141,8 @@ def test_two_of_four_is_recognized() -> None:
         ({"steps": 0}, "steps is 0, allowed is an integer from 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, allowed is above 0"),
         ({"max_minutes": -1}, "max_minutes is -1, allowed is above 0"),
+        ({"seed": -1}, "seed is -1, allowed is an integer from 0"),
+        ({"seed": 2**64}, "allowed is an integer from 0, below"),
         ({"weight_decay": 2}, "weight_decay is 2, allowed is from 0"),
     ],
 )
@@ -143,15 +152,16 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # a busy machine must make it later, not worse: steps end the training, and no clock
 def test_smollm2_without_a_fifth_of_its_layers(tmp_path: Path) -> None:
     """The recipe of docs/prune_distill.md, shorter."""
     try:
         open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had here: {error}")
-    calibration = CalibrationOptions(samples=16)
+    calibration = CalibrationOptions(samples=8)
     pruned = prune("smollm2", tmp_path / "pruned", PruneOptions("layers", drop=6, calibration=calibration))
-    out = distill(str(pruned), tmp_path / "out", "smollm2", DistillOptions(steps=40, max_minutes=8))
-    judged = EvalOptions(max_tokens=2048)
+    out = distill(str(pruned), tmp_path / "out", "smollm2", DistillOptions(steps=40))
+    judged = EvalOptions(max_tokens=1024)
     before, after = (evaluate(str(path), "smollm2", judged).kl_mean or 0 for path in (pruned, out))
     assert after < 0.7 * before

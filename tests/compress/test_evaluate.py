@@ -8,20 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastattn.compress import (
     CalibrationOptions,
+    DistillOptions,
     EvalOptions,
     PruneOptions,
     QuantizeOptions,
+    distill,
     evaluate,
     inspect_model,
     prune,
     quantize,
     read_receipt,
 )
-from fastattn.compress.prune import layers_to_keep
+from fastattn.compress.formats import make_format
+from fastattn.compress.gptq import output_error
+from fastattn.compress.prune import is_two_of_four, layers_to_keep, sparsegpt, wanda_mask
+from fastattn.compress.quantize import Quantizer
 from fastattn.compress.rewrite import choose_walk
 from fastattn.compress.smooth import smooth_layer
 from fastattn.compress.text import load_corpus, token_windows
@@ -96,6 +102,20 @@ def test_the_builtin_text_is_cut_into_two(source: TinySource) -> None:
     assert windows.shape == (5, 64) and len({tuple(w) for w in windows.tolist()}) == 5
 
 
+def test_windows_longer_than_the_model_reads(source: TinySource, text: str, tmp_path: Path) -> None:
+    for run in (
+        lambda: quantize(source, tmp_path / "out", QuantizeOptions(calibration=CalibrationOptions((text,), 1, 513))),
+        lambda: prune(source, tmp_path / "out", PruneOptions(calibration=CalibrationOptions((text,), 1, 513))),
+        lambda: distill(source, tmp_path / "out", source, DistillOptions((text,), length=513)),
+    ):
+        with pytest.raises(ValueError, match="length is 513, allowed is up to 512"):
+            run()
+    quantize(
+        source, tmp_path / "out", QuantizeOptions("none", calibration=CalibrationOptions(length=10**9))
+    )  # none read
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_text_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").write_text(" \n")
@@ -142,7 +162,7 @@ def test_smoothing_changes_no_output(config: object) -> None:
 # ---- pruning ----
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_two_of_four(
     method: str, source: TinySource, calibration: CalibrationOptions, text: str, tmp_path: Path
 ) -> None:
@@ -158,6 +178,20 @@ def test_two_of_four(
             assert ((values != 0).view(-1, 4).sum(1) <= 2).all()
     receipt = read_receipt(out) or {}
     assert receipt["method"]["pattern"] == "2:4" and len(receipt["records"]) == 2
+    assert ("calibration" in receipt) == (method != "magnitude")  # which reads no text
+
+
+def test_each_method_is_nearer_than_the_simpler_one() -> None:
+    """Where inputs are of different sizes and depend on each other, which is what the methods are for."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=generator)
+    mixed = torch.randn(64, 64, generator=generator) * 0.2 + torch.eye(64)
+    sizes = torch.logspace(-1, 1, 64)[torch.randperm(64, generator=generator)]
+    inputs = torch.randn(512, 64, generator=generator) @ mixed * sizes
+    hessian = inputs.t() @ inputs / len(inputs)
+    magnitude = output_error(weight, weight * wanda_mask(weight, torch.ones(64)), hessian)
+    wanda = output_error(weight, weight * wanda_mask(weight, hessian.diagonal().sqrt()), hessian)
+    assert output_error(weight, sparsegpt(weight, hessian, 0.01), hessian) < wanda * 0.9 < magnitude * 0.8
 
 
 def test_sparsegpt_is_nearer_than_wanda(
@@ -168,6 +202,19 @@ def test_sparsegpt_is_nearer_than_wanda(
         out = prune(source, tmp_path / method, PruneOptions(method, calibration=calibration))
         kl[method] = evaluate(str(out), source, EvalOptions((text,), 40, 120)).kl_mean or 0
     assert 0 < kl["sparsegpt"] < kl["wanda"]
+
+
+@pytest.mark.parametrize(("scheme", "rounding"), [("nvfp4", "gptq"), ("int8", "nearest"), ("int8", "gptq")])
+def test_a_sparse_model_stays_sparse_in_fewer_bits(
+    scheme: str, rounding: str, source: TinySource, calibration: CalibrationOptions, tmp_path: Path
+) -> None:
+    pruned = prune(source, tmp_path / "pruned", PruneOptions(calibration=calibration))
+    options = QuantizeOptions(scheme=scheme, rounding=rounding, calibration=calibration)
+    out = quantize(str(pruned), tmp_path / "out", options)
+    stored = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    reader = Quantizer(source.config, torch.float32, make_format(scheme, [32, 64], torch.float32), options)
+    matrices = {name: value for name, value in reader.from_stored(stored).items() if "_proj" in name}
+    assert len(matrices) == 14 and all(is_two_of_four(value) and value.any() for value in matrices.values())
 
 
 def test_layers_that_do_least_are_left_out(text: str, tmp_path: Path) -> None:
@@ -183,6 +230,7 @@ def test_layers_that_do_least_are_left_out(text: str, tmp_path: Path) -> None:
     options = PruneOptions("layers", drop=1, calibration=CalibrationOptions((text,), 4, 32))
     out = prune(source, tmp_path / "out", options)
     receipt = read_receipt(out) or {}
+    assert receipt["calibration"]["text"] == "text.txt" and receipt["calibration"]["windows"] == [4, 32]
     assert receipt["layers"] == [0, 1, 3] and receipt["method"]["block_influence"][2] == pytest.approx(0, abs=1e-5)
     assert open_model(out).config == replace(source.config, num_layers=3, layer_is_sliding=(False,) * 3)
     tokens = [0, 5, 9, 33, 70, 41]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastattn.compress import QuantizeOptions, inspect_model, quantize, read_receipt
 from fastattn.compress.hf_folder import hf_config, tokenizer_json
@@ -141,6 +142,35 @@ def test_receipt(tmp_path: Path, text: str) -> None:
     assert receipt["bytes"]["before"] == sum(info.nbytes for info in source.tensors().values())
     other = TinySource(seed=1, config=source.config)
     assert source_digest(other) != source_digest(source)
+
+
+def test_numbers_that_would_spoil_the_model(tmp_path: Path) -> None:
+    class Spoilt(TinySource):
+        value = float("nan")
+
+        def read(self, name: str, out: torch.Tensor, shard: Any = None) -> None:
+            super().read(name, out, shard)
+            if name == "model.layers.1.mlp.up_proj.weight":
+                out[0, 0] = self.value
+
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"):
+        quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="int8", rounding="nearest", smooth=0))
+    Spoilt.value = 1e5
+    with pytest.raises(ValueError, match=r"up_proj\.weight holds numbers too large for dtype 'float16'"):
+        quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="none", dtype="float16"))
+    quantize(Spoilt(), tmp_path / "out", QuantizeOptions(scheme="none", dtype="bfloat16"))
+
+
+def test_inspect_takes_any_name_of_a_tensor(tmp_path: Path) -> None:
+    out = quantize(TinySource(), tmp_path / "out", QuantizeOptions(scheme="none"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for file in out.glob("*.safetensors"):
+        tensors |= load_file(file)
+    save_file({**tensors, "extra": torch.zeros(3)}, out / "all.safetensors")
+    index["weight_map"] = dict.fromkeys([*tensors, "extra"], "all.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {group.name: group.num_parameters for group in inspect_model(str(out)).groups}["other"] == 3
 
 
 def test_inspect_says_what_is_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastattn.compress import CalibrationOptions, QuantizeOptions, quantize
+from fastattn.compress import CalibrationOptions, QuantizeOptions, quantize, read_receipt
 from fastattn.compress.output import OutputFolder
 from tests.engine.tiny import TinySource
 
@@ -114,6 +115,15 @@ def test_killed_anywhere_the_old_folder_or_the_new_one_is_there(
         assert left == [out.name], point
 
 
+def test_files_that_a_kill_cut_short_do_not_stay(run: Callable[..., Path], tmp_path: Path) -> None:
+    """safetensors writes under a name of its own first, which kill -9 leaves behind."""
+    expected = contents(run(tmp_path / "expected"))
+    killed_at(12, lambda: run(tmp_path / "out"))
+    for name in (".tmpA1b2C3", "checkpoint.safetensors.tmp"):
+        (tmp_path / "out.partial" / name).write_bytes(b"half")
+    assert contents(run(tmp_path / "out")) == expected
+
+
 def test_what_was_written_is_not_computed_again(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +161,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 torch.set_num_threads(1)
 from dataclasses import replace
-from fastattn.compress import CalibrationOptions, QuantizeOptions, quantize
+from fastattn.compress import CalibrationOptions, QuantizeOptions, quantize, read_receipt
 from fastattn.compress.output import OutputFolder
 from tests.engine.tiny import CONFIG, TinySource
 real = OutputFolder.write_shard
@@ -192,6 +202,65 @@ def test_a_folder_is_not_replaced_without_force(run: Callable[..., Path], tmp_pa
     with pytest.raises(ValueError, match="is not a model folder"):
         run(tmp_path / "photos", force=True)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+def test_what_lies_in_a_folder_of_that_name_is_not_swept_away(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is no job of ours"):
+        run(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(
+    run: Callable[..., Path], source: TinySource, tmp_path: Path
+) -> None:
+    expected = contents(run(tmp_path / "expected"))
+    quantize(source, tmp_path / "disk" / "model", QuantizeOptions(scheme="none"))
+    for name in ("model", "new"):  # one leads to a model, the other to nothing yet
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        run(tmp_path / name, force=True)
+        assert (tmp_path / name).is_symlink() and contents(tmp_path / "disk" / name) == expected
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["model", "new"]
+
+
+def test_the_model_that_is_read_is_not_replaced(source: TinySource, tmp_path: Path) -> None:
+    """Compared with its source afterwards it would be compared with itself."""
+    plain = quantize(source, tmp_path / "plain", QuantizeOptions(scheme="none"))
+    (tmp_path / "link").symlink_to(plain)
+    before = contents(plain)
+    for out in ("plain", "link"):
+        with pytest.raises(ValueError, match="holds the model that is read"):
+            quantize(str(plain), tmp_path / out, QuantizeOptions(scheme="mxfp4", rounding="nearest"), force=True)
+    assert contents(plain) == before
+
+
+def test_others_may_read_it(run: Callable[..., Path], tmp_path: Path) -> None:
+    """The umask says who, as for every other file; safetensors alone would make files for their owner only."""
+    before = os.umask(0o027)
+    try:
+        out = run(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+
+
+def test_the_receipt_of_a_resumed_run_claims_no_time(run: Callable[..., Path], tmp_path: Path) -> None:
+    assert "seconds" in (read_receipt(run(tmp_path / "whole")) or {})
+    killed_at(12, lambda: run(tmp_path / "out"))
+    assert "seconds" not in (read_receipt(run(tmp_path / "out")) or {})  # nobody knows how long the first part took
+
+
+def test_what_safetensors_makes_of_a_full_disk_is_an_os_error(run: Callable[..., Path], tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    expected = contents(run(tmp_path / "expected"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # the largest file that may be written
+    try:
+        with pytest.raises(OSError, match=r"model-00001-of-00004.*File too large"):
+            run(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(run(tmp_path / "out")) == expected
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(
