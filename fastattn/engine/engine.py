@@ -230,7 +230,7 @@ class Engine:
         if not scheduled:
             self.check()
             return self._give_all(ended)
-        num_seqs, num_tokens = len(scheduled), sum(scheduled.values())
+        num_seqs, num_drafts = len(scheduled), sum(scheduled.values()) - len(scheduled)
         only_decodes = all(r.num_pending_tokens == 1 for r in scheduled)
         for request, num_tokens in scheduled.items():
             if request.metrics.first_scheduled_time is None:
@@ -261,7 +261,7 @@ class Engine:
                 self.speculator.check()
         outputs = self._give_all([*ended, *sampled.requests])
         if self.speculator is not None and only_decodes:
-            self.speculator.record_step(num_seqs, num_tokens - num_seqs, time.monotonic() - started)
+            self.speculator.record_step(num_seqs, num_drafts, time.monotonic() - started)
         return outputs
 
     def _fail(self, scheduled: Mapping[Request, int], error: Exception, ended: list[Request]) -> list[RequestOutput]:

@@ -112,6 +112,19 @@ def test_nobody_is_preempted_for_a_guess() -> None:
     assert sim.scheduler.num_preemptions == 0
 
 
+def test_the_costs_are_those_of_the_steps(network: DecoderModel, tokenizer: Tokenizer) -> None:
+    """What a step is said to have held is what it held."""
+    spec = SpeculativeConfig(model="x", num_speculative_tokens=3)
+    engine = make_engine(network, tokenizer, draft=network, speculative=spec)
+    speculator = engine.speculator
+    assert speculator is not None and speculator._budget is not None
+    steps: list[tuple[int, int]] = []
+    speculator._budget.choose = lambda lengths: 3  # type: ignore[method-assign]
+    speculator._budget.record_step = lambda n, drafts, seconds: steps.append((n, drafts))  # type: ignore[method-assign]
+    run(engine, [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7, 8]}], GREEDY)
+    assert steps[0] == (2, 6) and sum(drafts for _, drafts in steps) == engine.stats().num_draft_tokens > 20
+
+
 def test_another_vocabulary_is_refused() -> None:
     class Other(Tokenizer):
         def vocabulary(self) -> dict[str, int]:
