@@ -16,6 +16,8 @@ _FORGET = 2000  # steps after which a cost that was not seen again is not believ
 _FIRST_PROBE, _LAST_PROBE = 64, 1024  # steps without a guess, because it would not pay, before one is made all the same
 _MEMORY = 0.98  # how much of an average one more observation leaves
 
+_Known = list[tuple[int, float]]
+
 
 class Costs:
     """Seconds that something takes, by the number of sequences and an amount on top of it.
@@ -36,7 +38,7 @@ class Costs:
         self._samples.setdefault(n, {}).setdefault(a, deque(maxlen=_KEPT)).append(seconds)
         self._seen[n, a] = now
 
-    def known(self, now: int, num_seqs: int) -> list[tuple[int, float]]:
+    def known(self, now: int, num_seqs: int) -> _Known:
         """(amount, seconds) of what is believed for so many sequences, in the order of the amounts."""
         n = _rounded(num_seqs)
         return sorted(
@@ -58,40 +60,45 @@ class DraftBudget:
         self._caps = [cap for cap in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if cap < most] + [most]
         self._steps, self._proposals = Costs(), Costs()
         self._now = 0
-        self._since_guess, self._probe_after = 0, _FIRST_PROBE
+        self._since_guess, self._probe_after, self._is_hopeless = 0, _FIRST_PROBE, False
         self.acceptance = 0.7  # of a draft whose predecessors are right
         self.found = 1.0  # drafts per token that was asked for: a lookup may find nothing
 
     def choose(self, lengths: Iterable[int]) -> int:
         """The cap for a step of sequences for which so many tokens are wanted; 0 guesses nothing."""
         counts = Counter(lengths)
-        num_seqs = counts.total()
-        steps = self._steps.known(self._now, num_seqs)
+        steps = self._steps.known(self._now, counts.total())
         if not steps or steps[0][0] > 0:
             return 0  # what a step without drafts costs comes first
-        proposals = self._proposals.known(self._now, num_seqs)
+        proposals = self._proposals.known(self._now, counts.total())
+        best = self._best(counts, steps, proposals, self.acceptance, self.found)
+        if best > 0:
+            self._since_guess, self._probe_after = 0, _FIRST_PROBE
+        else:
+            most = Counter({self._caps[-1]: counts.total()})
+            self._is_hopeless = self._best(most, steps, proposals, 1.0, 1.0) == 0
+        return best
+
+    def _best(self, counts: Counter[int], steps: _Known, proposals: _Known, acceptance: float, found: float) -> int:
+        num_seqs = counts.total()
         best, best_speed = 0, num_seqs / steps[0][1]
-        for cap in self._caps:
-            drafted = self.found * sum(count * min(cap, length) for length, count in counts.items())
-            gained = self.found * sum(count * self._gain(min(cap, length)) for length, count in counts.items())
+        # What guessing costs is found out with one token each.
+        for cap in self._caps if proposals else self._caps[:1]:
+            drafted = found * sum(count * min(cap, length) for length, count in counts.items())
+            gained = found * sum(count * _gain(acceptance, min(cap, length)) for length, count in counts.items())
             speed = (num_seqs + gained) / (_at(steps, drafted) + _proposal_seconds(proposals, cap))
             if speed > best_speed:
                 best, best_speed = cap, speed
-        if best > 0:
-            self._since_guess, self._probe_after = 0, _FIRST_PROBE
         return best
-
-    def _gain(self, length: int) -> float:
-        a = min(self.acceptance, 0.999)
-        return a * (1 - a**length) / (1 - a)
 
     def must_probe(self) -> bool:
         """After `choose` said 0: whether to guess one token of one request all the same, to see if that is still right.
 
-        Each such probe doubles the wait for the next, but one that is right is followed by another at once.
+        Each such probe doubles the wait for the next, but one that is right is followed by another at once. There are none
+        where guesses would not pay even if all were right.
         """
         self._since_guess += 1
-        if self._since_guess < self._probe_after:
+        if self._is_hopeless or self._since_guess < self._probe_after:
             return False
         self._since_guess, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
         return True
@@ -121,7 +128,12 @@ def _rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def _at(known: list[tuple[int, float]], amount: float) -> float:
+def _gain(acceptance: float, length: int) -> float:
+    """Tokens that so many guesses bring."""
+    return float(length) if acceptance >= 1 else acceptance * (1 - acceptance**length) / (1 - acceptance)
+
+
+def _at(known: _Known, amount: float) -> float:
     """Between two known amounts on the line through them, above all what the highest costs."""
     i = bisect_left(known, amount, key=lambda point: point[0])
     if i == len(known):
@@ -132,7 +144,7 @@ def _at(known: list[tuple[int, float]], amount: float) -> float:
     return low + (high - low) * (amount - a) / (b - a)
 
 
-def _proposal_seconds(known: list[tuple[int, float]], cap: int) -> float:
+def _proposal_seconds(known: _Known, cap: int) -> float:
     """In proportion to the cap from the nearest one that is known; nothing as long as none is."""
     if not known:
         return 0.0
