@@ -10,7 +10,17 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import msgspec
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from fastattn.serve.contract import APIError
@@ -19,6 +29,8 @@ from fastattn.serve.fold import fold_chunks as fold_chunks
 MAX_CHOICES = 128  # completions of one request, over all its prompts
 MAX_LOGPROBS = 20
 MAX_LIST = 2048
+MAX_PARTS = 8192  # parts of contents and tool calls of one request, over all its messages
+MAX_SCHEMA_BYTES = 256 << 10  # JSON of one schema, or of those of all tools
 _INT32 = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
@@ -27,7 +39,16 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 # The first wrong one says enough: a million of them take a gigabyte and ten seconds to describe.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
-JSONObject = dict[str, Any]
+
+
+def _small(schema: dict[str, Any]) -> dict[str, Any]:
+    """Schemas are copied and written again on many ways, whole, while everybody waits: 0.2 s each time for 6 MB."""
+    if (size := len(msgspec.json.encode(schema))) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"it has {size} bytes of JSON, allowed are {MAX_SCHEMA_BYTES}")
+    return schema
+
+
+JSONObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 class _Strict(BaseModel):
@@ -96,6 +117,26 @@ class FunctionDefinition(_Strict):
 class Tool(_Strict):
     type: Literal["function"]
     function: FunctionDefinition
+
+
+def _small_in_all(tools: list[Tool]) -> list[Tool]:
+    size = sum(len(msgspec.json.encode(tool.function.parameters)) for tool in tools if tool.function.parameters)
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"their parameters have {size} bytes of JSON, allowed are {MAX_SCHEMA_BYTES} in all")
+    return tools
+
+
+def _few_parts(messages: Any) -> Any:
+    """Before they are looked at one by one, which takes a second for as many as fit into a body."""
+    found = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    lists = [m[name] for m in found for name in ("content", "tool_calls") if isinstance(m.get(name), list)]
+    if (count := sum(map(len, lists))) > MAX_PARTS:
+        raise ValueError(f"there are {count} parts of contents and tool calls, allowed are {MAX_PARTS} in all")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST), BeforeValidator(_few_parts)]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=128), AfterValidator(_small_in_all)]
 
 
 class NamedFunction(_Strict):
@@ -223,13 +264,13 @@ class _Sampling(_Strict):
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Accepted with the one value that describes what we do.
@@ -320,8 +361,8 @@ class TokenizeRequest(_Strict):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool = False
