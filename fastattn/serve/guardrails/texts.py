@@ -44,8 +44,15 @@ def _message_slots(message: dict[str, Any]) -> Iterator[Slot]:
         if isinstance(message.get(name), str):
             yield _slot(role, message, name)
     for call in message.get("tool_calls") or ():
-        yield _slot(role, call, "id")
-        yield from json_slots(call["function"], "arguments", role)
+        yield from call_slots(call, role)
+
+
+def call_slots(call: dict[str, Any], role: str) -> Iterator[Slot]:
+    """Of a tool call; its arguments as data, so an escape hides nothing and a redaction leaves JSON."""
+    for holder, key in ((call, "id"), (call["function"], "name")):
+        if holder.get(key):
+            yield _slot(role, holder, key)
+    yield from json_slots(call["function"], "arguments", role)
 
 
 def _slot(role: str, holder: Any, key: Any) -> Slot:

@@ -169,7 +169,9 @@ def _is_call(call: Any) -> bool:
     if not isinstance(call, dict) or not isinstance(call.get("index"), int) or not 0 <= call["index"] < 1024:
         return False
     function = call.get("function") or {}
-    texts = [function.get(name) for name in ("name", "arguments")] if isinstance(function, dict) else [0]
+    texts = (
+        [call.get("id"), *(function.get(name) for name in ("name", "arguments"))] if isinstance(function, dict) else [0]
+    )
     return all(text is None or isinstance(text, str) for text in texts)
 
 

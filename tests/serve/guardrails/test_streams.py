@@ -203,6 +203,35 @@ def test_arguments_of_tools(arguments: str, expected: str) -> None:
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("place", ["name", "id", "another field"])
+def test_names_and_ids_of_tool_calls(place: str) -> None:
+    """A server elsewhere may write what it likes there."""
+    call: dict[str, Any] = {
+        "index": 0,
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "f", "arguments": "{}"},
+    }
+    if place == "name":
+        call["function"]["name"] = "ask jane@example.org"
+    else:
+        call[place] = "ask jane@example.org"
+
+    def answer(request: Any, _: Any) -> list[Any]:
+        parts = tool_call(request, "{}")
+        parts[1]["choices"][0]["delta"]["tool_calls"] = [call]
+        return parts
+
+    found = wait(ask(rails(Scripted(answer), PII), chat(), context()))
+    (sent,) = found["choices"][0]["message"]["tool_calls"]
+    assert "jane" not in str(found)
+    assert {"name": sent["function"]["name"], "id": sent["id"]} == {"name": "f", "id": "call_1"} | (
+        {place: "ask [EMAIL]"} if place in ("name", "id") else {}
+    )
+    blocked = wait(ask(rails(Scripted(answer), PII | {"action": "block"}), chat(), context()))
+    assert "jane" not in str(blocked)
+
+
 def test_blocked_arguments_of_tools() -> None:
     inner = Scripted(lambda request, _: tool_call(request, '{"drug": "', 'heroin"}'))
     answer = wait(ask(rails(inner, WORDS), chat(), context()))
