@@ -32,7 +32,7 @@ def client_of(state: ServerState) -> httpx.AsyncClient:
 def left_after(body: dict[str, Any], path: str, guarded: bool) -> tuple[int, int]:
     """(tokens left, tokens reserved) of a tenant after a request."""
     state = ServerState(ServeConfig(model="m", tokens_per_minute=LIMIT), Keys([]))
-    answers: Any = saying("a secret")
+    answers: Any = saying("a secret", " and ", "more")
     state.chain = Guardrails(GuardrailsConfig.model_validate({"guards": [WORDS]}), answers) if guarded else answers
 
     async def run() -> None:
@@ -53,11 +53,11 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 
 def test_what_an_answer_took_is_counted() -> None:
     for stream in (False, True):
-        assert left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=False) == (LIMIT - 4, 0)
+        assert left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=False) == (LIMIT - 6, 0)
 
 
-def test_an_answer_that_a_guard_ended_costs_what_was_reserved() -> None:
-    """It has no usage: its reservation stayed for ever, and its tenant's limit shrank with every such answer."""
+def test_an_answer_that_a_guard_ended_and_nobody_counted_costs_what_was_reserved() -> None:
+    """Its reservation stayed for ever, and its tenant's limit shrank with every such answer."""
     for stream in (False, True):
         left, reserved = left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=True)
         assert reserved == 0 and LIMIT - 200 < left < LIMIT - 99

@@ -30,8 +30,19 @@ class OutputGuards:
                 parts = [out for part in chunk["choices"] if (out := await self._choice(part).feed(part)) is not None]
                 if parts or chunk.get("usage"):
                     yield {**chunk, "choices": parts}
-                if sum(choice.is_blocked for choice in self._choices.values()) == self._num_choices:
-                    return  # nothing that follows would be sent; leaving ends the work
+                if self._is_in_vain():
+                    break
+            else:
+                return
+        # Leaving has ended the work; what it took until now is what it cost.
+        if self._context.usage is not None:
+            yield {**chunk, "choices": [], "usage": self._context.usage}
+
+    def _is_in_vain(self) -> bool:
+        """Nothing of what follows would be sent, and more than the usage would follow."""
+        choices = self._choices.values()
+        blocked = sum(choice.is_blocked for choice in choices)
+        return blocked == self._num_choices and not all(choice.has_ended for choice in choices)
 
     def _choice(self, part: dict[str, Any]) -> _Choice:
         index = part["index"]
@@ -48,12 +59,14 @@ class _Choice:
         self._logprobs: dict[str, Any] = {}
         self._is_marked = False
         self.is_blocked = False
+        self.has_ended = False  # by itself
 
     async def feed(self, part: dict[str, Any]) -> dict[str, Any] | None:
         """The part as it may be sent now; None when nothing of it may, or is left."""
+        final = part.get("finish_reason") is not None
+        self.has_ended = self.has_ended or final
         if self.is_blocked:
             return None
-        final = part.get("finish_reason") is not None
         for key, values in (part.get("logprobs") or {}).items():
             if values is not None:
                 self._logprobs[key] = self._logprobs.get(key, []) + values

@@ -158,6 +158,13 @@ def test_block_ends_the_answer_and_the_work() -> None:
     assert inner.num_left == 1 and called == [1]
 
 
+def test_an_answer_that_was_over_when_it_was_blocked_has_its_usage() -> None:
+    inner = saying('{"a": 1')
+    shape = {"name": "s", "kind": "json_schema", "action": "block", "json_schema": {}}
+    answer = wait(ask(rails(inner, shape), chat(), context()))
+    assert (text_of(answer), answer["usage"]["completion_tokens"], inner.num_left) == ("", 1, 0)
+
+
 def test_one_choice_is_blocked_and_the_others_go_on() -> None:
     def both(request: Any, _: Any) -> Any:
         one = chunks(request, ["he", "roin", " is", " bad"], index=0, usage=False)
