@@ -167,6 +167,7 @@ class Handlers:
 
     async def tokenize(self, http: Request) -> Response:
         """The token ids of a text, or of a conversation as the model reads it."""
+        ticket = self._state.limits.admit(http.state.key)
         request, _ = await _read(http, TokenizeRequest)
         engine = self._state.engine(request.model)
         render = engine.renderer
@@ -179,16 +180,18 @@ class Handlers:
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.info.max_model_len, "tokens": ids}
         if request.return_token_strs:
             answer["token_strs"] = await unless_gone(http.receive, render.pieces(ids))
-        return _json(answer)
+        return _json(answer, 200, ticket.headers)
 
     async def detokenize(self, http: Request) -> Response:
         """The text of token ids."""
+        ticket = self._state.limits.admit(http.state.key)
         request, _ = await _read(http, DetokenizeRequest)
         engine = self._state.engine(request.model)
         if any(token >= engine.info.vocab_size for token in request.tokens):
             text = f"tokens has {max(request.tokens)}, allowed are ids from 0 to {engine.info.vocab_size - 1}"
             raise APIError(400, text, param="tokens")
-        return _json({"prompt": await unless_gone(http.receive, engine.renderer.decode(request.tokens))})
+        text = await unless_gone(http.receive, engine.renderer.decode(request.tokens))
+        return _json({"prompt": text}, 200, ticket.headers)
 
     # ---- state ----
 

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
 from fastattn.serve.app import make_app
 from fastattn.serve.auth import ApiKey, Keys
@@ -72,14 +73,19 @@ def test_a_request_counts_before_it_is_read() -> None:
     assert status_of(5, requests_per_minute=1) == [400, 429]
 
 
-def status_of(body: Any, **limits: int) -> list[int]:
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_tokens_are_requests_too(path: str) -> None:
+    assert status_of({"model": "nobody", "prompt": "a", "tokens": [1]}, path, requests_per_minute=1) == [400, 429]
+
+
+def status_of(body: Any, path: str = "/v1/completions", **limits: int) -> list[int]:
     state = ServerState(ServeConfig(model="m", **limits), Keys([]))
     state.chain = saying("a")
 
     async def run() -> list[int]:
         async with client_of(state) as client:
             count = 1 + ("requests_per_minute" in limits)
-            return [(await client.post("/v1/completions", json=body)).status_code for _ in range(count)]
+            return [(await client.post(path, json=body)).status_code for _ in range(count)]
 
     found: list[int] = wait(run())
     return found
