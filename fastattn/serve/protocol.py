@@ -89,6 +89,16 @@ class Message(_Strict):
     function_call: None = None
     annotations: Annotated[list[JSONObject], Field(max_length=0)] | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts_are_text(cls, content: Any) -> Any:
+        """Said of a picture in one sentence, in place of all that a part is not."""
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"part {number} is of type {kind[:64]!r}, this server takes parts of type 'text' only")
+        return content
+
     @model_validator(mode="after")
     def _has_what_its_role_needs(self) -> Self:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
