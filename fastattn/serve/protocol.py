@@ -61,6 +61,7 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: JSONObject | None = None  # see prompt_cache_options
 
 
 class FunctionCall(_Strict):
@@ -69,6 +70,9 @@ class FunctionCall(_Strict):
 
 
 class ToolCall(_Strict):
+    """index: of a streamed call, which many clients send back as it came; its place says the same."""
+
+    index: int | None = Field(None, exclude=True)
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -193,6 +197,18 @@ class StructuredOutputs(_Strict):
         return self
 
 
+class Prediction(_Strict):
+    """What the client expects to read, to be told faster; the answer is the same without."""
+
+    type: Literal["content"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_LIST)]
+
+
+class PromptCacheOptions(_Strict):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class StreamOptions(_Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis; we send none
@@ -283,11 +299,24 @@ class ChatCompletionRequest(_Sampling):
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Accepted with the one value that describes what we do.
+    # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    prediction: Prediction | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    # OpenAI's, and not ours: an answer without them would be another than was asked for.
+    audio: None = None
+    function_call: None = None  # tools and tool_choice have replaced these two
+    functions: None = None
+    moderation: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _chat_fields_agree(self) -> Self:

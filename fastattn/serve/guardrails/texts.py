@@ -20,11 +20,13 @@ class Slot(NamedTuple):
 
 
 def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[Slot]:
-    """Every text that the model will see. decode: token ids to text."""
+    """Every text that the model will see, or a model elsewhere. decode: token ids to text."""
     for message in data.get("messages") or ():
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
         yield from leaves(tool, "system")
+    if data.get("prediction"):
+        yield from leaves(data["prediction"], "user")
     if "prompt" in data:
         prompt = data["prompt"]
         if isinstance(prompt, str) or isinstance(prompt[0], int):
