@@ -113,6 +113,8 @@ class Handlers:
     async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
         ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, kind)
+        if isinstance(request, ChatCompletionRequest):
+            self._check_template_kwargs(request.chat_template_kwargs)
         backend = self._state.backend()
         context = self._context(http, request.priority)
         num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
@@ -172,7 +174,9 @@ class Handlers:
         engine = self._state.engine(request.model)
         render = engine.renderer
         if request.messages is not None:
-            work = render.chat(request.messages, request.tools, request.add_generation_prompt)
+            self._check_template_kwargs(request.chat_template_kwargs)
+            more = request.chat_template_kwargs
+            work = render.chat(request.messages, request.tools, request.add_generation_prompt, more)
             ids = await unless_gone(http.receive, work)
         else:
             texts = [request.prompt or ""]
@@ -231,6 +235,12 @@ class Handlers:
         return _json({"version": __version__})
 
     # ---- requests ----
+
+    def _check_template_kwargs(self, given: dict[str, Any] | None) -> None:
+        allowed = self._state.config.template_kwargs
+        if other := next((name for name in given or () if name not in allowed), None):
+            text = f"{other!r} is not allowed here, allowed are: {', '.join(allowed) or 'none'}"
+            raise APIError(400, f"chat_template_kwargs: {text}", param="chat_template_kwargs")
 
     def _context(self, http: Request, priority: int | None) -> RequestContext:
         key: ApiKey = http.state.key

@@ -133,6 +133,11 @@ class ServeConfig(EngineSettings):
     ] = 30.0
     keep_alive_timeout: Annotated[int, Field(ge=1, le=3600, description="Seconds that an idle connection is kept.")] = 5
 
+    template_kwargs: Annotated[
+        list[Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]],
+        Field(description="Variables of chat templates that requests may set in chat_template_kwargs."),
+    ] = ["enable_thinking", "thinking", "reasoning_effort"]
+
     # ---- how it lives ----
     shutdown_timeout: Annotated[
         float, Field(ge=0, le=86400, description="Seconds that running answers get to finish after SIGTERM.")
@@ -156,7 +161,7 @@ class ServeConfig(EngineSettings):
     cache: Annotated[CacheConfig | None, Field(description="Answers are kept and given again.")] = None
     guardrails: Annotated[GuardrailsConfig | None, Field(description="What may go in and come out.")] = None
 
-    @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", "template_kwargs", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -167,6 +172,15 @@ class ServeConfig(EngineSettings):
         if any(not key.get_secret_value().isascii() or len(key.get_secret_value()) < 8 for key in keys):
             raise ValueError("a key has fewer than 8 characters, or others than ASCII")
         return keys
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _names_are_free(cls, names: list[str]) -> list[str]:
+        if taken := sorted(
+            {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}.intersection(names)
+        ):
+            raise ValueError(f"{', '.join(taken)}: what the server itself gives to templates is not a request's to set")
+        return names
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -73,7 +73,7 @@ class EngineBackend:
         if isinstance(request, CompletionRequest):
             return await self._encode(list(request.prompts))
         tools = request.tools if request.tool_choice != "none" else None
-        return [await self._renderer.chat(request.messages, tools)]
+        return [await self._renderer.chat(request.messages, tools, variables=request.template_variables)]
 
     async def _encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
         """Texts are tokenized together; token ids stay as they are, and are checked by the engine."""

@@ -197,6 +197,15 @@ class StructuredOutputs(_Strict):
         return self
 
 
+TemplateKwargs = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")],
+        Annotated[str, Field(max_length=256)] | bool | Annotated[int, Field(ge=-(2**53), le=2**53)] | float | None,
+    ],
+    Field(max_length=16),
+]
+
+
 class Prediction(_Strict):
     """What the client expects to read, to be told faster; the answer is the same without."""
 
@@ -299,6 +308,9 @@ class ChatCompletionRequest(_Sampling):
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    # For the chat template, if it knows them; the second is vLLM's, with names that the operator allows.
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -315,7 +327,6 @@ class ChatCompletionRequest(_Sampling):
     function_call: None = None  # tools and tool_choice have replaced these two
     functions: None = None
     moderation: None = None
-    reasoning_effort: None = None
     web_search_options: None = None
 
     @model_validator(mode="after")
@@ -336,7 +347,14 @@ class ChatCompletionRequest(_Sampling):
             raise ValueError("a structured response and a forced tool call exclude one another")
         if self.structure is not None and self.response_format is not None:
             raise ValueError("expected at most one of response_format and structured_outputs")
+        if self.reasoning_effort is not None and "reasoning_effort" in (self.chat_template_kwargs or ()):
+            raise ValueError("reasoning_effort is there twice, in chat_template_kwargs too")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     @property
     def forces_tool(self) -> bool:
@@ -402,6 +420,7 @@ class TokenizeRequest(_Strict):
     prompt: Text | None = None
     messages: Messages | None = None
     tools: Tools | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -410,8 +429,9 @@ class TokenizeRequest(_Strict):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either prompt or messages")
-        if self.tools is not None and self.messages is None:
-            raise ValueError("tools is allowed only with messages")
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(self, name) is not None and self.messages is None:
+                raise ValueError(f"{name} is allowed only with messages")
         return self
 
 

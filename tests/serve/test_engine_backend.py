@@ -44,7 +44,7 @@ class Client:
 
 
 class Renderer:
-    async def chat(self, *_: Any) -> list[int]:
+    async def chat(self, *_: Any, **__: Any) -> list[int]:
         return [1, 2, 3]
 
     async def encode(self, texts: list[str]) -> list[list[int]]:

@@ -33,7 +33,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
 # What a client that means it would send; and other values of what is accepted with one.
 REFUSED: dict[str, Any] = {
     "audio": {"voice": "alloy", "format": "wav"}, "function_call": "auto", "functions": [{"name": "f"}],
-    "moderation": {"model": "m"}, "reasoning_effort": "low", "web_search_options": {}, "suffix": "a", "dimensions": 8,
+    "moderation": {"model": "m"}, "web_search_options": {}, "suffix": "a", "dimensions": 8,
 }  # fmt: skip
 OTHER_VALUES: dict[str, Any] = {
     "modalities": ["text", "audio"], "service_tier": "flex", "store": True, "verbosity": "low", "best_of": 2,

@@ -25,8 +25,8 @@ def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
         yield from leaves(tool, "system")
-    if data.get("prediction"):
-        yield from leaves(data["prediction"], "user")
+    for name in ("prediction", "chat_template_kwargs"):
+        yield from leaves(data.get(name) or {}, "user")
     if "prompt" in data:
         prompt = data["prompt"]
         if isinstance(prompt, str) or isinstance(prompt[0], int):
