@@ -6,7 +6,7 @@ import array
 import asyncio
 import base64
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from fastattn.serve.protocol import (
     validation_error,
 )
 from fastattn.serve.rate_limits import Ticket
-from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone
+from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone, up_to
 from fastattn.serve.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
@@ -125,7 +125,9 @@ class Handlers:
                 answer = await unless_gone(http.receive, fold_chunks(chunks))
                 ticket.forfeit()  # where nobody said what it took: a guard ended it, an upstream does not count
                 return _json(answer, 200, {**ticket.headers, **context.headers})
-            first = await unless_gone(http.receive, anext(chunks))
+            first = asyncio.ensure_future(anext(chunks))
+            # With its first chunk come the headers and the chance of a status; later, and the client hears a comment.
+            await unless_gone(http.receive, up_to(self._state.config.stream_keep_alive, first))
         except (ClientGoneError, asyncio.CancelledError):
             ticket.forfeit()
             raise
@@ -136,11 +138,13 @@ class Handlers:
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:
+            first.cancel()
             ticket.forfeit()
             if not complete:
                 self._state.metrics.disconnects.inc()
 
-        return EventStream(stream, headers, self._state.config.write_timeout, on_end)
+        config = self._state.config
+        return EventStream(stream, headers, config.write_timeout, config.stream_keep_alive, on_end)
 
     async def embed(self, http: Request) -> Response:
         """A vector for each text."""
@@ -283,10 +287,10 @@ async def _metered(chunks: AsyncIterator[Chunk], ticket: Ticket) -> AsyncIterato
             yield chunk
 
 
-async def _for_client(first: Chunk, rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+async def _for_client(first: Awaitable[Chunk], rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
     """Without the usage that was not asked for; with `usage: null` before it where it was."""
     async with aclosing(rest) as stream:  # type: ignore[type-var]
-        chunk: Chunk | None = first
+        chunk: Chunk | None = await first
         while chunk is not None:
             usage = chunk.get("usage")
             if wants_usage:

@@ -131,6 +131,9 @@ class ServeConfig(EngineSettings):
     write_timeout: Annotated[
         Seconds, Field(description="Seconds that a client may take none of its stream before it is cut off.")
     ] = 30.0
+    stream_keep_alive: Annotated[
+        Seconds, Field(description="Seconds of silence after which a stream gets a comment, so that no proxy cuts it.")
+    ] = 15.0
     keep_alive_timeout: Annotated[int, Field(ge=1, le=3600, description="Seconds that an idle connection is kept.")] = 5
 
     template_kwargs: Annotated[

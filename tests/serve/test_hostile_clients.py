@@ -183,7 +183,7 @@ def test_a_client_that_does_not_read_is_cut_off_at_once(caplog: pytest.LogCaptur
             await asyncio.Event().wait()
 
     async def run() -> None:
-        stream = EventStream(chunks(), {}, 0.1, ended.append)
+        stream = EventStream(chunks(), {}, 0.1, 60, ended.append)
         await stream({"fastattn.abort": aborted.set}, asyncio.Event().wait, send)  # type: ignore[arg-type]
         await until(aborted.is_set)
 
