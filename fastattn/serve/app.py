@@ -46,6 +46,8 @@ def make_app(state: ServerState) -> FastAPI:
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        # All that anybody has to be told: the paths that come have lost the prefix, and the page's links are relative.
+        servers=[{"url": state.config.root_path}] if state.config.root_path else None,
     )
     Handlers(state).register(app)
     app.router.routes.extend(page_routes())

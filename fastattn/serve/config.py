@@ -105,6 +105,12 @@ class ServeConfig(EngineSettings):
     cors_origins: Annotated[
         list[str], Field(description="Web pages of these origins may call this server; none may by default.")
     ] = []
+    root_path: Annotated[
+        str,
+        Field(
+            pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="Prefix of a proxy that takes it off paths, such as /llm."
+        ),
+    ] = ""
     ssl_certfile: Annotated[Path | None, Field(description="Certificate for HTTPS.")] = None
     ssl_keyfile: Annotated[Path | None, Field(description="Its key.")] = None
 
