@@ -6,7 +6,7 @@ import array
 import asyncio
 import base64
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from fastattn.serve.protocol import (
     validation_error,
 )
 from fastattn.serve.rate_limits import Ticket
-from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone
+from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone, up_to
 from fastattn.serve.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
@@ -46,6 +46,8 @@ def make_app(state: ServerState) -> FastAPI:
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        # All that anybody has to be told: the paths that come have lost the prefix, and the page's links are relative.
+        servers=[{"url": state.config.root_path}] if state.config.root_path else None,
     )
     Handlers(state).register(app)
     app.router.routes.extend(page_routes())
@@ -113,6 +115,8 @@ class Handlers:
     async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
         ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, kind)
+        if isinstance(request, ChatCompletionRequest):
+            self._check_template_kwargs(request.chat_template_kwargs)
         backend = self._state.backend()
         context = self._context(http, request.priority)
         num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
@@ -123,7 +127,9 @@ class Handlers:
                 answer = await unless_gone(http.receive, fold_chunks(chunks))
                 ticket.forfeit()  # where nobody said what it took: a guard ended it, an upstream does not count
                 return _json(answer, 200, {**ticket.headers, **context.headers})
-            first = await unless_gone(http.receive, anext(chunks))
+            first = asyncio.ensure_future(anext(chunks))
+            # With its first chunk come the headers and the chance of a status; later, and the client hears a comment.
+            await unless_gone(http.receive, up_to(self._state.config.stream_keep_alive, first))
         except (ClientGoneError, asyncio.CancelledError):
             ticket.forfeit()
             raise
@@ -134,11 +140,13 @@ class Handlers:
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:
+            first.cancel()
             ticket.forfeit()
             if not complete:
                 self._state.metrics.disconnects.inc()
 
-        return EventStream(stream, headers, self._state.config.write_timeout, on_end)
+        config = self._state.config
+        return EventStream(stream, headers, config.write_timeout, config.stream_keep_alive, on_end)
 
     async def embed(self, http: Request) -> Response:
         """A vector for each text."""
@@ -167,11 +175,14 @@ class Handlers:
 
     async def tokenize(self, http: Request) -> Response:
         """The token ids of a text, or of a conversation as the model reads it."""
+        ticket = self._state.limits.admit(http.state.key)
         request, _ = await _read(http, TokenizeRequest)
         engine = self._state.engine(request.model)
         render = engine.renderer
         if request.messages is not None:
-            work = render.chat(request.messages, request.tools, request.add_generation_prompt)
+            self._check_template_kwargs(request.chat_template_kwargs)
+            more = request.chat_template_kwargs
+            work = render.chat(request.messages, request.tools, request.add_generation_prompt, more)
             ids = await unless_gone(http.receive, work)
         else:
             texts = [request.prompt or ""]
@@ -179,16 +190,18 @@ class Handlers:
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": engine.info.max_model_len, "tokens": ids}
         if request.return_token_strs:
             answer["token_strs"] = await unless_gone(http.receive, render.pieces(ids))
-        return _json(answer)
+        return _json(answer, 200, ticket.headers)
 
     async def detokenize(self, http: Request) -> Response:
         """The text of token ids."""
+        ticket = self._state.limits.admit(http.state.key)
         request, _ = await _read(http, DetokenizeRequest)
         engine = self._state.engine(request.model)
         if any(token >= engine.info.vocab_size for token in request.tokens):
             text = f"tokens has {max(request.tokens)}, allowed are ids from 0 to {engine.info.vocab_size - 1}"
             raise APIError(400, text, param="tokens")
-        return _json({"prompt": await unless_gone(http.receive, engine.renderer.decode(request.tokens))})
+        text = await unless_gone(http.receive, engine.renderer.decode(request.tokens))
+        return _json({"prompt": text}, 200, ticket.headers)
 
     # ---- state ----
 
@@ -228,6 +241,12 @@ class Handlers:
         return _json({"version": __version__})
 
     # ---- requests ----
+
+    def _check_template_kwargs(self, given: dict[str, Any] | None) -> None:
+        allowed = self._state.config.template_kwargs
+        if other := next((name for name in given or () if name not in allowed), None):
+            text = f"{other!r} is not allowed here, allowed are: {', '.join(allowed) or 'none'}"
+            raise APIError(400, f"chat_template_kwargs: {text}", param="chat_template_kwargs")
 
     def _context(self, http: Request, priority: int | None) -> RequestContext:
         key: ApiKey = http.state.key
@@ -270,10 +289,10 @@ async def _metered(chunks: AsyncIterator[Chunk], ticket: Ticket) -> AsyncIterato
             yield chunk
 
 
-async def _for_client(first: Chunk, rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+async def _for_client(first: Awaitable[Chunk], rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
     """Without the usage that was not asked for; with `usage: null` before it where it was."""
     async with aclosing(rest) as stream:  # type: ignore[type-var]
-        chunk: Chunk | None = first
+        chunk: Chunk | None = await first
         while chunk is not None:
             usage = chunk.get("usage")
             if wants_usage:

@@ -70,7 +70,7 @@ def _decoder(state: ServerState) -> Callable[[str, list[int]], Awaitable[str]]:
     """Token ids to text, for guards that look at prompts of ids: by the tokenizer of the engine that a request names."""
 
     async def decode(model: str, token_ids: list[int]) -> str:
-        engine = state.find_engine(_engine_name(state, model))
+        engine = state.find_engine(model)
         if engine is None:
             raise ValueError(
                 f"a prompt of token ids cannot be looked at for {model!r}, which is no engine of this server"
@@ -78,10 +78,3 @@ def _decoder(state: ServerState) -> Callable[[str, list[int]], Awaitable[str]]:
         return await engine.renderer.decode(token_ids)
 
     return decode
-
-
-def _engine_name(state: ServerState, model: str) -> str:
-    """The engine behind a name of the router, if it stands for that one alone."""
-    entries = state.config.router.model_list if state.config.router is not None else ()
-    engines = {entry.engine for entry in entries if entry.model_name == model}
-    return engines.pop() or model if len(engines) == 1 else model

@@ -105,6 +105,12 @@ class ServeConfig(EngineSettings):
     cors_origins: Annotated[
         list[str], Field(description="Web pages of these origins may call this server; none may by default.")
     ] = []
+    root_path: Annotated[
+        str,
+        Field(
+            pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="Prefix of a proxy that takes it off paths, such as /llm."
+        ),
+    ] = ""
     ssl_certfile: Annotated[Path | None, Field(description="Certificate for HTTPS.")] = None
     ssl_keyfile: Annotated[Path | None, Field(description="Its key.")] = None
 
@@ -131,7 +137,15 @@ class ServeConfig(EngineSettings):
     write_timeout: Annotated[
         Seconds, Field(description="Seconds that a client may take none of its stream before it is cut off.")
     ] = 30.0
+    stream_keep_alive: Annotated[
+        Seconds, Field(description="Seconds of silence after which a stream gets a comment, so that no proxy cuts it.")
+    ] = 15.0
     keep_alive_timeout: Annotated[int, Field(ge=1, le=3600, description="Seconds that an idle connection is kept.")] = 5
+
+    template_kwargs: Annotated[
+        list[Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]],
+        Field(description="Variables of chat templates that requests may set in chat_template_kwargs."),
+    ] = ["enable_thinking", "thinking", "reasoning_effort"]
 
     # ---- how it lives ----
     shutdown_timeout: Annotated[
@@ -156,7 +170,7 @@ class ServeConfig(EngineSettings):
     cache: Annotated[CacheConfig | None, Field(description="Answers are kept and given again.")] = None
     guardrails: Annotated[GuardrailsConfig | None, Field(description="What may go in and come out.")] = None
 
-    @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "api_key", "served_model_name", "template_kwargs", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -167,6 +181,15 @@ class ServeConfig(EngineSettings):
         if any(not key.get_secret_value().isascii() or len(key.get_secret_value()) < 8 for key in keys):
             raise ValueError("a key has fewer than 8 characters, or others than ASCII")
         return keys
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _names_are_free(cls, names: list[str]) -> list[str]:
+        if taken := sorted(
+            {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}.intersection(names)
+        ):
+            raise ValueError(f"{', '.join(taken)}: what the server itself gives to templates is not a request's to set")
+        return names
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -43,15 +43,15 @@ class EngineBackend:
             answer: _ChatAnswer | _TextAnswer = _ChatAnswer(request, context)
         else:
             answer = _TextAnswer(request, context, await self._echoes(request, prompts))
-        num_generated, num_cached = 0, [0] * len(prompts)
+        num_prompt, num_generated, num_cached = sum(map(len, prompts)), 0, [0] * len(prompts)
         async with aclosing(self._client.generate(works)) as outputs:  # type: ignore[type-var]
             async for position, output in outputs:
                 clock.output(output)
                 num_generated += sum(len(choice.token_ids) for choice in output.choices)
                 num_cached[position] = output.num_cached_tokens
+                context.usage = usage(num_prompt, num_generated, sum(num_cached))
                 for chunk in answer.chunks(position, output):
                     yield chunk
-        num_prompt = sum(map(len, prompts))
         self._metrics.num_prompt_tokens.observe(num_prompt)
         self._metrics.num_generated_tokens.observe(num_generated)
         yield answer.head([]) | {"usage": usage(num_prompt, num_generated, sum(num_cached))}
@@ -73,7 +73,7 @@ class EngineBackend:
         if isinstance(request, CompletionRequest):
             return await self._encode(list(request.prompts))
         tools = request.tools if request.tool_choice != "none" else None
-        return [await self._renderer.chat(request.messages, tools)]
+        return [await self._renderer.chat(request.messages, tools, variables=request.template_variables)]
 
     async def _encode(self, prompts: list[str | list[int]]) -> list[list[int]]:
         """Texts are tokenized together; token ids stay as they are, and are checked by the engine."""

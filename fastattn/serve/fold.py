@@ -67,8 +67,8 @@ class Fold:
         for call in delta.get("tool_calls") or ():
             calls = message.setdefault("tool_calls", [])
             while len(calls) <= call["index"]:
-                calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-            _add_call(calls[call["index"]], call)
+                calls.append(empty_call())
+            add_call(calls[call["index"]], call)
         for key, values in (part.get("logprobs") or {}).items():
             if values is not None:
                 choice["logprobs"] = choice["logprobs"] or {"content": None, "refusal": None}
@@ -85,7 +85,11 @@ class Fold:
         _end(choice, part)
 
 
-def _add_call(call: dict[str, Any], delta: dict[str, Any]) -> None:
+def empty_call() -> dict[str, Any]:
+    return {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+
+
+def add_call(call: dict[str, Any], delta: dict[str, Any]) -> None:
     call["id"] = delta.get("id") or call["id"]
     function = delta.get("function") or {}
     call["function"]["name"] += function.get("name") or ""

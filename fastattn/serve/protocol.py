@@ -10,7 +10,17 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import msgspec
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from fastattn.serve.contract import APIError
@@ -19,6 +29,8 @@ from fastattn.serve.fold import fold_chunks as fold_chunks
 MAX_CHOICES = 128  # completions of one request, over all its prompts
 MAX_LOGPROBS = 20
 MAX_LIST = 2048
+MAX_PARTS = 8192  # parts of contents and tool calls of one request, over all its messages
+MAX_SCHEMA_BYTES = 256 << 10  # JSON of one schema, or of those of all tools
 _INT32 = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
@@ -27,7 +39,16 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 # The first wrong one says enough: a million of them take a gigabyte and ten seconds to describe.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)]
-JSONObject = dict[str, Any]
+
+
+def _small(schema: dict[str, Any]) -> dict[str, Any]:
+    """Schemas are copied and written again on many ways, whole, while everybody waits: 0.2 s each time for 6 MB."""
+    if (size := len(msgspec.json.encode(schema))) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"it has {size} bytes of JSON, allowed are {MAX_SCHEMA_BYTES}")
+    return schema
+
+
+JSONObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 class _Strict(BaseModel):
@@ -40,6 +61,7 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: JSONObject | None = None  # see prompt_cache_options
 
 
 class FunctionCall(_Strict):
@@ -48,6 +70,9 @@ class FunctionCall(_Strict):
 
 
 class ToolCall(_Strict):
+    """index: of a streamed call, which many clients send back as it came; its place says the same."""
+
+    index: int | None = Field(None, exclude=True)
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -67,6 +92,16 @@ class Message(_Strict):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[JSONObject], Field(max_length=0)] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parts_are_text(cls, content: Any) -> Any:
+        """Said of a picture in one sentence, in place of all that a part is not."""
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError(f"part {number} is of type {kind[:64]!r}, this server takes parts of type 'text' only")
+        return content
 
     @model_validator(mode="after")
     def _has_what_its_role_needs(self) -> Self:
@@ -96,6 +131,26 @@ class FunctionDefinition(_Strict):
 class Tool(_Strict):
     type: Literal["function"]
     function: FunctionDefinition
+
+
+def _small_in_all(tools: list[Tool]) -> list[Tool]:
+    size = sum(len(msgspec.json.encode(tool.function.parameters)) for tool in tools if tool.function.parameters)
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"their parameters have {size} bytes of JSON, allowed are {MAX_SCHEMA_BYTES} in all")
+    return tools
+
+
+def _few_parts(messages: Any) -> Any:
+    """Before they are looked at one by one, which takes a second for as many as fit into a body."""
+    found = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    lists = [m[name] for m in found for name in ("content", "tool_calls") if isinstance(m.get(name), list)]
+    if (count := sum(map(len, lists))) > MAX_PARTS:
+        raise ValueError(f"there are {count} parts of contents and tool calls, allowed are {MAX_PARTS} in all")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST), BeforeValidator(_few_parts)]
+Tools = Annotated[list[Tool], Field(min_length=1, max_length=128), AfterValidator(_small_in_all)]
 
 
 class NamedFunction(_Strict):
@@ -140,6 +195,27 @@ class StructuredOutputs(_Strict):
         if sum(value is not None for value in given) != 1:
             raise ValueError("expected exactly one of json, json_object, regex, choice, grammar")
         return self
+
+
+TemplateKwargs = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")],
+        Annotated[str, Field(max_length=256)] | bool | Annotated[int, Field(ge=-(2**53), le=2**53)] | float | None,
+    ],
+    Field(max_length=16),
+]
+
+
+class Prediction(_Strict):
+    """What the client expects to read, to be told faster; the answer is the same without."""
+
+    type: Literal["content"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_LIST)]
+
+
+class PromptCacheOptions(_Strict):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
 
 
 class StreamOptions(_Strict):
@@ -223,20 +299,35 @@ class _Sampling(_Strict):
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Accepted with the one value that describes what we do.
+    # For the chat template, if it knows them; the second is vLLM's, with names that the operator allows.
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    prediction: Prediction | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    # OpenAI's, and not ours: an answer without them would be another than was asked for.
+    audio: None = None
+    function_call: None = None  # tools and tool_choice have replaced these two
+    functions: None = None
+    moderation: None = None
+    web_search_options: None = None
 
     @model_validator(mode="after")
     def _chat_fields_agree(self) -> Self:
@@ -256,7 +347,14 @@ class ChatCompletionRequest(_Sampling):
             raise ValueError("a structured response and a forced tool call exclude one another")
         if self.structure is not None and self.response_format is not None:
             raise ValueError("expected at most one of response_format and structured_outputs")
+        if self.reasoning_effort is not None and "reasoning_effort" in (self.chat_template_kwargs or ()):
+            raise ValueError("reasoning_effort is there twice, in chat_template_kwargs too")
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     @property
     def forces_tool(self) -> bool:
@@ -320,8 +418,9 @@ class TokenizeRequest(_Strict):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST)] | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -330,8 +429,9 @@ class TokenizeRequest(_Strict):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected either prompt or messages")
-        if self.tools is not None and self.messages is None:
-            raise ValueError("tools is allowed only with messages")
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(self, name) is not None and self.messages is None:
+                raise ValueError(f"{name} is allowed only with messages")
         return self
 
 

@@ -37,6 +37,7 @@ class Chat(msgspec.Struct, tag="chat"):
     tools: list[dict[str, Any]] | None
     add_generation_prompt: bool
     max_tokens: int
+    variables: dict[str, Any]  # further ones of the template
 
 
 class Decode(msgspec.Struct, tag="decode"):
@@ -69,9 +70,9 @@ def answer(tokenizer: Tokenizer, request: Request) -> Reply:
         return Reply(texts=[tokenizer.token_text(token) for token in request.tokens])
     if isinstance(request, Encode):
         return Reply(ids=[_encode(tokenizer, request, text) for text in request.texts])
-    text = tokenizer.render_chat(
-        request.messages, add_generation_prompt=request.add_generation_prompt, tools=request.tools
-    )
+    # Those that a request brings are no names of ours: the configuration sees to it.
+    variables = {**request.variables, "tools": request.tools}
+    text = tokenizer.render_chat(request.messages, request.add_generation_prompt, **variables)
     _check_length(tokenizer, text, request.max_tokens)
     return Reply(ids=[tokenizer.encode_chat(text)])
 

@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -80,7 +81,8 @@ class Renderer:
 
     def __init__(self, parts: TokenizerParts, max_model_len: int, num_workers: int) -> None:
         self.has_chat_template = parts.chat_template is not None
-        # A template that never mentions tools would drop them without a word.
+        # What a template never mentions it would drop without a word.
+        self._template_words = frozenset(re.findall(r"\w+", parts.chat_template or ""))
         self._knows_tools = "tools" in (parts.chat_template or "")
         self._max_model_len = max_model_len
         data = _encode(parts)
@@ -98,7 +100,11 @@ class Renderer:
         return reply.ids
 
     async def chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         if not self.has_chat_template:
             raise APIError(400, "this model has no chat template: it completes text, see /v1/completions")
@@ -109,7 +115,20 @@ class Renderer:
             if plain[1]["role"] == "system":
                 plain[0]["content"] += "\n\n" + plain.pop(1)["content"]
         known = definitions if definitions and self._knows_tools else None
-        return (await self._ask(w.Chat(plain, known, add_generation_prompt, self._max_model_len))).ids[0]
+        more = self._known(variables or {})
+        return (await self._ask(w.Chat(plain, known, add_generation_prompt, self._max_model_len, more))).ids[0]
+
+    def _known(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables that the template uses. Raises APIError for another."""
+        known, words = dict(variables), self._template_words
+        if known.get("reasoning_effort") == "none" and "reasoning_effort" not in words and "enable_thinking" in words:
+            del known["reasoning_effort"]
+            known.setdefault("enable_thinking", False)
+        for name in known:
+            if name not in words:
+                param = name if name == "reasoning_effort" else "chat_template_kwargs"
+                raise APIError(400, f"this model's chat template knows no {name}", param=param)
+        return known
 
     async def decode(self, tokens: Sequence[int]) -> str:
         return (await self._ask(w.Decode(list(tokens)))).texts[0]

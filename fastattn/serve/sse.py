@@ -18,6 +18,7 @@ logger = logging.getLogger("fastattn.serve")
 T = TypeVar("T")
 
 _END = b"data: [DONE]\n\n"
+_COMMENT = b": keep-alive\n\n"  # clients skip it, and proxies see that the stream lives
 
 
 class _SlowClientError(Exception):
@@ -44,6 +45,18 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
                 await one
 
 
+async def up_to(seconds: float, task: asyncio.Future[T]) -> None:
+    """Waits so long for the task, which then goes on. Raises what it raised; ends it if the wait is cancelled."""
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})
+        raise
+    if task.done():
+        task.result()
+
+
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -54,7 +67,10 @@ def event(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Chunks as events, then [DONE]; an error on the way is an event too. on_end is called once, however it ends."""
+    """Chunks as events, then [DONE]; an error on the way is an event too. on_end is called once, however it ends.
+
+    write_timeout: seconds that the client may take nothing. keep_alive: seconds of silence until a comment.
+    """
 
     media_type = "text/event-stream"
 
@@ -63,11 +79,13 @@ class EventStream(Response):
         chunks: AsyncIterator[Chunk],
         headers: Mapping[str, str],
         write_timeout: float,
+        keep_alive: float,
         on_end: Callable[[bool], None],
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks, self._write_timeout, self._on_end = chunks, write_timeout, on_end
+        self._keep_alive, self._last_write = keep_alive, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         complete = False
@@ -81,6 +99,8 @@ class EventStream(Response):
 
     async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        # Beside the chunks, so that waiting for one costs no task and no timer of its own.
+        comments = asyncio.ensure_future(self._comment(send))
         try:
             try:
                 async for chunk in self._chunks:
@@ -93,6 +113,8 @@ class EventStream(Response):
                 logger.exception("a stream ended with an error of ours")
                 await self._body(send, event(APIError(500, "internal error", "server_error").body()))
             finally:
+                comments.cancel()
+                await asyncio.wait({comments})
                 await self._chunks.aclose()  # type: ignore[attr-defined]
             await self._body(send, _END, more=False)
         except _SlowClientError:
@@ -101,6 +123,15 @@ class EventStream(Response):
                 abort()
             raise ClientGoneError from None
 
+    async def _comment(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        self._last_write = now()
+        with suppress(_SlowClientError):  # the next chunk will find out
+            while True:
+                await asyncio.sleep(self._last_write + self._keep_alive - now())
+                if now() - self._last_write >= self._keep_alive:
+                    await self._body(send, _COMMENT)
+
     async def _body(self, send: Send, data: bytes, more: bool = True) -> None:
         # Waits while the connection's buffer is full.
         message = {"type": "http.response.body", "body": data, "more_body": more}
@@ -108,3 +139,4 @@ class EventStream(Response):
             await asyncio.wait_for(send(message), self._write_timeout)
         except asyncio.TimeoutError:
             raise _SlowClientError from None
+        self._last_write = asyncio.get_running_loop().time()

@@ -60,17 +60,32 @@ class ServerState:
         return self.config.router.header_names if self.config.router is not None else ()
 
     def find_engine(self, name: str | None) -> LocalEngine | None:
-        return self.engines.get(self.config.names[0] if name is None or name in self.config.names else name)
+        """The engine that a name stands for, and for nothing else; None if there is none, or not yet."""
+        return self.engines.get(self._engine_name(name) or "")
+
+    def _engine_name(self, name: str | None) -> str | None:
+        if name is None:
+            return self.config.names[0]
+        if self.config.router is not None:
+            return self.config.router.engine_of(name)
+        return self.config.names[0] if name in self.config.names else name
 
     def engine(self, name: str | None) -> LocalEngine:
-        """The engine of this name. Raises APIError: 404 for what is not served here, 503 while it loads."""
+        """The engine of this name. Raises APIError: 404 for what is not served here, 400 for a name of the router that
+        stands for more, 503 while it loads."""
         found = self.find_engine(name)
         if found is not None:
             return found
         self._check_alive()
-        if name is None or name in (*self.config.names, *self.config.models):
+        if self._engine_name(name) in self.clients:
             raise _loading()
-        text = f"the model {name[:200]!r} is not served here, see /v1/models"
+        shown = repr((name or "")[:200])
+        if name in self.names():
+            text = (
+                f"the model {shown} is no engine of this server alone: it completes text and conversations, and no more"
+            )
+            raise APIError(400, text, param="model", code="model_not_supported")
+        text = f"the model {shown} is not served here, see /v1/models"
         raise APIError(404, text, "not_found_error", param="model", code="model_not_found")
 
     def backend(self) -> Backend:

@@ -43,6 +43,12 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert "\n" not in message and "'short'" not in message
 
 
+def test_template_kwargs_leave_the_servers_own_alone() -> None:
+    assert load({"model": "m"}, {"template_kwargs": "a, b"}, None).template_kwargs == ["a", "b"]
+    with pytest.raises(ValueError, match="messages, tools: what the server itself gives"):
+        load({"model": "m", "template_kwargs": ["tools", "messages"]}, {}, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

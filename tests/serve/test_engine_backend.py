@@ -13,9 +13,12 @@ import zmq
 
 from fastattn.serve import engine_client
 from fastattn.serve import messages as m
+from fastattn.serve.cache import ResponseCache
+from fastattn.serve.cache.config import CacheConfig
 from fastattn.serve.config import ServeConfig
 from fastattn.serve.contract import APIError
 from fastattn.serve.engine_backend import EngineBackend
+from fastattn.serve.guardrails import Guardrails, GuardrailsConfig
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.server import _listen
 from tests.serve.fakes import ask, chat, completion, context, wait
@@ -41,7 +44,7 @@ class Client:
 
 
 class Renderer:
-    async def chat(self, *_: Any) -> list[int]:
+    async def chat(self, *_: Any, **__: Any) -> list[int]:
         return [1, 2, 3]
 
     async def encode(self, texts: list[str]) -> list[list[int]]:
@@ -59,6 +62,25 @@ def test_calls_one_by_one(parallel: bool | None, count: int) -> None:
     (choice,) = answer["choices"]
     assert len(choice["message"]["tool_calls"]) == count and choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_answer_that_a_guard_ended_says_what_it_took(cached: bool, tmp_path: Path) -> None:
+    words = {"name": "w", "kind": "words", "words": ["secret"], "directions": ["output"]}
+
+    async def run() -> dict[str, Any]:
+        inner: Any = backend("a secret and more", Metrics())
+        cache = ResponseCache(CacheConfig(path=tmp_path / "c.sqlite"), inner, lambda _: "m")
+        guards = Guardrails(GuardrailsConfig.model_validate({"guards": [words]}), cache if cached else inner)
+        try:
+            return await ask(guards, chat(), context())
+        finally:
+            await cache.close()
+
+    answer = wait(run())
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == 3 and len("a secret") <= usage["completion_tokens"] <= len("a secret and more")
 
 
 def test_a_name_in_another_alphabet() -> None:

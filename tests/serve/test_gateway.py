@@ -85,6 +85,7 @@ def gateway(tiny_folder: Path, folder: Path, upstream: Peer) -> Iterator[Running
                     "default": "small",
                 }
             },
+            "model_group_alias": {"tiny-one": "small"},
             "cascades": {"careful": {"first": "small", "then": "large", "threshold": -0.01}},
         },
         "cache": {"path": str(folder / "cache.sqlite"), "retry_seconds": 0.05},
@@ -149,7 +150,9 @@ def test_the_openai_client_streams_a_hit(gateway: Running) -> None:
 
 
 def test_routes(gateway: Running) -> None:
-    assert {"small", "large", "auto", "careful"} == {m["id"] for m in gateway.get("/v1/models").json()["data"]}
+    assert {"small", "large", "auto", "careful", "tiny-one"} == {
+        m["id"] for m in gateway.get("/v1/models").json()["data"]
+    }
     plain = ask(gateway, "hello", "auto")
     assert (plain.headers[MODEL], plain.headers[ROUTE], plain.json()["model"]) == ("small", "default", "small")
     pro = ask(gateway, "hello", "auto", headers={"X-Tier": "pro"})
@@ -162,6 +165,28 @@ def test_routes(gateway: Running) -> None:
     ].endswith(";escalated")
     assert ask(gateway, "hello", "local").status_code == 404, "a name of the file, not of the endpoint"
     assert ask(gateway, "hello", "nobody").status_code == 404
+
+
+def test_what_only_an_engine_does(gateway: Running) -> None:
+    for name in ("small", "tiny-one"):
+        vectors = gateway.post("/v1/embeddings", {"model": name, "input": "a"})
+        assert vectors.status_code == 200 and vectors.json()["model"] == name
+        found = gateway.post("/tokenize", {"model": name, "prompt": "hello"}).json()
+        assert gateway.post("/detokenize", {"model": name, "tokens": found["tokens"]}).status_code == 200
+        assert gateway.get(f"/v1/models/{name}").json()["max_model_len"] == found["max_model_len"]
+    assert gateway.post("/tokenize", {"prompt": "hello"}).status_code == 200
+    for name, status in (("large", 400), ("auto", 400), ("careful", 400), ("local", 404), ("nobody", 404)):
+        for path, body in (
+            ("/v1/embeddings", {"input": "a"}),
+            ("/tokenize", {"prompt": "a"}),
+            ("/detokenize", {"tokens": [5]}),
+        ):
+            answer = gateway.post(path, body | {"model": name})
+            assert answer.status_code == status and answer.json()["error"]["param"] == "model", (
+                name,
+                path,
+                answer.text,
+            )
 
 
 def test_guards(gateway: Running) -> None:

@@ -103,6 +103,35 @@ def test_a_million_mistakes_are_one(kind: Any, item: str) -> None:
     assert time.process_time() - start < 2
 
 
+def schema(num_bytes: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i:07}": {"type": "string"} for i in range(num_bytes // 28)}}
+
+
+def test_schemas_are_bounded() -> None:
+    """One of 6 MB held up everybody for a second."""
+
+    def tool(name: str, num_bytes: int) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "parameters": schema(num_bytes)}}
+
+    ChatCompletionRequest.model_validate(chat("a", tools=[tool("a", 100_000), tool("b", 100_000)]))
+    ways: list[dict[str, Any]] = [
+        {"tools": [tool("a", 6 << 20)]},
+        {"tools": [tool(f"a{i}", 50_000) for i in range(6)]},
+        {"guided_json": schema(300_000)},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema(300_000)}}},
+    ]
+    for fields in ways:
+        with pytest.raises(APIError, match="bytes of JSON, allowed are 262144"):
+            _parse(json.dumps(chat("a", **fields)).encode(), ChatCompletionRequest)
+
+
+def test_parts_of_messages_are_bounded() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": ""}] * 2048}
+    body = json.dumps({"model": "m", "messages": [message] * 100}).encode()
+    with pytest.raises(APIError, match="allowed are 8192 in all"):
+        _parse(body, ChatCompletionRequest)
+
+
 def test_who_leaves_before_a_worker_is_free_leaves_nothing() -> None:
     async def run() -> None:
         renderer = Renderer(TokenizerParts("", None, [], False, False, "{{ tools }}"), 10, 1)
@@ -154,7 +183,7 @@ def test_a_client_that_does_not_read_is_cut_off_at_once(caplog: pytest.LogCaptur
             await asyncio.Event().wait()
 
     async def run() -> None:
-        stream = EventStream(chunks(), {}, 0.1, ended.append)
+        stream = EventStream(chunks(), {}, 0.1, 60, ended.append)
         await stream({"fastattn.abort": aborted.set}, asyncio.Event().wait, send)  # type: ignore[arg-type]
         await until(aborted.is_set)
 

@@ -14,7 +14,11 @@ import pytest
 
 pytest.importorskip("starlette", reason="starlette comes with fastattn[server]")
 from fastattn.serve import page as page_module
+from fastattn.serve.app import make_app
+from fastattn.serve.auth import Keys
+from fastattn.serve.config import ServeConfig
 from fastattn.serve.page import FOLDER, page_routes
+from fastattn.serve.state import ServerState
 from tests.fake_server import FakeServer, run_fake
 from tests.serve.harness import MODEL, Running, chat
 
@@ -110,6 +114,14 @@ def test_the_files_name_no_other_host_and_make_no_html_of_text() -> None:
             assert not re.search(r"//[a-z0-9-]+\.[a-z]", text.replace("http://www.w3.org/2000/svg", "")), path.name
             assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
     assert hashlib.sha256((FOLDER / "vendor/marked.js").read_bytes()).hexdigest() == MARKED_SHA256
+
+
+def test_the_page_may_be_below_a_prefix() -> None:
+    """A proxy takes it off; a path from the root would miss the server."""
+    for path in (*FOLDER.glob("*.js"), FOLDER / "index.html"):
+        assert not re.search(r"""(?:href|src)="/|call\(["'`]/|(?:from|import\() ?["']/""", path.read_text()), path.name
+    state = ServerState(ServeConfig(model="m", root_path="/a/llm"), Keys([]))
+    assert make_app(state).openapi()["servers"] == [{"url": "/a/llm"}]
 
 
 # ---- in the browser ----

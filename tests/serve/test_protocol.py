@@ -67,7 +67,6 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages: "),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: "),
     ({"messages": [{"role": "user"}]}, "content is null"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "text"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
     ({"messages": "hi"}, "messages: "),
     ({"model": None}, "model: "),
@@ -82,6 +81,16 @@ def test_bad_chat_requests_name_the_field(fields: dict[str, Any], message: str) 
     error = validation_error(caught.value)
     assert error.status == 400 and error.type == "invalid_request_error"
     assert message in error.message
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal"])
+def test_parts_that_are_no_text_are_named(kind: str) -> None:
+    content = [{"type": "text", "text": "what is this?"}, {"type": kind, kind: {"url": "http://x"}}]
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({"model": "m", "messages": [USER, {"role": "user", "content": content}]})
+    error = validation_error(caught.value)
+    said = f"messages[1].content: part 1 is of type {kind!r}, this server takes parts of type 'text' only"
+    assert (error.param, error.message) == ("messages[1].content", said)
 
 
 def test_a_union_says_all_that_is_allowed() -> None:

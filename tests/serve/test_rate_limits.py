@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
 from fastattn.serve.app import make_app
 from fastattn.serve.auth import ApiKey, Keys
@@ -32,7 +33,7 @@ def client_of(state: ServerState) -> httpx.AsyncClient:
 def left_after(body: dict[str, Any], path: str, guarded: bool) -> tuple[int, int]:
     """(tokens left, tokens reserved) of a tenant after a request."""
     state = ServerState(ServeConfig(model="m", tokens_per_minute=LIMIT), Keys([]))
-    answers: Any = saying("a secret")
+    answers: Any = saying("a secret", " and ", "more")
     state.chain = Guardrails(GuardrailsConfig.model_validate({"guards": [WORDS]}), answers) if guarded else answers
 
     async def run() -> None:
@@ -53,11 +54,11 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 
 def test_what_an_answer_took_is_counted() -> None:
     for stream in (False, True):
-        assert left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=False) == (LIMIT - 4, 0)
+        assert left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=False) == (LIMIT - 6, 0)
 
 
-def test_an_answer_that_a_guard_ended_costs_what_was_reserved() -> None:
-    """It has no usage: its reservation stayed for ever, and its tenant's limit shrank with every such answer."""
+def test_an_answer_that_a_guard_ended_and_nobody_counted_costs_what_was_reserved() -> None:
+    """Its reservation stayed for ever, and its tenant's limit shrank with every such answer."""
     for stream in (False, True):
         left, reserved = left_after(chat_body(stream=stream), "/v1/chat/completions", guarded=True)
         assert reserved == 0 and LIMIT - 200 < left < LIMIT - 99
@@ -72,14 +73,19 @@ def test_a_request_counts_before_it_is_read() -> None:
     assert status_of(5, requests_per_minute=1) == [400, 429]
 
 
-def status_of(body: Any, **limits: int) -> list[int]:
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_tokens_are_requests_too(path: str) -> None:
+    assert status_of({"model": "nobody", "prompt": "a", "tokens": [1]}, path, requests_per_minute=1) == [400, 429]
+
+
+def status_of(body: Any, path: str = "/v1/completions", **limits: int) -> list[int]:
     state = ServerState(ServeConfig(model="m", **limits), Keys([]))
     state.chain = saying("a")
 
     async def run() -> list[int]:
         async with client_of(state) as client:
             count = 1 + ("requests_per_minute" in limits)
-            return [(await client.post("/v1/completions", json=body)).status_code for _ in range(count)]
+            return [(await client.post(path, json=body)).status_code for _ in range(count)]
 
     found: list[int] = wait(run())
     return found

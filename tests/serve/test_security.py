@@ -217,7 +217,7 @@ BAD_BODIES: list[tuple[bytes, int, str]] = [
     (b"x" * 300_000, 413, "larger"),
     (json.dumps(chat("x", prompt_embeds="x")).encode(), 400, "not known"),
     (json.dumps(chat("x", chat_template="{{ 1 }}")).encode(), 400, "not known"),
-    (json.dumps(chat("x", chat_template_kwargs={"a": 1})).encode(), 400, "not known"),
+    (json.dumps(chat("x", chat_template_kwargs={"a": 1})).encode(), 400, "is not allowed here"),
     (json.dumps(chat("x", bad_words=["a"], allowed_token_ids=[2**31])).encode(), 400, "not known"),
     (json.dumps(chat("x", n=10**9)).encode(), 400, "n: "),
     (json.dumps(chat("x", logprobs=True, top_logprobs=10**6)).encode(), 400, "top_logprobs: "),

@@ -93,6 +93,7 @@ class ResponseCache:
         context.on_refusal.append(lambda: self._refuse(key, flight))
         async with aclosing(flight.read(context.headers)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
+                context.usage = flight.context.usage
                 yield chunk
 
     async def close(self) -> None:
@@ -164,6 +165,7 @@ class ResponseCache:
 async def _replay(entry: Entry, context: RequestContext) -> AsyncIterator[Chunk]:
     """The answer in its original chunks, under the name and time of this request."""
     context.headers.update({name: value for name, value in entry.headers.items() if name not in context.headers})
+    context.usage = decode_chunk(entry.chunks[-1]).get("usage") if entry.chunks else None
     created = int(time.time())
     for raw in entry.chunks:
         chunk = decode_chunk(raw)

@@ -7,8 +7,9 @@ from contextlib import aclosing
 from typing import Any
 
 from fastattn.serve.contract import DELTA_TEXTS, Chunk, RequestContext
+from fastattn.serve.fold import add_call, empty_call
 from fastattn.serve.guardrails.policy import Act, GuardFailedError, Policy, redact
-from fastattn.serve.guardrails.texts import json_slots
+from fastattn.serve.guardrails.texts import call_slots
 from fastattn.serve.guardrails.window import Released, Window
 
 # What else may pass. A server elsewhere may send more, and nobody has looked at that.
@@ -17,7 +18,7 @@ _OF_CHOICE = ("index", "finish_reason", "stop_reason")
 
 class OutputGuards:
     """For one answer. Log-probabilities name the tokens, so they wait for the end of their choice, and are left out if
-    anything was blocked or redacted. Arguments of tool calls wait likewise: nobody can use half of them."""
+    anything was blocked or redacted. Tool calls wait likewise: nobody can use half of one."""
 
     def __init__(self, policies: list[Policy], context: RequestContext, num_choices: int) -> None:
         self._policies, self._context, self._num_choices = policies, context, num_choices
@@ -29,8 +30,19 @@ class OutputGuards:
                 parts = [out for part in chunk["choices"] if (out := await self._choice(part).feed(part)) is not None]
                 if parts or chunk.get("usage"):
                     yield {**chunk, "choices": parts}
-                if sum(choice.is_blocked for choice in self._choices.values()) == self._num_choices:
-                    return  # nothing that follows would be sent; leaving ends the work
+                if self._is_in_vain():
+                    break
+            else:
+                return
+        # Leaving has ended the work; what it took until now is what it cost.
+        if self._context.usage is not None:
+            yield {**chunk, "choices": [], "usage": self._context.usage}
+
+    def _is_in_vain(self) -> bool:
+        """Nothing of what follows would be sent, and more than the usage would follow."""
+        choices = self._choices.values()
+        blocked = sum(choice.is_blocked for choice in choices)
+        return blocked == self._num_choices and not all(choice.has_ended for choice in choices)
 
     def _choice(self, part: dict[str, Any]) -> _Choice:
         index = part["index"]
@@ -43,16 +55,18 @@ class _Choice:
     def __init__(self, policies: list[Policy], context: RequestContext) -> None:
         self._policies, self._context = policies, context
         self._windows: dict[str, Window] = {}
-        self._calls: dict[int, str] = {}  # arguments so far
+        self._calls: dict[int, dict[str, Any]] = {}  # as far as they have come
         self._logprobs: dict[str, Any] = {}
         self._is_marked = False
         self.is_blocked = False
+        self.has_ended = False  # by itself
 
     async def feed(self, part: dict[str, Any]) -> dict[str, Any] | None:
         """The part as it may be sent now; None when nothing of it may, or is left."""
+        final = part.get("finish_reason") is not None
+        self.has_ended = self.has_ended or final
         if self.is_blocked:
             return None
-        final = part.get("finish_reason") is not None
         for key, values in (part.get("logprobs") or {}).items():
             if values is not None:
                 self._logprobs[key] = self._logprobs.get(key, []) + values
@@ -84,13 +98,14 @@ class _Choice:
                 delta[name] = text
             if self.is_blocked:
                 return True
-        calls = [kept for call in given.get("tool_calls") or () if (kept := self._hold(call))]
-        if final:
-            for index in sorted(self._calls):
-                arguments = await self._arguments(self._calls[index], out)
-                if self.is_blocked:
-                    return True
-                calls.append({"index": index, "function": {"arguments": arguments}})
+        for call in given.get("tool_calls") or ():
+            add_call(self._calls.setdefault(call["index"], empty_call()), call)
+        calls = []
+        for index in sorted(self._calls) if final else ():
+            await self._check_call(self._calls[index], out)
+            if self.is_blocked:
+                return True
+            calls.append({"index": index, **self._calls[index]})
         if calls:
             delta["tool_calls"] = calls
         return bool(delta)
@@ -104,18 +119,8 @@ class _Choice:
             self._block(out)
         return released.text
 
-    def _hold(self, call: dict[str, Any]) -> dict[str, Any] | None:
-        """A tool call without its arguments, which are kept; None when nothing else is in it."""
-        function = dict(call.get("function") or {})
-        self._calls[call["index"]] = self._calls.get(call["index"], "") + (function.pop("arguments", None) or "")
-        if not function.get("name") and not call.get("id"):
-            return None
-        return {**call, "function": {**function, "arguments": ""}}
-
-    async def _arguments(self, text: str, out: dict[str, Any]) -> str:
-        """Checked as data, so an escape hides nothing and a redaction leaves JSON."""
-        holder = {"arguments": text}
-        for slot in list(json_slots(holder, "arguments", "assistant")):
+    async def _check_call(self, call: dict[str, Any], out: dict[str, Any]) -> None:
+        for slot in list(call_slots(call, "assistant")):
             acts: list[Act] = []
             for policy in self._policies:
                 if policy.config.kind != "json_schema":  # which is about the answer's text
@@ -124,10 +129,9 @@ class _Choice:
             self._note(acts)
             if any(act.action == "block" for act in acts):
                 self._block(out)
-                return ""
+                return
             if any(act.action == "redact" for act in acts):
                 slot.put(redact(slot.text, acts))
-        return holder["arguments"]
 
     def _note(self, acts: list[Act]) -> None:
         for act in acts:

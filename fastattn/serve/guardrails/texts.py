@@ -20,11 +20,13 @@ class Slot(NamedTuple):
 
 
 def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[Slot]:
-    """Every text that the model will see. decode: token ids to text."""
+    """Every text that the model will see, or a model elsewhere. decode: token ids to text."""
     for message in data.get("messages") or ():
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
         yield from leaves(tool, "system")
+    for name in ("prediction", "chat_template_kwargs"):
+        yield from leaves(data.get(name) or {}, "user")
     if "prompt" in data:
         prompt = data["prompt"]
         if isinstance(prompt, str) or isinstance(prompt[0], int):
@@ -44,8 +46,15 @@ def _message_slots(message: dict[str, Any]) -> Iterator[Slot]:
         if isinstance(message.get(name), str):
             yield _slot(role, message, name)
     for call in message.get("tool_calls") or ():
-        yield _slot(role, call, "id")
-        yield from json_slots(call["function"], "arguments", role)
+        yield from call_slots(call, role)
+
+
+def call_slots(call: dict[str, Any], role: str) -> Iterator[Slot]:
+    """Of a tool call; its arguments as data, so an escape hides nothing and a redaction leaves JSON."""
+    for holder, key in ((call, "id"), (call["function"], "name")):
+        if holder.get(key):
+            yield _slot(role, holder, key)
+    yield from json_slots(call["function"], "arguments", role)
 
 
 def _slot(role: str, holder: Any, key: Any) -> Slot:

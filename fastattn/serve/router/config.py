@@ -137,6 +137,12 @@ class RouterConfig(Section):
     def public_names(self) -> list[str]:
         return [*self.model_names, *self.cascades, *self.routes, *self.model_group_alias]
 
+    def engine_of(self, name: str) -> str | None:
+        """The engine of this server that a name stands for, if it stands for that one alone."""
+        name = self.model_group_alias.get(name, name)
+        engines = {entry.engine for entry in self.model_list if entry.model_name == name}
+        return engines.pop() if len(engines) == 1 else None
+
     @property
     def header_names(self) -> set[str]:
         """Request headers that rules look at."""

@@ -119,12 +119,15 @@ class _Progress:
         try:
             # Stricter than json: no NaN and no half of a surrogate pair, which could not be sent on.
             chunk = msgspec.json.decode(data)
+            msgspec.msgpack.encode(chunk)  # as the cache does
+        except OverflowError:  # JSON's integers have any size, others' have 64 bits
+            raise _BadStreamError("a number of more than 64 bits") from None
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise _BadStreamError("something that is not JSON") from None
         if isinstance(chunk, dict) and chunk.get("error"):
             raise _BadStreamError("an error in the middle of its answer")
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if not isinstance(choices, list) or not all(map(_is_choice, choices)):
+        if not isinstance(choices, list) or not all(map(_is_choice, choices)) or not _is_usage(chunk.get("usage")):
             raise _BadStreamError("a chunk that is none")
         for choice in choices:
             ended = choice.get("finish_reason") is not None
@@ -146,15 +149,29 @@ def _is_choice(choice: Any) -> bool:
     return (
         all(text is None or isinstance(text, str) for text in texts)
         and (calls is None or (isinstance(calls, list) and all(map(_is_call, calls))))
-        and (choice.get("logprobs") is None or isinstance(choice["logprobs"], dict))
+        and (choice.get("logprobs") is None or _is_logprobs(choice["logprobs"]))
     )
+
+
+def _is_logprobs(found: Any) -> bool:
+    return isinstance(found, dict) and all(rows is None or isinstance(rows, list) for rows in found.values())
+
+
+def _is_usage(usage: Any) -> bool:
+    """Nothing, or counts: they are added up for limits and costs."""
+    if not isinstance(usage, dict):
+        return usage is None
+    counts = [usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens") if name in usage]
+    return all(isinstance(count, int) and 0 <= count < 2**53 for count in counts)
 
 
 def _is_call(call: Any) -> bool:
     if not isinstance(call, dict) or not isinstance(call.get("index"), int) or not 0 <= call["index"] < 1024:
         return False
     function = call.get("function") or {}
-    texts = [function.get(name) for name in ("name", "arguments")] if isinstance(function, dict) else [0]
+    texts = (
+        [call.get("id"), *(function.get(name) for name in ("name", "arguments"))] if isinstance(function, dict) else [0]
+    )
     return all(text is None or isinstance(text, str) for text in texts)
 
 

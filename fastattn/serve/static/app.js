@@ -117,7 +117,7 @@ $("ideas").addEventListener("click", (event) => { if (event.target.tagName === "
 
 async function loadModels() {
   try {
-    const { data } = await (await call("/v1/models", { key: settings.key })).json();
+    const { data } = await (await call("v1/models", { key: settings.key })).json();
     const wish = $("model").value;
     $("model").replaceChildren(...data.map(({ id }) => element("option", { value: id }, id)));
     if (data.some(({ id }) => id === wish)) $("model").value = wish;

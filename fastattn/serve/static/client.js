@@ -7,7 +7,8 @@ export class ApiError extends Error {
   }
 }
 
-/** fetch with the key, if there is one; a browser that was asked for it at the door sends it by itself. */
+/** fetch with the key, if there is one; a browser that was asked for it at the door sends it by itself. Paths are relative
+ * to the page's, which a proxy may have put below a prefix. */
 export async function call(path, { key, headers = {}, ...options } = {}) {
   const authorization = key ? { authorization: `Bearer ${key}` } : {};
   const answer = await fetch(path, { ...options, headers: { ...authorization, ...headers } });
@@ -44,7 +45,7 @@ async function* lines(body) {
 
 /** Streams an answer: first { headers }, then { text }, { usage }, { finish } as they come. Throws ApiError. */
 export async function* streamChat(body, { key, signal, fresh }) {
-  const answer = await call("/v1/chat/completions", {
+  const answer = await call("v1/chat/completions", {
     key, signal, method: "POST",
     headers: { "content-type": "application/json", ...(fresh ? { "cache-control": "no-cache" } : {}) },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

@@ -32,7 +32,7 @@ export class Live {
   }
 
   async sample() {
-    const answer = await call("/metrics", { key: this.getKey(), cache: "no-store" });
+    const answer = await call("metrics", { key: this.getKey(), cache: "no-store" });
     const now = { seconds: performance.now() / 1000, metrics: parse(await answer.text()) };
     this.samples = [...this.samples.filter((one) => now.seconds - one.seconds <= WINDOW_SECONDS), now];
     const values = figures(now, this.samples[0]);

@@ -44,6 +44,9 @@ PLACES = [
     chat(messages=[{"role": "tool", "content": "x", "tool_call_id": MAIL}]),
     chat(messages=[{"role": "assistant", "content": "x", "reasoning_content": MAIL}]),
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"id": MAIL}]}]),
+    chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}]}]),
+    chat(chat_template_kwargs={"thinking": MAIL}),
+    chat(prediction={"type": "content", "content": f"Write to {MAIL}"}),
     completion(f"Write to {MAIL}"),
     completion(["a", MAIL]),
 ]  # fmt: skip

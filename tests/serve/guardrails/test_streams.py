@@ -158,6 +158,13 @@ def test_block_ends_the_answer_and_the_work() -> None:
     assert inner.num_left == 1 and called == [1]
 
 
+def test_an_answer_that_was_over_when_it_was_blocked_has_its_usage() -> None:
+    inner = saying('{"a": 1')
+    shape = {"name": "s", "kind": "json_schema", "action": "block", "json_schema": {}}
+    answer = wait(ask(rails(inner, shape), chat(), context()))
+    assert (text_of(answer), answer["usage"]["completion_tokens"], inner.num_left) == ("", 1, 0)
+
+
 def test_one_choice_is_blocked_and_the_others_go_on() -> None:
     def both(request: Any, _: Any) -> Any:
         one = chunks(request, ["he", "roin", " is", " bad"], index=0, usage=False)
@@ -201,6 +208,35 @@ def test_arguments_of_tools(arguments: str, expected: str) -> None:
         (call,) = answer["choices"][0]["message"]["tool_calls"]
         assert call["function"] == {"name": "send", "arguments": expected} and call["id"] == "call_1"
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("place", ["name", "id", "another field"])
+def test_names_and_ids_of_tool_calls(place: str) -> None:
+    """A server elsewhere may write what it likes there."""
+    call: dict[str, Any] = {
+        "index": 0,
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "f", "arguments": "{}"},
+    }
+    if place == "name":
+        call["function"]["name"] = "ask jane@example.org"
+    else:
+        call[place] = "ask jane@example.org"
+
+    def answer(request: Any, _: Any) -> list[Any]:
+        parts = tool_call(request, "{}")
+        parts[1]["choices"][0]["delta"]["tool_calls"] = [call]
+        return parts
+
+    found = wait(ask(rails(Scripted(answer), PII), chat(), context()))
+    (sent,) = found["choices"][0]["message"]["tool_calls"]
+    assert "jane" not in str(found)
+    assert {"name": sent["function"]["name"], "id": sent["id"]} == {"name": "f", "id": "call_1"} | (
+        {place: "ask [EMAIL]"} if place in ("name", "id") else {}
+    )
+    blocked = wait(ask(rails(Scripted(answer), PII | {"action": "block"}), chat(), context()))
+    assert "jane" not in str(blocked)
 
 
 def test_blocked_arguments_of_tools() -> None:

@@ -155,6 +155,12 @@ FAULTS: dict[str, tuple[Handler, int, str]] = {
     "odd index": (events(b'data: {"choices": [{"index": -1, "delta": {}}]}\n\n'), 502, "a chunk that is none"),
     "odd text": (events(b'data: {"choices": [{"index": 0, "delta": {"content": 5}}]}\n\n'), 502, "a chunk that is none"),
     "odd call": (events(b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [1]}}]}\n\n'), 502, "a chunk that is none"),
+    "odd id": (events(b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": 5}]}}]}\n\n'), 502, "is none"),
+    "a huge index": (events(b'data: {"choices": [{"index": 1%s, "delta": {}}]}\n\n' % (b"0" * 30)), 502, "more than 64 bits"),
+    "a huge number": (events(b'data: {"choices": [], "x": {"y": [%d]}}\n\n' % 2**70), 502, "more than 64 bits"),
+    "odd usage": (events(b'data: {"choices": [], "usage": [1]}\n\n'), 502, "a chunk that is none"),
+    "odd counts": (events(b'data: {"choices": [], "usage": {"total_tokens": null}}\n\n'), 502, "a chunk that is none"),
+    "odd logprobs": (events(b'data: {"choices": [{"index": 0, "logprobs": {"content": 5}}]}\n\n'), 502, "a chunk that is none"),
     "error event": (events(b'data: {"error": {"message": "secret"}}\n\n'), 502, "an error in the middle"),
     "endless line": (events(b"data: " + b"x" * (5 << 20)), 502, "a line of more than"),
 }  # fmt: skip
