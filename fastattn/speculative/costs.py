@@ -70,7 +70,7 @@ class DraftBudget:
         steps = self._steps.known(self._now, counts.total())
         if not steps or steps[0][0] > 0:
             return 0  # what a step without drafts costs comes first
-        proposals = self._proposals.known(self._now, counts.total())
+        proposals = self._proposals.known(self._now, counts.total() - counts[0])
         best = self._best(counts, steps, proposals, self.acceptance, self.found)
         if best > 0:
             self._since_guess, self._probe_after = 0, _FIRST_PROBE
@@ -104,6 +104,7 @@ class DraftBudget:
         return True
 
     def record_proposal(self, num_seqs: int, cap: int, num_asked: int, num_found: int, seconds: float) -> None:
+        """num_seqs: how many were guessed for; num_asked: tokens, up to ``cap`` for each of them."""
         self._proposals.record(self._now, num_seqs, cap, seconds)
         self.found = _MEMORY * self.found + (1 - _MEMORY) * num_found / num_asked
 

@@ -99,7 +99,7 @@ class Speculator:
         if budget is not None:
             num_found = sum(map(len, drafts.token_ids.values()))
             seconds = time.perf_counter() - started
-            budget.record_proposal(len(wishes), cap, sum(wanted.values()), num_found, seconds)
+            budget.record_proposal(len(asked), cap, sum(wanted.values()), num_found, seconds)
         return drafts
 
     def _num_wanted(self, request: Request) -> int:

@@ -46,7 +46,7 @@ def simulated_speed(
         if cap > 0:
             num_drafts = cap * guessed_for if draw.random() < found else 0
             spent = per_guess * cap * (1 + noise * draw.random() ** 4)
-            budget.record_proposal(num_seqs, cap, cap * guessed_for, num_drafts, spent)
+            budget.record_proposal(guessed_for, cap, cap * guessed_for, num_drafts, spent)
             seconds += spent
         spent = step_seconds(shape, num_seqs, num_drafts) * (1 + noise * draw.random() ** 4)
         budget.record_step(num_seqs, num_drafts, spent)
@@ -80,7 +80,7 @@ def test_it_goes_on_when_the_text_becomes_predictable_and_stops_when_it_is_no_mo
             guessed_for = 4 if cap else int(budget.must_probe())
             drafted = guessed_for * (cap or 1)
             if drafted:
-                budget.record_proposal(4, cap or 1, drafted, drafted, 0.01)
+                budget.record_proposal(guessed_for, cap or 1, drafted, drafted, 0.01)
             budget.record_step(4, drafted, step_seconds(LINEAR, 4, drafted))
             for _ in range(guessed_for):
                 budget.record_verdict(cap or 1, min(right, cap or 1))
