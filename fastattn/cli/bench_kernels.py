@@ -51,7 +51,7 @@ def kernels(
 
     from fastattn.benchmarks import kernels as bench
     from fastattn.benchmarks.kernel_cases import cases
-    from fastattn.engine.setup import choose_device, choose_dtype
+    from fastattn.engine.device import choose_device, choose_dtype
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)

@@ -42,7 +42,7 @@ def plan(
     """
     import torch
 
-    from fastattn.engine import setup
+    from fastattn.engine.device import rank_memory
     from fastattn.engine.memory_plan import memory_plan
     from fastattn.speculative.setup import open_draft
 
@@ -62,7 +62,7 @@ def plan(
         what_if=memory is not None,
     )
     chosen = torch.device(device if device != "auto" else options.device_type)
-    free, total = (memory, memory) if memory is not None else setup.rank_memory(chosen, tensor_parallel_size)
+    free, total = (memory, memory) if memory is not None else rank_memory(chosen, tensor_parallel_size)
     draft = open_draft(options.speculative)
     drafts = (draft.config, draft.tensors()) if draft is not None else None
     result = memory_plan(source.config, source.tensors(), options, free, total, drafts)
@@ -79,18 +79,19 @@ def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool,
     import torch
 
     from fastattn.engine import setup
+    from fastattn.engine.device import choose_device, choose_dtype
 
     if what_if and device.partition(":")[0] == "cuda":
         chosen = torch.device("cuda")
     else:
         try:
-            chosen = setup.choose_device(device)
+            chosen = choose_device(device)
         except ValueError as error:
             hint = " (--memory 80G plans for a GPU that is not here)" if device.startswith("cuda") else ""
             raise _errors.CLIError(f"{error}{hint}") from error
     wished = {name: value for name, value in wishes.items() if value is not None}
     options = setup.EngineOptions(device=device, dtype=dtype, **wished)
-    sizes = setup.plan_options(config, options, chosen, setup.choose_dtype(dtype, chosen))
+    sizes = setup.plan_options(config, options, chosen, choose_dtype(dtype, chosen))
     setup.engine_config(options, sizes, options.num_kv_blocks or 1)  # checks what the engine would refuse
     return sizes
 

@@ -32,7 +32,7 @@ from fastattn.compress.rewrite import choose_output_dtype
 from fastattn.compress.sources import Model, open_plain, opened
 from fastattn.compress.text import Corpus, load_corpus, token_windows
 from fastattn.compress.walk import read_weight
-from fastattn.engine.setup import choose_device, choose_dtype
+from fastattn.engine.device import choose_device, choose_dtype
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.registry import load_model

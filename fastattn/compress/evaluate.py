@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastattn.compress.sources import Model, opened
 from fastattn.compress.text import load_corpus, token_windows
 from fastattn.compress.walk import window_cache
-from fastattn.engine.setup import choose_device, choose_dtype
+from fastattn.engine.device import choose_device, choose_dtype
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.registry import load_model

@@ -19,7 +19,7 @@ from fastattn.compress.output import OutputFolder, check_free
 from fastattn.compress.receipt import source_digest, versions
 from fastattn.compress.text import Corpus, load_corpus, token_windows
 from fastattn.compress.walk import LayerWalk, Product
-from fastattn.engine.setup import choose_device
+from fastattn.engine.device import choose_device
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource
 

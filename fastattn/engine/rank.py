@@ -68,9 +68,9 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     import torch
 
     from fastattn.engine.config import EngineConfig
+    from fastattn.engine.device import choose_device, choose_dtype, device_memory
     from fastattn.engine.rank_link import LinkClosedError, SharedMemory, connect
     from fastattn.engine.runner import Runner
-    from fastattn.engine.setup import choose_device, choose_dtype, device_memory
     from fastattn.models.loader import open_model
     from fastattn.models.registry import load_model
     from fastattn.speculative.config import SpeculativeConfig

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fastattn import ops
 from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
+from fastattn.engine.device import choose_device, choose_dtype, rank_memory
 from fastattn.engine.engine import Engine
-from fastattn.engine.host_memory import host_memory
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
@@ -21,7 +20,6 @@ from fastattn.models.registry import load_model
 from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.setup import build_speculator, open_draft
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A step on a GPU may have to record a graph; an exchange on a CPU waits for nothing but the other ranks.
 _RANK_TIMEOUT_SECONDS = {"cpu": 4.0, "cuda": 15.0}
 
@@ -60,37 +58,6 @@ class EngineOptions:
             raise ValueError(f"rank_timeout_seconds is {self.rank_timeout_seconds}, allowed is above 0, below 1e6")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is the GPU if there is one and the kernels were built, else the CPU."""
-    if device == "auto":
-        device = "cuda" if ops.has_cuda_kernels() and torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}, allowed are 'auto', 'cpu', 'cuda' and 'cuda:N'") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}, allowed are 'auto', 'cpu', 'cuda' and 'cuda:N'")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no CUDA device")
-        if not ops.has_cuda_kernels():
-            raise ValueError(
-                f"device is {device!r}, but the CUDA kernels are not built: FASTATTN_CUDA=on pip install ."
-            )
-    return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, allowed are 'auto', {', '.join(map(repr, _DTYPES))}")
-    if dtype == "float32" and device.type == "cuda":
-        raise ValueError("dtype is 'float32' on a CUDA device, allowed are 'bfloat16' and 'float16'")
-    return _DTYPES[dtype]
 
 
 def choose_model_len(config: ModelConfig, wish: int | None) -> int:
@@ -143,21 +110,6 @@ def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int
         debug_checks=options.debug_checks,
         speculative=options.speculative,
     )
-
-
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Free and total bytes."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free), int(total)
-    host = host_memory()
-    return host.available, host.total
-
-
-def rank_memory(device: torch.device, num_ranks: int) -> tuple[int, int]:
-    """Free and total bytes for one of ``num_ranks`` ranks, which share a CPU's memory and have a GPU each."""
-    free, total = device_memory(device)
-    return (free, total) if device.type == "cuda" else (free // num_ranks, total // num_ranks)
 
 
 def build_engine(model: str | ModelSource, options: EngineOptions, show_progress: bool = False) -> Engine:

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from fastattn import __version__
 from fastattn.serve.auth import ApiKey
 from fastattn.serve.contract import APIError, Chunk, RequestContext
+from fastattn.serve.fold import fold_chunks
 from fastattn.serve.json_body import parse_json
 from fastattn.serve.openapi import describe
 from fastattn.serve.page import page_routes
@@ -28,7 +29,6 @@ from fastattn.serve.protocol import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    fold_chunks,
     validation_error,
 )
 from fastattn.serve.rate_limits import Ticket

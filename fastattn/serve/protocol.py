@@ -24,7 +24,6 @@ from pydantic import (
 from typing_extensions import Self
 
 from fastattn.serve.contract import APIError
-from fastattn.serve.fold import fold_chunks as fold_chunks
 
 MAX_CHOICES = 128  # completions of one request, over all its prompts
 MAX_LOGPROBS = 20

@@ -10,12 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from fastattn.serve.contract import APIError, Chunk
+from fastattn.serve.fold import fold_chunks
 from fastattn.serve.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    fold_chunks,
     validation_error,
 )
 from fastattn.serve.renderer import _as_template_sees
