@@ -38,7 +38,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load({"max_num_seqs": "0", "api_key": ["short"]}, {}, file)
     message = str(caught.value)
-    for part in ("model: ", "port: ", "not_a_setting is not", "models.x.dtype", "max_num_seqs", "api_key", "router.model_list"):  # fmt: skip
+    for part in ("model is not given", "port: ", "not_a_setting is not", "models.x.dtype", "max_num_seqs", "api_key", "router.model_list"):  # fmt: skip
         assert part in message
     assert "\n" not in message and "'short'" not in message
 
