@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.families import engine_cpu, engine_gpu, flash_fwd, gemm_bf16, paged, small_ops
+from bench.families import engine_cpu, engine_gpu, flash_fwd, gemm_bf16, paged, small_ops, speculation
 from bench.harness.case import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,5 +15,7 @@ FAMILIES: dict[str, Family] = {
         paged.PREFILL,
         engine_cpu.FAMILY,
         engine_gpu.FAMILY,
+        speculation.CPU,
+        speculation.GPU,
     )
 }
