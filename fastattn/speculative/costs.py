@@ -12,7 +12,7 @@ from math import ceil, log2
 
 _KEPT = 5  # samples of a cost
 _ENOUGH = 2  # before it is believed
-_FORGET = 2000  # steps after which a cost that was not seen again is not believed any more
+_DOUBT, _FORGET = 25, 2000  # steps for which a cost is believed: twice as long with each sample, and at most
 _FIRST_PROBE, _LAST_PROBE = 64, 1024  # steps without a guess, because it would not pay, before one is made all the same
 _MEMORY = 0.98  # how much of an average one more observation leaves
 
@@ -23,20 +23,21 @@ class Costs:
     """Seconds that something takes, by the number of sequences and an amount on top of it.
 
     Both are rounded up to quarters of an octave. A cost is the least of its last few samples, since what disturbs a clock
-    only ever adds to it; the first run of anything on a GPU (loading, recording a graph) is told apart in the same way.
+    only ever adds to it; the first run of anything on a GPU (loading, recording a graph) is told apart in the same way. What
+    was seen seldom is soon doubted, so that two bad samples do not decide for long.
     """
 
     def __init__(self) -> None:
         self._samples: dict[int, dict[int, deque[float]]] = {}
-        self._seen: dict[tuple[int, int], int] = {}
+        self._doubted_at: dict[tuple[int, int], int] = {}
+        self._num_seen: Counter[tuple[int, int]] = Counter()
 
     def record(self, now: int, num_seqs: int, amount: int, seconds: float) -> None:
         """now: counts steps."""
         n, a = _rounded(num_seqs), _rounded(amount)
-        if now - self._seen.get((n, a), now) > _FORGET:
-            del self._samples[n][a]
         self._samples.setdefault(n, {}).setdefault(a, deque(maxlen=_KEPT)).append(seconds)
-        self._seen[n, a] = now
+        self._num_seen[n, a] += 1
+        self._doubted_at[n, a] = now + min(_FORGET, _DOUBT * 2 ** min(self._num_seen[n, a], 8))
 
     def known(self, now: int, num_seqs: int) -> _Known:
         """(amount, seconds) of what is believed for so many sequences, in the order of the amounts."""
@@ -44,7 +45,7 @@ class Costs:
         return sorted(
             (amount, min(samples))
             for amount, samples in self._samples.get(n, {}).items()
-            if len(samples) >= _ENOUGH and now - self._seen[n, amount] <= _FORGET
+            if len(samples) >= _ENOUGH and now < self._doubted_at[n, amount]
         )
 
 
@@ -60,7 +61,7 @@ class DraftBudget:
         self._caps = [cap for cap in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if cap < most] + [most]
         self._steps, self._proposals = Costs(), Costs()
         self._now = 0
-        self._since_guess, self._probe_after, self._is_hopeless = 0, _FIRST_PROBE, False
+        self._since_guess, self._probe_after, self._may_probe = 0, _FIRST_PROBE, False
         self.acceptance = 0.7  # of a draft whose predecessors are right
         self.found = 1.0  # drafts per token that was asked for: a lookup may find nothing
 
@@ -69,6 +70,7 @@ class DraftBudget:
         counts = Counter(lengths)
         steps = self._steps.known(self._now, counts.total())
         if not steps or steps[0][0] > 0:
+            self._may_probe = False
             return 0  # what a step without drafts costs comes first
         proposals = self._proposals.known(self._now, counts.total() - counts[0])
         best = self._best(counts, steps, proposals, self.acceptance, self.found)
@@ -76,7 +78,7 @@ class DraftBudget:
             self._since_guess, self._probe_after = 0, _FIRST_PROBE
         else:
             most = Counter({self._caps[-1]: counts.total()})
-            self._is_hopeless = self._best(most, steps, proposals, 1.0, 1.0) == 0
+            self._may_probe = self._best(most, steps, proposals, 1.0, 1.0) > 0
         return best
 
     def _best(self, counts: Counter[int], steps: _Known, proposals: _Known, acceptance: float, found: float) -> int:
@@ -98,7 +100,7 @@ class DraftBudget:
         where guesses would not pay even if all were right.
         """
         self._since_guess += 1
-        if self._is_hopeless or self._since_guess < self._probe_after:
+        if not self._may_probe or self._since_guess < self._probe_after:
             return False
         self._since_guess, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
         return True

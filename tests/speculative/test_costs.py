@@ -99,3 +99,21 @@ def test_a_slow_first_run_is_not_believed() -> None:
     budget.record_proposal(2, 4, 8, 8, 0.01)
     budget.record_proposal(2, 4, 8, 8, 0.01)
     assert budget.choose([4, 4]) == 4
+
+
+def test_two_bad_samples_do_not_decide_for_long() -> None:
+    budget = DraftBudget(4)
+    budget.record_proposal(8, 4, 32, 32, 0.01)
+    budget.record_proposal(8, 4, 32, 32, 0.01)
+    for drafts, seconds in ((0, 1.0), (0, 1.0), (32, 20.0), (32, 20.0)):
+        budget.record_step(8, drafts, seconds)
+    caps = []
+    for _ in range(300):
+        cap = budget.choose([4] * 8)
+        drafts = 8 * cap
+        if cap:
+            budget.record_proposal(8, cap, drafts, drafts, 0.01)
+            budget.record_verdict(8 * cap, 8 * cap)
+        budget.record_step(8, drafts, 1.0 + 0.05 * drafts)
+        caps.append(cap)
+    assert 4 not in caps[:20] and min(caps[-50:-10]) == 4
