@@ -44,6 +44,12 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def _without_place(words: list[str]) -> list[str]:
+    """Without --out and its folder, which is one machine's and says nothing of how it was measured."""
+    at = words.index("--out") if "--out" in words else len(words)
+    return words[:at] + words[at + 2 :]
+
+
 def meta(device: torch.device, method: str) -> dict[str, Any]:
     """The "meta" of a results file."""
     on_gpu = device.type == "cuda"
@@ -62,6 +68,6 @@ def meta(device: torch.device, method: str) -> dict[str, Any]:
         if on_gpu
         else None,
         "peers": peers.versions(),
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench", *_without_place(sys.argv[1:])]),
         "method": method,
     }

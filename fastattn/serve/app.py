@@ -29,11 +29,11 @@ from fastattn.serve.protocol import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    validation_error,
 )
 from fastattn.serve.rate_limits import Ticket
 from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone, up_to
 from fastattn.serve.state import ServerState
+from fastattn.serve.validation import validation_error
 
 M = TypeVar("M", bound=BaseModel)
 _ON_THE_SPOT = 64 << 10  # bytes of a body that are read in the event loop: about a millisecond

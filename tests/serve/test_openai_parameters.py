@@ -11,7 +11,8 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, validation_error
+from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from fastattn.serve.validation import validation_error
 
 CLIENT = openai.OpenAI(api_key="none")
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

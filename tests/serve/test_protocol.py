@@ -16,9 +16,9 @@ from fastattn.serve.protocol import (
     CompletionRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    validation_error,
 )
 from fastattn.serve.renderer import _as_template_sees
+from fastattn.serve.validation import validation_error
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -61,7 +61,7 @@ def simulated_speed(
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_as_fast_as_the_best_fixed_length_and_never_slower_than_none(noise: float) -> None:
-    worlds = itertools.product([FLAT, LINEAR], [1, 40], [0.05, 0.4, 0.8, 0.95, 1.0], [0.2, 1.0], [0.0, 0.05, 0.4, 2])
+    worlds = itertools.product([FLAT, LINEAR], [1, 3, 40], [0.05, 0.4, 0.8, 0.95, 1.0], [0.2, 1.0], [0.0, 0.05, 0.4, 2])
     mean = 1 + noise / 5  # of what the noise adds
     for world in worlds:
         speed = simulated_speed(*world, noise) * mean
