@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -14,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
-from bench.harness.peers import require
+from bench.harness.peers import PeerAbsentError, require
 from fastattn import ops
 
 TOKENS = 16384
-HEADS = {64: 32, 128: 16, 256: 8}  # by head dim: the same amount of work
+HEADS = {64: 32, 80: 24, 96: 20, 128: 16, 192: 10, 256: 8}  # by head dim: about the same amount of work
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _QUICK = {(64, 1024, True), (128, 2048, True), (128, 8192, False), (256, 512, True)}
 
@@ -34,73 +37,144 @@ def sdpa_peer(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool
 
     def build() -> Callable[[], Tensor]:
         turned_q, turned_k, turned_v = (t.transpose(1, 2) for t in (q, k, v))
+        if causal and q.shape[1] != k.shape[1]:
+            raise PeerAbsentError("torch's causal mask is aligned top-left")
 
         def call() -> Tensor:
             with sdpa_kernel(backend), torch.no_grad():
-                return F.scaled_dot_product_attention(turned_q, turned_k, turned_v, is_causal=causal).transpose(1, 2)
+                return F.scaled_dot_product_attention(
+                    turned_q, turned_k, turned_v, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+                ).transpose(1, 2)
 
         return call
 
     return build
 
 
-def flash(
-    context: Context, dim: int, length: int, causal: bool, heads: int | None = None, tokens: int = TOKENS
+def attention(
+    context: Context,
+    dim: int,
+    lengths: Sequence[int],
+    causal: bool,
+    heads: int,
+    kv_heads: int,
+    key_lengths: Sequence[int] | None = None,
 ) -> Case:
-    heads = heads or HEADS[dim]
-    batch = tokens // length
-    rng = context.generator(dim + length)
-    q, k, v = (
-        torch.randn(batch, length, heads, dim, generator=rng, device=context.device, dtype=torch.bfloat16)
-        for _ in range(3)
-    )
-    offsets = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=context.device)
+    """Sequences of these lengths; where all are alike, as one batch for the peers that want it so."""
+    key_lengths = key_lengths or lengths
+    rng = context.generator(dim + len(lengths) + lengths[0])
 
-    def fa3() -> Callable[[], Tensor]:
-        attend = require("fa3_fwd_interface").flash_attn_func
-        return lambda: first(attend(q, k, v, causal=causal))
+    def randn(tokens: int, num_heads: int) -> Tensor:
+        return torch.randn(tokens, num_heads, dim, generator=rng, device=context.device, dtype=torch.bfloat16)
 
-    def flash_attn() -> Callable[[], Tensor]:
-        attend = require("flash_attn").flash_attn_func
-        return lambda: first(attend(q, k, v, causal=causal))
+    def offsets(runs: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
 
-    pairs = batch * (length * (length + 1) // 2 if causal else length * length)
+    q = randn(sum(lengths), heads)
+    k, v = (randn(sum(key_lengths), kv_heads) for _ in range(2))
+    cu_q, cu_k = offsets(lengths), offsets(key_lengths)
+    max_q, max_k = max(lengths), max(key_lengths)
+    alike = len({*lengths}) == len({*key_lengths}) == 1
+    batch = len(lengths)
+    peers: dict[str, PeerBuilder] = {}
+    if alike:
+        bq, bk, bv = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
+
+        def batched(module: str) -> PeerBuilder:
+            def build() -> Callable[[], Tensor]:
+                attend = require(module).flash_attn_func
+                return lambda: first(attend(bq, bk, bv, causal=causal))
+
+            return build
+
+        peers = {
+            "fa3": batched("fa3_fwd_interface"),
+            "cudnn": sdpa_peer(SDPBackend.CUDNN_ATTENTION, bq, bk, bv, causal),
+            "fa2": sdpa_peer(SDPBackend.FLASH_ATTENTION, bq, bk, bv, causal),
+            "flash_attn": batched("flash_attn"),
+        }
+    else:
+
+        def varlen(module: str) -> PeerBuilder:
+            def build() -> Callable[[], Tensor]:
+                attend = require(module).flash_attn_varlen_func
+                return lambda: first(attend(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal))
+
+            return build
+
+        def fa2() -> Callable[[], Tensor]:
+            attend = torch.ops.aten._flash_attention_forward
+            return lambda: first(attend(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False))
+
+        peers = {"fa3": varlen("fa3_fwd_interface"), "fa2": fa2, "flash_attn": varlen("flash_attn")}
+
+    pairs = sum(
+        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
+    )  # causal: n ≤ m
+    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
+    if alike and max_k != max_q:
+        what += f" to {max_k} keys"
     return op_case(
         ops.varlen_attention,
         {
-            "q": q.flatten(0, 1),
-            "k": k.flatten(0, 1),
-            "v": v.flatten(0, 1),
-            "cu_seqlens_q": offsets,
-            "cu_seqlens_k": offsets,
-            "max_seqlen_q": length,
-            "max_seqlen_k": length,
+            "q": q,
+            "k": k,
+            "v": v,
+            "cu_seqlens_q": cu_q,
+            "cu_seqlens_k": cu_k,
+            "max_seqlen_q": max_q,
+            "max_seqlen_k": max_k,
             "causal": causal,
         },
         formulas.varlen_attention,
-        peers={
-            "fa3": fa3,
-            "cudnn": sdpa_peer(SDPBackend.CUDNN_ATTENTION, q, k, v, causal),
-            "fa2": sdpa_peer(SDPBackend.FLASH_ATTENTION, q, k, v, causal),
-            "flash_attn": flash_attn,
-        },
-        work=Work(num_bytes=4 * q.nbytes, num_ops=4 * pairs * heads * dim),
-        config=f"{batch} × {length} tokens, {heads} heads of {dim}, bf16, {'causal' if causal else 'full'}",
+        peers=peers,
+        work=Work(num_bytes=2 * q.nbytes + 2 * k.nbytes, num_ops=4 * pairs * heads * dim),
+        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
+        f"{'causal' if causal else 'full'}",
     )
+
+
+def flash(
+    context: Context, dim: int, length: int, causal: bool, heads: int | None = None, kv_heads: int | None = None
+) -> Case:
+    heads = heads or HEADS[dim]
+    return attention(context, dim, [length] * (TOKENS // length), causal, heads, kv_heads or heads)
+
+
+def lognormal(count: int, longest: int, median: float, seed: int) -> list[int]:
+    """Lengths as users' prompts have them: few are long."""
+    rng = random.Random(seed)
+    return [max(1, min(longest, round(rng.lognormvariate(math.log(median), 1.0)))) for _ in range(count)]
+
+
+def _name(causal: bool) -> str:
+    return f"{'causal' if causal else 'full'}_bf16"
+
+
+def _cases() -> Iterator[CaseSpec]:
+    for dim, length, causal in product((64, 128, 256), LENGTHS, (False, True)):
+        yield CaseSpec(
+            f"d{dim}_s{length}_{_name(causal)}",
+            partial(flash, dim=dim, length=length, causal=causal),
+            quick=(dim, length, causal) in _QUICK,
+        )
+    for dim, length, causal in product((80, 96, 192), (1024, 4096, 16384), (False, True)):
+        yield CaseSpec(f"d{dim}_s{length}_{_name(causal)}", partial(flash, dim=dim, length=length, causal=causal))
+    for length, causal in product((1024, 4096, 16384), (False, True)):
+        build = partial(flash, dim=128, length=length, causal=causal, heads=32, kv_heads=8)
+        yield CaseSpec(f"d128_gqa32to8_s{length}_{_name(causal)}", build)
+    for median, count in ((200.0, 64), (1000.0, 16)):
+        lengths = lognormal(count, 8192, median, seed=1)
+        build = partial(attention, dim=128, lengths=lengths, causal=True, heads=32, kv_heads=8)
+        yield CaseSpec(f"d128_varlen{median:.0f}_causal_bf16", build)
+    for queries, keys in product((1, 16, 64, 128, 512), (8192, 65536)):
+        build = partial(attention, dim=128, lengths=[queries], causal=False, heads=32, kv_heads=8, key_lengths=[keys])
+        yield CaseSpec(f"d128_q{queries}_k{keys}_full_bf16", build)
 
 
 FAMILY = Family(
     "flash_fwd",
     "cuda",
     "varlen_attention beside FlashAttention-3, cuDNN and FlashAttention-2",
-    tuple(
-        CaseSpec(
-            f"d{dim}_s{length}_{'causal' if causal else 'full'}_bf16",
-            partial(flash, dim=dim, length=length, causal=causal),
-            quick=(dim, length, causal) in _QUICK,
-        )
-        for dim in HEADS
-        for length in LENGTHS
-        for causal in (False, True)
-    ),
+    tuple(_cases()),
 )

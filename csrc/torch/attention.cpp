@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "attention/flash_fwd_sm90.h"
 #include "attention/flash_sm80.h"
 #include "torch/checks.h"
 
@@ -24,6 +25,12 @@ void check_heads(const Checks& checks, const Tensor& q, int64_t num_kv_heads) {
   checks.that(num_kv_heads > 0 && q.size(1) % num_kv_heads == 0, "q has " + std::to_string(q.size(1)) +
                                                                      " heads, expected a multiple of " +
                                                                      std::to_string(num_kv_heads) + " KV heads");
+}
+
+// Whether a call that does not say goes to the Hopper kernel: it takes 64 rows of one head at a time, so that the
+// portable one, which packs the heads of a group into one tile, is better where there are few.
+bool for_sm90(const Tensor& q, const FlashSm80Problem& problem, double softmax_scale) {
+  return capability_of(q) == 90 && softmax_scale > 0.0 && !flash_sm80_config(problem).decode;
 }
 
 // What both have in common: everything about q, the mask, the results, and the launch.
@@ -61,6 +68,56 @@ std::tuple<Tensor, Tensor> run(const char* op, FlashSm80Params p, const Tensor& 
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
   check_launch(op, flash_sm80_forward(p, stream_of(q)));
+  return {out, lse};
+}
+
+// Packed sequences on the Hopper kernel; rows are aligned, and there are some of q and of k.
+std::tuple<Tensor, Tensor> run_sm90(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                    int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
+                                    int64_t window_right, double softcap) {
+  Tensor out = empty(q, shape_of(q), q.scalar_type());
+  Tensor lse = empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
+  Tensor tile_counter = empty(q, {1}, ScalarType::Int);
+  FlashFwdSm90Params p;
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.tile_counter = static_cast<int32_t*>(tile_counter.data_ptr());
+  p.cu_seqlens_q = data<int32_t>(cu_seqlens_q);
+  p.cu_seqlens_k = data<int32_t>(cu_seqlens_k);
+  p.q_token_stride = q.stride(0);
+  p.q_head_stride = q.stride(1);
+  p.k_token_stride = k.stride(0);
+  p.k_head_stride = k.stride(1);
+  p.v_token_stride = v.stride(0);
+  p.v_head_stride = v.stride(1);
+  p.out_token_stride = out.stride(0);
+  p.out_head_stride = out.stride(1);
+  p.lse_head_stride = lse.stride(0);
+  p.q_tokens = q.size(0);
+  p.k_tokens = k.size(0);
+  p.num_seqs = static_cast<int32_t>(cu_seqlens_q.size(0) - 1);
+  p.num_heads = static_cast<int32_t>(q.size(1));
+  p.num_kv_heads = static_cast<int32_t>(k.size(1));
+  p.head_dim = static_cast<int32_t>(q.size(2));
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.softcap = static_cast<float>(softcap);
+  p.window_left = window(window_left);
+  p.window_right = causal ? 0 : window(window_right);
+  p.dtype = dtype_of(q);
+  p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, max_seqlen_q, max_seqlen_k,
+                                    p.window_right == 0, num_sms_of(q)});
+  std::optional<Tensor> partial_out, partial_lse;
+  if (p.config.num_splits > 1) {
+    partial_out = empty(q, {p.config.num_splits, q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+    partial_lse = empty(q, {p.config.num_splits, q.size(1), q.size(0)}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(partial_out->data_ptr());
+    p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
+  }
+  check_launch(op, flash_fwd_sm90(p, stream_of(q)));
   return {out, lse};
 }
 
@@ -109,7 +166,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
 std::tuple<Tensor, Tensor> varlen_attention_op(const Tensor& q, const Tensor& k_given, const Tensor& v_given,
                                                const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
-                                               bool causal, int64_t window_left, int64_t window_right, double softcap) {
+                                               bool causal, int64_t window_left, int64_t window_right, double softcap,
+                                               int64_t kernel) {
   const char* const op = "varlen_attention";
   const Checks checks(op, "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
@@ -125,6 +183,16 @@ std::tuple<Tensor, Tensor> varlen_attention_op(const Tensor& q, const Tensor& k_
   const OnDeviceOf guard(q);
   const Tensor k = with_aligned_rows(k_given);
   const Tensor v = with_aligned_rows(v_given);
+  const int64_t num_seqs = cu_seqlens_q.size(0) - 1;
+  checks.that(kernel != 90 || (capability_of(q) == 90 && softmax_scale > 0.0),
+              "kernel is sm90, expected sm80 for a GPU of capability " + std::to_string(capability_of(q)) +
+                  " and softmax_scale " + std::to_string(softmax_scale));
+  const FlashSm80Problem problem = {num_seqs,     q.size(1),    num_kv_heads, q.size(2),
+                                    max_seqlen_q, max_seqlen_k, num_sms_of(q)};
+  if (q.numel() > 0 && k.size(0) > 0 && kernel != 80 && (kernel == 90 || for_sm90(q, problem, softmax_scale))) {
+    return run_sm90(op, with_aligned_rows(q), k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                    softmax_scale, causal, window_left, window_right, softcap);
+  }
   FlashSm80Params p;
   p.k = k.data_ptr();
   p.v = v.data_ptr();

@@ -40,6 +40,13 @@ int64_t num_sms_of(const Tensor& t) {
   return count;
 }
 
+int capability_of(const Tensor& t) {
+  int major = 0, minor = 0;
+  check_launch("fastattn", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
+  check_launch("fastattn", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index()));
+  return 10 * major + minor;
+}
+
 void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " + cudaGetErrorString(error));

@@ -31,6 +31,9 @@ cudaStream_t stream_of(const Tensor& t);
 // Multiprocessors of t's device.
 int64_t num_sms_of(const Tensor& t);
 
+// Compute capability of t's device: 90 for Hopper.
+int capability_of(const Tensor& t);
+
 // Throws "op: the CUDA kernel could not be launched: …" unless error is cudaSuccess.
 void check_launch(const char* op, cudaError_t error);
 

@@ -23,6 +23,7 @@ from fastattn.ops.checks import (
 from fastattn.reference import attention as reference
 
 MAX_HEAD_DIM = 256
+KERNELS = {"auto": 0, "sm80": 80, "sm90": 90}
 
 
 def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ _paged_attention = define(
 )
 _varlen_attention = define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-    "int max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, float softcap) "
+    "int max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, float softcap, int kernel) "
     "-> (Tensor, Tensor)",
     reference.varlen_attention,
     _fake,
@@ -138,16 +139,26 @@ def varlen_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to packed keys and values.
 
-    k, v: (Tk, Hk, D), q's dtype. cu_seqlens_k: (B + 1) int32, ascending from 0 to at most Tk; rows past its end are
-    never read. max_seqlen_k: at least the longest key run. The rest, and the results, are as in `paged_attention`.
+    k, v: (Tk, Hk, D), q's dtype. cu_seqlens_k: (B + 1) int32, ascending from 0 to at most Tk; what lies past its end
+    has no effect. max_seqlen_k: at least the longest key run. The rest, and the results, are as in `paged_attention`.
+    kernel: "sm80" or "sm90" to have that one on a GPU, which must be able to run it; "sm90" wants softmax_scale > 0.
     """
     left, right = (
         window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("varlen_attention", window_size)
     )
     scale = _scale("varlen_attention", q) if softmax_scale is None else softmax_scale
+    if kernel not in KERNELS:
+        fail_value("varlen_attention", f"kernel is {kernel!r}, expected one of {', '.join(map(repr, KERNELS))}")
+    if kernel == "sm90" and q.is_cuda and (scale == 0 or torch.cuda.get_device_capability(q.device) != (9, 0)):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+        fail_value(
+            "varlen_attention",
+            f"kernel is 'sm90', expected 'sm80' for a GPU of capability {capability} and softmax_scale {scale}",
+        )
     _check_varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap
     )
@@ -156,7 +167,19 @@ def varlen_attention(
         _check_queries("varlen_attention", q, cu_seqlens_q.tolist(), max_seqlen_q)
         _check_keys(k, cu_seqlens_k.tolist(), max_seqlen_k)
     out, lse = _varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        causal,
+        left,
+        right,
+        softcap,
+        KERNELS[kernel],
     )
     return out, lse
 

@@ -210,8 +210,9 @@ def varlen_attention(
     window_left: int,
     window_right: int,
     softcap: float,
+    kernel: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise."""
+    """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise. kernel: a GPU's matter."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     right = _right(causal, window_right)

@@ -56,8 +56,16 @@ def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
 
 
 def varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """On a Hopper GPU once for each kernel, since so few rows would all go to the portable one."""
+    hopper = gen.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    for kernel in ("sm80", "sm90") if hopper else ("auto",):
+        for name, call in _varlen_calls(gen, dtype):
+            yield (f"{name}, {kernel}", call | {"kernel": kernel}) if hopper else (name, call)
+
+
+def _varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, runs, lengths, heads, kv_heads, dim, _, options in _PAGED:
-        extra = 3  # rows past the end of cu_seqlens_k, which are never read
+        extra = 3  # rows past the end of cu_seqlens_k, which have no effect
         k, v = (gen.randn(sum(lengths) + extra, kv_heads, dim, dtype=dtype) for _ in range(2))
         k[sum(lengths) :] = math.nan
         v[sum(lengths) :] = math.nan

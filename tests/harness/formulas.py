@@ -220,6 +220,7 @@ def varlen_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: bool = False,
+    kernel: str = "auto",
     **options: Any,
 ) -> list[Tensor]:
     at = cu_seqlens_k.tolist()

@@ -1,0 +1,78 @@
+// Transaction barriers in shared memory: what a TMA copy and its readers wait for each other with.
+//
+// A barrier has a phase that flips when all expected arrivals, and all announced bytes, have come.
+// `wait(parity)` returns once the phase of that parity is over; a fresh barrier is in phase 0, so
+// that wait(1) passes at once.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+struct MBarrier {
+  uint64_t state;
+
+  __device__ __forceinline__ void init(uint32_t num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(&state)), "r"(num_arrivals));
+  }
+
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(&state)) : "memory");
+  }
+
+  // One arrival, and so many bytes that copies will still bring.
+  __device__ __forceinline__ void arrive_expect_bytes(uint32_t num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(&state)),
+                 "r"(num_bytes)
+                 : "memory");
+  }
+
+  __device__ __forceinline__ bool try_wait(uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(shared_address(&state)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    while (!try_wait(parity)) {
+    }
+  }
+};
+
+// Makes the initialization of barriers visible to the copy engine; once, before the CTA's barrier.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+// Makes this thread's writes to shared memory visible to TMA and wgmma.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// A vote of the 128 threads of a warp group, by way of a barrier of the SM (1 to 15; 0 is __syncthreads').
+__device__ __forceinline__ bool any_of_group(int barrier, bool vote) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred vote, any;\n"
+      "setp.ne.u32 vote, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, 128, vote;\n"
+      "selp.u32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<uint32_t>(vote)), "r"(barrier)
+      : "memory");
+  return any != 0;
+}
+
+}  // namespace fastattn

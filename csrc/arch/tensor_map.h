@@ -1,0 +1,54 @@
+// Describes a tensor in device memory to the copy engine (TMA). Host side; the loads are in arch/tma.cuh.
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "arch/dtype.h"
+
+namespace fastattn {
+
+// Four dimensions of 16-bit elements, the contiguous one first; strides of the others in elements, multiples of 8.
+// One copy takes a box of `panel` x `rows` elements: panels of 64 are laid out with a swizzle of 128 bytes, of 32 with
+// one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
+struct TensorMapSpec {
+  const void* base;  // 16-byte aligned
+  DType dtype;
+  int64_t sizes[4];
+  int64_t strides[3];
+  int panel, rows;
+};
+
+// cudaErrorNotSupported without a driver that knows TMA, cudaErrorInvalidValue if the tensor cannot be described.
+inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) {
+  // The function is the driver's, which this library does not link to.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+
+  cuuint64_t sizes[4], strides[3];
+  for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(spec.sizes[i]);
+  // The stride of a dimension of one element may be anything, but must be valid.
+  for (int i = 0; i < 3; ++i) {
+    strides[i] = spec.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(spec.strides[i]) * 2 : cuuint64_t{16};
+  }
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(spec.panel), static_cast<cuuint32_t>(spec.rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(map, spec.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+             const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             spec.panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,169 @@
+// Hopper's warpgroup matrix product: D (64, N) fp32 += A (64, 16) B (16, N), issued by 128 threads and run
+// asynchronously. A comes from shared memory or registers, B from shared memory; 16-bit elements.
+//
+// Accumulators: as in arch/mma_sm80.cuh, with warp w of the group on rows 16 w … 16 w + 15. Lane l holds,
+// of every eight columns, columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8. Two neighbouring tiles of
+// eight, rounded, are the A fragment of a product that sums over those sixteen columns.
+//
+// Order: fence, products, commit, wait. Between a product and its wait nothing may touch its registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "arch/mbarrier.cuh"
+
+namespace fastattn {
+
+// A tile in shared memory as wgmma reads it: panels of 64 (or 32) elements, 128 (or 64) bytes a row, swizzled over
+// 8 rows, so that a panel's base is 1024-byte aligned. Offsets are added to it in units of 16 bytes.
+//
+//   K-major (rows are M or N, the panel runs along K):  stride = bytes from 8 rows to the next 8
+//   MN-major (rows are K, the panel runs along N):      the same, and leading = bytes from panel to panel
+struct WgmmaDescriptor {
+  uint32_t low, high;
+
+  template <int PANEL_BYTES>
+  __device__ __forceinline__ static WgmmaDescriptor make(const void* base, uint32_t leading_bytes) {
+    static_assert(PANEL_BYTES == 128 || PANEL_BYTES == 64, "swizzles of 128 and 64 bytes");
+    constexpr uint32_t kSwizzle = PANEL_BYTES == 128 ? 1 : 2;
+    return {((shared_address(base) & 0x3ffff) >> 4) | ((leading_bytes & 0x3ffff) >> 4) << 16,
+            (8 * PANEL_BYTES) >> 4 | kSwizzle << 30};
+  }
+
+  // The same tile so many bytes further on. All threads agree on it, and the compiler is told: a descriptor is taken
+  // from uniform registers, and moving what it must think divergent there takes longer than a product.
+  __device__ __forceinline__ WgmmaDescriptor uniform_plus(uint32_t bytes) const {
+    uint32_t uniform;
+    asm volatile("shfl.sync.idx.b32 %0, %1, 0, 0x1f, 0xffffffff;\n" : "=r"(uniform) : "r"(low + bytes / 16));
+    return {uniform, high};
+  }
+  __device__ __forceinline__ uint64_t plus(uint32_t bytes) const {
+    return static_cast<uint64_t>(high) << 32 | (low + bytes / 16);
+  }
+};
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+
+// Until at most `PENDING` committed groups are still running.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Keeps the compiler from moving reads and writes of these registers across this point: it does not know that a
+// product writes them later than where it is issued.
+template <int NUM_TILES>
+__device__ __forceinline__ void pin_registers(float (&acc)[NUM_TILES][4]) {
+#pragma unroll
+  for (int tile = 0; tile < NUM_TILES; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[tile][i])::"memory");
+  }
+}
+template <int NUM_TILES>
+__device__ __forceinline__ void pin_registers(uint32_t (&fragments)[NUM_TILES][4]) {
+#pragma unroll
+  for (int tile = 0; tile < NUM_TILES; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[tile][i])::"memory");
+  }
+}
+
+// Products for one type and one N. SS: both operands K-major in shared memory. RS: A in registers, B MN-major.
+// scale_d 0 overwrites the accumulators.
+template <typename T, int N>
+struct Wgmma;
+
+// The instruction names every register, so that each N is spelled out: lists of operands by eights.
+#define FA_ACC(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FA_ACC2(i) FA_ACC(i), FA_ACC(i + 1)
+#define FA_ACC4(i) FA_ACC2(i), FA_ACC2(i + 2)
+#define FA_ACC8(i) FA_ACC4(i), FA_ACC4(i + 4)
+#define FA_ACC16(i) FA_ACC8(i), FA_ACC8(i + 8)
+
+#define FA_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FA_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define FA_R2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define FA_R3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FA_R4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define FA_R5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define FA_R6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define FA_R7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define FA_R8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define FA_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define FA_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define FA_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define FA_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define FA_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define FA_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define FA_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
+
+#define FA_WGMMA(TYPE, NAME, N, REGS, ACCS, P0, P1, P2, P3, P4, P5)                                                    \
+  template <>                                                                                                          \
+  struct Wgmma<TYPE, N> {                                                                                              \
+    __device__ __forceinline__ static void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, " P0 ", " P1          \
+                   ", p, 1, 1, 0, 0;\n}\n"                                                                             \
+                   : ACCS                                                                                              \
+                   : "l"(a), "l"(b), "r"(scale_d));                                                                    \
+    }                                                                                                                  \
+    __device__ __forceinline__ static void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, {" P0 ", " P1 ", " P2 \
+                   ", " P3 "}, " P4 ", p, 1, 1, 1;\n}\n"                                                               \
+                   : ACCS                                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
+    }                                                                                                                  \
+  };
+#define FA_WGMMA_BOTH(N, P0, P1, P2, P3, P4, P5)                                     \
+  FA_WGMMA(__nv_bfloat16, "bf16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5) \
+  FA_WGMMA(__half, "f16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5)
+#define FA_REGS64 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3
+#define FA_ACCS64 FA_ACC8(0)
+#define FA_REGS80 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4
+#define FA_ACCS80 FA_ACC8(0), FA_ACC2(8)
+#define FA_REGS96 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5
+#define FA_ACCS96 FA_ACC8(0), FA_ACC4(8)
+#define FA_REGS112 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6
+#define FA_ACCS112 FA_ACC8(0), FA_ACC4(8), FA_ACC2(12)
+#define FA_REGS128 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7
+#define FA_ACCS128 FA_ACC16(0)
+#define FA_REGS144 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8
+#define FA_ACCS144 FA_ACC16(0), FA_ACC2(16)
+#define FA_REGS160 \
+  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9
+#define FA_ACCS160 FA_ACC16(0), FA_ACC4(16)
+#define FA_REGS176 \
+  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10
+#define FA_ACCS176 FA_ACC16(0), FA_ACC4(16), FA_ACC2(20)
+#define FA_REGS192                                                                                                     \
+  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
+        ", " FA_R11
+#define FA_ACCS192 FA_ACC16(0), FA_ACC8(16)
+#define FA_REGS256                                                                                                     \
+  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
+        ", " FA_R11 ", " FA_R12 ", " FA_R13 ", " FA_R14 ", " FA_R15
+#define FA_ACCS256 FA_ACC16(0), FA_ACC16(16)
+
+FA_WGMMA_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
+FA_WGMMA_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
+FA_WGMMA_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")
+FA_WGMMA_BOTH(112, "%56", "%57", "%58", "%59", "%60", "%61")
+FA_WGMMA_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
+FA_WGMMA_BOTH(144, "%72", "%73", "%74", "%75", "%76", "%77")
+FA_WGMMA_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
+FA_WGMMA_BOTH(176, "%88", "%89", "%90", "%91", "%92", "%93")
+FA_WGMMA_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
+
+#undef FA_WGMMA_BOTH
+#undef FA_WGMMA
+
+}  // namespace fastattn

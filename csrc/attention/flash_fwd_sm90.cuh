@@ -1,0 +1,734 @@
+// FlashAttention forward on Hopper's tensor cores and copy engine: one producer warp, two or three groups that compute.
+//
+//   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
+//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), then masked
+//
+//   q (B, Sq, H, D)   k, v (B, Sk, Hk, D)   G = H / Hk   out (B, Sq, H, D)   lse (B, H, Sq) fp32; packed: no B
+//
+// A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
+// blocks that they see from the last to the first. A counter in device memory hands the tiles out.
+//
+//   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► K(n-2) V(n-1) ─► … ─► next tile's Q, K ─► V(0) …
+//     (the copy engine)         two stages each of K and V, of Q too where there is room
+//   warp group 0, warp 1      clears what a V block holds behind the end of its sequence
+//
+//   warp groups 1, 2 (, 3)    64 rows each, step j:
+//     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
+//     the rest                        │ P(j+1) = exp(S(j+1)) │ round  │                │ P(j+2) = …
+//
+// The groups do not wait for each other: while one's exponentials run, another's products do. Between two tiles the
+// last O of one and the first S of the next are in flight together, and O is written while S is computed.
+//
+// The maximum of a row is looked for in its first block, in blocks with a mask, and where it must be. Else the
+// reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
+// floating-point numbers and lose nothing by being large, until they overflow. Their sum tells, before P is used; then
+// S is computed again. So the common step has neither a maximum, nor a reduction over lanes, nor a rescaled O.
+//
+// Where there are fewer tiles than SMs, the key blocks of a tile are split among several CTAs, and flash_combine adds
+// up.
+//
+// Registers hold O (64 x D), S (64 x BLOCK_N) and P of a group; P feeds the second product from there. Shared memory:
+// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave straight from registers, 64
+// bytes at a time, so that packed sequences need no care about whose rows a tile's end would overwrite.
+//
+// Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
+// that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
+//
+// Limits: D a multiple of 8 up to 256, rows 16-byte aligned, softmax_scale > 0. What was tried is in
+// docs/design/flash_fwd_sm90.md.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "arch/fast_divide.h"
+#include "arch/mbarrier.cuh"
+#include "arch/mma_sm80.cuh"
+#include "arch/tensor_map.h"
+#include "arch/tma.cuh"
+#include "arch/wgmma.cuh"
+#include "attention/flash_combine.h"
+#include "attention/flash_fwd_sm90_launch.h"
+#include "attention/mask.cuh"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+
+struct FlashFwdSm90Args {
+  CUtensorMap q, k, v;
+  FlashFwdSm90Params p;
+  FastDivide group_size;     // H / Hk
+  FastDivide num_heads;      // H
+  FastDivide section_tiles;  // tiles of a section but the last one
+  FastDivide section_pairs;  // (sequence, head) pairs of it
+  FastDivide last_pairs;     // and of the last one
+  FastDivide num_splits;
+  int32_t last_section;
+  int32_t num_m_tiles;
+  int32_t num_tiles;
+};
+
+// ---------------------------------------------------------------------------------------------
+// One CTA's unit of work: BLOCK_M query rows of one head, and the key blocks that some of them see.
+struct FlashTile {
+  int32_t head_idx, seq_idx, split_idx, first_row;
+  int32_t q_start, q_len, k_start, k_len;
+  int32_t begin_step, end_step;  // begin == end: no key is seen. end < 0: there are no more tiles
+};
+
+// The tile of that number (order: flash_fwd_sm90_config.h); false if the sequence has no such rows.
+template <int BLOCK_M, int BLOCK_N>
+__device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_t idx, FlashTile& tile) {
+  const FlashFwdSm90Params& p = args.p;
+  const int32_t tile_of_all = args.num_splits.divide(idx);
+  tile.split_idx = idx - tile_of_all * args.num_splits.divisor;
+  idx = tile_of_all;
+  const int32_t section = min(args.section_tiles.divide(idx), args.last_section);
+  const int32_t in_section = idx - section * args.section_tiles.divisor;
+  const FastDivide& pairs = section == args.last_section ? args.last_pairs : args.section_pairs;
+  const int32_t level = pairs.divide(in_section);
+  const int32_t pair = section * args.section_pairs.divisor + in_section - level * pairs.divisor;
+  tile.first_row = (args.num_m_tiles - 1 - level) * BLOCK_M;
+  tile.seq_idx = args.num_heads.divide(pair);
+  tile.head_idx = pair - tile.seq_idx * args.num_heads.divisor;
+
+  tile.q_start = 0;
+  tile.q_len = static_cast<int32_t>(p.q_tokens);
+  if (p.cu_seqlens_q != nullptr) {
+    tile.q_start = p.cu_seqlens_q[tile.seq_idx];
+    tile.q_len = p.cu_seqlens_q[tile.seq_idx + 1] - tile.q_start;
+  }
+  if (tile.first_row >= tile.q_len) return false;
+  tile.k_start = 0;
+  tile.k_len = static_cast<int32_t>(p.k_tokens);
+  if (p.cu_seqlens_k != nullptr) {
+    tile.k_start = p.cu_seqlens_k[tile.seq_idx];
+    tile.k_len = p.cu_seqlens_k[tile.seq_idx + 1] - tile.k_start;
+  }
+  if (p.seqused_k != nullptr) tile.k_len = min(tile.k_len, p.seqused_k[tile.seq_idx]);
+
+  const AttentionMask mask = {tile.q_len, tile.k_len, p.window_left, p.window_right};
+  const int32_t begin = mask.visible(tile.first_row).begin;
+  const int32_t end = mask.visible(min(tile.first_row + BLOCK_M, tile.q_len) - 1).end;
+  tile.begin_step = tile.end_step = 0;
+  if (begin < end) {
+    tile.begin_step = begin / BLOCK_N;
+    tile.end_step = (end + BLOCK_N - 1) / BLOCK_N;
+    const int32_t num_steps = args.num_splits.divide(tile.end_step - tile.begin_step + args.num_splits.divisor - 1);
+    tile.begin_step = min(tile.begin_step + tile.split_idx * num_steps, tile.end_step);
+    tile.end_step = min(tile.begin_step + num_steps, tile.end_step);
+  }
+  return true;
+}
+
+// ---------------------------------------------------------------------------------------------
+template <typename T, int HEAD_DIM>
+struct FlashFwdSm90Storage {
+  static constexpr FlashFwdSm90Tile kTile = flash_fwd_sm90_tile(HEAD_DIM);
+  static constexpr int BLOCK_M = kTile.block_m(), BLOCK_N = kTile.block_n;
+  static constexpr int kStages = 2;
+  static constexpr int kTileStages = 2;
+  static constexpr int kBytesQ = BLOCK_M * HEAD_DIM * sizeof(T);
+  static constexpr int kBytesKv = 2 * kStages * BLOCK_N * HEAD_DIM * sizeof(T);
+  static constexpr int kStagesQ = 2 * kBytesQ + kBytesKv <= 224 * 1024 ? 2 : 1;
+
+  alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
+  alignas(1024) T k[kStages][BLOCK_N * HEAD_DIM];
+  alignas(1024) T v[kStages][BLOCK_N * HEAD_DIM];
+  MBarrier q_full[kStagesQ], q_empty[kStagesQ];
+  MBarrier k_full[kStages], k_empty[kStages];
+  MBarrier v_full[kStages], v_empty[kStages];
+  MBarrier v_loaded[kStages];  // a V whose tail must be cleared before it is full
+  MBarrier tile_full[kTileStages], tile_empty[kTileStages];
+  FlashTile tile[kTileStages];
+};
+
+// Where a ring of stages stands: one number, since registers are short.
+template <int STAGES>
+struct RingPosition {
+  uint32_t count = 0;
+  __device__ __forceinline__ uint32_t stage() const { return count % STAGES; }
+  __device__ __forceinline__ uint32_t parity() const { return count / STAGES % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
+};
+
+// Reads the tiles in the order in which the producer hands them out.
+template <typename Storage>
+struct FlashTileReader {
+  Storage& smem;
+  RingPosition<Storage::kTileStages> ring;
+
+  __device__ __forceinline__ explicit FlashTileReader(Storage& s) : smem(s) {}
+
+  // By a whole warp. False if there are no more.
+  __device__ __forceinline__ bool next(FlashTile& tile) {
+    smem.tile_full[ring.stage()].wait(ring.parity());
+    tile = smem.tile[ring.stage()];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) smem.tile_empty[ring.stage()].arrive();
+    ring.advance();
+    return tile.end_step >= 0;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kernel
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1)
+    flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM>;
+  constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
+  constexpr int NUM_CONSUMERS = Storage::kTile.num_consumers;
+  constexpr int STAGES = Storage::kStages;
+  constexpr int PANEL = HEAD_DIM % 64 == 0 ? 64 : 32;  // elements of a row that lie side by side
+  constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
+  constexpr uint32_t KV_BYTES = BLOCK_N * HEAD_DIM * sizeof(T);
+  // setmaxnreg; together at most 512 for a thread of each group.
+  constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? 40 : 32;
+  constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? 232 : 160;
+  // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
+  constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
+  static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
+  static_assert(HEAD_DIM % 32 == 0 && BLOCK_N % 16 == 0);
+
+  extern __shared__ unsigned char smem_bytes[];
+  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
+  const FlashFwdSm90Params& p = args.p;
+  const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
+  // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
+  const bool ends_inside = packed_k || p.seqused_k != nullptr;
+
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(args.q);
+    tma_prefetch_map(args.k);
+    tma_prefetch_map(args.v);
+    for (int i = 0; i < Storage::kStagesQ; ++i) {
+      smem.q_full[i].init(1);
+      smem.q_empty[i].init(4 * NUM_CONSUMERS);
+    }
+    for (int i = 0; i < STAGES; ++i) {
+      smem.k_full[i].init(1);
+      smem.v_full[i].init(1);
+      smem.v_loaded[i].init(1);
+      smem.k_empty[i].init(4 * NUM_CONSUMERS);
+      smem.v_empty[i].init(4 * NUM_CONSUMERS);
+    }
+    for (int i = 0; i < Storage::kTileStages; ++i) {
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (ends_inside ? 1 : 0));
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  RingPosition<Storage::kStagesQ> q_ring;
+  RingPosition<STAGES> k_ring, v_ring;
+  FlashTile tile;
+
+  if (group_idx == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(PRODUCER_REGISTERS));
+    if (warp_idx == 0 && lane == 0) {
+      // ----------------------------------------------------------------------------- producer
+      RingPosition<Storage::kTileStages> tile_ring;
+      int32_t tile_idx = -1;
+      const auto publish = [&] {
+        smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
+        smem.tile[tile_ring.stage()] = tile;
+        smem.tile_full[tile_ring.stage()].arrive();
+        tile_ring.advance();
+      };
+      // The next tile in which a key is seen; those in which none is are handed on for their rows to be written.
+      const auto next_tile = [&] {
+        while (true) {
+          tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
+                                  : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
+          if (tile_idx >= args.num_tiles) return false;
+          if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
+          publish();
+          if (tile.begin_step < tile.end_step) return true;
+        }
+      };
+      const auto load_q = [&] {
+        smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+        smem.q_full[q_ring.stage()].arrive_expect_bytes(Q_BYTES);
+#pragma unroll
+        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+          tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, smem.q_full[q_ring.stage()],
+                      panel * PANEL, tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
+        }
+        q_ring.advance();
+      };
+      const auto load_k = [&](int32_t step) {
+        smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+        smem.k_full[k_ring.stage()].arrive_expect_bytes(KV_BYTES);
+#pragma unroll
+        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+          tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, smem.k_full[k_ring.stage()],
+                      panel * PANEL, tile.k_start + step * BLOCK_N, args.group_size.divide(tile.head_idx),
+                      packed_k ? 0 : tile.seq_idx);
+        }
+        k_ring.advance();
+      };
+      const auto load_v = [&](const FlashTile& t, int32_t step) {
+        smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
+        const bool clear = ends_inside && (step + 1) * BLOCK_N > t.k_len;
+        MBarrier& barrier = clear ? smem.v_loaded[v_ring.stage()] : smem.v_full[v_ring.stage()];
+        barrier.arrive_expect_bytes(KV_BYTES);
+#pragma unroll
+        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+          tma_load_4d(smem.v[v_ring.stage()] + panel * BLOCK_N * PANEL, args.v, barrier, panel * PANEL,
+                      t.k_start + step * BLOCK_N, args.group_size.divide(t.head_idx), packed_k ? 0 : t.seq_idx);
+        }
+        v_ring.advance();
+      };
+
+      // K is a block ahead of V, also from one tile to the next.
+      bool more = next_tile();
+      if (more) {
+        load_q();
+        load_k(tile.end_step - 1);
+      }
+      while (more) {
+        for (int32_t step = tile.end_step - 1; step > tile.begin_step; --step) {
+          load_k(step - 1);
+          load_v(tile, step);
+        }
+        const FlashTile last = tile;
+        // The last V comes after the next tile's Q and first K, but for two cases. With one Q, that is not free before
+        // the last scores are done. And a block that must be cleared, which the last is if it is the only one, must not
+        // wait for tiles to be handed on that the cleaner takes after it.
+        const bool early = Storage::kStagesQ == 1 || last.begin_step + 1 == last.end_step;
+        if (early) load_v(last, last.begin_step);
+        more = next_tile();
+        if (more) {
+          load_q();
+          load_k(tile.end_step - 1);
+        }
+        if (!early) load_v(last, last.begin_step);
+      }
+      tile.end_step = -1;
+      publish();
+    } else if (warp_idx == 1 && ends_inside) {
+      // ------------------------------------------------------------------------------ cleaner
+      FlashTileReader<Storage> tiles(smem);
+      uint32_t parities = 0;  // one bit a stage
+      while (tiles.next(tile)) {
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          if ((step + 1) * BLOCK_N > tile.k_len) {
+            smem.v_loaded[v_ring.stage()].wait((parities >> v_ring.stage()) & 1);
+            parities ^= 1u << v_ring.stage();
+            // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
+            const int32_t begin = (tile.k_len - step * BLOCK_N) * (PANEL / 8);
+#pragma unroll 1
+            for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+              uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * BLOCK_N * PANEL);
+              for (int32_t i = begin + lane; i < BLOCK_N * (PANEL / 8); i += 32) chunks[i] = make_uint4(0, 0, 0, 0);
+            }
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) smem.v_full[v_ring.stage()].arrive();
+          }
+          v_ring.advance();
+        }
+      }
+    }
+    return;
+  }
+
+  // --------------------------------------------------------------------------------- consumers
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
+  const int consumer = group_idx - 1;
+  const int lane_row = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this row of the tile, and 8 below
+  const float scale_log2 = p.softcap > 0.0f ? 1.0f : p.softmax_scale * kLog2E;
+  FlashTileReader<Storage> tiles(smem);
+
+  float acc[HEAD_DIM / 8][4];       // O
+  float scores[BLOCK_N / 8][4];     // S, then P
+  uint32_t probs[BLOCK_N / 16][4];  // P rounded, as the left operand of the next product
+  float row_max[2], row_sum[2];     // the reference of the exponentials, and a lane's share of their sum
+  float correction[2];              // what a change of the reference makes of sums and O
+
+  // ---- products
+  const auto q_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.q[0] + consumer * 64 * PANEL, 0);
+  const auto k_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.k[0], 0);
+  const auto v_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.v[0], BLOCK_N * PANEL * sizeof(T));
+
+  const auto start_scores = [&] {  // scores = Q K^T
+    const auto q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
+    const auto k = k_tiles.uniform_plus(k_ring.stage() * KV_BYTES);
+    pin_registers(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
+      constexpr int STEPS = PANEL / 16;
+      Wgmma<T, BLOCK_N>::ss(scores, q.plus((kk / STEPS * BLOCK_M * PANEL + kk % STEPS * 16) * sizeof(T)),
+                            k.plus((kk / STEPS * BLOCK_N * PANEL + kk % STEPS * 16) * sizeof(T)), kk > 0);
+    }
+    wgmma_commit();
+  };
+  const auto start_output = [&](bool first) {  // acc += P V
+    const auto v = v_tiles.uniform_plus(v_ring.stage() * KV_BYTES);
+    pin_registers(acc);
+    pin_registers(probs);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
+      Wgmma<T, HEAD_DIM>::rs(acc, probs[kk], v.plus(kk * 16 * PANEL * sizeof(T)), kk > 0 || !first);
+    }
+    wgmma_commit();
+  };
+  const auto release = [&](MBarrier& barrier) {  // each warp for itself: its part of a product may end before others'
+    if (lane == 0) barrier.arrive();
+  };
+  const auto release_k = [&] {
+    release(smem.k_empty[k_ring.stage()]);
+    k_ring.advance();
+  };
+  const auto release_v = [&] {
+    release(smem.v_empty[v_ring.stage()]);
+    v_ring.advance();
+  };
+  const auto wait_for_k = [&] { smem.k_full[k_ring.stage()].wait(k_ring.parity()); };
+  const auto wait_for_v = [&] { smem.v_full[v_ring.stage()].wait(v_ring.parity()); };
+  const auto finish_output = [&] {
+    wgmma_wait<0>();
+    pin_registers(acc);
+    pin_registers(probs);
+    release_v();
+  };
+
+  // ---- softmax
+  const auto mask_of = [&](const FlashTile& t) {
+    return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
+  };
+  const auto is_masked = [&](int32_t step) {  // for some row of this group
+    const AttentionMask mask = mask_of(tile);
+    const int32_t first_row = tile.first_row + consumer * 64;
+    return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
+           (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
+  };
+  // Softcap, mask and maximum of a block of scores.
+  const auto find_max = [&](int32_t step) {
+    if (p.softcap > 0.0f) {
+      const float scale = p.softmax_scale / p.softcap, cap = p.softcap * kLog2E;
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][i] = cap * tanh_exp2(scores[t][i] * scale);
+      }
+    }
+    if (is_masked(step)) {
+      const AttentionMask mask = mask_of(tile);
+      const int32_t lane_key = step * BLOCK_N + 2 * (lane % 4);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const KeyRange visible = mask.visible(min(tile.first_row + lane_row + 8 * r, tile.q_len - 1));
+        const int32_t begin = visible.begin - lane_key, end = visible.end - lane_key;
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 8; ++t) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (t * 8 + i < begin || t * 8 + i >= end) scores[t][2 * r + i] = -INFINITY;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float new_max = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+      for (int t = 1; t < BLOCK_N / 8; ++t) new_max = fmaxf(new_max, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
+      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
+      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+      new_max = fmaxf(new_max, row_max[r]);
+      correction[r] = exp2_approx((row_max[r] - finite_max(new_max)) * scale_log2);
+      row_max[r] = new_max;
+    }
+  };
+  // Scores to probabilities relative to row_max; their sums.
+  const auto exponentials = [&](float (&sums)[2]) {
+    const float origin[2] = {finite_max(row_max[0]) * scale_log2, finite_max(row_max[1]) * scale_log2};
+    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int t = 0; t < BLOCK_N / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[t][i] = exp2_approx(fmaf(scores[t][i], scale_log2, -origin[i >> 1]));
+        parts[i] += scores[t][i];
+      }
+    }
+    sums[0] = parts[0] + parts[1];
+    sums[1] = parts[2] + parts[3];
+  };
+  const auto round_probs = [&] {
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
+      probs[kk][0] = pack_pair<T>(scores[2 * kk][0], scores[2 * kk][1]);
+      probs[kk][1] = pack_pair<T>(scores[2 * kk][2], scores[2 * kk][3]);
+      probs[kk][2] = pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]);
+      probs[kk][3] = pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3]);
+    }
+  };
+
+  // ---- the ends of a tile
+  // acc / sum, rounded, and the LSE.
+  const auto store = [&](const FlashTile& done, bool empty) {
+    const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
+    const bool whole = args.num_splits.divisor == 1;
+    float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.lse_head_stride) +
+                       batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride;
+    T* const out = static_cast<T*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = empty ? 0.0f : row_sum[r];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int32_t row = done.first_row + lane_row + 8 * r;
+      const bool valid = row < done.q_len;
+      const int64_t token = done.q_start + row;
+      if (valid && lane % 4 == 0) lse[token] = empty ? -INFINITY : log_sum_exp(row_max[r] * scale_log2, sum);
+      if (!whole) {  // of a part without keys the LSE is enough
+        if (empty || !valid) continue;
+        float* const partial =
+            p.partial_out + ((done.split_idx * p.q_tokens + token) * p.num_heads + done.head_idx) * p.head_dim;
+#pragma unroll
+        for (int t = 0; t < HEAD_DIM / 8; ++t) {
+          const int column = t * 8 + lane % 4 * 2;
+          if (column < p.head_dim) {
+            *reinterpret_cast<float2*>(partial + column) =
+                make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+          }
+        }
+        continue;
+      }
+#pragma unroll
+      for (int t = 0; t < HEAD_DIM / 8; t += 4) {
+        uint32_t w[4] = {0, 0, 0, 0};
+        if (!empty) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            w[i] = pack_pair<T>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+          }
+          // Four lanes have two columns each of four tiles; after this, each has all eight of one.
+          const bool odd = lane & 1, high = lane & 2;
+          uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+          uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+          (odd ? w[0] : w[1]) = a;
+          (odd ? w[2] : w[3]) = b;
+          a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+          b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+          (high ? w[0] : w[2]) = a;
+          (high ? w[1] : w[3]) = b;
+        }
+        const int column = (t + lane % 4) * 8;
+        if (valid && column < p.head_dim) {
+          *reinterpret_cast<uint4*>(out + token * p.out_token_stride + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    }
+  };
+  // The next tile in which a key is seen; rows of others are written here.
+  const auto next_tile = [&](FlashTile& next) {
+    while (tiles.next(next)) {
+      if (next.begin_step < next.end_step) return true;
+      store(next, true);
+    }
+    return false;
+  };
+  // How many of a tile's last blocks no row of this group sees, as with a causal mask the upper groups.
+  const auto num_unseen = [&](const FlashTile& t) {
+    const int32_t last_row = min(t.first_row + consumer * 64 + 63, t.q_len - 1);
+    const int32_t end_step = (mask_of(t).visible(last_row).end + BLOCK_N - 1) / BLOCK_N;
+    return max(t.end_step - max(end_step, t.begin_step + 1), 0);
+  };
+  const auto pass_over = [&](int32_t num_blocks) {
+    for (int32_t i = 0; i < num_blocks; ++i) {  // waits, so as not to arrive twice in one phase
+      wait_for_k();
+      release_k();
+      wait_for_v();
+      release_v();
+    }
+    tile.end_step -= num_blocks;
+  };
+  const auto release_scores = [&](int32_t step) {
+    release_k();
+    if (step == tile.begin_step) {
+      release(smem.q_empty[q_ring.stage()]);
+      q_ring.advance();
+    }
+  };
+  // P of a tile's first block, whose scores have been started.
+  const auto finish_first_scores = [&] {
+    wgmma_wait<0>();
+    pin_registers(scores);
+    release_scores(tile.end_step - 1);
+    row_max[0] = row_max[1] = -INFINITY;
+    find_max(tile.end_step - 1);
+    exponentials(row_sum);
+    round_probs();
+  };
+
+  // ---- main loop
+  if (!next_tile(tile)) return;
+  pass_over(num_unseen(tile));
+  smem.q_full[q_ring.stage()].wait(q_ring.parity());
+  wait_for_k();
+  start_scores();
+  finish_first_scores();
+
+  bool first;
+  while (true) {
+    // Here P of the tile's first block is ready, and nothing is in flight.
+    first = true;
+#pragma unroll 1
+    for (int32_t step = tile.end_step - 2; step >= tile.begin_step; --step) {
+      wait_for_k();
+      start_scores();
+      wait_for_v();
+      start_output(first);
+      first = false;
+      wgmma_wait<1>();
+      pin_registers(scores);
+      float sums[2] = {0.0f, 0.0f};
+      bool exact = p.softcap > 0.0f || is_masked(step);
+      if (!exact) {
+        exponentials(sums);
+        // This branch also keeps the exponentials before the wait for the output, behind which the assembler would move
+        // them: the output would then run alone.
+        // Rows behind the end, which may be another sequence's, have no say.
+        const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
+        exact = any_of_group(1 + consumer, (num_rows > 0 && (!(sums[0] < LARGEST_SUM) || row_max[0] == -INFINITY)) ||
+                                               (num_rows > 8 && (!(sums[1] < LARGEST_SUM) || row_max[1] == -INFINITY)));
+        if (__builtin_expect(exact, 0)) {
+          wgmma_wait<0>();
+          pin_registers(acc);
+          start_scores();
+          wgmma_wait<0>();
+          pin_registers(scores);
+        }
+      }
+      if (__builtin_expect(exact, 0)) {
+        find_max(step);
+        exponentials(sums);
+        wgmma_wait<0>();
+        pin_registers(acc);
+        row_sum[0] *= correction[0];
+        row_sum[1] *= correction[1];
+#pragma unroll
+        for (int t = 0; t < HEAD_DIM / 8; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
+        }
+      }
+      row_sum[0] += sums[0];
+      row_sum[1] += sums[1];
+      release_scores(step);
+      finish_output();
+      round_probs();
+    }
+
+    FlashTile next;
+    if (!next_tile(next)) break;
+    const int32_t num_blocks_unseen = num_unseen(next);
+    wait_for_v();
+    start_output(first);
+    if (num_blocks_unseen == 0) {
+      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();
+      store(tile, false);
+      tile = next;
+    } else {
+      finish_output();
+      store(tile, false);
+      tile = next;
+      pass_over(num_blocks_unseen);
+      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+    }
+    finish_first_scores();
+  }
+  wait_for_v();
+  start_output(first);
+  finish_output();
+  store(tile, false);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM>;
+  constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
+  static_assert(kSmemBytes <= 227 * 1024);
+  const FlashFwdSm90Config& config = p.config;
+  if (config.num_tiles > INT32_MAX - config.num_ctas) return cudaErrorInvalidConfiguration;
+
+  FlashFwdSm90Args args;
+  args.p = p;
+  args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
+  args.num_heads = FastDivide(p.num_heads);
+  args.section_tiles = FastDivide(static_cast<int32_t>(config.pairs_per_section * config.num_m_tiles));
+  args.section_pairs = FastDivide(static_cast<int32_t>(config.pairs_per_section));
+  args.last_pairs = FastDivide(static_cast<int32_t>(config.pairs_in_last));
+  args.num_splits = FastDivide(config.num_splits);
+  args.last_section = static_cast<int32_t>(config.num_sections - 1);
+  args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
+  args.num_tiles = static_cast<int32_t>(config.num_tiles);
+
+  const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
+  const int64_t k_batches = p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
+  constexpr int kPanel = HEAD_DIM % 64 == 0 ? 64 : 32;
+  const TensorMapSpec specs[3] = {{p.q,
+                                   p.dtype,
+                                   {p.head_dim, p.q_tokens, p.num_heads, q_batches},
+                                   {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
+                                   kPanel,
+                                   Storage::BLOCK_M},
+                                  {p.k,
+                                   p.dtype,
+                                   {p.head_dim, p.k_tokens, p.num_kv_heads, k_batches},
+                                   {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
+                                   kPanel,
+                                   Storage::BLOCK_N},
+                                  {p.v,
+                                   p.dtype,
+                                   {p.head_dim, p.k_tokens, p.num_kv_heads, k_batches},
+                                   {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
+                                   kPanel,
+                                   Storage::BLOCK_N}};
+  CUtensorMap* const maps[3] = {&args.q, &args.k, &args.v};
+  for (int i = 0; i < 3; ++i) {
+    const cudaError_t error = make_tensor_map(maps[i], specs[i]);
+    if (error != cudaSuccess) return error;
+  }
+
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (error != cudaSuccess) return error;
+  error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(config.num_ctas), config.tile.num_threads(), kSmemBytes, stream>>>(args);
+  error = cudaGetLastError();
+  if (error != cudaSuccess || config.num_splits == 1) return error;
+  return flash_combine(
+      {p.partial_out, p.partial_lse, p.out, p.lse, p.q_tokens, config.num_splits, p.num_heads, p.head_dim, p.dtype},
+      stream);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,57 @@
+// Attention forward for Hopper (wgmma, TMA): out = softmax(mask(q k^T * scale)) v over batches of one length or
+// packed sequences. The kernel is in flash_fwd_sm90.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "arch/dtype.h"
+#include "attention/flash_fwd_sm90_config.h"
+
+namespace fastattn {
+
+// Strides count elements and are multiples of 8 (16 bytes); rows (the last dimension) are contiguous and 16-byte
+// aligned. Packed sequences are a batch of one tensor: num_seqs counts the sequences all the same.
+struct FlashFwdSm90Params {
+  const void* q = nullptr;  // (B, Sq, H, D), packed (T, H, D)
+  const void* k = nullptr;  // (B, Sk, Hk, D), packed (Tk, Hk, D)
+  const void* v = nullptr;  // like k
+  void* out = nullptr;      // like q
+  float* lse = nullptr;     // (B, H, Sq), packed (H, T); natural log, -inf where a row sees no key
+
+  // Workspaces if config.num_splits > 1, packed sequences only: (splits, T, H, D) and (splits, H, T).
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+  // Zeroed by flash_fwd_sm90: how many tiles were handed out.
+  int32_t* tile_counter = nullptr;
+
+  const int32_t* cu_seqlens_q = nullptr;  // (B + 1) if packed, else nullptr
+  const int32_t* cu_seqlens_k = nullptr;
+  const int32_t* seqused_k = nullptr;  // (B) or nullptr: how many keys of each sequence count
+
+  int64_t q_batch_stride = 0, q_token_stride = 0, q_head_stride = 0;
+  int64_t k_batch_stride = 0, k_token_stride = 0, k_head_stride = 0;
+  int64_t v_batch_stride = 0, v_token_stride = 0, v_head_stride = 0;
+  int64_t out_batch_stride = 0, out_token_stride = 0, out_head_stride = 0;
+  int64_t lse_batch_stride = 0, lse_head_stride = 0;
+
+  int64_t q_tokens = 0, k_tokens = 0;  // Sq and Sk, packed T and Tk
+  int32_t num_seqs = 0;                // B
+  int32_t num_heads = 0;               // H
+  int32_t num_kv_heads = 0;            // Hk
+  int32_t head_dim = 0;                // D
+
+  float softmax_scale = 1.0f;  // positive
+  float softcap = 0.0f;        // 0: none
+  int32_t window_left = -1;    // -1: open; at most 2^30
+  int32_t window_right = -1;   // the same; causal is 0
+
+  DType dtype = DType::kBFloat16;
+  FlashFwdSm90Config config = {};  // from flash_fwd_sm90_config
+};
+
+// Enqueues the kernel. Needs at least one query row and one key. cudaErrorInvalidValue if no instantiation fits.
+cudaError_t flash_fwd_sm90(const FlashFwdSm90Params& params, cudaStream_t stream);
+
+}  // namespace fastattn

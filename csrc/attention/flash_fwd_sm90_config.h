@@ -1,0 +1,102 @@
+// Tiles of the Hopper attention kernel, the order in which they are taken, and the heuristic that chooses both. Plain
+// C++: no CUDA call.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastattn {
+
+// How one CTA is cut up; template arguments of the kernel by way of the head dim.
+struct FlashFwdSm90Tile {
+  int num_consumers;  // warp groups that compute, 64 query rows each
+  int block_n;        // keys per pipeline step
+
+  constexpr int block_m() const { return 64 * num_consumers; }
+  constexpr int num_threads() const { return 128 * (num_consumers + 1); }
+};
+
+// Compiled head dims; others are padded with zeros by the copy engine to the next one.
+constexpr int kFlashFwdSm90HeadDims[] = {64, 96, 128, 192, 256};
+
+// Bounded by registers (O and S are fp32, block_m x head_dim and block_m x block_n over all consumers) and by 227 KiB
+// of shared memory (Q, and two stages each of K and V).
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int head_dim) {
+  if (head_dim <= 64) return {3, 128};
+  if (head_dim <= 128) return {2, 128};
+  if (head_dim <= 192) return {2, 112};
+  return {2, 80};
+}
+
+struct FlashFwdSm90Problem {
+  int64_t num_seqs;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+  bool causal;
+  int64_t num_sms;
+};
+
+// Tiles are numbered section by section. A section is a number of (sequence, query head) pairs that are worked on
+// together; in it the last query rows of all pairs come first.
+struct FlashFwdSm90Config {
+  int head_dim;  // compiled head dim, 0 if there is none
+  FlashFwdSm90Tile tile;
+  int64_t num_m_tiles;        // of a pair
+  int64_t pairs_per_section;  // in all sections but the last one
+  int64_t num_sections;
+  int64_t pairs_in_last;
+  int num_splits;  // tiles that share the keys of the same rows
+  int64_t num_tiles;
+  int64_t num_ctas;
+};
+
+// A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
+inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& problem) {
+  FlashFwdSm90Config config = {};
+  for (int head_dim : kFlashFwdSm90HeadDims) {
+    if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
+  }
+  config.tile = flash_fwd_sm90_tile(config.head_dim);
+  config.num_m_tiles = (problem.max_seqlen_q + config.tile.block_m() - 1) / config.tile.block_m();
+  const int64_t num_pairs = problem.num_seqs * problem.num_heads;  // (sequence, query head)
+  const int64_t num_whole = num_pairs * config.num_m_tiles;
+  if (num_whole == 0) return config;
+
+  // The keys are split as it fills the SMs best, into parts of at least four blocks; a split costs a combination.
+  constexpr int64_t kMaxSplits = 32;
+  const int64_t num_steps = (problem.max_seqlen_k + config.tile.block_n - 1) / config.tile.block_n;
+  config.num_splits = 1;
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= std::min(kMaxSplits, std::max<int64_t>(1, num_steps / 4)); ++splits) {
+    if (splits > 1 && num_whole >= problem.num_sms) break;
+    const int64_t num_waves = (num_whole * splits + problem.num_sms - 1) / problem.num_sms;
+    const double time = static_cast<double>(num_waves) / static_cast<double>(splits) + (splits > 1 ? 0.05 : 0.0);
+    if (splits == 1 || time < best) {
+      best = time;
+      config.num_splits = static_cast<int>(splits);
+    }
+  }
+  config.num_tiles = num_whole * config.num_splits;
+  config.num_ctas = std::min(config.num_tiles, problem.num_sms);
+
+  // CTAs that run at the same time should read the same K and V. So sections are small: 2 MiB of keys and values, or
+  // one KV head if that is more.
+  constexpr int64_t kSectionBytes = 2 << 20;
+  const int64_t kv_bytes = std::max<int64_t>(1, problem.max_seqlen_k * problem.head_dim * 4);
+  const int64_t group = problem.num_heads / problem.num_kv_heads;
+  config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group);
+  // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each
+  // SM, so that all that are left towards the end are small.
+  const int64_t tail_tiles = problem.causal ? 2 * problem.num_sms : 0;
+  const int64_t tail_pairs = std::min(num_pairs, (tail_tiles + config.num_m_tiles - 1) / config.num_m_tiles);
+  const int64_t num_before =
+      std::min(num_pairs - tail_pairs, num_pairs - 1) / config.pairs_per_section;  // whole sections before the last
+  config.num_sections = num_before + 1;
+  config.pairs_in_last = num_pairs - num_before * config.pairs_per_section;
+  return config;
+}
+
+}  // namespace fastattn

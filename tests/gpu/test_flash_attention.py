@@ -1,0 +1,184 @@
+"""Both attention kernels of packed sequences, forced, on drawn calls: the 2× rule, poison behind the ends, logits that leave
+every reference behind, and the same bits each time."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import ops
+
+pytestmark = pytest.mark.gpu
+HEAD_DIMS = (8, 40, 64, 72, 80, 96, 104, 128, 160, 192, 200, 256)
+LENGTHS = (0, 1, 2, 31, 63, 64, 65, 111, 112, 113, 127, 128, 129, 191, 192, 193, 255, 257, 389, 512, 601)
+CHUNKS, PER_CHUNK = 16, 200
+
+
+def kernels() -> list[str]:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["sm80", "sm90"] if hopper else ["sm80"]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """One sequence in plain torch, computed in ``dtype``: q (Sq, H, D), k and v (Sk, Hk, D) → (Sq, H, D), (H, Sq)."""
+    (num_rows, num_heads, dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    k, v = (t.to(dtype).repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1) for t in (k, v))
+    scores = q.to(dtype).transpose(0, 1) @ k.transpose(1, 2) * options.get("softmax_scale", dim**-0.5)
+    if softcap := options.get("softcap", 0.0):
+        scores = softcap * torch.tanh(scores / softcap)
+    row = torch.arange(num_rows, device=q.device)[:, None] + num_keys - num_rows
+    key = torch.arange(num_keys, device=q.device)[None]
+    left, right = options.get("window_size", (-1, -1))
+    right = 0 if options.get("causal") else right
+    seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device)
+    if left >= 0:
+        seen &= key >= row - left
+    if right >= 0:
+        seen &= key <= row + right
+    scores = scores.masked_fill(~seen, -math.inf)
+    weights = torch.where(seen.any(1)[None, :, None], scores.softmax(-1), 0)
+    return (weights @ v).transpose(0, 1), scores.logsumexp(-1)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[int], lengths: list[int], kernel: str, options: dict[str, Any]
+) -> None:
+    starts, key_starts = (torch.tensor([0, *n], device="cuda").cumsum(0).to(torch.int32) for n in (runs, lengths))
+    out, lse = ops.varlen_attention(q, k, v, starts, key_starts, max(runs), max(lengths), kernel=kernel, **options)
+    assert out.shape == q.shape
+    assert out.dtype is q.dtype
+    worst = plain_worst = scale = 0.0
+    for b in range(len(runs)):
+        own = slice(int(starts[b]), int(starts[b + 1]))
+        keys = slice(int(key_starts[b]), int(key_starts[b + 1]))
+        if runs[b] == 0:
+            continue
+        if lengths[b] == 0:
+            assert (out[own] == 0).all()
+            assert (lse[:, own] == -math.inf).all()
+            continue
+        exact, exact_lse = attend(q[own], k[keys], v[keys], torch.float32, options)
+        plain, _ = attend(q[own], k[keys], v[keys], q.dtype, options)
+        assert torch.equal(lse[:, own] == -math.inf, exact_lse == -math.inf)
+        seen = exact_lse.isfinite()
+        largest = float(exact_lse[seen].abs().max()) if seen.any() else 0.0
+        error = (lse[:, own] - exact_lse)[seen].abs()
+        assert not seen.any() or float(error.max()) <= 1e-5 * max(20.0, largest), "lse"
+        worst = max(worst, float((out[own].float() - exact).abs().max()))
+        plain_worst = max(plain_worst, float((plain.float() - exact).abs().max()))
+        scale = max(scale, float(exact.abs().max()))
+    assert worst <= 2 * plain_worst + 0.5 * torch.finfo(q.dtype).eps * scale, f"{worst:.3e}, plain {plain_worst:.3e}"
+
+
+def draw(rng: random.Random) -> tuple[Any, ...]:
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    dim = rng.choice(HEAD_DIMS)
+    kv_heads = rng.choice((1, 2, 3))
+    heads = kv_heads * rng.choice((1, 2, 3, 4, 7, 8))
+    runs = [rng.choice(LENGTHS) for _ in range(rng.choice((1, 1, 2, 4)))]
+    lengths = [n if rng.random() < 0.5 else rng.choice(LENGTHS) for n in runs]
+    if rng.random() < 0.1:  # long enough for the keys to be split among CTAs
+        lengths[0] = rng.choice((1531, 2777, 5003))
+    if max(runs) == 0:
+        runs[0] = 5
+    if max(lengths) == 0:
+        lengths[0] = 7
+    options: dict[str, Any] = {"causal": rng.random() < 0.5}
+    if rng.random() < 0.4:
+        options["window_size"] = tuple(rng.choice((-1, 0, 1, 17, 64, 127, 300)) for _ in range(2))
+    if rng.random() < 0.2:
+        options["softcap"] = rng.choice((5.0, 30.0))
+    if rng.random() < 0.2:
+        options["softmax_scale"] = rng.choice((0.02, 1.0))
+    return dtype, dim, heads, kv_heads, runs, lengths, options
+
+
+@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_drawn_calls(kernel: str, chunk: int) -> None:
+    """Rows of gaps between them, and NaN where no result may come from."""
+    rng = random.Random(1000 + chunk)
+    gen = torch.Generator("cuda").manual_seed(chunk)
+    for index in range(PER_CHUNK):
+        dtype, dim, heads, kv_heads, runs, lengths, options = draw(rng)
+
+        def tensor(tokens: int, num_heads: int, dim: int = dim, dtype: torch.dtype = dtype) -> Tensor:
+            memory = torch.full(
+                (tokens + 3, num_heads, dim + 8 * rng.randint(0, 1)), math.nan, device="cuda", dtype=dtype
+            )
+            t = memory[:tokens, :, :dim]
+            return t.copy_(torch.randn(t.shape, generator=gen, device="cuda", dtype=dtype))
+
+        q = tensor(sum(runs), heads)
+        # Three more rows of k and v than there are keys: poison right behind the last sequence.
+        k, v = (tensor(sum(lengths), kv_heads) for _ in range(2))
+        k, v = (t.as_strided((t.shape[0] + 3, *t.shape[1:]), t.stride()) for t in (k, v))
+        try:
+            check(q, k, v, runs, lengths, kernel, options)
+        except AssertionError as error:
+            what = f"{dtype}, head dim {dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
+            raise AssertionError(f"case {index}: {what}: {error}") from None
+
+
+@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("towards_the_end", [True, False])
+def test_scores_that_grow(kernel: str, dtype: torch.dtype, dim: int, towards_the_end: bool) -> None:
+    """By hundreds from block to block: what was enough of a reference for one is not for the next."""
+    gen = torch.Generator("cuda").manual_seed(7)
+    q, k, v = (torch.randn(n, 2, dim, generator=gen, device="cuda", dtype=dtype) for n in (300, 900, 900))
+    slope = torch.linspace(1, 60, 900, device="cuda")[:, None, None]
+    k = (k * (slope if towards_the_end else slope.flip(0))).to(dtype)
+    k[10:20] = q[:10] * 30
+    check(q, k, v, [300], [900], kernel, {})
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_another_sequence_is_not_touched_by_a_neighbours_nan(kernel: str) -> None:
+    gen = torch.Generator("cuda").manual_seed(3)
+    lengths = [5, 300, 0, 1, 177, 64, 129]
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    q = torch.randn(sum(lengths), 4, 64, generator=gen, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(sum(lengths), 2, 64, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    clean, _ = ops.varlen_attention(q, k, v, starts, starts, 300, 300, causal=True, kernel=kernel)
+    for bad in range(len(lengths)):
+        own = slice(int(starts[bad]), int(starts[bad + 1]))
+        poisoned = [t.clone() for t in (q, k, v)]
+        for t in poisoned:
+            t[own] = math.nan
+        out, _ = ops.varlen_attention(*poisoned, starts, starts, 300, 300, causal=True, kernel=kernel)
+        out[own] = clean[own]
+        assert torch.equal(out, clean), f"sequence {bad}"
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_a_thousand_runs_give_the_same_bits(kernel: str) -> None:
+    """Whichever CTA takes which tile."""
+    gen = torch.Generator("cuda").manual_seed(9)
+    lengths = [700, 3, 1000, 64, 130]
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    q = torch.randn(sum(lengths), 24, 128, generator=gen, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(sum(lengths), 8, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def run() -> tuple[Tensor, Tensor]:
+        return ops.varlen_attention(q, k, v, starts, starts, 1000, 1000, causal=True, kernel=kernel)
+
+    out, lse = run()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again, lse_again = run()
+        different += (again != out).sum() + (lse_again != lse).sum()
+    assert int(different) == 0
+
+
+def test_a_kernel_that_this_gpu_lacks_is_refused() -> None:
+    q = torch.randn(8, 2, 64, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, 8], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match=r"kernel is 'sm90', expected 'sm80' for a GPU .* softmax_scale 0"):
+        ops.varlen_attention(q, q, q, starts, starts, 8, 8, softmax_scale=0.0, kernel="sm90")
