@@ -77,8 +77,8 @@ def attention(
     alike = len({*lengths}) == len({*key_lengths}) == 1
     batch = len(lengths)
     peers: dict[str, PeerBuilder] = {}
+    bq, bk, bv = (t.unflatten(0, (batch, -1)) if alike else t for t in (q, k, v))
     if alike:
-        bq, bk, bv = (t.unflatten(0, (batch, -1)) for t in (q, k, v))
 
         def batched(module: str) -> PeerBuilder:
             def build() -> Callable[[], Tensor]:
@@ -114,19 +114,20 @@ def attention(
     what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
     if alike and max_k != max_q:
         what += f" to {max_k} keys"
+    packed = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": max_q,
+        "max_seqlen_k": max_k,
+        "causal": causal,
+    }
     return op_case(
-        ops.varlen_attention,
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "cu_seqlens_q": cu_q,
-            "cu_seqlens_k": cu_k,
-            "max_seqlen_q": max_q,
-            "max_seqlen_k": max_k,
-            "causal": causal,
-        },
-        formulas.varlen_attention,
+        ops.batch_attention if alike else ops.varlen_attention,
+        {"q": bq, "k": bk, "v": bv, "causal": causal} if alike else packed,
+        formulas.batch_attention if alike else formulas.varlen_attention,
         peers=peers,
         work=Work(num_bytes=2 * q.nbytes + 2 * k.nbytes, num_ops=4 * pairs * heads * dim),
         config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
@@ -135,10 +136,16 @@ def attention(
 
 
 def flash(
-    context: Context, dim: int, length: int, causal: bool, heads: int | None = None, kv_heads: int | None = None
+    context: Context,
+    dim: int,
+    length: int,
+    causal: bool,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    tokens: int = TOKENS,
 ) -> Case:
     heads = heads or HEADS[dim]
-    return attention(context, dim, [length] * (TOKENS // length), causal, heads, kv_heads or heads)
+    return attention(context, dim, [length] * (tokens // length), causal, heads, kv_heads or heads)
 
 
 def lognormal(count: int, longest: int, median: float, seed: int) -> list[int]:
@@ -175,6 +182,6 @@ def _cases() -> Iterator[CaseSpec]:
 FAMILY = Family(
     "flash_fwd",
     "cuda",
-    "varlen_attention beside FlashAttention-3, cuDNN and FlashAttention-2",
+    "batch_attention and varlen_attention beside FlashAttention-3, cuDNN and FlashAttention-2",
     tuple(_cases()),
 )

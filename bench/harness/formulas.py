@@ -17,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "adjust_logits",
     "apply_token_bitmask",
+    "batch_attention",
     "embedding",
     "layer_norm",
     "linear",
@@ -87,6 +88,12 @@ def _attend_all(
     scale = q.shape[-1] ** -0.5
     parts = [_attend(c, q[own], k, v, causal, scale) for own, k, v in zip(runs, keys, values, strict=True)]
     return [torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)]
+
+
+def batch_attention(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **_: Any) -> list[Tensor]:
+    runs = [b * q.shape[1] for b in range(q.shape[0] + 1)]
+    out, lse = _attend_all(c, q.flatten(0, 1), runs, list(k), list(v), causal)
+    return [out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)]
 
 
 def varlen_attention(

@@ -12,15 +12,18 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(128)
     flash_combine_kernel(const float* __restrict__ partial_out,  // (splits, T, H, D)
-                         const float* __restrict__ partial_lse,  // (splits, H, T)
+                         const float* __restrict__ partial_lse,  // (splits, T / n, H, n)
                          T* __restrict__ out,                    // (T, H, D)
-                         float* __restrict__ lse,                // (H, T)
-                         int32_t num_splits, int64_t num_tokens, int32_t num_heads, int32_t head_dim) {
+                         float* __restrict__ lse,                // (T / n, H, n)
+                         int32_t num_splits, int64_t num_tokens, int64_t lse_tokens, int32_t num_heads,
+                         int32_t head_dim) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= num_tokens * num_heads) return;
   const int64_t token_idx = row / num_heads;
-  const int64_t lse_idx = (row - token_idx * num_heads) * num_tokens + token_idx;
+  const int32_t head_idx = static_cast<int32_t>(row - token_idx * num_heads);
+  const int64_t batch_idx = token_idx / lse_tokens;
+  const int64_t lse_idx = (batch_idx * num_heads + head_idx) * lse_tokens + (token_idx - batch_idx * lse_tokens);
   const int64_t num_rows = num_tokens * num_heads;
 
   float max_lse = -INFINITY;
@@ -54,7 +57,8 @@ template <typename T>
 cudaError_t launch(const FlashCombineParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (p.num_tokens * p.num_heads + 3) / 4;
   flash_combine_kernel<T><<<static_cast<unsigned>(num_ctas), 128, 0, stream>>>(
-      p.partial_out, p.partial_lse, static_cast<T*>(p.out), p.lse, p.num_splits, p.num_tokens, p.num_heads, p.head_dim);
+      p.partial_out, p.partial_lse, static_cast<T*>(p.out), p.lse, p.num_splits, p.num_tokens, p.lse_tokens,
+      p.num_heads, p.head_dim);
   return cudaGetLastError();
 }
 

@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
   const auto store = [&](const FlashTile& done, bool empty) {
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
     const bool whole = args.num_splits.divisor == 1;
-    float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.lse_head_stride) +
+    float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
                        batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride;
     T* const out = static_cast<T*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
 #pragma unroll
@@ -498,7 +498,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       if (!whole) {  // of a part without keys the LSE is enough
         if (empty || !valid) continue;
         float* const partial =
-            p.partial_out + ((done.split_idx * p.q_tokens + token) * p.num_heads + done.head_idx) * p.head_dim;
+            p.partial_out +
+            ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) *
+                p.head_dim;
 #pragma unroll
         for (int t = 0; t < HEAD_DIM / 8; ++t) {
           const int column = t * 8 + lane % 4 * 2;
@@ -726,9 +728,9 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   kernel<<<static_cast<unsigned>(config.num_ctas), config.tile.num_threads(), kSmemBytes, stream>>>(args);
   error = cudaGetLastError();
   if (error != cudaSuccess || config.num_splits == 1) return error;
-  return flash_combine(
-      {p.partial_out, p.partial_lse, p.out, p.lse, p.q_tokens, config.num_splits, p.num_heads, p.head_dim, p.dtype},
-      stream);
+  return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
+                        p.num_heads, p.head_dim, p.dtype},
+                       stream);
 }
 
 }  // namespace fastattn

@@ -20,7 +20,7 @@ struct FlashFwdSm90Params {
   void* out = nullptr;      // like q
   float* lse = nullptr;     // (B, H, Sq), packed (H, T); natural log, -inf where a row sees no key
 
-  // Workspaces if config.num_splits > 1, packed sequences only: (splits, T, H, D) and (splits, H, T).
+  // Workspaces if config.num_splits > 1: (splits, T, H, D) and splits times what lse holds; out is contiguous then.
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
   // Zeroed by flash_fwd_sm90: how many tiles were handed out.
@@ -37,6 +37,7 @@ struct FlashFwdSm90Params {
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
   int64_t q_tokens = 0, k_tokens = 0;  // Sq and Sk, packed T and Tk
+  int64_t num_tokens = 0;              // T, of a batch B * Sq
   int32_t num_seqs = 0;                // B
   int32_t num_heads = 0;               // H
   int32_t num_kv_heads = 0;            // Hk

@@ -70,8 +70,9 @@ struct ContiguousKv {
   int32_t length;
 
   __device__ __forceinline__ ContiguousKv(const FlashSm80Params& p, int32_t seq_idx, int32_t kv_head_idx) {
-    const int32_t start = p.cu_seqlens_k[seq_idx];
-    length = p.cu_seqlens_k[seq_idx + 1] - start;
+    const bool packed = p.cu_seqlens_k != nullptr;
+    const int32_t start = packed ? p.cu_seqlens_k[seq_idx] : seq_idx * p.batch_k_len;
+    length = packed ? p.cu_seqlens_k[seq_idx + 1] - start : p.batch_k_len;
     k = {static_cast<const T*>(p.k) + kv_head_idx * p.k_head_stride + start * p.k_token_stride, 0, p.k_token_stride};
     v = {static_cast<const T*>(p.v) + kv_head_idx * p.v_head_stride + start * p.v_token_stride, 0, p.v_token_stride};
   }
@@ -175,8 +176,9 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const int32_t kv_head_idx = tile_idx % p.num_kv_heads;
   const int32_t seq_idx = tile_idx / p.num_kv_heads;
 
-  const int32_t q_start = p.cu_seqlens_q[seq_idx];
-  const int32_t q_len = p.cu_seqlens_q[seq_idx + 1] - q_start;
+  const bool packed_q = p.cu_seqlens_q != nullptr;
+  const int32_t q_start = packed_q ? p.cu_seqlens_q[seq_idx] : seq_idx * p.batch_q_len;
+  const int32_t q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
   const int32_t num_rows = q_len * p.group_size.divisor;
   const int32_t first_row = m_tile * BLOCK_M;
   if (first_row >= num_rows) return;

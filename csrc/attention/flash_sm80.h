@@ -27,8 +27,8 @@ struct FlashSm80Params {
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
 
-  const int32_t* cu_seqlens_q = nullptr;  // (B + 1), ascending from 0 to T
-  const int32_t* cu_seqlens_k = nullptr;  // (B + 1), contiguous K and V only
+  const int32_t* cu_seqlens_q = nullptr;  // (B + 1), ascending from 0 to T; or nullptr: all are batch_q_len long
+  const int32_t* cu_seqlens_k = nullptr;  // (B + 1), contiguous K and V only; or nullptr: all are batch_k_len long
   const int32_t* seqused_k = nullptr;     // (B), pages only: keys in the cache, new ones included
   const int32_t* block_table = nullptr;   // (B, max_blocks), pages only; read up to the length only
 
@@ -38,8 +38,9 @@ struct FlashSm80Params {
   int64_t block_table_stride = 0;
 
   int64_t num_tokens = 0;  // T
-  int32_t num_seqs = 0;    // B
-  int32_t num_heads = 0;   // H
+  int32_t batch_q_len = 0, batch_k_len = 0;
+  int32_t num_seqs = 0;   // B
+  int32_t num_heads = 0;  // H
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
   int32_t num_blocks = 0, max_blocks = 0, block_size = 1;  // pages only

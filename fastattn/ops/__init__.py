@@ -2,7 +2,7 @@
 
 from fastattn.ops._library import has_cuda_kernels
 from fastattn.ops.activation import geglu, swiglu
-from fastattn.ops.attention import paged_attention, varlen_attention
+from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -14,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "adjust_logits",
     "apply_token_bitmask",
+    "batch_attention",
     "embedding",
     "fp4_linear",
     "geglu",

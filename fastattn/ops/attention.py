@@ -37,6 +37,12 @@ _paged_attention = define(
     reference.paged_attention,
     _fake,
 )
+_batch_attention = define(
+    "batch_attention(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window_left, int window_right, "
+    "float softcap, int kernel) -> (Tensor, Tensor)",
+    reference.batch_attention,
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)),
+)
 _varlen_attention = define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
     "int max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, float softcap, int kernel) "
@@ -61,6 +67,13 @@ _check_paged_attention = compile_check(
     TensorArg("seqused_k", "B", INT32),
     TensorArg("block_table", "B max_blocks", INT32),
     AtLeast("max_seqlen_q", 0),
+    *_SCALARS,
+)
+_check_batch_attention = compile_check(
+    "batch_attention",
+    TensorArg("q", "B Sq H D", FLOAT),
+    TensorArg("k", "B Sk Hk D", "q"),
+    TensorArg("v", "like k", "q"),
     *_SCALARS,
 )
 _check_varlen_attention = compile_check(
@@ -126,6 +139,37 @@ def paged_attention(
     return out, lse
 
 
+def batch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of a batch of queries to a batch of keys and values.
+
+    q: (B, Sq, H, D), bf16 or fp16, on the CPU also fp32; D a multiple of 8 up to 256, Hk divides H.
+    k, v: (B, Sk, Hk, D), q's dtype. Of each, only the last dimension must be contiguous.
+    The rest is as in `varlen_attention`.
+
+    Returns out (B, Sq, H, D) in q's dtype and lse (B, H, Sq) fp32, natural logarithm; a row that sees no key gives 0 and
+    -inf.
+    """
+    left, right = (
+        window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("batch_attention", window_size)
+    )
+    scale = _scale("batch_attention", q, 4) if softmax_scale is None else softmax_scale
+    _check_kernel("batch_attention", q, scale, kernel)
+    _check_batch_attention(q, k, v, scale, causal, left, right, softcap)
+    _check_heads("batch_attention", q, "k", k)
+    out, lse = _batch_attention(q, k, v, scale, causal, left, right, softcap, KERNELS[kernel])
+    return out, lse
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -151,14 +195,7 @@ def varlen_attention(
         window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("varlen_attention", window_size)
     )
     scale = _scale("varlen_attention", q) if softmax_scale is None else softmax_scale
-    if kernel not in KERNELS:
-        fail_value("varlen_attention", f"kernel is {kernel!r}, expected one of {', '.join(map(repr, KERNELS))}")
-    if kernel == "sm90" and q.is_cuda and (scale == 0 or torch.cuda.get_device_capability(q.device) != (9, 0)):
-        capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
-        fail_value(
-            "varlen_attention",
-            f"kernel is 'sm90', expected 'sm80' for a GPU of capability {capability} and softmax_scale {scale}",
-        )
+    _check_kernel("varlen_attention", q, scale, kernel)
     _check_varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap
     )
@@ -190,20 +227,33 @@ def _pair(op: str, window_size: object) -> tuple[int, int]:
     fail_type(op, f"window_size is {window_size!r}, expected (left, right)")
 
 
-def _scale(op: str, q: Tensor) -> float:
+def _check_kernel(op: str, q: Tensor, scale: float, kernel: str) -> None:
+    if kernel not in KERNELS:
+        fail_value(op, f"kernel is {kernel!r}, expected one of {', '.join(map(repr, KERNELS))}")
+    if kernel == "sm90" and q.is_cuda and (scale == 0 or torch.cuda.get_device_capability(q.device) != (9, 0)):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+        fail_value(
+            op,
+            f"kernel is 'sm90', expected 'sm80' for a GPU of capability {capability} and softmax_scale {scale}",
+        )
+
+
+def _scale(op: str, q: Tensor, num_dims: int = 3) -> float:
     """1/√D; called before the checks, so that they see every scalar."""
     if not isinstance(q, Tensor):
         fail_type(op, f"q is a {type(q).__name__}, expected a torch.Tensor")
-    if q.dim() != 3:
-        fail_value(op, f"q has {q.dim()} dimensions, shape {tuple(q.shape)}, expected 3: (T, H, D)")
-    return float(max(q.shape[2], 1) ** -0.5)
+    if q.dim() != num_dims:
+        wanted = "(T, H, D)" if num_dims == 3 else "(B, Sq, H, D)"
+        fail_value(op, f"q has {q.dim()} dimensions, shape {tuple(q.shape)}, expected {num_dims}: {wanted}")
+    return float(max(q.shape[-1], 1) ** -0.5)
 
 
 def _check_heads(op: str, q: Tensor, name: str, k: Tensor) -> None:
-    (_, num_heads, head_dim), num_kv_heads = q.shape, k.shape[-2]
+    (num_heads, head_dim), num_kv_heads = q.shape[-2:], k.shape[-2]
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        wanted = "(T, H, D)" if q.dim() == 3 else "(B, Sq, H, D)"
         fail_value(
-            op, f"q has shape {tuple(q.shape)}, expected (T, H, D) with D a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+            op, f"q has shape {tuple(q.shape)}, expected {wanted} with D a multiple of 8 from 8 to {MAX_HEAD_DIM}"
         )
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         fail_value(

@@ -197,6 +197,26 @@ def paged_attention(
     return out, lse
 
 
+def batch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """q (B, Sq, H, D), k and v (B, Sk, Hk, D) → out like q, lse (B, H, Sq). kernel: a GPU's matter."""
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    right = _right(causal, window_right)
+    for b in range(q.shape[0]):
+        _attend(q[b], k[b], v[b], out[b], lse[b], softmax_scale, window_left, right, softcap)
+    return out, lse
+
+
 def varlen_attention(
     q: Tensor,
     k: Tensor,

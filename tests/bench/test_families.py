@@ -24,7 +24,7 @@ from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, Context
 from bench.harness.peers import PeerAbsentError
 from tests.harness import formulas as loops
-from tests.harness.attention_calls import paged_calls, varlen_calls
+from tests.harness.attention_calls import batch_calls, paged_calls, varlen_calls
 from tests.harness.generators import Gen
 from tests.harness.sampling_calls import adjust_calls, bitmask_calls, logprob_calls
 from tests.harness.specs import embedding_calls, rope_calls
@@ -294,6 +294,7 @@ def test_a_wrong_draw_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 FORMULAS = {
     "embedding": embedding_calls,
+    "batch_attention": batch_calls,
     "paged_attention": paged_calls,
     "varlen_attention": varlen_calls,
     "adjust_logits": adjust_calls,
@@ -343,7 +344,7 @@ def test_formulas_agree_with_those_in_loops(name: str) -> None:
 def test_ids_are_those_that_the_targets_ask_for() -> None:
     """`match` expressions of targets.toml, and how many cases each must find."""
     wanted = {
-        "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 36},
+        "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "paged_decode": {r"_b(1|2|4|8)_": 12, r"bf16_.*_b(32|64|128|256)_": 10, ".*": 22},
         "paged_prefill": {".*": 4},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},

@@ -63,6 +63,34 @@ def varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
             yield (f"{name}, {kernel}", call | {"kernel": kernel}) if hopper else (name, call)
 
 
+# name, B, Sq, Sk, heads, kv heads, head dim, options
+_BATCH: tuple[tuple[str, int, int, int, int, int, int, dict[str, Any]], ...] = (
+    ("square", 2, 33, 33, 4, 2, 64, {"causal": True}),
+    ("full", 3, 17, 40, 6, 2, 32, {}),
+    ("one", 1, 1, 1, 1, 1, 8, {}),
+    ("decode", 2, 1, 129, 8, 2, 128, {"causal": True}),
+    ("more queries than keys", 2, 65, 31, 2, 1, 40, {"causal": True}),
+    ("no keys", 2, 5, 0, 2, 2, 16, {}),
+    ("no batch", 0, 5, 7, 2, 2, 16, {}),
+    ("window", 1, 130, 193, 3, 3, 80, {"window_size": (40, 3)}),
+    ("softcap", 2, 63, 64, 4, 4, 96, {"softcap": 9.0, "softmax_scale": 0.4}),
+    ("head dim 256", 1, 31, 127, 2, 1, 256, {"causal": True}),
+)
+
+
+def batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    hopper = gen.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    for kernel in ("sm80", "sm90") if hopper else ("auto",):
+        for name, batch, queries, keys, heads, kv_heads, dim, options in _BATCH:
+            call = {
+                "q": gen.randn(batch, queries, heads, dim, dtype=dtype),
+                "k": gen.randn(batch, keys, kv_heads, dim, dtype=dtype),
+                "v": gen.randn(batch, keys, kv_heads, dim, dtype=dtype),
+                "kernel": kernel,
+            }
+            yield f"{name}, {kernel}", call | options
+
+
 def _varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, runs, lengths, heads, kv_heads, dim, _, options in _PAGED:
         extra = 3  # rows past the end of cu_seqlens_k, which have no effect
@@ -85,7 +113,7 @@ def _varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         )
 
 
-def _bad_shared(gen: Gen, base: Call) -> Bad:
+def _bad_windows() -> Bad:
     for window in ((-2, 0), (0, -2), (2**31, 0)):
         yield (
             f"window {window}",
@@ -95,6 +123,10 @@ def _bad_shared(gen: Gen, base: Call) -> Bad:
         )
     for odd in ((1.5, 0), (1,), 5, None, ("a", 1)):
         yield f"window {odd}", {"window_size": odd}, TypeError, ("window", "expected")
+
+
+def _bad_shared(gen: Gen, base: Call) -> Bad:
+    yield from _bad_windows()
     q = base["q"]
     yield "three heads", {"q": q[:, :3].contiguous()}, ValueError, ("Hk = 2", "H = 3")
 
@@ -143,3 +175,12 @@ def bad_varlen(gen: Gen, base: Call) -> Bad:
     )
     yield "max_seqlen_q small", {"max_seqlen_q": 0}, ValueError, ("max_seqlen_q is 0", "sequence 0")
     yield "max_seqlen_k small", {"max_seqlen_k": 8}, ValueError, ("max_seqlen_k is 8", "at least 9")
+
+
+def bad_batch(gen: Gen, base: Call) -> Bad:
+    yield from _bad_windows()
+    q, k, v = base["q"], base["k"], base["v"]
+    yield "three heads", {"q": q[:, :, :3].contiguous()}, ValueError, ("Hk = 2", "H = 3")
+    small = {"q": q[..., :12], "k": k[..., :12], "v": v[..., :12]}
+    yield "head dim 12", {n: t.contiguous() for n, t in small.items()}, ValueError, ("multiple of 8",)
+    yield "another kernel", {"kernel": "sm70"}, ValueError, ("kernel is 'sm70'", "'auto', 'sm80', 'sm90'")

@@ -210,6 +210,15 @@ def paged_attention(
     return _attention(c, q, cu_seqlens_q.tolist(), gather(k_cache), gather(v_cache), causal=causal, **options)
 
 
+def batch_attention(
+    c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, kernel: str = "auto", **options: Any
+) -> list[Tensor]:
+    batch, queries = q.shape[:2]
+    runs = [b * queries for b in range(batch + 1)]
+    out, lse = _attention(c, q.flatten(0, 1), runs, list(k), list(v), causal=causal, **options)
+    return [out.unflatten(0, (batch, queries)), lse.unflatten(1, (batch, queries)).transpose(0, 1)]
+
+
 def varlen_attention(
     c: torch.dtype,
     q: Tensor,

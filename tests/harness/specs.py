@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn import ops
 from tests.harness import formulas
-from tests.harness.attention_calls import bad_paged, bad_varlen, paged_calls, varlen_calls
+from tests.harness.attention_calls import bad_batch, bad_paged, bad_varlen, batch_calls, paged_calls, varlen_calls
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
@@ -315,6 +315,15 @@ SPECS = (
         formulas.paged_attention,
         scalars=_SCALE | {"max_seqlen_q": "count"},
         bad=bad_paged,
+    ),
+    OpSpec(
+        "batch_attention",
+        ops.batch_attention,
+        batch_calls,
+        {"q": Role((0, 3)), "k": Role((0, 1, 2, 3)), "v": Role((0, 1, 2, 3))},
+        formulas.batch_attention,
+        scalars=_SCALE,
+        bad=bad_batch,
     ),
     OpSpec(
         "varlen_attention",

@@ -16,7 +16,7 @@ from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with_gaps
 from tests.harness.specs import SPECS
 
-PRODUCTS = ("linear", "int4_linear", "fp4_linear", "paged_attention", "varlen_attention")
+PRODUCTS = ("linear", "int4_linear", "fp4_linear", "batch_attention", "paged_attention", "varlen_attention")
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
