@@ -494,7 +494,10 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       const int32_t row = done.first_row + lane_row + 8 * r;
       const bool valid = row < done.q_len;
       const int64_t token = done.q_start + row;
-      if (valid && lane % 4 == 0) lse[token] = empty ? -INFINITY : log_sum_exp(row_max[r] * scale_log2, sum);
+      // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
+      // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
+      const float log2_sum = __fmaf_rn(row_max[r], scale_log2, log2f(sum));
+      if (valid && lane % 4 == 0) lse[token] = sum == 0.0f ? -INFINITY : log2_sum * kLn2;
       if (!whole) {  // of a part without keys the LSE is enough
         if (empty || !valid) continue;
         float* const partial =
