@@ -36,8 +36,8 @@
 // and must be finite for all.
 //
 // Limits: D is a multiple of 8 up to 256; T, Tk, q_len * G < 2^31; rows 16-byte aligned. One warp owns
-// 16 rows, so shared-memory bandwidth, not the tensor cores, bounds it. flash_fwd_sm90 (wgmma, TMA)
-// and paged_decode replace it on Hopper; the masks, the packing and the loaders stay.
+// 16 rows, so shared-memory bandwidth, not the tensor cores, bounds it. On Hopper flash_fwd_sm90 takes
+// its place for contiguous K and V with more than 16 rows.
 #pragma once
 
 #include <cuda_bf16.h>
