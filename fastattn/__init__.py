@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastattn.engine.pooling_params import PoolingParams as PoolingParams
     from fastattn.engine.sampling_params import SamplingParams as SamplingParams
     from fastattn.engine.structured_output import StructuredOutput as StructuredOutput
+    from fastattn.ops.explain import explain as explain
 
 _LAZY = {
     "LLM": "fastattn.engine.llm",
@@ -31,6 +32,7 @@ _LAZY = {
     "StructuredOutput": "fastattn.engine.structured_output",
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",
+    "explain": "fastattn.ops.explain",
 }
 
 __all__ = ["__version__", "ops", *sorted(_LAZY)]

@@ -87,3 +87,17 @@ class NgramIndex:
     def extend(self, tokens: Sequence[int]) -> None: ...
     def propose(self, max_tokens: int) -> list[int]: ...
     def __len__(self) -> int: ...
+
+def flash_sm80_config(
+    num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, num_sms: int
+) -> dict[str, int]: ...
+def flash_fwd_sm90_config(
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    num_sms: int,
+) -> dict[str, int]: ...

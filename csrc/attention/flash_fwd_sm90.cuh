@@ -607,8 +607,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       if (!exact) {
         exponentials(sums);
         // This branch also keeps the exponentials before the wait for the output, behind which the assembler would move
-        // them: the output would then run alone.
-        // Rows behind the end, which may be another sequence's, have no say.
+        // them: the output would then run alone. Rows behind the end, which may be another sequence's, have no say.
         const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
         exact = any_of_group(1 + consumer, (num_rows > 0 && (!(sums[0] < LARGEST_SUM) || row_max[0] == -INFINITY)) ||
                                                (num_rows > 8 && (!(sums[1] < LARGEST_SUM) || row_max[1] == -INFINITY)));
@@ -670,6 +669,8 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
   start_output(first);
   finish_output();
   store(tile, false);
+#else
+  __trap();  // compiled for a target without wgmma: never launched, and never silent
 #endif
 }
 

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention/flash_fwd_sm90_config.h"
+#include "attention/flash_sm80_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
 #include "runtime/ngram_index.h"
@@ -106,6 +108,33 @@ void bind_ngram_index(py::module_& m) {
       .def("__len__", &NgramIndex::size);
 }
 
+// What the heuristics of the kernels choose, for `fastattn.explain` and for tests without a GPU.
+void bind_kernel_configs(py::module_& m) {
+  m.def(
+      "flash_sm80_config",
+      [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, int64_t num_sms) {
+        const FlashSm80Config c =
+            flash_sm80_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms});
+        return py::dict("head_dim"_a = c.head_dim, "decode"_a = c.decode, "block_m"_a = c.tile.block_m,
+                        "block_n"_a = c.tile.block_n, "num_m_tiles"_a = c.num_m_tiles, "num_splits"_a = c.num_splits);
+      },
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a);
+  m.def(
+      "flash_fwd_sm90_config",
+      [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, bool causal, int64_t num_sms) {
+        const FlashFwdSm90Config c = flash_fwd_sm90_config(
+            {num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, causal, num_sms});
+        return py::dict("head_dim"_a = c.head_dim, "block_m"_a = c.tile.block_m(), "block_n"_a = c.tile.block_n,
+                        "num_m_tiles"_a = c.num_m_tiles, "pairs_per_section"_a = c.pairs_per_section,
+                        "num_sections"_a = c.num_sections, "pairs_in_last"_a = c.pairs_in_last,
+                        "num_splits"_a = c.num_splits, "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas);
+      },
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "causal"_a,
+      "num_sms"_a);
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -116,4 +145,5 @@ PYBIND11_MODULE(_runtime, m) {
   fastattn::bind_prefix_tree(m);
   fastattn::bind_batch_builder(m);
   fastattn::bind_ngram_index(m);
+  fastattn::bind_kernel_configs(m);
 }

@@ -16,6 +16,13 @@ bool rows_aligned(const Tensor& t) {
 
 Tensor with_aligned_rows(const Tensor& t) { return rows_aligned(t) ? t : packed_copy(t); }
 
+// What the copy engine can be told of: rows as above, and no dimension that repeats the same ones (an expanded tensor).
+Tensor with_distinct_rows(const Tensor& t) {
+  bool distinct = rows_aligned(t);
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) distinct = distinct && (t.size(i) <= 1 || t.stride(i) > 0);
+  return distinct ? t : packed_copy(t);
+}
+
 int32_t window(int64_t size) { return static_cast<int32_t>(std::clamp<int64_t>(size, -1, kMaxWindow)); }
 
 void check_heads(const Checks& checks, const Tensor& q, int64_t num_kv_heads) {
@@ -79,11 +86,12 @@ std::tuple<Tensor, Tensor> run(const char* op, FlashSm80Params p, const Tensor& 
 
 // On the Hopper kernel: q (B, Sq, H, D), or packed (T, H, D) with offsets; rows are aligned, and there are some of q
 // and k.
-std::tuple<Tensor, Tensor> run_sm90(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> run_sm90(const char* op, const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
                                     const std::optional<Tensor>& cu_seqlens_q,
                                     const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
                                     int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
                                     int64_t window_right, double softcap) {
+  const Tensor q = with_distinct_rows(q_given), k = with_distinct_rows(k_given), v = with_distinct_rows(v_given);
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
   Tensor out = empty(q, shape_of(q), q.scalar_type());
@@ -210,8 +218,8 @@ std::tuple<Tensor, Tensor> varlen_attention_op(const Tensor& q, const Tensor& k_
   const FlashSm80Problem problem = {num_seqs,     q.size(1),    num_kv_heads, q.size(2),
                                     max_seqlen_q, max_seqlen_k, num_sms_of(q)};
   if (q.numel() > 0 && k.numel() > 0 && for_sm90(q, kernel, problem, softmax_scale)) {
-    return run_sm90(op, with_aligned_rows(q), k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                    softmax_scale, causal, window_left, window_right, softcap);
+    return run_sm90(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                    window_left, window_right, softcap);
   }
   FlashSm80Params p;
   p.k = k.data_ptr();
@@ -244,8 +252,8 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k_g
   const int64_t k_len = k_given.size(1);
   const FlashSm80Problem problem = {num_seqs, num_heads, num_kv_heads, head_dim, q_len, k_len, num_sms_of(q)};
   if (q.numel() > 0 && k_len > 0 && for_sm90(q, kernel, problem, softmax_scale)) {
-    return run_sm90(op, with_aligned_rows(q), with_aligned_rows(k_given), with_aligned_rows(v_given), std::nullopt,
-                    std::nullopt, q_len, k_len, softmax_scale, causal, window_left, window_right, softcap);
+    return run_sm90(op, q, k_given, v_given, std::nullopt, std::nullopt, q_len, k_len, softmax_scale, causal,
+                    window_left, window_right, softcap);
   }
   // The portable kernel takes sequences one behind the other.
   const Tensor packed_q = torch::stable::reshape(q, {num_seqs * q_len, num_heads, head_dim});

@@ -177,6 +177,19 @@ def test_a_thousand_runs_give_the_same_bits(kernel: str) -> None:
     assert int(different) == 0
 
 
+@pytest.mark.parametrize("kernel", kernels())
+def test_expanded_keys(kernel: str) -> None:
+    """One head of keys for all, by a stride of zero, which the copy engine cannot be told of."""
+    gen = torch.Generator("cuda").manual_seed(2)
+    q = torch.randn(2, 130, 4, 64, generator=gen, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 200, 1, 64, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    wide = [t.expand(2, 200, 4, 64) for t in (k, v)]
+    out, lse = ops.batch_attention(q, *wide, causal=True, kernel=kernel)
+    expected, expected_lse = ops.batch_attention(q, *(t.contiguous() for t in wide), causal=True, kernel=kernel)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
 def test_a_kernel_that_this_gpu_lacks_is_refused() -> None:
     q = torch.randn(8, 2, 64, device="cuda", dtype=torch.bfloat16)
     starts = torch.tensor([0, 8], dtype=torch.int32, device="cuda")

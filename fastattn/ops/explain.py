@@ -1,0 +1,118 @@
+"""`fastattn.explain`: what a call would run, and how long it must take at least. Nothing is launched, no GPU is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import _runtime
+from fastattn.ops.attention import MAX_HEAD_DIM
+from fastattn.ops.checks import fail_value
+
+_HOPPER_SMS = 132  # of an H100 or H200 (SXM)
+Shape = tuple[int, ...] | torch.Size
+
+
+@dataclass(frozen=True)
+class FlashForward:
+    """How `batch_attention` would run. block_m × block_n: query rows and keys of a step of one CTA. num_splits: CTAs that
+    share the keys of the same rows. num_ops, num_bytes: what any kernel must compute and move."""
+
+    kernel: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    padded_head_dim: int
+    block_m: int
+    block_n: int
+    num_tiles: int
+    num_splits: int
+    num_ctas: int
+    num_ops: int
+    num_bytes: int
+
+    def floor_us(self, tflops: float = 790.0, tb_s: float = 3.0) -> float:
+        """Microseconds that it takes at least, at these rates of the matrix units and the memory (an H100's, measured)."""
+        return max(self.num_ops / tflops, self.num_bytes / tb_s) / 1e6
+
+    def __str__(self) -> str:
+        bound = "matrix units" if self.num_ops / 790.0 > self.num_bytes / 3.0 else "memory"
+        padded = f" (padded to {self.padded_head_dim})" if self.padded_head_dim != self.head_dim else ""
+        split = f", the keys of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
+        return (
+            f"flash_fwd on {self.kernel}: {self.batch} × {self.seqlen_q} queries to {self.seqlen_k} keys, {self.num_heads} "
+            f"heads to {self.num_kv_heads} of {self.head_dim}{padded}{', causal' if self.causal else ''}\n"
+            f"  {self.num_tiles // self.num_splits} tiles of {self.block_m} rows, {self.block_n} keys a step{split}; "
+            f"{self.num_ctas} CTAs\n"
+            f"  {self.num_ops / 1e9:.4g} GFLOP, {self.num_bytes / 1e6:.4g} MB: at least {self.floor_us():.3g} µs on an H100, "
+            f"bound by its {bound}"
+        )
+
+
+def explain(
+    what: str, q: Tensor | Shape, k: Tensor | Shape, *, causal: bool = False, kernel: str = "auto"
+) -> FlashForward:
+    """The configuration that `batch_attention(q, k, k, causal=causal, kernel=kernel)` gets, and its floor; print it.
+
+    what: "flash_fwd". q: (B, Sq, H, D), k: (B, Sk, Hk, D), 16-bit tensors or their shapes. For tensors on a GPU it is that
+    GPU's, for others an H100's. Raises ValueError for what does not fit.
+    """
+    op = "explain"
+    if what != "flash_fwd":
+        fail_value(op, f"what is {what!r}, expected 'flash_fwd'")
+    shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (q, k)]
+    for name, shape in zip("qk", shapes, strict=True):
+        if len(shape) != 4:
+            fail_value(op, f"{name} has shape {shape}, expected four dimensions")
+    (batch, seqlen_q, heads, dim), (batch_k, seqlen_k, kv_heads, dim_k) = shapes
+    if (batch_k, dim_k) != (batch, dim):
+        fail_value(op, f"k has shape {shapes[1]}, expected ({batch}, Sk, Hk, {dim}) as q is {shapes[0]}")
+    if dim % 8 != 0 or not 8 <= dim <= MAX_HEAD_DIM or kv_heads < 1 or heads % kv_heads != 0:
+        fail_value(
+            op,
+            f"q is {shapes[0]} and k {shapes[1]}, expected D a multiple of 8 up to {MAX_HEAD_DIM}, and Hk to divide H",
+        )
+    capability, num_sms = (9, 0), _HOPPER_SMS
+    if isinstance(q, Tensor) and q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    problem = (batch, heads, kv_heads, dim, seqlen_q, seqlen_k)
+    portable = _runtime.flash_sm80_config(*problem, num_sms)
+    if kernel not in ("auto", "sm80", "sm90") or (kernel == "sm90" and capability != (9, 0)):
+        fail_value(op, f"kernel is {kernel!r}, expected 'auto', 'sm80', or 'sm90' for a GPU of capability 9.0")
+    if kernel == "auto":
+        kernel = "sm90" if capability == (9, 0) and not portable["decode"] else "sm80"
+    if kernel == "sm90":
+        config = _runtime.flash_fwd_sm90_config(*problem, causal, num_sms)
+        num_tiles, num_ctas = config["num_tiles"], config["num_ctas"]
+    else:
+        config = portable
+        num_tiles = num_ctas = config["num_m_tiles"] * kv_heads * batch * config["num_splits"]
+    hidden = max(0, min(seqlen_q, seqlen_k)) if causal else 0
+    pairs = seqlen_q * seqlen_k
+    if causal:  # aligned bottom-right: the last n rows lose 0, 1, … n - 1 keys; more queries than keys see none
+        pairs = hidden * (hidden + 1) // 2 + hidden * max(0, seqlen_k - seqlen_q)
+    return FlashForward(
+        kernel,
+        batch,
+        seqlen_q,
+        seqlen_k,
+        heads,
+        kv_heads,
+        dim,
+        causal,
+        config["head_dim"],
+        config["block_m"],
+        config["block_n"],
+        num_tiles,
+        config["num_splits"],
+        num_ctas,
+        4 * batch * heads * pairs * dim,
+        4 * batch * dim * (seqlen_q * heads + seqlen_k * kv_heads),
+    )

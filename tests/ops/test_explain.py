@@ -1,0 +1,92 @@
+"""What the attention kernels' heuristics choose: invariants on drawn problems, and how it is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn import _runtime
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    num_seqs=st.integers(1, 300),
+    kv_heads=st.integers(1, 16),
+    group=st.integers(1, 16),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    max_seqlen_q=st.integers(1, 70_000),
+    max_seqlen_k=st.integers(1, 1_000_000),
+    causal=st.booleans(),
+    num_sms=st.sampled_from((1, 78, 114, 132)),
+)
+def test_the_order_of_tiles_covers_all(
+    num_seqs: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    num_sms: int,
+) -> None:
+    heads = kv_heads * group
+    config = _runtime.flash_fwd_sm90_config(
+        num_seqs, heads, kv_heads, head_dim, max_seqlen_q, max_seqlen_k, causal, num_sms
+    )
+    pairs = num_seqs * heads
+    assert config["head_dim"] in (64, 96, 128, 192, 256)
+    assert 0 <= config["head_dim"] - head_dim < 64
+    assert (config["num_m_tiles"] - 1) * config["block_m"] < max_seqlen_q <= config["num_m_tiles"] * config["block_m"]
+    assert 1 <= config["pairs_per_section"] <= pairs
+    assert 1 <= config["pairs_in_last"] <= pairs
+    assert (config["num_sections"] - 1) * config["pairs_per_section"] + config["pairs_in_last"] == pairs
+    assert config["num_tiles"] == pairs * config["num_m_tiles"] * config["num_splits"]
+    assert config["num_ctas"] == min(config["num_tiles"], num_sms)
+    if causal:  # the end is even: two tiles for each SM, or all there are
+        assert config["pairs_in_last"] * config["num_m_tiles"] >= min(2 * num_sms, pairs * config["num_m_tiles"])
+    if config["num_splits"] > 1:
+        assert pairs * config["num_m_tiles"] < num_sms
+        assert config["num_splits"] * 4 <= -(-max_seqlen_k // config["block_n"])
+
+
+def test_a_few_rows_are_split_and_many_are_not() -> None:
+    few = fastattn.explain("flash_fwd", (1, 128, 32, 128), (1, 65536, 8, 128))
+    assert (few.kernel, few.num_splits) == ("sm90", 4)
+    assert "the keys of each among 4 CTAs" in str(few)
+    many = fastattn.explain("flash_fwd", (4, 4096, 32, 128), (4, 4096, 8, 128), causal=True)
+    assert (many.num_splits, many.num_tiles, many.num_ctas) == (1, 4096, 132)
+    assert fastattn.explain("flash_fwd", (8, 1, 32, 128), (8, 4096, 8, 128)).kernel == "sm80"  # decode
+    forced = fastattn.explain("flash_fwd", (4, 4096, 32, 80), (4, 4096, 8, 80), kernel="sm80")
+    assert (forced.kernel, forced.padded_head_dim) == ("sm80", 128)
+
+
+def test_work_and_floor() -> None:
+    q = torch.empty(2, 1000, 16, 128, device="meta", dtype=torch.bfloat16)
+    full, causal = (fastattn.explain("flash_fwd", q, q, causal=c) for c in (False, True))
+    assert full.num_ops == 4 * 2 * 16 * 1000 * 1000 * 128
+    assert causal.num_ops == 4 * 2 * 16 * (1000 * 1001 // 2) * 128
+    assert full.num_bytes == 4 * q.numel() * 2
+    assert full.floor_us(tflops=1.0) == pytest.approx(full.num_ops / 1e6)
+    assert "bound by its memory" in str(fastattn.explain("flash_fwd", (2, 64, 8, 64), (2, 64, 8, 64)))
+    # Bottom-right: one query sees all keys, and of more queries than keys the first see none.
+    assert fastattn.explain("flash_fwd", (1, 1, 1, 64), (1, 9, 1, 64), causal=True).num_ops == 4 * 9 * 64
+    assert fastattn.explain("flash_fwd", (1, 9, 1, 64), (1, 2, 1, 64), causal=True).num_ops == 4 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd'"),
+        (("flash_fwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
+        (("flash_fwd", (1, 1, 1, 64), (2, 1, 1, 64)), {}, r"k has shape \(2, 1, 1, 64\), expected \(1, Sk, Hk, 64\)"),
+        (("flash_fwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),
+        (("flash_fwd", (1, 1, 1, 60), (1, 1, 1, 60)), {}, "multiple of 8"),
+        (("flash_fwd", (1, 1, 1, 64), (1, 1, 1, 64)), {"kernel": "sm70"}, "kernel is 'sm70'"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments: tuple, options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fastattn.explain(*arguments, **options)
