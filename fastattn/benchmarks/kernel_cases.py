@@ -15,7 +15,7 @@ _MAX_BATCH = 256  # sequences that decode, and rows that are sampled from, at mo
 
 
 def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """One case an operator; GEMM at its four places in a layer, attention once for prefill and once for decode."""
+    """One case an operator; GEMM at its four places in a layer, attention for prefill and for decode."""
     s, size = shapes, dtype.itemsize
     rows, hidden = s.num_tokens, s.hidden_size
 
@@ -147,6 +147,10 @@ def _attention(
         offsets = int32(0, rows)
         return lambda: ops.varlen_attention(q, k, v, offsets, offsets, rows, rows, causal=True)
 
+    def one_batch() -> Call:
+        q, k, v = rand(1, rows, heads, dim), rand(1, rows, kv_heads, dim), rand(1, rows, kv_heads, dim)
+        return lambda: ops.batch_attention(q, k, v, causal=True)
+
     def decode() -> Call:
         q = rand(batch, heads, dim)
         keys, values = (rand(batch * blocks_per_seq, s.block_size, kv_heads, dim) for _ in range(2))
@@ -157,7 +161,8 @@ def _attention(
 
     kept = (2 * heads + 2 * kv_heads) * rows * dim
     # Half of the scores are masked, and not computed.
-    yield Case("varlen_attention", f"prefill of {rows}", prefill, kept * size, 2 * rows * rows * heads * dim)
+    for operator, build in (("varlen_attention", prefill), ("batch_attention", one_batch)):
+        yield Case(operator, f"prefill of {rows}", build, kept * size, 2 * rows * rows * heads * dim)
     read = 2 * batch * s.context_len * kv_heads * dim + 2 * batch * heads * dim
     flop = 4 * batch * s.context_len * heads * dim
     yield Case("paged_attention", f"decode, {batch} × {s.context_len} keys", decode, read * size, flop)
