@@ -197,6 +197,7 @@ def test_an_answer_streams_and_says_where_it_came_from(tab: Any, fake: FakeServe
     fake.headers = {"x-fastattn-model": "small", "x-fastattn-route": "rule=short", "x-fastattn-cache": "miss"}
     fake.pieces, fake.gap = ("It is ", "**seven**", ", ", "I think."), 0.2
     tab.wait_for_selector("#status[data-state=ok]")
+    until(tab, "document.querySelectorAll('#model option').length > 0")  # another request than that of the state
     assert tab.locator("#model option").all_text_contents() == ["fake-small", "fake-large"]
     tab.select_option("#model", "fake-large")
     ask(tab, "How many?", wait=False)
