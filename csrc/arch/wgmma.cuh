@@ -135,14 +135,6 @@ struct Wgmma;
 #define FA_ACCS112 FA_ACC8(0), FA_ACC4(8), FA_ACC2(12)
 #define FA_REGS128 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7
 #define FA_ACCS128 FA_ACC16(0)
-#define FA_REGS144 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8
-#define FA_ACCS144 FA_ACC16(0), FA_ACC2(16)
-#define FA_REGS160 \
-  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9
-#define FA_ACCS160 FA_ACC16(0), FA_ACC4(16)
-#define FA_REGS176 \
-  FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10
-#define FA_ACCS176 FA_ACC16(0), FA_ACC4(16), FA_ACC2(20)
 #define FA_REGS192                                                                                                     \
   FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
         ", " FA_R11
@@ -157,9 +149,6 @@ FA_WGMMA_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FA_WGMMA_BOTH(112, "%56", "%57", "%58", "%59", "%60", "%61")
 FA_WGMMA_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
-FA_WGMMA_BOTH(144, "%72", "%73", "%74", "%75", "%76", "%77")
-FA_WGMMA_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
-FA_WGMMA_BOTH(176, "%88", "%89", "%90", "%91", "%92", "%93")
 FA_WGMMA_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
 FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
 

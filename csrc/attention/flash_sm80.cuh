@@ -27,7 +27,7 @@
 // The first barrier also says that all warps are done with step n - 1, whose stage is refilled.
 //
 // Splits: CTA s of S takes the s-th part of the visible steps, writes a normalized fp32 O and an LSE
-// to the workspace, and flash_sm80_combine adds them in split order: two runs are bitwise equal. S
+// to the workspace, and flash_combine adds them in split order: two runs are bitwise equal. S
 // depends on the sizes of the call, not on the lengths.
 //
 // Poison: no key outside the union of the ranges that the tile's rows see is read, and no entry of

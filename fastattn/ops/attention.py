@@ -120,9 +120,7 @@ def paged_attention(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
-    left, right = (
-        window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("paged_attention", window_size)
-    )
+    left, right = _window("paged_attention", window_size)
     scale = _scale("paged_attention", q) if softmax_scale is None else softmax_scale
     _check_paged_attention(
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, max_seqlen_q, scale, causal, left, right, softcap
@@ -159,9 +157,7 @@ def batch_attention(
     Returns out (B, Sq, H, D) in q's dtype and lse (B, H, Sq) fp32, natural logarithm; a row that sees no key gives 0 and
     -inf.
     """
-    left, right = (
-        window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("batch_attention", window_size)
-    )
+    left, right = _window("batch_attention", window_size)
     scale = _scale("batch_attention", q, 4) if softmax_scale is None else softmax_scale
     _check_kernel("batch_attention", q, scale, kernel)
     _check_batch_attention(q, k, v, scale, causal, left, right, softcap)
@@ -191,9 +187,7 @@ def varlen_attention(
     has no effect. max_seqlen_k: at least the longest key run. The rest, and the results, are as in `paged_attention`.
     kernel: "sm80" or "sm90" to have that one on a GPU, which must be able to run it; "sm90" wants softmax_scale > 0.
     """
-    left, right = (
-        window_size if type(window_size) is tuple and len(window_size) == 2 else _pair("varlen_attention", window_size)
-    )
+    left, right = _window("varlen_attention", window_size)
     scale = _scale("varlen_attention", q) if softmax_scale is None else softmax_scale
     _check_kernel("varlen_attention", q, scale, kernel)
     _check_varlen_attention(
@@ -221,7 +215,7 @@ def varlen_attention(
     return out, lse
 
 
-def _pair(op: str, window_size: object) -> tuple[int, int]:
+def _window(op: str, window_size: object) -> tuple[int, int]:
     if isinstance(window_size, list | tuple) and len(window_size) == 2:
         return window_size[0], window_size[1]
     fail_type(op, f"window_size is {window_size!r}, expected (left, right)")

@@ -12,6 +12,7 @@ from fastattn.ops.attention import MAX_HEAD_DIM
 from fastattn.ops.checks import fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)
+_TFLOPS, _TB_S = 790.0, 3.0  # what an H100's matrix units and memory were measured to do
 Shape = tuple[int, ...] | torch.Size
 
 
@@ -37,12 +38,12 @@ class FlashForward:
     num_ops: int
     num_bytes: int
 
-    def floor_us(self, tflops: float = 790.0, tb_s: float = 3.0) -> float:
-        """Microseconds that it takes at least, at these rates of the matrix units and the memory (an H100's, measured)."""
+    def floor_us(self, tflops: float = _TFLOPS, tb_s: float = _TB_S) -> float:
+        """Microseconds that it takes at least, at these rates of the matrix units and the memory."""
         return max(self.num_ops / tflops, self.num_bytes / tb_s) / 1e6
 
     def __str__(self) -> str:
-        bound = "matrix units" if self.num_ops / 790.0 > self.num_bytes / 3.0 else "memory"
+        bound = "matrix units" if self.num_ops / _TFLOPS > self.num_bytes / _TB_S else "memory"
         padded = f" (padded to {self.padded_head_dim})" if self.padded_head_dim != self.head_dim else ""
         split = f", the keys of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
         return (
@@ -94,10 +95,10 @@ def explain(
     else:
         config = portable
         num_tiles = num_ctas = config["num_m_tiles"] * kv_heads * batch * config["num_splits"]
-    hidden = max(0, min(seqlen_q, seqlen_k)) if causal else 0
     pairs = seqlen_q * seqlen_k
-    if causal:  # aligned bottom-right: the last n rows lose 0, 1, … n - 1 keys; more queries than keys see none
-        pairs = hidden * (hidden + 1) // 2 + hidden * max(0, seqlen_k - seqlen_q)
+    if causal:  # aligned bottom-right: of the rows that see a key, each sees one more than the row before
+        rows = min(seqlen_q, seqlen_k)
+        pairs = rows * (rows + 1) // 2 + rows * (seqlen_k - rows)
     return FlashForward(
         kernel,
         batch,
