@@ -3,6 +3,7 @@
 from fastattn.ops._library import has_cuda_kernels
 from fastattn.ops.activation import geglu, swiglu
 from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
+from fastattn.ops.attention_backward import batch_attention_backward, varlen_attention_backward
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -15,6 +16,7 @@ __all__ = [
     "adjust_logits",
     "apply_token_bitmask",
     "batch_attention",
+    "batch_attention_backward",
     "embedding",
     "fp4_linear",
     "geglu",
@@ -32,4 +34,5 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "varlen_attention",
+    "varlen_attention_backward",
 ]

@@ -50,3 +50,8 @@ def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     # The overload itself: a call through the packet searches for it each time.
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """Give the operator `name`, already defined, a backward for autograd."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
