@@ -71,8 +71,9 @@ def _sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
     """-Σ over the rows of a head of its weight times delta: (H). In plain torch, as it is small."""
     if sinks is None:
         return None
-    weights = torch.where(lse == -torch.inf, 0, (sinks.unsqueeze(-1) - lse).exp())
-    sums = (weights * reference_backward.row_delta(dout, out, dlse)).sum(-1)  # (H) or (B, H)
+    weights = (sinks.unsqueeze(-1) - lse).exp()
+    delta = reference_backward.row_delta(dout, out, dlse)
+    sums = torch.where(lse == -torch.inf, 0, weights * delta).sum(-1)  # (H) or (B, H); an unused row may hold anything
     return -sums.reshape(-1, sinks.shape[0]).sum(0)
 
 

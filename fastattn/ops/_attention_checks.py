@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastattn.ops._library import HOW_TO_BUILD, has_cuda_kernel
 from fastattn.ops.checks import (
@@ -183,11 +184,14 @@ def check_descales(op: str, q: Tensor, **descales: Tensor | None) -> None:
 
 
 def check_gradient(op: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
-    """If this call will have a backward, that there is one for it."""
-    if not torch.is_grad_enabled():
-        return
+    """That what this call asks of automatic differentiation is there."""
     for name, t in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
-        if t is None or not t.requires_grad:
+        if t is None:
+            continue
+        tangent = unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+        if tangent is not None:  # torch would go on with one of zero
+            fail_value(op, f"{name} has a tangent, expected none: {op} has no forward mode (jvp)")
+        if not t.requires_grad or not torch.is_grad_enabled():
             continue
         if q.dtype is FP8:
             fail_value(op, f"{name} requires grad and q is {q.dtype}, expected no grad: fp8 attention has no backward")

@@ -167,8 +167,8 @@ def varlen_attention(
 
     Returns out (T, H, Dv) in q's dtype (bf16 from fp8) and lse (H, T) fp32, natural logarithm; a row that sees no key
     gives 0 and -inf, or its sink.
-    Autograd: out and lse are differentiable in q, k, v and sinks, once; fp8 is not. torch.func.grad and vjp work; vmap
-    runs one call after the other, and forward mode (jvp) is not there.
+    Autograd: out and lse are differentiable in q, k, v and sinks, once (no second derivative, no forward mode); fp8 has no
+    backward. Of torch.func, vmap works, one call after the other; grad and what is made of it does not.
     Under torch.autocast q, k and v are cast to its dtype first, as torch's own attention does it.
     Raises as `paged_attention` does, and RuntimeError on a GPU for whose kernels no backward was built.
     """

@@ -16,7 +16,7 @@ from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with_gaps
 from tests.harness.specs import SPECS
 
-PRODUCTS = ("linear", "int4_linear", "fp4_linear", "batch_attention", "paged_attention", "varlen_attention")
+PRODUCTS = ("linear", "int4_linear", "fp4_linear", *(spec.name for spec in SPECS if "_attention" in spec.name))
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
@@ -50,7 +50,7 @@ def check_results(spec: OpSpec, call: Call, results: list[Tensor], what: str) ->
             continue
         if result.dtype not in plain:
             plain[result.dtype] = spec.formula(result.dtype, **host)
-        assert_as_accurate(result, right, plain[result.dtype][i], name)
+        assert_as_accurate(result, right, plain[result.dtype][i], name, spec.noise)
 
 
 @each_op
