@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,25 @@ def has_cuda_kernel(name: str) -> bool:
     return name in _WITH_CUDA_KERNEL
 
 
+def _as_it_is(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would take the products inside an implementation in half precision."""
+
+    @wraps(cpu)
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return cpu(*args)
+        with torch.autocast("cpu", enabled=False):
+            return cpu(*args)
+
+    return call
+
+
 def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define one operator from its schema, CPU implementation and fake, and give what calls it."""
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, _as_it_is(cpu), "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
         _WITH_CUDA_KERNEL.add(name)

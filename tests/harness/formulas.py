@@ -332,10 +332,14 @@ def varlen_attention(
     return _packed(c, q, v.shape[-1], cu_seqlens_q.tolist(), results)
 
 
-def _gradients(forward: Any, c: torch.dtype, dout: Tensor, call: dict[str, Any], dlse: Tensor | None) -> list[Tensor]:
-    leaves = [call[name].detach().to(c).requires_grad_() for name in ("q", "k", "v")]
+def gradients(
+    forward: Any, c: torch.dtype, dout: Tensor, call: dict[str, Any], dlse: Tensor | None = None
+) -> list[Tensor]:
+    """Of q, k, v, and of sinks if the call has them, through torch's autograd."""
+    names = [name for name in ("q", "k", "v", "sinks") if call.get(name) is not None]
+    leaves = [call[name].detach().to(c).requires_grad_() for name in names]
     with torch.enable_grad():
-        out, lse = forward(c, **call | dict(zip("qkv", leaves, strict=True)), attend=_attention_matrix)
+        out, lse = forward(c, **call | dict(zip(names, leaves, strict=True)), attend=_attention_matrix)
     if not out.requires_grad:
         return [torch.zeros_like(t) for t in leaves]
     upstream = (dout.to(c), torch.zeros_like(lse) if dlse is None else dlse.to(c))
@@ -345,13 +349,13 @@ def _gradients(forward: Any, c: torch.dtype, dout: Tensor, call: dict[str, Any],
 def batch_attention_backward(
     c: torch.dtype, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None, **call: Any
 ) -> list[Tensor]:
-    return _gradients(batch_attention, c, dout, call, dlse)
+    return gradients(batch_attention, c, dout, call, dlse)
 
 
 def varlen_attention_backward(
     c: torch.dtype, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None, **call: Any
 ) -> list[Tensor]:
-    return _gradients(varlen_attention, c, dout, call, dlse)
+    return gradients(varlen_attention, c, dout, call, dlse)
 
 
 def merge_attention_states(c: torch.dtype, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> list[Tensor]:
