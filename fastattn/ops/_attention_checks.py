@@ -151,6 +151,10 @@ def default_scale(op: str, q: Tensor, num_dims: int = 3) -> float:
     return float(max(q.shape[-1], 1) ** -0.5)
 
 
+def is_deterministic(asked: bool) -> bool:
+    return asked or torch.are_deterministic_algorithms_enabled()
+
+
 def check_heads(op: str, q: Tensor, name: str, k: Tensor, v: Tensor | None = None) -> None:
     """Head dims of q and v, and that k's heads divide q's. v: None if its shape is k's."""
     (num_heads, head_dim), num_kv_heads = q.shape[-2:], k.shape[-2]

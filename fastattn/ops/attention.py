@@ -19,6 +19,7 @@ from fastattn.ops._attention_checks import (
     check_sequences,
     check_varlen_attention,
     default_scale,
+    is_deterministic,
     window,
 )
 from fastattn.ops.checks import fail_value, values_readable
@@ -123,7 +124,7 @@ def batch_attention(
     sinks = None if sinks is None else sinks.float()
     out, lse = operators.batch_attention(
         q, k, v, alibi_slopes, sinks, q_descale, k_descale, v_descale,
-        scale, causal, left, right, softcap, deterministic, KERNELS[kernel],
+        scale, causal, left, right, softcap, is_deterministic(deterministic), KERNELS[kernel],
     )  # fmt: skip
     return out, lse
 
@@ -162,7 +163,8 @@ def varlen_attention(
     alibi_slopes, sinks, scale, mask and softcap: as in `paged_attention`; H slopes, or H for each of B sequences.
     q_descale, k_descale, v_descale: (B, Hk) fp32, any strides, with fp8 only; what a KV head's values (its query heads'
       for q) are multiplied by, 1 if None.
-    deterministic: two runs of the backward give the same bits (the forward's always are).
+    deterministic: two runs of the backward give the same bits, as those of the forward always do; so it is also under
+      torch.use_deterministic_algorithms.
     kernel: "sm80" or "sm90" to have that one on a GPU, which must be able to run it; "sm90" wants softmax_scale > 0.
 
     Returns out (T, H, Dv) in q's dtype (bf16 from fp8) and lse (H, T) fp32, natural logarithm; a row that sees no key
@@ -188,6 +190,6 @@ def varlen_attention(
     sinks = None if sinks is None else sinks.float()
     out, lse = operators.varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, sinks, q_descale, k_descale, v_descale,
-        max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap, deterministic, KERNELS[kernel],
+        max_seqlen_q, max_seqlen_k, scale, causal, left, right, softcap, is_deterministic(deterministic), KERNELS[kernel],
     )  # fmt: skip
     return out, lse

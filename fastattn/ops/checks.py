@@ -87,6 +87,8 @@ def _tensor_conditions(arg: TensorArg, first: str, sizes: dict[str, str]) -> lis
             if dim == "...":
                 continue
             symbol, factor, addend = split_dim(dim)
+            if dim[0] == "[" and symbol not in sizes:
+                raise ValueError(f"{n} is {arg.shape}: {symbol} is optional here, and must come from another argument")
             size = f"shape_{n}[{index - len(arg.dims) if arg.leading or arg.may_lack_first else index}]"
             if symbol in sizes:
                 same = f"{size} == {sizes[symbol]} * {factor} + {addend}".replace(" * 1", "").replace(" + 0", "")

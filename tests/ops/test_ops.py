@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastattn import ops
 from fastattn.ops import checks, has_cuda_kernels
 from tests.harness.compare import assert_as_accurate, assert_equal, bits
 from tests.harness.generators import Gen
@@ -165,6 +166,20 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
             torch.library.opcheck(
                 op, args, kwargs, test_utils=(*tests, "test_aot_dispatch_dynamic") if not index else tests
             )
+
+
+def test_deterministic_algorithms_are_torchs_too() -> None:
+    q = Gen(seed=1).randn(1, 3, 2, 8)
+    asked = []
+    for mode, argument in ((False, False), (True, False), (False, True)):
+        torch.use_deterministic_algorithms(mode)
+        try:
+            with Recorder() as recorder:
+                ops.batch_attention(q, q, q, deterministic=argument)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        asked.append(recorder.calls[0][1][-2])
+    assert asked == [False, True, True]
 
 
 @each_op
