@@ -170,10 +170,10 @@ def _options(head_dim: int, options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _of_heads(t: Tensor | None, b: int, num_heads: int, absent: float) -> Tensor:
-    """(H) of sequence b, from (H), (B, H) or nothing."""
+def _of_heads(t: Tensor | None, b: int, q: Tensor, absent: float) -> Tensor:
+    """(H) of sequence b, from (H), (B, H) or nothing; q (…, H, D)."""
     if t is None:
-        return torch.full((num_heads,), absent)
+        return torch.full((q.shape[-2],), absent, device=q.device)
     return t[b] if t.dim() == 2 else t
 
 
@@ -185,7 +185,7 @@ def _attention_row(
     left, right = o["window_size"]
     right = 0 if o["causal"] else right
     seen = [j for j in range(k.shape[0]) if (left < 0 or j >= at - left) and (right < 0 or j <= at + right)]
-    sinks = _of_heads(o["sinks"], b, q.shape[0], -math.inf).to(c)
+    sinks = _of_heads(o["sinks"], b, q, -math.inf).to(c)
     if not seen:
         return torch.zeros(v.shape[1:], dtype=c), sinks
     keys, values = k[seen[0] : seen[-1] + 1], v[seen[0] : seen[-1] + 1]
@@ -193,7 +193,7 @@ def _attention_row(
     if o["softcap"] > 0:
         scores = o["softcap"] * torch.tanh(scores / o["softcap"])
     distances = torch.tensor([abs(at - j) for j in seen], dtype=c)
-    scores = scores - _of_heads(o["alibi_slopes"], b, q.shape[0], 0.0).to(c)[:, None] * distances
+    scores = scores - _of_heads(o["alibi_slopes"], b, q, 0.0).to(c)[:, None] * distances
     scores = torch.cat([scores, sinks[:, None]], 1)
     weights = torch.softmax(scores, -1)[:, :-1]
     if o.get("in_fp8") and c is not torch.float64:  # plainly, the product with v is in v's dtype
@@ -216,24 +216,24 @@ def _attention(
     return results
 
 
-def _attention_matrix(
+def attention_matrix(
     c: torch.dtype, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], **options: Any
 ) -> list[tuple[Tensor, Tensor]]:
-    """The same as matrix products: what plain torch in a dtype computes, and so are the gradients through it."""
+    """The same as matrix products, on any device: what plain torch in a dtype computes, and so are the gradients through it."""
     results = []
     for b, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         o = _options(q.shape[-1], options)
         k, v = (t.to(c).repeat_interleave(q.shape[1] // t.shape[1], 1).transpose(0, 1) for t in (k, v))
-        sinks = _of_heads(o["sinks"], b, q.shape[1], -math.inf).to(c)[:, None]
+        sinks = _of_heads(o["sinks"], b, q, -math.inf).to(c)[:, None]
         if k.shape[1] == 0:
             results.append((q.new_zeros((*q.shape[:2], v.shape[-1]), dtype=c), sinks.expand(-1, q.shape[0])))
             continue
         scores = q.to(c).transpose(0, 1) @ k.transpose(1, 2) * o["softmax_scale"]
         if o["softcap"] > 0:
             scores = o["softcap"] * torch.tanh(scores / o["softcap"])
-        at = torch.arange(q.shape[0])[:, None] + k.shape[1] - q.shape[0]
-        offset = torch.arange(k.shape[1])[None] - at
-        slopes = _of_heads(o["alibi_slopes"], b, q.shape[1], 0.0).to(c)
+        at = torch.arange(q.shape[0], device=q.device)[:, None] + k.shape[1] - q.shape[0]
+        offset = torch.arange(k.shape[1], device=q.device)[None] - at
+        slopes = _of_heads(o["alibi_slopes"], b, q, 0.0).to(c)
         scores = scores - slopes[:, None, None] * offset.abs()
         left, right = o["window_size"]
         right = 0 if o["causal"] else right
@@ -283,8 +283,8 @@ def _packed(
     outs, logs = [], []
     for b, (out, lse) in enumerate(results):
         unused = starts[b + 1] - starts[b] - out.shape[0]
-        outs += [out, torch.zeros(unused, q.shape[1], v_head_dim, dtype=c)]
-        logs += [lse, torch.full((q.shape[1], unused), -math.inf, dtype=c)]
+        outs += [out, out.new_zeros((unused, q.shape[1], v_head_dim))]
+        logs += [lse, lse.new_full((q.shape[1], unused), -math.inf)]
     if not results:
         return [q.new_zeros((0, q.shape[1], v_head_dim), dtype=c), q.new_zeros((q.shape[1], 0), dtype=c)]
     return [torch.cat(outs), torch.cat(logs, 1)]
@@ -339,7 +339,7 @@ def gradients(
     names = [name for name in ("q", "k", "v", "sinks") if call.get(name) is not None]
     leaves = [call[name].detach().to(c).requires_grad_() for name in names]
     with torch.enable_grad():
-        out, lse = forward(c, **call | dict(zip(names, leaves, strict=True)), attend=_attention_matrix)
+        out, lse = forward(c, **call | dict(zip(names, leaves, strict=True)), attend=attention_matrix)
     if not out.requires_grad:
         return [torch.zeros_like(t) for t in leaves]
     upstream = (dout.to(c), torch.zeros_like(lse) if dlse is None else dlse.to(c))
