@@ -105,6 +105,11 @@ def _kernels(gen: Gen) -> tuple[str, ...]:
     return ("sm80", "sm90") if hopper else ("auto",)
 
 
+def _can_run(gen: Gen, kernel: str, call: Call) -> bool:
+    """Of a GPU's kernels only Hopper's has fp8."""
+    return gen.device == "cpu" or kernel == "sm90" or call["q"].dtype is not torch.float8_e4m3fn
+
+
 def _fp8(gen: Gen, call: Call, batch: int, kv_heads: int) -> Call:
     """The same in e4m3, with scales: for q and v, of any strides."""
     halved = {name: (call[name] / 2).to(torch.float8_e4m3fn) for name in ("q", "k", "v")}
@@ -132,7 +137,8 @@ _BATCH: tuple[tuple[str, int, int, int, int, int, int, dict[str, Any]], ...] = (
 def batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for kernel in _kernels(gen):
         for name, call in _batch_calls(gen, dtype):
-            yield f"{name}, {kernel}", call | {"kernel": kernel}
+            if _can_run(gen, kernel, call):
+                yield f"{name}, {kernel}", call | {"kernel": kernel}
 
 
 def _batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -156,7 +162,8 @@ def _batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
 def varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for kernel in _kernels(gen):
         for name, call in _varlen_calls(gen, dtype):
-            yield f"{name}, {kernel}", call | {"kernel": kernel}
+            if _can_run(gen, kernel, call):
+                yield f"{name}, {kernel}", call | {"kernel": kernel}
 
 
 def _packed(

@@ -340,10 +340,15 @@ def gradients(
     leaves = [call[name].detach().to(c).requires_grad_() for name in names]
     with torch.enable_grad():
         out, lse = forward(c, **call | dict(zip(names, leaves, strict=True)), attend=attention_matrix)
-    if not out.requires_grad:
+    results = ((out, dout.to(c)), (lse, torch.zeros_like(lse) if dlse is None else dlse.to(c)))
+    given = [pair for pair in results if pair[0].requires_grad]  # without keys none may
+    if not given:
         return [torch.zeros_like(t) for t in leaves]
-    upstream = (dout.to(c), torch.zeros_like(lse) if dlse is None else dlse.to(c))
-    return list(torch.autograd.grad((out, lse), leaves, upstream, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            [result for result, _ in given], leaves, [upstream for _, upstream in given], materialize_grads=True
+        )
+    )
 
 
 def batch_attention_backward(
