@@ -18,15 +18,18 @@ __all__ = [
     "adjust_logits",
     "apply_token_bitmask",
     "batch_attention",
+    "batch_attention_backward",
     "embedding",
     "layer_norm",
     "linear",
+    "merge_attention_states",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",
     "swiglu",
     "token_logprobs",
     "varlen_attention",
+    "varlen_attention_backward",
 ]
 
 # Scores are computed in pieces of at most so many elements, so that 16k × 16k × 16 heads fits.
@@ -102,6 +105,66 @@ def varlen_attention(
     at = cu_seqlens_k.tolist()
     keys, values = ([t[a:b] for a, b in pairwise(at)] for t in (k, v))
     return _attend_all(c, q, cu_seqlens_q.tolist(), keys, values, causal)
+
+
+def _attend_backward(
+    c: torch.dtype, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sequence: dout (Sq, H, Dv), q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv) → dq, dk, dv."""
+    num_rows, num_keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros(t.shape, dtype=c, device=t.device) for t in (q, k, v))
+    step = max(1, min(num_rows, _SCORES // max(1, num_keys)))
+    for head in range(q.shape[1]):
+        own = head // group
+        keys, values = k[:, own].to(c), v[:, own].to(c)
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(num_rows, start + step))
+            q_rows, dout_rows = q[rows, head].to(c), dout[rows, head].to(c)
+            scores = (q_rows @ keys.t()) * scale
+            if causal:
+                last = torch.arange(rows.start, rows.stop, device=q.device) + num_keys - num_rows
+                scores.masked_fill_(torch.arange(num_keys, device=q.device) > last.unsqueeze(1), -torch.inf)
+            weights = torch.softmax(scores, -1)
+            dv[:, own] += weights.t() @ dout_rows
+            dweights = dout_rows @ values.t()
+            dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
+            dq[rows, head] = dscores @ keys
+            dk[:, own] += dscores.t() @ q_rows
+    return dq, dk, dv
+
+
+def batch_attention_backward(
+    c: torch.dtype, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **_: Any
+) -> list[Tensor]:
+    scale = q.shape[-1] ** -0.5
+    parts = [_attend_backward(c, *each, causal, scale) for each in zip(dout, q, k, v, strict=True)]
+    return [torch.stack(gradients) for gradients in zip(*parts, strict=True)]
+
+
+def varlen_attention_backward(
+    c: torch.dtype,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    **_: Any,
+) -> list[Tensor]:
+    scale = q.shape[-1] ** -0.5
+    dq, dk, dv = (torch.zeros(t.shape, dtype=c, device=t.device) for t in (q, k, v))
+    runs, key_runs = ([slice(a, b) for a, b in pairwise(at.tolist())] for at in (cu_seqlens_q, cu_seqlens_k))
+    for own, keys in zip(runs, key_runs, strict=True):
+        dq[own], dk[keys], dv[keys] = _attend_backward(c, dout[own], q[own], k[keys], v[keys], causal, scale)
+    return [dq, dk, dv]
+
+
+def merge_attention_states(c: torch.dtype, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> list[Tensor]:
+    """No empty rows."""
+    lse = torch.logaddexp(lse_a.to(c), lse_b.to(c))
+    weights = ((side.to(c) - lse).exp().transpose(-1, -2).unsqueeze(-1) for side in (lse_a, lse_b))
+    return [next(weights) * out_a.to(c) + next(weights) * out_b.to(c), lse]
 
 
 def paged_attention(

@@ -151,6 +151,21 @@ def _attention(
         q, k, v = rand(1, rows, heads, dim), rand(1, rows, kv_heads, dim), rand(1, rows, kv_heads, dim)
         return lambda: ops.batch_attention(q, k, v, causal=True)
 
+    def batch_backward() -> Call:
+        q, k, v = rand(1, rows, heads, dim), rand(1, rows, kv_heads, dim), rand(1, rows, kv_heads, dim)
+        out, lse = ops.batch_attention(q, k, v, causal=True)
+        return lambda: ops.batch_attention_backward(out, q, k, v, out, lse, causal=True)
+
+    def varlen_backward() -> Call:
+        q, k, v = rand(rows, heads, dim), rand(rows, kv_heads, dim), rand(rows, kv_heads, dim)
+        sequences = (int32(0, rows), int32(0, rows), rows, rows)
+        out, lse = ops.varlen_attention(q, k, v, *sequences, causal=True)
+        return lambda: ops.varlen_attention_backward(out, q, k, v, out, lse, *sequences, causal=True)
+
+    def merge() -> Call:
+        halves = [(rand(rows, heads, dim), torch.randn(heads, rows, device=device)) for _ in range(2)]
+        return lambda: ops.merge_attention_states(*halves[0], *halves[1])
+
     def decode() -> Call:
         q = rand(batch, heads, dim)
         keys, values = (rand(batch * blocks_per_seq, s.block_size, kv_heads, dim) for _ in range(2))
@@ -163,6 +178,14 @@ def _attention(
     # Half of the scores are masked, and not computed.
     for operator, build in (("varlen_attention", prefill), ("batch_attention", one_batch)):
         yield Case(operator, f"prefill of {rows}", build, kept * size, 2 * rows * rows * heads * dim)
+    # q, out, dout and dq, k, v, dk and dv; five products where the forward has two.
+    for operator, build in (
+        ("varlen_attention_backward", varlen_backward),
+        ("batch_attention_backward", batch_backward),
+    ):
+        moved = (4 * heads + 4 * kv_heads) * rows * dim * size
+        yield Case(operator, f"prefill of {rows}", build, moved, 5 * rows * rows * heads * dim)
+    yield Case("merge_attention_states", f"{rows} × {heads} × {dim}", merge, 3 * rows * heads * (dim * size + 4))
     read = 2 * batch * s.context_len * kv_heads * dim + 2 * batch * heads * dim
     flop = 4 * batch * s.context_len * heads * dim
     yield Case("paged_attention", f"decode, {batch} × {s.context_len} keys", decode, read * size, flop)

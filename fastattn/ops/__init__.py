@@ -3,6 +3,8 @@
 from fastattn.ops._library import has_cuda_kernels
 from fastattn.ops.activation import geglu, swiglu
 from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
+from fastattn.ops.attention_backward import batch_attention_backward, varlen_attention_backward
+from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -15,6 +17,7 @@ __all__ = [
     "adjust_logits",
     "apply_token_bitmask",
     "batch_attention",
+    "batch_attention_backward",
     "embedding",
     "fp4_linear",
     "geglu",
@@ -23,6 +26,7 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "linear",
+    "merge_attention_states",
     "paged_attention",
     "quantize_int8",
     "rms_norm",
@@ -32,4 +36,5 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "varlen_attention",
+    "varlen_attention_backward",
 ]

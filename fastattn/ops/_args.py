@@ -18,6 +18,7 @@ class Dtypes:
 
 
 FLOAT = Dtypes((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, torch.float16))
+FLOAT_OR_FP8 = Dtypes((*FLOAT.cpu, torch.float8_e4m3fn), (*FLOAT.cuda, torch.float8_e4m3fn))
 LOGITS = Dtypes(FLOAT.cpu, FLOAT.cpu)
 FP32 = Dtypes((torch.float32,), (torch.float32,))
 INT8 = Dtypes((torch.int8,), (torch.int8,))
@@ -33,6 +34,8 @@ class TensorArg:
     dtype: Dtypes | str
     optional: bool = False
     mutated: bool = False
+    grad: bool = False  # it may require grad
+    any_strides: bool = False
     dims: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +48,10 @@ class TensorArg:
     @property
     def leading(self) -> bool:
         return self.dims[0] == "..."
+
+    @property
+    def may_lack_first(self) -> bool:
+        return self.dims[0][0] == "["
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ Arg = TensorArg | NonNegative | AtLeast | Flag
 
 
 def split_dim(dim: str) -> tuple[str, int, int]:
-    """A dimension as (symbol, factor, addend): N, 2N or B+1."""
+    """A dimension as (symbol, factor, addend): N, 2N or B+1; [N] is N."""
+    dim = dim.strip("[]")
     symbol, _, addend = dim.partition("+")
     return (symbol[1:], 2, 0) if symbol[0] == "2" else (symbol, 1, int(addend or 0))
 

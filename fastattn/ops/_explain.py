@@ -96,8 +96,10 @@ def _check_dims(op: str, arg: TensorArg, t: Tensor, tensors: dict[str, Tensor]) 
     least = most = tensors[arg.like].dim() if arg.like is not None else len(arg.dims)
     if arg.leading:
         least, most = 1, MAX_LEADING_DIMS
+    if arg.may_lack_first:
+        least -= 1
     if not least <= t.dim() <= most:
-        allowed = f"{least} to {most} dimensions" if arg.leading else str(least)
+        allowed = f"{least} to {most} dimensions" if least < most else str(least)
         shape = _shape(tensors[arg.like]) if arg.like is not None else _pattern(arg)
         fail_value(op, f"{arg.name} has {t.dim()} dimensions, shape {_shape(t)}, expected {allowed}: {shape}")
 
@@ -124,10 +126,14 @@ def _check_dtype(op: str, arg: TensorArg, t: Tensor, tensors: dict[str, Tensor])
 
 
 def _check_strides(op: str, arg: TensorArg, t: Tensor) -> None:
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
+    if not arg.any_strides and t.shape[-1] > 1 and t.stride(-1) != 1:
         fail_value(op, f"{arg.name} has strides {t.stride()}, expected a contiguous last dimension (stride 1)")
     if arg.mutated and overlaps(t):
         fail_value(op, f"{arg.name} has shape {_shape(t)} and strides {t.stride()}: it is written, expected no overlap")
+
+
+def _differentiable(args: tuple[Arg, ...]) -> bool:
+    return any(isinstance(arg, TensorArg) and arg.grad for arg in args)
 
 
 def explain(op: str, kernel: str, args: tuple[Arg, ...], values: tuple[object, ...]) -> None:
@@ -152,7 +158,12 @@ def explain(op: str, kernel: str, args: tuple[Arg, ...], values: tuple[object, .
     for arg, t in given:
         _check_strides(op, arg, t)
     for arg, t in given:
-        if t.requires_grad and torch.is_grad_enabled():
-            fail_value(op, f"{arg.name} requires grad, expected no grad: {op} has no backward; use torch.no_grad()")
+        if t.requires_grad and not arg.grad and torch.is_grad_enabled():
+            way = (
+                "has no backward for it; use .detach()"
+                if _differentiable(args)
+                else "has no backward; use torch.no_grad()"
+            )
+            fail_value(op, f"{arg.name} requires grad, expected no grad: {op} {way}")
     for arg, value in zip(args, values, strict=True):
         _check_scalar_range(op, arg, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,33 @@ def has_cuda_kernel(name: str) -> bool:
     return name in _WITH_CUDA_KERNEL
 
 
+def _as_it_is(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would take the products inside an implementation in half precision."""
+
+    @wraps(cpu)
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return cpu(*args)
+        with torch.autocast("cpu", enabled=False):
+            return cpu(*args)
+
+    return call
+
+
 def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define one operator from its schema, CPU implementation and fake, and give what calls it."""
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, _as_it_is(cpu), "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
         _WITH_CUDA_KERNEL.add(name)
     # The overload itself: a call through the packet searches for it each time.
     overload: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """Give the operator `name`, already defined, a backward for autograd."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

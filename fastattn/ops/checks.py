@@ -10,7 +10,7 @@ thing that is wrong, in the order type → dims → device → dtype → shape �
 word: a comparison may be too strict (an unusual stride), never too lax.
 
 Shapes: `N` is a size that all arguments share, `2N` and `B+1` are sizes computed from one, `... N` has 1 to 3
-dimensions, `like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument that has the same.
+dimensions, `[B] N` has one or two, `like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument that has the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from fastattn.config import validate_inputs
 from fastattn.ops._args import (
     FLOAT,
+    FLOAT_OR_FP8,
     FP32,
     INT8,
     INT32,
@@ -48,6 +49,7 @@ from fastattn.ops._library import has_cuda_kernel
 
 __all__ = [
     "FLOAT",
+    "FLOAT_OR_FP8",
     "FP32",
     "INT8",
     "INT32",
@@ -75,15 +77,23 @@ def _tensor_conditions(arg: TensorArg, first: str, sizes: dict[str, str]) -> lis
     if arg.like is not None:
         out.append(f"(shape_{n} := {n}.shape) == shape_{arg.like}")
     else:
-        rank = f"0 < len(shape_{n}) <= {MAX_LEADING_DIMS}" if arg.leading else f"len(shape_{n}) == {len(arg.dims)}"
+        rank = f"len(shape_{n}) == {len(arg.dims)}"
+        if arg.leading:
+            rank = f"0 < len(shape_{n}) <= {MAX_LEADING_DIMS}"
+        elif arg.may_lack_first:
+            rank = f"{len(arg.dims) - 1} <= len(shape_{n}) <= {len(arg.dims)}"
         out += [f"(shape_{n} := {n}.shape) is not None", rank]
         for index, dim in enumerate(arg.dims):
             if dim == "...":
                 continue
             symbol, factor, addend = split_dim(dim)
-            size = f"shape_{n}[{'-1' if arg.leading else index}]"
+            if dim[0] == "[" and symbol not in sizes:
+                raise ValueError(f"{n} is {arg.shape}: {symbol} is optional here, and must come from another argument")
+            size = f"shape_{n}[{index - len(arg.dims) if arg.leading or arg.may_lack_first else index}]"
             if symbol in sizes:
-                out.append(f"{size} == {sizes[symbol]} * {factor} + {addend}".replace(" * 1", "").replace(" + 0", ""))
+                same = f"{size} == {sizes[symbol]} * {factor} + {addend}".replace(" * 1", "").replace(" + 0", "")
+                lacks = f"len(shape_{n}) < {len(arg.dims)} or " if dim[0] == "[" else ""
+                out.append(f"({lacks}{same})")
             else:
                 sizes[symbol] = f"({size} - {addend}) // {factor}" if factor > 1 or addend else size
                 out += [f"{size} % {factor} == 0"] * (factor > 1) + [f"{size} >= {addend}"] * (addend > 0)
@@ -96,7 +106,8 @@ def _tensor_conditions(arg: TensorArg, first: str, sizes: dict[str, str]) -> lis
     else:
         out.append(f"(dtype_{n} := {n}.dtype) in (cpu_{n} if cpu else cuda_{n})")
     strides = f"({n}.stride(-1) == 1 and not overlaps({n}))" if arg.mutated else f"{n}.stride(-1) == 1"
-    out.append(f"({n}.is_contiguous() or {strides})")
+    if not arg.any_strides:
+        out.append(f"({n}.is_contiguous() or {strides})")
     return [f"({n} is None or ({' and '.join(out)}))"] if arg.optional else out
 
 
@@ -116,8 +127,9 @@ def _conditions(args: tuple[Arg, ...]) -> list[str]:
     grads = " or ".join(
         f"({a.name} is not None and {a.name}.requires_grad)" if a.optional else f"{a.name}.requires_grad"
         for a in tensors
+        if not a.grad
     )
-    return [*out, f"not (is_grad_enabled() and ({grads}))"]
+    return [*out, f"not (is_grad_enabled() and ({grads}))"] if grads else out
 
 
 def compile_check(op: str, *args: Arg, kernel: str | None = None) -> Callable[..., None]:

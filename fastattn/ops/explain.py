@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _runtime
-from fastattn.ops.attention import MAX_HEAD_DIM
+from fastattn.ops._attention_checks import MAX_HEAD_DIM
 from fastattn.ops.checks import fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)

@@ -11,57 +11,48 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastattn.reference.attention_scores import Scoring, grouped, lse_dtype, slopes_of, spans, ungrouped, wide
+
 # Keys that take about as long to copy as one more group of sequences takes to start.
 _WORTH_A_GROUP = 512
-# Queries are taken this many at a time: the scores stay small, and a causal chunk skips the keys that none of its
-# rows see.
-_CHUNK = 256
-
-
-def _visible(first_row: int, num_rows: int, keys: range, shift: int, left: int, right: int) -> Tensor:
-    """(num_rows, len(keys)) mask: row i sees keys i + shift - left … i + shift + right, where -1 is open."""
-    row = torch.arange(first_row + shift, first_row + shift + num_rows).unsqueeze(1)
-    key = torch.arange(keys.start, keys.stop)
-    mask = torch.ones(num_rows, len(keys), dtype=torch.bool)
-    if left >= 0:
-        mask &= key >= row - left
-    if right >= 0:
-        mask &= key <= row + right
-    return mask
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, left: int, right: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scoring: Scoring,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    """One sequence: q (Sq, H, D), k and v (Sk, Hk, D) → out (Sq, H, D), lse (H, Sq)."""
-    (num_rows, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
-    shift = num_keys - num_rows  # bottom-right: the last row stands at the last key
-    k, v = (k.permute(1, 2, 0).float(), v.transpose(0, 1).float())  # (Hk, D, Sk), (Hk, Sk, D)
-    for start in range(0, num_rows, _CHUNK):
-        rows = min(_CHUNK, num_rows - start)
-        first = max(0, start + shift - left) if left >= 0 else 0
-        last = min(num_keys, start + rows + shift + right) if right >= 0 else num_keys
-        if last <= first:  # no row of the chunk sees a key
-            out[start : start + rows] = 0
-            lse[:, start : start + rows] = -torch.inf
+    """One sequence: q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv), slopes and sinks (H) → out (Sq, H, Dv), lse (H, Sq)."""
+    (num_rows, num_heads, _), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    k, v = wide(k.permute(1, 2, 0)), wide(v.transpose(0, 1))  # (Hk, D, Sk), (Hk, Sk, Dv)
+    sink = None if sinks is None else wide(sinks).view(num_heads, 1)
+    for rows, keys in scoring.chunks(num_rows, num_keys):
+        own, seen = slice(rows.start, rows.stop), slice(keys.start, keys.stop)
+        if not keys:  # no row of the chunk sees one
+            out[own] = 0
+            lse[:, own] = -torch.inf if sink is None else sink
             continue
-        grouped = q[start : start + rows].float().view(rows, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        scores = (grouped.reshape(num_kv_heads, -1, head_dim) * scale) @ k[:, :, first:last]  # (Hk, group * rows, keys)
-        if softcap > 0:
-            scores = torch.tanh(scores / softcap) * softcap
-        masked = rows > 1 and (left >= 0 or right >= 0)  # else every row sees every key of the range
-        if masked:
-            mask = _visible(start, rows, range(first, last), shift, left, right)
-            scores.view(num_kv_heads, -1, rows, last - first).masked_fill_(~mask, -torch.inf)
-        peak = scores.amax(-1, keepdim=True)
+        scores = scoring.cap((grouped(q[own], num_kv_heads) * scoring.scale) @ k[:, :, seen])
+        masked = scoring.place(scores, rows, keys, num_keys - num_rows, slopes)
+        peak = scores.amax(-1, keepdim=True)  # (Hk, group * rows, 1)
+        if sink is not None:
+            sink_rows = sink.expand(num_heads, len(rows)).reshape(peak.shape)
+            peak = peak.maximum(sink_rows)
         if masked:
             peak.masked_fill_(peak == -torch.inf, 0.0)  # a row without keys: exp(-inf - 0) = 0, not NaN
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        lse[:, start : start + rows] = (peak + total.log()).view(num_heads, rows)
-        result = weights @ v[:, first:last]  # (Hk, group * rows, D)
+        if sink is not None:
+            total += (sink_rows - peak).exp_()
+        lse[:, own] = (peak + total.log()).view(num_heads, len(rows))
+        result = weights @ v[:, seen]  # (Hk, group * rows, Dv)
         result /= total.clamp_(min=1.0)  # at least 1, the weight of the peak, except for a row without keys: 0 / 1
-        out[start : start + rows] = result.view(num_heads, rows, head_dim).transpose(0, 1)
+        out[own] = ungrouped(result, len(rows))
 
 
 @dataclass(frozen=True)
@@ -152,11 +143,23 @@ def _attend_group(
         _gather(which, cache, group.slots).view(batch, keys, num_kv_heads, head_dim).transpose(1, 2).float()
         for which, cache in (("k", k_cache), ("v", v_cache))
     )
-    grouped = q[group.rows].view(batch, num_kv_heads, -1, head_dim).float()
-    mask = group.mask.expand(batch, 1, grouped.shape[2], keys)
-    result, logsum = _flash(grouped, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    rows = q[group.rows].view(batch, num_kv_heads, -1, head_dim).float()
+    mask = group.mask.expand(batch, 1, rows.shape[2], keys)
+    result, logsum = _flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)
     out[group.rows] = result.to(out.dtype).reshape(batch, *q.shape[1:])
     lse[:, group.rows] = logsum.reshape(batch, -1).t()
+
+
+def _results(q: Tensor, v_head_dim: int) -> tuple[Tensor, Tensor]:
+    """Memory for out (…, H, Dv) and lse (…, H, rows)."""
+    out = q.new_empty((*q.shape[:-1], v_head_dim), dtype=torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype)
+    *batch, rows, heads, _ = q.shape
+    return out, q.new_empty((*batch, heads, rows), dtype=lse_dtype(q))
+
+
+def _descaled(t: Tensor, descale: Tensor | None, b: int) -> Tensor:
+    """Sequence b of an fp8 argument as its numbers: t (S, heads, D), descale (B, Hk); query heads share a group's."""
+    return t if descale is None else t.float() * descale[b].repeat_interleave(t.shape[1] // descale.shape[1])[:, None]
 
 
 def paged_attention(
@@ -166,6 +169,8 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     seqused_k: Tensor,
     block_table: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
@@ -174,13 +179,13 @@ def paged_attention(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b]."""
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    right = _right(causal, window_right)
+    out, lse = _results(q, q.shape[-1])
+    scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     block_size = k_cache.shape[1]
     starts, lengths = tuple(cu_seqlens_q.tolist()), tuple(seqused_k.tolist())
     done: set[int] = set()
-    if len(lengths) > 1 and max(lengths) > 0 and softcap == 0:
+    plain = softcap == 0 and alibi_slopes is None and sinks is None
+    if plain and len(lengths) > 1 and max(lengths) > 0:
         used = block_table[:, : -(-max(lengths) // block_size)]
         for group in _groups(starts, lengths, used.numpy().tobytes(), block_size, window_left):
             if group.rows.numel() > 1:
@@ -193,7 +198,7 @@ def paged_attention(
         pages = block_table[b, : -(-num_keys // block_size)]
         k = k_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
         v = v_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
-        _attend(q[own], k, v, out[own], lse[:, own], softmax_scale, window_left, right, softcap)
+        _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks)
     return out, lse
 
 
@@ -201,19 +206,28 @@ def batch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
     softmax_scale: float,
     causal: bool,
     window_left: int,
     window_right: int,
     softcap: float,
-    kernel: int = 0,
+    deterministic: bool,
+    kernel: int,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, Sq, H, D), k and v (B, Sk, Hk, D) → out like q, lse (B, H, Sq). kernel: a GPU's matter."""
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    right = _right(causal, window_right)
+    """q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hk, Dv) → out (B, Sq, H, Dv), lse (B, H, Sq).
+
+    deterministic is the backward's matter, kernel a GPU's.
+    """
+    out, lse = _results(q, v.shape[-1])
+    scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     for b in range(q.shape[0]):
-        _attend(q[b], k[b], v[b], out[b], lse[b], softmax_scale, window_left, right, softcap)
+        rows, keys, values = (_descaled(t[b], s, b) for t, s in ((q, q_descale), (k, k_descale), (v, v_descale)))
+        _attend(rows, keys, values, out[b], lse[b], scoring, slopes_of(alibi_slopes, b), sinks)
     return out, lse
 
 
@@ -223,6 +237,13 @@ def varlen_attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
@@ -230,19 +251,17 @@ def varlen_attention(
     window_left: int,
     window_right: int,
     softcap: float,
-    kernel: int = 0,
+    deterministic: bool,
+    kernel: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise. kernel: a GPU's matter."""
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    right = _right(causal, window_right)
-    starts, key_starts = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(starts) - 1):
-        own, keys = (slice(starts[b], starts[b + 1]), slice(key_starts[b], key_starts[b + 1]))
-        _attend(q[own], k[keys], v[keys], out[own], lse[:, own], softmax_scale, window_left, right, softcap)
+    """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise, of which the first are used."""
+    out, lse = _results(q, v.shape[-1])
+    if seqused_q is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
+    for b, (own, keys) in enumerate(zip(spans(cu_seqlens_q, seqused_q), spans(cu_seqlens_k, seqused_k), strict=True)):
+        rows = _descaled(q[own], q_descale, b)
+        kept = (_descaled(k[keys], k_descale, b), _descaled(v[keys], v_descale, b))
+        _attend(rows, *kept, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks)
     return out, lse
-
-
-def _right(causal: bool, window_right: int) -> int:
-    """A causal row sees nothing to its right, whatever the window says."""
-    return 0 if causal else window_right

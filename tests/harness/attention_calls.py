@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from fastattn import ops
 from tests.harness.generators import LENGTHS, Gen, offsets, pages
 from tests.harness.opspec import Call
 
@@ -35,9 +36,52 @@ _PAGED: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any
 )
 
 
+# As above without the block size, and with V's head dim: what is drawn for the other options.
+_SIZES: tuple[tuple[list[int], list[int], int, int, int, int], ...] = (
+    ([33, 20], [33, 41], 4, 2, 64, 48),
+    ([1, 63], [65, 63], 6, 2, 64, 64),
+    ([65, 0, 7], [129, 5, 0], 3, 3, 32, 80),
+    ([127], [131], 7, 1, 128, 128),
+    ([129, 2], [64, 2], 4, 4, 40, 8),
+    ([13, 1, 31], [13, 257, 61], 8, 1, 96, 96),
+    ([37], [101], 2, 2, 192, 128),
+    ([5, 17], [67, 1], 2, 1, 64, 256),
+    ([66], [66], 5, 5, 80, 80),
+)
+
+
+def _drawn(gen: Gen, batch: int, heads: int, dtype: torch.dtype, everything: bool = False) -> Call:
+    """Options at random, for `batch` sequences; or all that a tensor is given for."""
+
+    def chance(probability: float) -> bool:
+        return everything or bool(torch.rand((), generator=gen.rng) < probability)
+
+    def one_of(values: tuple[Any, ...]) -> Any:
+        return values[int(torch.randint(len(values), (), generator=gen.rng))]
+
+    call: Call = {"causal": one_of((True, False))}
+    if chance(0.5):
+        call["alibi_slopes"] = gen.rand(*one_of(((heads,), (batch, heads))) if not everything else (batch, heads))
+    if chance(0.4):
+        call["sinks"] = gen.randn(heads, dtype=one_of((torch.float32, dtype)), scale=2.0)
+    if everything:
+        return call
+    if chance(0.5):
+        call["window_size"] = (one_of((-1, 0, 5, 40)), one_of((-1, 0, 3, 64)))
+    if chance(0.4):
+        call |= {"softcap": one_of((3.0, 20.0)), "softmax_scale": 0.4}
+    return call
+
+
 def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    for name, runs, lengths, heads, kv_heads, dim, size, options in _PAGED:
+    drawn = [
+        (f"drawn {i}", runs, [max(n, 1) for n in lengths], heads, kv_heads, dim, 16, None)
+        for i, (runs, lengths, heads, kv_heads, dim, _) in enumerate(_SIZES)
+    ]
+    for index, (name, runs, lengths, heads, kv_heads, dim, size, options) in enumerate((*_PAGED, *drawn)):
         cache = pages(gen, lengths, size, kv_heads, dim, dtype)
+        if options is None or index == 0:
+            options = _drawn(gen, len(runs), heads, dtype, everything=index == 0)
         yield (
             name,
             {
@@ -55,12 +99,23 @@ def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         )
 
 
-def varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    """On a Hopper GPU once for each kernel, since so few rows would all go to the portable one."""
+def _kernels(gen: Gen) -> tuple[str, ...]:
+    """On a Hopper GPU each kernel in turn, since so few rows would all go to the portable one."""
     hopper = gen.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    for kernel in ("sm80", "sm90") if hopper else ("auto",):
-        for name, call in _varlen_calls(gen, dtype):
-            yield (f"{name}, {kernel}", call | {"kernel": kernel}) if hopper else (name, call)
+    return ("sm80", "sm90") if hopper else ("auto",)
+
+
+def _can_run(gen: Gen, kernel: str, call: Call) -> bool:
+    """Of a GPU's kernels only Hopper's has fp8."""
+    return gen.device == "cpu" or kernel == "sm90" or call["q"].dtype is not torch.float8_e4m3fn
+
+
+def _fp8(gen: Gen, call: Call, batch: int, kv_heads: int) -> Call:
+    """The same in e4m3, with scales: for q and v, of any strides."""
+    halved = {name: (call[name] / 2).to(torch.float8_e4m3fn) for name in ("q", "k", "v")}
+    scales = {f"{name}_descale": gen.rand(batch, kv_heads) + 0.5 for name in ("q", "v")}
+    scales["q_descale"] = scales["q_descale"][:, :1].expand(batch, kv_heads)
+    return call | halved | scales
 
 
 # name, B, Sq, Sk, heads, kv heads, head dim, options
@@ -71,6 +126,7 @@ _BATCH: tuple[tuple[str, int, int, int, int, int, int, dict[str, Any]], ...] = (
     ("decode", 2, 1, 129, 8, 2, 128, {"causal": True}),
     ("more queries than keys", 2, 65, 31, 2, 1, 40, {"causal": True}),
     ("no keys", 2, 5, 0, 2, 2, 16, {}),
+    ("no queries", 2, 0, 5, 2, 2, 16, {}),
     ("no batch", 0, 5, 7, 2, 2, 16, {}),
     ("window", 1, 130, 193, 3, 3, 80, {"window_size": (40, 3)}),
     ("softcap", 2, 63, 64, 4, 4, 96, {"softcap": 9.0, "softmax_scale": 0.4}),
@@ -79,38 +135,129 @@ _BATCH: tuple[tuple[str, int, int, int, int, int, int, dict[str, Any]], ...] = (
 
 
 def batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    hopper = gen.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    for kernel in ("sm80", "sm90") if hopper else ("auto",):
-        for name, batch, queries, keys, heads, kv_heads, dim, options in _BATCH:
-            call = {
-                "q": gen.randn(batch, queries, heads, dim, dtype=dtype),
-                "k": gen.randn(batch, keys, kv_heads, dim, dtype=dtype),
-                "v": gen.randn(batch, keys, kv_heads, dim, dtype=dtype),
-                "kernel": kernel,
-            }
-            yield f"{name}, {kernel}", call | options
+    for kernel in _kernels(gen):
+        for name, call in _batch_calls(gen, dtype):
+            if _can_run(gen, kernel, call):
+                yield f"{name}, {kernel}", call | {"kernel": kernel}
+
+
+def _batch_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    def tensors(batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, v_dim: int) -> Call:
+        return {
+            "q": gen.randn(batch, queries, heads, dim, dtype=dtype),
+            "k": gen.randn(batch, keys, kv_heads, dim, dtype=dtype),
+            "v": gen.randn(batch, keys, kv_heads, v_dim, dtype=dtype),
+        }
+
+    yield "everything", tensors(2, 33, 33, 4, 2, 64, 48) | _drawn(gen, 2, 4, dtype, everything=True)
+    for name, *sizes, options in _BATCH:
+        yield name, tensors(*sizes, sizes[-1]) | options
+    for index, (runs, lengths, heads, kv_heads, dim, v_dim) in enumerate(_SIZES):
+        call = tensors(2, runs[0], lengths[0], heads, kv_heads, dim, v_dim) | _drawn(gen, 2, heads, dtype)
+        yield f"drawn {index}", call
+        if dtype is torch.bfloat16 and dim % 16 == v_dim % 16 == 0:
+            yield f"drawn {index} in fp8", _fp8(gen, call, 2, kv_heads)
+
+
+def varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for kernel in _kernels(gen):
+        for name, call in _varlen_calls(gen, dtype):
+            if _can_run(gen, kernel, call):
+                yield f"{name}, {kernel}", call | {"kernel": kernel}
+
+
+def _packed(
+    gen: Gen, dtype: torch.dtype, runs: list[int], lengths: list[int], heads: int, kv_heads: int, dim: int, v_dim: int
+) -> Call:
+    extra = 3  # rows past the end of cu_seqlens_k, which have no effect
+    k, v = (gen.randn(sum(lengths) + extra, kv_heads, d, dtype=dtype) for d in (dim, v_dim))
+    k[sum(lengths) :] = math.nan
+    v[sum(lengths) :] = math.nan
+    return {
+        "q": gen.randn(sum(runs), heads, dim, dtype=dtype),
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": gen.tensor(offsets(runs)),
+        "cu_seqlens_k": gen.tensor(offsets(lengths)),
+        "max_seqlen_q": max(runs, default=0),
+        "max_seqlen_k": max(lengths, default=0),
+        "causal": True,
+    }
+
+
+def _use_fewer(gen: Gen, call: Call, side: str) -> None:
+    """Of some sequences' queries or keys not all are used, and the rest are NaN."""
+    at = call[f"cu_seqlens_{side}"].tolist()
+    used = [int(gen.ints(0, n + 1)) if n % 2 else n for n in (at[b + 1] - at[b] for b in range(len(at) - 1))]
+    call[f"seqused_{side}"] = gen.tensor(used)
+    for name in ("q",) if side == "q" else ("k", "v"):
+        for b, count in enumerate(used):
+            call[name][at[b] + count : at[b + 1]] = math.nan
 
 
 def _varlen_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    call = _packed(gen, dtype, [1, 5, 3], [9, 5, 8], 4, 2, 16, 32) | _drawn(gen, 3, 4, dtype, everything=True)
+    for side in "qk":
+        _use_fewer(gen, call, side)
+    yield "everything", call
     for name, runs, lengths, heads, kv_heads, dim, _, options in _PAGED:
-        extra = 3  # rows past the end of cu_seqlens_k, which have no effect
-        k, v = (gen.randn(sum(lengths) + extra, kv_heads, dim, dtype=dtype) for _ in range(2))
-        k[sum(lengths) :] = math.nan
-        v[sum(lengths) :] = math.nan
-        yield (
-            name,
-            {
-                "q": gen.randn(sum(runs), heads, dim, dtype=dtype),
-                "k": k,
-                "v": v,
-                "cu_seqlens_q": gen.tensor(offsets(runs)),
-                "cu_seqlens_k": gen.tensor(offsets(lengths)),
-                "max_seqlen_q": max(runs, default=0),
-                "max_seqlen_k": max(lengths, default=0),
-                "causal": True,
-            }
-            | options,
-        )
+        yield name, _packed(gen, dtype, runs, lengths, heads, kv_heads, dim, dim) | options
+    for index, sizes in enumerate(_SIZES):
+        call = _packed(gen, dtype, *sizes) | _drawn(gen, len(sizes[0]), sizes[2], dtype)
+        for side in "qk":
+            if float(gen.rand()) < 0.5:
+                _use_fewer(gen, call, side)
+        yield f"drawn {index}", call
+        if dtype is torch.bfloat16 and sizes[4] % 16 == sizes[5] % 16 == 0:
+            yield f"drawn {index} in fp8", _fp8(gen, call, len(sizes[0]), sizes[3])
+
+
+def _backward_calls(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]], calls: Iterator[tuple[str, Call]], gen: Gen
+) -> Iterator[tuple[str, Call]]:
+    """Of each call of the forward, but for fp8 and sinks, which are in lse: its results and gradients for them."""
+    for index, (name, call) in enumerate(calls):
+        if call["q"].dtype is torch.float8_e4m3fn:
+            continue
+        call.pop("sinks", None)
+        out, lse = forward(**call)
+        dout = gen.randn(*out.shape, dtype=out.dtype)
+        if "seqused_q" in call:  # what is NaN in q is so here
+            dout[call["q"][..., 0].isnan()] = math.nan
+        call |= {"dout": dout, "out": out, "lse": lse, "deterministic": index % 2 == 0}
+        if index == 0 or float(gen.rand()) < 0.5:
+            call["dlse"] = gen.randn(*lse.shape)
+        yield name, call
+
+
+def batch_backward_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    yield from _backward_calls(ops.batch_attention, batch_calls(gen, dtype), gen)
+
+
+def varlen_backward_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    yield from _backward_calls(ops.varlen_attention, varlen_calls(gen, dtype), gen)
+
+
+def merge_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Batched and packed, of odd sizes; rows that are empty on one side or both hold NaN there."""
+    for *batch, rows, heads, dim in (
+        (2, 5, 3, 16),
+        (7, 4, 64),
+        (0, 2, 8),
+        (1, 1, 1),
+        (3, 0, 2, 8),
+        (65, 3, 13),
+        (129, 2, 256),
+    ):
+        call: Call = {}
+        for side in "ab":
+            out, lse = gen.randn(*batch, rows, heads, dim, dtype=dtype), gen.randn(*batch, heads, rows, scale=5.0)
+            for value in (-math.inf, math.inf):
+                empty = gen.rand(*lse.shape) < 0.15
+                lse.masked_fill_(empty, value)
+                out.masked_fill_(empty.transpose(-1, -2).unsqueeze(-1), math.nan)
+            call |= {f"out_{side}": out, f"lse_{side}": lse}
+        yield f"{(*batch, rows, heads, dim)}", call
 
 
 def _bad_windows() -> Bad:
@@ -125,10 +272,80 @@ def _bad_windows() -> Bad:
         yield f"window {odd}", {"window_size": odd}, TypeError, ("window", "expected")
 
 
+def _bad_options(gen: Gen, base: Call, op: str) -> Bad:
+    """Of the arguments that attention over contiguous keys alone has."""
+    q, k = base["q"], base["k"]
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    batch = base["alibi_slopes"].shape[0]
+    yield "another kernel", {"kernel": "sm70"}, ValueError, ("kernel is 'sm70'", "'auto', 'sm80', 'sm90'")
+    of_v = [name for name in ("v", "dout", "out") if name in base]
+    for dim in (12, 0):
+        narrow = {name: base[name][..., :dim].contiguous() for name in of_v}
+        yield f"head dim {dim} of v", narrow, ValueError, ("v has shape", "Dv a multiple of 8")
+    wide = {name: torch.cat([base[name]] * 12, -1)[..., :264].contiguous() for name in of_v}
+    yield "head dim 264 of v", wide, ValueError, ("v has shape", "multiple of 8 from 8 to 256")
+    if op.endswith("backward"):
+        fp8 = q.to(torch.float8_e4m3fn)
+        yield "fp8", {"q": fp8}, TypeError, ("q is torch.float8_e4m3fn",)
+        yield "no slope", {"alibi_slopes": gen.rand(heads - 1)}, ValueError, ("alibi_slopes has shape", "H = ")
+        return
+    scale = gen.rand(batch, kv_heads)
+    for name in "qkv":
+        says = (f"{name}_descale is given and q is", "only with torch.float8_e4m3fn")
+        yield f"{name}_descale without fp8", {f"{name}_descale": scale}, ValueError, says
+    eight = {name: base[name].to(torch.float8_e4m3fn) for name in "qkv"}
+    yield "only q in fp8", {"q": eight["q"]}, TypeError, ("k is", "expected torch.float8_e4m3fn as q")
+    other = {n: t.to(torch.float8_e5m2) for n, t in eight.items()}
+    yield "e5m2", other, TypeError, ("q is torch.float8_e5m2",)
+    narrow = {n: t[..., :24].contiguous() for n, t in eight.items()}
+    if q.shape[-1] >= 24:
+        yield "fp8 of 24", narrow, ValueError, ("q has shape", "multiple of 16 from 16 to 256 in fp8")
+    yield (
+        "fp8, v of 8",
+        eight | {"v": eight["v"][..., :8].contiguous()},
+        ValueError,
+        ("v has shape", "Dv a multiple of 16"),
+    )
+    for name in "qkv":
+        descale, says = f"{name}_descale", f"{name}_descale"
+        yield f"{descale} short", eight | {descale: scale[:, 1:]}, ValueError, (says, "has shape", "Hk = 2")
+        yield f"{descale} of another batch", eight | {descale: scale[1:]}, ValueError, (says, "has shape", "B = ")
+        yield f"{descale} flat", eight | {descale: scale[0]}, ValueError, (says, "1 dimensions", "expected 2")
+        yield f"{descale} fp64", eight | {descale: scale.double()}, TypeError, (says, "float64")
+        yield f"{descale} a number", eight | {descale: 1.0}, TypeError, (says, "float", "or None")
+    for name in ("q", "k"):
+        wants = eight | {name: eight[name].clone().requires_grad_()}
+        yield (
+            f"fp8, {name} requires grad",
+            wants,
+            ValueError,
+            (f"{name} requires grad", "fp8 attention has no backward"),
+        )
+
+
+def _bad_sequences(gen: Gen, base: Call) -> Bad:
+    """Values in the offsets, which are read on the CPU only."""
+    if base["q"].is_cuda:
+        return
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        yield f"{name} from 2", {name: gen.tensor([2, 3, 6, 9])}, ValueError, (f"{name}[0] is 2", "expected 0")
+        yield f"{name} descends", {name: gen.tensor([0, 5, 4, 9])}, ValueError, (f"{name}[2] is 4",)
+    ends_late = {"cu_seqlens_k": gen.tensor([0, 9, 14, 99])}
+    yield "keys end late", ends_late, ValueError, ("cu_seqlens_k[-1] is 99", "Tk = 25")
+    yield "max_seqlen_q small", {"max_seqlen_q": 0}, ValueError, ("max_seqlen_q is 0", "sequence 0")
+    yield "max_seqlen_k small", {"max_seqlen_k": 8}, ValueError, ("max_seqlen_k is 8", "at least 9")
+    for name, lengths in (("seqused_q", (1, 5, 3)), ("seqused_k", (9, 5, 8))):
+        for b, wrong in ((0, -1), (1, 6), (2, 2**31 - 1)):
+            used = gen.tensor([wrong if b == i else n for i, n in enumerate(lengths)])
+            says = (f"{name}[{b}] is {wrong}", f"≤ {lengths[b]}, the length of sequence {b}")
+            yield f"{name} {wrong}", {name: used}, ValueError, says
+
+
 def _bad_shared(gen: Gen, base: Call) -> Bad:
     yield from _bad_windows()
     q = base["q"]
-    yield "three heads", {"q": q[:, :3].contiguous()}, ValueError, ("Hk = 2", "H = 3")
+    three = {"q": q[:, :3].contiguous(), "alibi_slopes": None, "sinks": None}
+    yield "three heads", three, ValueError, ("Hk = 2", "H = 3")
 
 
 def bad_paged(gen: Gen, base: Call) -> Bad:
@@ -157,30 +374,37 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
         yield f"block {block}", {"block_table": table}, ValueError, (f"block_table[1, 1] is {block}", "num_blocks")
 
 
-def bad_varlen(gen: Gen, base: Call) -> Bad:
-    yield from _bad_shared(gen, base)
-    q, k, v = base["q"], base["k"], base["v"]
-    small = {"q": q[..., :12], "k": k[..., :12], "v": v[..., :12]}
-    yield "head dim 12", {n: t.contiguous() for n, t in small.items()}, ValueError, ("multiple of 8",)
-    if q.is_cuda:
-        return
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        yield f"{name} from 2", {name: gen.tensor([2, 3, 6, 9])}, ValueError, (f"{name}[0] is 2", "expected 0")
-        yield f"{name} descends", {name: gen.tensor([0, 5, 4, 9])}, ValueError, (f"{name}[2] is 4",)
+def _bad_contiguous(op: str, num_heads: int) -> Callable[[Gen, Call], Bad]:
+    """num_heads: which dimension of q counts them."""
+
+    def bad(gen: Gen, base: Call) -> Bad:
+        yield from _bad_windows()
+        q, k = base["q"], base["k"]
+        three = {name: base[name].narrow(num_heads, 0, 3).contiguous() for name in ("q", "dout", "out") if name in base}
+        optional = {name: None for name in ("alibi_slopes", "sinks", "dlse") if name in base}
+        if "lse" in base:
+            three["lse"] = base["lse"].narrow(num_heads - 1, 0, 3).contiguous()
+        yield "three heads", three | optional, ValueError, ("Hk = 2", "H = 3")
+        small = {"q": q[..., :12].contiguous(), "k": k[..., :12].contiguous()}
+        yield "head dim 12", small, ValueError, ("q has shape", "multiple of 8")
+        yield from _bad_options(gen, base, op)
+        if "cu_seqlens_q" in base:
+            yield from _bad_sequences(gen, base)
+
+    return bad
+
+
+bad_batch, bad_batch_backward = (_bad_contiguous(op, 2) for op in ("batch_attention", "batch_attention_backward"))
+bad_varlen, bad_varlen_backward = (_bad_contiguous(op, 1) for op in ("varlen_attention", "varlen_attention_backward"))
+
+
+def bad_merge(gen: Gen, base: Call) -> Bad:
+    yield "swapped", {"out_a": base["lse_a"], "lse_a": base["out_a"]}, ValueError, ("lse_a has 4 dimensions",)
     yield (
-        "keys end late",
-        {"cu_seqlens_k": gen.tensor([0, 9, 14, 99])},
+        "lse (B, S, H)",
+        {"lse_a": base["lse_a"].transpose(1, 2).contiguous()},
         ValueError,
-        ("cu_seqlens_k[-1] is 99", "Tk = 25"),
+        ("lse_a has shape", "H, S"),
     )
-    yield "max_seqlen_q small", {"max_seqlen_q": 0}, ValueError, ("max_seqlen_q is 0", "sequence 0")
-    yield "max_seqlen_k small", {"max_seqlen_k": 8}, ValueError, ("max_seqlen_k is 8", "at least 9")
-
-
-def bad_batch(gen: Gen, base: Call) -> Bad:
-    yield from _bad_windows()
-    q, k, v = base["q"], base["k"], base["v"]
-    yield "three heads", {"q": q[:, :, :3].contiguous()}, ValueError, ("Hk = 2", "H = 3")
-    small = {"q": q[..., :12], "k": k[..., :12], "v": v[..., :12]}
-    yield "head dim 12", {n: t.contiguous() for n, t in small.items()}, ValueError, ("multiple of 8",)
-    yield "another kernel", {"kernel": "sm70"}, ValueError, ("kernel is 'sm70'", "'auto', 'sm80', 'sm90'")
+    flat = {name: t[0] for name, t in base.items() if name != "lse_b"}
+    yield "one side packed", flat, ValueError, ("lse_b has 3 dimensions",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,20 @@ from torch import Tensor
 
 from fastattn import ops
 from tests.harness import formulas
-from tests.harness.attention_calls import bad_batch, bad_paged, bad_varlen, batch_calls, paged_calls, varlen_calls
+from tests.harness.attention_calls import (
+    bad_batch,
+    bad_batch_backward,
+    bad_merge,
+    bad_paged,
+    bad_varlen,
+    bad_varlen_backward,
+    batch_backward_calls,
+    batch_calls,
+    merge_calls,
+    paged_calls,
+    varlen_backward_calls,
+    varlen_calls,
+)
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
@@ -190,6 +204,27 @@ def bad_rope(gen: Gen, base: Call) -> Bad:
 _NORM_ROLES = {"x": Role((-1,)), "weight": Role((0,))}
 _SCALE: dict[str, Any] = {"softmax_scale": "nonnegative", "softcap": "nonnegative", "causal": "flag"}
 _B = Role((0,))
+_LONGEST = {"max_seqlen_q": "count", "max_seqlen_k": "count"}
+_BATCH_ROLES = {
+    "q": Role((0, 3), grad=True),
+    "k": Role((0, 1, 2, 3), grad=True),
+    "v": Role((0, 1, 2, 3), grad=True),
+    "alibi_slopes": Role((0, 1), optional=True),
+}
+_PACKED_ROLES = {
+    "q": Role((2,), grad=True),
+    "k": Role((0, 1, 2), grad=True),
+    "v": Role((0, 1, 2), grad=True),
+    "alibi_slopes": Role((0, 1), optional=True),
+}
+_SEQUENCE_ROLES = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _B) | dict.fromkeys(
+    ("seqused_q", "seqused_k"), Role((0,), optional=True)
+)
+
+
+def _without_grad(roles: dict[str, Role]) -> dict[str, Role]:
+    return {name: replace(role, grad=False) for name, role in roles.items()}
+
 
 SPECS = (
     OpSpec("rms_norm", ops.rms_norm, norm_calls, _NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
@@ -311,6 +346,8 @@ SPECS = (
             "cu_seqlens_q": _B,
             "seqused_k": _B,
             "block_table": _B,
+            "alibi_slopes": Role((0, 1), optional=True),
+            "sinks": Role((0,), optional=True),
         },
         formulas.paged_attention,
         scalars=_SCALE | {"max_seqlen_q": "count"},
@@ -320,25 +357,56 @@ SPECS = (
         "batch_attention",
         ops.batch_attention,
         batch_calls,
-        {"q": Role((0, 3)), "k": Role((0, 1, 2, 3)), "v": Role((0, 1, 2, 3))},
+        _BATCH_ROLES | {"sinks": Role((0,), optional=True, grad=True)},
         formulas.batch_attention,
-        scalars=_SCALE,
+        scalars=_SCALE | {"deterministic": "flag"},
         bad=bad_batch,
+        keeps_dtype=False,
     ),
     OpSpec(
         "varlen_attention",
         ops.varlen_attention,
         varlen_calls,
-        {
-            "q": Role((2,)),
-            "k": Role((0, 1, 2)),
-            "v": Role((0, 1, 2)),
-            "cu_seqlens_q": _B,
-            "cu_seqlens_k": _B,
-        },
+        _PACKED_ROLES | _SEQUENCE_ROLES | {"sinks": Role((0,), optional=True, grad=True)},
         formulas.varlen_attention,
-        scalars=_SCALE | {"max_seqlen_q": "count", "max_seqlen_k": "count"},
+        scalars=_SCALE | _LONGEST | {"deterministic": "flag"},
         bad=bad_varlen,
+        keeps_dtype=False,
+    ),
+    OpSpec(
+        "batch_attention_backward",
+        ops.batch_attention_backward,
+        batch_backward_calls,
+        _without_grad(_BATCH_ROLES)
+        | dict.fromkeys(("dout", "out"), Role((0, 1, 2, 3)))
+        | {"lse": Role((0, 1, 2)), "dlse": Role((0, 1, 2), optional=True)},
+        formulas.batch_attention_backward,
+        scalars=_SCALE | {"deterministic": "flag"},
+        bad=bad_batch_backward,
+        noise=1e-4,
+    ),
+    OpSpec(
+        "varlen_attention_backward",
+        ops.varlen_attention_backward,
+        varlen_backward_calls,
+        _without_grad(_PACKED_ROLES)
+        | _SEQUENCE_ROLES
+        | dict.fromkeys(("dout", "out"), Role((0, 1, 2)))
+        | {"lse": Role((0, 1)), "dlse": Role((0, 1), optional=True)},
+        formulas.varlen_attention_backward,
+        scalars=_SCALE | _LONGEST | {"deterministic": "flag"},
+        bad=bad_varlen_backward,
+        noise=1e-4,
+    ),
+    OpSpec(
+        "merge_attention_states",
+        ops.merge_attention_states,
+        merge_calls,
+        dict.fromkeys(("out_a", "out_b"), Role((0, 1, 2, 3), grad=True))
+        | dict.fromkeys(("lse_a", "lse_b"), Role((0, 1, 2), grad=True)),
+        formulas.merge_attention_states,
+        bad=bad_merge,
+        cuda_dtypes=(torch.bfloat16, torch.float16, torch.float32),
     ),
     OpSpec(
         "adjust_logits",

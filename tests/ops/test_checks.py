@@ -91,11 +91,14 @@ def test_fast_path_is_never_laxer(data: st.DataObject) -> None:
 
     rows, width = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 4))
     eps = data.draw(st.sampled_from([0.0, 1e-6, 1, -1.0, float("nan"), "x", True]))
-    call = (tensor((rows, width)), tensor((rows, width)), tensor((width,)), eps)
+    scales = (data.draw(st.integers(0, 3)), width)[data.draw(st.integers(0, 1)) :]
+    call = (tensor((rows, width)), tensor((rows, width)), tensor((width,)), tensor(scales), tensor((rows,)), eps)
     args = (
         checks.TensorArg("x", "... N", checks.FLOAT),
         checks.TensorArg("y", "like x", "x", mutated=True),
         checks.TensorArg("w", "N", "x", optional=True),
+        checks.TensorArg("s", "[N] N", "x", optional=True, any_strides=True),
+        checks.TensorArg("g", "M", "x", grad=True),
         checks.NonNegative("eps"),
     )
     check = checks.compile_check("rms_norm", *args)

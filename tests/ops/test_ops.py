@@ -10,13 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastattn import ops
 from fastattn.ops import checks, has_cuda_kernels
 from tests.harness.compare import assert_as_accurate, assert_equal, bits
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with_gaps
 from tests.harness.specs import SPECS
 
-PRODUCTS = ("linear", "int4_linear", "fp4_linear", "batch_attention", "paged_attention", "varlen_attention")
+PRODUCTS = ("linear", "int4_linear", "fp4_linear", *(spec.name for spec in SPECS if "_attention" in spec.name))
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
@@ -50,7 +51,7 @@ def check_results(spec: OpSpec, call: Call, results: list[Tensor], what: str) ->
             continue
         if result.dtype not in plain:
             plain[result.dtype] = spec.formula(result.dtype, **host)
-        assert_as_accurate(result, right, plain[result.dtype][i], name)
+        assert_as_accurate(result, right, plain[result.dtype][i], name, spec.noise)
 
 
 @each_op
@@ -165,6 +166,20 @@ def test_opcheck(spec: OpSpec, device: str) -> None:
             torch.library.opcheck(
                 op, args, kwargs, test_utils=(*tests, "test_aot_dispatch_dynamic") if not index else tests
             )
+
+
+def test_deterministic_algorithms_are_torchs_too() -> None:
+    q = Gen(seed=1).randn(1, 3, 2, 8)
+    asked = []
+    for mode, argument in ((False, False), (True, False), (False, True)):
+        torch.use_deterministic_algorithms(mode)
+        try:
+            with Recorder() as recorder:
+                ops.batch_attention(q, q, q, deterministic=argument)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        asked.append(recorder.calls[0][1][-2])
+    assert asked == [False, True, True]
 
 
 @each_op

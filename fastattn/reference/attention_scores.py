@@ -1,0 +1,97 @@
+"""What attention and its backward share: the scores of a chunk of queries, and which keys it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Queries are taken this many at a time: the scores stay small, and a causal chunk skips the keys that none of its
+# rows see.
+_CHUNK = 256
+
+
+def wide(t: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is: what everything is computed in."""
+    return t if t.dtype is torch.float64 else t.float()
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """score = softcap(scale * q·k) - slope * |i + Sk - Sq - j|, of the keys i + Sk - Sq - left … i + Sk - Sq + right.
+
+    left, right: -1 is open. softcap: 0 is off. Rows and keys are aligned bottom-right: the last row stands at the last key.
+    """
+
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+    @classmethod
+    def make(cls, scale: float, causal: bool, left: int, right: int, softcap: float) -> Scoring:
+        """A causal row sees nothing to its right, whatever the window says."""
+        return cls(scale, left, 0 if causal else right, softcap)
+
+    def chunks(self, num_rows: int, num_keys: int) -> Iterator[tuple[range, range]]:
+        """Rows, and the keys that at least one of them may see: perhaps none."""
+        shift = num_keys - num_rows
+        for start in range(0, num_rows, _CHUNK):
+            end = min(start + _CHUNK, num_rows)
+            first = max(0, start + shift - self.left) if self.left >= 0 else 0
+            last = min(num_keys, end + shift + self.right) if self.right >= 0 else num_keys
+            yield range(start, end), range(first, max(first, last))
+
+    def cap(self, scores: Tensor) -> Tensor:
+        return torch.tanh(scores / self.softcap) * self.softcap if self.softcap > 0 else scores
+
+    def place(self, scores: Tensor, rows: range, keys: range, shift: int, slopes: Tensor | None) -> bool:
+        """Adds the bias of distance to scores (Hk, group * rows, keys), -inf where a row does not see a key.
+
+        slopes: (H). Whether any may be -inf: one row sees every key of its range.
+        """
+        masked = len(rows) > 1 and (self.left >= 0 or self.right >= 0)
+        if not masked and slopes is None:
+            return False
+        each = scores.view(scores.shape[0], -1, len(rows), len(keys))
+        row = torch.arange(rows.start + shift, rows.stop + shift).unsqueeze(1)
+        key = torch.arange(keys.start, keys.stop)
+        if slopes is not None:
+            each -= wide(slopes).view(scores.shape[0], -1, 1, 1) * (row - key).abs()
+        if masked:
+            mask = torch.ones(len(rows), len(keys), dtype=torch.bool)
+            if self.left >= 0:
+                mask &= key >= row - self.left
+            if self.right >= 0:
+                mask &= key <= row + self.right
+            each.masked_fill_(~mask, -torch.inf)
+        return masked
+
+
+def grouped(t: Tensor, num_kv_heads: int) -> Tensor:
+    """(rows, H, D) → (Hk, group * rows, D): the query heads of one KV head are rows that see the same keys."""
+    rows, _, dim = t.shape
+    return wide(t).reshape(rows, num_kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)
+
+
+def ungrouped(t: Tensor, rows: int) -> Tensor:
+    """(Hk, group * rows, D) → (rows, H, D)."""
+    return t.reshape(-1, rows, t.shape[-1]).transpose(0, 1)
+
+
+def slopes_of(alibi_slopes: Tensor | None, b: int) -> Tensor | None:
+    """(H) of sequence b, from (H) or (B, H)."""
+    return alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+
+
+def spans(offsets: Tensor, used: Tensor | None) -> list[slice]:
+    """The used tokens of each sequence."""
+    starts = offsets.tolist()
+    ends = starts[1:] if used is None else [s + n for s, n in zip(starts, used.tolist(), strict=False)]
+    return [slice(s, e) for s, e in zip(starts, ends, strict=False)]
