@@ -27,12 +27,13 @@ def not_implemented(op: str, message: str) -> NoReturn:
     raise NotImplementedError(f"{op}: {message}")
 
 
-def check(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> None:
+def check(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v", *, fp8: bool = False) -> None:
     """The limits whose errors flash-attn's callers know. What else does not fit, the operators refuse."""
+    dtypes = (torch.float16, torch.bfloat16, *((FP8,) if fp8 else ()))
     for name, t in (("q", q), (k_name, k), (v_name, v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
-        if t.dtype not in (torch.float16, torch.bfloat16, FP8) and not (t.is_cpu and t.dtype == torch.float32):
+        if t.dtype not in dtypes and not (t.is_cpu and t.dtype == torch.float32):
             fail(op, f"{name} is {t.dtype}, expected fp16 or bf16: FlashAttention only support fp16 and bf16 data type")
         if t.dtype != q.dtype:
             fail(op, f"{name} is {t.dtype} and q is {q.dtype}: query, key and value must have the same dtype")
@@ -72,7 +73,7 @@ def window_of(window_size: tuple[int | None, int | None]) -> tuple[int, int]:
 def fit(x: Tensor) -> Tensor:
     """x with a head dim that is a multiple of 8, filled up with zeros, and a contiguous last dimension."""
     missing = -x.shape[-1] % 8
-    if missing:
+    if missing and x.dtype != FP8:
         return F.pad(x, (0, missing))
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -181,9 +182,11 @@ def cached_attention(
         check(op, q, k, v)
         _check_room(op, seqlens, k, cu_seqlens_k_new, capacity)
         cos, sin = _rotary_tables(op, q, rotary_cos, rotary_sin)
+        moves = moves or max_seqlen_q == 1
+        aligned = moves and q.dim() == 4 and q.shape[1] == k.shape[1]
         packed_q = _append(
             packed_q, k, v, k_cache, v_cache, table, page, seqlens, cos, sin, rotary_interleaved, cu_seqlens_q,
-            cu_seqlens_k_new, moves or max_seqlen_q == 1, rotary_seqlens,
+            cu_seqlens_k_new, moves, aligned, rotary_seqlens,
         )  # fmt: skip
         added = offsets(batch, k.shape[1], q.device) if cu_seqlens_k_new is None else cu_seqlens_k_new
         seqlens = seqlens + added.diff()
@@ -220,7 +223,9 @@ def _rotary_tables(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None) -
     if cos is None:
         return None, None
     if sin is None:
-        fail(op, "rotary_cos is given and rotary_sin is not: If rotary cos is provided, rotary sin must also be provided")
+        fail(
+            op, "rotary_cos is given and rotary_sin is not: If rotary cos is provided, rotary sin must also be provided"
+        )
     if 2 * cos.shape[-1] > q.shape[-1] or cos.dim() != 2 or sin.shape != cos.shape:
         fail(
             op,
@@ -245,11 +250,12 @@ def _append(
     cu_seqlens_q: Tensor,
     cu_seqlens_k_new: Tensor | None,
     moves: bool,
+    aligned: bool,
     rotary_seqlens: Tensor | None,
 ) -> Tensor:
     """Write k and v behind what the cache holds, rotated where cos and sin are given. Returns q (T, H, D), rotated.
 
-    moves: q's tokens stand at positions of their own, and not all at the first free one.
+    moves: q's tokens stand at positions of their own, and not all at the first free one. aligned: at those of k's.
     """
     if cu_seqlens_k_new is None:
         cu_seqlens_k_new = offsets(seqlens.shape[0], k.shape[1], k.device)
@@ -265,9 +271,7 @@ def _append(
     first = seqlens if rotary_seqlens is None else rotary_seqlens
     rows_q = rows_of(q.shape[0], cu_seqlens_q)
     position_k, position_q = first[rows.sequence] + rows.place, first[rows_q.sequence] + rows_q.place * moves
-    if q.shape[0] == k.shape[0] and moves and cos.shape[-1] > 0 and _one_kernel(q, k, v, k_cache, v_cache):
-        # As many new keys as queries, at the same positions: cu_seqlens_q and cu_seqlens_k_new cannot differ then
-        # without a sequence whose queries are not its last tokens, for which position_q would be meaningless.
+    if aligned and cos.shape[-1] > 0 and _one_kernel(q, k, v, k_cache, v_cache):
         q = q.clone(memory_format=torch.contiguous_format)
         angles = torch.cat((cos[position_k], sin[position_k]), -1).float()
         rope_kv_write(
@@ -293,9 +297,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return turned.to(x.dtype)
 
 
-def _from_leftpad(
-    k_cache: Tensor, v_cache: Tensor, table: Tensor, leftpad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _from_leftpad(k_cache: Tensor, v_cache: Tensor, table: Tensor, leftpad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Caches (Bc, Sc, Hk, D) of which sequence b's keys begin at leftpad[b], as pages of one token each."""
     caches, num_places = [], k_cache.shape[1]
     for cache in (k_cache, v_cache):

@@ -131,8 +131,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     def _grow(self, length: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         old = self._tables
-        if old is not None and length <= self._length and old[0].device == like.device and old[0].dtype == like.dtype:
-            if not (self.training and old[0].is_inference()):  # autograd cannot save what inference mode made
+        if old is not None:
+            fits = length <= self._length and old[0].device == like.device and old[0].dtype == like.dtype
+            if fits and not (self.training and old[0].is_inference()):  # autograd cannot save what inference mode made
                 return old
         position = torch.arange(length, device=like.device, dtype=torch.float32)
         # A model cast to bf16 has cast this buffer too, and angles of far positions need all their bits.
@@ -140,15 +141,14 @@ class RotaryEmbedding(torch.nn.Module):
         frequencies = self.inv_freq.to(like.device) if exact else self._frequencies(like.device)
         angles = torch.outer(position, frequencies)
         cos, sin = angles.cos(), angles.sin()
-        if self.scale is None or self.scale_base is None:
-            cos, sin = cos.to(like.dtype), sin.to(like.dtype)
-            tables = (cos, sin, cos, sin)
-        else:
+        cos_k, sin_k = cos, sin
+        if self.scale is not None and self.scale_base is not None:
             power = (position - length // 2) / self.scale_base
             scale = self.scale.to(device=like.device, dtype=torch.float32) ** power.unsqueeze(1)
-            tables = tuple(t.to(like.dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale))
-        self._length, self._tables = length, tables
-        return tables
+            cos, sin, cos_k, sin_k = cos * scale, sin * scale, cos / scale, sin / scale
+        dtype = like.dtype
+        self._length, self._tables = length, (cos.to(dtype), sin.to(dtype), cos_k.to(dtype), sin_k.to(dtype))
+        return self._tables
 
     def forward(
         self,
@@ -239,7 +239,8 @@ def _rotate_part_inplace(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dim: int, start: int, end: int
 ) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _RotateInplace.apply(x, cos, sin, interleaved, dim, start, end)
+        rotated: Tensor = _RotateInplace.apply(x, cos, sin, interleaved, dim, start, end)  # type: ignore[no-untyped-call]
+        return rotated
     _turn(x, cos, sin, interleaved, dim, start, end)
     return x
 
