@@ -65,9 +65,9 @@ def scale_of(q: Tensor, softmax_scale: float | None) -> float:
 
 
 def window_of(window_size: tuple[int | None, int | None]) -> tuple[int, int]:
-    """(left, right) where anything below 0, or None, is open."""
-    left, right = (-1 if side is None or side < 0 else side for side in window_size)
-    return left, right
+    """(left, right) where anything below 0, or None, is open; a tensor of two serves as well."""
+    left, right = (int(side) if isinstance(side, Tensor) else side for side in window_size)
+    return -1 if left is None or left < 0 else left, -1 if right is None or right < 0 else right
 
 
 def fit(x: Tensor) -> Tensor:

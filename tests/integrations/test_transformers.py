@@ -131,7 +131,9 @@ def test_several_new_tokens_on_a_cache() -> None:
     for model in (ours, theirs):
         with torch.no_grad():
             first = model(input_ids=ids[:, :6], attention_mask=mask[:, :6])
-            logits.append(model(input_ids=ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values).logits)
+            logits.append(
+                model(input_ids=ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values).logits
+            )
     torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-4)
 
 
@@ -150,7 +152,8 @@ def test_encoder_and_cross_attention() -> None:
     with torch.no_grad():
         for length in (1, 5, 8):
             found, expected = (
-                m(input_ids=ids, attention_mask=mask, decoder_input_ids=begun[:, :length]).logits for m in (ours, theirs)
+                m(input_ids=ids, attention_mask=mask, decoder_input_ids=begun[:, :length]).logits
+                for m in (ours, theirs)
             )
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -187,7 +190,9 @@ def test_dropout_is_refused_by_name() -> None:
 def test_compiled_without_a_graph_break() -> None:
     ours, _ = pair("llama")
     ids = tokens(2, 8)
-    compiled = torch.compile(lambda ids: ours(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda ids: ours(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+    )
     expected = ours(input_ids=ids, use_cache=False).logits
     found = compiled(ids)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
