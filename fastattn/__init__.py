@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastattn.integrations.flash_attn import flash_attn_with_kvcache as flash_attn_with_kvcache
     from fastattn.integrations.sdpa import replace_sdpa as replace_sdpa
     from fastattn.integrations.sdpa import sdpa as sdpa
-    from fastattn.ops.attention import merge_attention_states as merge_attention_states
+    from fastattn.ops.attention_merge import merge_attention_states as merge_attention_states
     from fastattn.ops.explain import explain as explain
 
 _LAZY = {
@@ -43,7 +43,7 @@ _LAZY = {
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",
     "explain": "fastattn.ops.explain",
-    "merge_attention_states": "fastattn.ops.attention",
+    "merge_attention_states": "fastattn.ops.attention_merge",
     "sdpa": "fastattn.integrations.sdpa",
     "replace_sdpa": "fastattn.integrations.sdpa",
     "flash_attn_func": "fastattn.integrations.flash_attn",

@@ -131,7 +131,10 @@ def _stream_of(array: Any) -> list[AbstractContextManager[Any]]:
     if _library(array) != "cupy":
         return []
     pointer, device = sys.modules["cupy"].cuda.get_current_stream().ptr, array.device.id
-    stream = torch.cuda.ExternalStream(pointer, device) if pointer else torch.cuda.default_stream(device)
+    if pointer == 0:
+        stream = torch.cuda.default_stream(device)
+    else:
+        stream = torch.cuda.ExternalStream(pointer, device)  # type: ignore[no-untyped-call]
     return [torch.cuda.device(device), torch.cuda.stream(stream)]
 
 

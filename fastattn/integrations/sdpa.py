@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801, it is used as a function
 
 def _rows(x: Tensor) -> Tensor:
     """(..., H, L, E) → (B, L, H, E), a view wherever one exists."""
-    return x.reshape(-1, *x.shape[-3:]).transpose(1, 2)
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]).transpose(1, 2)
 
 
 def _why_torch(

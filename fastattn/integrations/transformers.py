@@ -124,7 +124,7 @@ def attention_mask(
     chunked = chunk is not None and kwargs.get("local_size") == chunk and kv_length + kv_offset > chunk
     if mask_function is not None and (use_vmap or chunked):  # an overlay, as for the tokens of an image, or Llama 4's
         whole: Tensor | None = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=int(q_offset), kv_offset=int(kv_offset),
             mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
             allow_is_causal_skip=False,
         )  # fmt: skip

@@ -199,6 +199,49 @@ def test_compiled_without_a_graph_break() -> None:
     found.sum().backward()
 
 
+def test_continuous_batching() -> None:
+    """transformers' generate_batch says what generate says; on the CPU its cache is read by index."""
+    for name in ("llama", "mistral, window 5"):
+        ours, theirs = pair(name)
+        prompts = [tokens(1, n, seed=n)[0].tolist() for n in (5, 9, 3)]
+        options = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected = [
+            theirs.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in prompts
+        ]
+        ours.set_attn_implementation("fastattn_flash_2")
+        batching = transformers.ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=64)
+        outputs = ours.generate_batch(prompts, generation_config=options, continuous_batching_config=batching)
+        found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+        assert [found[tuple(prompt)] for prompt in prompts] == expected
+
+
+def test_a_step_of_decoding_on_pages() -> None:
+    """Continuous batching on a GPU: one new token of each sequence, appended to its pages and attended to."""
+    from tests.integrations.reference import attention
+
+    ours, _ = pair("llama")
+    layer, lengths = ours.model.layers[0].self_attn, [3, 6]
+    keys, values = torch.randn(2, 2, 7, 2, 16)
+    k_cache, v_cache = torch.zeros(2, 8, 4, 2, 16)
+    table = torch.tensor([[5, 2], [0, 7]], dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for place in range(length):
+            page = table[b, place // 4]
+            k_cache[page, place % 4], v_cache[page, place % 4] = keys[b, place], values[b, place]
+    new = [torch.stack([t[b, n] for b, n in enumerate(lengths)]) for t in (keys, values)]  # (B, Hk, D)
+    q, sinks = torch.randn(2, 4, 16), torch.randn(4)
+    out, _ = integration.attention_forward(
+        layer, *(t.transpose(0, 1).unsqueeze(0) for t in (q, *new)), None, sliding_window=5, s_aux=sinks,
+        cu_seq_lens_q=torch.arange(3), cu_seq_lens_k=torch.tensor([0, 4, 11], dtype=torch.int32), max_length_q=1,
+        max_length_k=1, block_table=table, k_cache=k_cache, v_cache=v_cache,
+    )  # fmt: skip
+    expected, _ = attention(
+        q.unsqueeze(1), keys, values, causal=True, window=(4, 0), sinks=sinks, lengths_k=torch.tensor([4, 7])
+    )
+    torch.testing.assert_close(out, expected.transpose(0, 1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(k_cache[7, 2], keys[1, 6]) and torch.equal(v_cache[5, 3], values[0, 3])
+
+
 def test_names() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
