@@ -3,7 +3,6 @@
 from fastattn.integrations.rotary import (
     RotaryEmbedding,
     apply_rotary_emb,
-    apply_rotary_emb_func,
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
     apply_rotary_emb_torch,
@@ -12,7 +11,6 @@ from fastattn.integrations.rotary import (
 __all__ = [
     "RotaryEmbedding",
     "apply_rotary_emb",
-    "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
     "apply_rotary_emb_torch",
