@@ -203,7 +203,7 @@ def cached_attention(
     )  # fmt: skip
     out = cut(out, q.shape[-1]).view(q.shape)
     if q.dim() == 4:
-        lse = lse.view(-1, batch, q.shape[1]).transpose(0, 1)
+        lse = lse.view(q.shape[2], batch, q.shape[1]).transpose(0, 1)
     return out, lse
 
 
