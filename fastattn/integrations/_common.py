@@ -30,12 +30,14 @@ def not_implemented(op: str, message: str) -> NoReturn:
 def check(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v", *, fp8: bool = False) -> None:
     """The limits whose errors flash-attn's callers know. What else does not fit, the operators refuse."""
     dtypes = (torch.float16, torch.bfloat16, *((FP8,) if fp8 else ()))
+    cast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
     for name, t in (("q", q), (k_name, k), (v_name, v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a torch.Tensor")
-        if t.dtype not in dtypes and not (t.is_cpu and t.dtype == torch.float32):
+        # The operators cast under autocast, and a CPU takes fp32.
+        if t.dtype not in dtypes and not (t.dtype == torch.float32 and (t.is_cpu or cast)):
             fail(op, f"{name} is {t.dtype}, expected fp16 or bf16: FlashAttention only support fp16 and bf16 data type")
-        if t.dtype != q.dtype:
+        if t.dtype != q.dtype and not cast:
             fail(op, f"{name} is {t.dtype} and q is {q.dtype}: query, key and value must have the same dtype")
         if t.dim() == 0 or t.shape[-1] > MAX_HEAD_DIM:
             fail(

@@ -82,6 +82,13 @@ def test_defaults_of_the_cache() -> None:
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fastattn.flash_attn_func(Q, KV.half(), KV)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attention(Q, KV, KV)[0], atol=2e-2, rtol=2e-2)
+
+
 def test_lengths_may_be_tensors() -> None:
     cu = torch.tensor([0, 3, 8], dtype=torch.int32)
     q = make(8, 2, 16)

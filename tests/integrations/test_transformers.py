@@ -266,16 +266,15 @@ def smollm2() -> tuple[Any, Any]:
 def test_smollm2_says_the_same(smollm2: tuple[Any, Any]) -> None:
     """The real model: greedy text, alone and in a padded batch, and logits."""
     model, tokenizer = smollm2
-    prompts = ["The capital of France is", "Photosynthesis is the process by which plants", "2 + 2 ="]
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    rows = [tokenizer.encode(prompt) for prompt in ("The capital of France is", "Plants turn light and water into")]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     texts, logits = [], []
     for implementation in ("sdpa", "fastattn"):
         model.set_attn_implementation(implementation)
-        batch = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)
-        alone = model.generate(torch.tensor(rows[1:2]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        batch = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        alone = model.generate(torch.tensor(rows[1:2]), max_new_tokens=8, do_sample=False, pad_token_id=0)
         texts.append((batch.tolist(), alone.tolist()))
         with torch.no_grad():
             logits.append(model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
