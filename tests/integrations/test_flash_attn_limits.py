@@ -82,6 +82,18 @@ def test_defaults_of_the_cache() -> None:
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_window_that_holds_the_whole_cache_is_none() -> None:
+    """As in flash-attn: then all queries are rotated to one position, as without a window and a causal mask."""
+    new, lengths = make(2, 4, 2, 16), torch.tensor([1, 3], dtype=torch.int32)
+    out = [
+        fastattn.flash_attn_with_kvcache(
+            Q, CACHE.clone(), CACHE.clone(), new, new, COS, COS, lengths, window_size=window
+        )
+        for window in ((-1, -1), (8, 9), (7, 9))
+    ]
+    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+
+
 def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fastattn.flash_attn_func(Q, KV.half(), KV)

@@ -102,13 +102,18 @@ def test_packed(name: str, how: str) -> None:
     further: dict[str, Any] = {}
     if how == "two rows":
         ids, positions = ids.expand(2, -1), positions.expand(2, -1)
+        # The other row holds sequences of other lengths.
+        others = [tokens(1, n, seed=n + 50) for n in (3, 14)]
+        ids, positions = ids.clone(), positions.clone()
+        ids[1], positions[1] = torch.cat(others, 1)[0], torch.cat([torch.arange(3), torch.arange(14)])
     elif how == "cu_seq_lens":
         cu = torch.tensor([0, 7, 8, 17])
         further = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": torch.tensor(9), "max_length_k": 9}
     with torch.no_grad():
         found = ours(input_ids=ids, position_ids=positions, use_cache=False, **further).logits
-        expected = torch.cat([theirs(input_ids=part).logits for part in parts], 1)
-    torch.testing.assert_close(found, expected.expand(found.shape), atol=2e-4, rtol=1e-4)
+        rows = [parts, others] if how == "two rows" else [parts]
+        expected = torch.cat([torch.cat([theirs(input_ids=part).logits for part in row], 1) for row in rows])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -264,7 +269,7 @@ def smollm2() -> tuple[Any, Any]:
 
 
 def test_smollm2_says_the_same(smollm2: tuple[Any, Any]) -> None:
-    """The real model: greedy text, alone and in a padded batch, and logits."""
+    """The real model: greedy text of a padded batch, and logits."""
     model, tokenizer = smollm2
     rows = [tokenizer.encode(prompt) for prompt in ("The capital of France is", "Plants turn light and water into")]
     longest = max(map(len, rows))
@@ -273,9 +278,8 @@ def test_smollm2_says_the_same(smollm2: tuple[Any, Any]) -> None:
     texts, logits = [], []
     for implementation in ("sdpa", "fastattn"):
         model.set_attn_implementation(implementation)
-        batch = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
-        alone = model.generate(torch.tensor(rows[1:2]), max_new_tokens=8, do_sample=False, pad_token_id=0)
-        texts.append((batch.tolist(), alone.tolist()))
+        batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        texts.append(batch.tolist())
         with torch.no_grad():
             logits.append(model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
     assert texts[0] == texts[1]
