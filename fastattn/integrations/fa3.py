@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastattn.integrations._common import (
     FP8,
-    cached_attention,
     check,
     cut,
     fit,
@@ -27,6 +26,7 @@ from fastattn.integrations._common import (
     scale_of,
     window_of,
 )
+from fastattn.integrations._kv_cache import cached_attention
 from fastattn.ops.attention import batch_attention, varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor]

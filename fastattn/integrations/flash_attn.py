@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations._common import (
-    cached_attention,
     check,
     cut,
     fit,
@@ -34,6 +33,7 @@ from fastattn.integrations._common import (
     scale_of,
     window_of,
 )
+from fastattn.integrations._kv_cache import cached_attention
 from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
 
 __version__ = "2.8.3+fastattn"  # the interface that this is; the rest says whose it is

@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastattn.integrations import flash_attn
-from fastattn.integrations._common import cached_attention, cut, fit, length, no_dropout, offsets
+from fastattn.integrations._common import cut, fit, length, no_dropout, offsets
+from fastattn.integrations._kv_cache import cached_attention
 from fastattn.integrations.bert_padding import index_first_axis, pad_input, unpad_input
 from fastattn.ops.attention import batch_attention, varlen_attention
 
