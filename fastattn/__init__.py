@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from fastattn.engine.pooling_params import PoolingParams as PoolingParams
     from fastattn.engine.sampling_params import SamplingParams as SamplingParams
     from fastattn.engine.structured_output import StructuredOutput as StructuredOutput
+    from fastattn.integrations.flash_attn import flash_attn_func as flash_attn_func
+    from fastattn.integrations.flash_attn import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+    from fastattn.integrations.flash_attn import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+    from fastattn.integrations.flash_attn import flash_attn_varlen_func as flash_attn_varlen_func
+    from fastattn.integrations.flash_attn import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+    from fastattn.integrations.flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+    from fastattn.integrations.flash_attn import flash_attn_with_kvcache as flash_attn_with_kvcache
+    from fastattn.integrations.sdpa import replace_sdpa as replace_sdpa
+    from fastattn.integrations.sdpa import sdpa as sdpa
+    from fastattn.ops.attention_merge import merge_attention_states as merge_attention_states
     from fastattn.ops.explain import explain as explain
 
 _LAZY = {
@@ -33,15 +43,27 @@ _LAZY = {
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",
     "explain": "fastattn.ops.explain",
+    "merge_attention_states": "fastattn.ops.attention_merge",
+    "sdpa": "fastattn.integrations.sdpa",
+    "replace_sdpa": "fastattn.integrations.sdpa",
+    "flash_attn_func": "fastattn.integrations.flash_attn",
+    "flash_attn_kvpacked_func": "fastattn.integrations.flash_attn",
+    "flash_attn_qkvpacked_func": "fastattn.integrations.flash_attn",
+    "flash_attn_varlen_func": "fastattn.integrations.flash_attn",
+    "flash_attn_varlen_kvpacked_func": "fastattn.integrations.flash_attn",
+    "flash_attn_varlen_qkvpacked_func": "fastattn.integrations.flash_attn",
+    "flash_attn_with_kvcache": "fastattn.integrations.flash_attn",
 }
 
-__all__ = ["__version__", "ops", *sorted(_LAZY)]
+_MODULES = ("bert_padding", "compat", "cupy", "engine", "fa3", "models", "nn", "ops", "reference", "rotary")
+
+__all__ = ["__version__", "bert_padding", "compat", "cupy", "fa3", "ops", "rotary", *sorted(_LAZY)]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in ("ops", "engine", "models", "nn", "reference"):
+    if name in _MODULES:
         return importlib.import_module(f"fastattn.{name}")
     raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
 

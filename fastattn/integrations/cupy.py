@@ -1,0 +1,149 @@
+"""Attention over CuPy arrays, and over any other arrays that speak DLPack: nothing is copied, neither in nor out.
+
+A call runs on CuPy's current stream where an array is CuPy's, else on torch's current stream, of which the array's library
+is told through `__dlpack__(stream=...)`. What a call returns is of the same kind as its first array. Arrays that a function
+changes in place (the KV cache) are changed themselves. There is no gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from fastattn.integrations import flash_attn
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Any function of fastattn, with arrays where it takes tensors.
+
+    function: for instance `fastattn.ops.varlen_attention`. args, kwargs: its arguments; what is not an array passes as it
+      is.
+    """
+    values = [*args, *kwargs.values()]
+    first = next((value for value in values if _is_array(value)), None)
+    with ExitStack() as stack, torch.no_grad():
+        if first is not None:
+            for context in _stream_of(first):
+                stack.enter_context(context)
+        names = dict(zip(kwargs, map(_tensor, kwargs.values()), strict=True))
+        result = function(*map(_tensor, args), **names)
+        if first is None:
+            return result
+        back = _importer(first)
+        if isinstance(result, tuple):
+            return tuple(back(part) for part in result)
+        return back(result)
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`fastattn.flash_attn_func` over arrays."""
+    return call(
+        flash_attn.flash_attn_func, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Any = None,
+) -> Any:
+    """`fastattn.flash_attn_varlen_func` over arrays."""
+    return call(
+        flash_attn.flash_attn_varlen_func, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any = None,
+    v: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    block_table: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Any = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """`fastattn.flash_attn_with_kvcache` over arrays; k_cache and v_cache are changed in place."""
+    return call(
+        flash_attn.flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved,
+        alibi_slopes, num_splits, return_softmax_lse,
+    )  # fmt: skip
+
+
+def _is_array(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__")
+
+
+def _tensor(value: Any) -> Any:
+    return torch.utils.dlpack.from_dlpack(value) if _is_array(value) else value
+
+
+def _library(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def _stream_of(array: Any) -> list[AbstractContextManager[Any]]:
+    """What makes the stream that the array's library works on torch's current one."""
+    if _library(array) != "cupy":
+        return []
+    pointer, device = sys.modules["cupy"].cuda.get_current_stream().ptr, array.device.id
+    if pointer == 0:
+        stream = torch.cuda.default_stream(device)
+    else:
+        stream = torch.cuda.ExternalStream(pointer, device)  # type: ignore[no-untyped-call]
+    return [torch.cuda.device(device), torch.cuda.stream(stream)]
+
+
+def _importer(array: Any) -> Callable[[torch.Tensor], Any]:
+    """The `from_dlpack` of the array's library."""
+    if hasattr(array, "__array_namespace__"):
+        function: Callable[[torch.Tensor], Any] | None = array.__array_namespace__().from_dlpack
+    else:
+        function = getattr(sys.modules[_library(array)], "from_dlpack", None)
+    if function is None:
+        raise TypeError(f"cupy.call: a {type(array).__name__} cannot be returned: {_library(array)} has no from_dlpack")
+    return function
