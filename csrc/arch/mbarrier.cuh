@@ -13,6 +13,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A load that the compiler does not keep the result of, or move.
+__device__ __forceinline__ int32_t load_shared(uint32_t address) {
+  int32_t value;
+  asm volatile("ld.shared.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
 struct MBarrier {
   uint64_t state;
 
@@ -58,6 +71,16 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // Makes this thread's writes to shared memory visible to TMA and wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Waits for so many threads of the CTA at a barrier of the SM (1 to 15; 0 is __syncthreads').
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Counts for the others without waiting for them.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int num_threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(num_threads) : "memory");
+}
 
 // A vote of the 128 threads of a warp group, by way of a barrier of the SM (1 to 15; 0 is __syncthreads').
 __device__ __forceinline__ bool any_of_group(int barrier, bool vote) {

@@ -77,6 +77,14 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four 8 x 8 matrices of 16-bit elements from fragments to shared memory (sm_90): lane l gives the address, a multiple
+// of 16 bytes, of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragments[0]),
+               "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+               : "memory");
+}
+
 // Rounds two fp32 values to T and packs them, `low` into the lower half, as fragments want them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high);

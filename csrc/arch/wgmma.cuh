@@ -73,8 +73,8 @@ __device__ __forceinline__ void pin_registers(uint32_t (&fragments)[NUM_TILES][4
   }
 }
 
-// Products for one type and one N. SS: both operands K-major in shared memory. RS: A in registers, B MN-major.
-// scale_d 0 overwrites the accumulators.
+// Products for one type and one N. SS: both operands K-major in shared memory. SS_MN: both MN-major. RS: A in
+// registers, B MN-major. scale_d 0 overwrites the accumulators.
 template <typename T, int N>
 struct Wgmma;
 
@@ -113,6 +113,14 @@ struct Wgmma;
                    : ACCS                                                                                              \
                    : "l"(a), "l"(b), "r"(scale_d));                                                                    \
     }                                                                                                                  \
+    __device__ __forceinline__ static void ss_mn(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, " P0 ", " P1          \
+                   ", p, 1, 1, 1, 1;\n}\n"                                                                             \
+                   : ACCS                                                                                              \
+                   : "l"(a), "l"(b), "r"(scale_d));                                                                    \
+    }                                                                                                                  \
     __device__ __forceinline__ static void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) { \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                              \
                    ", 0;\n"                                                                                            \
@@ -125,6 +133,8 @@ struct Wgmma;
 #define FA_WGMMA_BOTH(N, P0, P1, P2, P3, P4, P5)                                     \
   FA_WGMMA(__nv_bfloat16, "bf16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5) \
   FA_WGMMA(__half, "f16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5)
+#define FA_REGS32 FA_R0 ", " FA_R1
+#define FA_ACCS32 FA_ACC4(0)
 #define FA_REGS64 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3
 #define FA_ACCS64 FA_ACC8(0)
 #define FA_REGS80 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4
@@ -144,6 +154,7 @@ struct Wgmma;
         ", " FA_R11 ", " FA_R12 ", " FA_R13 ", " FA_R14 ", " FA_R15
 #define FA_ACCS256 FA_ACC16(0), FA_ACC16(16)
 
+FA_WGMMA_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
 FA_WGMMA_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FA_WGMMA_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")

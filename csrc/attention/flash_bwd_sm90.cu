@@ -1,0 +1,188 @@
+// What surrounds flash_bwd_sm90.cuh's kernel: the numbers that each query row needs, and dQ rounded. Bound by memory.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "arch/mma_sm80.cuh"
+#include "attention/flash_bwd_sm90.h"
+#include "attention/flash_bwd_sm90_launch.h"
+#include "attention/flash_bwd_sm90_rows.cuh"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <int HEAD_DIM>
+struct Tile {
+  static constexpr int kBlockM = flash_bwd_sm90_tile(HEAD_DIM).block_m;
+};
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// Of a block of rows of one head: delta, the LSE in base 2, and zeros for the sums of dQ. A CTA for each block.
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Params p) {
+  constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
+  constexpr int LANES = HEAD_DIM / 8;  // of a row; each has eight elements
+  static_assert(32 % LANES == 0 && BLOCK_M % (kThreads / LANES) == 0);
+  const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
+  const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
+  const int32_t head_idx = blockIdx.y;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && head_idx == 0) *p.tile_counter = 0;
+
+  const SequenceRows rows = query_rows(p, seq_idx, BLOCK_M);
+  if (block * BLOCK_M >= rows.len) return;
+  const int64_t workspace_block = head_idx * p.config.blocks_of_head + rows.first_block + block;
+  if (p.turns != nullptr && threadIdx.x < 2) p.turns[workspace_block * 2 + threadIdx.x] = 0;
+
+  float4* const sums = reinterpret_cast<float4*>(p.dq_sum + workspace_block * BLOCK_M * HEAD_DIM);
+#pragma unroll
+  for (int i = 0; i < BLOCK_M * HEAD_DIM / 4 / kThreads; ++i) {
+    sums[i * kThreads + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int lane = threadIdx.x % LANES;
+  const T* const out = static_cast<const T*>(p.out) + (packed ? 0 : seq_idx * p.out_batch_stride) +
+                       head_idx * p.out_head_stride + lane * 8;
+  const T* const dout = static_cast<const T*>(p.dout) + (packed ? 0 : seq_idx * p.dout_batch_stride) +
+                        head_idx * p.dout_head_stride + lane * 8;
+  const int64_t lse_start = packed ? head_idx * p.q_tokens : (seq_idx * p.num_heads + head_idx) * p.q_tokens;
+#pragma unroll
+  for (int i = 0; i < BLOCK_M; i += kThreads / LANES) {
+    const int row_of_block = i + threadIdx.x / LANES;
+    const int32_t row = block * BLOCK_M + row_of_block;
+    const bool valid = row < rows.len;
+    const int64_t token = rows.start + row;
+    float delta = 0.0f;
+    if (valid && lane * 8 < p.v_head_dim) {
+      const uint4 o = *reinterpret_cast<const uint4*>(out + token * p.out_token_stride);
+      const uint4 d = *reinterpret_cast<const uint4*>(dout + token * p.dout_token_stride);
+      const T* const out_row = reinterpret_cast<const T*>(&o);
+      const T* const dout_row = reinterpret_cast<const T*>(&d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) delta = fmaf(to_float(out_row[j]), to_float(dout_row[j]), delta);
+    }
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
+    if (lane == 0) {
+      float lse = INFINITY;  // so that exp(s - lse) is 0, as for rows that see no key
+      if (valid) {
+        const float given = p.lse[lse_start + token];
+        if (!isinf(given)) lse = given * kLog2E;
+        if (p.dlse != nullptr) delta -= p.dlse[lse_start + token];
+      }
+      p.lse_log2[workspace_block * BLOCK_M + row_of_block] = lse;
+      p.delta[workspace_block * BLOCK_M + row_of_block] = isinf(lse) ? 0.0f : delta;
+    }
+  }
+}
+
+// The sums of dQ, which lie as flash_bwd_sm90.cuh's accumulators do, as rows: scaled and rounded. A CTA for each block
+// of rows; those of one more sequence than there is clear what keys behind the last sequence have for gradients.
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Params p) {
+  constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
+  constexpr int COLUMNS = BLOCK_M == 128 ? HEAD_DIM : HEAD_DIM / 2;  // of a group of 128 threads
+  const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
+  const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
+  const int32_t head_idx = blockIdx.y;
+  if (seq_idx == p.num_seqs) {
+    const int64_t begin = p.cu_seqlens_k[p.num_seqs];
+    const int64_t first = (static_cast<int64_t>(block) * gridDim.y + head_idx) * kThreads + threadIdx.x;
+    const int64_t num_threads = static_cast<int64_t>(blocks_of_seq) * gridDim.y * kThreads;
+    const auto clear = [&](void* gradient, int32_t head_dim) {
+      uint4* const chunks = static_cast<uint4*>(gradient);
+      const int64_t chunks_of_token = static_cast<int64_t>(p.num_kv_heads) * head_dim / 8;
+      for (int64_t i = begin * chunks_of_token + first; i < p.k_tokens * chunks_of_token; i += num_threads) {
+        chunks[i] = make_uint4(0, 0, 0, 0);
+      }
+    };
+    clear(p.dk, p.head_dim);
+    clear(p.dv, p.v_head_dim);
+    return;
+  }
+
+  const SequenceRows rows = query_rows(p, seq_idx, BLOCK_M);
+  if (block * BLOCK_M >= rows.allocated) return;
+  const int64_t workspace_block = head_idx * p.config.blocks_of_head + rows.first_block + block;
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int first_row = (BLOCK_M == 128 ? group * 64 : 0) + warp * 16 + lane / 4;
+  const int first_column = BLOCK_M == 128 ? 0 : group * COLUMNS;
+  const float4* const sums =
+      reinterpret_cast<const float4*>(p.dq_sum + (workspace_block * 2 + group) * (BLOCK_M * HEAD_DIM / 2)) +
+      threadIdx.x % 128;
+  const bool any = block * BLOCK_M < rows.len;
+  const int64_t first_token = (p.cu_seqlens_q != nullptr ? 0 : seq_idx * p.q_tokens) + rows.start + block * BLOCK_M;
+#pragma unroll
+  for (int t = 0; t < COLUMNS / 8; t += 4) {
+    float4 sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = any ? sums[(t + i) * 128] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        w[i] = pack_pair<T>((r ? sum[i].z : sum[i].x) * p.softmax_scale, (r ? sum[i].w : sum[i].y) * p.softmax_scale);
+      }
+      // Four lanes have two columns each of four tiles; after this, each has all eight of one.
+      const bool odd = lane & 1, high = lane & 2;
+      uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+      uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+      (odd ? w[0] : w[1]) = a;
+      (odd ? w[2] : w[3]) = b;
+      a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+      b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+      (high ? w[0] : w[2]) = a;
+      (high ? w[1] : w[3]) = b;
+      const int32_t row = first_row + 8 * r;
+      const int column = first_column + (t + lane % 4) * 8;
+      if (block * BLOCK_M + row >= rows.len) w[0] = w[1] = w[2] = w[3] = 0;
+      if (block * BLOCK_M + row < rows.allocated && column < p.head_dim) {
+        T* const dq = static_cast<T*>(p.dq) + ((first_token + row) * p.num_heads + head_idx) * p.head_dim + column;
+        *reinterpret_cast<uint4*>(dq) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
+}
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch(const FlashBwdSm90Params& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.config.blocks_of_seq * p.num_seqs), static_cast<unsigned>(p.num_heads));
+  prepare_kernel<T, HEAD_DIM><<<grid, kThreads, 0, stream>>>(p);
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  error = launch_flash_bwd_sm90<T, HEAD_DIM>(p, stream);
+  if (error != cudaSuccess) return error;
+  const unsigned behind = p.cu_seqlens_k == nullptr ? 0 : static_cast<unsigned>(p.config.blocks_of_seq);
+  finish_kernel<T, HEAD_DIM><<<dim3(grid.x + behind, grid.y), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+struct Instantiation {
+  DType dtype;
+  int head_dim;
+  cudaError_t (*launch)(const FlashBwdSm90Params&, cudaStream_t);
+};
+
+// Which exist: add a line here and its instantiation in flash_bwd_sm90_hd*.cu.
+constexpr Instantiation kInstantiations[] = {
+    {DType::kBFloat16, 64, launch<__nv_bfloat16, 64>},
+    {DType::kBFloat16, 128, launch<__nv_bfloat16, 128>},
+    {DType::kFloat16, 64, launch<__half, 64>},
+    {DType::kFloat16, 128, launch<__half, 128>},
+};
+
+}  // namespace
+
+cudaError_t flash_bwd_sm90(const FlashBwdSm90Params& params, cudaStream_t stream) {
+  for (const Instantiation& entry : kInstantiations) {
+    if (entry.dtype == params.dtype && entry.head_dim == params.config.head_dim) return entry.launch(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,753 @@
+// Gradients of attention on Hopper's tensor cores and copy engine: one producer warp, two groups that compute.
+//
+//   p_ij  = exp(s_ij - lse_i)          s_ij as in flash_fwd_sm90.cuh, lse_i from there
+//   dv_j  = sum_i p_ij dout_i          delta_i = sum_d dout_id out_id - dlse_i
+//   ds_ij = p_ij (dout_i . v_j - delta_i), times softcap's derivative 1 - (s_ij / softcap)^2
+//   dk_j  = softmax_scale * sum_i ds_ij q_i
+//   dq_i  = softmax_scale * sum_j ds_ij k_j
+//
+// A CTA on each SM takes tile after tile of BLOCK_N = 128 keys of one KV head, and walks over all blocks of BLOCK_M
+// query rows that see them, of all query heads of the group, so that dK and dV are complete when it is done. A counter
+// in device memory hands the tiles out.
+//
+// Scores are computed transposed, keys by rows: P and dS, rounded, are then the left operands of dV and dK where they
+// are, in registers. dQ sums over the keys, of which a group has half; so dS goes through shared memory for it.
+//
+//   warp group 0, warp 0      K Q(0) V dO(0) ─► Q(1) dO(1) ─► Q(2) dO(2) ─► … ─► next tile's
+//     (the copy engine)         three stages of Q, two of dO; with them come a block's lse and delta
+//
+//   warp groups 1, 2          64 keys each, step j:
+//     tensor cores   │ dK += dS(j-1) Q │ dP = V dO^T │ dV += P dO │ dQ(j) = dS K │ S(j+1) = K Q^T │ dK += dS(j) Q │
+//     the rest       │ P = exp(S(j) - lse)           │ dS ─► shared, barrier of both │ dQ(j) ─► memory │
+//
+// The partial sums of dQ are added to fp32 numbers in memory. They lie there in the order in which the accumulators
+// hold them: an addition is of 16 bytes a lane and 512 a warp, straight from registers, and a last kernel puts rows
+// together, scales and rounds them.
+//
+// Registers hold dK, dV (64 x D each), S, dP or dQ (64 x BLOCK_M each) of a group, and P and dS rounded.
+//
+// Deterministic: contributions to a block of dQ take turns, in the order of the tiles' keys. Tiles are handed out in
+// that order, so that whoever has to wait waits for a CTA that is running.
+//
+// Poison: rows behind the end of a sequence have lse = +inf and so P = 0, and are cleared in shared memory if the copy
+// engine may have brought another sequence's; so are keys and values. What is left must be finite.
+//
+// Limits: D and Dv multiples of 8 up to 128, rows 16-byte aligned, softmax_scale > 0.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "arch/fast_divide.h"
+#include "arch/mbarrier.cuh"
+#include "arch/mma_sm80.cuh"
+#include "arch/tensor_map.h"
+#include "arch/tma.cuh"
+#include "arch/wgmma.cuh"
+#include "attention/flash_bwd_sm90_launch.h"
+#include "attention/flash_bwd_sm90_rows.cuh"
+#include "attention/flash_fwd_sm90_tiles.cuh"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+
+struct FlashBwdSm90Args {
+  CUtensorMap q, k, v, dout;
+  FlashBwdSm90Params p;
+  FastDivide group_size;     // H / Hk
+  FastDivide num_kv_heads;   // Hk
+  FastDivide section_tiles;  // tiles of a section but the last one
+  FastDivide section_pairs;  // (sequence, KV head) pairs of it
+  FastDivide last_pairs;     // and of the last one
+  int32_t last_section;
+  int32_t num_tiles;
+};
+
+// ---------------------------------------------------------------------------------------------
+// One CTA's unit of work: BLOCK_N keys of one KV head, and the row blocks that see some of them.
+struct FlashBwdTile {
+  int32_t kv_head_idx, seq_idx, first_key;
+  int32_t q_start, q_len, k_start, k_len, k_allocated;
+  int32_t begin_block, end_block;  // of each head; begin == end: no row sees these keys
+  int32_t first_block;             // of the sequence in the workspaces
+  int32_t more;                    // 0: there are no more tiles
+};
+
+// The tile of that number (order: flash_bwd_sm90_config.h); false if the sequence has no such keys.
+template <int BLOCK_M, int BLOCK_N>
+__device__ __forceinline__ bool decode_tile(const FlashBwdSm90Args& args, int32_t idx, FlashBwdTile& tile) {
+  const FlashBwdSm90Params& p = args.p;
+  const int32_t section = min(args.section_tiles.divide(idx), args.last_section);
+  const int32_t in_section = idx - section * args.section_tiles.divisor;
+  const FastDivide& pairs = section == args.last_section ? args.last_pairs : args.section_pairs;
+  const int32_t level = pairs.divide(in_section);
+  const int32_t pair = section * args.section_pairs.divisor + in_section - level * pairs.divisor;
+  tile.first_key = level * BLOCK_N;
+  tile.seq_idx = args.num_kv_heads.divide(pair);
+  tile.kv_head_idx = pair - tile.seq_idx * args.num_kv_heads.divisor;
+
+  tile.k_start = 0;
+  tile.k_allocated = static_cast<int32_t>(p.k_tokens);
+  if (p.cu_seqlens_k != nullptr) {
+    tile.k_start = p.cu_seqlens_k[tile.seq_idx];
+    tile.k_allocated = p.cu_seqlens_k[tile.seq_idx + 1] - tile.k_start;
+  }
+  if (tile.first_key >= tile.k_allocated) return false;
+  tile.k_len = tile.k_allocated;
+  if (p.seqused_k != nullptr) tile.k_len = min(tile.k_len, p.seqused_k[tile.seq_idx]);
+  const SequenceRows rows = query_rows(p, tile.seq_idx, BLOCK_M);
+  tile.q_start = rows.start;
+  tile.q_len = rows.len;
+  tile.first_block = static_cast<int32_t>(rows.first_block);
+
+  // Row i sees keys i + shift - left … i + shift + right.
+  const int32_t shift = tile.k_len - tile.q_len;
+  const int32_t last_key = min(tile.first_key + BLOCK_N, tile.k_len) - 1;
+  int32_t begin = 0, end = tile.q_len;
+  if (p.window_right >= 0) begin = max(begin, tile.first_key - shift - p.window_right);
+  if (p.window_left >= 0) end = min(end, last_key - shift + p.window_left + 1);
+  tile.begin_block = tile.end_block = 0;
+  if (begin < end && tile.first_key <= last_key) {
+    tile.begin_block = begin / BLOCK_M;
+    tile.end_block = (end + BLOCK_M - 1) / BLOCK_M;
+  }
+  tile.more = 1;
+  return true;
+}
+
+template <typename T, int HEAD_DIM>
+struct FlashBwdSm90Storage {
+  static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
+  static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
+  static constexpr int kStagesQ = HEAD_DIM <= 64 ? 3 : 2, kStagesDo = 2, kStagesKv = 2, kStagesDs = 2, kTileStages = 2;
+
+  alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
+  alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
+  alignas(1024) T k[kStagesKv][BLOCK_N * HEAD_DIM];
+  alignas(1024) T v[kStagesKv][BLOCK_N * HEAD_DIM];
+  alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];  // panels of 64 query rows, a key's side by side
+  alignas(128) float lse_log2[kStagesQ][BLOCK_M];
+  alignas(128) float delta[kStagesDo][BLOCK_M];
+  MBarrier q_full[kStagesQ], q_empty[kStagesQ];
+  MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
+  MBarrier k_full[kStagesKv], v_full[kStagesKv], kv_empty[kStagesKv];
+  MBarrier ds_full[kStagesDs], ds_empty[kStagesDs];
+  MBarrier tile_full[kTileStages], tile_empty[kTileStages];
+  FlashBwdTile tile[kTileStages];
+};
+
+// Adds 16 bytes of floats to memory; no other thread of the grid loses its addition.
+__device__ __forceinline__ void add_to_global(float* address, const float (&values)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(int32_t* address, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Kernel
+
+template <typename T, int HEAD_DIM, bool DETERMINISTIC>
+__global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_constant__ FlashBwdSm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
+  constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
+  constexpr int PANEL = 64;  // elements of a row that lie side by side
+  constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
+  constexpr uint32_t KV_BYTES = BLOCK_N * HEAD_DIM * sizeof(T);
+  constexpr uint32_t DS_BYTES = BLOCK_N * BLOCK_M * sizeof(T);
+  constexpr uint32_t ROW_BYTES = BLOCK_M * sizeof(float);
+  // setmaxnreg; together at most 504 for a thread of each group.
+  constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
+  constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
+  // Of dQ, BLOCK_M x HEAD_DIM, a group has its rows if there are 128 of them, else its columns.
+  constexpr int DQ_COLUMNS = BLOCK_M == 128 ? HEAD_DIM : HEAD_DIM / 2;
+  constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
+  enum { kRowsCleared = 1, kSecondGroupMayStart, kTurnOfGroup };  // barriers of the SM; the last takes two
+  static_assert(BLOCK_N == 128 && (BLOCK_M == 128 || BLOCK_M == 64));
+
+  extern __shared__ unsigned char smem_bytes[];
+  unsigned char* const smem_bytes_aligned =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
+  Storage& smem = *reinterpret_cast<Storage*>(smem_bytes_aligned);
+  const FlashBwdSm90Params& p = args.p;
+  const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  // Rows behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
+  const bool q_ends_inside = packed || p.seqused_q != nullptr;
+  const bool k_ends_inside = packed || p.seqused_k != nullptr;
+
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(args.q);
+    tma_prefetch_map(args.k);
+    tma_prefetch_map(args.v);
+    tma_prefetch_map(args.dout);
+    for (int i = 0; i < Storage::kStagesQ; ++i) {
+      smem.q_full[i].init(1);
+      smem.q_empty[i].init(8);
+    }
+    for (int i = 0; i < Storage::kStagesDo; ++i) {
+      smem.dout_full[i].init(1);
+      smem.dout_empty[i].init(8);
+    }
+    for (int i = 0; i < Storage::kStagesDs; ++i) {
+      smem.ds_full[i].init(8);
+      smem.ds_empty[i].init(8);
+    }
+    for (int i = 0; i < Storage::kStagesKv; ++i) {
+      smem.k_full[i].init(1);
+      smem.v_full[i].init(1);
+      smem.kv_empty[i].init(8);
+    }
+    for (int i = 0; i < Storage::kTileStages; ++i) {
+      smem.tile_full[i].init(1);
+      smem.tile_empty[i].init(8);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  RingPosition<Storage::kStagesQ> q_ring;
+  RingPosition<Storage::kStagesDo> dout_ring;
+  RingPosition<Storage::kStagesKv> kv_ring;
+  RingPosition<Storage::kStagesDs> ds_ring, dq_ring;
+  RingPosition<Storage::kTileStages> tile_ring;
+
+  if (group_idx == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(PRODUCER_REGISTERS));
+    if (warp_idx == 0 && lane == 0) {
+      // ----------------------------------------------------------------------------- producer
+      FlashBwdTile tile;
+      int32_t tile_idx = -1;
+      const auto publish = [&] {
+        smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
+        smem.tile[tile_ring.stage()] = tile;
+        smem.tile_full[tile_ring.stage()].arrive();
+        tile_ring.advance();
+      };
+      while (true) {
+        tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
+                                : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
+        if (tile_idx >= args.num_tiles) break;
+        if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
+        publish();
+        bool first = true;
+        for (int32_t i = 0; i < args.group_size.divisor; ++i) {
+          const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + i;
+          for (int32_t block = tile.begin_block; block < tile.end_block; ++block) {
+            const int64_t row =
+                (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
+            smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+            MBarrier& q_full = smem.q_full[q_ring.stage()];
+            q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+            for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+              tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
+                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+            }
+            tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
+            q_ring.advance();
+            if (first) {
+              first = false;
+              smem.kv_empty[kv_ring.stage()].wait(kv_ring.parity() ^ 1);
+              MBarrier& k_full = smem.k_full[kv_ring.stage()];
+              MBarrier& v_full = smem.v_full[kv_ring.stage()];
+              k_full.arrive_expect_bytes(KV_BYTES);
+              v_full.arrive_expect_bytes(KV_BYTES);
+#pragma unroll
+              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+                tma_load_4d(smem.k[kv_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
+                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
+              }
+#pragma unroll
+              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+                tma_load_4d(smem.v[kv_ring.stage()] + panel * BLOCK_N * PANEL, args.v, v_full, panel * PANEL,
+                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
+              }
+              kv_ring.advance();
+            }
+            smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
+            MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
+            dout_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+            for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+              tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
+                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+            }
+            tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
+            dout_ring.advance();
+          }
+        }
+      }
+      tile.more = 0;
+      publish();
+    }
+    return;
+  }
+
+  // --------------------------------------------------------------------------------- consumers
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
+  const int consumer = group_idx - 1;
+  const int thread = threadIdx.x % 128;
+  const int lane_key = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this key of the tile, and 8 below
+  const float scale_log2 = p.softcap > 0.0f ? kLog2E : p.softmax_scale * kLog2E;
+
+  float dk[HEAD_DIM / 8][4], dv[HEAD_DIM / 8][4];
+  float scores[BLOCK_M / 8][4];       // S^T, then P^T, then dS^T
+  float dprobs[BLOCK_M / 8][4];       // dP^T
+  uint32_t probs[BLOCK_M / 16][4];    // P^T rounded, as the left operand of dV
+  uint32_t dscores[BLOCK_M / 16][4];  // dS^T likewise, of dK
+
+  int32_t block, head_idx;  // what the step is about
+
+  const auto release = [&](MBarrier& barrier) {  // each warp for itself
+    if (lane == 0) barrier.arrive();
+  };
+  // Read again where it is needed: registers are short.
+  const auto tile = [&](int32_t FlashBwdTile::* field) {
+    return load_shared(shared_address(&(smem.tile[tile_ring.stage()].*field)));
+  };
+  // Blocks before `special_before` and from `special_from` on have scores of this group that are not simply products;
+  // behind the `whole_blocks` there may be one with rows to clear.
+  int32_t special_before, special_from, whole_blocks;
+  int32_t begin_block, end_block;
+  int32_t workspace_block;                       // of `block`
+  int32_t block_before, workspace_block_before;  // of the step before, whose dQ is still to come
+  const auto end_tile = [&] {
+    __syncwarp();
+    release(smem.tile_empty[tile_ring.stage()]);
+    tile_ring.advance();
+  };
+
+  // ---- products
+  // Descriptors differ by constants: `at` is so many bytes from the beginning of shared memory.
+  using Descriptor = WgmmaDescriptor;
+  const Descriptor base = Descriptor::make<PANEL * 2>(smem_bytes_aligned, 0);
+  const auto at = [&](uint32_t bytes, uint32_t leading_bytes) {
+    return Descriptor{base.low + bytes / 16 + (leading_bytes / 16 << 16), base.high};
+  };
+  constexpr uint32_t PANEL_BYTES = PANEL * 2, GROUP_ROWS = 64 * PANEL_BYTES;
+  const Descriptor k_rows = at(offsetof(Storage, k) + consumer * GROUP_ROWS, 0);
+  const Descriptor v_rows = at(offsetof(Storage, v) + consumer * GROUP_ROWS, 0);
+  const Descriptor q_tiles = at(offsetof(Storage, q), BLOCK_M * PANEL_BYTES);
+  const Descriptor dout_tiles = at(offsetof(Storage, dout), BLOCK_M * PANEL_BYTES);
+  // Of dS this group's rows, or of K its columns.
+  const Descriptor ds_tiles = at(offsetof(Storage, ds) + (BLOCK_M == 128 ? consumer * BLOCK_N * PANEL_BYTES : 0), 0);
+  const Descriptor k_columns = at(
+      offsetof(Storage, k) +
+          (BLOCK_M == 128 ? 0
+                          : consumer * (DQ_COLUMNS / PANEL * BLOCK_N * PANEL_BYTES + DQ_COLUMNS % PANEL * sizeof(T))),
+      BLOCK_N * PANEL_BYTES);
+
+  // products of this group's 64 keys (or values) and the rows of a block: acc = A B^T
+  const auto start_scores = [&](float (&acc)[BLOCK_M / 8][4], const WgmmaDescriptor& a, const WgmmaDescriptor& b) {
+    pin_registers(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
+      constexpr int STEPS = PANEL / 16;
+      Wgmma<T, BLOCK_M>::ss(acc, a.plus((kk / STEPS * BLOCK_N * PANEL + kk % STEPS * 16) * sizeof(T)),
+                            b.plus((kk / STEPS * BLOCK_M * PANEL + kk % STEPS * 16) * sizeof(T)), kk > 0);
+    }
+    wgmma_commit();
+  };
+  // acc += A B, A of scores' shape
+  const auto start_gradient = [&](float (&acc)[HEAD_DIM / 8][4], uint32_t (&a)[BLOCK_M / 16][4],
+                                  const WgmmaDescriptor& b, bool first) {
+    pin_registers(acc);
+    pin_registers(a);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
+      Wgmma<T, HEAD_DIM>::rs(acc, a[kk], b.plus(kk * 16 * PANEL * sizeof(T)), kk > 0 || !first);
+    }
+    wgmma_commit();
+  };
+
+  // ---- loads
+  // Clears rows of a tile from `begin` on; by both groups, which go on together.
+  const auto clear_rows = [&](T* rows, int num_rows, int32_t begin) {
+    // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
+    for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+      uint4* const chunks = reinterpret_cast<uint4*>(rows + panel * num_rows * PANEL);
+      for (int32_t i = begin * (PANEL / 8) + consumer * 128 + thread; i < num_rows * (PANEL / 8); i += 256) {
+        chunks[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_proxy_async();
+    named_barrier_sync(kRowsCleared, 256);
+  };
+  const auto wait_for_q = [&] {
+    smem.q_full[q_ring.stage()].wait(q_ring.parity());
+    if (block == whole_blocks) clear_rows(smem.q[q_ring.stage()], BLOCK_M, tile(&FlashBwdTile::q_len) % BLOCK_M);
+  };
+  const auto wait_for_dout = [&] {
+    smem.dout_full[dout_ring.stage()].wait(dout_ring.parity());
+    if (block == whole_blocks) clear_rows(smem.dout[dout_ring.stage()], BLOCK_M, tile(&FlashBwdTile::q_len) % BLOCK_M);
+  };
+  const auto wait_for_kv = [&](MBarrier(&full)[Storage::kStagesKv], T* rows) {
+    full[kv_ring.stage()].wait(kv_ring.parity());
+    const int32_t keys = tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::first_key);
+    if (k_ends_inside && keys < BLOCK_N) clear_rows(rows, BLOCK_N, keys);
+  };
+
+  // ---- scores
+  const uint32_t lse_of_lane = shared_address(smem.lse_log2[0]) + lane % 4 * 8;  // of two query rows
+  const uint32_t delta_of_lane = shared_address(smem.delta[0]) + lane % 4 * 8;
+  const auto begin_tile = [&] {
+    const int32_t q_len = tile(&FlashBwdTile::q_len), k_len = tile(&FlashBwdTile::k_len);
+    const int32_t first_key = tile(&FlashBwdTile::first_key) + consumer * 64;
+    const int32_t first_row = first_key - (k_len - q_len);  // that which stands at the first key
+    special_before = 0;
+    special_from = INT32_MAX;
+    if (p.window_right >= 0) special_before = max(0, (first_row + 63 - p.window_right + BLOCK_M - 1) / BLOCK_M);
+    if (p.window_left >= 0) special_from = max(0, (first_row + p.window_left + 1) / BLOCK_M);
+    if (first_key + 64 > k_len || p.alibi_slopes != nullptr || p.softcap > 0.0f) special_before = INT32_MAX;
+    whole_blocks = q_ends_inside ? q_len / BLOCK_M : -1;
+    block = begin_block;
+    head_idx = tile(&FlashBwdTile::kv_head_idx) * args.group_size.divisor;
+    workspace_block =
+        head_idx * static_cast<int32_t>(p.config.blocks_of_head) + tile(&FlashBwdTile::first_block) + block;
+  };
+  const auto slope_of_alibi = [&] {  // in scores' unit
+    if (p.alibi_slopes == nullptr) return 0.0f;
+    return p.alibi_slopes[tile(&FlashBwdTile::seq_idx) * p.alibi_batch_stride + head_idx] * (kLog2E / scale_log2);
+  };
+  // Softcap, ALiBi and mask.
+  const auto finish_scores = [&] {
+    if (p.softcap > 0.0f) {
+      const float scale = p.softmax_scale / p.softcap;
+#pragma unroll
+      for (int t = 0; t < BLOCK_M / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][i] = p.softcap * tanh_exp2(scores[t][i] * scale);
+      }
+    }
+    const int32_t shift = tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::q_len);
+    const int32_t first_row = block * BLOCK_M + 2 * (lane % 4);  // this lane's
+    const float slope = slope_of_alibi();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t key = tile(&FlashBwdTile::first_key) + lane_key + 8 * r;
+      int32_t begin = 0, end = key < tile(&FlashBwdTile::k_len) ? BLOCK_M : 0;  // columns that see the key
+      if (p.window_right >= 0) begin = key - shift - p.window_right - first_row;
+      if (p.window_left >= 0) end = min(end, key - shift + p.window_left + 1 - first_row);
+#pragma unroll
+      for (int t = 0; t < BLOCK_M / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int32_t column = t * 8 + i;
+          float& score = scores[t][2 * r + i];
+          if (slope != 0.0f) score -= slope * fabsf(static_cast<float>(first_row + column + shift - key));
+          if (column < begin || column >= end) score = -INFINITY;
+        }
+      }
+    }
+  };
+  const auto exponentials = [&] {
+#pragma unroll
+    for (int t = 0; t < BLOCK_M / 8; ++t) {
+      const float2 lse = load_shared_pair(lse_of_lane + q_ring.stage() * ROW_BYTES + t * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[t][i] = exp2_approx(fmaf(scores[t][i], scale_log2, i & 1 ? -lse.y : -lse.x));
+      }
+    }
+  };
+  // P to P (1 - (s / softcap)^2). The score is got back from P, so as not to be kept; where P is 0, it doesn't matter.
+  const auto multiply_by_slope_of_cap = [&] {
+    const float slope = slope_of_alibi() * kLog2E, inverse = 1.0f / (p.softcap * kLog2E);
+    const int32_t first_distance = block * BLOCK_M + 2 * (lane % 4) + tile(&FlashBwdTile::k_len) -
+                                   tile(&FlashBwdTile::q_len) - tile(&FlashBwdTile::first_key) - lane_key;
+#pragma unroll
+    for (int t = 0; t < BLOCK_M / 8; ++t) {
+      const float2 lse = load_shared_pair(lse_of_lane + q_ring.stage() * ROW_BYTES + t * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t distance = first_distance + t * 8 + (i & 1) - 8 * (i >> 1);
+        const float score = log2f(scores[t][i]) + (i & 1 ? lse.y : lse.x) + slope * fabsf(static_cast<float>(distance));
+        const float tanh = fminf(fmaxf(score * inverse, -1.0f), 1.0f);
+        scores[t][i] *= 1.0f - tanh * tanh;
+      }
+    }
+  };
+  const auto round_to = [&](uint32_t (&fragments)[BLOCK_M / 16][4]) {
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        fragments[kk][i] = pack_pair<T>(scores[2 * kk + i / 2][i % 2 * 2], scores[2 * kk + i / 2][i % 2 * 2 + 1]);
+      }
+    }
+  };
+
+  // ---- turns, if deterministic
+  const auto wait_for_turn = [&](const int32_t* turns, int32_t of_block) {
+    if (thread == 0) {
+      int32_t turn = tile(&FlashBwdTile::first_key) / BLOCK_N;  // how many tiles before this one add to the block
+      if (p.window_left >= 0) {
+        turn -= max(0, of_block * BLOCK_M + tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::q_len) - p.window_left) /
+                BLOCK_N;
+      }
+      while (load_acquire(turns) != turn) {
+      }
+    }
+    named_barrier_sync(kTurnOfGroup + consumer, 128);
+  };
+  const auto end_turn = [&](int32_t* turns) {
+    __threadfence();
+    named_barrier_sync(kTurnOfGroup + consumer, 128);
+    if (thread == 0) add_release(turns, 1);
+  };
+
+  // ---- the end of a tile: acc * scale, rounded
+  const auto store = [&](const float (&acc)[HEAD_DIM / 8][4], void* gradient, int32_t head_dim, float scale,
+                         bool empty) {
+    const int64_t start = packed ? tile(&FlashBwdTile::k_start) : tile(&FlashBwdTile::seq_idx) * p.k_tokens;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t key = tile(&FlashBwdTile::first_key) + lane_key + 8 * r;
+      const bool valid = key < tile(&FlashBwdTile::k_allocated);
+      T* const row =
+          static_cast<T*>(gradient) + ((start + key) * p.num_kv_heads + tile(&FlashBwdTile::kv_head_idx)) * head_dim;
+#pragma unroll
+      for (int t = 0; t < HEAD_DIM / 8; t += 4) {
+        uint32_t w[4] = {0, 0, 0, 0};
+        if (!empty) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r] * scale, acc[t + i][2 * r + 1] * scale);
+          // Four lanes have two columns each of four tiles; after this, each has all eight of one.
+          const bool odd = lane & 1, high = lane & 2;
+          uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+          uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+          (odd ? w[0] : w[1]) = a;
+          (odd ? w[2] : w[3]) = b;
+          a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+          b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+          (high ? w[0] : w[2]) = a;
+          (high ? w[1] : w[3]) = b;
+        }
+        const int column = (t + lane % 4) * 8;
+        if (valid && column < head_dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  };
+
+  // ---- a step
+  float dq[DQ_COLUMNS / 8][4];
+  const auto start_dq = [&] {  // of the step whose dS, both groups', is the next in the ring
+    smem.ds_full[dq_ring.stage()].wait(dq_ring.parity());
+    const auto ds = ds_tiles.uniform_plus(dq_ring.stage() * DS_BYTES);
+    const auto k = k_columns.uniform_plus(kv_ring.stage() * KV_BYTES);
+    pin_registers(dq);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
+      Wgmma<T, DQ_COLUMNS>::ss_mn(dq, ds.plus(kk * 16 * PANEL * sizeof(T)), k.plus(kk * 16 * PANEL * sizeof(T)),
+                                  kk > 0);
+    }
+    wgmma_commit();
+  };
+  const auto add_dq = [&](int32_t of_block, int32_t of_workspace_block) {
+    pin_registers(dq);
+    release(smem.ds_empty[dq_ring.stage()]);
+    dq_ring.advance();
+    const int64_t part = static_cast<int64_t>(of_workspace_block) * 2 + consumer;
+    float* const sum = p.dq_sum + part * DQ_FLOATS + thread * 4;
+    if constexpr (DETERMINISTIC) wait_for_turn(p.turns + part, of_block);
+#pragma unroll
+    for (int t = 0; t < DQ_COLUMNS / 8; ++t) add_to_global(sum + t * 512, dq[t]);
+    if constexpr (DETERMINISTIC) end_turn(p.turns + part);
+  };
+  // In flight before it: S. After it: S of the next step, except for a tile's last one.
+  const auto run_step = [&](auto is_first, auto is_last) {
+    constexpr bool kFirst = decltype(is_first)::value, kLast = decltype(is_last)::value;
+    wgmma_wait<0>();
+    pin_registers(scores);
+    if (block < special_before || block >= special_from) finish_scores();
+    exponentials();
+    round_to(probs);
+    if (p.softcap > 0.0f) multiply_by_slope_of_cap();
+    wait_for_dout();
+    const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
+    start_scores(dprobs, v_rows.uniform_plus(kv_ring.stage() * KV_BYTES), dout);
+    start_gradient(dv, probs, dout, kFirst);
+    wgmma_wait<1>();
+    pin_registers(dprobs);
+#pragma unroll
+    for (int t = 0; t < BLOCK_M / 8; ++t) {
+      const float2 delta = load_shared_pair(delta_of_lane + dout_ring.stage() * ROW_BYTES + t * 32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][i] *= dprobs[t][i] - (i & 1 ? delta.y : delta.x);
+    }
+    round_to(dscores);
+    smem.ds_empty[ds_ring.stage()].wait(ds_ring.parity() ^ 1);
+    const int row = lane % 16 + consumer * 64 + warp_idx % 4 * 16;
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
+      const int chunk = 2 * kk + lane / 16;  // of eight rows of queries
+      store_matrices(shared_address(smem.ds[0]) + ds_ring.stage() * DS_BYTES + chunk / 8 * (BLOCK_N * PANEL * 2) +
+                         row * (PANEL * 2) + ((chunk ^ row) % 8) * 16,
+                     dscores[kk]);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    release(smem.ds_full[ds_ring.stage()]);
+    if constexpr (kFirst) {
+      if (consumer == 0 && kv_ring.count == 0) named_barrier_arrive(kSecondGroupMayStart, 256);
+    }
+    ds_ring.advance();
+    wgmma_wait<0>();
+    pin_registers(dv);
+    pin_registers(probs);
+    release(smem.dout_empty[dout_ring.stage()]);
+    dout_ring.advance();
+
+    start_gradient(dk, dscores, q_tiles.uniform_plus(q_ring.stage() * Q_BYTES), kFirst);
+    if constexpr (!kFirst) start_dq();
+    const int32_t dq_block = block_before, dq_workspace_block = workspace_block_before;
+    block_before = block;
+    workspace_block_before = workspace_block;
+    if constexpr (kLast) {
+      wgmma_wait<0>();
+      release(smem.q_empty[q_ring.stage()]);
+      q_ring.advance();
+    } else {
+      const bool new_head = block + 1 == end_block;
+      const int32_t next_block = new_head ? begin_block : block + 1;
+      workspace_block += next_block - block + (new_head ? static_cast<int32_t>(p.config.blocks_of_head) : 0);
+      block = next_block;
+      head_idx += new_head;
+      q_ring.advance();
+      wait_for_q();
+      start_scores(scores, k_rows.uniform_plus(kv_ring.stage() * KV_BYTES),
+                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      wgmma_wait<1>();
+      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
+    }
+    pin_registers(dk);
+    pin_registers(dscores);
+    if constexpr (!kFirst) add_dq(dq_block, dq_workspace_block);
+  };
+
+  // ---- main loop
+  while (true) {
+    smem.tile_full[tile_ring.stage()].wait(tile_ring.parity());
+    if (!tile(&FlashBwdTile::more)) break;
+    begin_block = tile(&FlashBwdTile::begin_block);
+    end_block = tile(&FlashBwdTile::end_block);
+    if (begin_block == end_block) {
+      store(dk, p.dk, p.head_dim, 0.0f, true);
+      store(dv, p.dv, p.v_head_dim, 0.0f, true);
+      end_tile();
+      continue;
+    }
+
+    begin_tile();
+    wait_for_q();
+    wait_for_kv(smem.k_full, smem.k[kv_ring.stage()]);
+    wait_for_kv(smem.v_full, smem.v[kv_ring.stage()]);
+    // The second group begins when the first one has its probabilities, and so they stay apart: while one computes on
+    // its own, the other's products run.
+    if (consumer == 1 && kv_ring.count == 0) named_barrier_sync(kSecondGroupMayStart, 256);
+    start_scores(scores, k_rows.uniform_plus(kv_ring.stage() * KV_BYTES),
+                 q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+    const int32_t num_steps = (end_block - begin_block) * args.group_size.divisor;
+    if (num_steps == 1) {
+      run_step(std::true_type(), std::true_type());
+    } else {
+      run_step(std::true_type(), std::false_type());
+#pragma unroll 1
+      for (int32_t i = 2; i < num_steps; ++i) run_step(std::false_type(), std::false_type());
+      run_step(std::false_type(), std::true_type());
+    }
+    start_dq();
+    wgmma_wait<0>();
+    add_dq(block_before, workspace_block_before);
+    release(smem.kv_empty[kv_ring.stage()]);
+    kv_ring.advance();
+    store(dv, p.dv, p.v_head_dim, 1.0f, false);
+    store(dk, p.dk, p.head_dim, p.softmax_scale, false);
+    end_tile();
+  }
+#else
+  __trap();  // compiled for a target without wgmma: never launched, and never silent
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stream) {
+  using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
+  constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
+  static_assert(kSmemBytes <= 227 * 1024);
+  const FlashBwdSm90Config& config = p.config;
+  if (config.num_tiles > INT32_MAX - config.num_ctas) return cudaErrorInvalidConfiguration;
+  if (config.blocks_of_head * p.num_heads > INT32_MAX) return cudaErrorInvalidConfiguration;
+
+  FlashBwdSm90Args args;
+  args.p = p;
+  args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
+  args.num_kv_heads = FastDivide(p.num_kv_heads);
+  args.section_tiles = FastDivide(static_cast<int32_t>(config.pairs_per_section * config.num_n_tiles));
+  args.section_pairs = FastDivide(static_cast<int32_t>(config.pairs_per_section));
+  args.last_pairs = FastDivide(static_cast<int32_t>(config.pairs_in_last));
+  args.last_section = static_cast<int32_t>(config.num_sections - 1);
+  args.num_tiles = static_cast<int32_t>(config.num_tiles);
+
+  const int64_t batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
+  const TensorMapSpec specs[4] = {{p.q,
+                                   p.dtype,
+                                   {p.head_dim, p.q_tokens, p.num_heads, batches},
+                                   {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
+                                   64,
+                                   Storage::BLOCK_M},
+                                  {p.dout,
+                                   p.dtype,
+                                   {p.v_head_dim, p.q_tokens, p.num_heads, batches},
+                                   {p.dout_token_stride, p.dout_head_stride, p.dout_batch_stride},
+                                   64,
+                                   Storage::BLOCK_M},
+                                  {p.k,
+                                   p.dtype,
+                                   {p.head_dim, p.k_tokens, p.num_kv_heads, batches},
+                                   {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
+                                   64,
+                                   Storage::BLOCK_N},
+                                  {p.v,
+                                   p.dtype,
+                                   {p.v_head_dim, p.k_tokens, p.num_kv_heads, batches},
+                                   {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
+                                   64,
+                                   Storage::BLOCK_N}};
+  CUtensorMap* const maps[4] = {&args.q, &args.dout, &args.k, &args.v};
+  for (int i = 0; i < 4; ++i) {
+    const cudaError_t error = make_tensor_map(maps[i], specs[i]);
+    if (error != cudaSuccess) return error;
+  }
+
+  const auto kernel =
+      p.turns == nullptr ? flash_bwd_sm90_kernel<T, HEAD_DIM, false> : flash_bwd_sm90_kernel<T, HEAD_DIM, true>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(config.num_ctas), 384, kSmemBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn

@@ -1,0 +1,86 @@
+// Tiles of the Hopper attention gradient and the order in which they are taken. Plain C++: no CUDA call.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastattn {
+
+// How one CTA is cut up; template arguments of the kernel by way of the head dim.
+struct FlashBwdSm90Tile {
+  int block_m;  // query rows per pipeline step
+  int block_n;  // keys that a CTA gives the gradients of
+};
+
+// Compiled head dims; others are padded with zeros by the copy engine to the next one.
+constexpr int kFlashBwdSm90HeadDims[] = {64, 128};
+
+// Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
+constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int /* head_dim */) { return {64, 128}; }
+
+struct FlashBwdSm90Problem {
+  int64_t num_seqs;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;  // the larger one of QK's and V's
+  int64_t q_tokens;  // Sq, packed T
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+  bool packed;
+  bool causal;
+  int64_t num_sms;
+};
+
+// Tiles are numbered section by section. A section is a number of (sequence, KV head) pairs that are worked on
+// together; in it the first keys of all pairs, which with a causal mask most queries see, come first.
+struct FlashBwdSm90Config {
+  int head_dim;  // compiled head dim, 0 if there is none
+  FlashBwdSm90Tile tile;
+  int64_t num_n_tiles;        // of a pair
+  int64_t pairs_per_section;  // in all sections but the last one
+  int64_t num_sections;
+  int64_t pairs_in_last;
+  int64_t num_tiles;
+  int64_t num_ctas;
+  // Query rows are kept in blocks of block_m in the workspaces, each sequence beginning with a new one.
+  int64_t blocks_of_seq;   // of the longest sequence
+  int64_t blocks_of_head;  // of all sequences
+
+  int64_t rows(int64_t num_heads) const { return num_heads * blocks_of_head * tile.block_m; }
+};
+
+// A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
+inline FlashBwdSm90Config flash_bwd_sm90_config(const FlashBwdSm90Problem& problem) {
+  FlashBwdSm90Config config = {};
+  for (int head_dim : kFlashBwdSm90HeadDims) {
+    if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
+  }
+  config.tile = flash_bwd_sm90_tile(config.head_dim);
+  const int64_t block_m = config.tile.block_m;
+  config.blocks_of_seq = (problem.max_seqlen_q + block_m - 1) / block_m;
+  // Packed: sequence b begins at block cu_seqlens_q[b] / block_m + b.
+  config.blocks_of_head =
+      problem.packed ? problem.q_tokens / block_m + problem.num_seqs : problem.num_seqs * config.blocks_of_seq;
+  config.num_n_tiles = (problem.max_seqlen_k + config.tile.block_n - 1) / config.tile.block_n;
+  const int64_t num_pairs = problem.num_seqs * problem.num_kv_heads;
+  config.num_tiles = num_pairs * config.num_n_tiles;
+  if (config.num_tiles == 0) return config;
+  config.num_ctas = std::min(config.num_tiles, problem.num_sms);
+
+  // CTAs that run at the same time should read the same Q and dO and add to the same dQ: sections of 16 MiB of those,
+  // or one pair if that is more.
+  constexpr int64_t kSectionBytes = 16 << 20;
+  const int64_t group = problem.num_heads / problem.num_kv_heads;
+  const int64_t pair_bytes = std::max<int64_t>(1, problem.max_seqlen_q * config.head_dim * 8 * group);
+  config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / pair_bytes));
+  // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each
+  // SM, so that all that are left towards the end are small.
+  const int64_t tail_tiles = problem.causal ? 2 * problem.num_sms : 0;
+  const int64_t tail_pairs = std::min(num_pairs, (tail_tiles + config.num_n_tiles - 1) / config.num_n_tiles);
+  const int64_t num_before = std::min(num_pairs - tail_pairs, num_pairs - 1) / config.pairs_per_section;
+  config.num_sections = num_before + 1;
+  config.pairs_in_last = num_pairs - num_before * config.pairs_per_section;
+  return config;
+}
+
+}  // namespace fastattn
