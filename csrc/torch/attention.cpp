@@ -99,14 +99,7 @@ const char* missing_in_sm80(const Call& call) {
   return nullptr;
 }
 
-const char* missing_in_sm90(const Call& call) {
-  if (is_fp8(call.q)) return "float8_e4m3fn inputs";
-  if (call.alibi_slopes) return "alibi_slopes";
-  if (call.sinks) return "sinks";
-  if (call.seqused_q || call.seqused_k) return "seqused_q and seqused_k";
-  if (call.v_head_dim() != call.head_dim()) return "head dims of v unlike q's";
-  return nullptr;
-}
+const char* missing_in_sm90(const Call& call) { return is_fp8(call.q) ? "float8_e4m3fn inputs" : nullptr; }
 
 // Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one takes 64 rows of
 // one head at a time, so that the portable one, which packs the heads of a group into one tile, is better where there
@@ -221,8 +214,8 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const Call& call) {
   p.k_tokens = k.size(token);
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
   p.dtype = dtype_of(q);
-  p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, call.max_seqlen_q,
-                                    call.max_seqlen_k, p.window_right == 0, num_sms_of(q)});
+  p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim,
+                                    call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q)});
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
