@@ -38,7 +38,8 @@ struct WarpOperand {
   LaneAddress<COLS> lane;
 
   template <typename T>
-  __device__ __forceinline__ WarpOperand(const T* tile, int first) : lane(tile, row(first), chunk(first)) {}
+  __device__ __forceinline__ WarpOperand(const T* tile, int first, int first_k = 0)
+      : lane(tile, row(first, first_k), chunk(first, first_k)) {}
 
   // Fragments of 16 rows (A) or columns (B) from `offset` on, for the 16 of k from kk * 16 on. For B, f[0], f[1] are
   // the first eight columns and f[2], f[3] the next.
@@ -54,13 +55,13 @@ struct WarpOperand {
   // The four 8 x 8 tiles of a load: the second is the one below in A's fragment and the one along k in B's; a
   // transposing load swaps them.
   static constexpr bool kSecondIsBelow = IS_A != K_IN_ROWS;
-  static __device__ __forceinline__ int row(int first) {
+  static __device__ __forceinline__ int row(int first, int first_k) {
     const int lane = threadIdx.x % 32;
-    return (K_IN_ROWS ? 0 : first) + (kSecondIsBelow ? lane % 16 : (lane & 7) + (lane >> 4) * 8);
+    return (K_IN_ROWS ? first_k : first) + (kSecondIsBelow ? lane % 16 : (lane & 7) + (lane >> 4) * 8);
   }
-  static __device__ __forceinline__ int chunk(int first) {
+  static __device__ __forceinline__ int chunk(int first, int first_k) {
     const int lane = threadIdx.x % 32;
-    return (K_IN_ROWS ? first / 8 : 0) + (kSecondIsBelow ? lane >> 4 : (lane >> 3) & 1);
+    return (K_IN_ROWS ? first : first_k) / 8 + (kSecondIsBelow ? lane >> 4 : (lane >> 3) & 1);
   }
 };
 
@@ -98,60 +99,66 @@ struct WarpResult {
   }
 };
 
-// acc += a * b over K_STEPS * 16 of k. The fragments of the next step are loaded before the products of this one.
-template <typename T, int K_STEPS, int TILES_M, int TILES_N, typename A, typename B>
+// acc += a * b over K_STEPS * 16 of k. Fragments are loaded ahead of the products that need them: of A one step of k,
+// of B as many groups of 16 columns as AHEAD says.
+template <typename T, int K_STEPS, int AHEAD, int TILES_M, int TILES_N, typename A, typename B>
 __device__ __forceinline__ void warp_gemm(float (&acc)[TILES_M][TILES_N][4], const A& a, const B& b) {
   static_assert(TILES_N % 2 == 0, "B comes 16 columns at a time");
+  constexpr int GROUPS = TILES_N / 2;
+  constexpr int SLOTS = AHEAD + 1;
   uint32_t a_frag[2][TILES_M][4];
-  uint32_t b_frag[2][TILES_N / 2][4];
+  uint32_t b_frag[SLOTS][4];
 #pragma unroll
   for (int m = 0; m < TILES_M; ++m) a.load(a_frag[0][m], m * 16, 0);
 #pragma unroll
-  for (int n = 0; n < TILES_N / 2; ++n) b.load(b_frag[0][n], n * 16, 0);
+  for (int i = 0; i < AHEAD; ++i) b.load(b_frag[i], i % GROUPS * 16, i / GROUPS);
 #pragma unroll
-  for (int kk = 0; kk < K_STEPS; ++kk) {
-    if (kk + 1 < K_STEPS) {
+  for (int i = 0; i < K_STEPS * GROUPS; ++i) {
+    const int kk = i / GROUPS, n = i % GROUPS;
+    if (n == 0 && kk + 1 < K_STEPS) {
 #pragma unroll
       for (int m = 0; m < TILES_M; ++m) a.load(a_frag[(kk + 1) & 1][m], m * 16, kk + 1);
-#pragma unroll
-      for (int n = 0; n < TILES_N / 2; ++n) b.load(b_frag[(kk + 1) & 1][n], n * 16, kk + 1);
     }
+    const int next = i + AHEAD;
+    if (next < K_STEPS * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
 #pragma unroll
     for (int m = 0; m < TILES_M; ++m) {
-#pragma unroll
-      for (int n = 0; n < TILES_N / 2; ++n) {
-        mma_m16n8k16<T>(acc[m][2 * n], a_frag[kk & 1][m], b_frag[kk & 1][n][0], b_frag[kk & 1][n][1]);
-        mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[kk & 1][m], b_frag[kk & 1][n][2], b_frag[kk & 1][n][3]);
-      }
+      mma_m16n8k16<T>(acc[m][2 * n], a_frag[kk & 1][m], b_frag[i % SLOTS][0], b_frag[i % SLOTS][1]);
+      mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[kk & 1][m], b_frag[i % SLOTS][2], b_frag[i % SLOTS][3]);
     }
   }
 }
 
 // acc += p * b, where p is accumulators of an earlier product, rounded to T: two neighbouring tiles are one A fragment.
-template <typename T, int TILES_M, int TILES_K, int TILES_N, typename B>
+template <typename T, int AHEAD, int TILES_M, int TILES_K, int TILES_N, typename B>
 __device__ __forceinline__ void warp_gemm_registers(float (&acc)[TILES_M][TILES_N][4],
                                                     const float (&p)[TILES_M][TILES_K][4], const B& b) {
   static_assert(TILES_N % 2 == 0 && TILES_K % 2 == 0, "operands come 16 at a time");
+  constexpr int GROUPS = TILES_N / 2;
+  constexpr int SLOTS = AHEAD + 1;
+  uint32_t a_frag[TILES_M][4];
+  uint32_t b_frag[SLOTS][4];
 #pragma unroll
-  for (int kk = 0; kk < TILES_K / 2; ++kk) {
-    uint32_t a_frag[TILES_M][4];
+  for (int i = 0; i < AHEAD; ++i) b.load(b_frag[i], i % GROUPS * 16, i / GROUPS);
 #pragma unroll
-    for (int m = 0; m < TILES_M; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&tile)[4] = p[m][2 * kk + i / 2];
-        a_frag[m][i] = pack_pair<T>(tile[2 * (i % 2)], tile[2 * (i % 2) + 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < TILES_N / 2; ++n) {
-      uint32_t b_frag[4];
-      b.load(b_frag, n * 16, kk);
+  for (int i = 0; i < TILES_K / 2 * GROUPS; ++i) {
+    const int kk = i / GROUPS, n = i % GROUPS;
+    if (n == 0) {
 #pragma unroll
       for (int m = 0; m < TILES_M; ++m) {
-        mma_m16n8k16<T>(acc[m][2 * n], a_frag[m], b_frag[0], b_frag[1]);
-        mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[m], b_frag[2], b_frag[3]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float (&tile)[4] = p[m][2 * kk + j / 2];
+          a_frag[m][j] = pack_pair<T>(tile[2 * (j % 2)], tile[2 * (j % 2) + 1]);
+        }
       }
+    }
+    const int next = i + AHEAD;
+    if (next < TILES_K / 2 * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
+#pragma unroll
+    for (int m = 0; m < TILES_M; ++m) {
+      mma_m16n8k16<T>(acc[m][2 * n], a_frag[m], b_frag[i % SLOTS][0], b_frag[i % SLOTS][1]);
+      mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[m], b_frag[i % SLOTS][2], b_frag[i % SLOTS][3]);
     }
   }
 }

@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   constexpr int DQ_ROWS = BLOCK_M / kTile.dq_warps_m;
   constexpr int DQ_COLS = HEAD_DIM / (WARPS / kTile.dq_warps_m);
 
+  constexpr int AHEAD = 2;  // loads ahead of the products, see warp_gemm
+
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
 
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
     to_probabilities.slope = alibi_slope(p, sequence.seq_idx, head_idx);
 
     float scores[S_ROWS / 16][S_COLS / 8][4] = {};
-    warp_gemm<T, HEAD_DIM / 16>(scores, WarpOperandA<HEAD_DIM>(smem.q[stage], s_row),
-                                WarpOperandB<HEAD_DIM>(smem.k, s_col));
+    warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, WarpOperandA<HEAD_DIM>(smem.q[stage], s_row),
+                                       WarpOperandB<HEAD_DIM>(smem.k, s_col));
     const WarpResult<BLOCK_N> p_out(smem.p, s_row, s_col);
     to_probabilities.probabilities<BLOCK_N>(
         scores, lse, first_row + s_row + lane / 4, first_key + s_col + 2 * (lane % 4), first_row,
@@ -171,8 +173,8 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
         [&](int m, int n, int half, float p0, float p1) { p_out.store(m * 16 + half * 8, n, pack_pair<T>(p0, p1)); });
 
     float dp[S_ROWS / 16][S_COLS / 8][4] = {};
-    warp_gemm<T, HEAD_DIM / 16>(dp, WarpOperandA<HEAD_DIM>(smem.dout[stage], s_row),
-                                WarpOperandB<HEAD_DIM>(smem.v, s_col));
+    warp_gemm<T, HEAD_DIM / 16, AHEAD>(dp, WarpOperandA<HEAD_DIM>(smem.dout[stage], s_row),
+                                       WarpOperandB<HEAD_DIM>(smem.v, s_col));
     const WarpResult<BLOCK_N> ds_out(smem.ds, s_row, s_col);
 #pragma unroll
     for (int m = 0; m < S_ROWS / 16; ++m) {
@@ -188,16 +190,16 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
     }
     __syncthreads();
 
-    warp_gemm<T, BLOCK_M / 16>(dv, WarpOperandA<BLOCK_N, true>(smem.p, kv_row),
-                               WarpOperandB<HEAD_DIM, true>(smem.dout[stage], kv_col));
+    warp_gemm<T, BLOCK_M / 16, AHEAD>(dv, WarpOperandA<BLOCK_N, true>(smem.p, kv_row),
+                                      WarpOperandB<HEAD_DIM, true>(smem.dout[stage], kv_col));
     if (p.dq_accum != nullptr) {
       float dq[DQ_ROWS / 16][DQ_COLS / 8][4] = {};
-      warp_gemm<T, BLOCK_N / 16>(dq, WarpOperandA<BLOCK_N>(smem.ds, dq_row),
-                                 WarpOperandB<HEAD_DIM, true>(smem.k, dq_col));
+      warp_gemm<T, BLOCK_N / 16, AHEAD>(dq, WarpOperandA<BLOCK_N>(smem.ds, dq_row),
+                                        WarpOperandB<HEAD_DIM, true>(smem.k, dq_col));
       add_to_dq_accum(p.dq_accum + padded_row * HEAD_DIM, dq);
     }
-    warp_gemm<T, BLOCK_M / 16>(dk, WarpOperandA<BLOCK_N, true>(smem.ds, kv_row),
-                               WarpOperandB<HEAD_DIM, true>(smem.q[stage], kv_col));
+    warp_gemm<T, BLOCK_M / 16, AHEAD>(dk, WarpOperandA<BLOCK_N, true>(smem.ds, kv_row),
+                                      WarpOperandB<HEAD_DIM, true>(smem.q[stage], kv_col));
 
     if (++m_block == end_block) {
       m_block = first_block;

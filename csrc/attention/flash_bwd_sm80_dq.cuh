@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(flash_bwd_sm80_dq_tile(HEAD_DIM).num_threads()
   constexpr int BLOCK_N = Storage::kTile.block_n;
   constexpr int THREADS = Storage::kNumThreads;
 
+  constexpr int AHEAD = 2;  // loads ahead of the products, see warp_gemm
+
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
 
@@ -96,20 +98,20 @@ __global__ void __launch_bounds__(flash_bwd_sm80_dq_tile(HEAD_DIM).num_threads()
     cp_async_commit();
 
     float scores[1][BLOCK_N / 8][4] = {};
-    warp_gemm<T, HEAD_DIM / 16>(scores, WarpOperandA<HEAD_DIM>(smem.q, warp_row),
-                                WarpOperandB<HEAD_DIM>(smem.k[stage], 0));
+    warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, WarpOperandA<HEAD_DIM>(smem.q, warp_row),
+                                       WarpOperandB<HEAD_DIM>(smem.k[stage], 0));
     to_probabilities.probabilities<BLOCK_N>(scores, lse, first_row + warp_row + lane / 4,
                                             step * BLOCK_N + 2 * (lane % 4), first_row, first_row + num_rows - 1,
                                             step * BLOCK_N, [](int, int, int, float, float) {});
     float dp[1][BLOCK_N / 8][4] = {};
-    warp_gemm<T, HEAD_DIM / 16>(dp, WarpOperandA<HEAD_DIM>(smem.dout, warp_row),
-                                WarpOperandB<HEAD_DIM>(smem.v[stage], 0));
+    warp_gemm<T, HEAD_DIM / 16, AHEAD>(dp, WarpOperandA<HEAD_DIM>(smem.dout, warp_row),
+                                       WarpOperandB<HEAD_DIM>(smem.v[stage], 0));
 #pragma unroll
     for (int n = 0; n < BLOCK_N / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[0][n][i] *= dp[0][n][i] - delta[0][i / 2];
     }
-    warp_gemm_registers<T>(dq, scores, WarpOperandB<HEAD_DIM, true>(smem.k[stage], 0));
+    warp_gemm_registers<T, AHEAD>(dq, scores, WarpOperandB<HEAD_DIM, true>(smem.k[stage], 0));
   }
 
   // ---- epilogue, through Q's place

@@ -19,11 +19,11 @@ constexpr int32_t kMaxWindow = 1 << 30;
 struct FlashSm80Params {
   const void* q = nullptr;  // (T, H, D)
   const void* k = nullptr;  // (Tk, Hk, D), or pages (num_blocks, block_size, Hk, D)
-  const void* v = nullptr;  // like k
-  void* out = nullptr;      // (T, H, D) contiguous
-  float* lse = nullptr;     // (H, T) natural log, -inf where a row sees no key
+  const void* v = nullptr;  // like k, with Dv; in pages Dv = D
+  void* out = nullptr;      // (T, H, Dv) contiguous
+  float* lse = nullptr;     // (H, T), or (B, H, batch_q_len), natural log; -inf (or the sink) where a row sees no key
 
-  // Workspaces if config.num_splits > 1: (splits, T, H, D) and (splits, H, T).
+  // Workspaces if config.num_splits > 1: (splits, T, H, Dv) and (splits, *shape of lse).
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
 
@@ -33,6 +33,7 @@ struct FlashSm80Params {
   const int32_t* seqused_k = nullptr;     // (B) or nullptr: and keys; pages need it, new keys included
   const int32_t* block_table = nullptr;   // (B, max_blocks), pages only; read up to the length only
 
+  int64_t q_batch_stride = 0, k_batch_stride = 0, v_batch_stride = 0;  // 0 where sequences are packed
   int64_t q_token_stride = 0, q_head_stride = 0;
   int64_t k_block_stride = 0, k_token_stride = 0, k_head_stride = 0;
   int64_t v_block_stride = 0, v_token_stride = 0, v_head_stride = 0;

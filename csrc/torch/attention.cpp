@@ -90,16 +90,15 @@ void check_call(const Checks& checks, const Call& call) {
 }
 
 // What a kernel cannot do yet, in words; nullptr if a call is nothing of it.
-const char* missing_in_sm80(const Call& call) {
-  if (is_fp8(call.q)) return "float8_e4m3fn inputs";
-  if (call.alibi_slopes) return "alibi_slopes";
-  if (call.sinks) return "sinks";
-  if (call.seqused_q || call.seqused_k) return "seqused_q and seqused_k";
-  if (call.v_head_dim() != call.head_dim()) return "head dims of v unlike q's";
-  return nullptr;
-}
+const char* missing_in_sm80(const Call& call) { return is_fp8(call.q) ? "float8_e4m3fn inputs" : nullptr; }
 
 const char* missing_in_sm90(const Call& call) { return is_fp8(call.q) ? "float8_e4m3fn inputs" : nullptr; }
+
+FlashSm80Config sm80_config_of(const Call& call) {
+  return flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
+                            std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
+                            num_sms_of(call.q)});
+}
 
 // Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one takes 64 rows of
 // one head at a time, so that the portable one, which packs the heads of a group into one tile, is better where there
@@ -112,9 +111,7 @@ bool for_sm90(const Checks& checks, const Call& call) {
                                                  std::to_string(call.softmax_scale));
   const char* const missing80 = missing_in_sm80(call);
   const char* const missing90 = missing_in_sm90(call);
-  const FlashSm80Problem problem = {call.num_seqs,     call.num_heads(),  call.num_kv_heads(), call.head_dim(),
-                                    call.max_seqlen_q, call.max_seqlen_k, num_sms_of(call.q)};
-  const bool better = missing90 == nullptr && (missing80 != nullptr || !flash_sm80_config(problem).decode);
+  const bool better = missing90 == nullptr && (missing80 != nullptr || !sm80_config_of(call).decode);
   const bool sm90 =
       call.q.numel() > 0 && call.k.numel() > 0 && (call.kernel == 90 || (call.kernel == 0 && possible && better));
   const char* const missing = sm90 ? missing90 : missing80;
@@ -146,28 +143,49 @@ void fill_params(Params& p, const Call& call) {
   if (call.sinks) p.sinks = data<float>(*call.sinks);
 }
 
-// On the portable kernel, whose k and v are already in the parameters; q is packed.
+// On the portable kernel; pages are in the parameters already.
 std::tuple<Tensor, Tensor> run_sm80(const char* op, FlashSm80Params p, const Call& call) {
-  const int64_t num_tokens = call.q.size(0), num_heads = call.num_heads(), v_head_dim = call.v_head_dim();
-  Tensor out = empty(call.q, {num_tokens, num_heads, v_head_dim}, call.q.scalar_type());
-  Tensor lse = empty(call.q, {num_heads, num_tokens}, ScalarType::Float);
+  const int64_t batch = call.q.dim() - 4;  // where the batch dimension is; -1 if packed
+  const int64_t token = batch + 1, head = batch + 2;
+  std::vector<int64_t> out_shape = shape_of(call.q);
+  out_shape.back() = call.v_head_dim();
+  Tensor out = empty(call.q, out_shape, call.q.scalar_type());
+  std::vector<int64_t> lse_shape = {call.q.size(head), call.q.size(token)};
+  if (batch >= 0) lse_shape.insert(lse_shape.begin(), call.q.size(0));
+  Tensor lse = empty(call.q, lse_shape, ScalarType::Float);
   if (call.q.numel() == 0) return {out, lse};
 
   const Tensor q = with_aligned_rows(call.q);
+  const Tensor k = p.paged ? call.k : with_aligned_rows(call.k), v = p.paged ? call.v : with_aligned_rows(call.v);
   fill_params(p, call);
   p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.q_token_stride = q.stride(0);
-  p.q_head_stride = q.stride(1);
-  p.num_tokens = num_tokens;
+  p.q_token_stride = q.stride(token);
+  p.q_head_stride = q.stride(head);
+  p.num_tokens = q.size(token);
+  if (batch >= 0) {
+    p.q_batch_stride = q.stride(0);
+    p.k_batch_stride = k.stride(0);
+    p.v_batch_stride = v.stride(0);
+    p.batch_q_len = static_cast<int32_t>(q.size(token));
+    p.batch_k_len = static_cast<int32_t>(k.size(token));
+    p.num_tokens *= q.size(0);
+  }
+  if (!p.paged) {
+    p.k_token_stride = k.stride(token);
+    p.k_head_stride = k.stride(head);
+    p.v_token_stride = v.stride(token);
+    p.v_head_stride = v.stride(head);
+  }
   p.dtype = dtype_of(q);
-  p.config = flash_sm80_config({call.num_seqs, num_heads, call.num_kv_heads(), call.head_dim(), call.max_seqlen_q,
-                                call.max_seqlen_k, num_sms_of(q)});
+  p.config = sm80_config_of(call);
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
-    partial_out = empty(q, {p.config.num_splits, num_tokens, num_heads, v_head_dim}, ScalarType::Float);
-    partial_lse = empty(q, {p.config.num_splits, num_heads, num_tokens}, ScalarType::Float);
+    partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
+    partial_lse = empty(q, {p.config.num_splits, p.num_heads, p.num_tokens}, ScalarType::Float);
     p.partial_out = static_cast<float*>(partial_out->data_ptr());
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
@@ -257,14 +275,10 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   call.window_right = window_right;
   call.softcap = softcap;
   check_call(checks, call);
-  const char* const missing = missing_in_sm80(call);
-  if (missing != nullptr) checks.that(false, std::string("the kernel sm80 has no ") + missing);
 
   const OnDeviceOf guard(q);
   FlashSm80Params p;
   p.paged = true;
-  p.k = k_cache.data_ptr();
-  p.v = v_cache.data_ptr();
   p.seqused_k = data<int32_t>(seqused_k);
   p.block_table = data<int32_t>(block_table);
   p.k_block_stride = k_cache.stride(0);
@@ -295,41 +309,31 @@ std::tuple<Tensor, Tensor> varlen_attention_op(
   checks.that(cu_seqlens_q.size(0) > 0, "cu_seqlens_q is empty, expected B + 1 elements");
   checks.shape("cu_seqlens_k", cu_seqlens_k, {cu_seqlens_q.size(0)})
       .dtype("cu_seqlens_k", cu_seqlens_k, {ScalarType::Int});
-  Call call = {q,
-               k,
-               v,
-               cu_seqlens_q,
-               cu_seqlens_k,
-               seqused_q,
-               seqused_k,
-               alibi_slopes,
-               sinks,
-               q_descale,
-               k_descale,
-               v_descale,
-               cu_seqlens_q.size(0) - 1,
-               max_seqlen_q,
-               max_seqlen_k,
-               softmax_scale,
-               causal,
-               window_left,
-               window_right,
-               softcap,
-               kernel};
+  const Call call = {q,
+                     k,
+                     v,
+                     cu_seqlens_q,
+                     cu_seqlens_k,
+                     seqused_q,
+                     seqused_k,
+                     alibi_slopes,
+                     sinks,
+                     q_descale,
+                     k_descale,
+                     v_descale,
+                     cu_seqlens_q.size(0) - 1,
+                     max_seqlen_q,
+                     max_seqlen_k,
+                     softmax_scale,
+                     causal,
+                     window_left,
+                     window_right,
+                     softcap,
+                     kernel};
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  if (for_sm90(checks, call)) return run_sm90(op, call);
-  call.k = with_aligned_rows(k);
-  call.v = with_aligned_rows(v);
-  FlashSm80Params p;
-  p.k = call.k.data_ptr();
-  p.v = call.v.data_ptr();
-  p.k_token_stride = call.k.stride(0);
-  p.k_head_stride = call.k.stride(1);
-  p.v_token_stride = call.v.stride(0);
-  p.v_head_stride = call.v.stride(1);
-  return run_sm80(op, p, call);
+  return for_sm90(checks, call) ? run_sm90(op, call) : run_sm80(op, {}, call);
 }
 
 std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -344,48 +348,31 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, 
   checks.shape("k", k, {q.size(0), kAny, kAny, q.size(3)}).dtype("k", k, {q.scalar_type()});
   checks.shape("v", v, {q.size(0), k.size(1), k.size(2), kAny}).dtype("v", v, {q.scalar_type()});
   const int64_t num_seqs = q.size(0), q_len = q.size(1), k_len = k.size(1);
-  Call call = {q,
-               k,
-               v,
-               std::nullopt,
-               std::nullopt,
-               std::nullopt,
-               std::nullopt,
-               alibi_slopes,
-               sinks,
-               q_descale,
-               k_descale,
-               v_descale,
-               num_seqs,
-               q_len,
-               k_len,
-               softmax_scale,
-               causal,
-               window_left,
-               window_right,
-               softcap,
-               kernel};
+  const Call call = {q,
+                     k,
+                     v,
+                     std::nullopt,
+                     std::nullopt,
+                     std::nullopt,
+                     std::nullopt,
+                     alibi_slopes,
+                     sinks,
+                     q_descale,
+                     k_descale,
+                     v_descale,
+                     num_seqs,
+                     q_len,
+                     k_len,
+                     softmax_scale,
+                     causal,
+                     window_left,
+                     window_right,
+                     softcap,
+                     kernel};
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  if (for_sm90(checks, call)) return run_sm90(op, call);
-  // The portable kernel takes sequences one behind the other.
-  const int64_t num_heads = call.num_heads(), num_kv_heads = call.num_kv_heads();
-  call.q = torch::stable::reshape(q, {num_seqs * q_len, num_heads, call.head_dim()});
-  call.k = with_aligned_rows(torch::stable::reshape(k, {num_seqs * k_len, num_kv_heads, call.head_dim()}));
-  call.v = with_aligned_rows(torch::stable::reshape(v, {num_seqs * k_len, num_kv_heads, call.v_head_dim()}));
-  FlashSm80Params p;
-  p.k = call.k.data_ptr();
-  p.v = call.v.data_ptr();
-  p.batch_q_len = static_cast<int32_t>(q_len);
-  p.batch_k_len = static_cast<int32_t>(k_len);
-  p.k_token_stride = call.k.stride(0);
-  p.k_head_stride = call.k.stride(1);
-  p.v_token_stride = call.v.stride(0);
-  p.v_head_stride = call.v.stride(1);
-  const auto [out, lse] = run_sm80(op, p, call);
-  return {torch::stable::reshape(out, {num_seqs, q_len, num_heads, call.v_head_dim()}),
-          packed_copy(torch::stable::transpose(torch::stable::reshape(lse, {num_heads, num_seqs, q_len}), 0, 1))};
+  return for_sm90(checks, call) ? run_sm90(op, call) : run_sm80(op, {}, call);
 }
 
 }  // namespace
