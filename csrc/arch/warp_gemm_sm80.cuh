@@ -113,18 +113,20 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[TILES_M][TILES_N][4], con
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) b.load(b_frag[i], i % GROUPS * 16, i / GROUPS);
 #pragma unroll
-  for (int i = 0; i < K_STEPS * GROUPS; ++i) {
-    const int kk = i / GROUPS, n = i % GROUPS;
-    if (n == 0 && kk + 1 < K_STEPS) {
+  for (int kk = 0; kk < K_STEPS; ++kk) {
+    if (kk + 1 < K_STEPS) {
 #pragma unroll
       for (int m = 0; m < TILES_M; ++m) a.load(a_frag[(kk + 1) & 1][m], m * 16, kk + 1);
     }
-    const int next = i + AHEAD;
-    if (next < K_STEPS * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
 #pragma unroll
-    for (int m = 0; m < TILES_M; ++m) {
-      mma_m16n8k16<T>(acc[m][2 * n], a_frag[kk & 1][m], b_frag[i % SLOTS][0], b_frag[i % SLOTS][1]);
-      mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[kk & 1][m], b_frag[i % SLOTS][2], b_frag[i % SLOTS][3]);
+    for (int n = 0; n < GROUPS; ++n) {
+      const int now = kk * GROUPS + n, next = now + AHEAD;
+      if (next < K_STEPS * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
+#pragma unroll
+      for (int m = 0; m < TILES_M; ++m) {
+        mma_m16n8k16<T>(acc[m][2 * n], a_frag[kk & 1][m], b_frag[now % SLOTS][0], b_frag[now % SLOTS][1]);
+        mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[kk & 1][m], b_frag[now % SLOTS][2], b_frag[now % SLOTS][3]);
+      }
     }
   }
 }
@@ -141,24 +143,24 @@ __device__ __forceinline__ void warp_gemm_registers(float (&acc)[TILES_M][TILES_
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) b.load(b_frag[i], i % GROUPS * 16, i / GROUPS);
 #pragma unroll
-  for (int i = 0; i < TILES_K / 2 * GROUPS; ++i) {
-    const int kk = i / GROUPS, n = i % GROUPS;
-    if (n == 0) {
-#pragma unroll
-      for (int m = 0; m < TILES_M; ++m) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float (&tile)[4] = p[m][2 * kk + j / 2];
-          a_frag[m][j] = pack_pair<T>(tile[2 * (j % 2)], tile[2 * (j % 2) + 1]);
-        }
-      }
-    }
-    const int next = i + AHEAD;
-    if (next < TILES_K / 2 * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
+  for (int kk = 0; kk < TILES_K / 2; ++kk) {
 #pragma unroll
     for (int m = 0; m < TILES_M; ++m) {
-      mma_m16n8k16<T>(acc[m][2 * n], a_frag[m], b_frag[i % SLOTS][0], b_frag[i % SLOTS][1]);
-      mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[m], b_frag[i % SLOTS][2], b_frag[i % SLOTS][3]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float (&tile)[4] = p[m][2 * kk + j / 2];
+        a_frag[m][j] = pack_pair<T>(tile[2 * (j % 2)], tile[2 * (j % 2) + 1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < GROUPS; ++n) {
+      const int now = kk * GROUPS + n, next = now + AHEAD;
+      if (next < TILES_K / 2 * GROUPS) b.load(b_frag[next % SLOTS], next % GROUPS * 16, next / GROUPS);
+#pragma unroll
+      for (int m = 0; m < TILES_M; ++m) {
+        mma_m16n8k16<T>(acc[m][2 * n], a_frag[m], b_frag[now % SLOTS][0], b_frag[now % SLOTS][1]);
+        mma_m16n8k16<T>(acc[m][2 * n + 1], a_frag[m], b_frag[now % SLOTS][2], b_frag[now % SLOTS][3]);
+      }
     }
   }
 }

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   constexpr int DQ_ROWS = BLOCK_M / kTile.dq_warps_m;
   constexpr int DQ_COLS = HEAD_DIM / (WARPS / kTile.dq_warps_m);
 
-  constexpr int AHEAD = 2;  // loads ahead of the products, see warp_gemm
+  constexpr int AHEAD = HEAD_DIM == 256 ? 0 : 2;  // loads ahead of the products: nothing spills with these
 
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);

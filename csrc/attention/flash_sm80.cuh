@@ -46,6 +46,7 @@
 
 #include "arch/cp_async.cuh"
 #include "arch/mma_sm80.cuh"
+#include "arch/recompute.cuh"
 #include "arch/swizzle.cuh"
 #include "arch/warp_gemm_sm80.cuh"
 #include "attention/flash_sm80_launch.h"
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   constexpr int WARP_M = BLOCK_M / kTile.warps_m;  // rows of a warp
   constexpr int WARP_N = BLOCK_N / kTile.warps_n;  // keys of a step per warp
   constexpr int TILES_M = WARP_M / 16;
-  constexpr int AHEAD = TILES_M == 1 ? 2 : 1;  // loads ahead of the products, see warp_gemm
+  constexpr int AHEAD = TILES_M == 1 ? 3 : 1;  // loads ahead of the products: nothing spills with these
   constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
   constexpr int ROWS_PER_PASS = NUM_THREADS / CHUNKS;
   static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "products are of 16 rows, and consume P 16 keys at a time");
@@ -201,9 +202,11 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
 
   // ---- where the results go
   const int32_t v_chunks = p.v_head_dim / 8;
-  const int64_t out_start = packed_q ? q_start : static_cast<int64_t>(seq_idx) * p.batch_q_len;
   const int64_t lse_stride = packed_q ? p.num_tokens : p.batch_q_len;
-  const int64_t lse_start = packed_q ? q_start : static_cast<int64_t>(seq_idx) * p.num_heads * p.batch_q_len;
+  // Read again where it is used: it is not needed during the loop.
+  const auto first_token = [&](int64_t of_batch) {
+    return packed_q ? static_cast<int64_t>(p.cu_seqlens_q[seq_idx]) : seq_idx * of_batch;
+  };
   T* const out = static_cast<T*>(p.out);
   float* const partial_out =
       num_splits > 1 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.v_head_dim : nullptr;
@@ -212,10 +215,11 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const auto row_head = [&](int32_t row) { return kv_head_idx * group_size + p.group_size.remainder(row); };
   // Offsets of a row's head in out (and partial_out) and of its entry in lse.
   const auto out_offset = [&](int32_t row) {
-    return ((out_start + p.group_size.divide(row)) * p.num_heads + row_head(row)) * p.v_head_dim;
+    const int64_t token = first_token(p.batch_q_len) + p.group_size.divide(row);
+    return (token * p.num_heads + row_head(row)) * p.v_head_dim;
   };
   const auto lse_offset = [&](int32_t row) {
-    return lse_start + row_head(row) * lse_stride + p.group_size.divide(row);
+    return first_token(p.num_heads * lse_stride) + row_head(row) * lse_stride + p.group_size.divide(row);
   };
   // The sink of a row's head in base 2, -inf for none.
   const auto row_sink = [&](int32_t row) {
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
       const int32_t row = first_row + tile_row;
       const bool valid = row <= last_row && chunk < head_chunks;
       const int32_t safe_row = min(row, last_row);
-      const T* const source = q + (static_cast<int64_t>(q_start) + p.group_size.divide(safe_row)) * p.q_token_stride +
+      const T* const source = q + (first_token(0) + p.group_size.divide(safe_row)) * p.q_token_stride +
                               row_head(safe_row) * p.q_head_stride;
       cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : source, valid);
     }
@@ -287,7 +291,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
     const bool chunk_valid = chunk < operand_chunks;
     if (KvLoader::kContiguous && first_key >= seen_by_any.begin && first_key + BLOCK_N <= seen_by_any.end) {
       // Most steps: rows at equal distances, all of them seen.
-      const T* source = kv.row(operand, first_key + pass_row) + (chunk_valid ? chunk * 8 : 0);
+      const T* source = kv.row(operand, first_key + pass_row) + recompute(chunk_valid ? chunk * 8 : 0);
 #pragma unroll
       for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
         cp_async_16(tile + swizzled<HEAD_DIM>(pass_row + i * ROWS_PER_PASS, chunk), source, chunk_valid);
@@ -317,12 +321,9 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   // ---- main loop
   const int warp_row = warp_m * WARP_M;
   const bool warp_has_rows = first_row + warp_row <= last_row;
-  // The row of a lane's scores [m][..][2 * half ..]; behind the end it is the last one again. It is computed where it
-  // is used: kept over the loop, all that follows from it would take a dozen registers.
+  // The row of a lane's scores [m][..][2 * half ..]; behind the end it is the last one again.
   const auto lane_row = [&](int m, int half) {
-    int32_t row = first_row + warp_row + m * 16 + half * 8 + lane / 4;
-    asm volatile("" : "+r"(row));
-    return min(row, last_row);
+    return min(recompute(first_row + warp_row + m * 16 + half * 8 + lane / 4), last_row);
   };
   // Softcap and ALiBi give scores in base 2; without them the softmax scales.
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
@@ -515,6 +516,7 @@ cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
+  if (num_ctas == 0) return cudaSuccess;
   if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(num_ctas), p.config.tile.num_threads(), kSmemBytes, stream>>>(
       p, ScoreScale::make(p.softmax_scale, p.softcap));
