@@ -16,7 +16,8 @@
 namespace fastattn {
 
 // One lane's address in a tile of COLS columns, from which those of all fragments follow with one exclusive or: rows
-// move by multiples of 8, so that the swizzle key is the lane's, and columns within an aligned power of two.
+// move by multiples of 8, so that the swizzle key is the lane's, and chunks by numbers that have no bit below 8 in
+// common with the lane's own.
 template <int COLS>
 struct LaneAddress {
   uint32_t address;
@@ -27,13 +28,15 @@ struct LaneAddress {
       : address(smem_address(tile + swizzled<COLS>(row, chunk))) {}
 
   __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
-    return (address ^ ((chunks & 7) << 4)) + rows * COLS * 2 + (chunks >> 3) * 128;
+    constexpr int kMask = kSwizzleMask<COLS>;
+    return (address ^ ((chunks & kMask) << 4)) + rows * COLS * 2 + (chunks & ~kMask) * 16;
   }
 };
 
-// An operand of one warp whose k runs along the tile's columns (or its rows), and that begins at `first` along the
-// other.
-template <int COLS, bool K_IN_ROWS, bool IS_A>
+// An operand of one warp whose k runs along the tile's columns (or its rows), from `first_k` on (a multiple of 64 along
+// columns), and that begins at `first` along the other. Where WARPS share a tile's columns they take groups of 16 in
+// turn: `first` is then the warp's index * 16.
+template <int COLS, bool K_IN_ROWS, bool IS_A, int WARPS>
 struct WarpOperand {
   LaneAddress<COLS> lane;
 
@@ -45,7 +48,7 @@ struct WarpOperand {
   // the first eight columns and f[2], f[3] the next.
   __device__ __forceinline__ void load(uint32_t (&f)[4], int offset, int kk) const {
     if constexpr (K_IN_ROWS) {
-      ldmatrix_x4_trans(f, lane.at(kk * 16, offset / 8));
+      ldmatrix_x4_trans(f, lane.at(kk * 16, offset / 8 * WARPS));
     } else {
       ldmatrix_x4(f, lane.at(offset, kk * 2));
     }
@@ -66,12 +69,12 @@ struct WarpOperand {
 };
 
 template <int COLS, bool K_IN_ROWS = false>
-using WarpOperandA = WarpOperand<COLS, K_IN_ROWS, true>;
-template <int COLS, bool K_IN_ROWS = false>
-using WarpOperandB = WarpOperand<COLS, K_IN_ROWS, false>;
+using WarpOperandA = WarpOperand<COLS, K_IN_ROWS, true, 1>;
+template <int COLS, bool K_IN_ROWS = false, int WARPS = 1>
+using WarpOperandB = WarpOperand<COLS, K_IN_ROWS, false, WARPS>;
 
-// Where a warp's results go in a tile of T: two neighbouring columns of a lane at a time.
-template <int COLS>
+// Where a warp's results go in a tile of T: two neighbouring columns of a lane at a time. WARPS as above.
+template <int COLS, int WARPS = 1>
 struct WarpResult {
   LaneAddress<COLS> lane;
 
@@ -83,7 +86,8 @@ struct WarpResult {
 
   // `rows` (a multiple of 8) and `tile` (of 8 columns) from the warp's first ones.
   __device__ __forceinline__ void store(int rows, int tile, uint32_t pair) const {
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(lane.at(rows, tile)), "r"(pair) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(lane.at(rows, tile / 2 * 2 * WARPS + tile % 2)), "r"(pair)
+                 : "memory");
   }
 
   template <typename T, int TILES_M, int TILES_N>

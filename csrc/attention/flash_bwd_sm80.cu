@@ -20,11 +20,15 @@ struct Instantiation {
 // Which exist: add a line here and its instantiation in flash_bwd_sm80_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
     {DType::kBFloat16, 64, false, launch_flash_bwd_sm80<__nv_bfloat16, 64, false>},
+    {DType::kBFloat16, 96, false, launch_flash_bwd_sm80<__nv_bfloat16, 96, false>},
     {DType::kBFloat16, 128, false, launch_flash_bwd_sm80<__nv_bfloat16, 128, false>},
+    {DType::kBFloat16, 192, false, launch_flash_bwd_sm80<__nv_bfloat16, 192, false>},
     {DType::kBFloat16, 256, false, launch_flash_bwd_sm80<__nv_bfloat16, 256, false>},
     {DType::kBFloat16, 256, true, launch_flash_bwd_sm80<__nv_bfloat16, 256, true>},
     {DType::kFloat16, 64, false, launch_flash_bwd_sm80<__half, 64, false>},
+    {DType::kFloat16, 96, false, launch_flash_bwd_sm80<__half, 96, false>},
     {DType::kFloat16, 128, false, launch_flash_bwd_sm80<__half, 128, false>},
+    {DType::kFloat16, 192, false, launch_flash_bwd_sm80<__half, 192, false>},
     {DType::kFloat16, 256, false, launch_flash_bwd_sm80<__half, 256, false>},
     {DType::kFloat16, 256, true, launch_flash_bwd_sm80<__half, 256, true>},
 };

@@ -72,11 +72,13 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   constexpr int S_ROWS = BLOCK_M / kTile.s_warps_m;
   constexpr int S_COLS = BLOCK_N / (WARPS / kTile.s_warps_m);
   constexpr int KV_ROWS = BLOCK_N / kTile.kv_warps_n;
-  constexpr int KV_COLS = HEAD_DIM / (WARPS / kTile.kv_warps_n);
+  constexpr int KV_WARPS = WARPS / kTile.kv_warps_n;  // that share the dims, in groups of 16
+  constexpr int KV_COLS = HEAD_DIM / KV_WARPS;
   constexpr int DQ_ROWS = BLOCK_M / kTile.dq_warps_m;
-  constexpr int DQ_COLS = HEAD_DIM / (WARPS / kTile.dq_warps_m);
+  constexpr int DQ_WARPS = WARPS / kTile.dq_warps_m;
+  constexpr int DQ_COLS = HEAD_DIM / DQ_WARPS;
 
-  constexpr int AHEAD = HEAD_DIM == 256 ? 0 : 2;  // loads ahead of the products: nothing spills with these
+  constexpr int AHEAD = HEAD_DIM == 256 ? 0 : 2;  // loads ahead of the products; with these little or nothing spills
 
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
@@ -111,9 +113,9 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   const int s_row = warp_idx % kTile.s_warps_m * S_ROWS;
   const int s_col = warp_idx / kTile.s_warps_m * S_COLS;
   const int kv_row = warp_idx % kTile.kv_warps_n * KV_ROWS;
-  const int kv_col = warp_idx / kTile.kv_warps_n * KV_COLS;
+  const int kv_col = warp_idx / kTile.kv_warps_n * 16;
   const int dq_row = warp_idx % kTile.dq_warps_m * DQ_ROWS;
-  const int dq_col = warp_idx / kTile.dq_warps_m * DQ_COLS;
+  const int dq_col = warp_idx / kTile.dq_warps_m * 16;
 
   float dk[KV_ROWS / 16][KV_COLS / 8][4] = {};
   float dv[KV_ROWS / 16][KV_COLS / 8][4] = {};
@@ -191,15 +193,15 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
     __syncthreads();
 
     warp_gemm<T, BLOCK_M / 16, AHEAD>(dv, WarpOperandA<BLOCK_N, true>(smem.p, kv_row),
-                                      WarpOperandB<HEAD_DIM, true>(smem.dout[stage], kv_col));
+                                      WarpOperandB<HEAD_DIM, true, KV_WARPS>(smem.dout[stage], kv_col));
     if (p.dq_accum != nullptr) {
       float dq[DQ_ROWS / 16][DQ_COLS / 8][4] = {};
       warp_gemm<T, BLOCK_N / 16, AHEAD>(dq, WarpOperandA<BLOCK_N>(smem.ds, dq_row),
-                                        WarpOperandB<HEAD_DIM, true>(smem.k, dq_col));
+                                        WarpOperandB<HEAD_DIM, true, DQ_WARPS>(smem.k, dq_col));
       add_to_dq_accum(p.dq_accum + padded_row * HEAD_DIM, dq);
     }
     warp_gemm<T, BLOCK_M / 16, AHEAD>(dk, WarpOperandA<BLOCK_N, true>(smem.ds, kv_row),
-                                      WarpOperandB<HEAD_DIM, true>(smem.q[stage], kv_col));
+                                      WarpOperandB<HEAD_DIM, true, KV_WARPS>(smem.q[stage], kv_col));
 
     if (++m_block == end_block) {
       m_block = first_block;
@@ -210,8 +212,8 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   // ---- epilogue, through K's and V's place once all warps are done with them
   cp_async_wait<0>();
   __syncthreads();
-  WarpResult<HEAD_DIM>(smem.k, kv_row, kv_col).template store_all<T>(dk, p.softmax_scale);
-  WarpResult<HEAD_DIM>(smem.v, kv_row, kv_col).template store_all<T>(dv, 1.0f);
+  WarpResult<HEAD_DIM, KV_WARPS>(smem.k, kv_row, kv_col).template store_all<T>(dk, p.softmax_scale);
+  WarpResult<HEAD_DIM, KV_WARPS>(smem.v, kv_row, kv_col).template store_all<T>(dv, 1.0f);
   __syncthreads();
   store_tile<BLOCK_N, HEAD_DIM, THREADS>(sequence.rows<T>(p.dk, sequence.k_start, first_key, kv_head_idx),
                                          p.dk.token_stride, smem.k, num_keys, head_chunks);

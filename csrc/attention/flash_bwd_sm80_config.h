@@ -18,7 +18,7 @@ constexpr int kFlashBwdSm80Warps = 8;
 constexpr int kFlashBwdSm80Threads = 32 * kFlashBwdSm80Warps;
 
 // Compiled head dims; others, and V's own, are padded with zeros in shared memory to the next one.
-constexpr int kFlashBwdSm80HeadDims[] = {64, 128, 256};
+constexpr int kFlashBwdSm80HeadDims[] = {64, 96, 128, 192, 256};
 
 // Shared memory that a CTA needs at least.
 constexpr int64_t kFlashBwdSm80SharedMemory = 160 * 1024;
@@ -26,7 +26,9 @@ constexpr int64_t kFlashBwdSm80SharedMemory = 160 * 1024;
 // `large`: where a CTA may have more than the 163 KiB of sm_80; differs at 256 only.
 constexpr FlashBwdSm80Tile flash_bwd_sm80_tile(int head_dim, bool large) {
   if (head_dim == 64) return {128, 128, 4, 4, 4};
+  if (head_dim == 96) return {64, 128, 2, 4, 4};
   if (head_dim == 128) return {64, 128, 2, 4, 2};
+  if (head_dim == 192) return {64, 64, 4, 2, 2};
   if (large) return {64, 64, 4, 2, 2};
   return {32, 64, 2, 2, 2};
 }
@@ -41,6 +43,7 @@ struct FlashBwdSm80DqTile {
 
 constexpr FlashBwdSm80DqTile flash_bwd_sm80_dq_tile(int head_dim) {
   if (head_dim <= 128) return {128, 64};
+  if (head_dim == 192) return {64, 64};
   return {64, 32};
 }
 

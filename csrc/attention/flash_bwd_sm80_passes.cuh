@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads)
   constexpr FlashBwdSm80Tile kTile = kFlashBwdSm80Tile<HEAD_DIM, LARGE>;
   constexpr int BLOCK_M = kTile.block_m;
   constexpr int DQ_ROWS = BLOCK_M / kTile.dq_warps_m;
-  constexpr int DQ_COLS = HEAD_DIM / (kFlashBwdSm80Warps / kTile.dq_warps_m);
+  constexpr int DQ_WARPS = kFlashBwdSm80Warps / kTile.dq_warps_m;
+  constexpr int DQ_COLS = HEAD_DIM / DQ_WARPS;
   __shared__ alignas(128) T tile[BLOCK_M * HEAD_DIM];
 
   const int32_t num_m_blocks = static_cast<int32_t>(p.config.num_m_blocks);
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads)
   const int warp_idx = threadIdx.x / 32;
   float dq[DQ_ROWS / 16][DQ_COLS / 8][4];
   load_dq_accum(p.dq_accum + padded_row * HEAD_DIM, dq);
-  WarpResult<HEAD_DIM>(tile, warp_idx % kTile.dq_warps_m * DQ_ROWS, warp_idx / kTile.dq_warps_m * DQ_COLS)
+  WarpResult<HEAD_DIM, DQ_WARPS>(tile, warp_idx % kTile.dq_warps_m * DQ_ROWS, warp_idx / kTile.dq_warps_m * 16)
       .template store_all<T>(dq, p.softmax_scale);
   __syncthreads();
   store_tile<BLOCK_M, HEAD_DIM, kFlashBwdSm80Threads>(sequence.rows<T>(p.dq, sequence.q_start, first_row, head_idx),

@@ -1,11 +1,9 @@
-// What the kernels of flash_bwd_sm80 share: a sequence's place in the tensors, loads and stores of tiles, and P from S.
+// What the kernels of flash_bwd_sm80 share: a sequence's place in the tensors, and P from S.
 #pragma once
 
 #include <cstdint>
 
-#include "arch/cp_async.cuh"
-#include "arch/mma_sm80.cuh"
-#include "arch/swizzle.cuh"
+#include "arch/tile_copy.cuh"
 #include "attention/flash_bwd_sm80.h"
 #include "attention/mask.cuh"
 #include "attention/softmax.cuh"
@@ -51,36 +49,6 @@ struct BwdSequence {
            head * t.head_stride;
   }
 };
-
-// Asks for ROWS x COLS elements; rows from valid_rows on and chunks from valid_chunks on are zeros. At least one row is
-// valid.
-template <int ROWS, int COLS, int THREADS, typename T>
-__device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t stride, int32_t valid_rows,
-                                          int32_t valid_chunks) {
-  constexpr int CHUNKS = COLS / 8;
-  constexpr int ROWS_PER_PASS = THREADS / CHUNKS;
-  static_assert(THREADS % CHUNKS == 0 && ROWS % ROWS_PER_PASS == 0, "passes of the threads fill a tile");
-  const int chunk = threadIdx.x % CHUNKS;
-#pragma unroll
-  for (int i = 0; i < ROWS / ROWS_PER_PASS; ++i) {
-    const int row = threadIdx.x / CHUNKS + i * ROWS_PER_PASS;
-    const bool valid = row < valid_rows && chunk < valid_chunks;
-    cp_async_16(tile + swizzled<COLS>(row, chunk), valid ? rows + row * stride + chunk * 8 : rows, valid);
-  }
-}
-
-// Writes the valid part of a tile.
-template <int ROWS, int COLS, int THREADS, typename T>
-__device__ __forceinline__ void store_tile(T* rows, int64_t stride, const T* tile, int32_t valid_rows,
-                                           int32_t valid_chunks) {
-  constexpr int CHUNKS = COLS / 8;
-  const int chunk = threadIdx.x % CHUNKS;
-  if (chunk >= valid_chunks) return;
-  for (int row = threadIdx.x / CHUNKS; row < ROWS && row < valid_rows; row += THREADS / CHUNKS) {
-    *reinterpret_cast<uint4*>(rows + row * stride + chunk * 8) =
-        *reinterpret_cast<const uint4*>(tile + swizzled<COLS>(row, chunk));
-  }
-}
 
 // How scores become probabilities; everything in base 2.
 struct BwdScores {

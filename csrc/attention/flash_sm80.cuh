@@ -44,10 +44,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "arch/cp_async.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/recompute.cuh"
-#include "arch/swizzle.cuh"
+#include "arch/tile_copy.cuh"
 #include "arch/warp_gemm_sm80.cuh"
 #include "attention/flash_sm80_launch.h"
 #include "attention/mask.cuh"
@@ -165,12 +164,12 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   constexpr int WARP_M = BLOCK_M / kTile.warps_m;  // rows of a warp
   constexpr int WARP_N = BLOCK_N / kTile.warps_n;  // keys of a step per warp
   constexpr int TILES_M = WARP_M / 16;
-  constexpr int AHEAD = TILES_M == 1 ? 3 : 1;  // loads ahead of the products: nothing spills with these
+  constexpr int AHEAD = TILES_M == 1 ? 3 : 1;  // loads ahead of the products; with these little or nothing spills
   constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
-  constexpr int ROWS_PER_PASS = NUM_THREADS / CHUNKS;
+  using Place = ChunkOfThread<HEAD_DIM, NUM_THREADS>;
+  constexpr int ROWS_PER_PASS = Place::kRowsPerPass;
   static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "products are of 16 rows, and consume P 16 keys at a time");
-  static_assert(NUM_THREADS % CHUNKS == 0 && BLOCK_M % ROWS_PER_PASS == 0 && BLOCK_N % ROWS_PER_PASS == 0,
-                "a pass of the threads loads whole rows, and passes fill a tile");
+  static_assert(BLOCK_N % ROWS_PER_PASS == 0, "passes of the threads fill a tile");
 
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
@@ -226,21 +225,26 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
     return p.sinks != nullptr && split_idx == 0 ? p.sinks[row_head(row)] * kLog2E : -INFINITY;
   };
 
-  // A thread's place in cooperative loads and stores: one chunk of every ROWS_PER_PASS-th row.
-  const int chunk = threadIdx.x % CHUNKS;
-  const int pass_row = threadIdx.x / CHUNKS;
+  // A thread's place in loads and stores by all: f(chunk) for each of its chunks of a row.
+  const Place place;
+  const auto each_chunk = [&](auto f) {
+#pragma unroll
+    for (int j = 0; j < CHUNKS / Place::kLanes; ++j) f(place.chunk + j * Place::kLanes);
+  };
 
   // Rows that see nothing: zeros, and the LSE of the sink. The combination ignores O where the LSE is -inf.
   const auto write_empty_rows = [&](int32_t begin, int32_t end, bool with_sink) {
-    for (int32_t row = begin + pass_row; row < end; row += ROWS_PER_PASS) {
-      if (chunk == 0) lse[lse_offset(row)] = with_sink ? row_sink(row) * kLn2 : -INFINITY;
-      if (chunk >= v_chunks) continue;
-      if (num_splits > 1) {
-        float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
-        row_out[0] = row_out[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      } else {
-        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
-      }
+    for (int32_t row = begin + place.row; row < end; row += ROWS_PER_PASS) {
+      if (place.chunk == 0) lse[lse_offset(row)] = with_sink ? row_sink(row) * kLn2 : -INFINITY;
+      each_chunk([&](int chunk) {
+        if (chunk >= v_chunks) return;
+        if (num_splits > 1) {
+          float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
+          row_out[0] = row_out[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        } else {
+          *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
+        }
+      });
     }
   };
   if (q_len < all_q_len) {
@@ -276,37 +280,44 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const auto load_q = [&] {
     const T* const q = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride;
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / ROWS_PER_PASS; ++i) {
-      const int tile_row = pass_row + i * ROWS_PER_PASS;
+    for (int i = 0; i < (BLOCK_M + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++i) {
+      const int tile_row = place.row + i * ROWS_PER_PASS;
+      if (BLOCK_M % ROWS_PER_PASS != 0 && tile_row >= BLOCK_M) continue;
       const int32_t row = first_row + tile_row;
-      const bool valid = row <= last_row && chunk < head_chunks;
       const int32_t safe_row = min(row, last_row);
       const T* const source = q + (first_token(0) + p.group_size.divide(safe_row)) * p.q_token_stride +
                               row_head(safe_row) * p.q_head_stride;
-      cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : source, valid);
+      each_chunk([&](int chunk) {
+        const bool valid = row <= last_row && chunk < head_chunks;
+        cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : source, valid);
+      });
     }
   };
   const auto load_kv = [&](const KvOperand<T>& operand, int32_t operand_chunks, T* tile, int32_t load_step) {
     const int32_t first_key = load_step * BLOCK_N;
-    const bool chunk_valid = chunk < operand_chunks;
     if (KvLoader::kContiguous && first_key >= seen_by_any.begin && first_key + BLOCK_N <= seen_by_any.end) {
       // Most steps: rows at equal distances, all of them seen.
-      const T* source = kv.row(operand, first_key + pass_row) + recompute(chunk_valid ? chunk * 8 : 0);
+      const T* source = kv.row(operand, first_key + place.row);
 #pragma unroll
       for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
-        cp_async_16(tile + swizzled<HEAD_DIM>(pass_row + i * ROWS_PER_PASS, chunk), source, chunk_valid);
+        each_chunk([&](int chunk) {
+          const bool valid = chunk < operand_chunks;
+          cp_async_16(tile + swizzled<HEAD_DIM>(place.row + i * ROWS_PER_PASS, chunk),
+                      source + recompute(valid ? chunk * 8 : 0), valid);
+        });
         source += ROWS_PER_PASS * operand.token_stride;
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
-      const int tile_row = pass_row + i * ROWS_PER_PASS;
+      const int tile_row = place.row + i * ROWS_PER_PASS;
       const int32_t key = first_key + tile_row;
-      const T* source = nullptr;
-      if (key >= seen_by_any.begin && key < seen_by_any.end && chunk_valid) source = kv.row(operand, key);
-      const bool valid = source != nullptr;
-      cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
+      const T* const source = key >= seen_by_any.begin && key < seen_by_any.end ? kv.row(operand, key) : nullptr;
+      each_chunk([&](int chunk) {
+        const bool valid = source != nullptr && chunk < operand_chunks;
+        cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
+      });
     }
   };
 
@@ -468,8 +479,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
       }
     }
     __syncthreads();
-    for (int tile_row = pass_row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
-      if (chunk >= v_chunks) continue;
+    for (int tile_row = place.row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
       const int32_t row = first_row + tile_row;
       float row_max = -INFINITY;
 #pragma unroll
@@ -477,30 +487,35 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
         row_max = fmaxf(row_max, smem.merge.row_max[w][tile_row]);
       }
       float row_sum = 0.0f;
-      float sums[8] = {};
+      float weights[kTile.warps_n];
 #pragma unroll
       for (int w = 0; w < kTile.warps_n; ++w) {
-        const float weight = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
-        row_sum += weight * smem.merge.row_sum[w][tile_row];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          sums[i] += weight * smem.merge.out[w][tile_row][chunk * 8 + i];
-        }
+        weights[w] = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
+        row_sum += weights[w] * smem.merge.row_sum[w][tile_row];
       }
       const RowResult result = finish_row(row_max, row_sum, row_sink(row));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i] *= result.inverse;
+      if (place.chunk == 0) lse[lse_offset(row)] = result.lse;
 
-      if (chunk == 0) lse[lse_offset(row)] = result.lse;
-      if (num_splits > 1) {
-        float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
-        row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-      } else {
-        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
-            make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
-                       pack_pair<T>(sums[6], sums[7]));
-      }
+      each_chunk([&](int chunk) {
+        if (chunk >= v_chunks) return;
+        float sums[8] = {};
+#pragma unroll
+        for (int w = 0; w < kTile.warps_n; ++w) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[i] += weights[w] * smem.merge.out[w][tile_row][chunk * 8 + i];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i] *= result.inverse;
+        if (num_splits > 1) {
+          float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
+          row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+          row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+        } else {
+          *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
+              make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
+                         pack_pair<T>(sums[6], sums[7]));
+        }
+      });
     }
   }
 }

@@ -18,18 +18,18 @@ struct FlashSm80Tile {
 };
 
 // Compiled head dims; others are padded with zeros in shared memory to the next one.
-constexpr int kFlashSm80HeadDims[] = {64, 128, 256};
+constexpr int kFlashSm80HeadDims[] = {64, 96, 128, 192, 256};
 
 // The tile for decode (block_m 16: the warps share the rows and split the keys) and for prefill.
 // All of them stay within the 99 KiB of shared memory of sm_86.
 constexpr FlashSm80Tile flash_sm80_tile(int head_dim, bool decode) {
   if (decode) {
     if (head_dim == 64) return {16, 128, 1, 4, 2};
-    if (head_dim == 128) return {16, 64, 1, 4, 2};
+    if (head_dim <= 128) return {16, 64, 1, 4, 2};
     return {16, 32, 1, 2, 2};
   }
   if (head_dim == 64) return {128, 128, 4, 1, 1};
-  if (head_dim == 128) return {128, 64, 4, 1, 1};
+  if (head_dim <= 128) return {128, 64, 4, 1, 1};
   return {64, 64, 4, 1, 1};
 }
 
