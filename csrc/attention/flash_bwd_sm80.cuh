@@ -7,11 +7,12 @@
 //
 //   q, dq (B, Sq, H, D)   k, dk (B, Sk, Hk, D)   v, dv (B, Sk, Hk, Dv)   out, dout (B, Sq, H, Dv), or packed
 //
-// Four launches, one after the other:
+// Up to five launches, one after the other:
 //
 //   prepare   delta, LSE in base 2 (inf for rows that give nothing), dq's accumulators cleared
 //   main      a CTA owns a block of keys of one KV head, and walks over the blocks of queries that see it, of all heads
 //             of the group: dk and dv stay in its registers, and GQA needs no workspace
+//   sum       dk and dv of CTAs that share the heads of a group, if there are (few KV heads, short sequences)
 //   convert   dq's fp32 accumulators, scaled and rounded   (or, if deterministic, `dq`: flash_bwd_sm80_dq.cuh)
 //   clear     gradients of tokens that belong to no sequence, if there can be any
 //
@@ -27,6 +28,9 @@
 //              barrier │ dV += P^T dO │ dQ = dS K, added │ dK += dS^T Q
 //
 // Shared memory: K, V; two stages each of Q and dO; P and dS; all swizzled (arch/swizzle.cuh).
+//
+// Order: sections of 16 (KV head, sequence) pairs, so that CTAs that run at a time share Q and dO in the L2 cache; in
+// each the first blocks of keys first: with a causal mask they are seen by most queries, and the end is even.
 //
 // dq is added with atomics in fp32, each thread's accumulators in one run of 16 bytes, in the order of the fragments:
 // only `convert`, whose threads stand for the same ones, reads them. The sums' order is that of time: `deterministic`
@@ -86,13 +90,12 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   const int warp_idx = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  // ---- which keys. The first come first: with a causal mask they are seen by most queries.
-  const int32_t num_n_blocks = static_cast<int32_t>(p.config.num_n_blocks);
-  const int32_t n_block = blockIdx.x % num_n_blocks;
-  const int32_t kv_head_idx = blockIdx.x / num_n_blocks % p.num_kv_heads;
-  const BwdSequence sequence(p, blockIdx.x / num_n_blocks / p.num_kv_heads, BLOCK_M);
+  // ---- which keys
+  const BwdKeyBlock block(p, blockIdx.x, p.config.num_splits);
+  const int32_t kv_head_idx = block.kv_head_idx;
+  const BwdSequence sequence(p, block.seq_idx, BLOCK_M);
   const int32_t q_len = sequence.q_len, k_len = sequence.k_len;
-  const int32_t first_key = n_block * BLOCK_N;
+  const int32_t first_key = block.n_block * BLOCK_N;
   if (first_key >= k_len) return;
   const int32_t num_keys = min(BLOCK_N, k_len - first_key);
 
@@ -104,7 +107,9 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   const int32_t first_block = q_begin / BLOCK_M;
   const int32_t end_block = q_begin < q_end ? (q_end + BLOCK_M - 1) / BLOCK_M : first_block;
   const int32_t group_size = p.num_heads / p.num_kv_heads;
-  const int32_t num_steps = (end_block - first_block) * group_size;
+  const int32_t first_head = block.split_idx * p.config.heads_per_split;  // of the group
+  const int32_t num_heads = min(p.config.heads_per_split, group_size - first_head);
+  const int32_t num_steps = (end_block - first_block) * num_heads;
 
   const int32_t head_chunks = p.head_dim / 8;
   const int32_t v_chunks = p.v_head_dim / 8;
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
   float dv[KV_ROWS / 16][KV_COLS / 8][4] = {};
 
   // ---- loads
-  int32_t load_head = kv_head_idx * group_size;
+  int32_t load_head = kv_head_idx * group_size + first_head;
   int32_t load_block = first_block;
   const auto load_step = [&](int stage) {
     const int32_t first = load_block * BLOCK_M;
@@ -146,7 +151,7 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
 
   // ---- main loop
   BwdScores to_probabilities = {{q_len, k_len, p.window_left, p.window_right}, score_scale, 0.0f};
-  int32_t head_idx = kv_head_idx * group_size;
+  int32_t head_idx = kv_head_idx * group_size + first_head;
   int32_t m_block = first_block;
   for (int32_t step = 0; step < num_steps; ++step) {
     const int stage = step & 1;
@@ -209,7 +214,15 @@ __global__ void __launch_bounds__(kFlashBwdSm80Threads, 1)
     }
   }
 
-  // ---- epilogue, through K's and V's place once all warps are done with them
+  // ---- epilogue
+  if (p.config.num_splits > 1) {
+    const int64_t first_row = block.partial_row(p, sequence, first_key, block.split_idx) + kv_row * p.num_kv_heads;
+    write_partial<HEAD_DIM, KV_WARPS>(p.dk_partial, first_row, p.num_kv_heads, num_keys - kv_row, kv_col, dk,
+                                      p.softmax_scale);
+    write_partial<HEAD_DIM, KV_WARPS>(p.dv_partial, first_row, p.num_kv_heads, num_keys - kv_row, kv_col, dv, 1.0f);
+    return;
+  }
+  // Through K's and V's place once all warps are done with them.
   cp_async_wait<0>();
   __syncthreads();
   WarpResult<HEAD_DIM, KV_WARPS>(smem.k, kv_row, kv_col).template store_all<T>(dk, p.softmax_scale);
@@ -229,7 +242,8 @@ cudaError_t launch_flash_bwd_sm80(const FlashBwdSm80Params& p, cudaStream_t stre
   const ScoreScale scale = ScoreScale::make(p.softmax_scale, p.softcap);
   const int64_t num_heads = static_cast<int64_t>(p.num_heads) * p.num_seqs;
   const int64_t num_m_ctas = p.config.num_m_blocks * num_heads;
-  const int64_t num_n_ctas = p.config.num_n_blocks * p.num_kv_heads * p.num_seqs;
+  const int64_t num_n_blocks = p.config.num_n_blocks * p.num_kv_heads * p.num_seqs;
+  const int64_t num_n_ctas = num_n_blocks * p.config.num_splits;
   if (num_m_ctas > INT32_MAX || num_n_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
 
   if (num_m_ctas > 0) {
@@ -243,6 +257,10 @@ cudaError_t launch_flash_bwd_sm80(const FlashBwdSm80Params& p, cudaStream_t stre
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
     if (error != cudaSuccess) return error;
     kernel<<<static_cast<unsigned>(num_n_ctas), kFlashBwdSm80Threads, kSmemBytes, stream>>>(p, scale);
+    if (p.config.num_splits > 1) {
+      flash_bwd_sm80_sum<T, HEAD_DIM, LARGE>
+          <<<static_cast<unsigned>(num_n_blocks), kFlashBwdSm80Threads, 0, stream>>>(p);
+    }
   }
   if (p.dq_accum == nullptr) {
     const cudaError_t error = launch_flash_bwd_sm80_dq<T, HEAD_DIM>(p, scale, stream);

@@ -38,6 +38,10 @@ struct FlashBwdSm80Params {
   float* delta = nullptr;      // (H, rows)
   float* dq_accum = nullptr;   // (H, rows, compiled head dim), in an order of its own; nullptr: deterministic
 
+  // If config.num_splits > 1: (splits, k tokens in all, Hk, compiled head dim) each.
+  float* dk_partial = nullptr;
+  float* dv_partial = nullptr;
+
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1), or nullptr: a batch
   const int32_t* cu_seqlens_k = nullptr;
   const int32_t* seqused_q = nullptr;  // (B), or nullptr: all of each sequence counts

@@ -1,6 +1,7 @@
 // Tiles of the sm_80 attention backward and what depends on them. Plain C++: no CUDA call.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace fastattn {
@@ -58,6 +59,7 @@ struct FlashBwdSm80Problem {
   bool packed;  // sequences of their own lengths one behind the other
   bool deterministic;
   int64_t shared_memory;  // bytes that a CTA may have
+  int64_t num_sms;
 };
 
 struct FlashBwdSm80Config {
@@ -68,10 +70,14 @@ struct FlashBwdSm80Config {
   int64_t num_m_blocks;     // of the longest sequence
   int64_t num_n_blocks;     // the same
   int64_t num_dq_m_blocks;  // of the kernel for dQ alone
-  int64_t padded_tokens;    // rows of the workspaces: every sequence begins at a multiple of block_m
-  int64_t dq_accum_size;    // elements of that workspace; 0 if deterministic
+  int32_t num_splits;       // CTAs that share the heads of a group, for one block of keys
+  int32_t heads_per_split;
+  int32_t pairs_per_section;  // (KV head, split, sequence) whose CTAs are started together, see flash_bwd_sm80.cuh
+  int64_t padded_tokens;      // rows of the workspaces: every sequence begins at a multiple of block_m
+  int64_t dq_accum_size;      // elements of that workspace; 0 if deterministic
 };
 
+// A function of sizes that the host knows.
 inline FlashBwdSm80Config flash_bwd_sm80_config(const FlashBwdSm80Problem& problem) {
   FlashBwdSm80Config config = {};
   for (int head_dim : kFlashBwdSm80HeadDims) {
@@ -80,11 +86,20 @@ inline FlashBwdSm80Config flash_bwd_sm80_config(const FlashBwdSm80Problem& probl
   config.large = config.head_dim == 256 && problem.shared_memory > 163 * 1024;
   config.tile = flash_bwd_sm80_tile(config.head_dim, config.large);
   config.dq_tile = flash_bwd_sm80_dq_tile(config.head_dim);
-  const auto blocks = [](int64_t length, int block) { return (length + block - 1) / block; };
+  const auto blocks = [](int64_t length, int64_t block) { return (length + block - 1) / block; };
   const int block_m = config.tile.block_m;
   config.num_m_blocks = blocks(problem.max_seqlen_q, block_m);
   config.num_n_blocks = blocks(problem.max_seqlen_k, config.tile.block_n);
   config.num_dq_m_blocks = blocks(problem.max_seqlen_q, config.dq_tile.block_m);
+
+  // Split the heads of a group where there are less than two CTAs an SM.
+  const int64_t group_size = problem.num_heads / problem.num_kv_heads;
+  const int64_t num_ctas = config.num_n_blocks * problem.num_kv_heads * problem.num_seqs;
+  const int64_t wanted = num_ctas > 0 ? std::min(blocks(2 * problem.num_sms, num_ctas), group_size) : 1;
+  config.heads_per_split = static_cast<int32_t>(blocks(group_size, wanted));
+  config.num_splits = static_cast<int32_t>(blocks(group_size, config.heads_per_split));
+  config.pairs_per_section = 16;
+
   config.padded_tokens = problem.packed ? (problem.num_tokens + problem.num_seqs * block_m) / block_m * block_m
                                         : problem.num_seqs * config.num_m_blocks * block_m;
   config.dq_accum_size = problem.deterministic ? 0 : problem.num_heads * config.padded_tokens * config.head_dim;

@@ -60,6 +60,61 @@ __device__ __forceinline__ void load_dq_accum(float* block, float (&dq)[TILES_M]
 }
 
 // ---------------------------------------------------------------------------------------------
+// dk and dv of CTAs that share the heads of a group.
+
+// A warp's results; `first_row` and `first_col` are its own, num_rows how many rows from there count.
+template <int HEAD_DIM, int WARPS, int TILES_M, int TILES_N>
+__device__ __forceinline__ void write_partial(float* partial, int64_t first_row, int32_t row_stride, int32_t num_rows,
+                                              int32_t first_col, const float (&acc)[TILES_M][TILES_N][4], float scale) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < TILES_M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = m * 16 + half * 8 + lane / 4;
+      if (row >= num_rows) continue;
+      float* const out = partial + (first_row + row * row_stride) * HEAD_DIM + first_col + 2 * (lane % 4);
+#pragma unroll
+      for (int n = 0; n < TILES_N; ++n) {
+        *reinterpret_cast<float2*>(out + n / 2 * 16 * WARPS + n % 2 * 8) =
+            make_float2(acc[m][n][2 * half] * scale, acc[m][n][2 * half + 1] * scale);
+      }
+    }
+  }
+}
+
+// Adds them up in the order of the heads. A CTA for each block of keys of each KV head.
+template <typename T, int HEAD_DIM, bool LARGE>
+__global__ void __launch_bounds__(kFlashBwdSm80Threads)
+    flash_bwd_sm80_sum(const __grid_constant__ FlashBwdSm80Params p) {
+  constexpr int BLOCK_N = kFlashBwdSm80Tile<HEAD_DIM, LARGE>.block_n;
+  constexpr int CHUNKS = HEAD_DIM / 4;
+  const BwdKeyBlock block(p, blockIdx.x, 1);
+  const BwdSequence sequence(p, block.seq_idx, kFlashBwdSm80Tile<HEAD_DIM, LARGE>.block_m);
+  const int32_t first_key = block.n_block * BLOCK_N;
+  const int32_t num_keys = min(BLOCK_N, sequence.k_len - first_key);
+  const auto sum = [&](const float* partial, T* out, int64_t stride, int32_t head_dim) {
+    for (int i = threadIdx.x; i < num_keys * CHUNKS; i += kFlashBwdSm80Threads) {
+      const int32_t row = i / CHUNKS, dim = i % CHUNKS * 4;
+      if (dim >= head_dim) continue;
+      float total[4] = {};
+      for (int32_t split = 0; split < p.config.num_splits; ++split) {
+        const int64_t partial_row = block.partial_row(p, sequence, first_key + row, split);
+        float part[4];
+        load_vec(partial + partial_row * HEAD_DIM + dim, part);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[j] += part[j];
+      }
+      store_vec(out + row * stride + dim, total);
+    }
+  };
+  sum(p.dk_partial, sequence.rows<T>(p.dk, sequence.k_start, first_key, block.kv_head_idx), p.dk.token_stride,
+      p.head_dim);
+  sum(p.dv_partial, sequence.rows<T>(p.dv, sequence.k_start, first_key, block.kv_head_idx), p.dv.token_stride,
+      p.v_head_dim);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Prepare: a CTA for each block of queries of each head, eight lanes a row.
 
 template <typename T, int HEAD_DIM, bool LARGE>

@@ -50,6 +50,35 @@ struct BwdSequence {
   }
 };
 
+// Which block of keys a CTA has, of which KV head and sequence, and for which part of the group's heads.
+struct BwdKeyBlock {
+  int32_t n_block, kv_head_idx, split_idx, seq_idx;
+
+  __device__ __forceinline__ BwdKeyBlock(const FlashBwdSm80Params& p, uint32_t index, uint32_t num_splits) {
+    const uint32_t num_pairs = static_cast<uint32_t>(p.num_kv_heads) * num_splits * p.num_seqs;
+    const uint32_t num_n_blocks = static_cast<uint32_t>(p.config.num_n_blocks);
+    const uint32_t section = index / (num_n_blocks * p.config.pairs_per_section);
+    const uint32_t first_pair = section * p.config.pairs_per_section;
+    const uint32_t pairs = min(static_cast<uint32_t>(p.config.pairs_per_section), num_pairs - first_pair);
+    const uint32_t in_section = index - first_pair * num_n_blocks;
+    n_block = in_section / pairs;
+    uint32_t pair = first_pair + in_section % pairs;
+    split_idx = pair % num_splits;
+    pair /= num_splits;
+    kv_head_idx = pair % p.num_kv_heads;
+    seq_idx = pair / p.num_kv_heads;
+  }
+
+  // The row of key `first_key` in dk_partial and dv_partial; the next key's is num_kv_heads behind.
+  __device__ __forceinline__ int64_t partial_row(const FlashBwdSm80Params& p, const BwdSequence& sequence,
+                                                 int32_t first_key, int32_t split) const {
+    const bool packed = p.cu_seqlens_k != nullptr;
+    const int64_t num_tokens = packed ? p.k_tokens : p.num_seqs * p.k_tokens;
+    const int64_t token = (packed ? sequence.k_start : seq_idx * p.k_tokens) + first_key;
+    return (split * num_tokens + token) * p.num_kv_heads + kv_head_idx;
+  }
+};
+
 // How scores become probabilities; everything in base 2.
 struct BwdScores {
   AttentionMask mask;

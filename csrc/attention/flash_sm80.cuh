@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const int64_t lse_stride = packed_q ? p.num_tokens : p.batch_q_len;
   // Read again where it is used: it is not needed during the loop.
   const auto first_token = [&](int64_t of_batch) {
-    return packed_q ? static_cast<int64_t>(p.cu_seqlens_q[seq_idx]) : seq_idx * of_batch;
+    return packed_q ? static_cast<int64_t>(p.cu_seqlens_q[seq_idx]) : recompute(seq_idx) * of_batch;
   };
   T* const out = static_cast<T*>(p.out);
   float* const partial_out =
@@ -214,8 +214,9 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const auto row_head = [&](int32_t row) { return kv_head_idx * group_size + p.group_size.remainder(row); };
   // Offsets of a row's head in out (and partial_out) and of its entry in lse.
   const auto out_offset = [&](int32_t row) {
-    const int64_t token = first_token(p.batch_q_len) + p.group_size.divide(row);
-    return (token * p.num_heads + row_head(row)) * p.v_head_dim;
+    const int32_t token_size = p.num_heads * p.v_head_dim;
+    return first_token(p.batch_q_len) * token_size + static_cast<int64_t>(p.group_size.divide(row)) * token_size +
+           row_head(row) * p.v_head_dim;
   };
   const auto lse_offset = [&](int32_t row) {
     return first_token(p.num_heads * lse_stride) + row_head(row) * lse_stride + p.group_size.divide(row);
@@ -278,15 +279,16 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   // ---- loads
   const int32_t head_chunks = p.head_dim / 8;
   const auto load_q = [&] {
-    const T* const q = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride;
+    const T* const q = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride + first_token(0) * p.q_token_stride +
+                       kv_head_idx * group_size * p.q_head_stride;
 #pragma unroll
     for (int i = 0; i < (BLOCK_M + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++i) {
       const int tile_row = place.row + i * ROWS_PER_PASS;
       if (BLOCK_M % ROWS_PER_PASS != 0 && tile_row >= BLOCK_M) continue;
       const int32_t row = first_row + tile_row;
       const int32_t safe_row = min(row, last_row);
-      const T* const source = q + (first_token(0) + p.group_size.divide(safe_row)) * p.q_token_stride +
-                              row_head(safe_row) * p.q_head_stride;
+      const T* const source =
+          q + p.group_size.divide(safe_row) * p.q_token_stride + p.group_size.remainder(safe_row) * p.q_head_stride;
       each_chunk([&](int chunk) {
         const bool valid = row <= last_row && chunk < head_chunks;
         cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : source, valid);

@@ -124,6 +124,14 @@ Gradients run_sm80(const char* op, const Tensor& dout, const Tensor& q, const Te
   p.lse_base2 = static_cast<float*>(lse_base2.data_ptr());
   p.delta = static_cast<float*>(delta.data_ptr());
   if (!call.deterministic) p.dq_accum = static_cast<float*>(dq_accum.data_ptr());
+  std::optional<Tensor> dk_partial, dv_partial;
+  if (p.config.num_splits > 1) {
+    const int64_t num_rows = p.config.num_splits * (dims.packed() ? 1 : num_seqs) * p.k_tokens * p.num_kv_heads;
+    dk_partial = empty(q, {num_rows, p.config.head_dim}, ScalarType::Float);
+    dv_partial = empty(q, {num_rows, p.config.head_dim}, ScalarType::Float);
+    p.dk_partial = static_cast<float*>(dk_partial->data_ptr());
+    p.dv_partial = static_cast<float*>(dv_partial->data_ptr());
+  }
   check_launch(op, flash_bwd_sm80(p, stream_of(q)));
   return {dq, dk, dv};
 }
