@@ -88,24 +88,27 @@ template <typename T, int HEAD_DIM, bool LARGE>
 __global__ void __launch_bounds__(kFlashBwdSm80Threads)
     flash_bwd_sm80_sum(const __grid_constant__ FlashBwdSm80Params p) {
   constexpr int BLOCK_N = kFlashBwdSm80Tile<HEAD_DIM, LARGE>.block_n;
-  constexpr int CHUNKS = HEAD_DIM / 4;
   const BwdKeyBlock block(p, blockIdx.x, 1);
   const BwdSequence sequence(p, block.seq_idx, kFlashBwdSm80Tile<HEAD_DIM, LARGE>.block_m);
   const int32_t first_key = block.n_block * BLOCK_N;
   const int32_t num_keys = min(BLOCK_N, sequence.k_len - first_key);
+  const int64_t first_row = block.partial_row(p, sequence, first_key, 0);
+  const int64_t split_stride = (block.partial_row(p, sequence, first_key, 1) - first_row) * HEAD_DIM;
   const auto sum = [&](const float* partial, T* out, int64_t stride, int32_t head_dim) {
-    for (int i = threadIdx.x; i < num_keys * CHUNKS; i += kFlashBwdSm80Threads) {
-      const int32_t row = i / CHUNKS, dim = i % CHUNKS * 4;
-      if (dim >= head_dim) continue;
-      float total[4] = {};
-      for (int32_t split = 0; split < p.config.num_splits; ++split) {
-        const int64_t partial_row = block.partial_row(p, sequence, first_key + row, split);
-        float part[4];
-        load_vec(partial + partial_row * HEAD_DIM + dim, part);
+#pragma unroll 1
+    for (int32_t row = threadIdx.x / 32; row < num_keys; row += kFlashBwdSm80Warps) {
+      const float* const part_row = partial + (first_row + row * p.num_kv_heads) * HEAD_DIM;
+#pragma unroll 1
+      for (int32_t dim = threadIdx.x % 32 * 4; dim < head_dim; dim += 128) {
+        float total[4] = {};
+        for (int32_t split = 0; split < p.config.num_splits; ++split) {
+          float part[4];
+          load_vec(part_row + split * split_stride + dim, part);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) total[j] += part[j];
+          for (int j = 0; j < 4; ++j) total[j] += part[j];
+        }
+        store_vec(out + row * stride + dim, total);
       }
-      store_vec(out + row * stride + dim, total);
     }
   };
   sum(p.dk_partial, sequence.rows<T>(p.dk, sequence.k_start, first_key, block.kv_head_idx), p.dk.token_stride,
