@@ -117,7 +117,7 @@ Gradients run_sm80(const char* op, const Tensor& dout, const Tensor& q, const Te
   p.dtype = dtype_of(q);
   p.config = flash_bwd_sm80_config({num_seqs, p.num_heads, p.num_kv_heads, std::max(p.head_dim, p.v_head_dim),
                                     p.q_tokens, call.max_seqlen_q, call.max_seqlen_k, dims.packed(), call.deterministic,
-                                    shared_memory_of(q)});
+                                    shared_memory_of(q), num_sms_of(q)});
   const Tensor lse_base2 = empty(q, {p.num_heads, p.config.padded_tokens}, ScalarType::Float);
   const Tensor delta = empty(q, {p.num_heads, p.config.padded_tokens}, ScalarType::Float);
   const Tensor dq_accum = empty(q, {p.config.dq_accum_size}, ScalarType::Float);
