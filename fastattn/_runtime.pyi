@@ -96,6 +96,7 @@ def flash_fwd_sm90_config(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    v_head_dim: int,
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: bool,

@@ -27,20 +27,24 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 
 // Loads four 8 x 8 tiles of 16-bit values. Lane l gives the address of row l % 8 of tile l / 8
 // (16 bytes, 16-byte aligned); r[i] receives, of tile i, row g, columns 2t and 2t + 1.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem_address(row))
+               : "r"(row_address)
                : "memory");
 }
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, smem_address(row)); }
 
 // The same with every tile transposed: r[i] receives, of tile i, rows 2t and 2t + 1 of column g.
 // This turns V, stored as (key, dim) with dim contiguous, into B fragments with k = key.
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem_address(row))
+               : "r"(row_address)
                : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4_trans(r, smem_address(row));
 }
 
 // c (16 x 8, fp32) += a (16 x 16) * b (16 x 8); one overload per operand type.

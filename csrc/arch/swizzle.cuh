@@ -9,16 +9,23 @@
 //   row 1:  c1 c0 c3 c2 c5 c4 c7 c6     rows 2, 3:  c1 c0 c3 c2 | c1 c0 c3 c2
 //   row 2:  c2 c3 c0 c1 c6 c7 c4 c5     rows 4, 5:  c2 c3 c0 c1 | c2 c3 c0 c1
 //
+// An odd number of halves of 128 bytes (COLS = 96) is as COLS = 32: rows begin in different halves in turn.
 // Rows of one or two chunks (4-bit weights, which are not read by ldmatrix) lie as they are.
 #pragma once
 
 namespace fastattn {
 
+// Which low bits of a chunk's index a tile with COLS columns swaps around.
+template <int COLS>
+inline constexpr int kSwizzleMask = COLS < 32         ? 0
+                                    : COLS % 64 == 32 ? 3
+                                                      : 7;
+
 // Element offset of `chunk` of `row` in a swizzled tile with COLS columns.
 template <int COLS>
 __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
-  static_assert(COLS == 8 || COLS == 16 || COLS == 32 || COLS % 64 == 0, "8, 16, 32 or n * 64 columns");
-  const int key = COLS < 32 ? 0 : COLS == 32 ? (row >> 1) & 3 : row & 7;
+  static_assert(COLS == 8 || COLS == 16 || COLS % 32 == 0, "8, 16 or n * 32 columns");
+  const int key = (COLS % 64 == 32 ? row >> 1 : row) & kSwizzleMask<COLS>;
   return row * COLS + (chunk ^ key) * 8;
 }
 

@@ -1,9 +1,11 @@
 // FlashAttention forward on Hopper's tensor cores and copy engine: one producer warp, two or three groups that compute.
 //
 //   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
-//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), then masked
+//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap),
+//          then - alibi_slope[h] * |i + Sk - Sq - j|,  then masked;  sinks: exp(sink[h]) is one more term of the sum
 //
-//   q (B, Sq, H, D)   k, v (B, Sk, Hk, D)   G = H / Hk   out (B, Sq, H, D)   lse (B, H, Sq) fp32; packed: no B
+//   q (B, Sq, H, D)   k (B, Sk, Hk, D)   v (B, Sk, Hk, Dv)   G = H / Hk   out (B, Sq, H, Dv)   lse (B, H, Sq) fp32
+//   packed: no B
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out.
@@ -34,7 +36,7 @@
 // Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
 // that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
 //
-// Limits: D a multiple of 8 up to 256, rows 16-byte aligned, softmax_scale > 0. What was tried is in
+// Limits: D and Dv multiples of 8 up to 256, rows 16-byte aligned, softmax_scale > 0. What was tried is in
 // docs/design/flash_fwd_sm90.md.
 #pragma once
 
@@ -56,19 +58,23 @@
 namespace fastattn {
 
 // ---------------------------------------------------------------------------------------------
-template <typename T, int HEAD_DIM>
+// Elements of a row that lie side by side in shared memory.
+template <int HEAD_DIM>
+constexpr int kPanelOf = HEAD_DIM % 64 == 0 ? 64 : 32;
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM>
 struct FlashFwdSm90Storage {
-  static constexpr FlashFwdSm90Tile kTile = flash_fwd_sm90_tile(HEAD_DIM);
+  static constexpr FlashFwdSm90Tile kTile = flash_fwd_sm90_tile(V_HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m(), BLOCK_N = kTile.block_n;
   static constexpr int kStages = 2;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * HEAD_DIM * sizeof(T);
-  static constexpr int kBytesKv = 2 * kStages * BLOCK_N * HEAD_DIM * sizeof(T);
+  static constexpr int kBytesKv = kStages * BLOCK_N * (HEAD_DIM + V_HEAD_DIM) * sizeof(T);
   static constexpr int kStagesQ = 2 * kBytesQ + kBytesKv <= 224 * 1024 ? 2 : 1;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T k[kStages][BLOCK_N * HEAD_DIM];
-  alignas(1024) T v[kStages][BLOCK_N * HEAD_DIM];
+  alignas(1024) T v[kStages][BLOCK_N * V_HEAD_DIM];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier k_full[kStages], k_empty[kStages];
   MBarrier v_full[kStages], v_empty[kStages];
@@ -80,24 +86,24 @@ struct FlashFwdSm90Storage {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1)
+template <typename T, int HEAD_DIM, int V_HEAD_DIM>
+__global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM>;
   constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
   constexpr int NUM_CONSUMERS = Storage::kTile.num_consumers;
   constexpr int STAGES = Storage::kStages;
-  constexpr int PANEL = HEAD_DIM % 64 == 0 ? 64 : 32;  // elements of a row that lie side by side
+  constexpr int PANEL = kPanelOf<HEAD_DIM>, V_PANEL = kPanelOf<V_HEAD_DIM>;
   constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
-  constexpr uint32_t KV_BYTES = BLOCK_N * HEAD_DIM * sizeof(T);
+  constexpr uint32_t K_BYTES = BLOCK_N * HEAD_DIM * sizeof(T), V_BYTES = BLOCK_N * V_HEAD_DIM * sizeof(T);
   // setmaxnreg; together at most 512 for a thread of each group.
   constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? 40 : 32;
   constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? 232 : 160;
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
-  static_assert(HEAD_DIM % 32 == 0 && BLOCK_N % 16 == 0);
+  static_assert(HEAD_DIM % 32 == 0 && V_HEAD_DIM % 32 == 0 && BLOCK_N % 16 == 0);
 
   extern __shared__ unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
@@ -171,7 +177,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       };
       const auto load_k = [&](int32_t step) {
         smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
-        smem.k_full[k_ring.stage()].arrive_expect_bytes(KV_BYTES);
+        smem.k_full[k_ring.stage()].arrive_expect_bytes(K_BYTES);
 #pragma unroll
         for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
           tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, smem.k_full[k_ring.stage()],
@@ -184,10 +190,10 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
         smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
         const bool clear = ends_inside && (step + 1) * BLOCK_N > t.k_len;
         MBarrier& barrier = clear ? smem.v_loaded[v_ring.stage()] : smem.v_full[v_ring.stage()];
-        barrier.arrive_expect_bytes(KV_BYTES);
+        barrier.arrive_expect_bytes(V_BYTES);
 #pragma unroll
-        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-          tma_load_4d(smem.v[v_ring.stage()] + panel * BLOCK_N * PANEL, args.v, barrier, panel * PANEL,
+        for (int panel = 0; panel < V_HEAD_DIM / V_PANEL; ++panel) {
+          tma_load_4d(smem.v[v_ring.stage()] + panel * BLOCK_N * V_PANEL, args.v, barrier, panel * V_PANEL,
                       t.k_start + step * BLOCK_N, args.group_size.divide(t.head_idx), packed_k ? 0 : t.seq_idx);
         }
         v_ring.advance();
@@ -229,11 +235,11 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
             smem.v_loaded[v_ring.stage()].wait((parities >> v_ring.stage()) & 1);
             parities ^= 1u << v_ring.stage();
             // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
-            const int32_t begin = (tile.k_len - step * BLOCK_N) * (PANEL / 8);
+            const int32_t begin = (tile.k_len - step * BLOCK_N) * (V_PANEL / 8);
 #pragma unroll 1
-            for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-              uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * BLOCK_N * PANEL);
-              for (int32_t i = begin + lane; i < BLOCK_N * (PANEL / 8); i += 32) chunks[i] = make_uint4(0, 0, 0, 0);
+            for (int panel = 0; panel < V_HEAD_DIM / V_PANEL; ++panel) {
+              uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * BLOCK_N * V_PANEL);
+              for (int32_t i = begin + lane; i < BLOCK_N * (V_PANEL / 8); i += 32) chunks[i] = make_uint4(0, 0, 0, 0);
             }
             fence_proxy_async();
             __syncwarp();
@@ -250,10 +256,12 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
   const int consumer = group_idx - 1;
   const int lane_row = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this row of the tile, and 8 below
-  const float scale_log2 = p.softcap > 0.0f ? 1.0f : p.softmax_scale * kLog2E;
+  const bool has_alibi = p.alibi_slopes != nullptr;
+  const bool never_plain = p.softcap > 0.0f || has_alibi;  // find_max must see every block, and scales what it sees
+  const float scale_log2 = never_plain ? 1.0f : p.softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
 
-  float acc[HEAD_DIM / 8][4];       // O
+  float acc[V_HEAD_DIM / 8][4];     // O
   float scores[BLOCK_N / 8][4];     // S, then P
   uint32_t probs[BLOCK_N / 16][4];  // P rounded, as the left operand of the next product
   float row_max[2], row_sum[2];     // the reference of the exponentials, and a lane's share of their sum
@@ -262,11 +270,11 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
   // ---- products
   const auto q_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.q[0] + consumer * 64 * PANEL, 0);
   const auto k_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.k[0], 0);
-  const auto v_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.v[0], BLOCK_N * PANEL * sizeof(T));
+  const auto v_tiles = WgmmaDescriptor::make<V_PANEL * 2>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
 
   const auto start_scores = [&] {  // scores = Q K^T
     const auto q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
-    const auto k = k_tiles.uniform_plus(k_ring.stage() * KV_BYTES);
+    const auto k = k_tiles.uniform_plus(k_ring.stage() * K_BYTES);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
@@ -278,13 +286,13 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
     wgmma_commit();
   };
   const auto start_output = [&](bool first) {  // acc += P V
-    const auto v = v_tiles.uniform_plus(v_ring.stage() * KV_BYTES);
+    const auto v = v_tiles.uniform_plus(v_ring.stage() * V_BYTES);
     pin_registers(acc);
     pin_registers(probs);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-      Wgmma<T, HEAD_DIM>::rs(acc, probs[kk], v.plus(kk * 16 * PANEL * sizeof(T)), kk > 0 || !first);
+      Wgmma<T, V_HEAD_DIM>::rs(acc, probs[kk], v.plus(kk * 16 * V_PANEL * sizeof(T)), kk > 0 || !first);
     }
     wgmma_commit();
   };
@@ -318,7 +326,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
     return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
            (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
   };
-  // Softcap, mask and maximum of a block of scores.
+  // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
     if (p.softcap > 0.0f) {
       const float scale = p.softmax_scale / p.softcap, cap = p.softcap * kLog2E;
@@ -326,6 +334,22 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       for (int t = 0; t < BLOCK_N / 8; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[t][i] = cap * tanh_exp2(scores[t][i] * scale);
+      }
+    }
+    if (has_alibi) {
+      const float scale = p.softcap > 0.0f ? 1.0f : p.softmax_scale * kLog2E;
+      const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + tile.head_idx] * kLog2E;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int32_t position = tile.first_row + lane_row + 8 * r + tile.k_len - tile.q_len;
+        const float distance = static_cast<float>(position - step * BLOCK_N - 2 * (lane % 4));
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 8; ++t) {
+#pragma unroll
+          for (int i = 2 * r; i < 2 * r + 2; ++i) {
+            scores[t][i] = scores[t][i] * scale - slope * fabsf(distance - static_cast<float>(t * 8 + i % 2));
+          }
+        }
       }
     }
     if (is_masked(step)) {
@@ -386,6 +410,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
   const auto store = [&](const FlashTile& done, bool empty) {
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
     const bool whole = args.num_splits.divisor == 1;
+    const bool has_sink = p.sinks != nullptr && done.split_idx == 0;  // one part of the keys counts it
     float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
                        batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride;
     T* const out = static_cast<T*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
@@ -394,32 +419,42 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       float sum = empty ? 0.0f : row_sum[r];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int32_t row = done.first_row + lane_row + 8 * r;
-      const bool valid = row < done.q_len;
+      const bool counts = row < done.q_len;
+      const bool exists = p.seqused_q == nullptr ? counts : row < num_rows_of_sequence(p, done.seq_idx);
       const int64_t token = done.q_start + row;
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
-      const float log2_sum = __fmaf_rn(row_max[r], scale_log2, log2f(sum));
-      if (valid && lane % 4 == 0) lse[token] = sum == 0.0f ? -INFINITY : log2_sum * kLn2;
-      if (!whole) {  // of a part without keys the LSE is enough
-        if (empty || !valid) continue;
+      float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, log2f(sum));
+      if (has_sink) {
+        const float sink = p.sinks[done.head_idx] * kLog2E;
+        const float reference = fmaxf(log2_sum, sink);
+        if (reference > -INFINITY) {
+          const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
+          inverse *= exp2_approx(log2_sum - with_sink);
+          log2_sum = with_sink;
+        }
+      }
+      if (exists && lane % 4 == 0) lse[token] = counts ? log2_sum * kLn2 : -INFINITY;
+      if (!whole) {  // of a part without keys the LSE is enough, unless it is a sink's
+        if (!counts || (empty && !has_sink)) continue;
         float* const partial =
             p.partial_out +
             ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) *
-                p.head_dim;
+                p.v_head_dim;
 #pragma unroll
-        for (int t = 0; t < HEAD_DIM / 8; ++t) {
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
           const int column = t * 8 + lane % 4 * 2;
-          if (column < p.head_dim) {
+          if (column < p.v_head_dim) {
             *reinterpret_cast<float2*>(partial + column) =
-                make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+                empty ? make_float2(0.0f, 0.0f) : make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
           }
         }
         continue;
       }
 #pragma unroll
-      for (int t = 0; t < HEAD_DIM / 8; t += 4) {
+      for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
         uint32_t w[4] = {0, 0, 0, 0};
         if (!empty) {
 #pragma unroll
@@ -438,8 +473,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
           (high ? w[1] : w[3]) = b;
         }
         const int column = (t + lane % 4) * 8;
-        if (valid && column < p.head_dim) {
-          *reinterpret_cast<uint4*>(out + token * p.out_token_stride + column) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (exists && column < p.v_head_dim) {
+          uint4* const chunk = reinterpret_cast<uint4*>(out + token * p.out_token_stride + column);
+          *chunk = counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
         }
       }
     }
@@ -507,7 +543,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
       wgmma_wait<1>();
       pin_registers(scores);
       float sums[2] = {0.0f, 0.0f};
-      bool exact = p.softcap > 0.0f || is_masked(step);
+      bool exact = never_plain || is_masked(step);
       if (!exact) {
         exponentials(sums);
         // This branch also keeps the exponentials before the wait for the output, behind which the assembler would move
@@ -531,7 +567,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
         row_sum[0] *= correction[0];
         row_sum[1] *= correction[1];
 #pragma unroll
-        for (int t = 0; t < HEAD_DIM / 8; ++t) {
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
         }
@@ -581,9 +617,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(HEAD_DIM).num_threads(), 1
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM>;
   constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
@@ -603,7 +639,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
 
   const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
   const int64_t k_batches = p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
-  constexpr int kPanel = HEAD_DIM % 64 == 0 ? 64 : 32;
+  constexpr int kPanel = kPanelOf<HEAD_DIM>, kVPanel = kPanelOf<V_HEAD_DIM>;
   const TensorMapSpec specs[3] = {{p.q,
                                    p.dtype,
                                    {p.head_dim, p.q_tokens, p.num_heads, q_batches},
@@ -618,9 +654,9 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                    Storage::BLOCK_N},
                                   {p.v,
                                    p.dtype,
-                                   {p.head_dim, p.k_tokens, p.num_kv_heads, k_batches},
+                                   {p.v_head_dim, p.k_tokens, p.num_kv_heads, k_batches},
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
-                                   kPanel,
+                                   kVPanel,
                                    Storage::BLOCK_N}};
   CUtensorMap* const maps[3] = {&args.q, &args.k, &args.v};
   for (int i = 0; i < 3; ++i) {
@@ -628,7 +664,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM>;
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
   error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
@@ -637,7 +673,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   error = cudaGetLastError();
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
-                        p.num_heads, p.head_dim, p.dtype},
+                        p.num_heads, p.v_head_dim, p.dtype},
                        stream);
 }
 

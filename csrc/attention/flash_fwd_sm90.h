@@ -28,7 +28,12 @@ struct FlashFwdSm90Params {
 
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1) if packed, else nullptr
   const int32_t* cu_seqlens_k = nullptr;
-  const int32_t* seqused_k = nullptr;  // (B) or nullptr: how many keys of each sequence count
+  const int32_t* seqused_q = nullptr;  // (B) or nullptr: how many rows of each sequence count
+  const int32_t* seqused_k = nullptr;  // (B) or nullptr: and keys
+
+  const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
+  int64_t alibi_batch_stride = 0;       // 0: (H)
+  const float* sinks = nullptr;         // (H): a further logit of each row, without a value
 
   int64_t q_batch_stride = 0, q_token_stride = 0, q_head_stride = 0;
   int64_t k_batch_stride = 0, k_token_stride = 0, k_head_stride = 0;
@@ -42,6 +47,7 @@ struct FlashFwdSm90Params {
   int32_t num_heads = 0;               // H
   int32_t num_kv_heads = 0;            // Hk
   int32_t head_dim = 0;                // D
+  int32_t v_head_dim = 0;              // of v and out
 
   float softmax_scale = 1.0f;  // positive
   float softcap = 0.0f;        // 0: none

@@ -16,15 +16,19 @@ struct FlashFwdSm90Tile {
   constexpr int num_threads() const { return 128 * (num_consumers + 1); }
 };
 
-// Compiled head dims; others are padded with zeros by the copy engine to the next one.
-constexpr int kFlashFwdSm90HeadDims[] = {64, 96, 128, 192, 256};
+// Compiled pairs of head dims, of q and k and of v; others are padded with zeros by the copy engine.
+struct FlashFwdSm90HeadDims {
+  int qk, v;
+};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {96, 96},  {128, 128}, {192, 128},
+                                                          {192, 192}, {64, 256}, {256, 256}};
 
-// Bounded by registers (O and S are fp32, block_m x head_dim and block_m x block_n over all consumers) and by 227 KiB
+// Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
 // of shared memory (Q, and two stages each of K and V).
-constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int head_dim) {
-  if (head_dim <= 64) return {3, 128};
-  if (head_dim <= 128) return {2, 128};
-  if (head_dim <= 192) return {2, 112};
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim) {
+  if (v_head_dim <= 64) return {3, 128};
+  if (v_head_dim <= 128) return {2, 128};
+  if (v_head_dim <= 192) return {2, 112};
   return {2, 80};
 }
 
@@ -33,6 +37,7 @@ struct FlashFwdSm90Problem {
   int64_t num_heads;
   int64_t num_kv_heads;
   int64_t head_dim;
+  int64_t v_head_dim;
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
   bool causal;
@@ -42,7 +47,7 @@ struct FlashFwdSm90Problem {
 // Tiles are numbered section by section. A section is a number of (sequence, query head) pairs that are worked on
 // together; in it the last query rows of all pairs come first.
 struct FlashFwdSm90Config {
-  int head_dim;  // compiled head dim, 0 if there is none
+  int head_dim, v_head_dim;  // compiled head dims, 0 if there are none
   FlashFwdSm90Tile tile;
   int64_t num_m_tiles;        // of a pair
   int64_t pairs_per_section;  // in all sections but the last one
@@ -56,10 +61,14 @@ struct FlashFwdSm90Config {
 // A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
 inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& problem) {
   FlashFwdSm90Config config = {};
-  for (int head_dim : kFlashFwdSm90HeadDims) {
-    if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
+  for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims) {
+    const bool fits = problem.head_dim <= dims.qk && problem.v_head_dim <= dims.v;
+    if (fits && (config.head_dim == 0 || dims.qk + dims.v < config.head_dim + config.v_head_dim)) {
+      config.head_dim = dims.qk;
+      config.v_head_dim = dims.v;
+    }
   }
-  config.tile = flash_fwd_sm90_tile(config.head_dim);
+  config.tile = flash_fwd_sm90_tile(config.v_head_dim);
   config.num_m_tiles = (problem.max_seqlen_q + config.tile.block_m() - 1) / config.tile.block_m();
   const int64_t num_pairs = problem.num_seqs * problem.num_heads;  // (sequence, query head)
   const int64_t num_whole = num_pairs * config.num_m_tiles;
@@ -85,7 +94,7 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   // CTAs that run at the same time should read the same K and V. So sections are small: 2 MiB of keys and values, or
   // one KV head if that is more.
   constexpr int64_t kSectionBytes = 2 << 20;
-  const int64_t kv_bytes = std::max<int64_t>(1, problem.max_seqlen_k * problem.head_dim * 4);
+  const int64_t kv_bytes = std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * 2);
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group);
   // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each

@@ -2,7 +2,7 @@
 
 namespace fastattn {
 
-template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 64>(const FlashFwdSm90Params&, cudaStream_t);
-template cudaError_t launch_flash_fwd_sm90<__half, 64>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 64, 64>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 64, 64>(const FlashFwdSm90Params&, cudaStream_t);
 
 }  // namespace fastattn

@@ -34,6 +34,12 @@ struct FlashTile {
   int32_t begin_step, end_step;  // begin == end: no key is seen. end < 0: there are no more tiles
 };
 
+// How many query rows a sequence has; with seqused_q not all of them count.
+__device__ __forceinline__ int32_t num_rows_of_sequence(const FlashFwdSm90Params& p, int32_t seq_idx) {
+  if (p.cu_seqlens_q == nullptr) return static_cast<int32_t>(p.q_tokens);
+  return p.cu_seqlens_q[seq_idx + 1] - p.cu_seqlens_q[seq_idx];
+}
+
 // The tile of that number (order: flash_fwd_sm90_config.h); false if the sequence has no such rows.
 template <int BLOCK_M, int BLOCK_N>
 __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_t idx, FlashTile& tile) {
@@ -50,13 +56,10 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   tile.seq_idx = args.num_heads.divide(pair);
   tile.head_idx = pair - tile.seq_idx * args.num_heads.divisor;
 
-  tile.q_start = 0;
-  tile.q_len = static_cast<int32_t>(p.q_tokens);
-  if (p.cu_seqlens_q != nullptr) {
-    tile.q_start = p.cu_seqlens_q[tile.seq_idx];
-    tile.q_len = p.cu_seqlens_q[tile.seq_idx + 1] - tile.q_start;
-  }
+  tile.q_start = p.cu_seqlens_q != nullptr ? p.cu_seqlens_q[tile.seq_idx] : 0;
+  tile.q_len = num_rows_of_sequence(p, tile.seq_idx);
   if (tile.first_row >= tile.q_len) return false;
+  if (p.seqused_q != nullptr) tile.q_len = min(tile.q_len, p.seqused_q[tile.seq_idx]);
   tile.k_start = 0;
   tile.k_len = static_cast<int32_t>(p.k_tokens);
   if (p.cu_seqlens_k != nullptr) {
@@ -65,10 +68,11 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   }
   if (p.seqused_k != nullptr) tile.k_len = min(tile.k_len, p.seqused_k[tile.seq_idx]);
 
+  tile.begin_step = tile.end_step = 0;
+  if (tile.first_row >= tile.q_len) return true;
   const AttentionMask mask = {tile.q_len, tile.k_len, p.window_left, p.window_right};
   const int32_t begin = mask.visible(tile.first_row).begin;
   const int32_t end = mask.visible(min(tile.first_row + BLOCK_M, tile.q_len) - 1).end;
-  tile.begin_step = tile.end_step = 0;
   if (begin < end) {
     tile.begin_step = begin / BLOCK_N;
     tile.end_step = (end + BLOCK_N - 1) / BLOCK_N;

@@ -1,10 +1,11 @@
 // FlashAttention-2 style forward on mma.sync, one kernel for contiguous and paged K and V.
 //
 //   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
-//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), then masked
+//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), ALiBi's bias, the mask
+//   with sinks, lse_i is also over a logit sink[h], which has no value
 //
-//   q (T, H, D)   k, v (Tk, Hk, D) or pages (num_blocks, block_size, Hk, D)   G = H / Hk
-//   out (T, H, D)   lse (H, T) fp32
+//   q (T, H, D)   k (Tk, Hk, D)   v (Tk, Hk, Dv), or k, v in pages (num_blocks, block_size, Hk, D)   G = H / Hk
+//   out (T, H, Dv)   lse (H, T) fp32   or all with a batch dimension in front
 //
 // Grid: one CTA per (sequence, KV head, split of the keys, tile of rows). A tile's rows are the
 // pairs (query token, head of the group) of one KV head, row r = token r / G, head r % G, so that a
@@ -13,39 +14,40 @@
 //              prefill (block_m 64 or 128)                    decode (block_m 16)
 //                    keys of a step                             keys of a step
 //             ┌──────────────────────────┐            ┌────────┬────────┬────────┬────────┐
-//   16 rows   │          warp 0          │   16 rows  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │
-//   16 rows   │          warp 1          │            └────────┴────────┴────────┴────────┘
+//   16 or 32  │          warp 0          │   16 rows  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │
+//   rows      │          warp 1          │            └────────┴────────┴────────┴────────┘
 //     ...     │           ...            │            each warp has its own maximum, sum and O;
 //             └──────────────────────────┘            they are merged in warp order at the end
 //
-// Shared memory: Q, and two stages each of K and V, all swizzled (arch/swizzle.cuh). Every thread
-// loads (cp.async, zero-filled outside the visible keys and past D) and every warp computes:
+// Shared memory: Q, and one (prefill) or two (decode) stages each of K and V, all swizzled (arch/swizzle.cuh). Every
+// thread loads (cp.async, zero-filled outside the visible keys and past D) and every warp computes:
 //
-//   step n       wait K(n) │ barrier │ issue K(n+1), V(n+1) │ S = Q K^T, mask, softmax │
-//                wait V(n) │ barrier │ O += P V
+//   prefill    wait K(n) │ barrier │ issue V(n) │ S = Q K^T │ wait V(n) │ barrier │ issue K(n+1) │ mask, softmax │
+//              O += P V            two CTAs an SM: one computes while the other waits
+//   decode     wait K(n) │ barrier │ issue K(n+1), V(n+1) │ S = Q K^T, mask, softmax │ wait V(n) │ barrier │ O += P V
 //
-// The first barrier also says that all warps are done with step n - 1, whose stage is refilled.
+// A barrier also says that all warps are done with what is overwritten next.
 //
 // Splits: CTA s of S takes the s-th part of the visible steps, writes a normalized fp32 O and an LSE
 // to the workspace, and flash_combine adds them in split order: two runs are bitwise equal. S
-// depends on the sizes of the call, not on the lengths.
+// depends on the sizes of the call, not on the lengths. Split 0 has the sink.
 //
 // Poison: no key outside the union of the ranges that the tile's rows see is read, and no entry of
 // the block table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number
 // outside the cache gives a row of zeros. A key within that union that only some rows see is read
 // and must be finite for all.
 //
-// Limits: D is a multiple of 8 up to 256; T, Tk, q_len * G < 2^31; rows 16-byte aligned. One warp owns
-// 16 rows, so shared-memory bandwidth, not the tensor cores, bounds it. On Hopper flash_fwd_sm90 takes
-// its place for contiguous K and V with more than 16 rows.
+// Limits: D and Dv are multiples of 8 up to 256; T, Tk, q_len * G < 2^31; rows 16-byte aligned. On Hopper
+// flash_fwd_sm90 takes its place for contiguous K and V with more than 16 rows.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "arch/cp_async.cuh"
 #include "arch/mma_sm80.cuh"
-#include "arch/swizzle.cuh"
+#include "arch/recompute.cuh"
+#include "arch/tile_copy.cuh"
+#include "arch/warp_gemm_sm80.cuh"
 #include "attention/flash_sm80_launch.h"
 #include "attention/mask.cuh"
 #include "attention/softmax.cuh"
@@ -63,18 +65,22 @@ struct KvOperand {
   int64_t token_stride;
 };
 
-// k, v (Tk, Hk, D), sequences one after the other.
+// k (B, Sk, Hk, D), v (B, Sk, Hk, Dv), or sequences one after the other.
 template <typename T>
 struct ContiguousKv {
+  static constexpr bool kContiguous = true;
   KvOperand<T> k, v;
   int32_t length;
 
   __device__ __forceinline__ ContiguousKv(const FlashSm80Params& p, int32_t seq_idx, int32_t kv_head_idx) {
     const bool packed = p.cu_seqlens_k != nullptr;
-    const int32_t start = packed ? p.cu_seqlens_k[seq_idx] : seq_idx * p.batch_k_len;
+    const int32_t start = packed ? p.cu_seqlens_k[seq_idx] : 0;
     length = packed ? p.cu_seqlens_k[seq_idx + 1] - start : p.batch_k_len;
-    k = {static_cast<const T*>(p.k) + kv_head_idx * p.k_head_stride + start * p.k_token_stride, 0, p.k_token_stride};
-    v = {static_cast<const T*>(p.v) + kv_head_idx * p.v_head_stride + start * p.v_token_stride, 0, p.v_token_stride};
+    if (p.seqused_k != nullptr) length = max(min(p.seqused_k[seq_idx], length), 0);
+    const int64_t k_start = seq_idx * p.k_batch_stride + start * p.k_token_stride;
+    const int64_t v_start = seq_idx * p.v_batch_stride + start * p.v_token_stride;
+    k = {static_cast<const T*>(p.k) + kv_head_idx * p.k_head_stride + k_start, 0, p.k_token_stride};
+    v = {static_cast<const T*>(p.v) + kv_head_idx * p.v_head_stride + v_start, 0, p.v_token_stride};
   }
 
   __device__ __forceinline__ const T* row(const KvOperand<T>& operand, int32_t key) const {
@@ -85,6 +91,7 @@ struct ContiguousKv {
 // k, v (num_blocks, block_size, Hk, D); block_table (B, max_blocks) names a sequence's pages.
 template <typename T>
 struct PagedKv {
+  static constexpr bool kContiguous = false;
   KvOperand<T> k, v;
   int32_t length;
   const int32_t* block_table;  // this sequence's row
@@ -120,8 +127,8 @@ struct FlashSm80Storage {
   static constexpr int kMergeStride = HEAD_DIM + 8;  // 8 more: rows start in different banks
 
   struct Stages {
-    T k[2][kTile.block_n * HEAD_DIM];
-    T v[2][kTile.block_n * HEAD_DIM];
+    T k[kTile.stages][kTile.block_n * HEAD_DIM];
+    T v[kTile.stages][kTile.block_n * HEAD_DIM];
   };
   // The warps' results, over the stages once those are drained (warps_n > 1).
   static constexpr int kMergeRows = kTile.warps_n > 1 ? kTile.block_m : 1;
@@ -141,21 +148,28 @@ struct FlashSm80Storage {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
+// CTAs an SM that registers are kept low for.
+template <typename T, int HEAD_DIM, bool DECODE>
+constexpr int kFlashSm80MinCtas = DECODE ? 1 : 2;
+
 template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
-__global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThreads)
+__global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThreads,
+                                  kFlashSm80MinCtas<T, HEAD_DIM, DECODE>)
     flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale) {
   using Storage = FlashSm80Storage<T, HEAD_DIM, DECODE>;
   constexpr FlashSm80Tile kTile = Storage::kTile;
   constexpr int BLOCK_M = kTile.block_m;
   constexpr int BLOCK_N = kTile.block_n;
   constexpr int NUM_THREADS = Storage::kNumThreads;
+  constexpr int WARP_M = BLOCK_M / kTile.warps_m;  // rows of a warp
   constexpr int WARP_N = BLOCK_N / kTile.warps_n;  // keys of a step per warp
-  constexpr int CHUNKS = HEAD_DIM / 8;             // 16-byte pieces of a row
-  constexpr int ROWS_PER_PASS = NUM_THREADS / CHUNKS;
-  static_assert(BLOCK_M == 16 * kTile.warps_m, "a warp owns 16 rows");
-  static_assert(WARP_N % 16 == 0, "P is consumed 16 keys at a time");
-  static_assert(NUM_THREADS % CHUNKS == 0 && BLOCK_M % ROWS_PER_PASS == 0 && BLOCK_N % ROWS_PER_PASS == 0,
-                "a pass of the threads loads whole rows, and passes fill a tile");
+  constexpr int TILES_M = WARP_M / 16;
+  constexpr int AHEAD = TILES_M == 1 ? 3 : 1;  // loads ahead of the products; with these little or nothing spills
+  constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
+  using Place = ChunkOfThread<HEAD_DIM, NUM_THREADS>;
+  constexpr int ROWS_PER_PASS = Place::kRowsPerPass;
+  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "products are of 16 rows, and consume P 16 keys at a time");
+  static_assert(BLOCK_N % ROWS_PER_PASS == 0, "passes of the threads fill a tile");
 
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
@@ -177,11 +191,67 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   const int32_t seq_idx = tile_idx / p.num_kv_heads;
 
   const bool packed_q = p.cu_seqlens_q != nullptr;
-  const int32_t q_start = packed_q ? p.cu_seqlens_q[seq_idx] : seq_idx * p.batch_q_len;
-  const int32_t q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
-  const int32_t num_rows = q_len * p.group_size.divisor;
+  const int32_t q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
+  const int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+  const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
+  const int32_t group_size = p.group_size.divisor;
+  const int32_t num_rows = q_len * group_size;
   const int32_t first_row = m_tile * BLOCK_M;
-  if (first_row >= num_rows) return;
+  if (first_row >= all_q_len * group_size) return;
+
+  // ---- where the results go
+  const int32_t v_chunks = p.v_head_dim / 8;
+  const int64_t lse_stride = packed_q ? p.num_tokens : p.batch_q_len;
+  // Read again where it is used: it is not needed during the loop.
+  const auto first_token = [&](int64_t of_batch) {
+    return packed_q ? static_cast<int64_t>(p.cu_seqlens_q[seq_idx]) : recompute(seq_idx) * of_batch;
+  };
+  T* const out = static_cast<T*>(p.out);
+  float* const partial_out =
+      num_splits > 1 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.v_head_dim : nullptr;
+  float* const lse = num_splits > 1 ? p.partial_lse + split_idx * p.num_tokens * p.num_heads : p.lse;
+
+  const auto row_head = [&](int32_t row) { return kv_head_idx * group_size + p.group_size.remainder(row); };
+  // Offsets of a row's head in out (and partial_out) and of its entry in lse.
+  const auto out_offset = [&](int32_t row) {
+    const int32_t token_size = p.num_heads * p.v_head_dim;
+    return first_token(p.batch_q_len) * token_size + static_cast<int64_t>(p.group_size.divide(row)) * token_size +
+           row_head(row) * p.v_head_dim;
+  };
+  const auto lse_offset = [&](int32_t row) {
+    return first_token(p.num_heads * lse_stride) + row_head(row) * lse_stride + p.group_size.divide(row);
+  };
+  // The sink of a row's head in base 2, -inf for none.
+  const auto row_sink = [&](int32_t row) {
+    return p.sinks != nullptr && split_idx == 0 ? p.sinks[row_head(row)] * kLog2E : -INFINITY;
+  };
+
+  // A thread's place in loads and stores by all: f(chunk) for each of its chunks of a row.
+  const Place place;
+  const auto each_chunk = [&](auto f) {
+#pragma unroll
+    for (int j = 0; j < CHUNKS / Place::kLanes; ++j) f(place.chunk + j * Place::kLanes);
+  };
+
+  // Rows that see nothing: zeros, and the LSE of the sink. The combination ignores O where the LSE is -inf.
+  const auto write_empty_rows = [&](int32_t begin, int32_t end, bool with_sink) {
+    for (int32_t row = begin + place.row; row < end; row += ROWS_PER_PASS) {
+      if (place.chunk == 0) lse[lse_offset(row)] = with_sink ? row_sink(row) * kLn2 : -INFINITY;
+      each_chunk([&](int chunk) {
+        if (chunk >= v_chunks) return;
+        if (num_splits > 1) {
+          float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
+          row_out[0] = row_out[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        } else {
+          *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
+        }
+      });
+    }
+  };
+  if (q_len < all_q_len) {
+    write_empty_rows(max(first_row, num_rows), min(first_row + BLOCK_M, all_q_len * group_size), false);
+    if (first_row >= num_rows) return;
+  }
 
   // ---- which keys
   const KvLoader kv(p, seq_idx, kv_head_idx);
@@ -201,214 +271,217 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
     step = min(step + split_idx * steps_per_split, end_step);
     end_step = min(step + steps_per_split, end_step);
   }
-
-  // ---- where the results go
-  const int32_t head_chunks = p.head_dim / 8;
-  const int64_t lse_stride = p.num_tokens;
-  T* const out = static_cast<T*>(p.out);
-  float* const partial_out =
-      num_splits > 1 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.head_dim : nullptr;
-  float* const lse = num_splits > 1 ? p.partial_lse + split_idx * p.num_heads * lse_stride : p.lse;
-
-  // Offsets of a row's head in out (and partial_out) and of its entry in lse.
-  const auto row_head = [&](int32_t row) { return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row); };
-  const auto row_token = [&](int32_t row) { return static_cast<int64_t>(q_start + p.group_size.divide(row)); };
-  const auto out_offset = [&](int32_t row) { return (row_token(row) * p.num_heads + row_head(row)) * p.head_dim; };
-  const auto lse_offset = [&](int32_t row) { return row_head(row) * lse_stride + row_token(row); };
-
-  // A thread's place in cooperative loads and stores: one chunk of every ROWS_PER_PASS-th row.
-  const int chunk = threadIdx.x % CHUNKS;
-  const int pass_row = threadIdx.x / CHUNKS;
-
-  // ---- nothing to see: zeros and -inf. The combination ignores the O of such a split.
   if (step >= end_step) {
-    for (int row = first_row + pass_row; row <= last_row; row += ROWS_PER_PASS) {
-      if (chunk == 0) lse[lse_offset(row)] = -INFINITY;
-      if (num_splits == 1 && chunk < head_chunks) {
-        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
-      }
-    }
+    write_empty_rows(first_row, last_row + 1, true);
     return;
   }
 
   // ---- loads
+  const int32_t head_chunks = p.head_dim / 8;
   const auto load_q = [&] {
-    const T* const q = static_cast<const T*>(p.q);
+    const T* const q = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride + first_token(0) * p.q_token_stride +
+                       kv_head_idx * group_size * p.q_head_stride;
 #pragma unroll
-    for (int i = 0; i < BLOCK_M / ROWS_PER_PASS; ++i) {
-      const int tile_row = pass_row + i * ROWS_PER_PASS;
+    for (int i = 0; i < (BLOCK_M + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++i) {
+      const int tile_row = place.row + i * ROWS_PER_PASS;
+      if (BLOCK_M % ROWS_PER_PASS != 0 && tile_row >= BLOCK_M) continue;
       const int32_t row = first_row + tile_row;
-      const bool valid = row <= last_row && chunk < head_chunks;
       const int32_t safe_row = min(row, last_row);
-      const T* const source = q + row_token(safe_row) * p.q_token_stride + row_head(safe_row) * p.q_head_stride;
-      cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : q, valid);
+      const T* const source =
+          q + p.group_size.divide(safe_row) * p.q_token_stride + p.group_size.remainder(safe_row) * p.q_head_stride;
+      each_chunk([&](int chunk) {
+        const bool valid = row <= last_row && chunk < head_chunks;
+        cp_async_16(smem.q + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : source, valid);
+      });
     }
   };
-  const auto load_kv = [&](const KvOperand<T>& operand, T* tile, int32_t load_step) {
+  const auto load_kv = [&](const KvOperand<T>& operand, int32_t operand_chunks, T* tile, int32_t load_step) {
+    const int32_t first_key = load_step * BLOCK_N;
+    if (KvLoader::kContiguous && first_key >= seen_by_any.begin && first_key + BLOCK_N <= seen_by_any.end) {
+      // Most steps: rows at equal distances, all of them seen.
+      const T* source = kv.row(operand, first_key + place.row);
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
+        each_chunk([&](int chunk) {
+          const bool valid = chunk < operand_chunks;
+          cp_async_16(tile + swizzled<HEAD_DIM>(place.row + i * ROWS_PER_PASS, chunk),
+                      source + recompute(valid ? chunk * 8 : 0), valid);
+        });
+        source += ROWS_PER_PASS * operand.token_stride;
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
-      const int tile_row = pass_row + i * ROWS_PER_PASS;
-      const int32_t key = load_step * BLOCK_N + tile_row;
-      const T* source = nullptr;
-      if (key >= seen_by_any.begin && key < seen_by_any.end && chunk < head_chunks) {
-        source = kv.row(operand, key);
-      }
-      const bool valid = source != nullptr;
-      cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
+      const int tile_row = place.row + i * ROWS_PER_PASS;
+      const int32_t key = first_key + tile_row;
+      const T* const source = key >= seen_by_any.begin && key < seen_by_any.end ? kv.row(operand, key) : nullptr;
+      each_chunk([&](int chunk) {
+        const bool valid = source != nullptr && chunk < operand_chunks;
+        cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
+      });
     }
   };
 
   load_q();
-  load_kv(kv.k, smem.stages.k[0], step);
+  load_kv(kv.k, head_chunks, smem.stages.k[0], step);
   cp_async_commit();
-  load_kv(kv.v, smem.stages.v[0], step);
-  cp_async_commit();
-
-  // ---- main loop
-  // A lane's rows are g and g + 8 of its warp; rows past the end repeat the last token's range.
-  const int warp_row = warp_m * 16;
-  const bool warp_has_rows = first_row + warp_row <= last_row;
-  KeyRange visible[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int32_t row = min(first_row + warp_row + lane / 4 + i * 8, last_row);
-    visible[i] = mask.visible(p.group_size.divide(row));
+  if constexpr (kTile.stages == 2) {
+    load_kv(kv.v, v_chunks, smem.stages.v[0], step);
+    cp_async_commit();
   }
 
-  // Addresses for ldmatrix: Q and V take rows l % 16 and the column half l / 16; K, whose tile is
-  // (key, dim) while the fragment is (dim, key), takes them the other way round.
-  const int q_row = warp_row + lane % 16;
-  const int k_row = warp_n * WARP_N + (lane & 7) + (lane >> 4) * 8;
-  const int v_row = warp_n * WARP_N + lane % 16;
-  const int q_v_half = lane >> 4;
-  const int k_half = (lane >> 3) & 1;
+  // ---- main loop
+  const int warp_row = warp_m * WARP_M;
+  const bool warp_has_rows = first_row + warp_row <= last_row;
+  // The row of a lane's scores [m][..][2 * half ..]; behind the end it is the last one again.
+  const auto lane_row = [&](int m, int half) {
+    return min(recompute(first_row + warp_row + m * 16 + half * 8 + lane / 4), last_row);
+  };
+  // Softcap and ALiBi give scores in base 2; without them the softmax scales.
+  const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
+  const float softmax_scale = general ? 1.0f : score_scale.pre;
 
-  OnlineSoftmax softmax;
-  float acc[HEAD_DIM / 8][4] = {};
+  OnlineSoftmax<TILES_M> softmax;
+  float acc[TILES_M][HEAD_DIM / 8][4] = {};
 
   for (int stage = 0; step < end_step; ++step, stage ^= 1) {
-    // Outstanding groups, oldest first: K(n), V(n).
-    cp_async_wait<1>();
-    __syncthreads();
-    if (step + 1 < end_step) load_kv(kv.k, smem.stages.k[stage ^ 1], step + 1);
-    cp_async_commit();
-    if (step + 1 < end_step) load_kv(kv.v, smem.stages.v[stage ^ 1], step + 1);
-    cp_async_commit();
-
-    float scores[WARP_N / 8][4] = {};
-    if (warp_has_rows) {
-      const T* const k_tile = smem.stages.k[stage];
-#pragma unroll
-      for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
-        uint32_t q_frag[4];
-        ldmatrix_x4(q_frag, smem.q + swizzled<HEAD_DIM>(q_row, kk * 2 + q_v_half));
-#pragma unroll
-        for (int nn = 0; nn < WARP_N / 16; ++nn) {
-          uint32_t k_frag[4];
-          ldmatrix_x4(k_frag, k_tile + swizzled<HEAD_DIM>(k_row + nn * 16, kk * 2 + k_half));
-          mma_m16n8k16<T>(scores[2 * nn], q_frag, k_frag[0], k_frag[1]);
-          mma_m16n8k16<T>(scores[2 * nn + 1], q_frag, k_frag[2], k_frag[3]);
-        }
-      }
-      scale_scores(scores, score_scale);
-      const int32_t first_key = step * BLOCK_N;
-      if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
-        mask_scores(scores, first_key + warp_n * WARP_N, visible);
-      }
-      softmax.update(scores, acc);
+    const int tile = stage % kTile.stages;
+    if constexpr (kTile.stages == 2) {
+      // Outstanding groups, oldest first: K(n), V(n).
+      cp_async_wait<1>();
+      __syncthreads();
+      if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.stages.k[tile ^ 1], step + 1);
+      cp_async_commit();
+      if (step + 1 < end_step) load_kv(kv.v, v_chunks, smem.stages.v[tile ^ 1], step + 1);
+      cp_async_commit();
+    } else {
+      cp_async_wait<0>();
+      __syncthreads();
+      load_kv(kv.v, v_chunks, smem.stages.v[0], step);
+      cp_async_commit();
     }
 
-    // Outstanding groups: V(n), K(n+1), V(n+1).
-    cp_async_wait<2>();
-    __syncthreads();
+    float scores[TILES_M][WARP_N / 8][4] = {};
+    if (warp_has_rows) {
+      warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, WarpOperandA<HEAD_DIM>(smem.q, warp_row),
+                                         WarpOperandB<HEAD_DIM>(smem.stages.k[tile], warp_n * WARP_N));
+    }
+    if constexpr (kTile.stages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();
+      if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.stages.k[0], step + 1);
+      cp_async_commit();
+    }
 
     if (warp_has_rows) {
-      const T* const v_tile = smem.stages.v[stage];
+      const int32_t first_key = step * BLOCK_N;
+      const int32_t lane_key = first_key + warp_n * WARP_N + 2 * (lane % 4);
+      if (general) {
 #pragma unroll
-      for (int kk = 0; kk < WARP_N / 16; ++kk) {
-        const uint32_t p_frag[4] = {pack_pair<T>(scores[2 * kk][0], scores[2 * kk][1]),
-                                    pack_pair<T>(scores[2 * kk][2], scores[2 * kk][3]),
-                                    pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]),
-                                    pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3])};
+        for (int i = 0; i < 2 * TILES_M; ++i) {
+          const int32_t row = lane_row(i / 2, i % 2);
+          const int32_t position = p.group_size.divide(row) + kv.length - q_len;
+          const float slope = p.alibi_slopes == nullptr
+                                  ? 0.0f
+                                  : kLog2E * p.alibi_slopes[seq_idx * p.alibi_batch_stride + row_head(row)];
 #pragma unroll
-        for (int nn = 0; nn < HEAD_DIM / 16; ++nn) {
-          uint32_t v_frag[4];
-          ldmatrix_x4_trans(v_frag, v_tile + swizzled<HEAD_DIM>(v_row + kk * 16, nn * 2 + q_v_half));
-          mma_m16n8k16<T>(acc[2 * nn], p_frag, v_frag[0], v_frag[1]);
-          mma_m16n8k16<T>(acc[2 * nn + 1], p_frag, v_frag[2], v_frag[3]);
+          for (int j = 0; j < WARP_N / 4; ++j) {
+            float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
+            score *= score_scale.pre;
+            if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
+            score -= slope * abs(position - (lane_key + j / 2 * 8 + j % 2));
+          }
         }
       }
+      if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
+#pragma unroll
+        for (int i = 0; i < 2 * TILES_M; ++i) {
+          const KeyRange visible = mask.visible(p.group_size.divide(lane_row(i / 2, i % 2)));
+#pragma unroll
+          for (int j = 0; j < WARP_N / 4; ++j) {
+            const int32_t key = lane_key + j / 2 * 8 + j % 2;
+            if (key < visible.begin || key >= visible.end) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
+          }
+        }
+      }
+      softmax.update(scores, acc, softmax_scale);
+    }
+
+    if constexpr (kTile.stages == 2) {
+      // Outstanding groups: V(n), K(n+1), V(n+1).
+      cp_async_wait<2>();
+      __syncthreads();
+    }
+    if (warp_has_rows) {
+      warp_gemm_registers<T, AHEAD>(acc, scores, WarpOperandB<HEAD_DIM, true>(smem.stages.v[tile], 0, warp_n * WARP_N));
     }
   }
   cp_async_wait<0>();
-  softmax.finish();
+  softmax.finish(softmax_scale);
 
   // ---- epilogue
   if constexpr (kTile.warps_n == 1) {
     // A warp owns its rows: no other warp is involved from here on.
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int tile_row = warp_row + lane / 4 + i * 8;
-      const int32_t row = first_row + tile_row;
-      const float sum = softmax.row_sum[i];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (int m = 0; m < TILES_M; ++m) {
 #pragma unroll
-      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-        acc[nn][2 * i] *= inverse;
-        acc[nn][2 * i + 1] *= inverse;
-      }
-      if (row <= last_row) {
-        if (lane % 4 == 0) lse[lse_offset(row)] = log_sum_exp(softmax.row_max[i], sum);
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row = first_row + warp_row + m * 16 + half * 8 + lane / 4;
+        const RowResult result =
+            finish_row(softmax.row_max[m][half], softmax.row_sum[m][half], row_sink(min(row, last_row)));
+#pragma unroll
+        for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+          acc[m][nn][2 * half] *= result.inverse;
+          acc[m][nn][2 * half + 1] *= result.inverse;
+        }
+        if (row > last_row) continue;
+        if (lane % 4 == 0) lse[lse_offset(row)] = result.lse;
         if (num_splits > 1) {
           float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
 #pragma unroll
           for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-            if (nn < head_chunks) {
-              *reinterpret_cast<float2*>(row_out + nn * 8) = make_float2(acc[nn][2 * i], acc[nn][2 * i + 1]);
+            if (nn < v_chunks) {
+              *reinterpret_cast<float2*>(row_out + nn * 8) =
+                  make_float2(acc[m][nn][2 * half], acc[m][nn][2 * half + 1]);
             }
           }
-        }
-      }
-      if (num_splits == 1) {
-#pragma unroll
-        for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-          *reinterpret_cast<uint32_t*>(smem.q + swizzled<HEAD_DIM>(tile_row, nn) + 2 * (lane % 4)) =
-              pack_pair<T>(acc[nn][2 * i], acc[nn][2 * i + 1]);
         }
       }
     }
     if (num_splits == 1) {
       // Through the warp's own rows of Q, so that global stores are whole rows.
+      WarpResult<HEAD_DIM>(smem.q, warp_row, 0).template store_all<T>(acc, 1.0f);
       __syncwarp();
 #pragma unroll 4
-      for (int i = lane; i < 16 * CHUNKS; i += 32) {
+      for (int i = lane; i < WARP_M * CHUNKS; i += 32) {
         const int tile_row = warp_row + i / CHUNKS;
         const int32_t row = first_row + tile_row;
-        if (row <= last_row && i % CHUNKS < head_chunks) {
+        if (row <= last_row && i % CHUNKS < v_chunks) {
           *reinterpret_cast<uint4*>(out + out_offset(row) + (i % CHUNKS) * 8) =
               *reinterpret_cast<const uint4*>(smem.q + swizzled<HEAD_DIM>(tile_row, i % CHUNKS));
         }
       }
     }
   } else {
+    static_assert(kTile.warps_n == 1 || TILES_M == 1, "merging is of 16 rows");
     // Merge the warps in their order. The barrier ends the last reads of the stages below.
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int tile_row = warp_row + lane / 4 + i * 8;
       if (lane % 4 == 0) {
-        smem.merge.row_max[warp_n][tile_row] = softmax.row_max[i];
-        smem.merge.row_sum[warp_n][tile_row] = softmax.row_sum[i];
+        smem.merge.row_max[warp_n][tile_row] = softmax.row_max[0][i];
+        smem.merge.row_sum[warp_n][tile_row] = softmax.row_sum[0][i];
       }
 #pragma unroll
       for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
         *reinterpret_cast<float2*>(&smem.merge.out[warp_n][tile_row][nn * 8 + 2 * (lane % 4)]) =
-            make_float2(acc[nn][2 * i], acc[nn][2 * i + 1]);
+            make_float2(acc[0][nn][2 * i], acc[0][nn][2 * i + 1]);
       }
     }
     __syncthreads();
-    for (int tile_row = pass_row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
-      if (chunk >= head_chunks) continue;
+    for (int tile_row = place.row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
       const int32_t row = first_row + tile_row;
       float row_max = -INFINITY;
 #pragma unroll
@@ -416,30 +489,35 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
         row_max = fmaxf(row_max, smem.merge.row_max[w][tile_row]);
       }
       float row_sum = 0.0f;
-      float sums[8] = {};
+      float weights[kTile.warps_n];
 #pragma unroll
       for (int w = 0; w < kTile.warps_n; ++w) {
-        const float weight = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
-        row_sum += weight * smem.merge.row_sum[w][tile_row];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          sums[i] += weight * smem.merge.out[w][tile_row][chunk * 8 + i];
-        }
+        weights[w] = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
+        row_sum += weights[w] * smem.merge.row_sum[w][tile_row];
       }
-      const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i] *= inverse;
+      const RowResult result = finish_row(row_max, row_sum, row_sink(row));
+      if (place.chunk == 0) lse[lse_offset(row)] = result.lse;
 
-      if (chunk == 0) lse[lse_offset(row)] = log_sum_exp(row_max, row_sum);
-      if (num_splits > 1) {
-        float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
-        row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-      } else {
-        *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
-            make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
-                       pack_pair<T>(sums[6], sums[7]));
-      }
+      each_chunk([&](int chunk) {
+        if (chunk >= v_chunks) return;
+        float sums[8] = {};
+#pragma unroll
+        for (int w = 0; w < kTile.warps_n; ++w) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sums[i] += weights[w] * smem.merge.out[w][tile_row][chunk * 8 + i];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[i] *= result.inverse;
+        if (num_splits > 1) {
+          float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
+          row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+          row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+        } else {
+          *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
+              make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
+                         pack_pair<T>(sums[6], sums[7]));
+        }
+      });
     }
   }
 }
@@ -455,6 +533,7 @@ cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
+  if (num_ctas == 0) return cudaSuccess;
   if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<unsigned>(num_ctas), p.config.tile.num_threads(), kSmemBytes, stream>>>(
       p, ScoreScale::make(p.softmax_scale, p.softcap));

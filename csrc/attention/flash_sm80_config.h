@@ -10,25 +10,27 @@ namespace fastattn {
 struct FlashSm80Tile {
   int block_m;  // packed (query token, head of the group) rows
   int block_n;  // keys per pipeline step
-  int warps_m;  // warps along the rows, 16 rows each
+  int warps_m;  // warps along the rows, 16 or 32 rows each
   int warps_n;  // warps along the keys of a step; their results are merged at the end
+  int stages;   // of K and V in shared memory, 1 or 2
 
   constexpr int num_threads() const { return 32 * warps_m * warps_n; }
 };
 
 // Compiled head dims; others are padded with zeros in shared memory to the next one.
-constexpr int kFlashSm80HeadDims[] = {64, 128, 256};
+constexpr int kFlashSm80HeadDims[] = {64, 96, 128, 192, 256};
 
 // The tile for decode (block_m 16: the warps share the rows and split the keys) and for prefill.
 // All of them stay within the 99 KiB of shared memory of sm_86.
 constexpr FlashSm80Tile flash_sm80_tile(int head_dim, bool decode) {
   if (decode) {
-    if (head_dim == 64) return {16, 128, 1, 4};
-    if (head_dim == 128) return {16, 64, 1, 4};
-    return {16, 32, 1, 2};
+    if (head_dim == 64) return {16, 128, 1, 4, 2};
+    if (head_dim <= 128) return {16, 64, 1, 4, 2};
+    return {16, 32, 1, 2, 2};
   }
-  if (head_dim <= 128) return {128, 64, 8, 1};
-  return {64, 32, 4, 1};
+  if (head_dim == 64) return {128, 128, 4, 1, 1};
+  if (head_dim <= 128) return {128, 64, 4, 1, 1};
+  return {64, 64, 4, 1, 1};
 }
 
 struct FlashSm80Problem {

@@ -37,21 +37,4 @@ struct AttentionMask {
   }
 };
 
-// Sets scores outside the ranges of their rows to -inf. `scores` are the accumulator tiles of one
-// warp (rows g and g + 8, eight keys per tile), the first of them at `first_key`.
-template <int NUM_TILES>
-__device__ __forceinline__ void mask_scores(float (&scores)[NUM_TILES][4], int32_t first_key,
-                                            const KeyRange (&visible)[2]) {
-  const int32_t lane_key = first_key + 2 * static_cast<int32_t>(threadIdx.x % 4);
-#pragma unroll
-  for (int tile = 0; tile < NUM_TILES; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t key = lane_key + tile * 8 + (i & 1);
-      const KeyRange& range = visible[i >> 1];
-      if (key < range.begin || key >= range.end) scores[tile][i] = -INFINITY;
-    }
-  }
-}
-
 }  // namespace fastattn

@@ -1,6 +1,7 @@
 // Scaling, softcap and the online softmax on accumulator fragments (layout: arch/mma_sm80.cuh).
 //
-// Scores are kept in base 2: scaled by softmax_scale * log2(e), so that exp is one ex2 instruction.
+// Exponentials are taken in base 2: a score is multiplied by softmax_scale * log2(e) in the same instruction that
+// subtracts the maximum, and exp is one ex2.
 #pragma once
 
 #include <cstdint>
@@ -28,27 +29,12 @@ struct ScoreScale {
   float pre;      // softmax_scale * log2(e), or softmax_scale / softcap
   float softcap;  // softcap * log2(e), or 0 for none
 
+  // A scale of 0 becomes one that does not differ, but for which a masked score times it is still -inf.
   __host__ static ScoreScale make(float softmax_scale, float softcap) {
-    return softcap > 0.0f ? ScoreScale{softmax_scale / softcap, softcap * kLog2E}
-                          : ScoreScale{softmax_scale * kLog2E, 0.0f};
+    const float scale = softmax_scale > 1e-30f ? softmax_scale : 1e-30f;
+    return softcap > 0.0f ? ScoreScale{scale / softcap, softcap * kLog2E} : ScoreScale{scale * kLog2E, 0.0f};
   }
 };
-
-template <int NUM_TILES>
-__device__ __forceinline__ void scale_scores(float (&scores)[NUM_TILES][4], ScoreScale scale) {
-#pragma unroll
-  for (int tile = 0; tile < NUM_TILES; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores[tile][i] *= scale.pre;
-  }
-  if (scale.softcap > 0.0f) {
-#pragma unroll
-    for (int tile = 0; tile < NUM_TILES; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[tile][i] = scale.softcap * tanh_exp2(scores[tile][i]);
-    }
-  }
-}
 
 // The reference point of a row's exponentials. A row that has seen nothing has maximum -inf;
 // subtracting that would give NaN, subtracting 0 gives exp2(-inf) = 0.
@@ -59,51 +45,104 @@ __device__ __forceinline__ float log_sum_exp(float row_max, float row_sum) {
   return row_sum == 0.0f ? -INFINITY : (row_max + log2f(row_sum)) * kLn2;
 }
 
-// Running maximum and sum of the two rows (g and g + 8) a lane takes part in. The maximum is the
-// same in the four lanes of a row; the sum is each lane's own share until `finish`.
+// What is known of a row at its end: how its O is to be multiplied, and its LSE (natural log).
+struct RowResult {
+  float inverse;
+  float lse;
+};
+
+// From a base-2 maximum and the sum relative to it, with one more logit that has no value (base 2; -inf: none).
+__device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, float sink) {
+  const float origin = finite_max(fmaxf(row_max, sink));
+  const float weight = exp2_approx(row_max - origin);
+  const float sum = row_sum * weight + exp2_approx(sink - origin);
+  return {sum == 0.0f ? 0.0f : weight / sum, log_sum_exp(origin, sum)};
+}
+
+// Running reference and sum of the rows a lane takes part in: two (g and g + 8) for each 16 of its warp. The reference
+// is subtracted from a row's scores before exponentials are taken (which multiply them by `scale`); it is the maximum
+// of those seen, or up to kSlack below it in base 2: then nothing is to be rescaled, and a large P is as exact as a
+// small one. It is the same in the four lanes of a row; the sum is each lane's own share until `finish`.
+template <int TILES_M>
 struct OnlineSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.0f, 0.0f};
+  static constexpr float kSlack = 8.0f;  // P up to 2^8 fits fp16
 
-  // Turns scores into probabilities relative to the new maximum and rescales `out` to it.
+  float row_max[TILES_M][2];
+  float row_sum[TILES_M][2];
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int i = 0; i < 2 * TILES_M; ++i) {
+      row_max[i / 2][i % 2] = -INFINITY;
+      row_sum[i / 2][i % 2] = 0.0f;
+    }
+  }
+
+  // Turns scores into probabilities relative to the reference; if that moves, rescales `out` to the new one.
   template <int NUM_TILES, int NUM_OUT_TILES>
-  __device__ __forceinline__ void update(float (&scores)[NUM_TILES][4], float (&out)[NUM_OUT_TILES][4]) {
+  __device__ __forceinline__ void update(float (&scores)[TILES_M][NUM_TILES][4],
+                                         float (&out)[TILES_M][NUM_OUT_TILES][4], float scale) {
+    float correction[TILES_M][2];
+    bool moves = false;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float new_max = row_max[row];
+    for (int m = 0; m < TILES_M; ++m) {
 #pragma unroll
-      for (int tile = 0; tile < NUM_TILES; ++tile) {
-        new_max = fmaxf(new_max, fmaxf(scores[tile][2 * row], scores[tile][2 * row + 1]));
+      for (int half = 0; half < 2; ++half) {
+        float new_max = row_max[m][half];
+#pragma unroll
+        for (int tile = 0; tile < NUM_TILES; ++tile) {
+          new_max = fmaxf(new_max, fmaxf(scores[m][tile][2 * half], scores[m][tile][2 * half + 1]));
+        }
+        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
+        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
+        const float growth = (new_max - row_max[m][half]) * scale;  // NaN if nothing was seen yet, nor is now
+        correction[m][half] = 1.0f;
+        if (growth > kSlack) {
+          correction[m][half] = exp2_approx(-growth);
+          row_max[m][half] = new_max;
+          moves = true;
+        }
       }
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-
-      const float origin = finite_max(new_max);
-      const float correction = exp2_approx(row_max[row] - origin);
-      row_max[row] = new_max;
-      row_sum[row] *= correction;
+    }
+    // Other rows are multiplied by 1, so that a row does not depend on its neighbours.
+    if (__any_sync(0xffffffffu, moves)) {
 #pragma unroll
-      for (int tile = 0; tile < NUM_OUT_TILES; ++tile) {
-        out[tile][2 * row] *= correction;
-        out[tile][2 * row + 1] *= correction;
+      for (int i = 0; i < 2 * TILES_M; ++i) {
+        row_sum[i / 2][i % 2] *= correction[i / 2][i % 2];
+#pragma unroll
+        for (int tile = 0; tile < NUM_OUT_TILES; ++tile) {
+          out[i / 2][tile][i % 2 * 2] *= correction[i / 2][i % 2];
+          out[i / 2][tile][i % 2 * 2 + 1] *= correction[i / 2][i % 2];
+        }
       }
+    }
 #pragma unroll
-      for (int tile = 0; tile < NUM_TILES; ++tile) {
+    for (int m = 0; m < TILES_M; ++m) {
 #pragma unroll
-        for (int i = 2 * row; i < 2 * row + 2; ++i) {
-          scores[tile][i] = exp2_approx(scores[tile][i] - origin);
-          row_sum[row] += scores[tile][i];
+      for (int half = 0; half < 2; ++half) {
+        const float origin = finite_max(row_max[m][half]) * scale;
+#pragma unroll
+        for (int tile = 0; tile < NUM_TILES; ++tile) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            scores[m][tile][i] = exp2_approx(scores[m][tile][i] * scale - origin);
+            row_sum[m][half] += scores[m][tile][i];
+          }
         }
       }
     }
   }
 
-  // Completes the sums over the four lanes of each row.
-  __device__ __forceinline__ void finish() {
+  // Completes the sums over the four lanes of each row, and makes the maxima base 2.
+  __device__ __forceinline__ void finish(float scale) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      row_sum[row] += __shfl_xor_sync(0xffffffffu, row_sum[row], 1);
-      row_sum[row] += __shfl_xor_sync(0xffffffffu, row_sum[row], 2);
+    for (int m = 0; m < TILES_M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        row_max[m][half] *= scale;
+        row_sum[m][half] += __shfl_xor_sync(0xffffffffu, row_sum[m][half], 1);
+        row_sum[m][half] += __shfl_xor_sync(0xffffffffu, row_sum[m][half], 2);
+      }
     }
   }
 };

@@ -22,6 +22,8 @@ const char* text(ScalarType dtype) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Char:
       return "int8";
     case ScalarType::Byte:

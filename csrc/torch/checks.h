@@ -31,6 +31,8 @@ class Checks {
 };
 
 inline constexpr std::initializer_list<ScalarType> kHalves = {ScalarType::BFloat16, ScalarType::Half};
+inline constexpr std::initializer_list<ScalarType> kAttentionInputs = {ScalarType::BFloat16, ScalarType::Half,
+                                                                       ScalarType::Float8_e4m3fn};
 inline constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::BFloat16,
                                                               ScalarType::Half};
 

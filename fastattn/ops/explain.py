@@ -90,7 +90,7 @@ def explain(
     if kernel == "auto":
         kernel = "sm90" if capability == (9, 0) and not portable["decode"] else "sm80"
     if kernel == "sm90":
-        config = _runtime.flash_fwd_sm90_config(*problem, causal, num_sms)
+        config = _runtime.flash_fwd_sm90_config(*problem[:4], *problem[3:], causal, num_sms)
         num_tiles, num_ctas = config["num_tiles"], config["num_ctas"]
     else:
         config = portable

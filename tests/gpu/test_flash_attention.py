@@ -25,7 +25,7 @@ def kernels() -> list[str]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """One sequence in plain torch, computed in ``dtype``: q (Sq, H, D), k and v (Sk, Hk, D) → (Sq, H, D), (H, Sq)."""
+    """One sequence in plain torch, computed in ``dtype``: q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv) → (Sq, H, Dv), (H, Sq)."""
     (num_rows, num_heads, dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     k, v = (t.to(dtype).repeat_interleave(num_heads // num_kv_heads, 1).transpose(0, 1) for t in (k, v))
     scores = q.to(dtype).transpose(0, 1) @ k.transpose(1, 2) * options.get("softmax_scale", dim**-0.5)
@@ -33,6 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[st
         scores = softcap * torch.tanh(scores / softcap)
     row = torch.arange(num_rows, device=q.device)[:, None] + num_keys - num_rows
     key = torch.arange(num_keys, device=q.device)[None]
+    if (slopes := options.get("alibi_slopes")) is not None:
+        scores = scores - slopes.to(dtype)[:, None, None] * (row - key).abs()
     left, right = options.get("window_size", (-1, -1))
     right = 0 if options.get("causal") else right
     seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device)
@@ -41,6 +43,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[st
     if right >= 0:
         seen &= key <= row + right
     scores = scores.masked_fill(~seen, -math.inf)
+    if (sinks := options.get("sinks")) is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_rows, 1)], -1)
+        return (scores.softmax(-1)[:, :, :-1] @ v).transpose(0, 1), scores.logsumexp(-1)
     weights = torch.where(seen.any(1)[None, :, None], scores.softmax(-1), 0)
     return (weights @ v).transpose(0, 1), scores.logsumexp(-1)
 
@@ -48,22 +53,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[st
 def check(
     q: Tensor, k: Tensor, v: Tensor, runs: list[int], lengths: list[int], kernel: str, options: dict[str, Any]
 ) -> None:
+    """``options`` as varlen_attention takes them; ``seqused_q`` and ``seqused_k`` as lists."""
     starts, key_starts = (torch.tensor([0, *n], device="cuda").cumsum(0).to(torch.int32) for n in (runs, lengths))
-    out, lse = ops.varlen_attention(q, k, v, starts, key_starts, max(runs), max(lengths), kernel=kernel, **options)
-    assert out.shape == q.shape
+    used = [options.get("seqused_q", runs), options.get("seqused_k", lengths)]
+    given = dict(options)
+    for name in ("seqused_q", "seqused_k"):
+        if name in options:
+            given[name] = torch.tensor(options[name], device="cuda", dtype=torch.int32)
+    out, lse = ops.varlen_attention(q, k, v, starts, key_starts, max(runs), max(lengths), kernel=kernel, **given)
+    assert out.shape == (*q.shape[:2], v.shape[2])
     assert out.dtype is q.dtype
     worst = plain_worst = scale = 0.0
     for b in range(len(runs)):
-        own = slice(int(starts[b]), int(starts[b + 1]))
-        keys = slice(int(key_starts[b]), int(key_starts[b + 1]))
-        if runs[b] == 0:
+        own = slice(int(starts[b]), int(starts[b]) + used[0][b])
+        rest = slice(own.stop, int(starts[b + 1]))
+        keys = slice(int(key_starts[b]), int(key_starts[b]) + used[1][b])
+        assert (out[rest] == 0).all(), "rows that are not used"
+        assert (lse[:, rest] == -math.inf).all(), "the lse of rows that are not used"
+        if used[0][b] == 0:
             continue
-        if lengths[b] == 0:
-            assert (out[own] == 0).all()
-            assert (lse[:, own] == -math.inf).all()
-            continue
-        exact, exact_lse = attend(q[own], k[keys], v[keys], torch.float32, options)
-        plain, _ = attend(q[own], k[keys], v[keys], q.dtype, options)
+        of_sequence = options | (
+            {"alibi_slopes": options["alibi_slopes"].expand(len(runs), -1)[b]} if "alibi_slopes" in options else {}
+        )
+        exact, exact_lse = attend(q[own], k[keys], v[keys], torch.float32, of_sequence)
+        plain, _ = attend(q[own], k[keys], v[keys], q.dtype, of_sequence)
         assert torch.equal(lse[:, own] == -math.inf, exact_lse == -math.inf)
         seen = exact_lse.isfinite()
         largest = float(exact_lse[seen].abs().max()) if seen.any() else 0.0
@@ -95,7 +108,17 @@ def draw(rng: random.Random) -> tuple[Any, ...]:
         options["softcap"] = rng.choice((5.0, 30.0))
     if rng.random() < 0.2:
         options["softmax_scale"] = rng.choice((0.02, 1.0))
-    return dtype, dim, heads, kv_heads, runs, lengths, options
+    if rng.random() < 0.2:
+        slopes = [[2.0 ** -rng.uniform(0, 8) for _ in range(heads)] for _ in runs]
+        options["alibi_slopes"] = torch.tensor(slopes if rng.random() < 0.5 else slopes[0], device="cuda")
+    if rng.random() < 0.2:
+        sinks = [rng.choice((-math.inf, -20.0, 20.0, rng.gauss(0, 2))) for _ in range(heads)]
+        options["sinks"] = torch.tensor(sinks, device="cuda")
+    for name, most in (("seqused_q", runs), ("seqused_k", lengths)):
+        if rng.random() < 0.15:
+            options[name] = [n if rng.random() < 0.3 else rng.randint(0, n) for n in most]
+    v_dim = dim if rng.random() < 0.7 else rng.choice(HEAD_DIMS)
+    return dtype, dim, v_dim, heads, kv_heads, runs, lengths, options
 
 
 @pytest.mark.parametrize("kernel", kernels())
@@ -105,23 +128,26 @@ def test_drawn_calls(kernel: str, chunk: int) -> None:
     rng = random.Random(1000 + chunk)
     gen = torch.Generator("cuda").manual_seed(chunk)
     for index in range(PER_CHUNK):
-        dtype, dim, heads, kv_heads, runs, lengths, options = draw(rng)
+        dtype, dim, v_dim, heads, kv_heads, runs, lengths, options = draw(rng)
 
-        def tensor(tokens: int, num_heads: int, dim: int = dim, dtype: torch.dtype = dtype) -> Tensor:
+        def tensor(tokens: int, num_heads: int, dim: int, dtype: torch.dtype = dtype) -> Tensor:
             memory = torch.full(
                 (tokens + 3, num_heads, dim + 8 * rng.randint(0, 1)), math.nan, device="cuda", dtype=dtype
             )
             t = memory[:tokens, :, :dim]
             return t.copy_(torch.randn(t.shape, generator=gen, device="cuda", dtype=dtype))
 
-        q = tensor(sum(runs), heads)
+        q = tensor(sum(runs), heads, dim)
         # Three more rows of k and v than there are keys: poison right behind the last sequence.
-        k, v = (tensor(sum(lengths), kv_heads) for _ in range(2))
+        k, v = (tensor(sum(lengths), kv_heads, d) for d in (dim, v_dim))
         k, v = (t.as_strided((t.shape[0] + 3, *t.shape[1:]), t.stride()) for t in (k, v))
+        for b, n in enumerate(options.get("seqused_k", ())):  # and behind what is used of each
+            for t in (k, v):
+                t[sum(lengths[:b]) + n : sum(lengths[: b + 1])] = math.nan
         try:
             check(q, k, v, runs, lengths, kernel, options)
         except AssertionError as error:
-            what = f"{dtype}, head dim {dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
+            what = f"{dtype}, head dims {dim} and {v_dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
             raise AssertionError(f"case {index}: {what}: {error}") from None
 
 

@@ -60,7 +60,7 @@ def test_a_few_rows_are_split_and_many_are_not() -> None:
     assert (many.num_splits, many.num_tiles, many.num_ctas) == (1, 4096, 132)
     assert fastattn.explain("flash_fwd", (8, 1, 32, 128), (8, 4096, 8, 128)).kernel == "sm80"  # decode
     forced = fastattn.explain("flash_fwd", (4, 4096, 32, 80), (4, 4096, 8, 80), kernel="sm80")
-    assert (forced.kernel, forced.padded_head_dim) == ("sm80", 128)
+    assert (forced.kernel, forced.padded_head_dim) == ("sm80", 96)
 
 
 def test_work_and_floor() -> None:

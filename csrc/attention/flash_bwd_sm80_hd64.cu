@@ -1,0 +1,9 @@
+// Instantiations of flash_bwd_sm80 for head dims padded to 64.
+#include "attention/flash_bwd_sm80.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_flash_bwd_sm80<__nv_bfloat16, 64, false>(const FlashBwdSm80Params&, cudaStream_t);
+template cudaError_t launch_flash_bwd_sm80<__half, 64, false>(const FlashBwdSm80Params&, cudaStream_t);
+
+}  // namespace fastattn
