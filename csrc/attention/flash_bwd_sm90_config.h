@@ -14,6 +14,7 @@ struct FlashBwdSm90Tile {
 
 // Compiled head dims; others are padded with zeros by the copy engine to the next one.
 constexpr int kFlashBwdSm90HeadDims[] = {64, 128};
+constexpr int kFlashBwdSm90MaxHeadDim = 128;
 
 // Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
 constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int /* head_dim */) { return {64, 128}; }

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "attention/flash_bwd_sm80.h"
+#include "attention/flash_bwd_sm90.h"
 #include "attention/flash_sm80.h"
 #include "torch/checks.h"
 
@@ -136,6 +137,110 @@ Gradients run_sm80(const char* op, const Tensor& dout, const Tensor& q, const Te
   return {dq, dk, dv};
 }
 
+// What the copy engine can be told of: aligned rows, and no dimension that repeats the same ones (an expanded tensor).
+Tensor with_distinct_rows(const Tensor& t) {
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) {
+    if (t.size(i) > 1 && t.stride(i) <= 0) return packed_copy(t);
+  }
+  return t;
+}
+
+Tensor without_strides(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    if (t.size(i) > 1 && t.stride(i) != expected) return packed_copy(t);
+    expected *= t.size(i);
+  }
+  return t;
+}
+
+bool fits_sm90(const Tensor& q, const Tensor& v, const Call& call) {
+  const Dims dims(q);
+  return capability_of(q) == 90 && call.softmax_scale > 0.0 &&
+         std::max(q.size(dims.last), v.size(dims.last)) <= kFlashBwdSm90MaxHeadDim;
+}
+
+Gradients run_sm90(const char* op, const Tensor& dout_given, const Tensor& q_given, const Tensor& k_given,
+                   const Tensor& v_given, const Tensor& out, const Tensor& lse_given,
+                   const std::optional<Tensor>& dlse_given, const std::optional<Tensor>& alibi_slopes,
+                   const Lengths& lengths, int64_t num_seqs, const Call& call) {
+  const Tensor dout = with_distinct_rows(dout_given), q = with_distinct_rows(q_given);
+  const Tensor k = with_distinct_rows(k_given), v = with_distinct_rows(v_given);
+  const Tensor lse = without_strides(lse_given);
+  const std::optional<Tensor> dlse = dlse_given ? std::optional(without_strides(*dlse_given)) : std::nullopt;
+  const Dims dims(q);
+  const auto batch_stride = [&](const Tensor& t) { return dims.packed() ? 0 : t.stride(0); };
+  Tensor dq = empty(q, shape_of(q), q.scalar_type());
+  Tensor dk = empty(k, shape_of(k), k.scalar_type());
+  Tensor dv = empty(v, shape_of(v), v.scalar_type());
+
+  FlashBwdSm90Params p;
+  p.dout = dout.data_ptr();
+  p.q = q.data_ptr();
+  p.k = k.data_ptr();
+  p.v = v.data_ptr();
+  p.out = out.data_ptr();
+  p.lse = data<float>(lse);
+  p.dlse = dlse ? data<float>(*dlse) : nullptr;
+  p.dq = dq.data_ptr();
+  p.dk = dk.data_ptr();
+  p.dv = dv.data_ptr();
+  p.cu_seqlens_q = ints(lengths.cu_seqlens_q).value_or(nullptr);
+  p.cu_seqlens_k = ints(lengths.cu_seqlens_k).value_or(nullptr);
+  p.seqused_q = ints(lengths.seqused_q).value_or(nullptr);
+  p.seqused_k = ints(lengths.seqused_k).value_or(nullptr);
+  if (alibi_slopes) {
+    p.alibi_slopes = data<float>(*alibi_slopes);
+    p.alibi_batch_stride = alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
+  }
+  p.dout_batch_stride = batch_stride(dout);
+  p.dout_token_stride = dout.stride(dims.token);
+  p.dout_head_stride = dout.stride(dims.head);
+  p.q_batch_stride = batch_stride(q);
+  p.q_token_stride = q.stride(dims.token);
+  p.q_head_stride = q.stride(dims.head);
+  p.k_batch_stride = batch_stride(k);
+  p.k_token_stride = k.stride(dims.token);
+  p.k_head_stride = k.stride(dims.head);
+  p.v_batch_stride = batch_stride(v);
+  p.v_token_stride = v.stride(dims.token);
+  p.v_head_stride = v.stride(dims.head);
+  p.out_batch_stride = batch_stride(out);
+  p.out_token_stride = out.stride(dims.token);
+  p.out_head_stride = out.stride(dims.head);
+  p.q_tokens = q.size(dims.token);
+  p.k_tokens = k.size(dims.token);
+  p.num_seqs = static_cast<int32_t>(num_seqs);
+  p.num_heads = static_cast<int32_t>(q.size(dims.head));
+  p.num_kv_heads = static_cast<int32_t>(k.size(dims.head));
+  p.head_dim = static_cast<int32_t>(q.size(dims.last));
+  p.v_head_dim = static_cast<int32_t>(v.size(dims.last));
+  p.softmax_scale = static_cast<float>(call.softmax_scale);
+  p.softcap = static_cast<float>(call.softcap);
+  p.window_left = window(call.window_left);
+  p.window_right = call.causal ? 0 : window(call.window_right);
+  p.dtype = dtype_of(q);
+  p.config =
+      flash_bwd_sm90_config({num_seqs, p.num_heads, p.num_kv_heads, std::max(p.head_dim, p.v_head_dim), p.q_tokens,
+                             call.max_seqlen_q, call.max_seqlen_k, dims.packed(), p.window_right == 0, num_sms_of(q)});
+  const int64_t num_rows = p.config.rows(p.num_heads);
+  const Tensor lse_log2 = empty(q, {num_rows}, ScalarType::Float);
+  const Tensor delta = empty(q, {num_rows}, ScalarType::Float);
+  const Tensor dq_sum = empty(q, {num_rows * p.config.head_dim}, ScalarType::Float);
+  const Tensor tile_counter = empty(q, {1}, ScalarType::Int);
+  p.lse_log2 = static_cast<float*>(lse_log2.data_ptr());
+  p.delta = static_cast<float*>(delta.data_ptr());
+  p.dq_sum = static_cast<float*>(dq_sum.data_ptr());
+  p.tile_counter = static_cast<int32_t*>(tile_counter.data_ptr());
+  std::optional<Tensor> turns;
+  if (call.deterministic) {
+    turns = empty(q, {2 * p.num_heads * p.config.blocks_of_head}, ScalarType::Int);
+    p.turns = static_cast<int32_t*>(turns->data_ptr());
+  }
+  check_launch(op, flash_bwd_sm90(p, stream_of(q)));
+  return {dq, dk, dv};
+}
+
 // Checks that do not depend on the layout, and which kernel.
 Gradients run(const char* op, const Checks& checks, const Tensor& dout, const Tensor& q, const Tensor& k,
               const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
@@ -169,16 +274,21 @@ Gradients run(const char* op, const Checks& checks, const Tensor& dout, const Te
                                 {"seqused_k", lengths.seqused_k}}) {
     if (t) checks.shape(name, *t, {num_seqs}).dtype(name, *t, {ScalarType::Int});
   }
-  checks.that(call.kernel == 0 || call.kernel == 80,
-              "kernel is " + std::to_string(call.kernel) + ", expected sm80: others have no backward");
-  checks.that(shared_memory_of(q) >= kFlashBwdSm80SharedMemory, "this GPU gives a thread block " +
-                                                                    std::to_string(shared_memory_of(q)) +
-                                                                    " bytes of shared memory, expected 160 KiB");
+  // A forward of any head dim may have been on the Hopper kernel; its gradient is on the portable one if too wide.
+  checks.that(call.kernel != 90 || (capability_of(q) == 90 && call.softmax_scale > 0.0),
+              "kernel is sm90, expected sm80 for a GPU of capability " + std::to_string(capability_of(q)) +
+                  " and softmax_scale " + std::to_string(call.softmax_scale));
   if (q.numel() == 0 && k.numel() == 0) {
     return {empty(q, shape_of(q), q.scalar_type()), empty(k, shape_of(k), k.scalar_type()),
             empty(v, shape_of(v), v.scalar_type())};
   }
-  // Which kernel: sm80 is the only one.
+  const bool any = q.numel() > 0 && k.numel() > 0 && call.max_seqlen_q > 0 && call.max_seqlen_k > 0;
+  if (any && call.kernel != 80 && fits_sm90(q, v, call)) {
+    return run_sm90(op, dout, q, k, v, out, lse, dlse, alibi_slopes, lengths, num_seqs, call);
+  }
+  checks.that(shared_memory_of(q) >= kFlashBwdSm80SharedMemory, "this GPU gives a thread block " +
+                                                                    std::to_string(shared_memory_of(q)) +
+                                                                    " bytes of shared memory, expected 160 KiB");
   return run_sm80(op, dout, q, k, v, out, lse, dlse, alibi_slopes, lengths, num_seqs, call);
 }
 
