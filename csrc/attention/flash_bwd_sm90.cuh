@@ -122,18 +122,18 @@ template <typename T, int HEAD_DIM>
 struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
-  static constexpr int kStagesQ = HEAD_DIM <= 64 ? 3 : 2, kStagesDo = 2, kStagesKv = 2, kStagesDs = 2, kTileStages = 2;
+  static constexpr int kStagesQ = 3, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
-  alignas(1024) T k[kStagesKv][BLOCK_N * HEAD_DIM];
-  alignas(1024) T v[kStagesKv][BLOCK_N * HEAD_DIM];
+  alignas(1024) T k[BLOCK_N * HEAD_DIM];
+  alignas(1024) T v[BLOCK_N * HEAD_DIM];
   alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];  // panels of 64 query rows, a key's side by side
   alignas(128) float lse_log2[kStagesQ][BLOCK_M];
   alignas(128) float delta[kStagesDo][BLOCK_M];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
-  MBarrier k_full[kStagesKv], v_full[kStagesKv], kv_empty[kStagesKv];
+  MBarrier k_full, v_full, kv_empty;
   MBarrier ds_full[kStagesDs], ds_empty[kStagesDs];
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashBwdTile tile[kTileStages];
@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
   // Of dQ, BLOCK_M x HEAD_DIM, a group has its rows if there are 128 of them, else its columns.
   constexpr int DQ_COLUMNS = BLOCK_M == 128 ? HEAD_DIM : HEAD_DIM / 2;
+  constexpr int MIN_STEPS_STAGGERED = 32;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  enum { kRowsCleared = 1, kSecondGroupMayStart, kTurnOfGroup };  // barriers of the SM; the last takes two
+  enum { kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4 };  // barriers of the SM; the last two are pairs
   static_assert(BLOCK_N == 128 && (BLOCK_M == 128 || BLOCK_M == 64));
 
   extern __shared__ unsigned char smem_bytes[];
@@ -208,11 +209,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.ds_full[i].init(8);
       smem.ds_empty[i].init(8);
     }
-    for (int i = 0; i < Storage::kStagesKv; ++i) {
-      smem.k_full[i].init(1);
-      smem.v_full[i].init(1);
-      smem.kv_empty[i].init(8);
-    }
+    smem.k_full.init(1);
+    smem.v_full.init(1);
+    smem.kv_empty.init(8);
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
       smem.tile_empty[i].init(8);
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<Storage::kStagesDo> dout_ring;
-  RingPosition<Storage::kStagesKv> kv_ring;
+  RingPosition<1> kv_ring;
   RingPosition<Storage::kStagesDs> ds_ring, dq_ring;
   RingPosition<Storage::kTileStages> tile_ring;
 
@@ -263,19 +262,17 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
             q_ring.advance();
             if (first) {
               first = false;
-              smem.kv_empty[kv_ring.stage()].wait(kv_ring.parity() ^ 1);
-              MBarrier& k_full = smem.k_full[kv_ring.stage()];
-              MBarrier& v_full = smem.v_full[kv_ring.stage()];
-              k_full.arrive_expect_bytes(KV_BYTES);
-              v_full.arrive_expect_bytes(KV_BYTES);
+              smem.kv_empty.wait(kv_ring.parity() ^ 1);
+              smem.k_full.arrive_expect_bytes(KV_BYTES);
+              smem.v_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
               for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.k[kv_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
+                tma_load_4d(smem.k + panel * BLOCK_N * PANEL, args.k, smem.k_full, panel * PANEL,
                             tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
               }
 #pragma unroll
               for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.v[kv_ring.stage()] + panel * BLOCK_N * PANEL, args.v, v_full, panel * PANEL,
+                tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
                             tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
               }
               kv_ring.advance();
@@ -325,6 +322,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   // behind the `whole_blocks` there may be one with rows to clear.
   int32_t special_before, special_from, whole_blocks;
   int32_t begin_block, end_block;
+  bool staggered;
   int32_t workspace_block;                       // of `block`
   int32_t block_before, workspace_block_before;  // of the step before, whose dQ is still to come
   const auto end_tile = [&] {
@@ -379,17 +377,19 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   };
 
   // ---- loads
-  // Clears rows of a tile from `begin` on; by both groups, which go on together.
+  // Clears rows of a tile from `begin` on. Each group does it for itself, so as not to wait for the other one: zeros
+  // over zeros.
   const auto clear_rows = [&](T* rows, int num_rows, int32_t begin) {
-    // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
+  // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
+#pragma unroll 1
     for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
       uint4* const chunks = reinterpret_cast<uint4*>(rows + panel * num_rows * PANEL);
-      for (int32_t i = begin * (PANEL / 8) + consumer * 128 + thread; i < num_rows * (PANEL / 8); i += 256) {
+      for (int32_t i = begin * (PANEL / 8) + thread; i < num_rows * (PANEL / 8); i += 128) {
         chunks[i] = make_uint4(0, 0, 0, 0);
       }
     }
     fence_proxy_async();
-    named_barrier_sync(kRowsCleared, 256);
+    named_barrier_sync(kRowsCleared + consumer, 128);
   };
   const auto wait_for_q = [&] {
     smem.q_full[q_ring.stage()].wait(q_ring.parity());
@@ -399,8 +399,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     smem.dout_full[dout_ring.stage()].wait(dout_ring.parity());
     if (block == whole_blocks) clear_rows(smem.dout[dout_ring.stage()], BLOCK_M, tile(&FlashBwdTile::q_len) % BLOCK_M);
   };
-  const auto wait_for_kv = [&](MBarrier(&full)[Storage::kStagesKv], T* rows) {
-    full[kv_ring.stage()].wait(kv_ring.parity());
+  const auto wait_for_kv = [&](MBarrier& full, T* rows) {
+    full.wait(kv_ring.parity());
     const int32_t keys = tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::first_key);
     if (k_ends_inside && keys < BLOCK_N) clear_rows(rows, BLOCK_N, keys);
   };
@@ -552,7 +552,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const auto start_dq = [&] {  // of the step whose dS, both groups', is the next in the ring
     smem.ds_full[dq_ring.stage()].wait(dq_ring.parity());
     const auto ds = ds_tiles.uniform_plus(dq_ring.stage() * DS_BYTES);
-    const auto k = k_columns.uniform_plus(kv_ring.stage() * KV_BYTES);
+    const auto k = k_columns.uniform_plus(0);
     pin_registers(dq);
     wgmma_fence();
 #pragma unroll
@@ -584,7 +584,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if (p.softcap > 0.0f) multiply_by_slope_of_cap();
     wait_for_dout();
     const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
-    start_scores(dprobs, v_rows.uniform_plus(kv_ring.stage() * KV_BYTES), dout);
+    start_scores(dprobs, v_rows.uniform_plus(0), dout);
     start_gradient(dv, probs, dout, kFirst);
     wgmma_wait<1>();
     pin_registers(dprobs);
@@ -608,7 +608,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     __syncwarp();
     release(smem.ds_full[ds_ring.stage()]);
     if constexpr (kFirst) {
-      if (consumer == 0 && kv_ring.count == 0) named_barrier_arrive(kSecondGroupMayStart, 256);
+      if (consumer == 0 && staggered) named_barrier_arrive(kSecondGroupMayStart, 256);
     }
     ds_ring.advance();
     wgmma_wait<0>();
@@ -634,8 +634,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       head_idx += new_head;
       q_ring.advance();
       wait_for_q();
-      start_scores(scores, k_rows.uniform_plus(kv_ring.stage() * KV_BYTES),
-                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
       wgmma_wait<1>();
       release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
     }
@@ -659,14 +658,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
     begin_tile();
     wait_for_q();
-    wait_for_kv(smem.k_full, smem.k[kv_ring.stage()]);
-    wait_for_kv(smem.v_full, smem.v[kv_ring.stage()]);
-    // The second group begins when the first one has its probabilities, and so they stay apart: while one computes on
-    // its own, the other's products run.
-    if (consumer == 1 && kv_ring.count == 0) named_barrier_sync(kSecondGroupMayStart, 256);
-    start_scores(scores, k_rows.uniform_plus(kv_ring.stage() * KV_BYTES),
-                 q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+    wait_for_kv(smem.k_full, smem.k);
+    wait_for_kv(smem.v_full, smem.v);
+    // The second group begins when the first one has its first dS, and they stay half a step apart: while one computes
+    // on its own, the other's products run. In a short tile that is not worth the wait.
     const int32_t num_steps = (end_block - begin_block) * args.group_size.divisor;
+    staggered = num_steps >= MIN_STEPS_STAGGERED;
+    if (consumer == 1 && staggered) named_barrier_sync(kSecondGroupMayStart, 256);
+    start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
     if (num_steps == 1) {
       run_step(std::true_type(), std::true_type());
     } else {
@@ -678,7 +677,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     start_dq();
     wgmma_wait<0>();
     add_dq(block_before, workspace_block_before);
-    release(smem.kv_empty[kv_ring.stage()]);
+    release(smem.kv_empty);
     kv_ring.advance();
     store(dv, p.dv, p.v_head_dim, 1.0f, false);
     store(dk, p.dk, p.head_dim, p.softmax_scale, false);
