@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import __main__ as command
-from bench.families import FAMILIES, flash_fwd, gemm_bf16, paged, small_ops, smollm2
+from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_bf16, paged, small_ops, smollm2
 from bench.harness import accuracy, environment, formulas
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, Context
@@ -42,6 +42,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "gemm": partial(gemm_bf16.gemm, m=5, n=48, k=64),
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
+    "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
+    "gradients causal": partial(flash_bwd.gradients, dim=64, length=48, causal=True, heads=2, tokens=96),
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
     "prefill": partial(paged.paged, page=4, batch=2, new=10, length=10, **PAGED),
     "chunk": partial(paged.paged, page=4, batch=2, new=5, length=11, **PAGED),
@@ -62,6 +64,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
 # What each case can be measured beside when everything is installed, but for torch.compile.
 BESIDE = {
     "gemm": {"cublas"},
+    "gradients full": {"fa2"},
+    "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
@@ -370,6 +374,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
     """`match` expressions of targets.toml, and how many cases each must find."""
     wanted = {
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
+        "flash_bwd": {".*": 48},
         "paged_decode": {r"_b(1|2|4|8)_": 12, r"bf16_.*_b(32|64|128|256)_": 10, ".*": 22},
         "paged_prefill": {".*": 4},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
