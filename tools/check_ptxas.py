@@ -19,7 +19,7 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
         "one load in the loop; the rest is between tiles and in a rare branch",
     ),
     "flash_fwd_sm90_kernelI6__halfLi64": (220, "the same"),
-    "flash_bwd_sm90_kernel": (220, "the producer's, which has 24 registers and time"),
+    "flash_bwd_sm90_kernel": (400, "the producer, which has 24 registers and time, and five loads in the loop"),
     "flash_sm80_kernel": (80, "a few values that do not change in the loop"),
 }
 
