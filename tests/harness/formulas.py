@@ -351,6 +351,18 @@ def gradients(
     )
 
 
+def errors_from_rounded_out(
+    forward: Any, dout: Tensor, out: Tensor, exact_out: Tensor, call: dict[str, Any]
+) -> list[float]:
+    """How much of each gradient's error comes from `out` as it was kept, in its own dtype: delta, the sum of dout * out of
+    a row, is taken from there and not from P and dP. An error of delta acts like a gradient of -lse."""
+    error = (dout.double() * (out.double() - exact_out.double())).nan_to_num(0.0).sum(-1).transpose(-1, -2)
+    return [
+        float(t.abs().max()) if t.numel() else 0.0
+        for t in gradients(forward, torch.float64, torch.zeros_like(dout), call, -error)
+    ]
+
+
 def batch_attention_backward(
     c: torch.dtype, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None, **call: Any
 ) -> list[Tensor]:
