@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Params p) {
   constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
-  constexpr int COLUMNS = BLOCK_M == 128 ? HEAD_DIM : HEAD_DIM / 2;  // of a group of 128 threads
+  constexpr int COLUMNS = HEAD_DIM / 2;  // of a group of 128 threads
   const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
   const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
   const int32_t head_idx = blockIdx.y;
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
   if (block * BLOCK_M >= rows.allocated) return;
   const int64_t workspace_block = head_idx * p.config.blocks_of_head + rows.first_block + block;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int first_row = (BLOCK_M == 128 ? group * 64 : 0) + warp * 16 + lane / 4;
-  const int first_column = BLOCK_M == 128 ? 0 : group * COLUMNS;
+  const int first_row = warp * 16 + lane / 4;
+  const int first_column = group * COLUMNS;
   const float4* const sums =
       reinterpret_cast<const float4*>(p.dq_sum + (workspace_block * 2 + group) * (BLOCK_M * HEAD_DIM / 2)) +
       threadIdx.x % 128;
@@ -170,10 +170,9 @@ struct Instantiation {
 
 // Which exist: add a line here and its instantiation in flash_bwd_sm90_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
-    {DType::kBFloat16, 64, launch<__nv_bfloat16, 64>},
-    {DType::kBFloat16, 128, launch<__nv_bfloat16, 128>},
-    {DType::kFloat16, 64, launch<__half, 64>},
-    {DType::kFloat16, 128, launch<__half, 128>},
+    {DType::kBFloat16, 64, launch<__nv_bfloat16, 64>},   {DType::kBFloat16, 128, launch<__nv_bfloat16, 128>},
+    {DType::kBFloat16, 256, launch<__nv_bfloat16, 256>}, {DType::kFloat16, 64, launch<__half, 64>},
+    {DType::kFloat16, 128, launch<__half, 128>},         {DType::kFloat16, 256, launch<__half, 256>},
 };
 
 }  // namespace

@@ -122,7 +122,7 @@ template <typename T, int HEAD_DIM>
 struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
-  static constexpr int kStagesQ = 3, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
+  static constexpr int kStagesQ = HEAD_DIM <= 128 ? 3 : 2, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
@@ -172,12 +172,21 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   // setmaxnreg; together at most 504 for a thread of each group.
   constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
   constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
-  // Of dQ, BLOCK_M x HEAD_DIM, a group has its rows if there are 128 of them, else its columns.
-  constexpr int DQ_COLUMNS = BLOCK_M == 128 ? HEAD_DIM : HEAD_DIM / 2;
-  constexpr int MIN_STEPS_STAGGERED = 32;
+  // Two groups share the work: each has 64 keys of a tile's 128, or, where the gradients of so many do not fit into
+  // registers, half of the columns of all 64.
+  constexpr bool SHARED_KEYS = BLOCK_N == 64;
+  constexpr int COLUMNS = SHARED_KEYS ? HEAD_DIM / 2 : HEAD_DIM;     // of dK and dV that a group has
+  constexpr int DQ_COLUMNS = HEAD_DIM / 2 < 64 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
+  constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  enum { kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4 };  // barriers of the SM; the last two are pairs
-  static_assert(BLOCK_N == 128 && (BLOCK_M == 128 || BLOCK_M == 64));
+  constexpr int MIN_STEPS_STAGGERED = 32;
+  enum {
+    kSecondGroupMayStart = 1,
+    kRowsCleared = 2,
+    kTurnOfGroup = 4,
+    kDsOfGroup = 6
+  };  // barriers of the SM; all but the first are pairs
+  static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
 
   extern __shared__ unsigned char smem_bytes[];
   unsigned char* const smem_bytes_aligned =
@@ -300,10 +309,12 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
   const int consumer = group_idx - 1;
   const int thread = threadIdx.x % 128;
-  const int lane_key = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this key of the tile, and 8 below
+  const int first_key_of_group = SHARED_KEYS ? 0 : consumer * 64;
+  const int lane_key =
+      first_key_of_group + warp_idx % 4 * 16 + lane / 4;  // a lane has this key of the tile, and 8 below
   const float scale_log2 = p.softcap > 0.0f ? kLog2E : p.softmax_scale * kLog2E;
 
-  float dk[HEAD_DIM / 8][4], dv[HEAD_DIM / 8][4];
+  float dk[COLUMNS / 8][4], dv[COLUMNS / 8][4];
   float scores[BLOCK_M / 8][4];       // S^T, then P^T, then dS^T
   float dprobs[BLOCK_M / 8][4];       // dP^T
   uint32_t probs[BLOCK_M / 16][4];    // P^T rounded, as the left operand of dV
@@ -339,17 +350,19 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     return Descriptor{base.low + bytes / 16 + (leading_bytes / 16 << 16), base.high};
   };
   constexpr uint32_t PANEL_BYTES = PANEL * 2, GROUP_ROWS = 64 * PANEL_BYTES;
-  const Descriptor k_rows = at(offsetof(Storage, k) + consumer * GROUP_ROWS, 0);
-  const Descriptor v_rows = at(offsetof(Storage, v) + consumer * GROUP_ROWS, 0);
-  const Descriptor q_tiles = at(offsetof(Storage, q), BLOCK_M * PANEL_BYTES);
-  const Descriptor dout_tiles = at(offsetof(Storage, dout), BLOCK_M * PANEL_BYTES);
-  // Of dS this group's rows, or of K its columns.
-  const Descriptor ds_tiles = at(offsetof(Storage, ds) + (BLOCK_M == 128 ? consumer * BLOCK_N * PANEL_BYTES : 0), 0);
-  const Descriptor k_columns = at(
-      offsetof(Storage, k) +
-          (BLOCK_M == 128 ? 0
-                          : consumer * (DQ_COLUMNS / PANEL * BLOCK_N * PANEL_BYTES + DQ_COLUMNS % PANEL * sizeof(T))),
-      BLOCK_N * PANEL_BYTES);
+  const uint32_t rows_of_group = SHARED_KEYS ? 0 : consumer * GROUP_ROWS;
+  const uint32_t columns_of_group = SHARED_KEYS ? consumer * (COLUMNS / PANEL) * BLOCK_M * PANEL_BYTES : 0;
+  const Descriptor k_rows = at(offsetof(Storage, k) + rows_of_group, 0);
+  const Descriptor v_rows = at(offsetof(Storage, v) + rows_of_group, 0);
+  const Descriptor q_tiles = at(offsetof(Storage, q), 0);
+  const Descriptor dout_tiles = at(offsetof(Storage, dout), 0);
+  const Descriptor q_columns = at(offsetof(Storage, q) + columns_of_group, BLOCK_M * PANEL_BYTES);
+  const Descriptor dout_columns = at(offsetof(Storage, dout) + columns_of_group, BLOCK_M * PANEL_BYTES);
+  const Descriptor ds_tiles = at(offsetof(Storage, ds), 0);
+  // Of K the columns that this group computes of dQ: whole panels, or half of one.
+  const Descriptor k_columns = at(offsetof(Storage, k) + consumer * (HEAD_DIM / 2 / PANEL * BLOCK_N * PANEL_BYTES +
+                                                                     HEAD_DIM / 2 % PANEL * sizeof(T)),
+                                  0);
 
   // products of this group's 64 keys (or values) and the rows of a block: acc = A B^T
   const auto start_scores = [&](float (&acc)[BLOCK_M / 8][4], const WgmmaDescriptor& a, const WgmmaDescriptor& b) {
@@ -364,14 +377,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     wgmma_commit();
   };
   // acc += A B, A of scores' shape
-  const auto start_gradient = [&](float (&acc)[HEAD_DIM / 8][4], uint32_t (&a)[BLOCK_M / 16][4],
+  const auto start_gradient = [&](float (&acc)[COLUMNS / 8][4], uint32_t (&a)[BLOCK_M / 16][4],
                                   const WgmmaDescriptor& b, bool first) {
     pin_registers(acc);
     pin_registers(a);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
-      Wgmma<T, HEAD_DIM>::rs(acc, a[kk], b.plus(kk * 16 * PANEL * sizeof(T)), kk > 0 || !first);
+      Wgmma<T, COLUMNS>::rs(acc, a[kk], b.plus(kk * 16 * PANEL * sizeof(T)), kk > 0 || !first);
     }
     wgmma_commit();
   };
@@ -410,7 +423,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const uint32_t delta_of_lane = shared_address(smem.delta[0]) + lane % 4 * 8;
   const auto begin_tile = [&] {
     const int32_t q_len = tile(&FlashBwdTile::q_len), k_len = tile(&FlashBwdTile::k_len);
-    const int32_t first_key = tile(&FlashBwdTile::first_key) + consumer * 64;
+    const int32_t first_key = tile(&FlashBwdTile::first_key) + first_key_of_group;
     const int32_t first_row = first_key - (k_len - q_len);  // that which stands at the first key
     special_before = 0;
     special_from = INT32_MAX;
@@ -515,7 +528,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   };
 
   // ---- the end of a tile: acc * scale, rounded
-  const auto store = [&](const float (&acc)[HEAD_DIM / 8][4], void* gradient, int32_t head_dim, float scale,
+  const auto store = [&](const float (&acc)[COLUMNS / 8][4], void* gradient, int32_t head_dim, float scale,
                          bool empty) {
     const int64_t start = packed ? tile(&FlashBwdTile::k_start) : tile(&FlashBwdTile::seq_idx) * p.k_tokens;
 #pragma unroll
@@ -525,7 +538,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       T* const row =
           static_cast<T*>(gradient) + ((start + key) * p.num_kv_heads + tile(&FlashBwdTile::kv_head_idx)) * head_dim;
 #pragma unroll
-      for (int t = 0; t < HEAD_DIM / 8; t += 4) {
+      for (int t = 0; t < COLUMNS / 8; t += 4) {
         uint32_t w[4] = {0, 0, 0, 0};
         if (!empty) {
 #pragma unroll
@@ -541,7 +554,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
           (high ? w[0] : w[2]) = a;
           (high ? w[1] : w[3]) = b;
         }
-        const int column = (t + lane % 4) * 8;
+        const int column = (SHARED_KEYS ? consumer * COLUMNS : 0) + (t + lane % 4) * 8;
         if (valid && column < head_dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
@@ -549,29 +562,40 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   // ---- a step
   float dq[DQ_COLUMNS / 8][4];
-  const auto start_dq = [&] {  // of the step whose dS, both groups', is the next in the ring
-    smem.ds_full[dq_ring.stage()].wait(dq_ring.parity());
-    const auto ds = ds_tiles.uniform_plus(dq_ring.stage() * DS_BYTES);
-    const auto k = k_columns.uniform_plus(0);
-    pin_registers(dq);
+  const auto start_dq = [&](float (&sums)[DQ_COLUMNS / 8][4], uint32_t ds_stage, int part) {
+    const auto ds = ds_tiles.uniform_plus(ds_stage * DS_BYTES);
+    const auto k = k_columns.uniform_plus(part * BLOCK_N * PANEL_BYTES);
+    pin_registers(sums);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-      Wgmma<T, DQ_COLUMNS>::ss_mn(dq, ds.plus(kk * 16 * PANEL * sizeof(T)), k.plus(kk * 16 * PANEL * sizeof(T)),
+      Wgmma<T, DQ_COLUMNS>::ss_mn(sums, ds.plus(kk * 16 * PANEL * sizeof(T)), k.plus(kk * 16 * PANEL * sizeof(T)),
                                   kk > 0);
     }
     wgmma_commit();
   };
-  const auto add_dq = [&](int32_t of_block, int32_t of_workspace_block) {
-    pin_registers(dq);
+  const auto add_dq = [&](float (&sums)[DQ_COLUMNS / 8][4], int32_t of_block, int32_t of_workspace_block, int part) {
+    pin_registers(sums);
+    const int64_t share = static_cast<int64_t>(of_workspace_block) * 2 + consumer;
+    float* const memory = p.dq_sum + share * DQ_FLOATS + part * (DQ_COLUMNS / 8 * 512) + thread * 4;
+    if constexpr (DETERMINISTIC) {
+      if (part == 0) wait_for_turn(p.turns + share, of_block);
+    }
+#pragma unroll
+    for (int t = 0; t < DQ_COLUMNS / 8; ++t) add_to_global(memory + t * 512, sums[t]);
+    if constexpr (DETERMINISTIC) {
+      if (part == DQ_PARTS - 1) end_turn(p.turns + share);
+    }
+  };
+  // dQ of the step whose dS, both groups', is the next in the ring.
+  const auto start_next_dq = [&] {
+    smem.ds_full[dq_ring.stage()].wait(dq_ring.parity());
+    start_dq(dq, dq_ring.stage(), 0);
+  };
+  const auto add_next_dq = [&](int32_t of_block, int32_t of_workspace_block) {
     release(smem.ds_empty[dq_ring.stage()]);
     dq_ring.advance();
-    const int64_t part = static_cast<int64_t>(of_workspace_block) * 2 + consumer;
-    float* const sum = p.dq_sum + part * DQ_FLOATS + thread * 4;
-    if constexpr (DETERMINISTIC) wait_for_turn(p.turns + part, of_block);
-#pragma unroll
-    for (int t = 0; t < DQ_COLUMNS / 8; ++t) add_to_global(sum + t * 512, dq[t]);
-    if constexpr (DETERMINISTIC) end_turn(p.turns + part);
+    add_dq(dq, of_block, of_workspace_block, 0);
   };
   // In flight before it: S. After it: S of the next step, except for a tile's last one.
   const auto run_step = [&](auto is_first, auto is_last) {
@@ -585,7 +609,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     wait_for_dout();
     const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
     start_scores(dprobs, v_rows.uniform_plus(0), dout);
-    start_gradient(dv, probs, dout, kFirst);
+    start_gradient(dv, probs, dout_columns.uniform_plus(dout_ring.stage() * Q_BYTES), kFirst);
     wgmma_wait<1>();
     pin_registers(dprobs);
 #pragma unroll
@@ -595,33 +619,50 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       for (int i = 0; i < 4; ++i) scores[t][i] *= dprobs[t][i] - (i & 1 ? delta.y : delta.x);
     }
     round_to(dscores);
-    smem.ds_empty[ds_ring.stage()].wait(ds_ring.parity() ^ 1);
-    const int row = lane % 16 + consumer * 64 + warp_idx % 4 * 16;
+    // Of a group that has all keys nobody else needs dS, and there is a place for each.
+    const uint32_t ds_stage = SHARED_KEYS ? consumer : ds_ring.stage();
+    if constexpr (!SHARED_KEYS) smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);
+    const int row = lane % 16 + first_key_of_group + warp_idx % 4 * 16;
 #pragma unroll
     for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
       const int chunk = 2 * kk + lane / 16;  // of eight rows of queries
-      store_matrices(shared_address(smem.ds[0]) + ds_ring.stage() * DS_BYTES + chunk / 8 * (BLOCK_N * PANEL * 2) +
-                         row * (PANEL * 2) + ((chunk ^ row) % 8) * 16,
+      store_matrices(shared_address(smem.ds[0]) + ds_stage * DS_BYTES + row * PANEL_BYTES + ((chunk ^ row) % 8) * 16,
                      dscores[kk]);
     }
     fence_proxy_async();
-    __syncwarp();
-    release(smem.ds_full[ds_ring.stage()]);
+    if constexpr (SHARED_KEYS) {
+      named_barrier_sync(kDsOfGroup + consumer, 128);
+    } else {
+      __syncwarp();
+      release(smem.ds_full[ds_stage]);
+      ds_ring.advance();
+    }
     if constexpr (kFirst) {
       if (consumer == 0 && staggered) named_barrier_arrive(kSecondGroupMayStart, 256);
     }
-    ds_ring.advance();
     wgmma_wait<0>();
     pin_registers(dv);
     pin_registers(probs);
     release(smem.dout_empty[dout_ring.stage()]);
     dout_ring.advance();
 
-    start_gradient(dk, dscores, q_tiles.uniform_plus(q_ring.stage() * Q_BYTES), kFirst);
-    if constexpr (!kFirst) start_dq();
-    const int32_t dq_block = block_before, dq_workspace_block = workspace_block_before;
-    block_before = block;
-    workspace_block_before = workspace_block;
+    start_gradient(dk, dscores, q_columns.uniform_plus(q_ring.stage() * Q_BYTES), kFirst);
+    int32_t dq_block = block, dq_workspace_block = workspace_block;
+    if constexpr (SHARED_KEYS) {  // all parts but the last one, which runs together with the next scores
+#pragma unroll
+      for (int part = 0; part + 1 < DQ_PARTS; ++part) {
+        start_dq(dq, ds_stage, part);
+        wgmma_wait<0>();
+        add_dq(dq, dq_block, dq_workspace_block, part);
+      }
+      start_dq(dq, ds_stage, DQ_PARTS - 1);
+    } else {  // that of the step before, so as not to wait for the other group
+      if constexpr (!kFirst) start_next_dq();
+      dq_block = block_before;
+      dq_workspace_block = workspace_block_before;
+      block_before = block;
+      workspace_block_before = workspace_block;
+    }
     if constexpr (kLast) {
       wgmma_wait<0>();
       release(smem.q_empty[q_ring.stage()]);
@@ -640,7 +681,11 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     }
     pin_registers(dk);
     pin_registers(dscores);
-    if constexpr (!kFirst) add_dq(dq_block, dq_workspace_block);
+    if constexpr (SHARED_KEYS) {
+      add_dq(dq, dq_block, dq_workspace_block, DQ_PARTS - 1);
+    } else if constexpr (!kFirst) {
+      add_next_dq(dq_block, dq_workspace_block);
+    }
   };
 
   // ---- main loop
@@ -674,9 +719,11 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       for (int32_t i = 2; i < num_steps; ++i) run_step(std::false_type(), std::false_type());
       run_step(std::false_type(), std::true_type());
     }
-    start_dq();
-    wgmma_wait<0>();
-    add_dq(block_before, workspace_block_before);
+    if constexpr (!SHARED_KEYS) {
+      start_next_dq();
+      wgmma_wait<0>();
+      add_next_dq(block_before, workspace_block_before);
+    }
     release(smem.kv_empty);
     kv_ring.advance();
     store(dv, p.dv, p.v_head_dim, 1.0f, false);

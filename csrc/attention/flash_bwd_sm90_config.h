@@ -13,11 +13,13 @@ struct FlashBwdSm90Tile {
 };
 
 // Compiled head dims; others are padded with zeros by the copy engine to the next one.
-constexpr int kFlashBwdSm90HeadDims[] = {64, 128};
-constexpr int kFlashBwdSm90MaxHeadDim = 128;
+constexpr int kFlashBwdSm90HeadDims[] = {64, 128, 256};
+constexpr int kFlashBwdSm90MaxHeadDim = 256;
 
 // Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
-constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int /* head_dim */) { return {64, 128}; }
+constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int head_dim) {
+  return head_dim <= 128 ? FlashBwdSm90Tile{64, 128} : FlashBwdSm90Tile{64, 64};
+}
 
 struct FlashBwdSm90Problem {
   int64_t num_seqs;
