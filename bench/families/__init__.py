@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from bench.families import engine_cpu, engine_gpu, flash_bwd, flash_fwd, gemm_bf16, paged, small_ops, speculation
+from bench.families import (
+    engine_cpu,
+    engine_gpu,
+    flash_bwd,
+    flash_fwd,
+    flash_fwd_fp8,
+    gemm_bf16,
+    paged,
+    small_ops,
+    speculation,
+)
 from bench.harness.case import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,6 +21,7 @@ FAMILIES: dict[str, Family] = {
         small_ops.FAMILY,
         gemm_bf16.FAMILY,
         flash_fwd.FAMILY,
+        flash_fwd_fp8.FAMILY,
         flash_bwd.FAMILY,
         paged.DECODE,
         paged.PREFILL,

@@ -12,9 +12,9 @@
 
 namespace fastattn {
 
-// Four dimensions of 16-bit elements, the contiguous one first; strides of the others in elements, multiples of 8.
-// One copy takes a box of `panel` x `rows` elements: panels of 64 are laid out with a swizzle of 128 bytes, of 32 with
-// one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
+// Four dimensions of 16-bit elements or fp8, the contiguous one first; strides of the others in elements, multiples of
+// 16 bytes. One copy takes a box of `panel` x `rows` elements: panels of 128 bytes are laid out with a swizzle of 128
+// bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
 struct TensorMapSpec {
   const void* base;  // 16-byte aligned
   DType dtype;
@@ -35,18 +35,21 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
 
+  const int element_bytes = spec.dtype == DType::kFloat8E4M3 ? 1 : 2;
+  const CUtensorMapDataType type = spec.dtype == DType::kFloat8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : spec.dtype == DType::kFloat16  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(spec.sizes[i]);
   // The stride of a dimension of one element may be anything, but must be valid.
   for (int i = 0; i < 3; ++i) {
-    strides[i] = spec.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(spec.strides[i]) * 2 : cuuint64_t{16};
+    strides[i] = spec.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(spec.strides[i] * element_bytes) : cuuint64_t{16};
   }
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(spec.panel), static_cast<cuuint32_t>(spec.rows), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result =
-      encode(map, spec.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             spec.panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      encode(map, type, 4, const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             spec.panel * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

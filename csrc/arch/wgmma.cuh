@@ -10,6 +10,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -145,6 +146,10 @@ struct Wgmma;
 #define FA_ACCS112 FA_ACC8(0), FA_ACC4(8), FA_ACC2(12)
 #define FA_REGS128 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7
 #define FA_ACCS128 FA_ACC16(0)
+#define FA_REGS144 FA_REGS128 ", " FA_R8
+#define FA_ACCS144 FA_ACC16(0), FA_ACC2(16)
+#define FA_REGS160 FA_REGS144 ", " FA_R9
+#define FA_ACCS160 FA_ACC16(0), FA_ACC4(16)
 #define FA_REGS192                                                                                                     \
   FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
         ", " FA_R11
@@ -160,9 +165,40 @@ FA_WGMMA_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FA_WGMMA_BOTH(112, "%56", "%57", "%58", "%59", "%60", "%61")
 FA_WGMMA_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
+FA_WGMMA_BOTH(144, "%72", "%73", "%74", "%75", "%76", "%77")
+FA_WGMMA_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
 FA_WGMMA_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
 FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
+// fp8: a product sums over 32 bytes, and takes B K-major only.
+#define FA_WGMMA_FP8(N, P0, P1, P2, P3, P4, P5)                                                                        \
+  template <>                                                                                                          \
+  struct Wgmma<__nv_fp8_e4m3, N> {                                                                                     \
+    __device__ __forceinline__ static void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" FA_REGS##N "}, " P0 ", " P1            \
+                                                                                           ", p, 1, 1;\n}\n"           \
+                   : FA_ACCS##N                                                                                        \
+                   : "l"(a), "l"(b), "r"(scale_d));                                                                    \
+    }                                                                                                                  \
+    __device__ __forceinline__ static void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" FA_REGS##N                             \
+                   "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}\n"                                        \
+                   : FA_ACCS##N                                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
+    }                                                                                                                  \
+  };
+FA_WGMMA_FP8(64, "%32", "%33", "%34", "%35", "%36", "%37")
+FA_WGMMA_FP8(96, "%48", "%49", "%50", "%51", "%52", "%53")
+FA_WGMMA_FP8(128, "%64", "%65", "%66", "%67", "%68", "%69")
+FA_WGMMA_FP8(160, "%80", "%81", "%82", "%83", "%84", "%85")
+FA_WGMMA_FP8(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FA_WGMMA_FP8(256, "%128", "%129", "%130", "%131", "%132", "%133")
+
+#undef FA_WGMMA_FP8
 #undef FA_WGMMA_BOTH
 #undef FA_WGMMA
 

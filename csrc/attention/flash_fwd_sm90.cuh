@@ -13,6 +13,7 @@
 //   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► K(n-2) V(n-1) ─► … ─► next tile's Q, K ─► V(0) …
 //     (the copy engine)         two stages each of K and V, of Q too where there is room
 //   warp group 0, warp 1      clears what a V block holds behind the end of its sequence
+//     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
 //
 //   warp groups 1, 2 (, 3)    64 rows each, step j:
 //     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
@@ -43,6 +44,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "arch/mbarrier.cuh"
@@ -51,6 +53,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "attention/flash_combine.h"
+#include "attention/flash_fwd_sm90_fp8.cuh"
 #include "attention/flash_fwd_sm90_launch.h"
 #include "attention/flash_fwd_sm90_tiles.cuh"
 #include "attention/softmax.cuh"
@@ -58,27 +61,40 @@
 namespace fastattn {
 
 // ---------------------------------------------------------------------------------------------
-// Elements of a row that lie side by side in shared memory.
-template <int HEAD_DIM>
-constexpr int kPanelOf = HEAD_DIM % 64 == 0 ? 64 : 32;
+// Elements of a row that lie side by side in shared memory: 128 bytes, or 64.
+template <typename T, int HEAD_DIM>
+constexpr int kPanelOf = (HEAD_DIM * sizeof(T) % 128 == 0 ? 128 : 64) / sizeof(T);
+// With whole panels; the products leave out what a head dim of 80 is short of them.
+template <typename T, int HEAD_DIM>
+constexpr int kStoredDim = (HEAD_DIM + kPanelOf<T, HEAD_DIM> - 1) / kPanelOf<T, HEAD_DIM> * kPanelOf<T, HEAD_DIM>;
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM>
-struct FlashFwdSm90Storage {
-  static constexpr FlashFwdSm90Tile kTile = flash_fwd_sm90_tile(V_HEAD_DIM);
-  static constexpr int BLOCK_M = kTile.block_m(), BLOCK_N = kTile.block_n;
+// fp8 only: V as it comes, before it is turned around.
+template <typename T, int BYTES>
+struct FlashFwdSm90RawValues {};
+template <int BYTES>
+struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
+  alignas(1024) unsigned char v_raw[2][BYTES];
+  MBarrier v_turned[2];
+};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
+struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
+  static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
   static constexpr int kStages = 2;
   static constexpr int kTileStages = 2;
-  static constexpr int kBytesQ = BLOCK_M * HEAD_DIM * sizeof(T);
-  static constexpr int kBytesKv = kStages * BLOCK_N * (HEAD_DIM + V_HEAD_DIM) * sizeof(T);
+  static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
+  static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
+  static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
+  static constexpr int kBytesKv = kStages * (BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV);
   static constexpr int kStagesQ = 2 * kBytesQ + kBytesKv <= 224 * 1024 ? 2 : 1;
 
-  alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
-  alignas(1024) T k[kStages][BLOCK_N * HEAD_DIM];
-  alignas(1024) T v[kStages][BLOCK_N * V_HEAD_DIM];
+  alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
+  alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
+  alignas(1024) T v[kStages][kStoredKeys * kStoredDim<T, V_HEAD_DIM>];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier k_full[kStages], k_empty[kStages];
   MBarrier v_full[kStages], v_empty[kStages];
-  MBarrier v_loaded[kStages];  // a V whose tail must be cleared before it is full
+  MBarrier v_loaded[kStages];  // a V whose tail must be cleared, or that must be turned, before it is full
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashTile tile[kTileStages];
 };
@@ -86,24 +102,30 @@ struct FlashFwdSm90Storage {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM>
-__global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(), 1)
+// EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+__global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM>;
-  constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
-  constexpr int NUM_CONSUMERS = Storage::kTile.num_consumers;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
+  using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, T>;
+  constexpr bool FP8 = sizeof(T) == 1;
+  constexpr int NUM_TURNERS = FP8 ? 3 : 0;  // warps
+  constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
-  constexpr int PANEL = kPanelOf<HEAD_DIM>, V_PANEL = kPanelOf<V_HEAD_DIM>;
-  constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
-  constexpr uint32_t K_BYTES = BLOCK_N * HEAD_DIM * sizeof(T), V_BYTES = BLOCK_N * V_HEAD_DIM * sizeof(T);
-  // setmaxnreg; together at most 512 for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = NUM_CONSUMERS == 2 ? 40 : 32;
-  constexpr int CONSUMER_REGISTERS = NUM_CONSUMERS == 2 ? 232 : 160;
+  constexpr int PANEL = kPanelOf<T, HEAD_DIM>, V_PANEL = kPanelOf<T, V_HEAD_DIM>;
+  constexpr int STORED_DIM = kStoredDim<T, HEAD_DIM>, V_STORED_DIM = kStoredDim<T, V_HEAD_DIM>;
+  constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
+  constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T), V_BYTES = BLOCK_N * V_STORED_DIM * sizeof(T);
+  // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
+  constexpr int PRODUCER_REGISTERS = (FP8 && V_HEAD_DIM <= 128 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 40 : 32);
+  constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
+  // P of the reference is 2^this: e4m3 has little below 1.
+  constexpr float REFERENCE_LOG2 = FP8 ? 8.0f : 0.0f;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
-  static_assert(HEAD_DIM % 32 == 0 && V_HEAD_DIM % 32 == 0 && BLOCK_N % 16 == 0);
+  static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
   extern __shared__ unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
@@ -125,14 +147,15 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
     }
     for (int i = 0; i < STAGES; ++i) {
       smem.k_full[i].init(1);
-      smem.v_full[i].init(1);
+      smem.v_full[i].init(FP8 ? NUM_TURNERS : 1);
+      if constexpr (FP8) smem.v_turned[i].init(NUM_TURNERS);
       smem.v_loaded[i].init(1);
       smem.k_empty[i].init(4 * NUM_CONSUMERS);
       smem.v_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (ends_inside ? 1 : 0));
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 1 : 0));
     }
     fence_barrier_init();
   }
@@ -157,6 +180,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       // The next tile in which a key is seen; those in which none is are handed on for their rows to be written.
       const auto next_tile = [&] {
         while (true) {
+          if (tile_idx >= 0 && static_cast<int32_t>(gridDim.x) >= args.num_tiles) return false;  // nobody counts
           tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
                                   : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
           if (tile_idx >= args.num_tiles) return false;
@@ -169,7 +193,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
         smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
         smem.q_full[q_ring.stage()].arrive_expect_bytes(Q_BYTES);
 #pragma unroll
-        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+        for (int panel = 0; panel < STORED_DIM / PANEL; ++panel) {
           tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, smem.q_full[q_ring.stage()],
                       panel * PANEL, tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
@@ -179,7 +203,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
         smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
         smem.k_full[k_ring.stage()].arrive_expect_bytes(K_BYTES);
 #pragma unroll
-        for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+        for (int panel = 0; panel < STORED_DIM / PANEL; ++panel) {
           tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, smem.k_full[k_ring.stage()],
                       panel * PANEL, tile.k_start + step * BLOCK_N, args.group_size.divide(tile.head_idx),
                       packed_k ? 0 : tile.seq_idx);
@@ -187,14 +211,20 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
         k_ring.advance();
       };
       const auto load_v = [&](const FlashTile& t, int32_t step) {
-        smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
+        MBarrier* empty = &smem.v_empty[v_ring.stage()];
+        T* target = smem.v[v_ring.stage()];
+        if constexpr (FP8) {
+          empty = &smem.v_turned[v_ring.stage()];
+          target = reinterpret_cast<T*>(smem.v_raw[v_ring.stage()]);
+        }
+        empty->wait(v_ring.parity() ^ 1);
         const bool clear = ends_inside && (step + 1) * BLOCK_N > t.k_len;
-        MBarrier& barrier = clear ? smem.v_loaded[v_ring.stage()] : smem.v_full[v_ring.stage()];
+        MBarrier& barrier = FP8 || clear ? smem.v_loaded[v_ring.stage()] : smem.v_full[v_ring.stage()];
         barrier.arrive_expect_bytes(V_BYTES);
 #pragma unroll
-        for (int panel = 0; panel < V_HEAD_DIM / V_PANEL; ++panel) {
-          tma_load_4d(smem.v[v_ring.stage()] + panel * BLOCK_N * V_PANEL, args.v, barrier, panel * V_PANEL,
-                      t.k_start + step * BLOCK_N, args.group_size.divide(t.head_idx), packed_k ? 0 : t.seq_idx);
+        for (int panel = 0; panel < V_STORED_DIM / V_PANEL; ++panel) {
+          tma_load_4d(target + panel * BLOCK_N * V_PANEL, args.v, barrier, panel * V_PANEL, t.k_start + step * BLOCK_N,
+                      args.group_size.divide(t.head_idx), packed_k ? 0 : t.seq_idx);
         }
         v_ring.advance();
       };
@@ -212,9 +242,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
         }
         const FlashTile last = tile;
         // The last V comes after the next tile's Q and first K, but for two cases. With one Q, that is not free before
-        // the last scores are done. And a block that must be cleared, which the last is if it is the only one, must not
-        // wait for tiles to be handed on that the cleaner takes after it.
-        const bool early = Storage::kStagesQ == 1 || last.begin_step + 1 == last.end_step;
+        // the last scores are done. And a block that must be cleared, which the last is if it is the only one, or
+        // turned must not wait for tiles to be handed on that the cleaner takes after it.
+        const bool early = FP8 || Storage::kStagesQ == 1 || last.begin_step + 1 == last.end_step;
         if (early) load_v(last, last.begin_step);
         more = next_tile();
         if (more) {
@@ -225,6 +255,31 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       }
       tile.end_step = -1;
       publish();
+    } else if constexpr (FP8) {
+      // ------------------------------------------------------------------------------ turners
+      if (warp_idx == 0) return;
+      FlashTileReader<Storage> tiles(smem);
+      while (tiles.next(tile)) {
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          smem.v_loaded[v_ring.stage()].wait(v_ring.parity());
+          smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
+          const int32_t num_keys = tile.k_len - step * BLOCK_N;
+          const void* const values = smem.v_raw[v_ring.stage()];
+          T* const turned = smem.v[v_ring.stage()];
+          if (num_keys >= BLOCK_N) {
+            turn_values<BLOCK_N, V_HEAD_DIM, V_PANEL, NUM_TURNERS, false>(values, turned, num_keys, warp_idx - 1, lane);
+          } else {
+            turn_values<BLOCK_N, V_HEAD_DIM, V_PANEL, NUM_TURNERS, true>(values, turned, num_keys, warp_idx - 1, lane);
+          }
+          fence_proxy_async();
+          __syncwarp();
+          if (lane == 0) {
+            smem.v_full[v_ring.stage()].arrive();
+            smem.v_turned[v_ring.stage()].arrive();
+          }
+          v_ring.advance();
+        }
+      }
     } else if (warp_idx == 1 && ends_inside) {
       // ------------------------------------------------------------------------------ cleaner
       FlashTileReader<Storage> tiles(smem);
@@ -237,7 +292,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
             // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
             const int32_t begin = (tile.k_len - step * BLOCK_N) * (V_PANEL / 8);
 #pragma unroll 1
-            for (int panel = 0; panel < V_HEAD_DIM / V_PANEL; ++panel) {
+            for (int panel = 0; panel < V_STORED_DIM / V_PANEL; ++panel) {
               uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * BLOCK_N * V_PANEL);
               for (int32_t i = begin + lane; i < BLOCK_N * (V_PANEL / 8); i += 32) chunks[i] = make_uint4(0, 0, 0, 0);
             }
@@ -256,21 +311,26 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
   const int consumer = group_idx - 1;
   const int lane_row = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this row of the tile, and 8 below
-  const bool has_alibi = p.alibi_slopes != nullptr;
-  const bool never_plain = p.softcap > 0.0f || has_alibi;  // find_max must see every block, and scales what it sees
-  const float scale_log2 = never_plain ? 1.0f : p.softmax_scale * kLog2E;
+  const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
+  const bool has_softcap = EXTRAS && p.softcap > 0.0f;
+  const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
+  float softmax_scale = p.softmax_scale;              // fp8: the tile's
+  float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
 
-  float acc[V_HEAD_DIM / 8][4];     // O
-  float scores[BLOCK_N / 8][4];     // S, then P
-  uint32_t probs[BLOCK_N / 16][4];  // P rounded, as the left operand of the next product
-  float row_max[2], row_sum[2];     // the reference of the exponentials, and a lane's share of their sum
-  float correction[2];              // what a change of the reference makes of sums and O
+  float acc[V_HEAD_DIM / 8][4];                 // O
+  float scores[BLOCK_N / 8][4];                 // S, then P
+  uint32_t probs[BLOCK_N * sizeof(T) / 32][4];  // P rounded, as the left operand of the next product
+  float row_max[2], row_sum[2] = {};            // the reference of the exponentials, and a lane's share of their sum
+  float correction[2];                          // what a change of the reference makes of sums and O
 
   // ---- products
-  const auto q_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.q[0] + consumer * 64 * PANEL, 0);
-  const auto k_tiles = WgmmaDescriptor::make<PANEL * 2>(smem.k[0], 0);
-  const auto v_tiles = WgmmaDescriptor::make<V_PANEL * 2>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
+  constexpr int K = 32 / sizeof(T);  // what an instruction sums over
+  const auto q_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.q[0] + consumer * 64 * PANEL, 0);
+  const auto k_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.k[0], 0);
+  constexpr int KEY_PANEL = kKeyPanel<BLOCK_N>;
+  const auto v_tiles = FP8 ? WgmmaDescriptor::make<KEY_PANEL>(smem.v[0], 0)
+                           : WgmmaDescriptor::make<V_PANEL * sizeof(T)>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
 
   const auto start_scores = [&] {  // scores = Q K^T
     const auto q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
@@ -278,21 +338,22 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
-      constexpr int STEPS = PANEL / 16;
-      Wgmma<T, BLOCK_N>::ss(scores, q.plus((kk / STEPS * BLOCK_M * PANEL + kk % STEPS * 16) * sizeof(T)),
-                            k.plus((kk / STEPS * BLOCK_N * PANEL + kk % STEPS * 16) * sizeof(T)), kk > 0);
+    for (int kk = 0; kk < HEAD_DIM / K; ++kk) {
+      constexpr int STEPS = PANEL / K;
+      Wgmma<T, BLOCK_N>::ss(scores, q.plus((kk / STEPS * BLOCK_M * PANEL + kk % STEPS * K) * sizeof(T)),
+                            k.plus((kk / STEPS * BLOCK_N * PANEL + kk % STEPS * K) * sizeof(T)), kk > 0);
     }
     wgmma_commit();
   };
   const auto start_output = [&](bool first) {  // acc += P V
-    const auto v = v_tiles.uniform_plus(v_ring.stage() * V_BYTES);
+    const auto v = v_tiles.uniform_plus(v_ring.stage() * sizeof(smem.v[0]));
     pin_registers(acc);
     pin_registers(probs);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-      Wgmma<T, V_HEAD_DIM>::rs(acc, probs[kk], v.plus(kk * 16 * V_PANEL * sizeof(T)), kk > 0 || !first);
+    for (int kk = 0; kk < BLOCK_N / K; ++kk) {
+      const int offset = FP8 ? kk * K / KEY_PANEL * V_HEAD_DIM * KEY_PANEL + kk * K % KEY_PANEL : kk * K * V_PANEL;
+      Wgmma<T, V_HEAD_DIM>::rs(acc, probs[kk], v.plus(offset * sizeof(T)), kk > 0 || !first);
     }
     wgmma_commit();
   };
@@ -328,8 +389,8 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
   };
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
-    if (p.softcap > 0.0f) {
-      const float scale = p.softmax_scale / p.softcap, cap = p.softcap * kLog2E;
+    if (has_softcap) {
+      const float scale = softmax_scale / p.softcap, cap = p.softcap * kLog2E;
 #pragma unroll
       for (int t = 0; t < BLOCK_N / 8; ++t) {
 #pragma unroll
@@ -337,7 +398,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       }
     }
     if (has_alibi) {
-      const float scale = p.softcap > 0.0f ? 1.0f : p.softmax_scale * kLog2E;
+      const float scale = has_softcap ? 1.0f : softmax_scale * kLog2E;
       const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + tile.head_idx] * kLog2E;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -380,9 +441,20 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       row_max[r] = new_max;
     }
   };
+  // Brings O, and its sums, to the new reference.
+  const auto rescale = [&] {
+    row_sum[0] *= correction[0];
+    row_sum[1] *= correction[1];
+#pragma unroll
+    for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
+    }
+  };
   // Scores to probabilities relative to row_max; their sums.
   const auto exponentials = [&](float (&sums)[2]) {
-    const float origin[2] = {finite_max(row_max[0]) * scale_log2, finite_max(row_max[1]) * scale_log2};
+    const float origin[2] = {finite_max(row_max[0]) * scale_log2 - REFERENCE_LOG2,
+                             finite_max(row_max[1]) * scale_log2 - REFERENCE_LOG2};
     float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int t = 0; t < BLOCK_N / 8; ++t) {
@@ -396,24 +468,40 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
     sums[1] = parts[2] + parts[3];
   };
   const auto round_probs = [&] {
+    if constexpr (FP8) {
 #pragma unroll
-    for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-      probs[kk][0] = pack_pair<T>(scores[2 * kk][0], scores[2 * kk][1]);
-      probs[kk][1] = pack_pair<T>(scores[2 * kk][2], scores[2 * kk][3]);
-      probs[kk][2] = pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]);
-      probs[kk][3] = pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3]);
+      for (int kk = 0; kk < BLOCK_N / 32; ++kk) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows, and rows + 8, of two tiles; then of two more
+          const auto &low = scores[4 * kk + i / 2 * 2], &high = scores[4 * kk + i / 2 * 2 + 1];
+          probs[kk][i] = pack_e4m3(low[i % 2 * 2], low[i % 2 * 2 + 1], high[i % 2 * 2], high[i % 2 * 2 + 1]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
+        probs[kk][0] = pack_pair<T>(scores[2 * kk][0], scores[2 * kk][1]);
+        probs[kk][1] = pack_pair<T>(scores[2 * kk][2], scores[2 * kk][3]);
+        probs[kk][2] = pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]);
+        probs[kk][3] = pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3]);
+      }
     }
   };
 
   // ---- the ends of a tile
+  const auto descale_of = [&](const FlashDescale& scale, const FlashTile& t) {
+    if (scale.data == nullptr) return 1.0f;
+    return scale.data[t.seq_idx * scale.seq_stride + args.group_size.divide(t.head_idx) * scale.head_stride];
+  };
   // acc / sum, rounded, and the LSE.
   const auto store = [&](const FlashTile& done, bool empty) {
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
     const bool whole = args.num_splits.divisor == 1;
-    const bool has_sink = p.sinks != nullptr && done.split_idx == 0;  // one part of the keys counts it
+    const float v_descale = FP8 ? descale_of(p.v_descale, done) : 1.0f;
+    const bool has_sink = EXTRAS && p.sinks != nullptr && done.split_idx == 0;  // one part of the keys counts it
     float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
                        batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride;
-    T* const out = static_cast<T*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
+    Out* const out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = empty ? 0.0f : row_sum[r];
@@ -422,11 +510,11 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int32_t row = done.first_row + lane_row + 8 * r;
       const bool counts = row < done.q_len;
-      const bool exists = p.seqused_q == nullptr ? counts : row < num_rows_of_sequence(p, done.seq_idx);
+      const bool exists = !EXTRAS || p.seqused_q == nullptr ? counts : row < num_rows_of_sequence(p, done.seq_idx);
       const int64_t token = done.q_start + row;
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
-      float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, log2f(sum));
+      float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, log2f(sum) - REFERENCE_LOG2);
       if (has_sink) {
         const float sink = p.sinks[done.head_idx] * kLog2E;
         const float reference = fmaxf(log2_sum, sink);
@@ -436,6 +524,7 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
           log2_sum = with_sink;
         }
       }
+      if (FP8) inverse *= v_descale;
       if (exists && lane % 4 == 0) lse[token] = counts ? log2_sum * kLn2 : -INFINITY;
       if (!whole) {  // of a part without keys the LSE is enough, unless it is a sink's
         if (!counts || (empty && !has_sink)) continue;
@@ -443,41 +532,74 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
             p.partial_out +
             ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) *
                 p.v_head_dim;
+        if constexpr (FP8) {
 #pragma unroll
-        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
-          const int column = t * 8 + lane % 4 * 2;
-          if (column < p.v_head_dim) {
-            *reinterpret_cast<float2*>(partial + column) =
-                empty ? make_float2(0.0f, 0.0f) : make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+          for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
+            const int column = t * 8 + lane % 4 * 4;
+            if (column < p.v_head_dim) {
+              *reinterpret_cast<float4*>(partial + column) =
+                  empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
+                        : make_float4(acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
+                                      acc[t + 1][2 * r + 1] * inverse);
+            }
+          }
+        } else {
+#pragma unroll
+          for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+            const int column = t * 8 + lane % 4 * 2;
+            if (column < p.v_head_dim) {
+              *reinterpret_cast<float2*>(partial + column) =
+                  empty ? make_float2(0.0f, 0.0f) : make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+            }
           }
         }
         continue;
       }
+      if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
 #pragma unroll
-      for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
-        uint32_t w[4] = {0, 0, 0, 0};
-        if (!empty) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            w[i] = pack_pair<T>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+        for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
+          uint2 w = make_uint2(0, 0);
+          if (!empty && counts) {
+            w.x = pack_pair<Out>(acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse);
+            w.y = pack_pair<Out>(acc[t][2 * r + 1] * inverse, acc[t + 1][2 * r + 1] * inverse);
           }
-          // Four lanes have two columns each of four tiles; after this, each has all eight of one.
-          const bool odd = lane & 1, high = lane & 2;
-          uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-          uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-          (odd ? w[0] : w[1]) = a;
-          (odd ? w[2] : w[3]) = b;
-          a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
-          b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
-          (high ? w[0] : w[2]) = a;
-          (high ? w[1] : w[3]) = b;
+          const int column = t * 8 + lane % 4 * 4;
+          if (exists && column < p.v_head_dim) *reinterpret_cast<uint2*>(out + token * p.out_token_stride + column) = w;
         }
-        const int column = (t + lane % 4) * 8;
-        if (exists && column < p.v_head_dim) {
-          uint4* const chunk = reinterpret_cast<uint4*>(out + token * p.out_token_stride + column);
-          *chunk = counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
+      } else {
+#pragma unroll
+        for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
+          uint32_t w[4] = {0, 0, 0, 0};
+          if (!empty) {
+#pragma unroll
+            for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
+              w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+            }
+            // Four lanes have two columns each of four tiles; after this, each has all eight of one.
+            const bool odd = lane & 1, high = lane & 2;
+            uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+            uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+            (odd ? w[0] : w[1]) = a;
+            (odd ? w[2] : w[3]) = b;
+            a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+            b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+            (high ? w[0] : w[2]) = a;
+            (high ? w[1] : w[3]) = b;
+          }
+          const int column = (t + lane % 4) * 8;
+          if (exists && column < p.v_head_dim) {
+            uint4* const chunk = reinterpret_cast<uint4*>(out + token * p.out_token_stride + column);
+            *chunk = !EXTRAS || counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
+          }
         }
       }
+    }
+  };
+  const auto take = [&](const FlashTile& t) {
+    tile = t;
+    if constexpr (FP8) {
+      softmax_scale = p.softmax_scale * descale_of(p.q_descale, t) * descale_of(p.k_descale, t);
+      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
     }
   };
   // The next tile in which a key is seen; rows of others are written here.
@@ -522,7 +644,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
   };
 
   // ---- main loop
-  if (!next_tile(tile)) return;
+  FlashTile next;
+  if (!next_tile(next)) return;
+  take(next);
   pass_over(num_unseen(tile));
   smem.q_full[q_ring.stage()].wait(q_ring.parity());
   wait_for_k();
@@ -543,33 +667,42 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       wgmma_wait<1>();
       pin_registers(scores);
       float sums[2] = {0.0f, 0.0f};
-      bool exact = never_plain || is_masked(step);
-      if (!exact) {
-        exponentials(sums);
-        // This branch also keeps the exponentials before the wait for the output, behind which the assembler would move
-        // them: the output would then run alone. Rows behind the end, which may be another sequence's, have no say.
-        const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
-        exact = any_of_group(1 + consumer, (num_rows > 0 && (!(sums[0] < LARGEST_SUM) || row_max[0] == -INFINITY)) ||
-                                               (num_rows > 8 && (!(sums[1] < LARGEST_SUM) || row_max[1] == -INFINITY)));
-        if (__builtin_expect(exact, 0)) {
-          wgmma_wait<0>();
-          pin_registers(acc);
-          start_scores();
-          wgmma_wait<0>();
-          pin_registers(scores);
-        }
-      }
-      if (__builtin_expect(exact, 0)) {
+      if constexpr (FP8) {
+        // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
+        // maximum. The sums' say in the vote keeps the exponentials before the wait, as below.
         find_max(step);
         exponentials(sums);
+        const bool moved =
+            any_of_group(1 + consumer, (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
         wgmma_wait<0>();
         pin_registers(acc);
-        row_sum[0] *= correction[0];
-        row_sum[1] *= correction[1];
-#pragma unroll
-        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
+        if (moved) rescale();
+      } else {
+        bool exact = never_plain || is_masked(step);
+        if (!exact) {
+          exponentials(sums);
+          // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
+          // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
+          // say.
+          const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
+          // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
+          exact =
+              any_of_group(1 + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+                                             ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
+          if (__builtin_expect(exact, 0)) {
+            wgmma_wait<0>();
+            pin_registers(acc);
+            start_scores();
+            wgmma_wait<0>();
+            pin_registers(scores);
+          }
+        }
+        if (__builtin_expect(exact, 0)) {
+          find_max(step);
+          exponentials(sums);
+          wgmma_wait<0>();
+          pin_registers(acc);
+          rescale();
         }
       }
       row_sum[0] += sums[0];
@@ -579,7 +712,6 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       round_probs();
     }
 
-    FlashTile next;
     if (!next_tile(next)) break;
     const int32_t num_blocks_unseen = num_unseen(next);
     wait_for_v();
@@ -593,11 +725,11 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
       pin_registers(probs);
       release_v();
       store(tile, false);
-      tile = next;
+      take(next);
     } else {
       finish_output();
       store(tile, false);
-      tile = next;
+      take(next);
       pass_over(num_blocks_unseen);
       smem.q_full[q_ring.stage()].wait(q_ring.parity());
       wait_for_k();
@@ -617,9 +749,9 @@ __global__ void __launch_bounds__(flash_fwd_sm90_tile(V_HEAD_DIM).num_threads(),
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
   constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
@@ -639,41 +771,44 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
 
   const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
   const int64_t k_batches = p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
-  constexpr int kPanel = kPanelOf<HEAD_DIM>, kVPanel = kPanelOf<V_HEAD_DIM>;
+  constexpr int kPanel = kPanelOf<T, HEAD_DIM>, kVPanel = kPanelOf<T, V_HEAD_DIM>;
+  const bool no_keys = p.k_tokens == 0;  // none is read, but a map must be of something
   const TensorMapSpec specs[3] = {{p.q,
                                    p.dtype,
                                    {p.head_dim, p.q_tokens, p.num_heads, q_batches},
                                    {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
                                    kPanel,
                                    Storage::BLOCK_M},
-                                  {p.k,
+                                  {no_keys ? p.q : p.k,
                                    p.dtype,
-                                   {p.head_dim, p.k_tokens, p.num_kv_heads, k_batches},
+                                   {p.head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
                                    kPanel,
-                                   Storage::BLOCK_N},
-                                  {p.v,
+                                   BLOCK_N},
+                                  {no_keys ? p.q : p.v,
                                    p.dtype,
-                                   {p.v_head_dim, p.k_tokens, p.num_kv_heads, k_batches},
+                                   {p.v_head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
                                    kVPanel,
-                                   Storage::BLOCK_N}};
+                                   BLOCK_N}};
   CUtensorMap* const maps[3] = {&args.q, &args.k, &args.v};
   for (int i = 0; i < 3; ++i) {
     const cudaError_t error = make_tensor_map(maps[i], specs[i]);
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM>;
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
-  error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
+  if (config.num_tiles > config.num_ctas) {
+    error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<static_cast<unsigned>(config.num_ctas), config.tile.num_threads(), kSmemBytes, stream>>>(args);
   error = cudaGetLastError();
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
-                        p.num_heads, p.v_head_dim, p.dtype},
+                        p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype},
                        stream);
 }
 

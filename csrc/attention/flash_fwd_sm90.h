@@ -11,7 +11,13 @@
 
 namespace fastattn {
 
-// Strides count elements and are multiples of 8 (16 bytes); rows (the last dimension) are contiguous and 16-byte
+// Factors of fp8 inputs, (B, Hk); without data all are 1.
+struct FlashDescale {
+  const float* data = nullptr;
+  int64_t seq_stride = 0, head_stride = 0;
+};
+
+// Strides count elements and are multiples of 16 bytes; rows (the last dimension) are contiguous and 16-byte
 // aligned. Packed sequences are a batch of one tensor: num_seqs counts the sequences all the same.
 struct FlashFwdSm90Params {
   const void* q = nullptr;  // (B, Sq, H, D), packed (T, H, D)
@@ -34,6 +40,8 @@ struct FlashFwdSm90Params {
   const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
   int64_t alibi_batch_stride = 0;       // 0: (H)
   const float* sinks = nullptr;         // (H): a further logit of each row, without a value
+
+  FlashDescale q_descale, k_descale, v_descale;  // kFloat8E4M3 only; out is bf16 then
 
   int64_t q_batch_stride = 0, q_token_stride = 0, q_head_stride = 0;
   int64_t k_batch_stride = 0, k_token_stride = 0, k_head_stride = 0;
@@ -58,7 +66,12 @@ struct FlashFwdSm90Params {
   FlashFwdSm90Config config = {};  // from flash_fwd_sm90_config
 };
 
-// Enqueues the kernel. Needs at least one query row and one key. cudaErrorInvalidValue if no instantiation fits.
+// Whether a call needs what the plain kernel is compiled without.
+inline bool flash_fwd_sm90_extras(const FlashFwdSm90Params& p) {
+  return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.sinks != nullptr || p.seqused_q != nullptr;
+}
+
+// Enqueues the kernel. Needs at least one query row. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t flash_fwd_sm90(const FlashFwdSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -7,7 +7,7 @@
 
 namespace fastattn {
 
-// How one CTA is cut up; template arguments of the kernel by way of the head dim.
+// How one CTA is cut up; template arguments of the kernel.
 struct FlashFwdSm90Tile {
   int num_consumers;  // warp groups that compute, 64 query rows each
   int block_n;        // keys per pipeline step
@@ -20,16 +20,26 @@ struct FlashFwdSm90Tile {
 struct FlashFwdSm90HeadDims {
   int qk, v;
 };
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {96, 96},  {128, 128}, {192, 128},
-                                                          {192, 192}, {64, 256}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
+                                                          {192, 128}, {192, 192}, {64, 256}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsFp8[] = {{64, 64}, {128, 128}, {256, 256}};
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
-// of shared memory (Q, and two stages each of K and V).
-constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim) {
+// of shared memory (Q, and two stages each of K and V). Three groups need fewer passes over the keys; two leave fewer
+// rows of short sequences empty. Calls with extras have one tile only.
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
   if (v_head_dim <= 64) return {3, 128};
+  if (v_head_dim <= 80) return few_rows ? FlashFwdSm90Tile{2, 128} : FlashFwdSm90Tile{3, 112};
+  if (v_head_dim <= 96) return few_rows ? FlashFwdSm90Tile{2, 128} : FlashFwdSm90Tile{3, 96};
   if (v_head_dim <= 128) return {2, 128};
   if (v_head_dim <= 192) return {2, 112};
   return {2, 80};
+}
+
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim) {
+  if (v_head_dim <= 64) return {3, 128};
+  if (v_head_dim <= 128) return {2, 192};
+  return {2, 96};
 }
 
 struct FlashFwdSm90Problem {
@@ -42,6 +52,8 @@ struct FlashFwdSm90Problem {
   int64_t max_seqlen_k;
   bool causal;
   int64_t num_sms;
+  bool extras = false;  // flash_fwd_sm90_extras
+  bool fp8 = false;
 };
 
 // Tiles are numbered section by section. A section is a number of (sequence, query head) pairs that are worked on
@@ -61,14 +73,20 @@ struct FlashFwdSm90Config {
 // A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
 inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& problem) {
   FlashFwdSm90Config config = {};
-  for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims) {
+  const auto try_dims = [&](const FlashFwdSm90HeadDims& dims) {
     const bool fits = problem.head_dim <= dims.qk && problem.v_head_dim <= dims.v;
     if (fits && (config.head_dim == 0 || dims.qk + dims.v < config.head_dim + config.v_head_dim)) {
       config.head_dim = dims.qk;
       config.v_head_dim = dims.v;
     }
+  };
+  if (problem.fp8) {
+    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDimsFp8) try_dims(dims);
+    config.tile = flash_fwd_sm90_tile_fp8(config.v_head_dim);
+  } else {
+    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims) try_dims(dims);
+    config.tile = flash_fwd_sm90_tile(config.v_head_dim, problem.max_seqlen_q <= 1024 && !problem.extras);
   }
-  config.tile = flash_fwd_sm90_tile(config.v_head_dim);
   config.num_m_tiles = (problem.max_seqlen_q + config.tile.block_m() - 1) / config.tile.block_m();
   const int64_t num_pairs = problem.num_seqs * problem.num_heads;  // (sequence, query head)
   const int64_t num_whole = num_pairs * config.num_m_tiles;
@@ -94,7 +112,8 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   // CTAs that run at the same time should read the same K and V. So sections are small: 2 MiB of keys and values, or
   // one KV head if that is more.
   constexpr int64_t kSectionBytes = 2 << 20;
-  const int64_t kv_bytes = std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * 2);
+  const int64_t kv_bytes =
+      std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 ? 1 : 2));
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group);
   // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each

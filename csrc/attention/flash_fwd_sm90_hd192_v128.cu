@@ -2,7 +2,11 @@
 
 namespace fastattn {
 
-template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 192, 128>(const FlashFwdSm90Params&, cudaStream_t);
-template cudaError_t launch_flash_fwd_sm90<__half, 192, 128>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 192, 128, 2, 128, false>(const FlashFwdSm90Params&,
+                                                                                   cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 192, 128, 2, 128, false>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 192, 128, 2, 128, true>(const FlashFwdSm90Params&,
+                                                                                  cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 192, 128, 2, 128, true>(const FlashFwdSm90Params&, cudaStream_t);
 
 }  // namespace fastattn

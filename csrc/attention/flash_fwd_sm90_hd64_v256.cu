@@ -2,7 +2,11 @@
 
 namespace fastattn {
 
-template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 64, 256>(const FlashFwdSm90Params&, cudaStream_t);
-template cudaError_t launch_flash_fwd_sm90<__half, 64, 256>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 64, 256, 2, 80, false>(const FlashFwdSm90Params&,
+                                                                                 cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 64, 256, 2, 80, false>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 64, 256, 2, 80, true>(const FlashFwdSm90Params&,
+                                                                                cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 64, 256, 2, 80, true>(const FlashFwdSm90Params&, cudaStream_t);
 
 }  // namespace fastattn

@@ -8,6 +8,7 @@ namespace fastattn {
 namespace {
 
 bool is_fp8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
+ScalarType out_dtype(const Tensor& q) { return is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type(); }
 
 // Every row begins at a multiple of 16 bytes, which is what cp.async and the copy engine copy.
 bool rows_aligned(const Tensor& t) {
@@ -92,15 +93,13 @@ void check_call(const Checks& checks, const Call& call) {
 // What a kernel cannot do yet, in words; nullptr if a call is nothing of it.
 const char* missing_in_sm80(const Call& call) { return is_fp8(call.q) ? "float8_e4m3fn inputs" : nullptr; }
 
-const char* missing_in_sm90(const Call& call) { return is_fp8(call.q) ? "float8_e4m3fn inputs" : nullptr; }
-
 FlashSm80Config sm80_config_of(const Call& call) {
   return flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                             std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
                             num_sms_of(call.q)});
 }
 
-// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one takes 64 rows of
+// Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of
 // one head at a time, so that the portable one, which packs the heads of a group into one tile, is better where there
 // are few.
 bool for_sm90(const Checks& checks, const Call& call) {
@@ -110,13 +109,11 @@ bool for_sm90(const Checks& checks, const Call& call) {
                                                  std::to_string(capability) + " and softmax_scale " +
                                                  std::to_string(call.softmax_scale));
   const char* const missing80 = missing_in_sm80(call);
-  const char* const missing90 = missing_in_sm90(call);
-  const bool better = missing90 == nullptr && (missing80 != nullptr || !sm80_config_of(call).decode);
-  const bool sm90 =
-      call.q.numel() > 0 && call.k.numel() > 0 && (call.kernel == 90 || (call.kernel == 0 && possible && better));
-  const char* const missing = sm90 ? missing90 : missing80;
-  if (missing != nullptr)
-    checks.that(false, std::string("the kernel ") + (sm90 ? "sm90" : "sm80") + " has no " + missing);
+  const bool better = missing80 != nullptr || !sm80_config_of(call).decode;
+  const bool sm90 = call.q.numel() > 0 && (call.kernel == 90 || (call.kernel == 0 && possible && better));
+  if (!sm90 && missing80 != nullptr && call.q.numel() > 0) {
+    checks.that(false, std::string("the kernel sm80 has no ") + missing80);
+  }
   return sm90;
 }
 
@@ -149,7 +146,7 @@ std::tuple<Tensor, Tensor> run_sm80(const char* op, FlashSm80Params p, const Cal
   const int64_t token = batch + 1, head = batch + 2;
   std::vector<int64_t> out_shape = shape_of(call.q);
   out_shape.back() = call.v_head_dim();
-  Tensor out = empty(call.q, out_shape, call.q.scalar_type());
+  Tensor out = empty(call.q, out_shape, out_dtype(call.q));
   std::vector<int64_t> lse_shape = {call.q.size(head), call.q.size(token)};
   if (batch >= 0) lse_shape.insert(lse_shape.begin(), call.q.size(0));
   Tensor lse = empty(call.q, lse_shape, ScalarType::Float);
@@ -193,19 +190,25 @@ std::tuple<Tensor, Tensor> run_sm80(const char* op, FlashSm80Params p, const Cal
   return {out, lse};
 }
 
-// On the Hopper kernel: there are some of q and k.
+// On the Hopper kernel: there are some of q.
 std::tuple<Tensor, Tensor> run_sm90(const char* op, const Call& call) {
   const Tensor q = with_distinct_rows(call.q), k = with_distinct_rows(call.k), v = with_distinct_rows(call.v);
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
   std::vector<int64_t> out_shape = shape_of(q);
   out_shape.back() = call.v_head_dim();
-  Tensor out = empty(q, out_shape, q.scalar_type());
+  Tensor out = empty(q, out_shape, out_dtype(q));
   Tensor lse = batch < 0 ? empty(q, {q.size(head), q.size(token)}, ScalarType::Float)
                          : empty(q, {q.size(0), q.size(head), q.size(token)}, ScalarType::Float);
   Tensor tile_counter = empty(q, {1}, ScalarType::Int);
   FlashFwdSm90Params p;
   fill_params(p, call);
+  const auto descale = [](const MaybeTensor& t) {
+    return t ? FlashDescale{data<float>(*t), t->stride(0), t->stride(1)} : FlashDescale{};
+  };
+  p.q_descale = descale(call.q_descale);
+  p.k_descale = descale(call.k_descale);
+  p.v_descale = descale(call.v_descale);
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
@@ -233,7 +236,8 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const Call& call) {
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
   p.dtype = dtype_of(q);
   p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim,
-                                    call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q)});
+                                    call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q),
+                                    flash_fwd_sm90_extras(p), is_fp8(q)});
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);

@@ -12,6 +12,8 @@ DType dtype_of(const Tensor& t) {
       return DType::kFloat32;
     case ScalarType::Half:
       return DType::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
     default:
       return DType::kBFloat16;
   }

@@ -22,7 +22,7 @@ namespace fastattn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// bf16, fp16 and fp32 only; the checks have refused everything else.
+// bf16, fp16, fp32 and e4m3 only; the checks have refused everything else.
 DType dtype_of(const Tensor& t);
 
 // The stream that torch works on at present, on t's device.

@@ -45,9 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[st
     scores = scores.masked_fill(~seen, -math.inf)
     if (sinks := options.get("sinks")) is not None:
         scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_rows, 1)], -1)
-        return (scores.softmax(-1)[:, :, :-1] @ v).transpose(0, 1), scores.logsumexp(-1)
-    weights = torch.where(seen.any(1)[None, :, None], scores.softmax(-1), 0)
-    return (weights @ v).transpose(0, 1), scores.logsumexp(-1)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse[:, :, None] == -math.inf, 0, scores.softmax(-1))
+    return (weights[:, :, :num_keys] @ v).transpose(0, 1), lse
 
 
 def check(
@@ -86,6 +86,18 @@ def check(
         plain_worst = max(plain_worst, float((plain.float() - exact).abs().max()))
         scale = max(scale, float(exact.abs().max()))
     assert worst <= 2 * plain_worst + 0.5 * torch.finfo(q.dtype).eps * scale, f"{worst:.3e}, plain {plain_worst:.3e}"
+
+
+def rounded_like_fp8(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """What plain torch gives for values of fp8 in fp32 if P, at most 1, is rounded to e4m3 before the second product."""
+    if k.shape[0] == 0:
+        return torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
+    unit = torch.eye(k.shape[0], device=k.device)[:, None].expand(-1, k.shape[1], -1)
+    probs, _ = attend(q, k, unit, torch.float32, options)  # (Sq, H, Sk)
+    top = probs.amax(-1, keepdim=True).clamp_min(1e-30)
+    probs = (probs / top).to(torch.float8_e4m3fn).float() * top
+    group = q.shape[1] // k.shape[1]
+    return torch.einsum("qhk,khd->qhd", probs, v.repeat_interleave(group, 1))
 
 
 def draw(rng: random.Random) -> tuple[Any, ...]:
@@ -149,6 +161,78 @@ def test_drawn_calls(kernel: str, chunk: int) -> None:
         except AssertionError as error:
             what = f"{dtype}, head dims {dim} and {v_dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
             raise AssertionError(f"case {index}: {what}: {error}") from None
+
+
+@pytest.mark.skipif("sm90" not in kernels(), reason="fp8 is for GPUs of compute capability 9.0")
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_drawn_calls_of_fp8(chunk: int) -> None:
+    """At most twice the error of plain torch with the same rounding of the probabilities."""
+    rng = random.Random(2000 + chunk)
+    gen = torch.Generator("cuda").manual_seed(chunk)
+    for index in range(PER_CHUNK // 2):
+        _, dim, v_dim, heads, kv_heads, runs, lengths, options = draw(rng)
+        dim, v_dim = (-(-n // 16) * 16 for n in (dim, v_dim))
+        starts, key_starts = (torch.tensor([0, *n], device="cuda").cumsum(0).to(torch.int32) for n in (runs, lengths))
+
+        def tensor(tokens: int, num_heads: int, dim: int) -> Tensor:
+            memory = torch.full(
+                (tokens + 3, num_heads, dim + 16 * rng.randint(0, 1)), 127, device="cuda", dtype=torch.uint8
+            )
+            values = torch.randn(tokens, num_heads, dim, generator=gen, device="cuda").to(torch.float8_e4m3fn)
+            memory[:tokens, :, :dim] = values.view(torch.uint8)
+            return memory.view(torch.float8_e4m3fn)[:tokens, :, :dim]
+
+        q, k, v = (
+            tensor(sum(runs), heads, dim),
+            tensor(sum(lengths), kv_heads, dim),
+            tensor(sum(lengths), kv_heads, v_dim),
+        )
+        used = [options.get("seqused_q", runs), options.get("seqused_k", lengths)]
+        given = dict(options)
+        for name in ("seqused_q", "seqused_k"):
+            if name in options:
+                given[name] = torch.tensor(options[name], device="cuda", dtype=torch.int32)
+        scales = {}
+        for name in ("q_descale", "k_descale", "v_descale"):
+            scales[name] = torch.ones(len(runs), kv_heads, device="cuda")
+            if rng.random() < 0.5:
+                scales[name] = 0.5 + torch.rand(kv_heads, len(runs), generator=gen, device="cuda").T
+                given[name] = scales[name]
+        for b, n in enumerate(options.get("seqused_k", ())):
+            for t in (k, v):
+                t.view(torch.uint8)[sum(lengths[:b]) + n : sum(lengths[: b + 1])] = 127
+        out, lse = ops.varlen_attention(q, k, v, starts, key_starts, max(runs), max(lengths), **given)
+        assert out.dtype is torch.bfloat16
+        what = f"case {index}: head dims {dim} and {v_dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
+        worst = plain_worst = scale = 0.0
+        for b in range(len(runs)):
+            own = slice(int(starts[b]), int(starts[b]) + used[0][b])
+            rest = slice(own.stop, int(starts[b + 1]))
+            keys = slice(int(key_starts[b]), int(key_starts[b]) + used[1][b])
+            assert (out[rest] == 0).all(), what
+            assert (lse[:, rest] == -math.inf).all(), what
+            if used[0][b] == 0:
+                continue
+            group = heads // kv_heads
+            qk = (scales["q_descale"] * scales["k_descale"])[b].repeat_interleave(group)[:, None]
+            wide_q, wide_k = q[own].float() * qk, k[keys].float()
+            wide_v = v[keys].float() * scales["v_descale"][b][:, None]
+            of_sequence = options | {"softmax_scale": options.get("softmax_scale", dim**-0.5)}
+            if "alibi_slopes" in options:
+                of_sequence["alibi_slopes"] = options["alibi_slopes"].expand(len(runs), -1)[b]
+            exact, exact_lse = attend(wide_q, wide_k, wide_v, torch.float32, of_sequence)
+            plain = rounded_like_fp8(wide_q, wide_k, wide_v, of_sequence)
+            seen = exact_lse.isfinite()
+            assert torch.equal(lse[:, own].isfinite(), seen), what
+            if seen.any():
+                error = (lse[:, own] - exact_lse)[seen].abs().max()
+                # Hopper adds up products of fp8 with 13 bits behind the leading one.
+                assert float(error) <= 1e-3 * max(20.0, float(exact_lse[seen].abs().max())), f"{what}: lse {error}"
+            worst = max(worst, float((out[own].float() - exact).abs().max()))
+            plain_worst = max(plain_worst, float((plain - exact).abs().max()))
+            scale = max(scale, float(exact.abs().max()))
+        allowed = 2 * plain_worst + torch.finfo(torch.bfloat16).eps * scale
+        assert worst <= allowed, f"{what}: {worst:.3e}, plain {plain_worst:.3e}"
 
 
 @pytest.mark.parametrize("kernel", kernels())

@@ -34,10 +34,10 @@ def test_the_order_of_tiles_covers_all(
 ) -> None:
     heads = kv_heads * group
     config = _runtime.flash_fwd_sm90_config(
-        num_seqs, heads, kv_heads, head_dim, max_seqlen_q, max_seqlen_k, causal, num_sms
+        num_seqs, heads, kv_heads, head_dim, head_dim, max_seqlen_q, max_seqlen_k, causal, num_sms
     )
     pairs = num_seqs * heads
-    assert config["head_dim"] in (64, 96, 128, 192, 256)
+    assert config["head_dim"] in (64, 80, 96, 128, 192, 256)
     assert 0 <= config["head_dim"] - head_dim < 64
     assert (config["num_m_tiles"] - 1) * config["block_m"] < max_seqlen_q <= config["num_m_tiles"] * config["block_m"]
     assert 1 <= config["pairs_per_section"] <= pairs
@@ -50,6 +50,21 @@ def test_the_order_of_tiles_covers_all(
     if config["num_splits"] > 1:
         assert pairs * config["num_m_tiles"] < num_sms
         assert config["num_splits"] * 4 <= -(-max_seqlen_k // config["block_n"])
+
+
+@pytest.mark.parametrize(
+    ("dims", "compiled"),
+    [
+        ((192, 128), (192, 128)),
+        ((64, 256), (64, 256)),
+        ((64, 128), (128, 128)),
+        ((160, 72), (192, 128)),
+        ((96, 200), (256, 256)),
+    ],
+)
+def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled: tuple[int, int]) -> None:
+    config = _runtime.flash_fwd_sm90_config(2, 8, 8, *dims, 1000, 1000, False, 132)
+    assert (config["head_dim"], config["v_head_dim"]) == compiled
 
 
 def test_a_few_rows_are_split_and_many_are_not() -> None:

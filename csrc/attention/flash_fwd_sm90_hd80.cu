@@ -1,0 +1,15 @@
+#include "attention/flash_fwd_sm90.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 80, 80, 2, 128, false>(const FlashFwdSm90Params&,
+                                                                                 cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 80, 80, 2, 128, false>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 80, 80, 3, 112, false>(const FlashFwdSm90Params&,
+                                                                                 cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 80, 80, 3, 112, false>(const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 80, 80, 3, 112, true>(const FlashFwdSm90Params&,
+                                                                                cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 80, 80, 3, 112, true>(const FlashFwdSm90Params&, cudaStream_t);
+
+}  // namespace fastattn
