@@ -6,25 +6,31 @@
 //   dk_j  = softmax_scale * sum_i ds_ij q_i
 //   dq_i  = softmax_scale * sum_j ds_ij k_j
 //
-// A CTA on each SM takes tile after tile of BLOCK_N = 128 keys of one KV head, and walks over all blocks of BLOCK_M
+// A CTA on each SM takes tile after tile of BLOCK_N keys of one KV head, and walks over all blocks of BLOCK_M = 64
 // query rows that see them, of all query heads of the group, so that dK and dV are complete when it is done. A counter
 // in device memory hands the tiles out.
 //
 // Scores are computed transposed, keys by rows: P and dS, rounded, are then the left operands of dV and dK where they
-// are, in registers. dQ sums over the keys, of which a group has half; so dS goes through shared memory for it.
+// are, in registers. For dQ, which sums over the keys, dS goes through shared memory.
 //
-//   warp group 0, warp 0      K Q(0) V dO(0) ─► Q(1) dO(1) ─► Q(2) dO(2) ─► … ─► next tile's
-//     (the copy engine)         three stages of Q, two of dO; with them come a block's lse and delta
+//   warp group 0, warp 0      Q(0) K V dO(0) ─► Q(1) dO(1) ─► Q(2) dO(2) ─► … ─► next tile's
+//     (the copy engine)         two or three stages of Q, two of dO; with them come a block's lse and delta
 //
-//   warp groups 1, 2          64 keys each, step j:
-//     tensor cores   │ dK += dS(j-1) Q │ dP = V dO^T │ dV += P dO │ dQ(j) = dS K │ S(j+1) = K Q^T │ dK += dS(j) Q │
-//     the rest       │ P = exp(S(j) - lse)           │ dS ─► shared, barrier of both │ dQ(j) ─► memory │
+//   warp groups 1, 2          up to head dim 128 each has 64 keys of 128, and all columns; step j:
+//     tensor cores   │ S(j) = K Q^T │       │ dP = V dO^T, dV += P dO │                │ dK += dS Q, dQ(j-1) = dS(j-1)
+//     K, S(j+1) … the rest       │ dQ(j-2) ─► memory │ P = exp(S - lse) │ dS = P (dP - delta) ─► shared │
+//
+// The second group is half a step behind the first one: what one computes on its own takes place beside the other's
+// products. dQ needs the dS of both, so it is a step late, for nobody to wait.
+//
+// Above 128 the gradients of 64 keys fill the registers of both groups: each has all 64 keys and half of the columns. S
+// and dP are computed twice, and dQ needs only what a group has itself: seven products' time for five.
 //
 // The partial sums of dQ are added to fp32 numbers in memory. They lie there in the order in which the accumulators
 // hold them: an addition is of 16 bytes a lane and 512 a warp, straight from registers, and a last kernel puts rows
 // together, scales and rounds them.
 //
-// Registers hold dK, dV (64 x D each), S, dP or dQ (64 x BLOCK_M each) of a group, and P and dS rounded.
+// Registers hold dK, dV (64 x 64 or 128 each), S, dP or dQ (64 x 64 each) of a group, and P and dS rounded.
 //
 // Deterministic: contributions to a block of dQ take turns, in the order of the tiles' keys. Tiles are handed out in
 // that order, so that whoever has to wait waits for a CTA that is running.
@@ -32,7 +38,7 @@
 // Poison: rows behind the end of a sequence have lse = +inf and so P = 0, and are cleared in shared memory if the copy
 // engine may have brought another sequence's; so are keys and values. What is left must be finite.
 //
-// Limits: D and Dv multiples of 8 up to 128, rows 16-byte aligned, softmax_scale > 0.
+// Limits: D and Dv multiples of 8 up to 256, rows 16-byte aligned, softmax_scale > 0.
 #pragma once
 
 #include <cuda.h>

@@ -160,6 +160,17 @@ bool fits_sm90(const Tensor& q, const Tensor& v, const Call& call) {
          std::max(q.size(dims.last), v.size(dims.last)) <= kFlashBwdSm90MaxHeadDim;
 }
 
+// Whether the portable kernel is the faster one all the same. With turns and a mask to the right Hopper's tiles wait
+// for each other most of the time; and it has no way to share out the heads of a group, where key blocks are few.
+bool better_on_sm80(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_seqs, const Call& call) {
+  if (call.deterministic && (call.causal || call.window_right >= 0)) return true;
+  const Dims dims(q);
+  const int64_t num_heads = q.size(dims.head), num_kv_heads = k.size(dims.head);
+  const int64_t block_n = flash_bwd_sm90_tile(static_cast<int>(std::max(q.size(dims.last), v.size(dims.last)))).block_n;
+  const int64_t num_tiles = num_seqs * num_kv_heads * ((call.max_seqlen_k + block_n - 1) / block_n);
+  return num_heads > num_kv_heads && 3 * num_tiles < num_sms_of(q);
+}
+
 Gradients run_sm90(const char* op, const Tensor& dout_given, const Tensor& q_given, const Tensor& k_given,
                    const Tensor& v_given, const Tensor& out, const Tensor& lse_given,
                    const std::optional<Tensor>& dlse_given, const std::optional<Tensor>& alibi_slopes,
@@ -283,7 +294,8 @@ Gradients run(const char* op, const Checks& checks, const Tensor& dout, const Te
             empty(v, shape_of(v), v.scalar_type())};
   }
   const bool any = q.numel() > 0 && k.numel() > 0 && call.max_seqlen_q > 0 && call.max_seqlen_k > 0;
-  if (any && call.kernel != 80 && fits_sm90(q, v, call)) {
+  if (any && call.kernel != 80 && fits_sm90(q, v, call) &&
+      (call.kernel == 90 || !better_on_sm80(q, k, v, num_seqs, call))) {
     return run_sm90(op, dout, q, k, v, out, lse, dlse, alibi_slopes, lengths, num_seqs, call);
   }
   checks.that(shared_memory_of(q) >= kFlashBwdSm80SharedMemory, "this GPU gives a thread block " +
