@@ -51,7 +51,10 @@ def check_results(spec: OpSpec, call: Call, results: list[Tensor], what: str) ->
             continue
         if result.dtype not in plain:
             plain[result.dtype] = spec.formula(result.dtype, **host)
-        assert_as_accurate(result, right, plain[result.dtype][i], name, spec.noise)
+        # Hopper's tensor cores add fp8 products with fewer bits than fp32 has; that shows in an LSE.
+        fp8 = result.is_cuda and any(isinstance(v, Tensor) and v.dtype is torch.float8_e4m3fn for v in host.values())
+        noise = max(spec.noise, 1e-3) if fp8 and result.dtype is torch.float32 else spec.noise
+        assert_as_accurate(result, right, plain[result.dtype][i], name, noise)
 
 
 @each_op
