@@ -650,11 +650,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   pass_over(num_unseen(tile));
   smem.q_full[q_ring.stage()].wait(q_ring.parity());
   wait_for_k();
-  // The groups begin one after the other: in step, all would compute exponentials at the same time, and go on so.
-  if (consumer > 0) named_barrier_sync(7 + consumer, 256);
   start_scores();
-  wgmma_wait<0>();
-  if (consumer + 1 < NUM_CONSUMERS) named_barrier_arrive(8 + consumer, 256);
   finish_first_scores();
 
   bool first;
