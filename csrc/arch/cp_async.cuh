@@ -14,7 +14,7 @@ namespace fastattn {
 // it a legal address all the same). Both addresses must be multiples of 16. L2 only (.cg): tiles
 // are read once per CTA.
 __device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(destination)), "l"(source),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)), "l"(source),
                "r"(valid ? 16 : 0)
                : "memory");
 }

@@ -7,24 +7,9 @@
 
 #include <cstdint>
 
+#include "arch/shared_memory.cuh"
+
 namespace fastattn {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// A load that the compiler does not keep the result of, or move.
-__device__ __forceinline__ int32_t load_shared(uint32_t address) {
-  int32_t value;
-  asm volatile("ld.shared.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
-  float2 value;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
-  return value;
-}
 
 struct MBarrier {
   uint64_t state;
@@ -62,6 +47,15 @@ struct MBarrier {
     while (!try_wait(parity)) {
     }
   }
+};
+
+// Where a ring of stages stands: one number, since registers are short.
+template <int STAGES>
+struct RingPosition {
+  uint32_t count = 0;
+  __device__ __forceinline__ uint32_t stage() const { return count % STAGES; }
+  __device__ __forceinline__ uint32_t parity() const { return count / STAGES % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
 };
 
 // Makes the initialization of barriers visible to the copy engine; once, before the CTA's barrier.

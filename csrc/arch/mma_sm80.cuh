@@ -18,12 +18,9 @@
 
 #include <cstdint>
 
-namespace fastattn {
+#include "arch/shared_memory.cuh"
 
-// The 32-bit address of a shared-memory pointer, which is what the PTX instructions take.
-__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace fastattn {
 
 // Loads four 8 x 8 tiles of 16-bit values. Lane l gives the address of row l % 8 of tile l / 8
 // (16 bytes, 16-byte aligned); r[i] receives, of tile i, row g, columns 2t and 2t + 1.
@@ -33,7 +30,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_addre
                : "r"(row_address)
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, smem_address(row)); }
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
 
 // The same with every tile transposed: r[i] receives, of tile i, rows 2t and 2t + 1 of column g.
 // This turns V, stored as (key, dim) with dim contiguous, into B fragments with k = key.
@@ -44,7 +41,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row
                : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  ldmatrix_x4_trans(r, smem_address(row));
+  ldmatrix_x4_trans(r, shared_address(row));
 }
 
 // c (16 x 8, fp32) += a (16 x 16) * b (16 x 8); one overload per operand type.
@@ -87,6 +84,20 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragments[0]),
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
+}
+
+// Two columns each of four neighbouring C tiles, rounded, which the four lanes of a row hold: after this, a lane has
+// all eight columns of tile l % 4, 16 bytes of the row. By whole warps.
+__device__ __forceinline__ void gather_columns(uint32_t (&w)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
+  uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
+  (odd ? w[0] : w[1]) = a;
+  (odd ? w[2] : w[3]) = b;
+  a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
+  b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+  (high ? w[0] : w[2]) = a;
+  (high ? w[1] : w[3]) = b;
 }
 
 // Rounds two fp32 values to T and packs them, `low` into the lower half, as fragments want them.

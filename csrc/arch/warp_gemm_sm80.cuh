@@ -25,7 +25,7 @@ struct LaneAddress {
   // The tile begins at a multiple of 128 bytes.
   template <typename T>
   __device__ __forceinline__ LaneAddress(const T* tile, int row, int chunk)
-      : address(smem_address(tile + swizzled<COLS>(row, chunk))) {}
+      : address(shared_address(tile + swizzled<COLS>(row, chunk))) {}
 
   __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
     constexpr int kMask = kSwizzleMask<COLS>;

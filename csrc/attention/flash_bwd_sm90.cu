@@ -128,16 +128,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
       for (int i = 0; i < 4; ++i) {
         w[i] = pack_pair<T>((r ? sum[i].z : sum[i].x) * p.softmax_scale, (r ? sum[i].w : sum[i].y) * p.softmax_scale);
       }
-      // Four lanes have two columns each of four tiles; after this, each has all eight of one.
-      const bool odd = lane & 1, high = lane & 2;
-      uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-      uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-      (odd ? w[0] : w[1]) = a;
-      (odd ? w[2] : w[3]) = b;
-      a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
-      b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
-      (high ? w[0] : w[2]) = a;
-      (high ? w[1] : w[3]) = b;
+      gather_columns(w, lane);
       const int32_t row = first_row + 8 * r;
       const int column = first_column + (t + lane % 4) * 8;
       if (block * BLOCK_M + row >= rows.len) w[0] = w[1] = w[2] = w[3] = 0;

@@ -47,83 +47,19 @@
 
 #include <type_traits>
 
-#include "arch/fast_divide.h"
+#include "arch/global_memory.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/tensor_map.h"
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "attention/flash_bwd_sm90_launch.h"
-#include "attention/flash_bwd_sm90_rows.cuh"
-#include "attention/flash_fwd_sm90_tiles.cuh"
+#include "attention/flash_bwd_sm90_tiles.cuh"
 #include "attention/softmax.cuh"
 
 namespace fastattn {
 
-struct FlashBwdSm90Args {
-  CUtensorMap q, k, v, dout;
-  FlashBwdSm90Params p;
-  FastDivide group_size;     // H / Hk
-  FastDivide num_kv_heads;   // Hk
-  FastDivide section_tiles;  // tiles of a section but the last one
-  FastDivide section_pairs;  // (sequence, KV head) pairs of it
-  FastDivide last_pairs;     // and of the last one
-  int32_t last_section;
-  int32_t num_tiles;
-};
-
 // ---------------------------------------------------------------------------------------------
-// One CTA's unit of work: BLOCK_N keys of one KV head, and the row blocks that see some of them.
-struct FlashBwdTile {
-  int32_t kv_head_idx, seq_idx, first_key;
-  int32_t q_start, q_len, k_start, k_len, k_allocated;
-  int32_t begin_block, end_block;  // of each head; begin == end: no row sees these keys
-  int32_t first_block;             // of the sequence in the workspaces
-  int32_t more;                    // 0: there are no more tiles
-};
-
-// The tile of that number (order: flash_bwd_sm90_config.h); false if the sequence has no such keys.
-template <int BLOCK_M, int BLOCK_N>
-__device__ __forceinline__ bool decode_tile(const FlashBwdSm90Args& args, int32_t idx, FlashBwdTile& tile) {
-  const FlashBwdSm90Params& p = args.p;
-  const int32_t section = min(args.section_tiles.divide(idx), args.last_section);
-  const int32_t in_section = idx - section * args.section_tiles.divisor;
-  const FastDivide& pairs = section == args.last_section ? args.last_pairs : args.section_pairs;
-  const int32_t level = pairs.divide(in_section);
-  const int32_t pair = section * args.section_pairs.divisor + in_section - level * pairs.divisor;
-  tile.first_key = level * BLOCK_N;
-  tile.seq_idx = args.num_kv_heads.divide(pair);
-  tile.kv_head_idx = pair - tile.seq_idx * args.num_kv_heads.divisor;
-
-  tile.k_start = 0;
-  tile.k_allocated = static_cast<int32_t>(p.k_tokens);
-  if (p.cu_seqlens_k != nullptr) {
-    tile.k_start = p.cu_seqlens_k[tile.seq_idx];
-    tile.k_allocated = p.cu_seqlens_k[tile.seq_idx + 1] - tile.k_start;
-  }
-  if (tile.first_key >= tile.k_allocated) return false;
-  tile.k_len = tile.k_allocated;
-  if (p.seqused_k != nullptr) tile.k_len = min(tile.k_len, p.seqused_k[tile.seq_idx]);
-  const SequenceRows rows = query_rows(p, tile.seq_idx, BLOCK_M);
-  tile.q_start = rows.start;
-  tile.q_len = rows.len;
-  tile.first_block = static_cast<int32_t>(rows.first_block);
-
-  // Row i sees keys i + shift - left … i + shift + right.
-  const int32_t shift = tile.k_len - tile.q_len;
-  const int32_t last_key = min(tile.first_key + BLOCK_N, tile.k_len) - 1;
-  int32_t begin = 0, end = tile.q_len;
-  if (p.window_right >= 0) begin = max(begin, tile.first_key - shift - p.window_right);
-  if (p.window_left >= 0) end = min(end, last_key - shift + p.window_left + 1);
-  tile.begin_block = tile.end_block = 0;
-  if (begin < end && tile.first_key <= last_key) {
-    tile.begin_block = begin / BLOCK_M;
-    tile.end_block = (end + BLOCK_M - 1) / BLOCK_M;
-  }
-  tile.more = 1;
-  return true;
-}
-
 template <typename T, int HEAD_DIM>
 struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
@@ -144,23 +80,6 @@ struct FlashBwdSm90Storage {
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashBwdTile tile[kTileStages];
 };
-
-// Adds 16 bytes of floats to memory; no other thread of the grid loses its addition.
-__device__ __forceinline__ void add_to_global(float* address, const float (&values)[4]) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "f"(values[0]),
-               "f"(values[1]), "f"(values[2]), "f"(values[3])
-               : "memory");
-}
-
-__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
-  int32_t value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void add_release(int32_t* address, int32_t value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
-}
 
 // ---------------------------------------------------------------------------------------------
 // Kernel
@@ -185,13 +104,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int DQ_COLUMNS = HEAD_DIM / 2 < 64 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
   constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  constexpr int MIN_STEPS_STAGGERED = 32;
-  enum {
-    kSecondGroupMayStart = 1,
-    kRowsCleared = 2,
-    kTurnOfGroup = 4,
-    kDsOfGroup = 6
-  };  // barriers of the SM; all but the first are pairs
+  constexpr int MIN_STEPS_STAGGERED = 32;  // measured: a tile with fewer loses more than it gains
+  // Barriers of the SM; all but the first are pairs, one for each group.
+  constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4, kDsOfGroup = 6;
   static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
 
   extern __shared__ unsigned char smem_bytes[];
@@ -316,8 +231,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const int consumer = group_idx - 1;
   const int thread = threadIdx.x % 128;
   const int first_key_of_group = SHARED_KEYS ? 0 : consumer * 64;
-  const int lane_key =
-      first_key_of_group + warp_idx % 4 * 16 + lane / 4;  // a lane has this key of the tile, and 8 below
+  // A lane has this key of the tile, and the one 8 below.
+  const int lane_key = first_key_of_group + warp_idx % 4 * 16 + lane / 4;
   const float scale_log2 = p.softcap > 0.0f ? kLog2E : p.softmax_scale * kLog2E;
 
   float dk[COLUMNS / 8][4], dv[COLUMNS / 8][4];
@@ -396,10 +311,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   };
 
   // ---- loads
-  // Clears rows of a tile from `begin` on. Each group does it for itself, so as not to wait for the other one: zeros
-  // over zeros.
+  // Clears rows of a tile from `begin` on: whole rows of a panel, so that the swizzle, which permutes within a row,
+  // does not matter. Each group does it for itself, so as not to wait for the other one: zeros over zeros.
   const auto clear_rows = [&](T* rows, int num_rows, int32_t begin) {
-  // Whole rows of a panel, so that the swizzle, which permutes within a row, does not matter.
 #pragma unroll 1
     for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
       uint4* const chunks = reinterpret_cast<uint4*>(rows + panel * num_rows * PANEL);
@@ -549,16 +463,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
         if (!empty) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r] * scale, acc[t + i][2 * r + 1] * scale);
-          // Four lanes have two columns each of four tiles; after this, each has all eight of one.
-          const bool odd = lane & 1, high = lane & 2;
-          uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-          uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-          (odd ? w[0] : w[1]) = a;
-          (odd ? w[2] : w[3]) = b;
-          a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
-          b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
-          (high ? w[0] : w[2]) = a;
-          (high ? w[1] : w[3]) = b;
+          gather_columns(w, lane);
         }
         const int column = (SHARED_KEYS ? consumer * COLUMNS : 0) + (t + lane % 4) * 8;
         if (valid && column < head_dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -757,37 +662,23 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
   args.p = p;
   args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
   args.num_kv_heads = FastDivide(p.num_kv_heads);
-  args.section_tiles = FastDivide(static_cast<int32_t>(config.pairs_per_section * config.num_n_tiles));
-  args.section_pairs = FastDivide(static_cast<int32_t>(config.pairs_per_section));
-  args.last_pairs = FastDivide(static_cast<int32_t>(config.pairs_in_last));
-  args.last_section = static_cast<int32_t>(config.num_sections - 1);
+  args.order = SectionLookup(config.order, config.num_n_tiles);
   args.num_tiles = static_cast<int32_t>(config.num_tiles);
 
-  const int64_t batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
-  const TensorMapSpec specs[4] = {{p.q,
-                                   p.dtype,
-                                   {p.head_dim, p.q_tokens, p.num_heads, batches},
-                                   {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
-                                   64,
-                                   Storage::BLOCK_M},
-                                  {p.dout,
-                                   p.dtype,
-                                   {p.v_head_dim, p.q_tokens, p.num_heads, batches},
-                                   {p.dout_token_stride, p.dout_head_stride, p.dout_batch_stride},
-                                   64,
-                                   Storage::BLOCK_M},
-                                  {p.k,
-                                   p.dtype,
-                                   {p.head_dim, p.k_tokens, p.num_kv_heads, batches},
-                                   {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
-                                   64,
-                                   Storage::BLOCK_N},
-                                  {p.v,
-                                   p.dtype,
-                                   {p.v_head_dim, p.k_tokens, p.num_kv_heads, batches},
-                                   {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
-                                   64,
-                                   Storage::BLOCK_N}};
+  const auto describe = [&](const void* base, int32_t head_dim, int64_t tokens, int32_t heads, int64_t batch_stride,
+                            int64_t token_stride, int64_t head_stride, int rows) {
+    const int64_t batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
+    return TensorMapSpec{base, p.dtype, {head_dim, tokens, heads, batches}, {token_stride, head_stride, batch_stride},
+                         64,   rows};
+  };
+  const TensorMapSpec specs[4] = {describe(p.q, p.head_dim, p.q_tokens, p.num_heads, p.q_batch_stride, p.q_token_stride,
+                                           p.q_head_stride, Storage::BLOCK_M),
+                                  describe(p.dout, p.v_head_dim, p.q_tokens, p.num_heads, p.dout_batch_stride,
+                                           p.dout_token_stride, p.dout_head_stride, Storage::BLOCK_M),
+                                  describe(p.k, p.head_dim, p.k_tokens, p.num_kv_heads, p.k_batch_stride,
+                                           p.k_token_stride, p.k_head_stride, Storage::BLOCK_N),
+                                  describe(p.v, p.v_head_dim, p.k_tokens, p.num_kv_heads, p.v_batch_stride,
+                                           p.v_token_stride, p.v_head_stride, Storage::BLOCK_N)};
   CUtensorMap* const maps[4] = {&args.q, &args.dout, &args.k, &args.v};
   for (int i = 0; i < 4; ++i) {
     const cudaError_t error = make_tensor_map(maps[i], specs[i]);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/section_order.h"
+
 namespace fastattn {
 
 // How one CTA is cut up; template arguments of the kernel by way of the head dim.
@@ -14,9 +16,9 @@ struct FlashBwdSm90Tile {
 
 // Compiled head dims; others are padded with zeros by the copy engine to the next one.
 constexpr int kFlashBwdSm90HeadDims[] = {64, 128, 256};
-constexpr int kFlashBwdSm90MaxHeadDim = 256;
 
 // Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
+// With 64 keys both groups compute all of S and dP.
 constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int head_dim) {
   return head_dim <= 128 ? FlashBwdSm90Tile{64, 128} : FlashBwdSm90Tile{64, 64};
 }
@@ -34,15 +36,13 @@ struct FlashBwdSm90Problem {
   int64_t num_sms;
 };
 
-// Tiles are numbered section by section. A section is a number of (sequence, KV head) pairs that are worked on
-// together; in it the first keys of all pairs, which with a causal mask most queries see, come first.
+// Tiles are in the order of section_order.h: pairs are of a sequence and a KV head, levels go from the first keys,
+// which with a causal mask most queries see, to the last.
 struct FlashBwdSm90Config {
   int head_dim;  // compiled head dim, 0 if there is none
   FlashBwdSm90Tile tile;
-  int64_t num_n_tiles;        // of a pair
-  int64_t pairs_per_section;  // in all sections but the last one
-  int64_t num_sections;
-  int64_t pairs_in_last;
+  int64_t num_n_tiles;  // of a pair
+  SectionOrder order;
   int64_t num_tiles;
   int64_t num_ctas;
   // Query rows are kept in blocks of block_m in the workspaces, each sequence beginning with a new one.
@@ -75,14 +75,8 @@ inline FlashBwdSm90Config flash_bwd_sm90_config(const FlashBwdSm90Problem& probl
   constexpr int64_t kSectionBytes = 16 << 20;
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   const int64_t pair_bytes = std::max<int64_t>(1, problem.max_seqlen_q * config.head_dim * 8 * group);
-  config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / pair_bytes));
-  // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each
-  // SM, so that all that are left towards the end are small.
-  const int64_t tail_tiles = problem.causal ? 2 * problem.num_sms : 0;
-  const int64_t tail_pairs = std::min(num_pairs, (tail_tiles + config.num_n_tiles - 1) / config.num_n_tiles);
-  const int64_t num_before = std::min(num_pairs - tail_pairs, num_pairs - 1) / config.pairs_per_section;
-  config.num_sections = num_before + 1;
-  config.pairs_in_last = num_pairs - num_before * config.pairs_per_section;
+  config.order = SectionOrder::make(num_pairs, config.num_n_tiles, std::max<int64_t>(1, kSectionBytes / pair_bytes),
+                                    problem.causal, problem.num_sms);
   return config;
 }
 

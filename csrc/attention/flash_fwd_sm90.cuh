@@ -575,16 +575,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
               w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
             }
-            // Four lanes have two columns each of four tiles; after this, each has all eight of one.
-            const bool odd = lane & 1, high = lane & 2;
-            uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? w[0] : w[1], 1);
-            uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? w[2] : w[3], 1);
-            (odd ? w[0] : w[1]) = a;
-            (odd ? w[2] : w[3]) = b;
-            a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2);
-            b = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
-            (high ? w[0] : w[2]) = a;
-            (high ? w[1] : w[3]) = b;
+            gather_columns(w, lane);
           }
           const int column = (t + lane % 4) * 8;
           if (exists && column < p.v_head_dim) {
@@ -761,11 +752,8 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   args.p = p;
   args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
   args.num_heads = FastDivide(p.num_heads);
-  args.section_tiles = FastDivide(static_cast<int32_t>(config.pairs_per_section * config.num_m_tiles));
-  args.section_pairs = FastDivide(static_cast<int32_t>(config.pairs_per_section));
-  args.last_pairs = FastDivide(static_cast<int32_t>(config.pairs_in_last));
+  args.order = SectionLookup(config.order, config.num_m_tiles);
   args.num_splits = FastDivide(config.num_splits);
-  args.last_section = static_cast<int32_t>(config.num_sections - 1);
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
   args.num_tiles = static_cast<int32_t>(config.num_tiles);
 

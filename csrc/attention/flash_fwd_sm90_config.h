@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention/section_order.h"
+
 namespace fastattn {
 
 // How one CTA is cut up; template arguments of the kernel.
@@ -56,15 +58,13 @@ struct FlashFwdSm90Problem {
   bool fp8 = false;
 };
 
-// Tiles are numbered section by section. A section is a number of (sequence, query head) pairs that are worked on
-// together; in it the last query rows of all pairs come first.
+// Tiles are in the order of section_order.h: pairs are of a sequence and a query head, levels go from the last query
+// rows to the first.
 struct FlashFwdSm90Config {
   int head_dim, v_head_dim;  // compiled head dims, 0 if there are none
   FlashFwdSm90Tile tile;
-  int64_t num_m_tiles;        // of a pair
-  int64_t pairs_per_section;  // in all sections but the last one
-  int64_t num_sections;
-  int64_t pairs_in_last;
+  int64_t num_m_tiles;  // of a pair
+  SectionOrder order;
   int num_splits;  // tiles that share the keys of the same rows
   int64_t num_tiles;
   int64_t num_ctas;
@@ -115,15 +115,9 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   const int64_t kv_bytes =
       std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 ? 1 : 2));
   const int64_t group = problem.num_heads / problem.num_kv_heads;
-  config.pairs_per_section = std::min(num_pairs, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group);
-  // With a causal mask tiles differ, and the work ends when the last one does: the last section has two tiles for each
-  // SM, so that all that are left towards the end are small.
-  const int64_t tail_tiles = problem.causal ? 2 * problem.num_sms : 0;
-  const int64_t tail_pairs = std::min(num_pairs, (tail_tiles + config.num_m_tiles - 1) / config.num_m_tiles);
-  const int64_t num_before =
-      std::min(num_pairs - tail_pairs, num_pairs - 1) / config.pairs_per_section;  // whole sections before the last
-  config.num_sections = num_before + 1;
-  config.pairs_in_last = num_pairs - num_before * config.pairs_per_section;
+  config.order =
+      SectionOrder::make(num_pairs, config.num_m_tiles, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group,
+                         problem.causal, problem.num_sms);
   return config;
 }
 

@@ -15,13 +15,10 @@ namespace fastattn {
 struct FlashFwdSm90Args {
   CUtensorMap q, k, v;
   FlashFwdSm90Params p;
-  FastDivide group_size;     // H / Hk
-  FastDivide num_heads;      // H
-  FastDivide section_tiles;  // tiles of a section but the last one
-  FastDivide section_pairs;  // (sequence, head) pairs of it
-  FastDivide last_pairs;     // and of the last one
   FastDivide num_splits;
-  int32_t last_section;
+  FastDivide group_size;  // H / Hk
+  FastDivide num_heads;   // H
+  SectionLookup order;
   int32_t num_m_tiles;
   int32_t num_tiles;
 };
@@ -46,12 +43,7 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   const FlashFwdSm90Params& p = args.p;
   const int32_t tile_of_all = args.num_splits.divide(idx);
   tile.split_idx = idx - tile_of_all * args.num_splits.divisor;
-  idx = tile_of_all;
-  const int32_t section = min(args.section_tiles.divide(idx), args.last_section);
-  const int32_t in_section = idx - section * args.section_tiles.divisor;
-  const FastDivide& pairs = section == args.last_section ? args.last_pairs : args.section_pairs;
-  const int32_t level = pairs.divide(in_section);
-  const int32_t pair = section * args.section_pairs.divisor + in_section - level * pairs.divisor;
+  const auto [pair, level] = args.order.find(tile_of_all);
   tile.first_row = (args.num_m_tiles - 1 - level) * BLOCK_M;
   tile.seq_idx = args.num_heads.divide(pair);
   tile.head_idx = pair - tile.seq_idx * args.num_heads.divisor;
@@ -82,15 +74,6 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   }
   return true;
 }
-
-// Where a ring of stages stands: one number, since registers are short.
-template <int STAGES>
-struct RingPosition {
-  uint32_t count = 0;
-  __device__ __forceinline__ uint32_t stage() const { return count % STAGES; }
-  __device__ __forceinline__ uint32_t parity() const { return count / STAGES % 2; }
-  __device__ __forceinline__ void advance() { ++count; }
-};
 
 // Reads the tiles in the order in which the producer hands them out.
 template <typename Storage>

@@ -1,0 +1,25 @@
+// What threads of different CTAs say to each other through device memory.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+// Adds 16 bytes of floats to memory; no other thread of the grid loses its addition.
+__device__ __forceinline__ void add_to_global(float* address, const float (&values)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(int32_t* address, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
+}
+
+}  // namespace fastattn

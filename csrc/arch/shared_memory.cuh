@@ -1,0 +1,25 @@
+// Shared memory by its 32-bit addresses, which is what the PTX instructions take.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// A load that the compiler does not keep the result of, or move.
+__device__ __forceinline__ int32_t load_shared(uint32_t address) {
+  int32_t value;
+  asm volatile("ld.shared.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+}  // namespace fastattn
