@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
-FP8 = torch.float8_e4m3fn
+from fastattn.ops.checks import FP8, MAX_HEAD_DIM
 
 
 def fail(op: str, message: str) -> NoReturn:

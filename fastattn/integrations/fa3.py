@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations._common import (
-    FP8,
     check,
     cut,
     fit,
@@ -28,6 +27,7 @@ from fastattn.integrations._common import (
 )
 from fastattn.integrations._kv_cache import cached_attention
 from fastattn.ops.attention import batch_attention, varlen_attention
+from fastattn.ops.checks import FP8
 
 Result = Tensor | tuple[Tensor, Tensor]
 
