@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_HEAD_DIM = 256
-FP8 = torch.float8_e4m3fn
+from fastattn.ops.checks import FP8, MAX_HEAD_DIM
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -65,6 +64,27 @@ def window_of(window_size: tuple[int | None, int | None]) -> tuple[int, int]:
     """(left, right) where anything below 0, or None, is open; a tensor of two serves as well."""
     left, right = (int(side) if isinstance(side, Tensor) else side for side in window_size)
     return -1 if left is None or left < 0 else left, -1 if right is None or right < 0 else right
+
+
+class Scores(TypedDict):
+    """How scores are made and masked, as the operators want it."""
+
+    softmax_scale: float
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+
+
+def scores_of(
+    q: Tensor, softmax_scale: float | None, causal: bool, window_size: tuple[int | None, int | None], softcap: float
+) -> Scores:
+    """From what flash-attn's functions take; to them a softcap below 0 is off too."""
+    return {
+        "softmax_scale": scale_of(q, softmax_scale),
+        "causal": causal,
+        "window_size": window_of(window_size),
+        "softcap": max(softcap, 0.0),
+    }
 
 
 def fit(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.integrations._common import check, cut, fail, fit, offsets, scale_of, window_of
+from fastattn.integrations._common import check, cut, fail, fit, offsets, scores_of
 from fastattn.integrations.rotary import apply_rotary_emb_torch
 from fastattn.ops import rope_kv_write
 from fastattn.ops.attention import paged_attention
@@ -77,7 +77,9 @@ def cached_attention(
         seqlens = torch.full((batch,), filled, dtype=torch.int32, device=q.device)
 
     # With a window that no key falls out of, flash-attn takes the call as one without: all q at one position.
-    left, right = (-1 if side >= capacity else side for side in window_of(window_size))
+    scores = scores_of(q, softmax_scale, causal, window_size, softcap)
+    left, right = (-1 if side >= capacity else side for side in scores["window_size"])
+    scores["window_size"] = left, right
     moves = causal or left >= 0 or right >= 0
     packed_q = q.reshape(-1, *q.shape[-2:])
     if cu_seqlens_q is None:
@@ -109,8 +111,7 @@ def cached_attention(
         seqlens = (seqlens - cache_leftpad).clamp(min=0).to(torch.int32)
     out, lse = paged_attention(
         fit(packed_q), fit(k_cache), fit(v_cache), cu_seqlens_q, seqlens, table, max_seqlen_q,
-        softmax_scale=scale_of(q, softmax_scale), causal=causal, window_size=(left, right), softcap=max(softcap, 0.0),
-        alibi_slopes=alibi_slopes, sinks=sinks,
+        **scores, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
     out = cut(out, q.shape[-1]).view(q.shape)
     if q.dim() == 4:

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations._common import (
-    FP8,
     check,
     cut,
     fit,
     length,
     not_implemented,
-    scale_of,
-    window_of,
+    scores_of,
 )
 from fastattn.integrations._kv_cache import cached_attention
 from fastattn.ops.attention import batch_attention, varlen_attention
+from fastattn.ops.checks import FP8
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -62,9 +61,8 @@ def flash_attn_func(
     _refuse(op, qv, attention_chunk)
     check(op, q, k, v, fp8=True)
     out, lse = batch_attention(
-        fit(q), fit(k), fit(v), softmax_scale=scale_of(q, softmax_scale), causal=causal,
-        window_size=window_of(window_size), softcap=max(softcap, 0.0), sinks=s_aux, q_descale=q_descale,
-        k_descale=k_descale, v_descale=v_descale, deterministic=deterministic,
+        fit(q), fit(k), fit(v), **scores_of(q, softmax_scale, causal, window_size, softcap), sinks=s_aux,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, deterministic=deterministic,
     )  # fmt: skip
     return _result(k, v, out, lse, return_attn_probs)
 
@@ -102,9 +100,8 @@ def flash_attn_qkvpacked_func(
     _refuse(op, None, attention_chunk)
     check(op, q, k, v, fp8=True)
     out, lse = batch_attention(
-        fit(q), fit(k), fit(v), softmax_scale=scale_of(q, softmax_scale), causal=causal,
-        window_size=window_of(window_size), softcap=max(softcap, 0.0), q_descale=q_descale, k_descale=k_descale,
-        v_descale=v_descale, deterministic=deterministic,
+        fit(q), fit(k), fit(v), **scores_of(q, softmax_scale, causal, window_size, softcap),
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, deterministic=deterministic,
     )  # fmt: skip
     return _result(k, v, out, lse, return_attn_probs)
 
@@ -149,9 +146,8 @@ def flash_attn_varlen_func(
     out, lse = varlen_attention(
         fit(q), fit(k), fit(v), cu_seqlens_q, cu_seqlens_k, length(max_seqlen_q, q.shape[0]),
         length(max_seqlen_k, k.shape[0]), seqused_q=seqused_q, seqused_k=seqused_k,
-        softmax_scale=scale_of(q, softmax_scale), causal=causal, window_size=window_of(window_size),
-        softcap=max(softcap, 0.0), sinks=s_aux, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-        deterministic=deterministic,
+        **scores_of(q, softmax_scale, causal, window_size, softcap), sinks=s_aux, q_descale=q_descale,
+        k_descale=k_descale, v_descale=v_descale, deterministic=deterministic,
     )  # fmt: skip
     return _result(k, v, out, lse, return_attn_probs)
 

@@ -30,8 +30,7 @@ from fastattn.integrations._common import (
     length,
     no_dropout,
     plus_infinity,
-    scale_of,
-    window_of,
+    scores_of,
 )
 from fastattn.integrations._kv_cache import cached_attention
 from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
@@ -246,9 +245,9 @@ def _unpack(op: str, name: str, packed: Tensor, count: int, shape: str) -> tuple
     return packed.unbind(-3)
 
 
-def _result(q: Tensor, out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
-    out = cut(out, q.shape[-1])
-    return (out, plus_infinity(lse), q.new_empty(0)) if return_attn_probs else out
+def _result(v: Tensor, out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
+    out = cut(out, v.shape[-1])
+    return (out, plus_infinity(lse), v.new_empty(0)) if return_attn_probs else out
 
 
 def _batch(
@@ -268,16 +267,9 @@ def _batch(
     no_dropout(op, dropout_p)
     check(op, q, k, v)
     out, lse = batch_attention(
-        fit(q),
-        fit(k),
-        fit(v),
-        softmax_scale=scale_of(q, softmax_scale),
-        causal=causal,
-        window_size=window_of(window_size),
-        softcap=max(softcap, 0.0),
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-    )
+        fit(q), fit(k), fit(v), **scores_of(q, softmax_scale, causal, window_size, softcap),
+        alibi_slopes=alibi_slopes, deterministic=deterministic,
+    )  # fmt: skip
     return _result(v, out, lse, return_attn_probs)
 
 
@@ -302,18 +294,17 @@ def _varlen(
 ) -> Result:
     no_dropout(op, dropout_p)
     check(op, q, k, v)
-    scale, window, cap = scale_of(q, softmax_scale), window_of(window_size), max(softcap, 0.0)
+    scores = scores_of(q, softmax_scale, causal, window_size, softcap)
     longest_q = length(max_seqlen_q, q.shape[0])
     if block_table is not None:
         with torch.no_grad():
             out, lse = paged_attention(
                 fit(q), fit(k), fit(v), cu_seqlens_q, cu_seqlens_k.diff(), block_table, longest_q,
-                softmax_scale=scale, causal=causal, window_size=window, softcap=cap, alibi_slopes=alibi_slopes,
+                **scores, alibi_slopes=alibi_slopes,
             )  # fmt: skip
         return _result(v, out, lse, return_attn_probs)
     out, lse = varlen_attention(
         fit(q), fit(k), fit(v), cu_seqlens_q, cu_seqlens_k, longest_q, length(max_seqlen_k, k.shape[0]),
-        softmax_scale=scale, causal=causal, window_size=window, softcap=cap, alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
+        **scores, alibi_slopes=alibi_slopes, deterministic=deterministic,
     )  # fmt: skip
     return _result(v, out, lse, return_attn_probs)

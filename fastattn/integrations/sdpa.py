@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
-from fastattn.integrations._common import MAX_HEAD_DIM, cut, fit
+from fastattn.integrations._common import cut, fit
 from fastattn.ops.attention import batch_attention
+from fastattn.ops.checks import MAX_HEAD_DIM
 
 
 def sdpa(

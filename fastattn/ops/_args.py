@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 MAX_LEADING_DIMS = 3
+MAX_HEAD_DIM = 256  # of attention
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Dtypes:
 
 
 FLOAT = Dtypes((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, torch.float16))
-FLOAT_OR_FP8 = Dtypes((*FLOAT.cpu, torch.float8_e4m3fn), (*FLOAT.cuda, torch.float8_e4m3fn))
+FLOAT_OR_FP8 = Dtypes((*FLOAT.cpu, FP8), (*FLOAT.cuda, FP8))
 LOGITS = Dtypes(FLOAT.cpu, FLOAT.cpu)
 FP32 = Dtypes((torch.float32,), (torch.float32,))
 INT8 = Dtypes((torch.int8,), (torch.int8,))

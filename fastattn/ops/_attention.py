@@ -10,7 +10,6 @@ from torch import Tensor
 from fastattn.ops._library import define, differentiable
 from fastattn.reference import attention as reference
 from fastattn.reference import attention_backward as reference_backward
-from fastattn.reference.attention_scores import lse_dtype
 
 _SCORES = "float softmax_scale, bool causal, int window_left, int window_right, float softcap"
 _SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
@@ -19,10 +18,7 @@ _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Ten
 
 
 def _fake(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    *batch, rows, heads, _dim = q.shape
-    dtype = torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
-    out = q.new_empty((*batch, rows, heads, v.shape[-1]), dtype=dtype)
-    return out, q.new_empty((*batch, heads, rows), dtype=lse_dtype(q))
+    return reference.empty_results(q, v.shape[-1])
 
 
 def _fake_backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,11 @@ from fastattn.ops._library import HOW_TO_BUILD, has_cuda_kernel
 from fastattn.ops.checks import (
     FLOAT,
     FLOAT_OR_FP8,
+    FP8,
     FP32,
     INT32,
     LOGITS,
+    MAX_HEAD_DIM,
     AtLeast,
     Flag,
     NonNegative,
@@ -25,9 +27,7 @@ from fastattn.ops.checks import (
     values_readable,
 )
 
-MAX_HEAD_DIM = 256
 KERNELS = {"auto": 0, "sm80": 80, "sm90": 90}
-FP8 = torch.float8_e4m3fn
 
 _SCALARS = (
     NonNegative("softmax_scale"),

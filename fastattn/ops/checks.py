@@ -10,7 +10,8 @@ thing that is wrong, in the order type → dims → device → dtype → shape �
 word: a comparison may be too strict (an unusual stride), never too lax.
 
 Shapes: `N` is a size that all arguments share, `2N` and `B+1` are sizes computed from one, `... N` has 1 to 3
-dimensions, `[B] N` has one or two, `like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument that has the same.
+dimensions, `[B] N` has one or two, `like x` is the shape of x. Dtypes: a set such as FLOAT, or the name of the argument
+that has the same.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from fastattn.config import validate_inputs
 from fastattn.ops._args import (
     FLOAT,
     FLOAT_OR_FP8,
+    FP8,
     FP32,
     INT8,
     INT32,
     INT64,
     LOGITS,
+    MAX_HEAD_DIM,
     MAX_LEADING_DIMS,
     UINT8,
     Arg,
@@ -50,11 +53,13 @@ from fastattn.ops._library import has_cuda_kernel
 __all__ = [
     "FLOAT",
     "FLOAT_OR_FP8",
+    "FP8",
     "FP32",
     "INT8",
     "INT32",
     "INT64",
     "LOGITS",
+    "MAX_HEAD_DIM",
     "UINT8",
     "AtLeast",
     "Flag",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _runtime
-from fastattn.ops._attention_checks import MAX_HEAD_DIM
-from fastattn.ops.checks import fail_value
+from fastattn.ops.checks import MAX_HEAD_DIM, fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)
 _TFLOPS, _TB_S = 790.0, 3.0  # what an H100's matrix units and memory were measured to do

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention_scores import Scoring, grouped, lse_dtype, slopes_of, spans, ungrouped, wide
+from fastattn.reference.attention_scores import Scoring, grouped, slopes_of, spans, ungrouped, wide
 
 # Keys that take about as long to copy as one more group of sequences takes to start.
 _WORTH_A_GROUP = 512
@@ -150,11 +150,13 @@ def _attend_group(
     lse[:, group.rows] = logsum.reshape(batch, -1).t()
 
 
-def _results(q: Tensor, v_head_dim: int) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor, v_head_dim: int) -> tuple[Tensor, Tensor]:
     """Memory for out (…, H, Dv) and lse (…, H, rows)."""
-    out = q.new_empty((*q.shape[:-1], v_head_dim), dtype=torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype)
     *batch, rows, heads, _ = q.shape
-    return out, q.new_empty((*batch, heads, rows), dtype=lse_dtype(q))
+    dtype = torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
+    out = q.new_empty((*batch, rows, heads, v_head_dim), dtype=dtype)
+    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return out, q.new_empty((*batch, heads, rows), dtype=lse_dtype)
 
 
 def _descaled(t: Tensor, descale: Tensor | None, b: int) -> Tensor:
@@ -179,7 +181,7 @@ def paged_attention(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b]."""
-    out, lse = _results(q, q.shape[-1])
+    out, lse = empty_results(q, q.shape[-1])
     scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     block_size = k_cache.shape[1]
     starts, lengths = tuple(cu_seqlens_q.tolist()), tuple(seqused_k.tolist())
@@ -223,7 +225,7 @@ def batch_attention(
 
     deterministic is the backward's matter, kernel a GPU's.
     """
-    out, lse = _results(q, v.shape[-1])
+    out, lse = empty_results(q, v.shape[-1])
     scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     for b in range(q.shape[0]):
         rows, keys, values = (_descaled(t[b], s, b) for t, s in ((q, q_descale), (k, k_descale), (v, v_descale)))
@@ -255,7 +257,7 @@ def varlen_attention(
     kernel: int,
 ) -> tuple[Tensor, Tensor]:
     """Sequence b has queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], and keys likewise, of which the first are used."""
-    out, lse = _results(q, v.shape[-1])
+    out, lse = empty_results(q, v.shape[-1])
     if seqused_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)

@@ -18,10 +18,6 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float64 else t.float()
 
 
-def lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Scoring:
     """score = softcap(scale * q·k) - slope * |i + Sk - Sq - j|, of the keys i + Sk - Sq - left … i + Sk - Sq + right.
