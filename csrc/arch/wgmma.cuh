@@ -136,6 +136,8 @@ struct Wgmma;
   FA_WGMMA(__half, "f16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5)
 #define FA_REGS32 FA_R0 ", " FA_R1
 #define FA_ACCS32 FA_ACC4(0)
+#define FA_REGS48 FA_R0 ", " FA_R1 ", " FA_R2
+#define FA_ACCS48 FA_ACC4(0), FA_ACC2(4)
 #define FA_REGS64 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3
 #define FA_ACCS64 FA_ACC8(0)
 #define FA_REGS80 FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4
@@ -160,6 +162,7 @@ struct Wgmma;
 #define FA_ACCS256 FA_ACC16(0), FA_ACC16(16)
 
 FA_WGMMA_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
+FA_WGMMA_BOTH(48, "%24", "%25", "%26", "%27", "%28", "%29")
 FA_WGMMA_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FA_WGMMA_BOTH(80, "%40", "%41", "%42", "%43", "%44", "%45")
 FA_WGMMA_BOTH(96, "%48", "%49", "%50", "%51", "%52", "%53")

@@ -25,7 +25,8 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Params p) {
   constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
-  constexpr int LANES = HEAD_DIM / 8;  // of a row; each has eight elements
+  constexpr int CHUNKS = HEAD_DIM % 64 == 0 && HEAD_DIM != 192 ? 1 : 3;  // of eight elements, that a lane has
+  constexpr int LANES = HEAD_DIM / 8 / CHUNKS;                           // of a row
   static_assert(32 % LANES == 0 && BLOCK_M % (kThreads / LANES) == 0);
   const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
   const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
@@ -45,10 +46,10 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
 
   const bool packed = p.cu_seqlens_q != nullptr;
   const int lane = threadIdx.x % LANES;
-  const T* const out = static_cast<const T*>(p.out) + (packed ? 0 : seq_idx * p.out_batch_stride) +
-                       head_idx * p.out_head_stride + lane * 8;
-  const T* const dout = static_cast<const T*>(p.dout) + (packed ? 0 : seq_idx * p.dout_batch_stride) +
-                        head_idx * p.dout_head_stride + lane * 8;
+  const T* const out =
+      static_cast<const T*>(p.out) + (packed ? 0 : seq_idx * p.out_batch_stride) + head_idx * p.out_head_stride;
+  const T* const dout =
+      static_cast<const T*>(p.dout) + (packed ? 0 : seq_idx * p.dout_batch_stride) + head_idx * p.dout_head_stride;
   const int64_t lse_start = packed ? head_idx * p.q_tokens : (seq_idx * p.num_heads + head_idx) * p.q_tokens;
 #pragma unroll
   for (int i = 0; i < BLOCK_M; i += kThreads / LANES) {
@@ -57,13 +58,16 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
     const bool valid = row < rows.len;
     const int64_t token = rows.start + row;
     float delta = 0.0f;
-    if (valid && lane * 8 < p.v_head_dim) {
-      const uint4 o = *reinterpret_cast<const uint4*>(out + token * p.out_token_stride);
-      const uint4 d = *reinterpret_cast<const uint4*>(dout + token * p.dout_token_stride);
-      const T* const out_row = reinterpret_cast<const T*>(&o);
-      const T* const dout_row = reinterpret_cast<const T*>(&d);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) delta = fmaf(to_float(out_row[j]), to_float(dout_row[j]), delta);
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const int column = (chunk * LANES + lane) * 8;
+      if (!valid || column >= p.v_head_dim) continue;
+      const uint4 o = *reinterpret_cast<const uint4*>(out + token * p.out_token_stride + column);
+      const uint4 d = *reinterpret_cast<const uint4*>(dout + token * p.dout_token_stride + column);
+      const T* const out_chunk = reinterpret_cast<const T*>(&o);
+      const T* const dout_chunk = reinterpret_cast<const T*>(&d);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) delta = fmaf(to_float(out_chunk[j]), to_float(dout_chunk[j]), delta);
     }
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
@@ -110,7 +114,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
   const int64_t workspace_block = head_idx * p.config.blocks_of_head + rows.first_block + block;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int first_row = warp * 16 + lane / 4;
-  const int first_column = group * COLUMNS;
   const float4* const sums =
       reinterpret_cast<const float4*>(p.dq_sum + (workspace_block * 2 + group) * (BLOCK_M * HEAD_DIM / 2)) +
       threadIdx.x % 128;
@@ -120,7 +123,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
   for (int t = 0; t < COLUMNS / 8; t += 4) {
     float4 sum[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = any ? sums[(t + i) * 128] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = 0; i < 4; ++i) {
+      sum[i] = any && t + i < COLUMNS / 8 ? sums[(t + i) * 128] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint32_t w[4];
@@ -130,9 +135,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
       }
       gather_columns(w, lane);
       const int32_t row = first_row + 8 * r;
-      const int column = first_column + (t + lane % 4) * 8;
+      const int own_column = (t + lane % 4) * 8, column = flash_bwd_sm90_column(HEAD_DIM, group, own_column);
       if (block * BLOCK_M + row >= rows.len) w[0] = w[1] = w[2] = w[3] = 0;
-      if (block * BLOCK_M + row < rows.allocated && column < p.head_dim) {
+      if (block * BLOCK_M + row < rows.allocated && own_column < COLUMNS && column < p.head_dim) {
         T* const dq = static_cast<T*>(p.dq) + ((first_token + row) * p.num_heads + head_idx) * p.head_dim + column;
         *reinterpret_cast<uint4*>(dq) = make_uint4(w[0], w[1], w[2], w[3]);
       }
@@ -161,9 +166,11 @@ struct Instantiation {
 
 // Which exist: add a line here and its instantiation in flash_bwd_sm90_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
-    {DType::kBFloat16, 64, launch<__nv_bfloat16, 64>},   {DType::kBFloat16, 128, launch<__nv_bfloat16, 128>},
-    {DType::kBFloat16, 256, launch<__nv_bfloat16, 256>}, {DType::kFloat16, 64, launch<__half, 64>},
-    {DType::kFloat16, 128, launch<__half, 128>},         {DType::kFloat16, 256, launch<__half, 256>},
+    {DType::kBFloat16, 64, launch<__nv_bfloat16, 64>},   {DType::kFloat16, 64, launch<__half, 64>},
+    {DType::kBFloat16, 96, launch<__nv_bfloat16, 96>},   {DType::kFloat16, 96, launch<__half, 96>},
+    {DType::kBFloat16, 128, launch<__nv_bfloat16, 128>}, {DType::kFloat16, 128, launch<__half, 128>},
+    {DType::kBFloat16, 192, launch<__nv_bfloat16, 192>}, {DType::kFloat16, 192, launch<__half, 192>},
+    {DType::kBFloat16, 256, launch<__nv_bfloat16, 256>}, {DType::kFloat16, 256, launch<__half, 256>},
 };
 
 }  // namespace

@@ -64,7 +64,7 @@ template <typename T, int HEAD_DIM>
 struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
-  static constexpr int kStagesQ = HEAD_DIM <= 128 ? 3 : 2, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
+  static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
@@ -89,22 +89,22 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
   constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
-  constexpr int PANEL = 64;  // elements of a row that lie side by side
+  constexpr int PANEL = flash_bwd_sm90_panel(HEAD_DIM);  // elements of a row that lie side by side
   constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
   constexpr uint32_t KV_BYTES = BLOCK_N * HEAD_DIM * sizeof(T);
   constexpr uint32_t DS_BYTES = BLOCK_N * BLOCK_M * sizeof(T);
   constexpr uint32_t ROW_BYTES = BLOCK_M * sizeof(float);
   // setmaxnreg; together at most 504 for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
-  constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
+  constexpr int PRODUCER_REGISTERS = HEAD_DIM % 128 == 0 ? 24 : 40;
+  constexpr int CONSUMER_REGISTERS = HEAD_DIM % 128 == 0 ? 240 : 232;
   // Two groups share the work: each has 64 keys of a tile's 128, or, where the gradients of so many do not fit into
   // registers, half of the columns of all 64.
   constexpr bool SHARED_KEYS = BLOCK_N == 64;
-  constexpr int COLUMNS = SHARED_KEYS ? HEAD_DIM / 2 : HEAD_DIM;     // of dK and dV that a group has
-  constexpr int DQ_COLUMNS = HEAD_DIM / 2 < 64 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
+  constexpr int COLUMNS = SHARED_KEYS ? HEAD_DIM / 2 : HEAD_DIM;  // of dK and dV that a group has
+  constexpr int DQ_COLUMNS = HEAD_DIM < 256 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
   constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  constexpr int MIN_STEPS_STAGGERED = 32;  // measured: a tile with fewer loses more than it gains
+  constexpr int MIN_STEPS_STAGGERED = HEAD_DIM == 128 ? 32 : 8;  // measured: a tile with fewer loses more than it gains
   // Barriers of the SM; all but the first are pairs, one for each group.
   constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4, kDsOfGroup = 6;
   static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
@@ -270,20 +270,27 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const auto at = [&](uint32_t bytes, uint32_t leading_bytes) {
     return Descriptor{base.low + bytes / 16 + (leading_bytes / 16 << 16), base.high};
   };
-  constexpr uint32_t PANEL_BYTES = PANEL * 2, GROUP_ROWS = 64 * PANEL_BYTES;
+  constexpr uint32_t PANEL_BYTES = PANEL * 2, GROUP_ROWS = 64 * PANEL_BYTES, DS_ROW_BYTES = BLOCK_M * 2;
   const uint32_t rows_of_group = SHARED_KEYS ? 0 : consumer * GROUP_ROWS;
-  const uint32_t columns_of_group = SHARED_KEYS ? consumer * (COLUMNS / PANEL) * BLOCK_M * PANEL_BYTES : 0;
+  // Half of the columns: where they begin, and how far the second panel is from the first one.
+  constexpr int WHOLE_PANELS = HEAD_DIM / 2 / PANEL, HALF_BYTES = HEAD_DIM / 2 % PANEL * sizeof(T);
+  static_assert(HALF_BYTES == 0 || WHOLE_PANELS <= 1);
+  const auto half_of_columns = [&](uint32_t panel_bytes) {
+    return at(consumer * (WHOLE_PANELS > 0 ? WHOLE_PANELS * panel_bytes : HALF_BYTES),
+              HALF_BYTES > 0 ? (2 - consumer) * panel_bytes + consumer * HALF_BYTES : panel_bytes);
+  };
   const Descriptor k_rows = at(offsetof(Storage, k) + rows_of_group, 0);
   const Descriptor v_rows = at(offsetof(Storage, v) + rows_of_group, 0);
   const Descriptor q_tiles = at(offsetof(Storage, q), 0);
   const Descriptor dout_tiles = at(offsetof(Storage, dout), 0);
-  const Descriptor q_columns = at(offsetof(Storage, q) + columns_of_group, BLOCK_M * PANEL_BYTES);
-  const Descriptor dout_columns = at(offsetof(Storage, dout) + columns_of_group, BLOCK_M * PANEL_BYTES);
-  const Descriptor ds_tiles = at(offsetof(Storage, ds), 0);
-  // Of K the columns that this group computes of dQ: whole panels, or half of one.
-  const Descriptor k_columns = at(offsetof(Storage, k) + consumer * (HEAD_DIM / 2 / PANEL * BLOCK_N * PANEL_BYTES +
-                                                                     HEAD_DIM / 2 % PANEL * sizeof(T)),
-                                  0);
+  const auto moved = [&](const Descriptor& from, uint32_t bytes) {
+    return Descriptor{from.low + bytes / 16, from.high};
+  };
+  const Descriptor own_columns = SHARED_KEYS ? half_of_columns(BLOCK_M * PANEL_BYTES) : at(0, BLOCK_M * PANEL_BYTES);
+  const Descriptor q_columns = moved(own_columns, offsetof(Storage, q));
+  const Descriptor dout_columns = moved(own_columns, offsetof(Storage, dout));
+  const Descriptor k_columns = moved(half_of_columns(BLOCK_N * PANEL_BYTES), offsetof(Storage, k));
+  const Descriptor ds_tiles = moved({base.low, Descriptor::make<DS_ROW_BYTES>(nullptr, 0).high}, offsetof(Storage, ds));
 
   // products of this group's 64 keys (or values) and the rows of a block: acc = A B^T
   const auto start_scores = [&](float (&acc)[BLOCK_M / 8][4], const WgmmaDescriptor& a, const WgmmaDescriptor& b) {
@@ -465,7 +472,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
           for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r] * scale, acc[t + i][2 * r + 1] * scale);
           gather_columns(w, lane);
         }
-        const int column = (SHARED_KEYS ? consumer * COLUMNS : 0) + (t + lane % 4) * 8;
+        const int own_column = (t + lane % 4) * 8;
+        const int column = SHARED_KEYS ? flash_bwd_sm90_column(HEAD_DIM, consumer, own_column) : own_column;
         if (valid && column < head_dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
@@ -480,8 +488,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BLOCK_N / 16; ++kk) {
-      Wgmma<T, DQ_COLUMNS>::ss_mn(sums, ds.plus(kk * 16 * PANEL * sizeof(T)), k.plus(kk * 16 * PANEL * sizeof(T)),
-                                  kk > 0);
+      Wgmma<T, DQ_COLUMNS>::ss_mn(sums, ds.plus(kk * 16 * DS_ROW_BYTES), k.plus(kk * 16 * PANEL_BYTES), kk > 0);
     }
     wgmma_commit();
   };
@@ -537,7 +544,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 #pragma unroll
     for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
       const int chunk = 2 * kk + lane / 16;  // of eight rows of queries
-      store_matrices(shared_address(smem.ds[0]) + ds_stage * DS_BYTES + row * PANEL_BYTES + ((chunk ^ row) % 8) * 16,
+      store_matrices(shared_address(smem.ds[0]) + ds_stage * DS_BYTES + row * DS_ROW_BYTES + ((chunk ^ row) % 8) * 16,
                      dscores[kk]);
     }
     fence_proxy_async();
@@ -668,8 +675,12 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
   const auto describe = [&](const void* base, int32_t head_dim, int64_t tokens, int32_t heads, int64_t batch_stride,
                             int64_t token_stride, int64_t head_stride, int rows) {
     const int64_t batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
-    return TensorMapSpec{base, p.dtype, {head_dim, tokens, heads, batches}, {token_stride, head_stride, batch_stride},
-                         64,   rows};
+    return TensorMapSpec{base,
+                         p.dtype,
+                         {head_dim, tokens, heads, batches},
+                         {token_stride, head_stride, batch_stride},
+                         flash_bwd_sm90_panel(HEAD_DIM),
+                         rows};
   };
   const TensorMapSpec specs[4] = {describe(p.q, p.head_dim, p.q_tokens, p.num_heads, p.q_batch_stride, p.q_token_stride,
                                            p.q_head_stride, Storage::BLOCK_M),

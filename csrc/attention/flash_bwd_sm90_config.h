@@ -15,12 +15,21 @@ struct FlashBwdSm90Tile {
 };
 
 // Compiled head dims; others are padded with zeros by the copy engine to the next one.
-constexpr int kFlashBwdSm90HeadDims[] = {64, 128, 256};
+constexpr int kFlashBwdSm90HeadDims[] = {64, 96, 128, 192, 256};
 
 // Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
 // With 64 keys both groups compute all of S and dP.
 constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int head_dim) {
   return head_dim <= 128 ? FlashBwdSm90Tile{64, 128} : FlashBwdSm90Tile{64, 64};
+}
+
+// Columns of a row that lie side by side in shared memory.
+FASTATTN_HOST_DEVICE constexpr int flash_bwd_sm90_panel(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
+// Where two groups share the columns out, each has whole panels, and of an odd one half: which is a group's i-th?
+FASTATTN_HOST_DEVICE constexpr int flash_bwd_sm90_column(int head_dim, int group, int i) {
+  const int half = head_dim / 2 % flash_bwd_sm90_panel(head_dim), whole = head_dim / 2 - half;
+  return i < whole ? group * whole + i : whole + group * half + i;
 }
 
 struct FlashBwdSm90Problem {

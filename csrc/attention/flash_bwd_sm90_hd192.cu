@@ -1,0 +1,8 @@
+#include "attention/flash_bwd_sm90.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_flash_bwd_sm90<__nv_bfloat16, 192>(const FlashBwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_bwd_sm90<__half, 192>(const FlashBwdSm90Params&, cudaStream_t);
+
+}  // namespace fastattn
