@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "arch/grid_dependency.cuh"
 #include "arch/mma_sm80.cuh"
 #include "attention/flash_bwd_sm90.h"
 #include "attention/flash_bwd_sm90_launch.h"
@@ -21,6 +22,20 @@ struct Tile {
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
+// What a CTA of either kernel is about: a block of rows of one head. Heads go fastest, since they lie side by side, and
+// the last sequence comes first: the main kernel begins with the first ones, and so does each kernel with what the one
+// before left in the L2 cache.
+struct RowBlock {
+  int32_t seq_idx, block, head_idx;
+};
+
+__device__ __forceinline__ RowBlock row_block(const FlashBwdSm90Params& p, int32_t num_seqs) {
+  const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
+  const int32_t of_all = blockIdx.x / p.num_heads, from_end = of_all / blocks_of_seq;
+  return {num_seqs - 1 - from_end, of_all - from_end * blocks_of_seq,
+          static_cast<int32_t>(blockIdx.x - of_all * p.num_heads)};
+}
+
 // Of a block of rows of one head: delta, the LSE in base 2, and zeros for the sums of dQ. A CTA for each block.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Params p) {
@@ -28,10 +43,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
   constexpr int CHUNKS = HEAD_DIM % 64 == 0 && HEAD_DIM != 192 ? 1 : 3;  // of eight elements, that a lane has
   constexpr int LANES = HEAD_DIM / 8 / CHUNKS;                           // of a row
   static_assert(32 % LANES == 0 && BLOCK_M % (kThreads / LANES) == 0);
-  const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
-  const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
-  const int32_t head_idx = blockIdx.y;
-  if (threadIdx.x == 0 && blockIdx.x == 0 && head_idx == 0) *p.tile_counter = 0;
+  grid_dependency_launch();
+  const auto [seq_idx, block, head_idx] = row_block(p, p.num_seqs);
+  if (threadIdx.x == 0 && blockIdx.x == 0) *p.tile_counter = 0;
 
   const SequenceRows rows = query_rows(p, seq_idx, BLOCK_M);
   if (block * BLOCK_M >= rows.len) return;
@@ -62,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       const int column = (chunk * LANES + lane) * 8;
       if (!valid || column >= p.v_head_dim) continue;
-      const uint4 o = *reinterpret_cast<const uint4*>(out + token * p.out_token_stride + column);
+      const uint4 o = __ldcs(reinterpret_cast<const uint4*>(out + token * p.out_token_stride + column));
       const uint4 d = *reinterpret_cast<const uint4*>(dout + token * p.dout_token_stride + column);
       const T* const out_chunk = reinterpret_cast<const T*>(&o);
       const T* const dout_chunk = reinterpret_cast<const T*>(&d);
@@ -90,13 +104,12 @@ template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Params p) {
   constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
   constexpr int COLUMNS = HEAD_DIM / 2;  // of a group of 128 threads
-  const int32_t blocks_of_seq = static_cast<int32_t>(p.config.blocks_of_seq);
-  const int32_t seq_idx = blockIdx.x / blocks_of_seq, block = blockIdx.x - seq_idx * blocks_of_seq;
-  const int32_t head_idx = blockIdx.y;
+  const auto [seq_idx, block, head_idx] = row_block(p, p.num_seqs + (p.cu_seqlens_k != nullptr));
+  grid_dependency_wait();
   if (seq_idx == p.num_seqs) {
     const int64_t begin = p.cu_seqlens_k[p.num_seqs];
-    const int64_t first = (static_cast<int64_t>(block) * gridDim.y + head_idx) * kThreads + threadIdx.x;
-    const int64_t num_threads = static_cast<int64_t>(blocks_of_seq) * gridDim.y * kThreads;
+    const int64_t first = (static_cast<int64_t>(block) * p.num_heads + head_idx) * kThreads + threadIdx.x;
+    const int64_t num_threads = p.config.blocks_of_seq * p.num_heads * kThreads;
     const auto clear = [&](void* gradient, int32_t head_dim) {
       uint4* const chunks = static_cast<uint4*>(gradient);
       const int64_t chunks_of_token = static_cast<int64_t>(p.num_kv_heads) * head_dim / 8;
@@ -124,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
     float4 sum[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sum[i] = any && t + i < COLUMNS / 8 ? sums[(t + i) * 128] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      sum[i] = any && t + i < COLUMNS / 8 ? __ldcs(sums + (t + i) * 128) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -139,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
       if (block * BLOCK_M + row >= rows.len) w[0] = w[1] = w[2] = w[3] = 0;
       if (block * BLOCK_M + row < rows.allocated && own_column < COLUMNS && column < p.head_dim) {
         T* const dq = static_cast<T*>(p.dq) + ((first_token + row) * p.num_heads + head_idx) * p.head_dim + column;
-        *reinterpret_cast<uint4*>(dq) = make_uint4(w[0], w[1], w[2], w[3]);
+        __stcs(reinterpret_cast<uint4*>(dq), make_uint4(w[0], w[1], w[2], w[3]));
       }
     }
   }
@@ -147,15 +160,16 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FlashBwdSm90Para
 
 template <typename T, int HEAD_DIM>
 cudaError_t launch(const FlashBwdSm90Params& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.config.blocks_of_seq * p.num_seqs), static_cast<unsigned>(p.num_heads));
-  prepare_kernel<T, HEAD_DIM><<<grid, kThreads, 0, stream>>>(p);
+  const int64_t ctas_of_seq = p.config.blocks_of_seq * p.num_heads;
+  const int64_t seqs_behind = p.cu_seqlens_k != nullptr;
+  if (ctas_of_seq * (p.num_seqs + seqs_behind) > INT32_MAX) return cudaErrorInvalidConfiguration;
+  prepare_kernel<T, HEAD_DIM><<<static_cast<unsigned>(ctas_of_seq * p.num_seqs), kThreads, 0, stream>>>(p);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   error = launch_flash_bwd_sm90<T, HEAD_DIM>(p, stream);
   if (error != cudaSuccess) return error;
-  const unsigned behind = p.cu_seqlens_k == nullptr ? 0 : static_cast<unsigned>(p.config.blocks_of_seq);
-  finish_kernel<T, HEAD_DIM><<<dim3(grid.x + behind, grid.y), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(ctas_of_seq * (p.num_seqs + seqs_behind)));
+  return launch_behind(finish_kernel<T, HEAD_DIM>, grid, kThreads, 0, stream, p);
 }
 
 struct Instantiation {

@@ -48,6 +48,7 @@
 #include <type_traits>
 
 #include "arch/global_memory.cuh"
+#include "arch/grid_dependency.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/tensor_map.h"
@@ -64,19 +65,22 @@ template <typename T, int HEAD_DIM>
 struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
-  static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = 2, kTileStages = 2;
+  static constexpr bool kSharedKeys = BLOCK_N == 64;
+  static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = kSharedKeys ? 1 : 2;
+  static constexpr int kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
   alignas(1024) T k[BLOCK_N * HEAD_DIM];
   alignas(1024) T v[BLOCK_N * HEAD_DIM];
-  alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];  // panels of 64 query rows, a key's side by side
+  alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];            // panels of 64 query rows, a key's side by side
+  alignas(1024) T probs[kSharedKeys ? BLOCK_N * BLOCK_M : 8];  // P likewise
   alignas(128) float lse_log2[kStagesQ][BLOCK_M];
   alignas(128) float delta[kStagesDo][BLOCK_M];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
   MBarrier k_full, v_full, kv_empty;
-  MBarrier ds_full[kStagesDs], ds_empty[kStagesDs];
+  MBarrier ds_full[kStagesDs], ds_empty[kStagesDs], probs_full;
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashBwdTile tile[kTileStages];
 };
@@ -99,14 +103,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int CONSUMER_REGISTERS = HEAD_DIM % 128 == 0 ? 240 : 232;
   // Two groups share the work: each has 64 keys of a tile's 128, or, where the gradients of so many do not fit into
   // registers, half of the columns of all 64.
-  constexpr bool SHARED_KEYS = BLOCK_N == 64;
+  constexpr bool SHARED_KEYS = Storage::kSharedKeys;
   constexpr int COLUMNS = SHARED_KEYS ? HEAD_DIM / 2 : HEAD_DIM;  // of dK and dV that a group has
   constexpr int DQ_COLUMNS = HEAD_DIM < 256 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
   constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
   constexpr int MIN_STEPS_STAGGERED = HEAD_DIM == 128 ? 32 : 8;  // measured: a tile with fewer loses more than it gains
   // Barriers of the SM; all but the first are pairs, one for each group.
-  constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4, kDsOfGroup = 6;
+  constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4;
   static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
 
   extern __shared__ unsigned char smem_bytes[];
@@ -136,9 +140,10 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.dout_empty[i].init(8);
     }
     for (int i = 0; i < Storage::kStagesDs; ++i) {
-      smem.ds_full[i].init(8);
+      smem.ds_full[i].init(SHARED_KEYS ? 4 : 8);
       smem.ds_empty[i].init(8);
     }
+    smem.probs_full.init(4);
     smem.k_full.init(1);
     smem.v_full.init(1);
     smem.kv_empty.init(8);
@@ -149,6 +154,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     fence_barrier_init();
   }
   __syncthreads();
+  grid_dependency_launch();
+  grid_dependency_wait();
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<Storage::kStagesDo> dout_ring;
@@ -241,7 +248,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   uint32_t probs[BLOCK_M / 16][4];    // P^T rounded, as the left operand of dV
   uint32_t dscores[BLOCK_M / 16][4];  // dS^T likewise, of dK
 
-  int32_t block, head_idx;  // what the step is about
+  int32_t block = 0, head_idx = 0;  // what the step is about
 
   const auto release = [&](MBarrier& barrier) {  // each warp for itself
     if (lane == 0) barrier.arrive();
@@ -255,12 +262,20 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   int32_t special_before, special_from, whole_blocks;
   int32_t begin_block, end_block;
   bool staggered;
-  int32_t workspace_block;                       // of `block`
+  int32_t workspace_block = 0;                   // of `block`
   int32_t block_before, workspace_block_before;  // of the step before, whose dQ is still to come
   const auto end_tile = [&] {
     __syncwarp();
     release(smem.tile_empty[tile_ring.stage()]);
     tile_ring.advance();
+  };
+
+  const auto next_block = [&] {
+    const bool new_head = block + 1 == end_block;
+    const int32_t next = new_head ? begin_block : block + 1;
+    workspace_block += next - block + (new_head ? static_cast<int32_t>(p.config.blocks_of_head) : 0);
+    block = next;
+    head_idx += new_head;
   };
 
   // ---- products
@@ -283,6 +298,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const Descriptor v_rows = at(offsetof(Storage, v) + rows_of_group, 0);
   const Descriptor q_tiles = at(offsetof(Storage, q), 0);
   const Descriptor dout_tiles = at(offsetof(Storage, dout), 0);
+  const Descriptor own_rows = consumer == 0 ? k_rows : v_rows, own_tiles = consumer == 0 ? q_tiles : dout_tiles;
   const auto moved = [&](const Descriptor& from, uint32_t bytes) {
     return Descriptor{from.low + bytes / 16, from.high};
   };
@@ -409,7 +425,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     }
   };
   // P to P (1 - (s / softcap)^2). The score is got back from P, so as not to be kept; where P is 0, it doesn't matter.
-  const auto multiply_by_slope_of_cap = [&] {
+  const auto multiply_by_slope_of_cap = [&](float (&probs)[BLOCK_M / 8][4]) {
     const float slope = slope_of_alibi() * kLog2E, inverse = 1.0f / (p.softcap * kLog2E);
     const int32_t first_distance = block * BLOCK_M + 2 * (lane % 4) + tile(&FlashBwdTile::k_len) -
                                    tile(&FlashBwdTile::q_len) - tile(&FlashBwdTile::first_key) - lane_key;
@@ -419,9 +435,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int32_t distance = first_distance + t * 8 + (i & 1) - 8 * (i >> 1);
-        const float score = log2f(scores[t][i]) + (i & 1 ? lse.y : lse.x) + slope * fabsf(static_cast<float>(distance));
+        const float score = log2f(probs[t][i]) + (i & 1 ? lse.y : lse.x) + slope * fabsf(static_cast<float>(distance));
         const float tanh = fminf(fmaxf(score * inverse, -1.0f), 1.0f);
-        scores[t][i] *= 1.0f - tanh * tanh;
+        probs[t][i] *= 1.0f - tanh * tanh;
       }
     }
   };
@@ -433,6 +449,23 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
         fragments[kk][i] = pack_pair<T>(scores[2 * kk + i / 2][i % 2 * 2], scores[2 * kk + i / 2][i % 2 * 2 + 1]);
       }
     }
+  };
+
+  // Fragments to a tile of shared memory, keys by queries, and back.
+  const auto place_of_fragment = [&](int kk) {
+    const int row = lane % 16 + first_key_of_group + warp_idx % 4 * 16;
+    const int chunk = 2 * kk + lane / 16;  // of eight queries
+    return row * DS_ROW_BYTES + ((chunk ^ row) % 8) * 16;
+  };
+  const auto store_fragments = [&](T* tile, const uint32_t (&fragments)[BLOCK_M / 16][4]) {
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
+      store_matrices(shared_address(tile) + place_of_fragment(kk), fragments[kk]);
+    }
+  };
+  const auto load_fragments = [&](const T* tile, uint32_t (&fragments)[BLOCK_M / 16][4]) {
+#pragma unroll
+    for (int kk = 0; kk < BLOCK_M / 16; ++kk) ldmatrix_x4(fragments[kk], shared_address(tile) + place_of_fragment(kk));
   };
 
   // ---- turns, if deterministic
@@ -523,7 +556,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if (block < special_before || block >= special_from) finish_scores();
     exponentials();
     round_to(probs);
-    if (p.softcap > 0.0f) multiply_by_slope_of_cap();
+    if (p.softcap > 0.0f) multiply_by_slope_of_cap(scores);
     wait_for_dout();
     const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
     start_scores(dprobs, v_rows.uniform_plus(0), dout);
@@ -537,24 +570,13 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       for (int i = 0; i < 4; ++i) scores[t][i] *= dprobs[t][i] - (i & 1 ? delta.y : delta.x);
     }
     round_to(dscores);
-    // Of a group that has all keys nobody else needs dS, and there is a place for each.
-    const uint32_t ds_stage = SHARED_KEYS ? consumer : ds_ring.stage();
-    if constexpr (!SHARED_KEYS) smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);
-    const int row = lane % 16 + first_key_of_group + warp_idx % 4 * 16;
-#pragma unroll
-    for (int kk = 0; kk < BLOCK_M / 16; ++kk) {
-      const int chunk = 2 * kk + lane / 16;  // of eight rows of queries
-      store_matrices(shared_address(smem.ds[0]) + ds_stage * DS_BYTES + row * DS_ROW_BYTES + ((chunk ^ row) % 8) * 16,
-                     dscores[kk]);
-    }
+    const uint32_t ds_stage = ds_ring.stage();
+    smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);
+    store_fragments(smem.ds[0] + ds_stage * (BLOCK_N * BLOCK_M), dscores);
     fence_proxy_async();
-    if constexpr (SHARED_KEYS) {
-      named_barrier_sync(kDsOfGroup + consumer, 128);
-    } else {
-      __syncwarp();
-      release(smem.ds_full[ds_stage]);
-      ds_ring.advance();
-    }
+    __syncwarp();
+    release(smem.ds_full[ds_stage]);
+    ds_ring.advance();
     if constexpr (kFirst) {
       if (consumer == 0 && staggered) named_barrier_arrive(kSecondGroupMayStart, 256);
     }
@@ -565,32 +587,16 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     dout_ring.advance();
 
     start_gradient(dk, dscores, q_columns.uniform_plus(q_ring.stage() * Q_BYTES), kFirst);
-    int32_t dq_block = block, dq_workspace_block = workspace_block;
-    if constexpr (SHARED_KEYS) {  // all parts but the last one, which runs together with the next scores
-#pragma unroll
-      for (int part = 0; part + 1 < DQ_PARTS; ++part) {
-        start_dq(dq, ds_stage, part);
-        wgmma_wait<0>();
-        add_dq(dq, dq_block, dq_workspace_block, part);
-      }
-      start_dq(dq, ds_stage, DQ_PARTS - 1);
-    } else {  // that of the step before, so as not to wait for the other group
-      if constexpr (!kFirst) start_next_dq();
-      dq_block = block_before;
-      dq_workspace_block = workspace_block_before;
-      block_before = block;
-      workspace_block_before = workspace_block;
-    }
+    if constexpr (!kFirst) start_next_dq();  // of the step before, so as not to wait for the other group
+    const int32_t dq_block = block_before, dq_workspace_block = workspace_block_before;
+    block_before = block;
+    workspace_block_before = workspace_block;
     if constexpr (kLast) {
       wgmma_wait<0>();
       release(smem.q_empty[q_ring.stage()]);
       q_ring.advance();
     } else {
-      const bool new_head = block + 1 == end_block;
-      const int32_t next_block = new_head ? begin_block : block + 1;
-      workspace_block += next_block - block + (new_head ? static_cast<int32_t>(p.config.blocks_of_head) : 0);
-      block = next_block;
-      head_idx += new_head;
+      next_block();
       q_ring.advance();
       wait_for_q();
       start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
@@ -599,14 +605,99 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     }
     pin_registers(dk);
     pin_registers(dscores);
-    if constexpr (SHARED_KEYS) {
-      add_dq(dq, dq_block, dq_workspace_block, DQ_PARTS - 1);
-    } else if constexpr (!kFirst) {
-      add_next_dq(dq_block, dq_workspace_block);
+    if constexpr (!kFirst) add_next_dq(dq_block, dq_workspace_block);
+  };
+
+  // Keys of both groups: the first one computes S and P, the second one dP and dS, and they exchange P and dS. One
+  // place for each will do: whoever writes again has waited for what the other one made of it.
+  // In flight before it: S or dP. After it: that of the next step, except for a tile's last one.
+  const auto wait_for_rows = [&] { consumer == 0 ? wait_for_q() : wait_for_dout(); };
+  const auto start_own_scores = [&] {
+    const uint32_t stage = consumer == 0 ? q_ring.stage() : dout_ring.stage();
+    start_scores(scores, own_rows.uniform_plus(0), own_tiles.uniform_plus(stage * Q_BYTES));
+  };
+  const auto run_shared_step = [&](auto is_first, auto is_last) {
+    constexpr bool kFirst = decltype(is_first)::value, kLast = decltype(is_last)::value;
+    const uint32_t step = q_ring.count;  // of the CTA; dout_ring's too
+    wgmma_wait<0>();
+    pin_registers(scores);
+    if (consumer == 0) {
+      if (block < special_before || block >= special_from) finish_scores();
+      exponentials();
+      round_to(probs);
+      store_fragments(smem.probs, probs);
+      __syncwarp();
+      release(smem.probs_full);
+      wait_for_dout();
+    } else {
+      smem.probs_full.wait(step % 2);
+      load_fragments(smem.probs, probs);
+      wait_for_q();
+#pragma unroll
+      for (int t = 0; t < BLOCK_M / 8; ++t) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float2 pair = unpack_pair<T>(probs[t / 2][t % 2 * 2 + r]);
+          dprobs[t][2 * r] = pair.x;
+          dprobs[t][2 * r + 1] = pair.y;
+        }
+      }
+      if (p.softcap > 0.0f) multiply_by_slope_of_cap(dprobs);
+#pragma unroll
+      for (int t = 0; t < BLOCK_M / 8; ++t) {
+        const float2 delta = load_shared_pair(delta_of_lane + dout_ring.stage() * ROW_BYTES + t * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][i] = dprobs[t][i] * (scores[t][i] - (i & 1 ? delta.y : delta.x));
+      }
+      round_to(dscores);
+      store_fragments(smem.ds[0], dscores);
+      fence_proxy_async();
+      __syncwarp();
+      release(smem.ds_full[0]);
     }
+    start_gradient(dv, probs, dout_columns.uniform_plus(dout_ring.stage() * Q_BYTES), kFirst);
+    smem.ds_full[0].wait(step % 2);
+    if (consumer == 0) load_fragments(smem.ds[0], dscores);
+    start_gradient(dk, dscores, q_columns.uniform_plus(q_ring.stage() * Q_BYTES), kFirst);
+    wgmma_wait<1>();  // with dV in flight too, ptxas has too few registers and serializes
+    pin_registers(dv);
+    pin_registers(probs);
+    release(smem.dout_empty[step % Storage::kStagesDo]);
+    const int32_t dq_block = block, dq_workspace_block = workspace_block;
+#pragma unroll
+    for (int part = 0; part + 1 < DQ_PARTS; ++part) {  // all but the last one, which runs together with the next scores
+      start_dq(dq, 0, part);
+      wgmma_wait<0>();
+      add_dq(dq, dq_block, dq_workspace_block, part);
+    }
+    start_dq(dq, 0, DQ_PARTS - 1);
+    if constexpr (kLast) {
+      wgmma_wait<0>();
+    } else {
+      next_block();
+      (consumer == 0 ? q_ring.count : dout_ring.count) = step + 1;
+      wait_for_rows();
+      start_own_scores();
+      wgmma_wait<1>();
+    }
+    pin_registers(dk);
+    pin_registers(dscores);
+    release(smem.q_empty[step % Storage::kStagesQ]);
+    q_ring.count = dout_ring.count = step + 1;
+    add_dq(dq, dq_block, dq_workspace_block, DQ_PARTS - 1);
   };
 
   // ---- main loop
+  const auto run_steps = [&](int32_t num_steps, const auto& step) {
+    if (num_steps == 1) {
+      step(std::true_type(), std::true_type());
+      return;
+    }
+    step(std::true_type(), std::false_type());
+#pragma unroll 1
+    for (int32_t i = 2; i < num_steps; ++i) step(std::false_type(), std::false_type());
+    step(std::false_type(), std::true_type());
+  };
   while (true) {
     smem.tile_full[tile_ring.stage()].wait(tile_ring.parity());
     if (!tile(&FlashBwdTile::more)) break;
@@ -620,24 +711,23 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     }
 
     begin_tile();
-    wait_for_q();
-    wait_for_kv(smem.k_full, smem.k);
-    wait_for_kv(smem.v_full, smem.v);
-    // The second group begins when the first one has its first dS, and they stay half a step apart: while one computes
-    // on its own, the other's products run. In a short tile that is not worth the wait.
     const int32_t num_steps = (end_block - begin_block) * args.group_size.divisor;
-    staggered = num_steps >= MIN_STEPS_STAGGERED;
-    if (consumer == 1 && staggered) named_barrier_sync(kSecondGroupMayStart, 256);
-    start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
-    if (num_steps == 1) {
-      run_step(std::true_type(), std::true_type());
+    if constexpr (SHARED_KEYS) {
+      wait_for_rows();
+      consumer == 0 ? wait_for_kv(smem.k_full, smem.k) : wait_for_kv(smem.v_full, smem.v);
+      start_own_scores();
+      if (consumer == 1) wait_for_kv(smem.k_full, smem.k);
+      run_steps(num_steps, run_shared_step);
     } else {
-      run_step(std::true_type(), std::false_type());
-#pragma unroll 1
-      for (int32_t i = 2; i < num_steps; ++i) run_step(std::false_type(), std::false_type());
-      run_step(std::false_type(), std::true_type());
-    }
-    if constexpr (!SHARED_KEYS) {
+      wait_for_q();
+      wait_for_kv(smem.k_full, smem.k);
+      wait_for_kv(smem.v_full, smem.v);
+      // The second group begins when the first one has its first dS, and they stay half a step apart: while one
+      // computes on its own, the other's products run. In a short tile that is not worth the wait.
+      staggered = num_steps >= MIN_STEPS_STAGGERED;
+      if (consumer == 1 && staggered) named_barrier_sync(kSecondGroupMayStart, 256);
+      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      run_steps(num_steps, run_step);
       start_next_dq();
       wgmma_wait<0>();
       add_next_dq(block_before, workspace_block_before);
@@ -700,8 +790,7 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
       p.turns == nullptr ? flash_bwd_sm90_kernel<T, HEAD_DIM, false> : flash_bwd_sm90_kernel<T, HEAD_DIM, true>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(config.num_ctas), 384, kSmemBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_behind(kernel, dim3(static_cast<unsigned>(config.num_ctas)), 384, kSmemBytes, stream, args);
 }
 
 }  // namespace fastattn
