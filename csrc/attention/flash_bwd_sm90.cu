@@ -40,8 +40,8 @@ __device__ __forceinline__ RowBlock row_block(const FlashBwdSm90Params& p, int32
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Params p) {
   constexpr int BLOCK_M = Tile<HEAD_DIM>::kBlockM;
-  constexpr int CHUNKS = HEAD_DIM % 64 == 0 && HEAD_DIM != 192 ? 1 : 3;  // of eight elements, that a lane has
-  constexpr int LANES = HEAD_DIM / 8 / CHUNKS;                           // of a row
+  constexpr int CHUNKS = HEAD_DIM % 3 == 0 ? 3 : 1;  // of eight elements, that a lane has
+  constexpr int LANES = HEAD_DIM / 8 / CHUNKS;       // of a row
   static_assert(32 % LANES == 0 && BLOCK_M % (kThreads / LANES) == 0);
   grid_dependency_launch();
   const auto [seq_idx, block, head_idx] = row_block(p, p.num_seqs);

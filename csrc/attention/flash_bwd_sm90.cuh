@@ -17,20 +17,23 @@
 //     (the copy engine)         two or three stages of Q, two of dO; with them come a block's lse and delta
 //
 //   warp groups 1, 2          up to head dim 128 each has 64 keys of 128, and all columns; step j:
-//     tensor cores   │ S(j) = K Q^T │       │ dP = V dO^T, dV += P dO │                │ dK += dS Q, dQ(j-1) = dS(j-1)
-//     K, S(j+1) … the rest       │ dQ(j-2) ─► memory │ P = exp(S - lse) │ dS = P (dP - delta) ─► shared │
+//     tensor cores   S(j) │                  │ dP, dV += P dO │              │ dK += dS Q, dQ(j-1), S(j+1) │
+//     the rest            │ P = exp(S - lse) │                │ dS ─► shared │                             │ dQ ─► memory
 //
 // The second group is half a step behind the first one: what one computes on its own takes place beside the other's
 // products. dQ needs the dS of both, so it is a step late, for nobody to wait.
 //
-// Above 128 the gradients of 64 keys fill the registers of both groups: each has all 64 keys and half of the columns. S
-// and dP are computed twice, and dQ needs only what a group has itself: seven products' time for five.
+// Above 128 the gradients of 64 keys fill the registers of both groups: each has all 64 keys and half of the columns of
+// dK, dV and dQ. The first one computes S and P, the second one dP and dS, and they exchange P and dS:
+//
+//     group 1        S(j) │ P ─► shared │ dV += P dO                  │ dK += dS Q, dQ, S(j+1)              │ dQ ─► memory
+//     group 2        dP(j)              │ dS = P (dP - delta) ─► shared │ dV += P dO, dK += dS Q, dQ, dP(j+1) │ dQ ─► memory
 //
 // The partial sums of dQ are added to fp32 numbers in memory. They lie there in the order in which the accumulators
 // hold them: an addition is of 16 bytes a lane and 512 a warp, straight from registers, and a last kernel puts rows
 // together, scales and rounds them.
 //
-// Registers hold dK, dV (64 x 64 or 128 each), S, dP or dQ (64 x 64 each) of a group, and P and dS rounded.
+// Registers hold dK, dV (64 x 64 to 128 each), S, dP or dQ (64 x 32 to 96 each) of a group, and P and dS rounded.
 //
 // Deterministic: contributions to a block of dQ take turns, in the order of the tiles' keys. Tiles are handed out in
 // that order, so that whoever has to wait waits for a CTA that is running.
@@ -39,6 +42,8 @@
 // engine may have brought another sequence's; so are keys and values. What is left must be finite.
 //
 // Limits: D and Dv multiples of 8 up to 256, rows 16-byte aligned, softmax_scale > 0.
+//
+// One kernel for both kinds of step, and so a long file: all but the steps is the same.
 #pragma once
 
 #include <cuda.h>
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int PRODUCER_REGISTERS = HEAD_DIM % 128 == 0 ? 24 : 40;
   constexpr int CONSUMER_REGISTERS = HEAD_DIM % 128 == 0 ? 240 : 232;
   // Two groups share the work: each has 64 keys of a tile's 128, or, where the gradients of so many do not fit into
-  // registers, half of the columns of all 64.
+  // registers, half of the columns of all 64 (flash_bwd_sm90_column says which).
   constexpr bool SHARED_KEYS = Storage::kSharedKeys;
   constexpr int COLUMNS = SHARED_KEYS ? HEAD_DIM / 2 : HEAD_DIM;  // of dK and dV that a group has
   constexpr int DQ_COLUMNS = HEAD_DIM < 256 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
@@ -243,7 +248,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const float scale_log2 = p.softcap > 0.0f ? kLog2E : p.softmax_scale * kLog2E;
 
   float dk[COLUMNS / 8][4], dv[COLUMNS / 8][4];
-  float scores[BLOCK_M / 8][4];       // S^T, then P^T, then dS^T
+  float scores[BLOCK_M / 8][4];       // S^T, then P^T, then dS^T; or dP^T, then dS^T
   float dprobs[BLOCK_M / 8][4];       // dP^T
   uint32_t probs[BLOCK_M / 16][4];    // P^T rounded, as the left operand of dV
   uint32_t dscores[BLOCK_M / 16][4];  // dS^T likewise, of dK
@@ -572,7 +577,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     round_to(dscores);
     const uint32_t ds_stage = ds_ring.stage();
     smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);
-    store_fragments(smem.ds[0] + ds_stage * (BLOCK_N * BLOCK_M), dscores);
+    store_fragments(smem.ds[ds_stage], dscores);
     fence_proxy_async();
     __syncwarp();
     release(smem.ds_full[ds_stage]);
@@ -608,8 +613,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if constexpr (!kFirst) add_next_dq(dq_block, dq_workspace_block);
   };
 
-  // Keys of both groups: the first one computes S and P, the second one dP and dS, and they exchange P and dS. One
-  // place for each will do: whoever writes again has waited for what the other one made of it.
+  // The step where both groups have all keys: the first one computes S and P, the second one dP and dS. P and dS have
+  // one place each: whoever writes there again has waited for what the other group made of it, and for a later product
+  // of its own than those that read it.
   // In flight before it: S or dP. After it: that of the next step, except for a tile's last one.
   const auto wait_for_rows = [&] { consumer == 0 ? wait_for_q() : wait_for_dout(); };
   const auto start_own_scores = [&] {
@@ -633,21 +639,22 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.probs_full.wait(step % 2);
       load_fragments(smem.probs, probs);
       wait_for_q();
+      float unpacked[BLOCK_M / 8][4];
 #pragma unroll
       for (int t = 0; t < BLOCK_M / 8; ++t) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float2 pair = unpack_pair<T>(probs[t / 2][t % 2 * 2 + r]);
-          dprobs[t][2 * r] = pair.x;
-          dprobs[t][2 * r + 1] = pair.y;
+          unpacked[t][2 * r] = pair.x;
+          unpacked[t][2 * r + 1] = pair.y;
         }
       }
-      if (p.softcap > 0.0f) multiply_by_slope_of_cap(dprobs);
+      if (p.softcap > 0.0f) multiply_by_slope_of_cap(unpacked);
 #pragma unroll
       for (int t = 0; t < BLOCK_M / 8; ++t) {
         const float2 delta = load_shared_pair(delta_of_lane + dout_ring.stage() * ROW_BYTES + t * 32);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[t][i] = dprobs[t][i] * (scores[t][i] - (i & 1 ? delta.y : delta.x));
+        for (int i = 0; i < 4; ++i) scores[t][i] = unpacked[t][i] * (scores[t][i] - (i & 1 ? delta.y : delta.x));
       }
       round_to(dscores);
       store_fragments(smem.ds[0], dscores);
