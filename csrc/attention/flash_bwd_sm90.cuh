@@ -17,8 +17,8 @@
 //     (the copy engine)         two or three stages of Q, two of dO; with them come a block's lse and delta
 //
 //   warp groups 1, 2          up to head dim 128 each has 64 keys of 128, and all columns; step j:
-//     tensor cores   S(j) │                  │ dP, dV += P dO │              │ dK += dS Q, dQ(j-1), S(j+1) │
-//     the rest            │ P = exp(S - lse) │                │ dS ─► shared │                             │ dQ ─► memory
+//     tensor cores   S(j) │         │ dP, dV += P dO │              │ dK += dS Q, dQ(j-1), S(j+1) │
+//     the rest            │ P = exp │                │ dS ─► shared │                             │ dQ ─► memory
 //
 // The second group is half a step behind the first one: what one computes on its own takes place beside the other's
 // products. dQ needs the dS of both, so it is a step late, for nobody to wait.
@@ -26,8 +26,8 @@
 // Above 128 the gradients of 64 keys fill the registers of both groups: each has all 64 keys and half of the columns of
 // dK, dV and dQ. The first one computes S and P, the second one dP and dS, and they exchange P and dS:
 //
-//     group 1        S(j) │ P ─► shared │ dV += P dO                  │ dK += dS Q, dQ, S(j+1)              │ dQ ─► memory
-//     group 2        dP(j)              │ dS = P (dP - delta) ─► shared │ dV += P dO, dK += dS Q, dQ, dP(j+1) │ dQ ─► memory
+//     group 1   S(j) │ P ─► shared │ dV                │ dK, dQ, S(j+1)      │ dQ ─► memory
+//     group 2   dP(j)              │ dS ─► shared │ dV, dK, dQ, dP(j+1)      │ dQ ─► memory
 //
 // The partial sums of dQ are added to fp32 numbers in memory. They lie there in the order in which the accumulators
 // hold them: an addition is of 16 bytes a lane and 512 a warp, straight from registers, and a last kernel puts rows
