@@ -101,4 +101,5 @@ def flash_fwd_sm90_config(
     max_seqlen_k: int,
     causal: bool,
     num_sms: int,
+    packed_tokens: int = ...,
 ) -> dict[str, int]: ...

@@ -5,12 +5,13 @@
 //          then - alibi_slope[h] * |i + Sk - Sq - j|,  then masked;  sinks: exp(sink[h]) is one more term of the sum
 //
 //   q (B, Sq, H, D)   k (B, Sk, Hk, D)   v (B, Sk, Hk, Dv)   G = H / Hk   out (B, Sq, H, Dv)   lse (B, H, Sq) fp32
-//   packed: no B
+//   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out.
 //
-//   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► K(n-2) V(n-1) ─► … ─► next tile's Q, K ─► V(0) …
+//   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► next tile's Q ─► K(n-2) V(n-1) ─► … ─► V(0) ─► next tile's K
+//   …
 //     (the copy engine)         two stages each of K and V, of Q too where there is room
 //   warp group 0, warp 1      clears what a V block holds behind the end of its sequence
 //     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
@@ -45,6 +46,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "arch/mbarrier.cuh"
@@ -116,9 +118,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr int PANEL = kPanelOf<T, HEAD_DIM>, V_PANEL = kPanelOf<T, V_HEAD_DIM>;
   constexpr int STORED_DIM = kStoredDim<T, HEAD_DIM>, V_STORED_DIM = kStoredDim<T, V_HEAD_DIM>;
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
-  constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T), V_BYTES = BLOCK_N * V_STORED_DIM * sizeof(T);
+  constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = (FP8 && V_HEAD_DIM <= 128 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 40 : 32);
+  constexpr int PRODUCER_REGISTERS = (FP8 && NUM_CONSUMERS == 3 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const int lane = threadIdx.x % 32;
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
-  const bool ends_inside = packed_k || p.seqused_k != nullptr;
+  const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
 
   if (threadIdx.x == 0) {
     tma_prefetch_map(args.q);
@@ -167,97 +169,107 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
   if (group_idx == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(PRODUCER_REGISTERS));
-    if (warp_idx == 0 && lane == 0) {
+    const auto load_k = [&](const FlashTile& t, int32_t step) {
+      const uint32_t stage = k_ring.stage();
+      load_block<STORED_DIM / PANEL, PANEL, BLOCK_N>(args, args.k, smem.k[stage], smem.k_empty[stage],
+                                                     smem.k_full[stage], k_ring.parity(), t, step);
+      k_ring.advance();
+    };
+    const auto load_v = [&](const FlashTile& t, int32_t step) {
+      const uint32_t stage = v_ring.stage();
+      T* target = smem.v[stage];
+      MBarrier *empty = &smem.v_empty[stage], *full = &smem.v_full[stage];
+      if constexpr (FP8) {
+        target = reinterpret_cast<T*>(smem.v_raw[stage]);
+        empty = &smem.v_turned[stage];
+      }
+      if (FP8 || (ends_inside && (step + 1) * BLOCK_N > t.k_len)) full = &smem.v_loaded[stage];
+      load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N>(args, args.v, target, *empty, *full, v_ring.parity(), t,
+                                                           step);
+      v_ring.advance();
+    };
+    if (warp_idx == 0) {
       // ----------------------------------------------------------------------------- producer
       RingPosition<Storage::kTileStages> tile_ring;
-      int32_t tile_idx = -1;
+      PackedTiles<BLOCK_M> packed_tiles;
+      int32_t tile_idx = static_cast<int32_t>(blockIdx.x);
       const auto publish = [&] {
         smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
-        smem.tile[tile_ring.stage()] = tile;
-        smem.tile_full[tile_ring.stage()].arrive();
+        if (lane == 0) {
+          smem.tile[tile_ring.stage()] = tile;
+          smem.tile_full[tile_ring.stage()].arrive();
+        }
         tile_ring.advance();
       };
-      // The next tile in which a key is seen; those in which none is are handed on for their rows to be written.
-      const auto next_tile = [&] {
-        while (true) {
-          if (tile_idx >= 0 && static_cast<int32_t>(gridDim.x) >= args.num_tiles) return false;  // nobody counts
-          tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
-                                  : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
-          if (tile_idx >= args.num_tiles) return false;
-          if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
-          publish();
-          if (tile.begin_step < tile.end_step) return true;
+      // Asks for the number of a tile, which takes its time.
+      const auto claim = [&] {
+        if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
+          tile_idx = args.num_tiles;  // nobody counts: there is one for each
+        } else if (lane == 0) {
+          tile_idx = static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
         }
       };
+      // The tile that was asked for; false if there are no more.
+      const auto find_tile = [&] {
+        tile_idx = __shfl_sync(0xffffffffu, tile_idx, 0);
+        return decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile);
+      };
+      const auto sees_keys = [&] { return tile.begin_step < tile.end_step; };
       const auto load_q = [&] {
-        smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-        smem.q_full[q_ring.stage()].arrive_expect_bytes(Q_BYTES);
-#pragma unroll
-        for (int panel = 0; panel < STORED_DIM / PANEL; ++panel) {
-          tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, smem.q_full[q_ring.stage()],
-                      panel * PANEL, tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
+        const uint32_t stage = q_ring.stage();
+        smem.q_empty[stage].wait(q_ring.parity() ^ 1);
+        if (lane == 0) smem.q_full[stage].arrive_expect_bytes(Q_BYTES);
+        if (lane < STORED_DIM / PANEL) {
+          tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
+                      tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
         q_ring.advance();
       };
-      const auto load_k = [&](int32_t step) {
-        smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
-        smem.k_full[k_ring.stage()].arrive_expect_bytes(K_BYTES);
-#pragma unroll
-        for (int panel = 0; panel < STORED_DIM / PANEL; ++panel) {
-          tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, smem.k_full[k_ring.stage()],
-                      panel * PANEL, tile.k_start + step * BLOCK_N, args.group_size.divide(tile.head_idx),
-                      packed_k ? 0 : tile.seq_idx);
+
+      // Hands on a tile, and loads its Q. Those in which no key is seen before it are handed on for their rows to be
+      // written, but only when all blocks of the tile before them have been loaded: nobody takes many ahead.
+      bool more = find_tile();
+      const auto begin_tile = [&] {
+        while (more && !sees_keys()) {
+          publish();
+          claim();
+          more = find_tile();
         }
-        k_ring.advance();
-      };
-      const auto load_v = [&](const FlashTile& t, int32_t step) {
-        MBarrier* empty = &smem.v_empty[v_ring.stage()];
-        T* target = smem.v[v_ring.stage()];
-        if constexpr (FP8) {
-          empty = &smem.v_turned[v_ring.stage()];
-          target = reinterpret_cast<T*>(smem.v_raw[v_ring.stage()]);
-        }
-        empty->wait(v_ring.parity() ^ 1);
-        const bool clear = ends_inside && (step + 1) * BLOCK_N > t.k_len;
-        MBarrier& barrier = FP8 || clear ? smem.v_loaded[v_ring.stage()] : smem.v_full[v_ring.stage()];
-        barrier.arrive_expect_bytes(V_BYTES);
-#pragma unroll
-        for (int panel = 0; panel < V_STORED_DIM / V_PANEL; ++panel) {
-          tma_load_4d(target + panel * BLOCK_N * V_PANEL, args.v, barrier, panel * V_PANEL, t.k_start + step * BLOCK_N,
-                      args.group_size.divide(t.head_idx), packed_k ? 0 : t.seq_idx);
-        }
-        v_ring.advance();
+        if (!more) return;
+        publish();
+        load_q();
       };
 
-      // K is a block ahead of V, also from one tile to the next.
-      bool more = next_tile();
-      if (more) {
-        load_q();
-        load_k(tile.end_step - 1);
-      }
+      begin_tile();
+      if (more) load_k(tile, tile.end_step - 1);
       while (more) {
-        for (int32_t step = tile.end_step - 1; step > tile.begin_step; --step) {
-          load_k(step - 1);
-          load_v(tile, step);
+        const FlashTile now = tile;
+        int32_t step = now.end_step - 1;
+        const auto load = [&] {  // K is a block ahead of V, also from one tile to the next
+          load_k(now, step - 1);
+          load_v(now, step);
+          --step;
+        };
+        claim();
+        // Two groups leave registers to have two tiles at hand: then Q, if there is room for two, is almost a tile
+        // ahead.
+        bool ahead = false;
+        if (NUM_CONSUMERS == 2 && Storage::kStagesQ > 1) {
+          if (step > now.begin_step) load();
+          more = find_tile();
+          ahead = more && sees_keys();
+          if (ahead) begin_tile();
         }
-        const FlashTile last = tile;
-        // The last V comes after the next tile's Q and first K, but for two cases. With one Q, that is not free before
-        // the last scores are done. And a block that must be cleared, which the last is if it is the only one, or
-        // turned must not wait for tiles to be handed on that the cleaner takes after it.
-        const bool early = FP8 || Storage::kStagesQ == 1 || last.begin_step + 1 == last.end_step;
-        if (early) load_v(last, last.begin_step);
-        more = next_tile();
-        if (more) {
-          load_q();
-          load_k(tile.end_step - 1);
-        }
-        if (!early) load_v(last, last.begin_step);
+        while (step > now.begin_step) load();
+        load_v(now, step);
+        if (NUM_CONSUMERS != 2 || Storage::kStagesQ == 1) more = find_tile();
+        if (!ahead) begin_tile();
+        if (more) load_k(tile, tile.end_step - 1);
       }
       tile.end_step = -1;
       publish();
     } else if constexpr (FP8) {
       // ------------------------------------------------------------------------------ turners
-      if (warp_idx == 0) return;
       FlashTileReader<Storage> tiles(smem);
       while (tiles.next(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
@@ -493,29 +505,49 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if (scale.data == nullptr) return 1.0f;
     return scale.data[t.seq_idx * scale.seq_stride + args.group_size.divide(t.head_idx) * scale.head_stride];
   };
-  // acc / sum, rounded, and the LSE.
-  const auto store = [&](const FlashTile& done, bool empty) {
+  // Where this lane's row r of a tile goes, and which part of it.
+  const bool whole = args.num_splits.divisor == 1;
+  const auto row_of = [&](const FlashTile& done, int r) {
+    struct Row {
+      bool counts, exists;
+      float* lse;
+      Out* out;        // whole
+      float* partial;  // otherwise
+    } result;
+    const int32_t row = done.first_row + lane_row + 8 * r;
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
-    const bool whole = args.num_splits.divisor == 1;
-    const float v_descale = FP8 ? descale_of(p.v_descale, done) : 1.0f;
-    const bool has_sink = EXTRAS && p.sinks != nullptr && done.split_idx == 0;  // one part of the keys counts it
-    float* const lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
-                       batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride;
-    Out* const out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + done.head_idx * p.out_head_stride;
+    const int64_t token = done.q_start + row;
+    result.counts = row < done.q_len;
+    result.exists = EXTRAS && p.seqused_q != nullptr ? row < num_rows_of_sequence(p, done.seq_idx) : result.counts;
+    result.lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
+                 batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride + token;
+    result.out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + token * p.out_token_stride +
+                 done.head_idx * p.out_head_stride;
+    result.partial =
+        p.partial_out +
+        ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) * p.v_head_dim;
+    return result;
+  };
+  const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
+    return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
+  };
+  // acc / sum, rounded, and the LSE. With few keys much of the time goes here, so that it is short in instructions.
+  const auto store = [&](const FlashTile& done) {
+    float row_sums[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = empty ? 0.0f : row_sum[r];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int32_t row = done.first_row + lane_row + 8 * r;
-      const bool counts = row < done.q_len;
-      const bool exists = !EXTRAS || p.seqused_q == nullptr ? counts : row < num_rows_of_sequence(p, done.seq_idx);
-      const int64_t token = done.q_start + row;
+      row_sums[r] = row_sum[r] + __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
+      row_sums[r] += __shfl_xor_sync(0xffffffffu, row_sums[r], 2);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = row_sums[r];
+      const auto row = row_of(done, r);
+      float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
-      float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, log2f(sum) - REFERENCE_LOG2);
-      if (has_sink) {
+      float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
+      if (has_sink(done)) {
         const float sink = p.sinks[done.head_idx] * kLog2E;
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
@@ -524,64 +556,67 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           log2_sum = with_sink;
         }
       }
-      if (FP8) inverse *= v_descale;
-      if (exists && lane % 4 == 0) lse[token] = counts ? log2_sum * kLn2 : -INFINITY;
-      if (!whole) {  // of a part without keys the LSE is enough, unless it is a sink's
-        if (!counts || (empty && !has_sink)) continue;
-        float* const partial =
-            p.partial_out +
-            ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) *
-                p.v_head_dim;
-        if constexpr (FP8) {
-#pragma unroll
-          for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
-            const int column = t * 8 + lane % 4 * 4;
-            if (column < p.v_head_dim) {
-              *reinterpret_cast<float4*>(partial + column) =
-                  empty ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
-                        : make_float4(acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
-                                      acc[t + 1][2 * r + 1] * inverse);
-            }
-          }
-        } else {
-#pragma unroll
-          for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
-            const int column = t * 8 + lane % 4 * 2;
-            if (column < p.v_head_dim) {
-              *reinterpret_cast<float2*>(partial + column) =
-                  empty ? make_float2(0.0f, 0.0f) : make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
-            }
-          }
-        }
-        continue;
-      }
+      if constexpr (FP8) inverse *= descale_of(p.v_descale, done);
+      if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
+        const int32_t first = lane % 4 * 4, num_columns = p.v_head_dim - first;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
-          uint2 w = make_uint2(0, 0);
-          if (!empty && counts) {
-            w.x = pack_pair<Out>(acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse);
-            w.y = pack_pair<Out>(acc[t][2 * r + 1] * inverse, acc[t + 1][2 * r + 1] * inverse);
+          if (t * 8 >= num_columns) continue;
+          const float x[4] = {acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
+                              acc[t + 1][2 * r + 1] * inverse};
+          if (!whole) {
+            if (row.counts) {
+              *reinterpret_cast<float4*>(row.partial + first + t * 8) = make_float4(x[0], x[1], x[2], x[3]);
+            }
+          } else if (row.exists) {
+            *reinterpret_cast<uint2*>(row.out + first + t * 8) =
+                row.counts ? make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3])) : make_uint2(0, 0);
           }
-          const int column = t * 8 + lane % 4 * 4;
-          if (exists && column < p.v_head_dim) *reinterpret_cast<uint2*>(out + token * p.out_token_stride + column) = w;
         }
-      } else {
+      } else if (whole) {
+        Out* const out = row.out + lane % 4 * 8;
+        const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
           uint32_t w[4] = {0, 0, 0, 0};
-          if (!empty) {
 #pragma unroll
-            for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
-              w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
-            }
-            gather_columns(w, lane);
+          for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
+            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
           }
-          const int column = (t + lane % 4) * 8;
-          if (exists && column < p.v_head_dim) {
-            uint4* const chunk = reinterpret_cast<uint4*>(out + token * p.out_token_stride + column);
-            *chunk = !EXTRAS || counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
+          gather_columns(w, lane);
+          if (t * 8 < num_columns) {
+            *reinterpret_cast<uint4*>(out + t * 8) =
+                !EXTRAS || row.counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
           }
+        }
+      } else {
+        float* const partial = row.partial + lane % 4 * 2;
+        const int32_t num_columns = row.counts ? p.v_head_dim : 0;
+#pragma unroll
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+          if (t * 8 < num_columns) {
+            *reinterpret_cast<float2*>(partial + t * 8) =
+                make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+          }
+        }
+      }
+    }
+  };
+  // Rows that see no key.
+  const auto store_empty = [&](const FlashTile& done) {
+#pragma unroll 1
+    for (int r = 0; r < 2; ++r) {
+      const auto row = row_of(done, r);
+      if (row.exists && lane % 4 == 0) *row.lse = row.counts && has_sink(done) ? p.sinks[done.head_idx] : -INFINITY;
+      const int32_t num_columns = whole ? (row.exists ? p.v_head_dim : 0) : (row.counts ? p.v_head_dim : 0);
+#pragma unroll 1
+      for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
+        if (whole) {
+          *reinterpret_cast<uint4*>(row.out + column) = make_uint4(0, 0, 0, 0);
+        } else if (has_sink(done)) {  // else the LSE is enough
+          *reinterpret_cast<float4*>(row.partial + column) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          *reinterpret_cast<float4*>(row.partial + column + 4) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
       }
     }
@@ -597,7 +632,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto next_tile = [&](FlashTile& next) {
     while (tiles.next(next)) {
       if (next.begin_step < next.end_step) return true;
-      store(next, true);
+      store_empty(next);
     }
     return false;
   };
@@ -715,11 +750,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       pin_registers(acc);
       pin_registers(probs);
       release_v();
-      store(tile, false);
+      store(tile);
       take(next);
     } else {
       finish_output();
-      store(tile, false);
+      store(tile);
       take(next);
       pass_over(num_blocks_unseen);
       smem.q_full[q_ring.stage()].wait(q_ring.parity());
@@ -731,7 +766,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   wait_for_v();
   start_output(first);
   finish_output();
-  store(tile, false);
+  store(tile);
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent
 #endif
@@ -755,12 +790,19 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   args.order = SectionLookup(config.order, config.num_m_tiles);
   args.num_splits = FastDivide(config.num_splits);
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
+  args.heads_of_section = static_cast<int32_t>(config.heads_of_section);
   args.num_tiles = static_cast<int32_t>(config.num_tiles);
 
+  const bool paged = p.block_table != nullptr;
+  const int box_rows = paged ? static_cast<int>(std::gcd(p.k_tokens, int64_t{BLOCK_N})) : BLOCK_N;
+  args.page_size = FastDivide(paged ? static_cast<int32_t>(p.k_tokens) : 1);
+  args.box_rows = box_rows;
+  args.num_boxes = BLOCK_N / box_rows;
+
   const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
-  const int64_t k_batches = p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
+  const int64_t k_batches = paged ? p.num_pages : p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
   constexpr int kPanel = kPanelOf<T, HEAD_DIM>, kVPanel = kPanelOf<T, V_HEAD_DIM>;
-  const bool no_keys = p.k_tokens == 0;  // none is read, but a map must be of something
+  const bool no_keys = p.k_tokens * k_batches == 0;  // none is read, but a map must be of something
   const TensorMapSpec specs[3] = {{p.q,
                                    p.dtype,
                                    {p.head_dim, p.q_tokens, p.num_heads, q_batches},
@@ -772,13 +814,13 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                    {p.head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
                                    kPanel,
-                                   BLOCK_N},
+                                   box_rows},
                                   {no_keys ? p.q : p.v,
                                    p.dtype,
                                    {p.v_head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
                                    kVPanel,
-                                   BLOCK_N}};
+                                   box_rows}};
   CUtensorMap* const maps[3] = {&args.q, &args.k, &args.v};
   for (int i = 0; i < 3; ++i) {
     const cudaError_t error = make_tensor_map(maps[i], specs[i]);

@@ -21,7 +21,7 @@ struct FlashDescale {
 // aligned. Packed sequences are a batch of one tensor: num_seqs counts the sequences all the same.
 struct FlashFwdSm90Params {
   const void* q = nullptr;  // (B, Sq, H, D), packed (T, H, D)
-  const void* k = nullptr;  // (B, Sk, Hk, D), packed (Tk, Hk, D)
+  const void* k = nullptr;  // (B, Sk, Hk, D), packed (Tk, Hk, D), paged (num_pages, page size, Hk, D)
   const void* v = nullptr;  // like k
   void* out = nullptr;      // like q
   float* lse = nullptr;     // (B, H, Sq), packed (H, T); natural log, -inf where a row sees no key
@@ -34,8 +34,10 @@ struct FlashFwdSm90Params {
 
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1) if packed, else nullptr
   const int32_t* cu_seqlens_k = nullptr;
-  const int32_t* seqused_q = nullptr;  // (B) or nullptr: how many rows of each sequence count
-  const int32_t* seqused_k = nullptr;  // (B) or nullptr: and keys
+  const int32_t* seqused_q = nullptr;    // (B) or nullptr: how many rows of each sequence count
+  const int32_t* seqused_k = nullptr;    // (B) or nullptr: and keys; a paged cache needs it
+  const int32_t* block_table = nullptr;  // (B, max_blocks), paged only; read up to the length only
+  int64_t block_table_stride = 0;
 
   const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
   int64_t alibi_batch_stride = 0;       // 0: (H)
@@ -49,7 +51,9 @@ struct FlashFwdSm90Params {
   int64_t out_batch_stride = 0, out_token_stride = 0, out_head_stride = 0;
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
-  int64_t q_tokens = 0, k_tokens = 0;  // Sq and Sk, packed T and Tk
+  int64_t q_tokens = 0, k_tokens = 0;  // Sq and Sk, packed T and Tk; paged: of a page, a multiple of 8
+  int64_t num_pages = 0;               // paged only
+  int32_t max_blocks = 0;              // paged only: of a sequence
   int64_t num_tokens = 0;              // T, of a batch B * Sq
   int32_t num_seqs = 0;                // B
   int32_t num_heads = 0;               // H

@@ -54,19 +54,22 @@ struct FlashFwdSm90Problem {
   int64_t max_seqlen_k;
   bool causal;
   int64_t num_sms;
-  bool extras = false;  // flash_fwd_sm90_extras
+  int64_t packed_tokens = -1;  // all sequences' query rows where they are packed
+  bool extras = false;         // flash_fwd_sm90_extras
   bool fp8 = false;
 };
 
 // Tiles are in the order of section_order.h: pairs are of a sequence and a query head, levels go from the last query
-// rows to the first.
+// rows to the first. Packed sequences, whose lengths only the device knows, come one after the other, each cut into
+// sections of some heads.
 struct FlashFwdSm90Config {
   int head_dim, v_head_dim;  // compiled head dims, 0 if there are none
   FlashFwdSm90Tile tile;
-  int64_t num_m_tiles;  // of a pair
+  int64_t num_m_tiles;  // of a pair, at most
   SectionOrder order;
-  int num_splits;  // tiles that share the keys of the same rows
-  int64_t num_tiles;
+  int64_t heads_of_section;
+  int num_splits;     // tiles that share the keys of the same rows
+  int64_t num_tiles;  // packed: at most
   int64_t num_ctas;
 };
 
@@ -89,7 +92,11 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   }
   config.num_m_tiles = (problem.max_seqlen_q + config.tile.block_m() - 1) / config.tile.block_m();
   const int64_t num_pairs = problem.num_seqs * problem.num_heads;  // (sequence, query head)
-  const int64_t num_whole = num_pairs * config.num_m_tiles;
+  int64_t num_whole = num_pairs * config.num_m_tiles;
+  if (problem.packed_tokens >= 0) {  // each sequence has one tile that is not full, at most
+    const int64_t full = problem.packed_tokens / config.tile.block_m() + problem.num_seqs;
+    num_whole = std::min(num_whole, full * problem.num_heads);
+  }
   if (num_whole == 0) return config;
 
   // The keys are split as it fills the SMs best, into parts of at least four blocks; a split costs a combination.
@@ -115,9 +122,11 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   const int64_t kv_bytes =
       std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 ? 1 : 2));
   const int64_t group = problem.num_heads / problem.num_kv_heads;
-  config.order =
-      SectionOrder::make(num_pairs, config.num_m_tiles, std::max<int64_t>(1, kSectionBytes / kv_bytes) * group,
-                         problem.causal, problem.num_sms);
+  int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / kv_bytes);
+  config.order = SectionOrder::make(num_pairs, config.num_m_tiles, kv_heads * group, problem.causal, problem.num_sms);
+  kv_heads = std::min(kv_heads, problem.num_kv_heads);
+  while (problem.num_kv_heads % kv_heads != 0) --kv_heads;
+  config.heads_of_section = kv_heads * group;
   return config;
 }
 

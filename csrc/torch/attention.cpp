@@ -104,26 +104,34 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
   p.tile_counter = static_cast<int32_t*>(tile_counter.data_ptr());
   if (batch >= 0) {
     p.q_batch_stride = q.stride(0);
-    p.k_batch_stride = k.stride(0);
-    p.v_batch_stride = v.stride(0);
     p.out_batch_stride = out.stride(0);
     p.lse_batch_stride = lse.stride(0);
   }
+  if (k.dim() == 4) {
+    p.k_batch_stride = k.stride(0);
+    p.v_batch_stride = v.stride(0);
+  }
+  if (call.block_table) {
+    p.block_table = data<int32_t>(*call.block_table);
+    p.block_table_stride = call.block_table->stride(0);
+    p.max_blocks = static_cast<int32_t>(call.block_table->size(1));
+    p.num_pages = k.size(0);
+  }
   p.q_token_stride = q.stride(token);
   p.q_head_stride = q.stride(head);
-  p.k_token_stride = k.stride(token);
-  p.k_head_stride = k.stride(head);
-  p.v_token_stride = v.stride(token);
-  p.v_head_stride = v.stride(head);
+  p.k_token_stride = k.stride(k.dim() - 3);
+  p.k_head_stride = k.stride(k.dim() - 2);
+  p.v_token_stride = v.stride(k.dim() - 3);
+  p.v_head_stride = v.stride(k.dim() - 2);
   p.out_token_stride = out.stride(token);
   p.out_head_stride = out.stride(head);
   p.lse_head_stride = lse.stride(batch + 1);
   p.q_tokens = q.size(token);
-  p.k_tokens = k.size(token);
+  p.k_tokens = k.size(k.dim() - 3);
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
   p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim,
                                     call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q),
-                                    flash_fwd_sm90_extras(p), is_fp8(q)});
+                                    batch < 0 ? p.q_tokens : -1, flash_fwd_sm90_extras(p), is_fp8(q)});
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
@@ -157,6 +165,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .k = k_cache,
                               .v = v_cache,
                               .cu_seqlens_q = cu_seqlens_q,
+                              .seqused_k = seqused_k,
+                              .block_table = block_table,
                               .alibi_slopes = alibi_slopes,
                               .sinks = sinks,
                               .num_seqs = num_seqs,
@@ -170,9 +180,11 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
+  // The copy engine brings 8 rows of a page at least, as its swizzle repeats, and no dimension that repeats.
+  const bool copyable = k_cache.size(1) % 8 == 0 && rows_distinct(k_cache) && rows_distinct(v_cache);
+  if (copyable && for_sm90(checks, call)) return run_sm90(op, call);
   FlashSm80Params p;
   p.paged = true;
-  p.seqused_k = data<int32_t>(seqused_k);
   p.block_table = data<int32_t>(block_table);
   p.k_block_stride = k_cache.stride(0);
   p.k_token_stride = k_cache.stride(1);

@@ -23,11 +23,13 @@ bool rows_aligned(const Tensor& t) {
 
 Tensor with_aligned_rows(const Tensor& t) { return rows_aligned(t) ? t : packed_copy(t); }
 
-Tensor with_distinct_rows(const Tensor& t) {
+bool rows_distinct(const Tensor& t) {
   bool distinct = rows_aligned(t);
   for (int64_t i = 0; i + 1 < t.dim(); ++i) distinct = distinct && (t.size(i) <= 1 || t.stride(i) > 0);
-  return distinct ? t : packed_copy(t);
+  return distinct;
 }
+
+Tensor with_distinct_rows(const Tensor& t) { return rows_distinct(t) ? t : packed_copy(t); }
 
 bool possible_on_sm90(const AttentionCall& call) { return capability_of(call.q) == 90 && call.softmax_scale > 0.0; }
 

@@ -18,6 +18,7 @@ bool rows_aligned(const Tensor& t);
 Tensor with_aligned_rows(const Tensor& t);
 
 // What the copy engine can be told of: rows as above, and no dimension that repeats the same ones (an expanded tensor).
+bool rows_distinct(const Tensor& t);
 Tensor with_distinct_rows(const Tensor& t);
 
 // A call's q (B, Sq, H, D), or packed (T, H, D), its k and v alike, and all that says which scores count how much.
@@ -25,6 +26,7 @@ struct AttentionCall {
   Tensor q, k, v;
   MaybeTensor cu_seqlens_q = std::nullopt, cu_seqlens_k = std::nullopt;  // packed only
   MaybeTensor seqused_q = std::nullopt, seqused_k = std::nullopt;
+  MaybeTensor block_table = std::nullopt;  // k and v are pages (num_pages, page size, Hk, D)
   MaybeTensor alibi_slopes = std::nullopt, sinks = std::nullopt;
   MaybeTensor q_descale = std::nullopt, k_descale = std::nullopt, v_descale = std::nullopt;
   int64_t num_seqs = 0, max_seqlen_q = 0, max_seqlen_k = 0;

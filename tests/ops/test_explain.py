@@ -52,6 +52,30 @@ def test_the_order_of_tiles_covers_all(
         assert config["num_splits"] * 4 <= -(-max_seqlen_k // config["block_n"])
 
 
+@given(
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=40),
+    kv_heads=st.integers(1, 9),
+    group=st.integers(1, 9),
+    max_seqlen_k=st.integers(1, 100_000),
+    num_sms=st.sampled_from((1, 132)),
+)
+def test_packed_sequences_have_no_more_tiles_than_their_lengths_allow(
+    lengths: list[int], kv_heads: int, group: int, max_seqlen_k: int, num_sms: int
+) -> None:
+    heads = kv_heads * group
+    config = _runtime.flash_fwd_sm90_config(
+        len(lengths), heads, kv_heads, 128, 128, max(lengths), max_seqlen_k, True, num_sms, sum(lengths)
+    )
+    tiles = sum(-(-length // config["block_m"]) for length in lengths) * heads
+    if tiles == 0:
+        return
+    at_most = (sum(lengths) // config["block_m"] + len(lengths)) * heads
+    assert tiles <= config["num_tiles"] // config["num_splits"] <= at_most
+    assert heads % config["heads_of_section"] == 0  # sections are of whole groups, and all alike
+    assert config["heads_of_section"] % group == 0
+    assert config["num_ctas"] == min(config["num_tiles"], num_sms)
+
+
 @pytest.mark.parametrize(
     ("dims", "compiled"),
     [
