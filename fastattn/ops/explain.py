@@ -83,14 +83,14 @@ def explain(
             op,
             f"q is {shapes[0]} and k {shapes[1]}, expected D a multiple of 8 up to {MAX_HEAD_DIM}, and Hk to divide H",
         )
-    capability, num_sms, large_smem = (9, 0), _HOPPER_SMS, True
+    capability, num_sms = (9, 0), _HOPPER_SMS
     if isinstance(q, Tensor) and q.is_cuda:
         capability = torch.cuda.get_device_capability(q.device)
-        properties = torch.cuda.get_device_properties(q.device)
-        num_sms, large_smem = properties.multi_processor_count, properties.shared_memory_per_block_optin >= 227 << 10
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     problem = (batch, heads, kv_heads, dim, seqlen_q, seqlen_k)
     if kernel not in ("auto", "sm80", "sm90") or (kernel == "sm90" and capability != (9, 0)):
         fail_value(op, f"kernel is {kernel!r}, expected 'auto', 'sm80', or 'sm90' for a GPU of capability 9.0")
+    large_smem = capability[0] in (9, 10)  # 227 KiB for a CTA
     decode = _runtime.paged_decode_config(*problem, num_sms, large_smem)
     if kernel == "auto":
         few_rows = decode["fits"] and decode["num_columns"] == kv_heads
