@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
 
   // The table comes to the L2 cache while the lengths, which say what of it is needed, are on their way. A large one
   // does not, since much of it may not be needed.
-  if (p.paged) {
+  if (p.paged && p.max_blocks > 0) {
     constexpr int64_t kLine = 32, kMost = 16384;  // entries
     const int64_t entries = (p.num_seqs - 1) * p.block_table_stride + p.max_blocks;
     const int64_t entry = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
