@@ -91,6 +91,16 @@ class NgramIndex:
 def flash_sm80_config(
     num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, num_sms: int
 ) -> dict[str, int]: ...
+def paged_decode_config(
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_sms: int,
+    large_smem: bool,
+) -> dict[str, int]: ...
 def flash_fwd_sm90_config(
     num_seqs: int,
     num_heads: int,

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache, 32 query heads on 8 KV heads of 128: one token a sequence, and prefills over a prefix."""
+"""Attention over a paged KV cache: a few tokens a sequence, and prefills over a prefix."""
 
 from __future__ import annotations
 
@@ -9,37 +9,56 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.families.flash_fwd import first
+from bench.families.flash_fwd import first, lognormal
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, op_case
 from bench.harness.ceilings import Work
-from bench.harness.peers import PeerAbsentError, flashinfer, require, vllm_ops
+from bench.harness.peers import PeerAbsentError, flashinfer, require
 from fastattn import ops
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 # batch, context
 DECODES = ((1, 1024), (1, 8192), (1, 65536), (2, 4096), (4, 4096), (8, 4096), (32, 4096), (64, 2048), (128, 1024), (128, 4096), (256, 1024))  # fmt: skip
+# heads, KV heads, head dim; batch, new tokens of each sequence, context with them
+OTHER_DECODES = (
+    (9, 3, 64, 1, 1, 1024),  # SmolLM2
+    (9, 3, 64, 64, 1, 2048),
+    (64, 8, 128, 8, 1, 4096),
+    (16, 16, 128, 16, 1, 4096),
+    (8, 1, 256, 8, 1, 8192),
+    (32, 8, 128, 8, 4, 4096),  # drafts
+    (32, 8, 128, 8, 8, 4096),
+)
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
 def paged(
-    context: Context, page: int, batch: int, new: int, length: int, heads: int = HEADS, kv_heads: int = KV_HEADS
+    context: Context,
+    page: int,
+    batch: int,
+    new: int,
+    length: int,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    dim: int = DIM,
+    ragged: bool = False,
 ) -> Case:
-    """`new` tokens each of `batch` sequences that are `length` tokens long with them; pages in random order."""
+    """`new` tokens each of `batch` sequences that are `length` tokens long with them, or lognormal up to that; pages in
+    random order."""
     device, dtype = context.device, torch.bfloat16
     rng = context.generator(batch + length)
     pages_each = -(-length // page)
-    shape = (batch * pages_each, page, kv_heads, DIM)
+    shape = (batch * pages_each, page, kv_heads, dim)
     k_cache, v_cache = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
     table = torch.randperm(shape[0], generator=rng, device=device).int().view(batch, pages_each)
-    q = torch.randn(batch * new, heads, DIM, generator=rng, device=device, dtype=dtype)
+    q = torch.randn(batch * new, heads, dim, generator=rng, device=device, dtype=dtype)
     offsets = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
-    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    all_lengths = lognormal(batch, length, 665, seed=1) if ragged else [length] * batch
+    lengths = torch.tensor(all_lengths, dtype=torch.int32, device=device)
 
     def vllm_fa3() -> Callable[[], Tensor]:
-        vllm_ops()  # loads the kernels
         attend = require("vllm.vllm_flash_attn").flash_attn_varlen_func
         out = torch.empty_like(q)
         return lambda: first(
@@ -49,7 +68,7 @@ def paged(
                 v_cache,
                 max_seqlen_q=new,
                 cu_seqlens_q=offsets,
-                max_seqlen_k=length,
+                max_seqlen_k=max(all_lengths),
                 seqused_k=lengths,
                 causal=True,
                 block_table=table,
@@ -63,7 +82,7 @@ def paged(
         flags = require("fa3_fwd_config").CONFIG.get("build_flags", {})
         if flags.get("FLASHATTENTION_DISABLE_PAGEDKV"):
             raise PeerAbsentError("this FlashAttention-3 wheel was built without paged KV")
-        grouped = q.view(batch, new, heads, DIM)
+        grouped = q.view(batch, new, heads, dim)
         return lambda: first(
             library.flash_attn_with_kvcache(
                 grouped, k_cache, v_cache, cache_seqlens=lengths, page_table=table, causal=True
@@ -72,10 +91,12 @@ def paged(
 
     def flash_attn() -> Callable[[], Tensor]:
         attend = require("flash_attn").flash_attn_with_kvcache  # raises for pages that are no multiple of 256
-        grouped = q.view(batch, new, heads, DIM)
+        grouped = q.view(batch, new, heads, dim)
         return lambda: first(attend(grouped, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True))
 
     def flashinfer_paged() -> Callable[[], Tensor]:
+        if ragged:
+            raise PeerAbsentError("FlashInfer's plan wants the pages of each sequence one after the other")
         workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         indptr = torch.arange(0, batch * pages_each + 1, pages_each, dtype=torch.int32, device=device)
         last = torch.full((batch,), (length - 1) % page + 1, dtype=torch.int32, device=device)
@@ -84,7 +105,7 @@ def paged(
                 workspace, "NHD", use_tensor_cores=True
             )
             wrapper.plan(
-                indptr, table.flatten(), last, heads, kv_heads, DIM, page, q_data_type=dtype, kv_data_type=dtype
+                indptr, table.flatten(), last, heads, kv_heads, dim, page, q_data_type=dtype, kv_data_type=dtype
             )
         else:
             wrapper = flashinfer("flashinfer.prefill").BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
@@ -95,7 +116,7 @@ def paged(
                 last,
                 heads,
                 kv_heads,
-                DIM,
+                dim,
                 page,
                 causal=True,
                 q_data_type=dtype,
@@ -105,18 +126,22 @@ def paged(
 
     def torch_gather() -> Callable[[], Tensor]:
         """What torch alone can do: collect the pages, then attend."""
+        if ragged:
+            raise PeerAbsentError("torch has no attention to keys of different lengths in one call")
         if 1 < new < length:  # torch aligns its causal mask top-left
             raise PeerAbsentError("torch has no causal attention over a prefix without a mask tensor")
         order = table.flatten().long()
-        rows = q.view(batch, new, heads, DIM).transpose(1, 2)
+        rows = q.view(batch, new, heads, dim).transpose(1, 2)
 
         def call() -> Tensor:
-            k, v = (c[order].view(batch, -1, kv_heads, DIM)[:, :length].transpose(1, 2) for c in (k_cache, v_cache))
+            k, v = (c[order].view(batch, -1, kv_heads, dim)[:, :length].transpose(1, 2) for c in (k_cache, v_cache))
             return F.scaled_dot_product_attention(rows, k, v, is_causal=new > 1, enable_gqa=True).transpose(1, 2)
 
         return call
 
-    pairs = batch * (new * (length - new) + new * (new + 1) // 2)
+    num_keys = sum(all_lengths)
+    pairs = sum(new * (n - new) + new * (new + 1) // 2 for n in all_lengths)
+    what = f"{min(all_lengths)} to {max(all_lengths)}" if ragged else f"{length}"
     return op_case(
         ops.paged_attention,
         {
@@ -137,15 +162,15 @@ def paged(
             "flash_attn": flash_attn,
             "torch": torch_gather,
         },
-        work=Work(num_bytes=4 * batch * length * kv_heads * DIM + 2 * q.nbytes, num_ops=4 * pairs * heads * DIM),
-        config=f"{batch} × {new} of {length} tokens, {heads}/{kv_heads} heads of {DIM}, pages of {page}, bf16",
+        work=Work(num_bytes=4 * num_keys * kv_heads * dim + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
+        config=f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, bf16",
     )
 
 
 DECODE = Family(
     "paged_decode",
     "cuda",
-    "paged_attention with one token a sequence, beside vLLM's FlashAttention-3",
+    "paged_attention with a few tokens a sequence, beside vLLM's FlashAttention-3",
     tuple(
         CaseSpec(
             f"bf16_p{page}_b{batch}_s{length}",
@@ -154,7 +179,15 @@ DECODE = Family(
         )
         for page in (16, 64)
         for batch, length in DECODES
-    ),
+    )
+    + tuple(
+        CaseSpec(
+            f"bf16_p16_b{batch}_s{length}_h{heads}x{kv_heads}x{dim}" + (f"_t{new}" if new > 1 else ""),
+            partial(paged, page=16, batch=batch, new=new, length=length, heads=heads, kv_heads=kv_heads, dim=dim),
+        )
+        for heads, kv_heads, dim, batch, new, length in OTHER_DECODES
+    )
+    + (CaseSpec("bf16_p16_ragged64_s8192", partial(paged, page=16, batch=64, new=1, length=8192, ragged=True)),),
 )
 PREFILL = Family(
     "paged_prefill",

@@ -9,22 +9,20 @@
 //
 // Grid: one CTA per (sequence, KV head, split of the keys, tile of rows). A tile's rows are the
 // pairs (query token, head of the group) of one KV head, row r = token r / G, head r % G, so that a
-// decode step with G = 8 loads K and V once, not eight times.
+// chunk of few tokens with G = 8 loads K and V once, not eight times. (With at most 16 rows it is paged_decode's.)
 //
-//              prefill (block_m 64 or 128)                    decode (block_m 16)
-//                    keys of a step                             keys of a step
-//             ┌──────────────────────────┐            ┌────────┬────────┬────────┬────────┐
-//   16 or 32  │          warp 0          │   16 rows  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │
-//   rows      │          warp 1          │            └────────┴────────┴────────┴────────┘
-//     ...     │           ...            │            each warp has its own maximum, sum and O;
-//             └──────────────────────────┘            they are merged in warp order at the end
+//                    keys of a step
+//             ┌──────────────────────────┐
+//   16 or 32  │          warp 0          │
+//   rows      │          warp 1          │
+//     ...     │           ...            │
+//             └──────────────────────────┘
 //
-// Shared memory: Q, and one (prefill) or two (decode) stages each of K and V, all swizzled (arch/swizzle.cuh). Every
-// thread loads (cp.async, zero-filled outside the visible keys and past D) and every warp computes:
+// Shared memory: Q, and one stage each of K and V, all swizzled (arch/swizzle.cuh). Every thread loads (cp.async,
+// zero-filled outside the visible keys and past D) and every warp computes; two CTAs an SM: one computes while the
+// other waits.
 //
-//   prefill    wait K(n) │ barrier │ issue V(n) │ S = Q K^T │ wait V(n) │ barrier │ issue K(n+1) │ mask, softmax │
-//              O += P V            two CTAs an SM: one computes while the other waits
-//   decode     wait K(n) │ barrier │ issue K(n+1), V(n+1) │ S = Q K^T, mask, softmax │ wait V(n) │ barrier │ O += P V
+//   wait K(n) │ barrier │ issue V(n) │ S = Q K^T │ wait V(n) │ barrier │ issue K(n+1) │ mask, softmax │ O += P V
 //
 // A barrier also says that all warps are done with what is overwritten next.
 //
@@ -120,55 +118,34 @@ struct PagedKv {
 // ---------------------------------------------------------------------------------------------
 // Shared memory
 
-template <typename T, int HEAD_DIM, bool DECODE>
+template <typename T, int HEAD_DIM>
 struct FlashSm80Storage {
-  static constexpr FlashSm80Tile kTile = flash_sm80_tile(HEAD_DIM, DECODE);
+  static constexpr FlashSm80Tile kTile = flash_sm80_tile(HEAD_DIM);
   static constexpr int kNumThreads = kTile.num_threads();
-  static constexpr int kMergeStride = HEAD_DIM + 8;  // 8 more: rows start in different banks
 
-  struct Stages {
-    T k[kTile.stages][kTile.block_n * HEAD_DIM];
-    T v[kTile.stages][kTile.block_n * HEAD_DIM];
-  };
-  // The warps' results, over the stages once those are drained (warps_n > 1).
-  static constexpr int kMergeRows = kTile.warps_n > 1 ? kTile.block_m : 1;
-  struct Merge {
-    float out[kTile.warps_n][kMergeRows][kMergeStride];
-    float row_max[kTile.warps_n][kMergeRows];
-    float row_sum[kTile.warps_n][kMergeRows];
-  };
-
-  alignas(128) T q[kTile.block_m * HEAD_DIM];  // later the rounded output (warps_n == 1)
-  union alignas(128) {
-    Stages stages;
-    Merge merge;
-  };
+  alignas(128) T q[kTile.block_m * HEAD_DIM];  // later the rounded output
+  alignas(128) T k[kTile.block_n * HEAD_DIM];
+  alignas(128) T v[kTile.block_n * HEAD_DIM];
 };
 
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// CTAs an SM that registers are kept low for.
-template <typename T, int HEAD_DIM, bool DECODE>
-constexpr int kFlashSm80MinCtas = DECODE ? 1 : 2;
-
-template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
-__global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThreads,
-                                  kFlashSm80MinCtas<T, HEAD_DIM, DECODE>)
+template <typename T, int HEAD_DIM, typename KvLoader>
+__global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
     flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale) {
-  using Storage = FlashSm80Storage<T, HEAD_DIM, DECODE>;
+  using Storage = FlashSm80Storage<T, HEAD_DIM>;
   constexpr FlashSm80Tile kTile = Storage::kTile;
   constexpr int BLOCK_M = kTile.block_m;
   constexpr int BLOCK_N = kTile.block_n;
   constexpr int NUM_THREADS = Storage::kNumThreads;
-  constexpr int WARP_M = BLOCK_M / kTile.warps_m;  // rows of a warp
-  constexpr int WARP_N = BLOCK_N / kTile.warps_n;  // keys of a step per warp
+  constexpr int WARP_M = BLOCK_M / kTile.num_warps;  // rows of a warp
   constexpr int TILES_M = WARP_M / 16;
   constexpr int AHEAD = TILES_M == 1 ? 3 : 1;  // loads ahead of the products; with these little or nothing spills
   constexpr int CHUNKS = HEAD_DIM / 8;         // 16-byte pieces of a row
   using Place = ChunkOfThread<HEAD_DIM, NUM_THREADS>;
   constexpr int ROWS_PER_PASS = Place::kRowsPerPass;
-  static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "products are of 16 rows, and consume P 16 keys at a time");
+  static_assert(WARP_M % 16 == 0 && BLOCK_N % 16 == 0, "products are of 16 rows, and consume P 16 keys at a time");
   static_assert(BLOCK_N % ROWS_PER_PASS == 0, "passes of the threads fill a tile");
 
   extern __shared__ __align__(128) unsigned char smem_bytes[];
@@ -176,8 +153,6 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
 
   const int warp_idx = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int warp_m = warp_idx % kTile.warps_m;
-  const int warp_n = warp_idx / kTile.warps_m;
 
   // ---- which tile. The last rows come first: with a causal mask they have the most keys.
   const int32_t num_m_tiles = static_cast<int32_t>(p.config.num_m_tiles);
@@ -324,15 +299,11 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   };
 
   load_q();
-  load_kv(kv.k, head_chunks, smem.stages.k[0], step);
+  load_kv(kv.k, head_chunks, smem.k, step);
   cp_async_commit();
-  if constexpr (kTile.stages == 2) {
-    load_kv(kv.v, v_chunks, smem.stages.v[0], step);
-    cp_async_commit();
-  }
 
   // ---- main loop
-  const int warp_row = warp_m * WARP_M;
+  const int warp_row = warp_idx * WARP_M;
   const bool warp_has_rows = first_row + warp_row <= last_row;
   // The row of a lane's scores [m][..][2 * half ..]; behind the end it is the last one again.
   const auto lane_row = [&](int m, int half) {
@@ -345,38 +316,25 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
   OnlineSoftmax<TILES_M> softmax;
   float acc[TILES_M][HEAD_DIM / 8][4] = {};
 
-  for (int stage = 0; step < end_step; ++step, stage ^= 1) {
-    const int tile = stage % kTile.stages;
-    if constexpr (kTile.stages == 2) {
-      // Outstanding groups, oldest first: K(n), V(n).
-      cp_async_wait<1>();
-      __syncthreads();
-      if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.stages.k[tile ^ 1], step + 1);
-      cp_async_commit();
-      if (step + 1 < end_step) load_kv(kv.v, v_chunks, smem.stages.v[tile ^ 1], step + 1);
-      cp_async_commit();
-    } else {
-      cp_async_wait<0>();
-      __syncthreads();
-      load_kv(kv.v, v_chunks, smem.stages.v[0], step);
-      cp_async_commit();
-    }
+  for (; step < end_step; ++step) {
+    cp_async_wait<0>();
+    __syncthreads();
+    load_kv(kv.v, v_chunks, smem.v, step);
+    cp_async_commit();
 
-    float scores[TILES_M][WARP_N / 8][4] = {};
+    float scores[TILES_M][BLOCK_N / 8][4] = {};
     if (warp_has_rows) {
       warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, WarpOperandA<HEAD_DIM>(smem.q, warp_row),
-                                         WarpOperandB<HEAD_DIM>(smem.stages.k[tile], warp_n * WARP_N));
+                                         WarpOperandB<HEAD_DIM>(smem.k, 0));
     }
-    if constexpr (kTile.stages == 1) {
-      cp_async_wait<0>();
-      __syncthreads();
-      if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.stages.k[0], step + 1);
-      cp_async_commit();
-    }
+    cp_async_wait<0>();
+    __syncthreads();
+    if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.k, step + 1);
+    cp_async_commit();
 
     if (warp_has_rows) {
       const int32_t first_key = step * BLOCK_N;
-      const int32_t lane_key = first_key + warp_n * WARP_N + 2 * (lane % 4);
+      const int32_t lane_key = first_key + 2 * (lane % 4);
       if (general) {
 #pragma unroll
         for (int i = 0; i < 2 * TILES_M; ++i) {
@@ -386,7 +344,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
                                   ? 0.0f
                                   : kLog2E * p.alibi_slopes[seq_idx * p.alibi_batch_stride + row_head(row)];
 #pragma unroll
-          for (int j = 0; j < WARP_N / 4; ++j) {
+          for (int j = 0; j < BLOCK_N / 4; ++j) {
             float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
             score *= score_scale.pre;
             if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
@@ -399,125 +357,58 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
         for (int i = 0; i < 2 * TILES_M; ++i) {
           const KeyRange visible = mask.visible(p.group_size.divide(lane_row(i / 2, i % 2)));
 #pragma unroll
-          for (int j = 0; j < WARP_N / 4; ++j) {
+          for (int j = 0; j < BLOCK_N / 4; ++j) {
             const int32_t key = lane_key + j / 2 * 8 + j % 2;
             if (key < visible.begin || key >= visible.end) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
           }
         }
       }
       softmax.update(scores, acc, softmax_scale);
-    }
-
-    if constexpr (kTile.stages == 2) {
-      // Outstanding groups: V(n), K(n+1), V(n+1).
-      cp_async_wait<2>();
-      __syncthreads();
-    }
-    if (warp_has_rows) {
-      warp_gemm_registers<T, AHEAD>(acc, scores, WarpOperandB<HEAD_DIM, true>(smem.stages.v[tile], 0, warp_n * WARP_N));
+      warp_gemm_registers<T, AHEAD>(acc, scores, WarpOperandB<HEAD_DIM, true>(smem.v, 0));
     }
   }
   cp_async_wait<0>();
   softmax.finish(softmax_scale);
 
   // ---- epilogue
-  if constexpr (kTile.warps_n == 1) {
-    // A warp owns its rows: no other warp is involved from here on.
+  // A warp owns its rows: no other warp is involved from here on.
 #pragma unroll
-    for (int m = 0; m < TILES_M; ++m) {
+  for (int m = 0; m < TILES_M; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row = first_row + warp_row + m * 16 + half * 8 + lane / 4;
-        const RowResult result =
-            finish_row(softmax.row_max[m][half], softmax.row_sum[m][half], row_sink(min(row, last_row)));
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = first_row + warp_row + m * 16 + half * 8 + lane / 4;
+      const RowResult result =
+          finish_row(softmax.row_max[m][half], softmax.row_sum[m][half], row_sink(min(row, last_row)));
+#pragma unroll
+      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+        acc[m][nn][2 * half] *= result.inverse;
+        acc[m][nn][2 * half + 1] *= result.inverse;
+      }
+      if (row > last_row) continue;
+      if (lane % 4 == 0) lse[lse_offset(row)] = result.lse;
+      if (num_splits > 1) {
+        float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
 #pragma unroll
         for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-          acc[m][nn][2 * half] *= result.inverse;
-          acc[m][nn][2 * half + 1] *= result.inverse;
-        }
-        if (row > last_row) continue;
-        if (lane % 4 == 0) lse[lse_offset(row)] = result.lse;
-        if (num_splits > 1) {
-          float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
-#pragma unroll
-          for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-            if (nn < v_chunks) {
-              *reinterpret_cast<float2*>(row_out + nn * 8) =
-                  make_float2(acc[m][nn][2 * half], acc[m][nn][2 * half + 1]);
-            }
+          if (nn < v_chunks) {
+            *reinterpret_cast<float2*>(row_out + nn * 8) = make_float2(acc[m][nn][2 * half], acc[m][nn][2 * half + 1]);
           }
         }
       }
     }
-    if (num_splits == 1) {
-      // Through the warp's own rows of Q, so that global stores are whole rows.
-      WarpResult<HEAD_DIM>(smem.q, warp_row, 0).template store_all<T>(acc, 1.0f);
-      __syncwarp();
+  }
+  if (num_splits == 1) {
+    // Through the warp's own rows of Q, so that global stores are whole rows.
+    WarpResult<HEAD_DIM>(smem.q, warp_row, 0).template store_all<T>(acc, 1.0f);
+    __syncwarp();
 #pragma unroll 4
-      for (int i = lane; i < WARP_M * CHUNKS; i += 32) {
-        const int tile_row = warp_row + i / CHUNKS;
-        const int32_t row = first_row + tile_row;
-        if (row <= last_row && i % CHUNKS < v_chunks) {
-          *reinterpret_cast<uint4*>(out + out_offset(row) + (i % CHUNKS) * 8) =
-              *reinterpret_cast<const uint4*>(smem.q + swizzled<HEAD_DIM>(tile_row, i % CHUNKS));
-        }
-      }
-    }
-  } else {
-    static_assert(kTile.warps_n == 1 || TILES_M == 1, "merging is of 16 rows");
-    // Merge the warps in their order. The barrier ends the last reads of the stages below.
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int tile_row = warp_row + lane / 4 + i * 8;
-      if (lane % 4 == 0) {
-        smem.merge.row_max[warp_n][tile_row] = softmax.row_max[0][i];
-        smem.merge.row_sum[warp_n][tile_row] = softmax.row_sum[0][i];
-      }
-#pragma unroll
-      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-        *reinterpret_cast<float2*>(&smem.merge.out[warp_n][tile_row][nn * 8 + 2 * (lane % 4)]) =
-            make_float2(acc[0][nn][2 * i], acc[0][nn][2 * i + 1]);
-      }
-    }
-    __syncthreads();
-    for (int tile_row = place.row; first_row + tile_row <= last_row && tile_row < BLOCK_M; tile_row += ROWS_PER_PASS) {
+    for (int i = lane; i < WARP_M * CHUNKS; i += 32) {
+      const int tile_row = warp_row + i / CHUNKS;
       const int32_t row = first_row + tile_row;
-      float row_max = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < kTile.warps_n; ++w) {
-        row_max = fmaxf(row_max, smem.merge.row_max[w][tile_row]);
+      if (row <= last_row && i % CHUNKS < v_chunks) {
+        *reinterpret_cast<uint4*>(out + out_offset(row) + (i % CHUNKS) * 8) =
+            *reinterpret_cast<const uint4*>(smem.q + swizzled<HEAD_DIM>(tile_row, i % CHUNKS));
       }
-      float row_sum = 0.0f;
-      float weights[kTile.warps_n];
-#pragma unroll
-      for (int w = 0; w < kTile.warps_n; ++w) {
-        weights[w] = exp2_approx(smem.merge.row_max[w][tile_row] - finite_max(row_max));
-        row_sum += weights[w] * smem.merge.row_sum[w][tile_row];
-      }
-      const RowResult result = finish_row(row_max, row_sum, row_sink(row));
-      if (place.chunk == 0) lse[lse_offset(row)] = result.lse;
-
-      each_chunk([&](int chunk) {
-        if (chunk >= v_chunks) return;
-        float sums[8] = {};
-#pragma unroll
-        for (int w = 0; w < kTile.warps_n; ++w) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) sums[i] += weights[w] * smem.merge.out[w][tile_row][chunk * 8 + i];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] *= result.inverse;
-        if (num_splits > 1) {
-          float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
-          row_out[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-          row_out[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-        } else {
-          *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) =
-              make_uint4(pack_pair<T>(sums[0], sums[1]), pack_pair<T>(sums[2], sums[3]), pack_pair<T>(sums[4], sums[5]),
-                         pack_pair<T>(sums[6], sums[7]));
-        }
-      });
     }
   }
 }
@@ -525,11 +416,11 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM, DECODE>::kNumThr
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
+template <typename T, int HEAD_DIM, typename KvLoader>
 cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
-  constexpr int kSmemBytes = sizeof(FlashSm80Storage<T, HEAD_DIM, DECODE>);
+  constexpr int kSmemBytes = sizeof(FlashSm80Storage<T, HEAD_DIM>);
   static_assert(kSmemBytes <= 99 * 1024, "the limit of sm_86 and sm_89");
-  const auto kernel = flash_sm80_kernel<T, HEAD_DIM, DECODE, KvLoader>;
+  const auto kernel = flash_sm80_kernel<T, HEAD_DIM, KvLoader>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;

@@ -8,29 +8,21 @@ namespace fastattn {
 
 // How one CTA is cut up; a template argument of the kernel by way of (head_dim, block_m).
 struct FlashSm80Tile {
-  int block_m;  // packed (query token, head of the group) rows
-  int block_n;  // keys per pipeline step
-  int warps_m;  // warps along the rows, 16 or 32 rows each
-  int warps_n;  // warps along the keys of a step; their results are merged at the end
-  int stages;   // of K and V in shared memory, 1 or 2
+  int block_m;    // packed (query token, head of the group) rows
+  int block_n;    // keys per pipeline step
+  int num_warps;  // along the rows, 16 or 32 rows each
 
-  constexpr int num_threads() const { return 32 * warps_m * warps_n; }
+  constexpr int num_threads() const { return 32 * num_warps; }
 };
 
 // Compiled head dims; others are padded with zeros in shared memory to the next one.
 constexpr int kFlashSm80HeadDims[] = {64, 96, 128, 192, 256};
 
-// The tile for decode (block_m 16: the warps share the rows and split the keys) and for prefill.
 // All of them stay within the 99 KiB of shared memory of sm_86.
-constexpr FlashSm80Tile flash_sm80_tile(int head_dim, bool decode) {
-  if (decode) {
-    if (head_dim == 64) return {16, 128, 1, 4, 2};
-    if (head_dim <= 128) return {16, 64, 1, 4, 2};
-    return {16, 32, 1, 2, 2};
-  }
-  if (head_dim == 64) return {128, 128, 4, 1, 1};
-  if (head_dim <= 128) return {128, 64, 4, 1, 1};
-  return {64, 64, 4, 1, 1};
+constexpr FlashSm80Tile flash_sm80_tile(int head_dim) {
+  if (head_dim == 64) return {128, 128, 4};
+  if (head_dim <= 128) return {128, 64, 4};
+  return {64, 64, 4};
 }
 
 struct FlashSm80Problem {
@@ -45,7 +37,6 @@ struct FlashSm80Problem {
 
 struct FlashSm80Config {
   int head_dim;  // compiled head dim, 0 if there is none
-  bool decode;
   FlashSm80Tile tile;
   int64_t num_m_tiles;
   int num_splits;  // CTAs that share the keys of one tile
@@ -62,8 +53,7 @@ inline FlashSm80Config flash_sm80_config(const FlashSm80Problem& problem) {
     if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
   }
   const int64_t rows = problem.max_seqlen_q * (problem.num_heads / problem.num_kv_heads);
-  config.decode = rows <= 16;
-  config.tile = flash_sm80_tile(config.head_dim, config.decode);
+  config.tile = flash_sm80_tile(config.head_dim);
   config.num_m_tiles = (rows + config.tile.block_m - 1) / config.tile.block_m;
 
   // Split the keys when there is less than one CTA per SM, up to about two, but leave every split

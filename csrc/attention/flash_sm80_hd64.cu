@@ -3,9 +3,8 @@
 
 namespace fastattn {
 
-#define INSTANTIATE(T, LOADER)                                                                          \
-  template cudaError_t launch_flash_sm80<T, 64, true, LOADER<T>>(const FlashSm80Params&, cudaStream_t); \
-  template cudaError_t launch_flash_sm80<T, 64, false, LOADER<T>>(const FlashSm80Params&, cudaStream_t);
+#define INSTANTIATE(T, LOADER) \
+  template cudaError_t launch_flash_sm80<T, 64, LOADER<T>>(const FlashSm80Params&, cudaStream_t);
 
 INSTANTIATE(__nv_bfloat16, ContiguousKv)
 INSTANTIATE(__nv_bfloat16, PagedKv)

@@ -12,7 +12,7 @@ struct ContiguousKv;
 template <typename T>
 struct PagedKv;
 
-template <typename T, int HEAD_DIM, bool DECODE, typename KvLoader>
+template <typename T, int HEAD_DIM, typename KvLoader>
 cudaError_t launch_flash_sm80(const FlashSm80Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

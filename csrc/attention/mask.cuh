@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention/flash_sm80.h"
+#include "attention/attention_params.h"
 
 namespace fastattn {
 

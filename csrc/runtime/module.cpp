@@ -4,6 +4,7 @@
 
 #include "attention/flash_fwd_sm90_config.h"
 #include "attention/flash_sm80_config.h"
+#include "attention/paged_decode_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
 #include "runtime/ngram_index.h"
@@ -116,10 +117,22 @@ void bind_kernel_configs(py::module_& m) {
          int64_t max_seqlen_k, int64_t num_sms) {
         const FlashSm80Config c =
             flash_sm80_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms});
-        return py::dict("head_dim"_a = c.head_dim, "decode"_a = c.decode, "block_m"_a = c.tile.block_m,
-                        "block_n"_a = c.tile.block_n, "num_m_tiles"_a = c.num_m_tiles, "num_splits"_a = c.num_splits);
+        return py::dict("head_dim"_a = c.head_dim, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
+                        "num_m_tiles"_a = c.num_m_tiles, "num_splits"_a = c.num_splits);
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a);
+  m.def(
+      "paged_decode_config",
+      [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, int64_t num_sms, bool large_smem) {
+        const PagedDecodeConfig c = paged_decode_config(
+            {num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms, large_smem});
+        return py::dict("fits"_a = c.fits, "head_dim"_a = c.head_dim, "block_m"_a = kPagedDecodeRows,
+                        "block_n"_a = c.block_n, "num_warps"_a = c.num_warps, "num_columns"_a = c.num_columns,
+                        "max_tiles"_a = c.max_tiles, "num_parts"_a = c.num_parts, "num_ctas"_a = c.num_ctas);
+      },
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a,
+      "large_smem"_a);
   m.def(
       "flash_fwd_sm90_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,

@@ -2,6 +2,7 @@
 
 #include "attention/flash_fwd_sm90.h"
 #include "attention/flash_sm80.h"
+#include "attention/paged_decode.h"
 #include "torch/attention_call.h"
 
 namespace fastattn {
@@ -9,25 +10,50 @@ namespace {
 
 ScalarType out_dtype(const Tensor& q) { return is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type(); }
 
-FlashSm80Config sm80_config_of(const AttentionCall& call) {
-  return flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
-                            std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                            num_sms_of(call.q)});
+PagedDecodeConfig decode_config_of(const AttentionCall& call) {
+  return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
+                              std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
+                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10});
 }
 
-// Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of
-// one head at a time, so that the portable one, which packs the heads of a group into one tile, is better where there
-// are few; but it has no fp8.
+// Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
+// head at a time, so that the decode kernel, which packs the heads of a group, is better where they are one tile of
+// rows; but it has no fp8.
 bool for_sm90(const Checks& checks, const AttentionCall& call) {
+  const auto few_rows = [&] {
+    const PagedDecodeConfig decode = decode_config_of(call);
+    return decode.fits && decode.num_row_tiles == 1;
+  };
   const bool fp8 = is_fp8(call.q), any = call.q.numel() > 0;
-  const bool sm90 = any && (call.kernel == 90 ||
-                            (call.kernel == 0 && possible_on_sm90(call) && (fp8 || !sm80_config_of(call).decode)));
+  const bool sm90 = any && (call.kernel == 90 || (call.kernel == 0 && possible_on_sm90(call) && (fp8 || !few_rows())));
   checks.that(sm90 || !fp8 || !any, "the kernel sm80 has no float8_e4m3fn inputs");
   return sm90;
 }
 
-// On the portable kernel; pages are in the parameters already.
-std::tuple<Tensor, Tensor> run_sm80(const char* op, FlashSm80Params p, const AttentionCall& call) {
+cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
+  const int64_t num_slots = 2 * p.config.num_ctas;
+  Tensor partial_out = empty(q, {num_slots, kPagedDecodeRows, p.v_head_dim}, ScalarType::Float);
+  Tensor partial_sum = empty(q, {num_slots, kPagedDecodeRows, 2}, ScalarType::Float);
+  Tensor marks = empty(q, {p.config.num_ctas}, ScalarType::Long);
+  p.partial_out = static_cast<float*>(partial_out.data_ptr());
+  p.partial_sum = static_cast<float2*>(partial_sum.data_ptr());
+  p.marks = static_cast<uint64_t*>(marks.data_ptr());
+  return paged_decode(p, stream);
+}
+
+cudaError_t run(const Tensor& q, FlashSm80Params p, cudaStream_t stream) {
+  MaybeTensor partial_out, partial_lse;
+  if (p.config.num_splits > 1) {
+    partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
+    partial_lse = empty(q, {p.config.num_splits, p.num_heads, p.num_tokens}, ScalarType::Float);
+    p.partial_out = static_cast<float*>(partial_out->data_ptr());
+    p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
+  }
+  return flash_sm80_forward(p, stream);
+}
+
+// On a portable kernel; pages are in the parameters already.
+std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const AttentionCall& call) {
   const int64_t batch = call.q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
   std::vector<int64_t> out_shape = shape_of(call.q);
@@ -64,15 +90,20 @@ std::tuple<Tensor, Tensor> run_sm80(const char* op, FlashSm80Params p, const Att
     p.v_token_stride = v.stride(token);
     p.v_head_stride = v.stride(head);
   }
-  p.config = sm80_config_of(call);
-  MaybeTensor partial_out, partial_lse;
-  if (p.config.num_splits > 1) {
-    partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
-    partial_lse = empty(q, {p.config.num_splits, p.num_heads, p.num_tokens}, ScalarType::Float);
-    p.partial_out = static_cast<float*>(partial_out->data_ptr());
-    p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
+  const PagedDecodeConfig decode = decode_config_of(call);
+  if (decode.fits) {
+    PagedDecodeParams own;
+    static_cast<AttentionParams&>(own) = p;
+    own.config = decode;
+    check_launch(op, run(q, own, stream_of(q)));
+  } else {
+    FlashSm80Params own;
+    static_cast<AttentionParams&>(own) = p;
+    own.config = flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
+                                    std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
+                                    num_sms_of(call.q)});
+    check_launch(op, run(q, own, stream_of(q)));
   }
-  check_launch(op, flash_sm80_forward(p, stream_of(q)));
   return {out, lse};
 }
 
@@ -180,10 +211,11 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  // The copy engine brings 8 rows of a page at least, as its swizzle repeats, and no dimension that repeats.
+  // The copy engine brings 8 rows of a page at least, as its swizzle repeats, and no dimension that repeats. The decode
+  // kernel takes two tiles of rows too: they share what they read.
   const bool copyable = k_cache.size(1) % 8 == 0 && rows_distinct(k_cache) && rows_distinct(v_cache);
-  if (copyable && for_sm90(checks, call)) return run_sm90(op, call);
-  FlashSm80Params p;
+  if (copyable && !decode_config_of(call).fits && for_sm90(checks, call)) return run_sm90(op, call);
+  AttentionParams p;
   p.paged = true;
   p.block_table = data<int32_t>(block_table);
   p.k_block_stride = k_cache.stride(0);
@@ -196,7 +228,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   p.num_blocks = static_cast<int32_t>(k_cache.size(0));
   p.max_blocks = static_cast<int32_t>(block_table.size(1));
   p.block_size = static_cast<int32_t>(std::max<int64_t>(k_cache.size(1), 1));
-  return run_sm80(op, p, call);
+  return run_portable(op, p, call);
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_op(
@@ -238,7 +270,7 @@ std::tuple<Tensor, Tensor> varlen_attention_op(
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_sm80(op, {}, call);
+  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
 }
 
 std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -272,7 +304,7 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, 
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_sm80(op, {}, call);
+  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "attention/flash_sm80.h"
+#include "attention/attention_params.h"
 #include "torch/checks.h"
 
 namespace fastattn {

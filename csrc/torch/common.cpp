@@ -42,6 +42,13 @@ int64_t num_sms_of(const Tensor& t) {
   return count;
 }
 
+int64_t max_smem_of(const Tensor& t) {
+  int bytes = 0;
+  check_launch("fastattn",
+               cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
+  return bytes;
+}
+
 int capability_of(const Tensor& t) {
   int major = 0, minor = 0;
   check_launch("fastattn", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));

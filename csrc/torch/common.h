@@ -31,6 +31,9 @@ cudaStream_t stream_of(const Tensor& t);
 // Multiprocessors of t's device.
 int64_t num_sms_of(const Tensor& t);
 
+// Bytes of shared memory that a CTA can have on t's device.
+int64_t max_smem_of(const Tensor& t);
+
 // Compute capability of t's device: 90 for Hopper.
 int capability_of(const Tensor& t);
 

@@ -18,7 +18,9 @@ Shape = tuple[int, ...] | torch.Size
 @dataclass(frozen=True)
 class FlashForward:
     """How `batch_attention` would run. block_m × block_n: query rows and keys of a step of one CTA. num_splits: CTAs that
-    share the keys of the same rows. num_ops, num_bytes: what any kernel must compute and move."""
+    share the keys of the same rows; those of paged_decode, which packs the heads of a group into its rows, take equal
+    numbers of tiles of block_n keys instead, over the borders of sequences. num_ops, num_bytes: what any kernel must
+    compute and move."""
 
     kernel: str
     batch: int
@@ -45,11 +47,14 @@ class FlashForward:
         bound = "matrix units" if self.num_ops / _TFLOPS > self.num_bytes / _TB_S else "memory"
         padded = f" (padded to {self.padded_head_dim})" if self.padded_head_dim != self.head_dim else ""
         split = f", the keys of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
+        tiles = f"{self.num_tiles // self.num_splits} tiles of {self.block_m} rows, {self.block_n} keys a step{split}; "
+        if self.kernel == "paged_decode":
+            each = -(-self.num_tiles // self.num_ctas)
+            tiles = f"{self.num_tiles} tiles of {self.block_m} rows and {self.block_n} keys, {each} to each of "
         return (
             f"flash_fwd on {self.kernel}: {self.batch} × {self.seqlen_q} queries to {self.seqlen_k} keys, {self.num_heads} "
             f"heads to {self.num_kv_heads} of {self.head_dim}{padded}{', causal' if self.causal else ''}\n"
-            f"  {self.num_tiles // self.num_splits} tiles of {self.block_m} rows, {self.block_n} keys a step{split}; "
-            f"{self.num_ctas} CTAs\n"
+            f"  {tiles}{self.num_ctas} CTAs\n"
             f"  {self.num_ops / 1e9:.4g} GFLOP, {self.num_bytes / 1e6:.4g} MB: at least {self.floor_us():.3g} µs on an H100, "
             f"bound by its {bound}"
         )
@@ -83,17 +88,23 @@ def explain(
         capability = torch.cuda.get_device_capability(q.device)
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     problem = (batch, heads, kv_heads, dim, seqlen_q, seqlen_k)
-    portable = _runtime.flash_sm80_config(*problem, num_sms)
     if kernel not in ("auto", "sm80", "sm90") or (kernel == "sm90" and capability != (9, 0)):
         fail_value(op, f"kernel is {kernel!r}, expected 'auto', 'sm80', or 'sm90' for a GPU of capability 9.0")
+    large_smem = capability[0] in (9, 10)  # 227 KiB for a CTA
+    decode = _runtime.paged_decode_config(*problem, num_sms, large_smem)
     if kernel == "auto":
-        kernel = "sm90" if capability == (9, 0) and not portable["decode"] else "sm80"
+        few_rows = decode["fits"] and decode["num_columns"] == kv_heads
+        kernel = "sm90" if capability == (9, 0) and not few_rows else "sm80"
     if kernel == "sm90":
         config = _runtime.flash_fwd_sm90_config(*problem[:4], *problem[3:], causal, num_sms)
-        num_tiles, num_ctas = config["num_tiles"], config["num_ctas"]
+        num_tiles, num_ctas, num_splits = config["num_tiles"], config["num_ctas"], config["num_splits"]
+    elif decode["fits"]:
+        kernel, config = "paged_decode", decode
+        num_tiles, num_ctas, num_splits = config["num_columns"] * config["max_tiles"], config["num_ctas"], 1
     else:
-        config = portable
-        num_tiles = num_ctas = config["num_m_tiles"] * kv_heads * batch * config["num_splits"]
+        config = _runtime.flash_sm80_config(*problem, num_sms)
+        num_splits = config["num_splits"]
+        num_tiles = num_ctas = config["num_m_tiles"] * kv_heads * batch * num_splits
     pairs = seqlen_q * seqlen_k
     if causal:  # aligned bottom-right: of the rows that see a key, each sees one more than the row before
         rows = min(seqlen_q, seqlen_k)
@@ -111,7 +122,7 @@ def explain(
         config["block_m"],
         config["block_n"],
         num_tiles,
-        config["num_splits"],
+        num_splits,
         num_ctas,
         4 * batch * heads * pairs * dim,
         4 * batch * dim * (seqlen_q * heads + seqlen_k * kv_heads),

@@ -45,6 +45,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
     "gradients causal": partial(flash_bwd.gradients, dim=64, length=48, causal=True, heads=2, tokens=96),
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
+    "decode ragged": partial(paged.paged, page=16, batch=3, new=1, length=90, dim=64, ragged=True, **PAGED),
     "prefill": partial(paged.paged, page=4, batch=2, new=10, length=10, **PAGED),
     "chunk": partial(paged.paged, page=4, batch=2, new=5, length=11, **PAGED),
     "rms_norm": partial(small_ops.rms_norm, tokens=7, width=64),
@@ -69,6 +70,7 @@ BESIDE = {
     "flash full": {"fa3", "fa2", "flash_attn"},
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
+    "decode ragged": {"vllm_fa3", "fa3", "flash_attn"},
     "prefill": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
     "chunk": {"vllm_fa3", "fa3", "flashinfer", "flash_attn"},
     "rms_norm": {"torch", "vllm", "flashinfer"},
@@ -375,7 +377,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
     wanted = {
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "flash_bwd": {".*": 48},
-        "paged_decode": {r"_b(1|2|4|8)_": 12, r"bf16_.*_b(32|64|128|256)_": 10, ".*": 22},
+        "paged_decode": {r"_b(1|2|4|8)_": 17, r"bf16_.*_b(32|64|128|256)_": 11, ".*": 30},
         "paged_prefill": {".*": 4},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
         "small_ops": {".*": 27},
@@ -397,7 +399,8 @@ def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("paged_decode (cuda): ")
     assert lines[1:3] == ["  bf16_p16_b8_s4096", "  bf16_p64_b8_s4096"]
-    assert lines[4:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
+    assert all("_b8_" in line for line in lines[3:7])
+    assert lines[8:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
 
 
 @pytest.mark.parametrize(

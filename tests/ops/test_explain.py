@@ -76,6 +76,43 @@ def test_packed_sequences_have_no_more_tiles_than_their_lengths_allow(
     assert config["num_ctas"] == min(config["num_tiles"], num_sms)
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    num_seqs=st.integers(1, 300),
+    kv_heads=st.integers(1, 300),
+    group=st.integers(1, 40),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    max_seqlen_q=st.integers(0, 40),
+    max_seqlen_k=st.integers(0, 1_000_000),
+    num_sms=st.sampled_from((1, 78, 114, 132)),
+    large_smem=st.booleans(),
+)
+def test_decode_has_one_wave_of_ctas(
+    num_seqs: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_sms: int,
+    large_smem: bool,
+) -> None:
+    config = _runtime.paged_decode_config(
+        num_seqs, kv_heads * group, kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms, large_smem
+    )
+    rows = group * max_seqlen_q
+    if not config["fits"]:
+        assert not 0 < rows <= 32 or num_seqs * max_seqlen_k > 1 << 26
+        return
+    assert config["num_columns"] == kv_heads * -(-rows // config["block_m"])
+    assert config["num_ctas"] == config["num_parts"] * config["num_columns"]
+    assert 1 <= config["num_parts"] <= config["max_tiles"]
+    assert config["max_tiles"] == num_seqs * max(1, -(-max_seqlen_k // config["block_n"]))
+    assert config["block_n"] == 16 * config["num_warps"]
+    assert config["num_ctas"] <= 2 * num_sms or config["num_parts"] == 1
+    assert large_smem or config["num_warps"] <= 4
+
+
 @pytest.mark.parametrize(
     ("dims", "compiled"),
     [
@@ -97,7 +134,9 @@ def test_a_few_rows_are_split_and_many_are_not() -> None:
     assert "the keys of each among 4 CTAs" in str(few)
     many = fastattn.explain("flash_fwd", (4, 4096, 32, 128), (4, 4096, 8, 128), causal=True)
     assert (many.num_splits, many.num_tiles, many.num_ctas) == (1, 4096, 132)
-    assert fastattn.explain("flash_fwd", (8, 1, 32, 128), (8, 4096, 8, 128)).kernel == "sm80"  # decode
+    decode = fastattn.explain("flash_fwd", (8, 1, 32, 128), (8, 4096, 8, 128))
+    assert (decode.kernel, decode.num_tiles, decode.num_ctas) == ("paged_decode", 8 * 8 * 4096 // 128, 128)
+    assert "2048 tiles of 16 rows and 128 keys, 16 to each of 128 CTAs" in str(decode)
     forced = fastattn.explain("flash_fwd", (4, 4096, 32, 80), (4, 4096, 8, 80), kernel="sm80")
     assert (forced.kernel, forced.padded_head_dim) == ("sm80", 96)
 

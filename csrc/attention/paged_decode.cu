@@ -1,0 +1,63 @@
+// Dispatch table of paged_decode.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <random>
+
+#include "attention/paged_decode.h"
+#include "attention/paged_decode_launch.h"
+
+namespace fastattn {
+namespace {
+
+using Launch = cudaError_t (*)(const PagedDecodeParams&, cudaStream_t);
+
+struct Instantiation {
+  DType dtype;
+  int head_dim;
+  Launch launch;
+};
+
+// Which exist: add a line here and its instantiation in paged_decode_hd*.cu.
+constexpr Instantiation kInstantiations[] = {
+    {DType::kBFloat16, 64, launch_paged_decode<__nv_bfloat16, 64>},
+    {DType::kBFloat16, 96, launch_paged_decode<__nv_bfloat16, 96>},
+    {DType::kBFloat16, 128, launch_paged_decode<__nv_bfloat16, 128>},
+    {DType::kBFloat16, 192, launch_paged_decode<__nv_bfloat16, 192>},
+    {DType::kBFloat16, 256, launch_paged_decode<__nv_bfloat16, 256>},
+    {DType::kFloat16, 64, launch_paged_decode<__half, 64>},
+    {DType::kFloat16, 96, launch_paged_decode<__half, 96>},
+    {DType::kFloat16, 128, launch_paged_decode<__half, 128>},
+    {DType::kFloat16, 192, launch_paged_decode<__half, 192>},
+    {DType::kFloat16, 256, launch_paged_decode<__half, 256>},
+};
+
+// One that no other launch has, and that memory holds by a chance of 2^-64: a counter whose values are far from each
+// other, from a random begin on.
+uint64_t new_launch_id() {
+  static std::atomic<uint64_t> counter = [] {
+    std::random_device random;
+    return static_cast<uint64_t>(random()) << 32 | random();
+  }();
+  const uint64_t id = counter.fetch_add(0x9e3779b97f4a7c15u, std::memory_order_relaxed);
+  return id != 0 ? id : new_launch_id();
+}
+
+}  // namespace
+
+cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
+  PagedDecodeParams p = params;
+  p.set_divisions();
+  p.num_parts_div = FastDivide(static_cast<int32_t>(p.config.num_parts));
+  p.num_columns_div = FastDivide(static_cast<int32_t>(p.config.num_columns));
+  p.num_kv_heads_div = FastDivide(p.num_kv_heads);
+  p.launch_id = new_launch_id();
+
+  for (const Instantiation& entry : kInstantiations) {
+    if (p.config.fits && entry.dtype == p.dtype && entry.head_dim == p.config.head_dim) return entry.launch(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastattn

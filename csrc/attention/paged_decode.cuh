@@ -1,0 +1,611 @@
+// Attention of a few packed rows (query token, head of the group) a KV head, K and V in pages or contiguous: what
+// decoding and the verification of drafts need. Bound by memory: what counts is how many bytes are in flight, how
+// evenly the keys are dealt, and how long it takes until the first bytes are asked for and after the last ones came.
+//
+//   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
+//   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap), ALiBi's bias, the mask
+//   with sinks, lse_i is also over a logit sink[h], which has no value
+//
+//   q (T, H, D)   k (Tk, Hk, D)   v (Tk, Hk, Dv), or k, v in pages (num_blocks, block_size, Hk, D)   G = H / Hk
+//   out (T, H, Dv)   lse (H, T) fp32   or all with a batch dimension in front
+//
+// Plan: the visible keys of each sequence are cut into tiles (an empty one has a tile too), which are numbered sequence
+// after sequence. A column is a KV head and 16 of its rows; its CTAs take the same number of neighbouring tiles each.
+// Every warp finds them for itself from the lengths, so there is no launch before this one, and nothing that the host
+// must know. CTA c is of column c % num_columns, so that those that run side by side read the same pages.
+//
+//     sequences    │      0      │  1  │2│           3           │   4   │
+//     tiles        │0 1 2 3 4 5 6│7 8 9│.│                       │       │
+//     parts        └── 0 ──┴── 1 ──┴── 2 ──┴── 3 ──┴── 4 ──┴── 5 ──┴─ 6 ─┘
+//
+// A warp takes 16 keys of each tile, by itself: it loads them (cp.async) into a ring of its own, which runs ahead over
+// the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but at the end of a sequence:
+//
+//     warp 0   ═ tile 0 keys  0-15 ═╪═ tile 1 keys  0-15 ═╪═ …   ┐
+//     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the CTA's
+//     warp 2   ═ tile 0 keys 32-47 ═╪═ tile 1 keys 32-47 ═╪═ …   │ part of it) ends, through the stages consumed last
+//     ...                                                        ┘
+//
+// A sequence that several parts share is finished by the CTA of the last one, when it has done all else: the others
+// write what they have, and a mark, to the workspace; it waits for their marks and adds up in their order. It waits for
+// CTAs of lower numbers only, which were started before it. A mark is launch_id, which no other launch had, and is
+// removed when it was seen: so no workspace has to be cleared before, and a graph can be replayed with the same
+// launch_id. What memory held before is a launch_id by a chance of 2^-64.
+//
+// Which parts there are, and the order of all sums, follows from the lengths and the number of CTAs: two runs are
+// bitwise equal. A sequence's result depends on the others in the call, by where its parts are cut.
+//
+// Poison: no key outside the union of the ranges that a sequence's rows see is read, nor used an entry of the block
+// table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number outside the cache gives a row of
+// zeros. A key within that union that only some rows see is read and must be finite for all.
+//
+// Limits: D and Dv are multiples of 8 up to 256; rows 16-byte aligned; fewer than 2^30 tiles a head at full length.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "arch/cp_async.cuh"
+#include "arch/global_memory.cuh"
+#include "arch/warp_gemm_sm80.cuh"
+#include "attention/mask.cuh"
+#include "attention/paged_decode_launch.h"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+
+// ---------------------------------------------------------------------------------------------
+// Plan
+
+// Lengths of one sequence, and which keys a column's rows see: first_row and the 15 behind it.
+struct DecodeSequence {
+  int32_t q_start;
+  int32_t num_rows, all_rows;       // of the column: with results, and with those that get zeros
+  int32_t first_token, last_token;  // of them
+  AttentionMask mask;
+  KeyRange visible;  // to any row
+
+  DecodeSequence() = default;
+  __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
+    const bool packed_q = p.cu_seqlens_q != nullptr;
+    q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
+    const int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+    const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
+    num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
+    all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
+    first_token = p.group_size.divide(first_row);
+    last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
+    mask = {q_len, key_length(p, seq_idx), p.window_left, p.window_right};
+    visible = {0, 0};
+    if (num_rows > 0) visible = {mask.visible(first_token).begin, mask.visible(last_token).end};
+  }
+
+  static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
+    int64_t most = static_cast<int64_t>(p.max_blocks) * p.block_size;
+    if (!p.paged) {
+      most = p.cu_seqlens_k == nullptr ? p.batch_k_len : p.cu_seqlens_k[seq_idx + 1] - p.cu_seqlens_k[seq_idx];
+    }
+    if (p.seqused_k == nullptr) return static_cast<int32_t>(most);
+    return static_cast<int32_t>(min(static_cast<int64_t>(max(p.seqused_k[seq_idx], 0)), most));
+  }
+
+  // Tiles are aligned: the first one may begin before the visible keys.
+  __device__ __forceinline__ int32_t first_tile(const PagedDecodeParams& p) const {
+    return visible.begin >> p.config.block_n_log2;
+  }
+  __device__ __forceinline__ int32_t num_tiles(const PagedDecodeParams& p) const {
+    return visible.begin < visible.end ? ((visible.end - 1) >> p.config.block_n_log2) - first_tile(p) + 1 : 1;
+  }
+};
+
+// The tiles of a CTA, and where they begin; found by whole warps.
+struct DecodePlan {
+  int32_t column_idx, part_idx;
+  int32_t kv_head_idx, first_row;
+  int32_t tiles_per_part;
+  int32_t begin_tile, end_tile;
+  int32_t seq_idx;    // that has begin_tile
+  int32_t seq_begin;  // its first tile
+
+  __device__ __forceinline__ explicit DecodePlan(const PagedDecodeParams& p) {
+    const int lane = threadIdx.x % 32;
+    part_idx = p.num_columns_div.divide(blockIdx.x);
+    column_idx = blockIdx.x - part_idx * p.num_columns_div.divisor;
+    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
+    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
+    first_row = row_tile * kPagedDecodeRows;
+    // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
+    const auto num_tiles = [&](int32_t seq) {
+      return seq < p.num_seqs ? DecodeSequence(p, seq, first_row).num_tiles(p) : 0;
+    };
+    int32_t own = 0, all_tiles = 0;
+#pragma unroll 1
+    for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32) all_tiles += own = num_tiles(seq);
+    all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
+    tiles_per_part = p.num_parts_div.divide(all_tiles + p.num_parts_div.divisor - 1);
+    begin_tile = part_idx * tiles_per_part;
+    end_tile = min(begin_tile + tiles_per_part, all_tiles);
+    if (begin_tile >= end_tile) return;
+
+    seq_begin = 0;
+#pragma unroll 1
+    for (seq_idx = 0;; seq_idx += 32) {
+      if (p.num_seqs > 32) own = num_tiles(seq_idx + lane);
+      int32_t end = own;
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int32_t below = __shfl_up_sync(0xffffffffu, end, distance);
+        if (lane >= distance) end += below;
+      }
+      const uint32_t ends_behind = __ballot_sync(0xffffffffu, begin_tile < seq_begin + end);
+      if (ends_behind != 0) {
+        const int found = __ffs(ends_behind) - 1;
+        seq_idx += found;
+        seq_begin += __shfl_sync(0xffffffffu, end - own, found);
+        return;
+      }
+      seq_begin += __shfl_sync(0xffffffffu, end, 31);
+    }
+  }
+
+  // Of a row of the KV head.
+  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
+    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
+  }
+};
+
+// Goes from sequence to sequence along a CTA's tiles.
+struct DecodeCursor {
+  int32_t next_seq_idx;
+  int32_t seq_begin = 0, seq_end;  // tiles of the sequence, also those before and behind the CTA's
+  int32_t first_key = 0;           // of its first tile that is the CTA's
+
+  __device__ __forceinline__ explicit DecodeCursor(const DecodePlan& plan)
+      : next_seq_idx(plan.seq_idx), seq_end(plan.seq_begin) {}
+
+  __device__ __forceinline__ DecodeSequence next(const PagedDecodeParams& p, const DecodePlan& plan) {
+    const DecodeSequence sequence(p, next_seq_idx++, plan.first_row);
+    seq_begin = seq_end;
+    seq_end += sequence.num_tiles(p);
+    first_key = (sequence.first_tile(p) + max(plan.begin_tile - seq_begin, 0)) * p.config.block_n;
+    return sequence;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Shared memory
+
+constexpr int kWarpKeys = kPagedDecodeWarpKeys;
+
+// Of one warp. Once consumed, a stage can take its O: 16 rows of fp32 are as large as 16 keys and values.
+template <typename T, int HEAD_DIM>
+struct PagedDecodeRing {
+  static constexpr int kStages = paged_decode_stages(HEAD_DIM);
+  static constexpr int kMaxThreads = 32 * paged_decode_max_warps(HEAD_DIM);
+
+  struct Stage {
+    T k[kWarpKeys * HEAD_DIM];
+    T v[kWarpKeys * HEAD_DIM];
+  };
+  static_assert(sizeof(Stage) == kPagedDecodeRows * HEAD_DIM * sizeof(float));
+
+  alignas(128) Stage stages[kStages];
+};
+
+// What a warp has found for each row, beside O.
+struct DecodeRowSums {
+  float row_max[kPagedDecodeRows];
+  float row_sum[kPagedDecodeRows];
+};
+
+// Where four neighbouring dims of a row lie in a stage that holds O: rows begin in different banks.
+template <int HEAD_DIM>
+__device__ __forceinline__ int out_offset(int row, int group) {
+  return row * HEAD_DIM + (group ^ (row & 7)) * 4;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th row lies: key l of 16
+// for l < 16, value l - 16 for the others.
+
+template <typename T, int HEAD_DIM>
+class DecodeLoader {
+  static constexpr int CHUNKS = HEAD_DIM / 8;                                             // 16-byte pieces of a row
+  static constexpr int LANES = (CHUNKS & (CHUNKS - 1)) == 0 ? CHUNKS : CHUNKS & -CHUNKS;  // along a row
+  static constexpr int ROWS_PER_PASS = 32 / LANES;
+  using Stage = typename PagedDecodeRing<T, HEAD_DIM>::Stage;
+
+ public:
+  __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan& plan)
+      : p_(p), plan_(plan), cursor_(plan), tile_(plan.begin_tile) {}
+
+  // Asks for the next tile, if there is one, and closes the group.
+  __device__ __forceinline__ void load(Stage& stage) {
+    if (tile_ < plan_.end_tile) {
+      if (tile_ == max(cursor_.seq_end, plan_.begin_tile)) begin_sequence();
+      load_rows(stage);
+      ++tile_;
+      key_ += p_.config.block_n;
+      find_page();
+    }
+    cp_async_commit();
+  }
+
+ private:
+  __device__ __forceinline__ bool is_value() const { return threadIdx.x % 32 >= kWarpKeys; }
+  __device__ __forceinline__ int64_t token_stride() const { return is_value() ? p_.v_token_stride : p_.k_token_stride; }
+  __device__ __forceinline__ bool key_is_visible() const { return key_ >= visible_.begin && key_ < visible_.end; }
+
+  __device__ __forceinline__ void begin_sequence() {
+    const int32_t seq_idx = cursor_.next_seq_idx;
+    visible_ = cursor_.next(p_, plan_).visible;
+    key_ = cursor_.first_key + threadIdx.x / 32 * kWarpKeys + threadIdx.x % kWarpKeys;
+    block_table_ = p_.block_table + seq_idx * p_.block_table_stride;
+    find_page();
+    rows_ = static_cast<const T*>(is_value() ? p_.v : p_.k) +
+            plan_.kv_head_idx * (is_value() ? p_.v_head_stride : p_.k_head_stride);
+    if (!p_.paged) {
+      const int32_t start = p_.cu_seqlens_k == nullptr ? 0 : p_.cu_seqlens_k[seq_idx];
+      rows_ += seq_idx * (is_value() ? p_.v_batch_stride : p_.k_batch_stride) + start * token_stride();
+    }
+  }
+
+  // One tile ahead of its use.
+  __device__ __forceinline__ void find_page() {
+    if (p_.paged && key_is_visible()) page_ = __ldg(block_table_ + p_.block_size_div.divide(key_));
+  }
+
+  __device__ __forceinline__ void load_rows(Stage& stage) const {
+    bool exists = key_is_visible();
+    const T* own_row = rows_;
+    if (!p_.paged) {
+      if (exists) own_row += key_ * token_stride();
+    } else {
+      exists = exists && page_ >= 0 && page_ < p_.num_blocks;
+      if (exists) {
+        own_row += page_ * (is_value() ? p_.v_block_stride : p_.k_block_stride) +
+                   p_.block_size_div.remainder(key_) * token_stride();
+      }
+    }
+    const int lane = threadIdx.x % 32;
+    const int lane_row = lane / LANES;
+    const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists) >> lane_row;
+    const auto load_operand = [&](T* tile, int first_lane, int32_t num_chunks) {
+#pragma unroll
+      for (int i = 0; i < kWarpKeys; i += ROWS_PER_PASS) {
+        const T* const source = reinterpret_cast<const T*>(
+            __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own_row), first_lane + i + lane_row));
+#pragma unroll
+        for (int chunk = lane % LANES; chunk < CHUNKS; chunk += LANES) {
+          const bool in_row = chunk < num_chunks;
+          cp_async_16(tile + swizzled<HEAD_DIM>(i + lane_row, chunk), source + (in_row ? chunk * 8 : 0),
+                      in_row && (rows_exist >> (first_lane + i) & 1) != 0);
+        }
+      }
+    };
+    load_operand(stage.k, 0, p_.head_dim / 8);
+    load_operand(stage.v, kWarpKeys, p_.v_head_dim / 8);
+  }
+
+  const PagedDecodeParams& p_;
+  const DecodePlan& plan_;
+  DecodeCursor cursor_;
+  int32_t tile_;  // the next one, and the lane's key in it
+  int32_t key_ = 0;
+  int32_t page_ = 0;
+  KeyRange visible_;
+  const T* rows_;  // of the sequence (or of all pages), of the KV head
+  const int32_t* block_table_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Results
+
+// Four dims of a row relative to a reference of exponentials, and their sum.
+struct DecodePartial {
+  float row_max = -INFINITY;
+  float row_sum = 0.0f;
+  float sums[4] = {};
+
+  // All of N more at once; the order of additions is theirs.
+  template <int N>
+  __device__ __forceinline__ void add(const float2 (&others)[N], const float4 (&other_sums)[N]) {
+    float new_max = row_max;
+#pragma unroll
+    for (int i = 0; i < N; ++i) new_max = fmaxf(new_max, others[i].x);
+    const float correction = exp2_approx(row_max - finite_max(new_max));
+    row_max = new_max;
+    row_sum *= correction;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] *= correction;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float weight = exp2_approx(others[i].x - finite_max(new_max));
+      row_sum += weight * others[i].y;
+      sums[0] += weight * other_sums[i].x;
+      sums[1] += weight * other_sums[i].y;
+      sums[2] += weight * other_sums[i].z;
+      sums[3] += weight * other_sums[i].w;
+    }
+  }
+};
+
+// Where a column's rows of a sequence go.
+template <typename T>
+struct DecodeOutput {
+  const PagedDecodeParams& p;
+  const DecodePlan& plan;
+  int64_t out_token;  // the sequence's first one in out
+  int64_t lse_begin;  // where the sequence begins in lse
+  int32_t num_rows;
+
+  __device__ __forceinline__ DecodeOutput(const PagedDecodeParams& params, const DecodePlan& of_cta,
+                                          const DecodeSequence& sequence, int32_t seq_idx)
+      : p(params), plan(of_cta), num_rows(sequence.num_rows) {
+    const bool packed_q = p.cu_seqlens_q != nullptr;
+    out_token = packed_q ? sequence.q_start : static_cast<int64_t>(seq_idx) * p.batch_q_len;
+    lse_begin = packed_q ? sequence.q_start : out_token * p.num_heads;
+  }
+
+  __device__ __forceinline__ void store(int32_t row, int group, const DecodePartial& result) const {
+    const int32_t token = p.group_size.divide(plan.first_row + row);
+    const int32_t head = plan.head(p, plan.first_row + row);
+    const float sink = p.sinks == nullptr || row >= num_rows ? -INFINITY : p.sinks[head] * kLog2E;
+    const RowResult final = finish_row(result.row_max, result.row_sum, sink);
+    const float (&sums)[4] = result.sums;
+    T* const out = static_cast<T*>(p.out) + ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack_pair<T>(sums[0] * final.inverse, sums[1] * final.inverse),
+                                                pack_pair<T>(sums[2] * final.inverse, sums[3] * final.inverse));
+    if (group == 0) {
+      p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kernel
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
+    paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
+  using Ring = PagedDecodeRing<T, HEAD_DIM>;
+  constexpr int STAGES = Ring::kStages;
+  constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
+  const int num_warps = p.config.num_warps;
+  Ring* const rings = reinterpret_cast<Ring*>(smem_bytes);
+  DecodeRowSums* const warp_sums = reinterpret_cast<DecodeRowSums*>(rings + num_warps);
+  const int warp_idx = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+
+  // The table comes to the L2 cache while the lengths, which say what of it is needed, are on their way. A large one
+  // does not, since much of it may not be needed.
+  if (p.paged && p.max_blocks > 0) {
+    constexpr int64_t kLine = 32, kMost = 16384;  // entries
+    const int64_t entries = (p.num_seqs - 1) * p.block_table_stride + p.max_blocks;
+    const int64_t entry = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
+    if (entries <= kMost && entry < entries) prefetch_l2(p.block_table + entry);
+  }
+
+  const DecodePlan plan(p);
+  if (plan.begin_tile >= plan.end_tile) return;
+  DecodeLoader<T, HEAD_DIM> loader(p, plan);
+
+  // Softcap and ALiBi give scores in base 2; without them the softmax scales.
+  const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
+  const float softmax_scale = general ? 1.0f : score_scale.pre;
+
+  const auto partial_row = [&](int64_t slot, int32_t row) { return slot * kPagedDecodeRows + row; };
+  const auto partial_out = [&](int64_t slot_row, int group) {
+    return reinterpret_cast<float4*>(p.partial_out + slot_row * p.v_head_dim + group * 4);
+  };
+  // f(row, group) for each four dims of each row, over all threads.
+  const auto each_group = [&](int32_t num_rows, auto f) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_rows * GROUPS; i += blockDim.x) {
+      if (i % GROUPS * 4 < p.v_head_dim) f(i / GROUPS, i % GROUPS);
+    }
+  };
+  // Slots of the workspace: of the part that a CTA hands on, and of that with which it ends a sequence.
+  const auto cta_of = [&](int32_t part) { return part * p.num_columns_div.divisor + plan.column_idx; };
+  const auto handed_slot = [&](int32_t part) { return 2 * cta_of(part); };
+  const int32_t ended_slot = handed_slot(plan.part_idx) + 1;
+
+  // ---- tiles
+  DecodeCursor cursor(plan);
+  DecodeSequence sequence;
+  int32_t first_key = 0;
+  uint32_t q_frag[HEAD_DIM / 16][4];
+  OnlineSoftmax<1> softmax;
+  float acc[1][HEAD_DIM / 8][4];
+  // The KV head's row of a lane's scores [..][2 * half ..]; behind the end it is the last one again.
+  const auto lane_row = [&](int half) {
+    return plan.first_row + max(min(half * 8 + lane / 4, sequence.num_rows - 1), 0);
+  };
+
+  int stage = 0;
+  // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
+  static_assert(STAGES > 2);
+  int32_t next_begin = plan.begin_tile - (STAGES - 2);
+#pragma unroll 1
+  for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
+    if (tile == next_begin) {
+      const int32_t seq_idx = cursor.next_seq_idx;
+      sequence = cursor.next(p, plan);
+      next_begin = cursor.seq_end;
+      first_key = cursor.first_key + warp_idx * kWarpKeys;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row = half * 8 + lane / 4, row_of_head = plan.first_row + row;
+        const T* const source = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride +
+                                (sequence.q_start + p.group_size.divide(row_of_head)) * p.q_token_stride +
+                                plan.head(p, row_of_head) * p.q_head_stride + 2 * (lane % 4);
+#pragma unroll
+        for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
+          const bool valid = row < sequence.num_rows && chunk * 8 < p.head_dim;
+          q_frag[chunk / 2][chunk % 2 * 2 + half] = valid ? *reinterpret_cast<const uint32_t*>(source + chunk * 8) : 0;
+        }
+      }
+      softmax = OnlineSoftmax<1>();
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] = 0.0f;
+    }
+    cp_async_wait<STAGES - 2>();
+    __syncwarp();  // the other lanes' copies are here, and all are done with the stage before, which is loaded next
+    loader.load(rings[warp_idx].stages[stage]);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    if (tile < plan.begin_tile) continue;
+    typename Ring::Stage& now = rings[warp_idx].stages[stage];
+
+    float scores[1][2][4] = {};
+    float odd_scores[2][4] = {};  // a second chain of products
+    const WarpOperandB<HEAD_DIM> keys(now.k, 0);
+#pragma unroll
+    for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
+      uint32_t k_frag[4];
+      keys.load(k_frag, 0, kk);
+      auto& sums = kk % 2 == 0 ? scores[0] : odd_scores;
+      mma_m16n8k16<T>(sums[0], q_frag[kk], k_frag[0], k_frag[1]);
+      mma_m16n8k16<T>(sums[1], q_frag[kk], k_frag[2], k_frag[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
+
+    const AttentionMask& mask = sequence.mask;
+    const int32_t lane_key = first_key + 2 * (lane % 4);
+    if (general) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row = lane_row(half);
+        const int32_t position = p.group_size.divide(row) + mask.k_len - mask.q_len;
+        float slope = 0.0f;
+        if (p.alibi_slopes != nullptr) {
+          slope = kLog2E * p.alibi_slopes[(cursor.next_seq_idx - 1) * p.alibi_batch_stride + plan.head(p, row)];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& score = scores[0][j / 2][half * 2 + j % 2];
+          score *= score_scale.pre;
+          if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
+          score -= slope * abs(position - (lane_key + j / 2 * 8 + j % 2));
+        }
+      }
+    }
+    // Not where all rows see all of the warp's keys.
+    if (first_key < mask.visible(sequence.last_token).begin ||
+        first_key + kWarpKeys > mask.visible(sequence.first_token).end) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeyRange visible = mask.visible(p.group_size.divide(lane_row(half)));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int32_t key = lane_key + j / 2 * 8 + j % 2;
+          if (key < visible.begin || key >= visible.end) scores[0][j / 2][half * 2 + j % 2] = -INFINITY;
+        }
+      }
+    }
+    softmax.update(scores, acc, softmax_scale);
+    warp_gemm_registers<T, 3>(acc, scores, WarpOperandB<HEAD_DIM, true>(now.v, 0));
+    first_key += p.config.block_n;
+    if (tile + 1 < min(cursor.seq_end, plan.end_tile)) continue;
+
+    // ---- the end of a sequence, or of the CTA's part of it: the warps' results go to the stages consumed last
+    softmax.finish(softmax_scale);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half * 8 >= sequence.num_rows) continue;
+      const int row = half * 8 + lane / 4;
+      if (lane % 4 == 0) {
+        warp_sums[warp_idx].row_max[row] = softmax.row_max[0][half];
+        warp_sums[warp_idx].row_sum[row] = softmax.row_sum[0][half];
+      }
+#pragma unroll
+      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
+        float* const target =
+            reinterpret_cast<float*>(&now) + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4 / 2) + lane % 2 * 2;
+        *reinterpret_cast<float2*>(target) = make_float2(acc[0][nn][2 * half], acc[0][nn][2 * half + 1]);
+      }
+    }
+    __syncthreads();
+    const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
+    const DecodeOutput<T> output(p, plan, sequence, cursor.next_seq_idx - 1);
+    each_group(sequence.all_rows, [&](int32_t row, int group) {
+      DecodePartial result;
+      if (row < sequence.num_rows) {
+#pragma unroll 1
+        for (int w = 0; w < num_warps; w += 4) {
+          float2 sums[4];
+          float4 outs[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int from = min(w + i, num_warps - 1);
+            sums[i] =
+                make_float2(w + i < num_warps ? warp_sums[from].row_max[row] : -INFINITY, warp_sums[from].row_sum[row]);
+            outs[i] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[from].stages[stage]) +
+                                                       out_offset<HEAD_DIM>(row, group));
+          }
+          result.add(sums, outs);
+        }
+      }
+      if (begins_here && ends_here) return output.store(row, group, result);
+      const int64_t slot_row = partial_row(ends_here ? ended_slot : handed_slot(plan.part_idx), row);
+      *partial_out(slot_row, group) = make_float4(result.sums[0], result.sums[1], result.sums[2], result.sums[3]);
+      if (group == 0) p.partial_sum[slot_row] = make_float2(result.row_max, result.row_sum);
+    });
+    __syncthreads();  // the stages are free again
+  }
+
+  // ---- what is handed on is there: this thread has seen that all have written
+  if (threadIdx.x == 0 && cursor.seq_end > plan.end_tile) {
+    store_release(p.marks + blockIdx.x, p.launch_id);
+  }
+
+  // ---- the sequence that the CTA has ended, but not begun
+  const DecodeSequence ended(p, plan.seq_idx, plan.first_row);
+  if (plan.seq_begin >= plan.begin_tile || plan.seq_begin + ended.num_tiles(p) > plan.end_tile) return;
+  const int32_t first_part = plan.seq_begin / plan.tiles_per_part;
+  for (int32_t part = first_part + threadIdx.x; part < plan.part_idx; part += blockDim.x) {
+    uint64_t* const mark = p.marks + cta_of(part);
+    while (load_acquire(mark) != p.launch_id) {
+    }
+    *mark = 0;
+  }
+  __syncthreads();
+  const DecodeOutput<T> output(p, plan, ended, plan.seq_idx);
+  each_group(ended.all_rows, [&](int32_t row, int group) {
+    constexpr int BATCH = 16;  // parts that are on their way at the same time
+    DecodePartial result;
+#pragma unroll 1
+    for (int32_t part = first_part; part <= plan.part_idx; part += BATCH) {
+      float2 sums[BATCH];
+      float4 outs[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int64_t slot_row = partial_row(part + i < plan.part_idx ? handed_slot(part + i) : ended_slot, row);
+        sums[i] = __ldcg(p.partial_sum + slot_row);
+        outs[i] = __ldcg(partial_out(slot_row, group));
+        if (part + i > plan.part_idx) sums[i].x = -INFINITY;
+      }
+      result.add(sums, outs);
+    }
+    output.store(row, group, result);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
+  const int smem_bytes =
+      p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<T, HEAD_DIM>) + sizeof(DecodeRowSums));
+  const auto kernel = paged_decode_kernel<T, HEAD_DIM>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(p.config.num_ctas), 32 * p.config.num_warps, smem_bytes, stream>>>(
+      p, ScoreScale::make(p.softmax_scale, p.softcap));
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn

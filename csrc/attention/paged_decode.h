@@ -1,0 +1,29 @@
+// Attention of a few query rows a KV head (decode, speculation) for sm_80 and later: out = softmax(mask(q k^T * scale))
+// v with K and V in pages or contiguous. The kernel is in paged_decode.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "attention/attention_params.h"
+#include "attention/paged_decode_config.h"
+
+namespace fastattn {
+
+struct PagedDecodeParams : AttentionParams {
+  // Workspaces, not initialized. A CTA has at most two parts of rows whose other keys are with other CTAs: one that it
+  // ends, and one that others go on with; so there are 2 * num_ctas slots.
+  float* partial_out = nullptr;   // (slots, 16, Dv) relative to the reference below
+  float2* partial_sum = nullptr;  // (slots, 16): the rows' reference of exponentials (base 2), and sum
+  uint64_t* marks = nullptr;      // (num_ctas): launch_id once the second one is there; 0 again at the end
+
+  PagedDecodeConfig config = {};  // from paged_decode_config, with fits
+
+  // Derived by paged_decode.
+  uint64_t launch_id = 0;
+  FastDivide num_parts_div, num_columns_div, num_kv_heads_div;
+};
+
+// Enqueues the kernel. Needs T > 0. cudaErrorInvalidValue if no instantiation fits.
+cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
+
+}  // namespace fastattn

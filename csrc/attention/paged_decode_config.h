@@ -1,0 +1,94 @@
+// Tiles of the decode kernel and the heuristic that sizes its grid. Plain C++: no CUDA call.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastattn {
+
+// Compiled head dims; others are padded with zeros in shared memory to the next one.
+constexpr int kPagedDecodeHeadDims[] = {64, 96, 128, 192, 256};
+
+// Packed rows (query token, head of the group) of a CTA: one product of the tensor cores.
+constexpr int kPagedDecodeRows = 16;
+
+// Of a tile, for one warp.
+constexpr int kPagedDecodeWarpKeys = 16;
+
+// Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim.
+constexpr int paged_decode_stages(int head_dim) {
+  if (head_dim <= 64) return 6;
+  if (head_dim <= 96) return 4;
+  if (head_dim <= 128) return 3;
+  return head_dim <= 192 ? 4 : 3;
+}
+
+// Warps of a CTA that fills an SM of Hopper: their rings are 192 KiB. A CTA of half as many is for GPUs with less
+// shared memory (96 KiB is within the limit of sm_86); Hopper holds two of those an SM.
+constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
+
+struct PagedDecodeProblem {
+  int64_t num_seqs;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;  // of q and k or of v, whichever is larger
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;  // capacity (max_blocks * block_size) of a paged cache: lengths are not known
+  int64_t num_sms;
+  bool large_smem;  // 227 KiB of shared memory for a CTA, as on Hopper
+};
+
+struct PagedDecodeConfig {
+  bool fits;      // whether the kernel can take the call
+  int head_dim;   // compiled head dim
+  int num_warps;  // of a CTA
+  int block_n;    // keys of a tile, of all warps; a power of two
+  int block_n_log2;
+  int64_t num_row_tiles;  // of a KV head
+  int64_t num_columns;    // KV heads times row tiles
+  int64_t max_tiles;      // of a column, where every cache is full
+  int64_t num_parts;      // CTAs of a column
+  int64_t num_ctas;
+};
+
+// A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
+// captured CUDA graph stays valid, and balanced, while sequences grow.
+inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) {
+  // Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a
+  // kernel with larger tiles is better.
+  constexpr int64_t kMaxRowTiles = 2;
+  constexpr int64_t kFewSequences = 8;
+  PagedDecodeConfig config = {};
+  for (int head_dim : kPagedDecodeHeadDims) {
+    if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
+  }
+  const int64_t rows = problem.max_seqlen_q * (problem.num_heads / problem.num_kv_heads);
+  config.num_row_tiles = (rows + kPagedDecodeRows - 1) / kPagedDecodeRows;
+  config.num_columns = problem.num_kv_heads * config.num_row_tiles;
+  if (config.head_dim == 0 || config.num_columns == 0 || config.num_row_tiles > kMaxRowTiles) return config;
+
+  const int max_warps = paged_decode_max_warps(config.head_dim);
+  const auto use = [&](int num_warps) {
+    config.num_warps = num_warps;
+    config.block_n = num_warps * kPagedDecodeWarpKeys;
+    config.block_n_log2 = 0;
+    while (1 << config.block_n_log2 < config.block_n) ++config.block_n_log2;
+    config.max_tiles =
+        problem.num_seqs * std::max<int64_t>(1, (problem.max_seqlen_k + config.block_n - 1) / config.block_n);
+    const int64_t ctas_at_once = problem.num_sms * max_warps / num_warps;
+    config.num_parts = std::min(config.max_tiles, std::max<int64_t>(1, ctas_at_once / config.num_columns));
+    config.num_ctas = config.num_parts * config.num_columns;
+  };
+  // Where a sequence has many parts, large CTAs mean fewer of them to add up. Small ones waste less at the ends of many
+  // sequences, and leave fewer SMs empty where keys are few or the number of columns is unfortunate.
+  use(max_warps);
+  const bool few_ctas = config.num_ctas * 10 < problem.num_sms * 9;
+  const bool many_sequences = problem.num_seqs > kFewSequences && config.head_dim <= 128;
+  if (!problem.large_smem || few_ctas || many_sequences) use(max_warps / 2);
+
+  // Tiles are counted in 32 bits.
+  config.fits = config.max_tiles < INT32_MAX / 2 && config.num_ctas < INT32_MAX / 2;
+  return config;
+}
+
+}  // namespace fastattn

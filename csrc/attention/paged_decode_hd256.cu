@@ -1,0 +1,9 @@
+// Instantiations of paged_decode for head dims padded to 256.
+#include "attention/paged_decode.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_paged_decode<__nv_bfloat16, 256>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, 256>(const PagedDecodeParams&, cudaStream_t);
+
+}  // namespace fastattn

@@ -1,0 +1,9 @@
+// Instantiations of paged_decode for head dims padded to 64.
+#include "attention/paged_decode.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_paged_decode<__nv_bfloat16, 64>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, 64>(const PagedDecodeParams&, cudaStream_t);
+
+}  // namespace fastattn

@@ -1,0 +1,140 @@
+"""The decode kernel on drawn calls: the 2× rule over pages with NaN in all that no sequence owns, the same bits each time,
+and one captured graph for every length."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn import ops
+from tests.gpu.test_flash_attention import attend
+
+pytestmark = pytest.mark.gpu
+HEAD_DIMS = (40, 64, 80, 96, 128, 192, 256)
+PAGES = (1, 5, 8, 16, 64, 128)
+Shape = tuple[int, int, int]  # heads, KV heads, head dim
+
+
+class Cache:
+    """Sequences of these lengths in pages of random order; NaN elsewhere, and any number in unused slots of the table."""
+
+    def __init__(self, rng: random.Random, lengths: list[int], page: int, shape: Shape, dtype: torch.dtype) -> None:
+        _, kv_heads, dim = shape
+        gen = torch.Generator("cuda").manual_seed(rng.randrange(1 << 30))
+        counts = [-(-n // page) for n in lengths]
+        order = rng.sample(range(sum(counts) + 3), sum(counts))
+        pools = (sum(counts) + 3, page, kv_heads, dim)
+        self.k_cache, self.v_cache = (torch.full(pools, math.nan, dtype=dtype, device="cuda") for _ in range(2))
+        table = [[rng.randrange(-(1 << 31), 1 << 31) for _ in range(max(counts) + 2)] for _ in lengths]
+        self.k, self.v = [], []
+        for b, length in enumerate(lengths):
+            own = [order.pop() for _ in range(counts[b])]
+            table[b][: counts[b]] = own
+            for pool, kept in ((self.k_cache, self.k), (self.v_cache, self.v)):
+                rows = torch.randn(length, kv_heads, dim, generator=gen, dtype=dtype, device="cuda")
+                kept.append(rows)
+                for i, block in enumerate(own):
+                    part = rows[i * page : (i + 1) * page]
+                    pool[block, : len(part)] = part
+        self.table = torch.tensor(table, dtype=torch.int64).int().cuda()
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+
+
+def starts_of(runs: list[int]) -> Tensor:
+    return torch.tensor([0, *runs], device="cuda").cumsum(0).int()
+
+
+def check(
+    q: Tensor, cache: Cache, runs: list[int], lengths: list[int], out: Tensor, lse: Tensor, options: dict[str, Any]
+) -> None:
+    starts = starts_of(runs).tolist()
+    worst = plain_worst = scale = 0.0
+    for b, length in enumerate(lengths):
+        own = slice(starts[b], starts[b + 1])
+        if own.start == own.stop:
+            continue
+        exact, exact_lse = attend(q[own], cache.k[b][:length], cache.v[b][:length], torch.float32, options)
+        plain, _ = attend(q[own], cache.k[b][:length], cache.v[b][:length], q.dtype, options)
+        assert torch.equal(lse[:, own] == -math.inf, exact_lse == -math.inf)
+        seen = exact_lse.isfinite()
+        assert torch.allclose(lse[:, own][seen], exact_lse[seen], rtol=1e-5, atol=2e-4)
+        worst = max(worst, float((out[own].float() - exact).abs().max()))
+        plain_worst = max(plain_worst, float((plain.float() - exact).abs().max()))
+        scale = max(scale, float(exact.abs().max()))
+    assert worst <= 2 * plain_worst + 0.5 * torch.finfo(q.dtype).eps * scale, f"{worst:.3e}, plain {plain_worst:.3e}"
+
+
+def draw_options(rng: random.Random, heads: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "causal": rng.random() < 0.6,
+        "window_size": rng.choice(((-1, -1), (-1, -1), (17, 0), (200, 5))),
+        "softcap": rng.choice((0.0, 0.0, 15.0)),
+    }
+    if rng.random() < 0.3:
+        options["alibi_slopes"] = torch.rand(heads, device="cuda") * 0.1
+    if rng.random() < 0.3:
+        options["sinks"] = torch.randn(heads, device="cuda")
+    return options
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_calls(seed: int) -> None:
+    rng = random.Random(seed)
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    kv_heads, group = rng.choice((1, 2, 3, 8)), rng.choice((1, 2, 3, 4, 8, 16, 24))
+    shape = (kv_heads * group, kv_heads, rng.choice(HEAD_DIMS))
+    batch = rng.choice((1, 2, 3, 7, 33, 70))
+    longest = rng.choice((1, 20, 300, 1500, 5000 if batch < 8 else 300))
+    lengths = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch)]
+    most = max(1, 32 // group)
+    runs = [most, *(rng.randint(0, most) for _ in range(batch - 1))]
+    cache = Cache(rng, lengths, rng.choice(PAGES), shape, dtype)
+    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
+    options = draw_options(rng, shape[0])
+    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, most)
+    out, lse = ops.paged_attention(*call, **options)
+    again, lse_again = ops.paged_attention(*call, **options)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    check(q, cache, runs, lengths, out, lse, options)
+
+
+def test_one_graph_serves_every_length() -> None:
+    rng = random.Random(0)
+    capacity = [3000, 200, 1, 900]
+    cache = Cache(rng, capacity, 16, (32, 8, 128), torch.bfloat16)
+    q = torch.randn(4, 32, 128, dtype=torch.bfloat16, device="cuda")
+    call = (q, cache.k_cache, cache.v_cache, starts_of([1] * 4), cache.lengths, cache.table, 1)
+    ops.paged_attention(*call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.paged_attention(*call)
+    for lengths in (capacity, [5, 0, 1, 0], [2999, 199, 0, 1], [0] * 4, capacity, [64, 64, 1, 64]):
+        cache.lengths.copy_(torch.tensor(lengths))
+        for _ in range(2):  # the second finds no mark of the first
+            out.fill_(math.nan)
+            graph.replay()
+            check(q, cache, [1] * 4, lengths, out, lse, {"causal": True})
+
+
+def test_calls_on_two_streams_do_not_meet() -> None:
+    rng = random.Random(1)
+    caches = [Cache(rng, [4000, 100], 16, (32, 8, 128), torch.bfloat16) for _ in range(2)]
+    q = torch.randn(2, 32, 128, dtype=torch.bfloat16, device="cuda")
+    calls = [(q, c.k_cache, c.v_cache, starts_of([1, 1]), c.lengths, c.table, 1) for c in caches]
+    alone = [ops.paged_attention(*call)[0] for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    results: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for i, (stream, call) in enumerate(zip(streams, calls, strict=True)):
+            with torch.cuda.stream(stream):
+                results[i].append(ops.paged_attention(*call)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, alone[i]) for i in range(2) for out in results[i])
