@@ -559,19 +559,18 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       if constexpr (FP8) inverse *= descale_of(p.v_descale, done);
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
-        const int32_t first = lane % 4 * 4, num_columns = p.v_head_dim - first;
+        const int32_t first = lane % 4 * 4;
+        const int32_t num_columns = (whole ? row.exists : row.counts) ? p.v_head_dim - first : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
           if (t * 8 >= num_columns) continue;
           const float x[4] = {acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
                               acc[t + 1][2 * r + 1] * inverse};
-          if (!whole) {
-            if (row.counts) {
-              *reinterpret_cast<float4*>(row.partial + first + t * 8) = make_float4(x[0], x[1], x[2], x[3]);
-            }
-          } else if (row.exists) {
+          if (whole) {
             *reinterpret_cast<uint2*>(row.out + first + t * 8) =
                 row.counts ? make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3])) : make_uint2(0, 0);
+          } else {
+            *reinterpret_cast<float4*>(row.partial + first + t * 8) = make_float4(x[0], x[1], x[2], x[3]);
           }
         }
       } else if (whole) {
