@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tools/build"))
 from cuda_choice import nvcc_path  # noqa: E402
 
 CSRC = ROOT / "csrc"
-NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "100"))  # of each kernel
+NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "80"))  # of each kernel
 NUM_CPUS = len(os.sched_getaffinity(0))
 
 KERNELS = {
