@@ -178,6 +178,25 @@ inline void complete_pending(size_t idx) {
   fail(what);
 }
 
+inline bool may_run(const Fibre& fibre) {
+  return !fibre.done && (fibre.waits_for == nullptr || fibre.waits_for->holds());
+}
+
+inline bool is_ready(int warp) {
+  return std::any_of(cta.fibres.begin() + warp * 32, cta.fibres.begin() + warp * 32 + 32, may_run);
+}
+
+// Each lane until it waits; false if all do already.
+inline bool run_warp(int warp) {
+  bool any = false;
+  for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+    if (!may_run(cta.fibres[thread])) continue;
+    any = true;
+    run_fibre(thread);
+  }
+  return any;
+}
+
 inline void run_cta(int num_threads, std::function<void()> body) {
   cta.num_threads = num_threads;
   cta.body = std::move(body);
@@ -197,25 +216,29 @@ inline void run_cta(int num_threads, std::function<void()> body) {
     order[i] = static_cast<int>(i);
     speed[i] = kSpeeds[random_engine() % 3];
   }
-  int num_left = num_threads;
-  while (num_left > 0) {
+  const auto all_done = [&] {
+    return std::all_of(cta.fibres.begin(), cta.fibres.begin() + num_threads, [](const Fibre& f) { return f.done; });
+  };
+  while (!all_done()) {
     std::shuffle(order.begin(), order.end(), random_engine);
     bool any_ready = false;
     for (int warp : order) {
-      if (!cta.pending.empty() && chance(copy_speed)) complete_pending(random_engine() % cta.pending.size());
-      const bool runs = chance(speed[warp]);
-      for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-        const Fibre& fibre = cta.fibres[thread];
-        if (fibre.done || (fibre.waits_for != nullptr && !fibre.waits_for->holds())) continue;
+      if (!cta.pending.empty() && chance(copy_speed)) {
+        complete_pending(random_engine() % cta.pending.size());
         any_ready = true;
-        if (!runs) break;
-        run_fibre(thread);
-        if (fibre.done) --num_left;
+      }
+      if (chance(speed[warp])) {
+        while (run_warp(warp)) {
+          any_ready = true;
+          if (chance(10)) break;  // other warps may come in between
+        }
+      } else {
+        any_ready = any_ready || is_ready(warp);
       }
     }
     if (any_ready) continue;
-    if (num_left > 0 && cta.pending.empty()) fail_with_deadlock();
-    if (!cta.pending.empty()) complete_pending(random_engine() % cta.pending.size());
+    if (cta.pending.empty()) fail_with_deadlock();
+    complete_pending(random_engine() % cta.pending.size());
   }
   if (!cta.pending.empty()) fail("a CTA ended before its copies did");
   for (const auto& check : end_of_cta) check();
@@ -277,10 +300,10 @@ const T* const* meet(const T& value, Last last) {
   shown[this_lane()] = &value;
   const T* const* const values = reinterpret_cast<const T* const*>(shown);
   if (++warp.num_arrived == 32) {
-    if (chance(10)) to_scheduler();  // other warps may come in between
     last(values);
     warp.num_arrived = 0;
     ++warp.num_meetings;
+    to_scheduler();  // so that they leave in the order of lanes
   } else {
     wait(LanesMeet(warp, meeting));
   }
