@@ -91,9 +91,10 @@ struct Fibre {
 
 // What the lanes of a warp show one another: as many as have come, and how often all have.
 struct Warp {
+  bool steps_aside = false;  // its turn is over although it could go on
   int num_arrived = 0;
   uint64_t num_meetings = 0;
-  const void* shown[2][32];  // of this meeting and the one before, which some lanes may still look at
+  const void* shown[32];
 };
 
 struct NamedBarrier {
@@ -147,6 +148,12 @@ inline void run_fibre(int thread_idx) {
   setcontext(&context);
 }
 
+// Lets the rest of the warp run, and now and then the other warps.
+inline void maybe_step_aside() {
+  this_warp().steps_aside = chance(10);
+  to_scheduler();
+}
+
 inline void wait(const Condition& condition) {
   if (condition.holds()) return;
   this_fibre().waits_for = &condition;
@@ -188,6 +195,7 @@ inline bool is_ready(int warp) {
 
 // Each lane until it waits; false if all do already.
 inline bool run_warp(int warp) {
+  cta.warps[warp].steps_aside = false;
   bool any = false;
   for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
     if (!may_run(cta.fibres[thread])) continue;
@@ -230,7 +238,7 @@ inline void run_cta(int num_threads, std::function<void()> body) {
       if (chance(speed[warp])) {
         while (run_warp(warp)) {
           any_ready = true;
-          if (chance(10)) break;  // other warps may come in between
+          if (cta.warps[warp].steps_aside) break;
         }
       } else {
         any_ready = any_ready || is_ready(warp);
@@ -291,23 +299,20 @@ struct LanesMeet final : Condition {
 };
 
 // Each lane shows a value; the last one to come calls last(values) for all, as the tensor cores take what 32 lanes
-// hold. Then all go on, with values that can be looked at until the lane's next meeting.
+// hold. Then all go on.
 template <typename T, typename Last>
-const T* const* meet(const T& value, Last last) {
+void meet(const T& value, Last last) {
   Warp& warp = this_warp();
-  const uint64_t meeting = warp.num_meetings;
-  const void** const shown = warp.shown[meeting % 2];
-  shown[this_lane()] = &value;
-  const T* const* const values = reinterpret_cast<const T* const*>(shown);
+  warp.shown[this_lane()] = &value;
   if (++warp.num_arrived == 32) {
-    last(values);
+    maybe_step_aside();  // so that there may be much between what the lanes have done and what they do together
+    last(reinterpret_cast<const T* const*>(warp.shown));
     warp.num_arrived = 0;
     ++warp.num_meetings;
-    to_scheduler();  // so that they leave in the order of lanes
+    maybe_step_aside();  // in any case, they leave in the order of lanes
   } else {
-    wait(LanesMeet(warp, meeting));
+    wait(LanesMeet(warp, warp.num_meetings));
   }
-  return values;
 }
 
 // The lanes' values.
