@@ -31,10 +31,8 @@ from fastattn.integrations.flashinfer.merge import (
     merge_state_in_place,
     merge_states,
 )
-from fastattn.integrations.flashinfer.prefill import (
-    BatchPrefillWithPagedKVCacheWrapper,
-    BatchPrefillWithRaggedKVCacheWrapper,
-)
+from fastattn.integrations.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+from fastattn.integrations.flashinfer.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from fastattn.integrations.flashinfer.sampling import (
     chain_speculative_sampling,
     min_p_sampling_from_probs,

@@ -246,6 +246,18 @@ def test_single(layout: str, dtype: torch.dtype, device: str) -> None:
     close(lse, wanted_lse[0], dtype)
 
 
+def test_requests_without_any_key(device: str) -> None:
+    dtype = torch.bfloat16
+    q, cache = (make(*shape, dtype=dtype, device=device) for shape in ((2, HEADS[0], DIM), (1, 2, 4, HEADS[1], DIM)))
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(device))
+    for lengths in ((0, 0), ()):
+        wrapper.plan(
+            ints(*[0] * (len(lengths) + 1)), ints(), ints(*lengths), *HEADS, DIM, 4, q_data_type=dtype
+        )  # fmt: skip
+        out, lse = wrapper.run_return_lse(q[: len(lengths)], cache)
+        assert (out == 0).all() and (lse == -math.inf).all() and lse.shape == (len(lengths), HEADS[0])
+
+
 def test_lse_is_base_2() -> None:
     k = torch.zeros(8, 1, 8)
     _, lse = flashinfer.single_decode_with_kv_cache(torch.zeros(1, 8), k, k, return_lse=True)

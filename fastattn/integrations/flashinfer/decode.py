@@ -20,7 +20,8 @@ from fastattn.integrations.flashinfer._common import (
     scaled,
     window_of,
 )
-from fastattn.integrations.flashinfer._plan import Pages, Plan, Wrapper
+from fastattn.integrations.flashinfer._plan import Plan, Wrapper
+from fastattn.integrations.flashinfer._tables import Pages
 from fastattn.ops.attention import paged_attention
 
 
