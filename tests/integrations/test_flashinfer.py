@@ -150,7 +150,7 @@ def test_decode_of_several_tokens_scales_and_sinks(device: str) -> None:
     q, sinks = make(9, HEADS[0], DIM, seed=1, dtype=dtype, device=device), make(HEADS[0], seed=3, device=device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(device))
     pages = (requests.indptr, requests.indices, requests.last_page_len)
-    wrapper.plan(*pages, *HEADS, DIM, 16, data_type=None, q_data_type=dtype, q_len_per_req=3)
+    wrapper.plan(*pages, *HEADS, DIM, 16, q_data_type=None, data_type=dtype, q_len_per_req=3)
     expected, expected_lse = requests.expected(q, [3] * 3, causal=True, scale=0.5 * 2 / math.sqrt(DIM), sinks=sinks)
     out, lse = wrapper.run(
         q, requests.cache, q_scale=0.5, k_scale=2.0, v_scale=3.0, sinks=sinks, return_lse=True, q_len_per_req=3
@@ -517,6 +517,7 @@ def planned(**options: Any) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
         ({"window_left": -2}, ValueError, "window_left is -2"),
         ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap is -1.0"),
         ({"kv_data_type": torch.float8_e4m3fn}, NotImplementedError, "kv_data_type is torch.float8_e4m3fn"),
+        ({"data_type": torch.float16}, NotImplementedError, "kv_data_type is torch.float16, expected q_data_type"),
         ({"o_data_type": "float16"}, NotImplementedError, "o_data_type is float16"),
         ({"q_data_type": "float17"}, ValueError, "q_data_type is 'float17'"),
         ({"fixed_split_size": 64}, NotImplementedError, "fixed_split_size is 64"),

@@ -65,7 +65,9 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], Callable[[Tensor], Tenso
 ]
 
 
-@pytest.mark.parametrize(("name", "limits", "options", "expected"), CALLS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "limits", "options", "expected"), CALLS, ids=[f"{name} {options}" for name, _, options, _ in CALLS]
+)
 def test_distributions(
     name: str,
     limits: tuple[Any, ...],

@@ -108,7 +108,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         refuse(op, window_right=window_right)
         if q_len_per_req < 1:
             raise ValueError(f"{op}: q_len_per_req is {q_len_per_req}, expected an int ≥ 1")
-        q_dtype, kv_dtype = q_data_type or data_type or "float16", kv_data_type or (None if q_data_type else data_type)
+        q_dtype, kv_dtype = q_data_type or data_type or "float16", kv_data_type or data_type
         planned = Plan.make(
             op, num_qo_heads, num_kv_heads, head_dim, None, page_size, q_dtype, kv_dtype, o_data_type, True,
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, fixed_split_size, disable_split_kv,
