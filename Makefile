@@ -35,7 +35,7 @@ lint: $(STAMPS)/lint $(STAMPS)/test ## ruff, mypy --strict, import-linter, clang
 	$(BIN)/ruff format --check bench examples fastattn tests tools setup.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc)
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files csrc 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/emulator/*.cuh')
 
 bench: $(STAMPS)/test ## check and time FAMILIES (default: engine_cpu; python -m bench --list names them all)
 	$(BIN)/python -m bench $(FAMILIES)

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "arch/ring_position.cuh"
 #include "arch/shared_memory.cuh"
 
 namespace fastattn {
@@ -47,15 +48,6 @@ struct MBarrier {
     while (!try_wait(parity)) {
     }
   }
-};
-
-// Where a ring of stages stands: one number, since registers are short.
-template <int STAGES>
-struct RingPosition {
-  uint32_t count = 0;
-  __device__ __forceinline__ uint32_t stage() const { return count % STAGES; }
-  __device__ __forceinline__ uint32_t parity() const { return count / STAGES % 2; }
-  __device__ __forceinline__ void advance() { ++count; }
 };
 
 // Makes the initialization of barriers visible to the copy engine; once, before the CTA's barrier.

@@ -56,6 +56,7 @@
 #include "arch/grid_dependency.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
+#include "arch/registers.cuh"
 #include "arch/tensor_map.h"
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   RingPosition<Storage::kTileStages> tile_ring;
 
   if (group_idx == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(PRODUCER_REGISTERS));
+    give_registers<PRODUCER_REGISTERS>();
     if (warp_idx == 0 && lane == 0) {
       // ----------------------------------------------------------------------------- producer
       FlashBwdTile tile;
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   }
 
   // --------------------------------------------------------------------------------- consumers
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
+  take_registers<CONSUMER_REGISTERS>();
   const int consumer = group_idx - 1;
   const int thread = threadIdx.x % 128;
   const int first_key_of_group = SHARED_KEYS ? 0 : consumer * 64;

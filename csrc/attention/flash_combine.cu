@@ -1,7 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "arch/mma_sm80.cuh"
+#include "arch/fragments.cuh"
+#include "arch/launch.cuh"
 #include "attention/flash_combine.h"
 
 namespace fastattn {
@@ -56,10 +57,9 @@ __global__ void __launch_bounds__(128)
 template <typename T>
 cudaError_t launch(const FlashCombineParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (p.num_tokens * p.num_heads + 3) / 4;
-  flash_combine_kernel<T><<<static_cast<unsigned>(num_ctas), 128, 0, stream>>>(
-      p.partial_out, p.partial_lse, static_cast<T*>(p.out), p.lse, p.num_splits, p.num_tokens, p.lse_tokens,
-      p.num_heads, p.head_dim);
-  return cudaGetLastError();
+  return launch_kernel(flash_combine_kernel<T>, num_ctas, 128, 0, stream, p.partial_out, p.partial_lse,
+                       static_cast<T*>(p.out), p.lse, p.num_splits, p.num_tokens, p.lse_tokens, p.num_heads,
+                       p.head_dim);
 }
 
 }  // namespace

@@ -50,8 +50,10 @@
 #include <type_traits>
 
 #include "arch/global_memory.cuh"
+#include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
+#include "arch/registers.cuh"
 #include "arch/tensor_map.h"
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   FlashTile tile;
 
   if (group_idx == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(PRODUCER_REGISTERS));
+    give_registers<PRODUCER_REGISTERS>();
     const auto load_k = [&](const FlashTile& t, int32_t step) {
       const uint32_t stage = k_ring.stage();
       load_block<STORED_DIM / PANEL, PANEL, BLOCK_N>(args, args.k, smem.k[stage], smem.k_empty[stage],
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   }
 
   // --------------------------------------------------------------------------------- consumers
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(CONSUMER_REGISTERS));
+  take_registers<CONSUMER_REGISTERS>();
   const int consumer = group_idx - 1;
   const int lane_row = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this row of the tile, and 8 below
   const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
@@ -831,14 +833,11 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   }
 
   const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-  if (error != cudaSuccess) return error;
   if (config.num_tiles > config.num_ctas) {
-    error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
+    const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(config.num_ctas), config.tile.num_threads(), kSmemBytes, stream>>>(args);
-  error = cudaGetLastError();
+  const cudaError_t error = launch_kernel(kernel, config.num_ctas, config.tile.num_threads(), kSmemBytes, stream, args);
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
                         p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype},

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "arch/e4m3.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 
@@ -55,10 +56,7 @@ __device__ __forceinline__ void turn_values(const void* values, void* turned, in
 #pragma unroll
       for (uint32_t j = 0; j < 2; ++j) {
         if (k + j > LAST) break;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                     : "=r"(r[j][0]), "=r"(r[j][1]), "=r"(r[j][2]), "=r"(r[j][3])
-                     : "r"(source + (k + j) * 32 * V_PANEL)
-                     : "memory");
+        ldmatrix_x4_trans(r[j], source + (k + j) * 32 * V_PANEL);
       }
 #pragma unroll
       for (uint32_t j = 0; j < 2; ++j) {
@@ -75,20 +73,10 @@ __device__ __forceinline__ void turn_values(const void* values, void* turned, in
         const uint32_t even1 = __byte_perm(r[j][2], r[j][3], 0x6420), odd1 = __byte_perm(r[j][2], r[j][3], 0x7531);
         const uint32_t address =
             target + first_key / KEY_PANEL * V_HEAD_DIM * KEY_PANEL + (first_key % KEY_PANEL ^ target_swizzle);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(even0),
-                     "r"(odd0), "r"(even1), "r"(odd1)
-                     : "memory");
+        store_matrices(address, {even0, odd0, even1, odd1});
       }
     }
   }
-}
-
-// Four probabilities, the lowest byte first; above 448 they stay 448.
-__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(high) : "f"(d), "f"(c));
-  return static_cast<uint32_t>(high) << 16 | low;
 }
 
 }  // namespace fastattn

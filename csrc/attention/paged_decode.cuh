@@ -47,6 +47,7 @@
 
 #include "arch/cp_async.cuh"
 #include "arch/global_memory.cuh"
+#include "arch/launch.cuh"
 #include "arch/warp_gemm_sm80.cuh"
 #include "attention/mask.cuh"
 #include "attention/paged_decode_launch.h"
@@ -600,12 +601,8 @@ template <typename T, int HEAD_DIM>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
   const int smem_bytes =
       p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<T, HEAD_DIM>) + sizeof(DecodeRowSums));
-  const auto kernel = paged_decode_kernel<T, HEAD_DIM>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(p.config.num_ctas), 32 * p.config.num_warps, smem_bytes, stream>>>(
-      p, ScoreScale::make(p.softmax_scale, p.softcap));
-  return cudaGetLastError();
+  return launch_kernel(paged_decode_kernel<T, HEAD_DIM>, p.config.num_ctas, 32 * p.config.num_warps, smem_bytes, stream,
+                       p, ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

@@ -6,17 +6,12 @@
 
 #include <cstdint>
 
+#include "arch/exp2.cuh"
+
 namespace fastattn {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-// 2^x in one instruction (2 ulp); 2^-inf = 0.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // tanh with an absolute error near 1e-7 from one ex2 and one division. Not tanh.approx: its 2^-11
 // would be an error of 0.02 in a logit that is capped at 50.

@@ -1,0 +1,14 @@
+// Shared memory by its addresses, which begin at 0 here.
+#pragma once
+
+#include "device.h"
+
+namespace fastattn {
+
+inline uint32_t shared_address(const void* pointer) {
+  const int64_t address = static_cast<const unsigned char*>(pointer) - smem_bytes;
+  if (address < 0 || address >= emulator::kMaxSmemBytes) emulator::fail("an address outside shared memory");
+  return static_cast<uint32_t>(address);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,35 @@
+// The copy engine. A copy may begin at once, so that what its target held is gone, and it may end late.
+#pragma once
+
+#include <cuda.h>
+
+#include "arch/mbarrier.cuh"
+#include "tensor_map.h"
+
+namespace fastattn {
+
+inline void tma_prefetch_map(const CUtensorMap&) {}
+
+inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y, int32_t z,
+                        int32_t w) {
+  const emulator::TensorMap tensor = emulator::read_tensor_map(map);
+  const uint32_t target = shared_address(destination);
+  const int row_bytes = tensor.box[0] * tensor.element_bytes, num_bytes = row_bytes * tensor.box[1];
+  // Fewer rows than the swizzle repeats after would begin in its middle.
+  if (target % (8 * row_bytes) != 0) emulator::fail("a box at byte " + std::to_string(target) + ", not aligned");
+  std::memset(destination, 0xff, num_bytes);
+  emulator::cta.pending.push_back([=, &barrier] {
+    for (int row = 0; row < tensor.box[1]; ++row) {
+      for (int begin = 0; begin < row_bytes; begin += 16) {  // what a swizzle keeps together
+        unsigned char chunk[16];
+        for (int i = 0; i < 16; i += tensor.element_bytes) {
+          tensor.read(x + (begin + i) / tensor.element_bytes, y + row, z, w, chunk + i);
+        }
+        std::memcpy(smem_bytes + emulator::swizzle(target + row * row_bytes + begin, row_bytes), chunk, 16);
+      }
+    }
+    barrier.complete_bytes(num_bytes);
+  });
+}
+
+}  // namespace fastattn

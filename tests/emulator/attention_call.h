@@ -1,0 +1,319 @@
+// A drawn call of attention: its tensors, with NaN wherever no kernel may look, and what must come out.
+#pragma once
+
+#include <numeric>
+
+#include "arch/dtype.h"
+#include "device.h"
+
+namespace emulator {
+
+// ---------------------------------------------------------------------------------------------
+// Draws
+
+inline std::mt19937 draws;  // apart from random_engine: a call is the same whatever the kernel's threads do
+
+inline int between(int low, int high) {
+  return low + static_cast<int>(draws() % static_cast<unsigned>(high - low + 1));
+}
+inline bool one_in(int n) { return between(1, n) == 1; }
+template <typename T>
+T pick(std::initializer_list<T> choices) {
+  return choices.begin()[between(0, static_cast<int>(choices.size()) - 1)];
+}
+inline float normal() { return std::normal_distribution<float>()(draws); }
+
+// ---------------------------------------------------------------------------------------------
+// Types
+
+template <typename T>
+struct TypeInfo;
+template <>
+struct TypeInfo<__nv_bfloat16> {
+  static constexpr fastattn::DType kDType = fastattn::DType::kBFloat16;
+  static constexpr const char* kName = "bf16";
+  using Out = __nv_bfloat16;
+  static constexpr double kTolerance = 0x1p-5;  // P and O are rounded to 2^-9, and O is up to about 4
+};
+template <>
+struct TypeInfo<__half> {
+  static constexpr fastattn::DType kDType = fastattn::DType::kFloat16;
+  static constexpr const char* kName = "fp16";
+  using Out = __half;
+  static constexpr double kTolerance = 0x1p-8;
+};
+template <>
+struct TypeInfo<__nv_fp8_e4m3> {
+  static constexpr fastattn::DType kDType = fastattn::DType::kFloat8E4M3;
+  static constexpr const char* kName = "fp8";
+  using Out = __nv_bfloat16;
+  static constexpr double kTolerance = 0x1p-2;  // P is rounded to 2^-4
+};
+
+// A tensor of values that T can hold, as the kernel and as the reference read it.
+template <typename T>
+struct Tensor {
+  std::vector<T> data;
+  std::vector<float> values;
+
+  explicit Tensor(size_t size = 0) : data(size, T(NAN)), values(size, NAN) {}
+  void set(size_t idx, float value) {
+    data[idx] = T(value);
+    values[idx] = static_cast<float>(data[idx]);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+
+template <typename T>
+struct AttentionCall {
+  using Out = typename TypeInfo<T>::Out;
+
+  // ---- set by who draws it
+  int num_kv_heads = 1, group = 1, head_dim = 0, v_head_dim = 0;
+  std::vector<int> q_lens, k_lens;        // of a batch all are the same
+  std::vector<int> seqused_q, seqused_k;  // empty: not given; seqused_k may be more than there are
+  bool packed_q = false, packed_k = false;
+  int page_size = 0;  // 0: not paged
+  bool causal = false;
+  int window_left = -1, window_right = -1;
+  float softcap = 0.0f;
+  bool has_alibi = false, has_sinks = false, has_descales = false;
+  bool growing_logits = false;  // so that the reference of the exponentials must move often
+
+  // ---- made by make_tensors
+  int num_seqs, num_heads, num_tokens, max_blocks = 0, num_pages = 0;
+  std::vector<int> cu_seqlens_q, cu_seqlens_k, block_table;
+  std::vector<std::vector<size_t>> key_tokens;  // where a sequence's keys lie
+  Tensor<T> q, k, v;
+  std::vector<float> slopes, sinks, q_descale, k_descale, v_descale;
+  std::vector<Out> out;  // and what lies behind it
+  std::vector<float> lse;
+  static constexpr size_t kBehind = 64;
+
+  float softmax_scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+  int max_q_len() const { return *std::max_element(q_lens.begin(), q_lens.end()); }
+  int max_k_len() const { return *std::max_element(k_lens.begin(), k_lens.end()); }
+  int used_q(int seq) const { return seqused_q.empty() ? q_lens[seq] : seqused_q[seq]; }
+  int used_k(int seq) const { return seqused_k.empty() ? k_lens[seq] : std::min(seqused_k[seq], k_lens[seq]); }
+  size_t query_token(int seq, int i) const { return static_cast<size_t>(cu_seqlens_q[seq] + i); }
+
+  void draw_extras() {
+    causal = one_in(2);
+    window_left = pick({-1, -1, -1, 17, 150});
+    window_right = causal ? 0 : pick({-1, -1, 5});
+    if (one_in(4)) softcap = 15.0f;
+    has_alibi = one_in(4);
+    has_sinks = one_in(3);
+    growing_logits = one_in(4);
+  }
+
+  void make_tensors() {
+    num_seqs = static_cast<int>(q_lens.size());
+    num_heads = num_kv_heads * group;
+    cu_seqlens_q.assign(1, 0);
+    cu_seqlens_k.assign(1, 0);
+    std::partial_sum(q_lens.begin(), q_lens.end(), std::back_inserter(cu_seqlens_q));
+    std::partial_sum(k_lens.begin(), k_lens.end(), std::back_inserter(cu_seqlens_k));
+    num_tokens = cu_seqlens_q.back();
+    place_keys();
+
+    const size_t num_key_tokens =
+        page_size > 0 ? static_cast<size_t>(num_pages) * page_size : static_cast<size_t>(cu_seqlens_k.back());
+    q = Tensor<T>(static_cast<size_t>(num_tokens) * num_heads * head_dim);
+    k = Tensor<T>(num_key_tokens * num_kv_heads * head_dim);
+    v = Tensor<T>(num_key_tokens * num_kv_heads * v_head_dim);
+    for (size_t i = 0; i < q.data.size(); ++i) q.set(i, normal() * (growing_logits ? 6.0f : 1.0f));
+    for (int seq = 0; seq < num_seqs; ++seq) {
+      for (int j = 0; j < used_k(seq); ++j) {
+        const float size = growing_logits ? static_cast<float>(j) / 60.0f : 1.0f;
+        const size_t row = key_tokens[seq][j] * num_kv_heads;
+        for (size_t i = row * head_dim; i < (row + num_kv_heads) * head_dim; ++i) k.set(i, normal() * size);
+        for (size_t i = row * v_head_dim; i < (row + num_kv_heads) * v_head_dim; ++i) v.set(i, normal());
+      }
+    }
+    if (has_alibi) slopes.resize(num_heads);
+    if (has_sinks) sinks.resize(num_heads);
+    for (float& slope : slopes) slope = 0.05f * static_cast<float>(between(0, 4));
+    for (float& sink : sinks) sink = normal();
+    for (std::vector<float>* descale : {&q_descale, &k_descale, &v_descale}) {
+      descale->resize(num_seqs * num_kv_heads, 1.0f);
+      for (float& factor : *descale) factor = has_descales ? pick({0.5f, 0.75f, 1.0f, 1.25f}) : 1.0f;
+    }
+    clear_results();
+  }
+
+  void clear_results() {
+    out.assign(static_cast<size_t>(num_tokens) * num_heads * v_head_dim + kBehind, Out(NAN));
+    lse.assign(static_cast<size_t>(num_tokens) * num_heads + kBehind, NAN);
+  }
+
+  // What the parameters of all attention kernels have in common.
+  template <typename Params>
+  void fill(Params& p) {
+    p.q = q.data.data();
+    p.k = k.data.data();
+    p.v = v.data.data();
+    p.out = out.data();
+    p.lse = lse.data();
+    if (packed_q) p.cu_seqlens_q = cu_seqlens_q.data();
+    if (packed_k) p.cu_seqlens_k = cu_seqlens_k.data();
+    if (!seqused_q.empty()) p.seqused_q = seqused_q.data();
+    if (!seqused_k.empty()) p.seqused_k = seqused_k.data();
+    if (page_size > 0) {
+      p.block_table = block_table.data();
+      p.block_table_stride = p.max_blocks = max_blocks;
+    }
+    if (has_alibi) p.alibi_slopes = slopes.data();
+    if (has_sinks) p.sinks = sinks.data();
+    p.q_token_stride = int64_t{num_heads} * (p.q_head_stride = head_dim);
+    p.k_token_stride = int64_t{num_kv_heads} * (p.k_head_stride = head_dim);
+    p.v_token_stride = int64_t{num_kv_heads} * (p.v_head_stride = v_head_dim);
+    p.num_tokens = num_tokens;
+    p.num_seqs = num_seqs;
+    p.num_heads = num_heads;
+    p.num_kv_heads = num_kv_heads;
+    p.head_dim = head_dim;
+    p.v_head_dim = v_head_dim;
+    p.softmax_scale = softmax_scale();
+    p.softcap = softcap;
+    p.window_left = window_left;
+    p.window_right = window_right;
+    p.dtype = TypeInfo<T>::kDType;
+  }
+
+  // Holds every row of the results against a reference in double.
+  void check() const {
+    for (int seq = 0; seq < num_seqs; ++seq) {
+      for (int i = 0; i < q_lens[seq]; ++i) {
+        for (int head = 0; head < num_heads; ++head) check_row(seq, i, head);
+      }
+    }
+    const Out* const behind_out = out.data() + out.size() - kBehind;
+    const float* const behind_lse = lse.data() + lse.size() - kBehind;
+    for (size_t i = 0; i < kBehind; ++i) {
+      if (!std::isnan(static_cast<float>(behind_out[i])) || !std::isnan(behind_lse[i]))
+        fail("a write behind the results");
+    }
+  }
+
+  std::string text() const {
+    const auto list = [](const char* name, const std::vector<int>& values) {
+      std::string all = std::string(" ") + name + "=[";
+      for (int value : values) all += std::to_string(value) + " ";
+      if (!values.empty()) all.pop_back();
+      return values.empty() ? std::string() : all + "]";
+    };
+    std::string all = std::string(TypeInfo<T>::kName) + " D=" + std::to_string(head_dim) +
+                      " Dv=" + std::to_string(v_head_dim) + " Hk=" + std::to_string(num_kv_heads) +
+                      " G=" + std::to_string(group) + list("q_lens", q_lens) + list("k_lens", k_lens) +
+                      list("seqused_q", seqused_q) + list("seqused_k", seqused_k);
+    if (packed_q) all += " packed_q";
+    if (packed_k) all += " packed_k";
+    if (page_size > 0) all += " page_size=" + std::to_string(page_size);
+    if (causal) all += " causal";
+    all += " window=" + std::to_string(window_left) + "," + std::to_string(window_right);
+    if (softcap > 0.0f) all += " softcap";
+    if (has_alibi) all += " alibi";
+    if (has_sinks) all += " sinks";
+    if (has_descales) all += " descales";
+    if (growing_logits) all += " growing_logits";
+    return all;
+  }
+
+ private:
+  // Pages are dealt at random; entries of the table that no key needs hold garbage.
+  void place_keys() {
+    key_tokens.resize(num_seqs);
+    std::vector<int> pages;
+    const auto num_blocks = [&](int seq) { return (k_lens[seq] + page_size - 1) / page_size; };
+    if (page_size > 0) {
+      max_blocks = (max_k_len() + page_size - 1) / page_size + 2;
+      num_pages = 2;
+      for (int seq = 0; seq < num_seqs; ++seq) num_pages += num_blocks(seq);
+      block_table.resize(static_cast<size_t>(num_seqs) * max_blocks);
+      for (int& entry : block_table) entry = static_cast<int>(draws());
+      pages.resize(num_pages);
+      std::iota(pages.begin(), pages.end(), 0);
+      std::shuffle(pages.begin(), pages.end(), draws);
+    }
+    for (int seq = 0; seq < num_seqs; ++seq) {
+      int* const table = block_table.data() + static_cast<size_t>(seq) * max_blocks;
+      for (int block = 0; page_size > 0 && block < num_blocks(seq); ++block) {
+        table[block] = pages.back();
+        pages.pop_back();
+      }
+      for (int j = 0; j < k_lens[seq]; ++j) {
+        const int token = page_size > 0 ? table[j / page_size] * page_size + j % page_size : cu_seqlens_k[seq] + j;
+        key_tokens[seq].push_back(static_cast<size_t>(token));
+      }
+    }
+  }
+
+  void check_row(int seq, int i, int head) const {
+    const int kv_head = head / group, num_keys = used_k(seq), position = i + num_keys - used_q(seq);
+    const bool counts = i < used_q(seq);
+    const int begin = window_left >= 0 ? std::max(0, position - window_left) : 0;
+    const int end = !counts ? 0 : window_right >= 0 ? std::min(num_keys, position + window_right + 1) : num_keys;
+    const float* const q_row = &q.values[(query_token(seq, i) * num_heads + head) * head_dim];
+    const int descale_idx = seq * num_kv_heads + kv_head;
+    const double scale = double{softmax_scale()} * q_descale[descale_idx] * k_descale[descale_idx];
+
+    std::vector<double> weights;
+    double largest = counts && has_sinks ? sinks[head] : -INFINITY;
+    for (int j = begin; j < end; ++j) {
+      const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
+      double score = 0.0;
+      for (int d = 0; d < head_dim; ++d) score += double{q_row[d]} * double{k_row[d]};
+      score *= scale;
+      if (softcap > 0.0f) score = softcap * std::tanh(score / softcap);
+      if (has_alibi) score -= slopes[head] * std::abs(position - j);
+      weights.push_back(score);
+      largest = std::max(largest, score);
+    }
+    double sum = counts && has_sinks ? std::exp(sinks[head] - largest) : 0.0;
+    for (double& weight : weights) sum += weight = std::exp(weight - largest);
+    std::vector<double> expected(v_head_dim, 0.0);
+    for (size_t j = 0; j < weights.size(); ++j) {
+      const float* const v_row = &v.values[(key_tokens[seq][begin + j] * num_kv_heads + kv_head) * v_head_dim];
+      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_row[d];
+    }
+
+    const std::string where =
+        " of sequence " + std::to_string(seq) + ", row " + std::to_string(i) + ", head " + std::to_string(head);
+    const size_t lse_idx = packed_q ? static_cast<size_t>(head) * num_tokens + query_token(seq, i)
+                                    : (static_cast<size_t>(seq) * num_heads + head) * q_lens[0] + i;
+    require_near(lse[lse_idx], sum > 0.0 ? largest + std::log(sum) : -INFINITY, 2e-4, "LSE" + where);
+    const Out* const out_row = &out[(query_token(seq, i) * num_heads + head) * v_head_dim];
+    for (int d = 0; d < v_head_dim; ++d) {
+      require_near(static_cast<float>(out_row[d]), expected[d] * v_descale[descale_idx], TypeInfo<T>::kTolerance,
+                   "column " + std::to_string(d) + where);
+    }
+  }
+
+  static void require_near(double is, double expected, double tolerance, const std::string& what) {
+    if (is == expected || std::abs(is - expected) <= tolerance * (1.0 + std::abs(expected))) return;
+    fail(what + " is " + std::to_string(is) + ", expected " + std::to_string(expected));
+  }
+};
+
+// The command line of a driver: FIRST LAST [HEAD_DIM], the seeds of the calls, LAST excluded, and of which compiled
+// head dim they are (any).
+template <typename RunCall>
+int run_calls(int argc, char** argv, RunCall run_call) {
+  if (argc < 3) {
+    std::fprintf(stderr, "usage: %s FIRST_SEED LAST_SEED [HEAD_DIM]\n", argv[0]);
+    return 2;
+  }
+  const int first = std::atoi(argv[1]), last = std::atoi(argv[2]), head_dim = argc > 3 ? std::atoi(argv[3]) : 0;
+  for (int seed = first; seed < last; ++seed) {
+    draws.seed(static_cast<unsigned>(seed));
+    random_engine.seed(static_cast<unsigned>(seed));
+    current_call = "seed " + std::to_string(seed);
+    run_call(seed, head_dim);
+  }
+  std::printf("%d calls\n", last - first);
+  return 0;
+}
+
+}  // namespace emulator

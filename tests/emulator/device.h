@@ -1,0 +1,461 @@
+// A GPU's streaming multiprocessor on a CPU, as far as our kernels can tell: included in front of their own sources.
+//
+// Every thread of a CTA is a fibre, a function call with a stack of its own, and one of them runs at a time, until it
+// has to wait. Then the scheduler takes a warp at random. A CTA draws how often each of its warps gets its turn, so
+// that in some a producer runs far ahead, and in others it is starved. Lanes of a warp part only where they wait for
+// different things. What the hardware does asynchronously is kept in `pending` and done late, in any order. All of it
+// follows from one seed.
+//
+// CTAs run one after the other, and each begins with shared memory full of NaN.
+//
+// What cannot be seen here: the order in which writes become visible (memory is sequentially consistent, and fences do
+// nothing), time, registers, and what nvcc makes of the source.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime_api.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#undef __device__
+#undef __forceinline__
+#undef __global__
+#undef __grid_constant__
+#undef __host__
+#undef __launch_bounds__
+#undef __shared__
+#undef __align__
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __host__
+#define __launch_bounds__(...)
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace emulator {
+
+constexpr int kMaxSmemBytes = 227 * 1024;
+}
+namespace fastattn {
+alignas(1024) inline unsigned char smem_bytes[emulator::kMaxSmemBytes];  // what kernels declare as extern __shared__
+}
+namespace emulator {
+using fastattn::smem_bytes;
+
+inline std::mt19937 random_engine;
+inline std::string current_call;  // in words, for whoever has to find out what went wrong
+
+inline bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "%s\n  in the call: %s\n", what.c_str(), current_call.c_str());
+  std::exit(1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Threads
+
+// What a thread waits for.
+struct Condition {
+  virtual bool holds() const = 0;
+  virtual std::string text() const = 0;
+};
+
+struct Fibre {
+  static constexpr size_t kStackBytes = 256 * 1024;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  jmp_buf place;
+  bool begun = false, done = false;
+  const Condition* waits_for = nullptr;
+};
+
+// What the lanes of a warp show one another: as many as have come, and how often all have.
+struct Warp {
+  int num_arrived = 0;
+  uint64_t num_meetings = 0;
+  const void* shown[2][32];  // of this meeting and the one before, which some lanes may still look at
+};
+
+struct NamedBarrier {
+  int num_arrived = 0, num_votes = 0;
+  uint64_t num_phases = 0;
+  bool any_vote = false;  // of the phase before
+};
+
+struct Cta {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  NamedBarrier barriers[16];
+  std::vector<std::function<void()>> pending;  // what the hardware has still to do
+  std::function<void()> body;
+  int num_threads = 0, thread_idx = 0;
+  int64_t block_idx = 0, num_blocks = 1;
+  int num_tickets = 0;  // see count_up
+  int num_polls = 0;
+  jmp_buf scheduler;
+};
+inline Cta cta;
+inline std::vector<std::function<void()>> end_of_cta;  // checks
+
+inline Fibre& this_fibre() { return cta.fibres[cta.thread_idx]; }
+inline Warp& this_warp() { return cta.warps[cta.thread_idx / 32]; }
+inline int this_lane() { return cta.thread_idx % 32; }
+
+// swapcontext would ask the kernel for the signal mask each time; it is used to enter a fibre only.
+inline void to_scheduler() {
+  if (_setjmp(this_fibre().place) == 0) _longjmp(cta.scheduler, 1);
+}
+
+inline void run_fibre_body() {
+  cta.body();
+  this_fibre().done = true;
+  _longjmp(cta.scheduler, 1);
+}
+
+inline void run_fibre(int thread_idx) {
+  cta.thread_idx = thread_idx;
+  Fibre& fibre = this_fibre();
+  if (_setjmp(cta.scheduler) != 0) return;
+  if (fibre.begun) _longjmp(fibre.place, 1);
+  fibre.begun = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibre.stack.get();
+  context.uc_stack.ss_size = Fibre::kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fibre_body, 0);
+  setcontext(&context);
+}
+
+inline void wait(const Condition& condition) {
+  if (condition.holds()) return;
+  this_fibre().waits_for = &condition;
+  to_scheduler();
+  this_fibre().waits_for = nullptr;
+}
+
+inline void complete_pending(size_t idx) {
+  const std::function<void()> work = std::move(cta.pending[idx]);
+  cta.pending.erase(cta.pending.begin() + static_cast<int64_t>(idx));
+  work();
+}
+
+[[noreturn]] inline void fail_with_deadlock() {
+  std::string what =
+      "deadlock in CTA " + std::to_string(cta.block_idx) + "; what is waited for, by the lanes from each named on:";
+  for (size_t warp = 0; warp < cta.warps.size(); ++warp) {
+    std::string before;
+    for (int lane = 0; lane < 32; ++lane) {
+      const Fibre& fibre = cta.fibres[warp * 32 + lane];
+      const std::string text = fibre.done ? "" : fibre.waits_for->text();
+      if (text != before) {
+        what += "\n    warp " + std::to_string(warp) + ", lane " + std::to_string(lane) +
+                (text.empty() ? " has ended" : " for " + text);
+      }
+      before = text;
+    }
+  }
+  fail(what);
+}
+
+inline bool may_run(const Fibre& fibre) {
+  return !fibre.done && (fibre.waits_for == nullptr || fibre.waits_for->holds());
+}
+
+inline bool is_ready(int warp) {
+  return std::any_of(cta.fibres.begin() + warp * 32, cta.fibres.begin() + warp * 32 + 32, may_run);
+}
+
+// Each lane until it waits; false if all do already.
+inline bool run_warp(int warp) {
+  bool any = false;
+  for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
+    if (!may_run(cta.fibres[thread])) continue;
+    any = true;
+    run_fibre(thread);
+  }
+  return any;
+}
+
+inline void run_cta(int num_threads, std::function<void()> body) {
+  cta.num_threads = num_threads;
+  cta.body = std::move(body);
+  cta.num_polls = 0;
+  if (static_cast<int>(cta.fibres.size()) < num_threads) cta.fibres.resize(num_threads);
+  for (int i = 0; i < num_threads; ++i) {
+    cta.fibres[i].begun = cta.fibres[i].done = false;
+    cta.fibres[i].waits_for = nullptr;
+  }
+  cta.warps.assign(num_threads / 32, Warp());
+  for (NamedBarrier& barrier : cta.barriers) barrier = NamedBarrier();
+
+  constexpr int kSpeeds[] = {5, 30, 100};  // percent
+  const int copy_speed = kSpeeds[random_engine() % 3];
+  std::vector<int> order(cta.warps.size()), speed(cta.warps.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    order[i] = static_cast<int>(i);
+    speed[i] = kSpeeds[random_engine() % 3];
+  }
+  const auto all_done = [&] {
+    return std::all_of(cta.fibres.begin(), cta.fibres.begin() + num_threads, [](const Fibre& f) { return f.done; });
+  };
+  while (!all_done()) {
+    std::shuffle(order.begin(), order.end(), random_engine);
+    bool any_ready = false;
+    for (int warp : order) {
+      if (!cta.pending.empty() && chance(copy_speed)) {
+        complete_pending(random_engine() % cta.pending.size());
+        any_ready = true;
+      }
+      if (chance(speed[warp])) {
+        while (run_warp(warp)) {
+          any_ready = true;
+          if (chance(10)) break;  // other warps may come in between
+        }
+      } else {
+        any_ready = any_ready || is_ready(warp);
+      }
+    }
+    if (any_ready) continue;
+    if (cta.pending.empty()) fail_with_deadlock();
+    complete_pending(random_engine() % cta.pending.size());
+  }
+  if (!cta.pending.empty()) fail("a CTA ended before its copies did");
+  for (const auto& check : end_of_cta) check();
+}
+
+// What the threads have asked for and not waited for yet, in groups, as cp.async and wgmma count.
+template <typename Work>
+class WorkInGroups {
+ public:
+  explicit WorkInGroups(const std::string& name) {
+    end_of_cta.push_back([this, name] {
+      for (Queue& queue : queues_) {
+        for (const std::vector<Work>& group : queue.groups) {
+          if (!group.empty()) fail("a thread ended before its " + name + " did");
+        }
+        if (!queue.open.empty()) fail("a thread ended with " + name + " that it never committed");
+        queue.groups.clear();
+      }
+    });
+  }
+
+  struct Queue {
+    std::vector<Work> open;
+    std::deque<std::vector<Work>> groups;
+  };
+  Queue& of_this_thread() { return queues_[cta.thread_idx]; }
+
+  void add(const Work& work) { of_this_thread().open.push_back(work); }
+  void commit() {
+    Queue& queue = of_this_thread();
+    queue.groups.push_back(std::move(queue.open));
+    queue.open.clear();
+  }
+
+ private:
+  std::vector<Queue> queues_{1024};
+};
+
+// ---------------------------------------------------------------------------------------------
+// Warps and barriers
+
+struct LanesMeet final : Condition {
+  const Warp& warp;
+  uint64_t meeting;
+  LanesMeet(const Warp& w, uint64_t m) : warp(w), meeting(m) {}
+  bool holds() const override { return warp.num_meetings != meeting; }
+  std::string text() const override {
+    return "the other lanes, of which " + std::to_string(warp.num_arrived) + " came";
+  }
+};
+
+// Each lane shows a value; the last one to come calls last(values) for all, as the tensor cores take what 32 lanes
+// hold. Then all go on, with values that can be looked at until the lane's next meeting.
+template <typename T, typename Last>
+const T* const* meet(const T& value, Last last) {
+  Warp& warp = this_warp();
+  const uint64_t meeting = warp.num_meetings;
+  const void** const shown = warp.shown[meeting % 2];
+  shown[this_lane()] = &value;
+  const T* const* const values = reinterpret_cast<const T* const*>(shown);
+  if (++warp.num_arrived == 32) {
+    last(values);
+    warp.num_arrived = 0;
+    ++warp.num_meetings;
+    to_scheduler();  // so that they leave in the order of lanes
+  } else {
+    wait(LanesMeet(warp, meeting));
+  }
+  return values;
+}
+
+// The lanes' values.
+template <typename T>
+std::array<T, 32> exchange(const T& value) {
+  struct Shown {
+    T value;
+    std::array<T, 32> all;
+  } mine = {value, {}};
+  Shown* const own = &mine;
+  meet(own, [](Shown* const* const* lanes) {
+    for (int to = 0; to < 32; ++to) {
+      for (int from = 0; from < 32; ++from) (*lanes[to])->all[from] = (*lanes[from])->value;
+    }
+  });
+  return mine.all;
+}
+
+struct BarrierOpens final : Condition {
+  int barrier;
+  uint64_t phase;
+  BarrierOpens(int b, uint64_t p) : barrier(b), phase(p) {}
+  bool holds() const override { return cta.barriers[barrier].num_phases != phase; }
+  std::string text() const override {
+    return "named barrier " + std::to_string(barrier) + ", where " + std::to_string(cta.barriers[barrier].num_arrived) +
+           " threads came";
+  }
+};
+
+// Counts for a barrier of the SM; the last of num_threads opens it.
+inline void arrive_at_barrier(int barrier, int num_threads, bool vote = false) {
+  NamedBarrier& b = cta.barriers[barrier];
+  b.num_votes += vote;
+  if (++b.num_arrived < num_threads) return;
+  b.any_vote = b.num_votes > 0;
+  b.num_arrived = b.num_votes = 0;
+  ++b.num_phases;
+}
+
+// And waits; whether any thread has voted for it.
+inline bool sync_at_barrier(int barrier, int num_threads, bool vote = false) {
+  const BarrierOpens opens(barrier, cta.barriers[barrier].num_phases);
+  arrive_at_barrier(barrier, num_threads, vote);
+  wait(opens);
+  return cta.barriers[barrier].any_vote;
+}
+
+// A value that others will change; a loop that waits for that goes through here.
+inline void poll() {
+  if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
+  to_scheduler();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Values of 8 and 16 bits as the tensor cores read them
+
+template <typename T>
+const std::vector<float>& values_of_type() {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(size_t{1} << (8 * sizeof(T)));
+    for (size_t bits = 0; bits < all.size(); ++bits) {
+      T value;
+      std::memcpy(static_cast<void*>(&value), &bits, sizeof(T));
+      all[bits] = static_cast<float>(value);
+    }
+    return all;
+  }();
+  return values;
+}
+
+template <typename T>
+float value_at(const void* address) {
+  static const float* const values = values_of_type<T>().data();
+  std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t> bits;
+  std::memcpy(&bits, address, sizeof(T));
+  return values[bits];
+}
+
+struct Index {
+  unsigned x;
+};
+
+}  // namespace emulator
+
+// ---------------------------------------------------------------------------------------------
+// CUDA's language
+
+#define threadIdx \
+  emulator::Index { static_cast<unsigned>(emulator::cta.thread_idx) }
+#define blockIdx \
+  emulator::Index { static_cast<unsigned>(emulator::cta.block_idx) }
+#define blockDim \
+  emulator::Index { static_cast<unsigned>(emulator::cta.num_threads) }
+#define gridDim \
+  emulator::Index { static_cast<unsigned>(emulator::cta.num_blocks) }
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulator::sync_at_barrier(0, emulator::cta.num_threads); }
+inline void __syncwarp() {
+  const int nothing = 0;
+  emulator::meet(nothing, [](auto) {});
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::exchange(value)[lane & 31];
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::exchange(value)[emulator::this_lane() ^ mask];
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = emulator::this_lane();
+  return emulator::exchange(value)[lane < distance ? lane : lane - distance];
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const std::array<bool, 32> votes = emulator::exchange(vote);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(votes[i]) << i;
+  return bits;
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __reduce_add_sync(unsigned, int value) {
+  int sum = 0;
+  for (int other : emulator::exchange(value)) sum += other;
+  return sum;
+}
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdividef(float a, float b) { return a / b; }

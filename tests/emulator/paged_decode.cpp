@@ -1,0 +1,99 @@
+// Draws calls of the decode kernel and holds its results against a reference.
+#include "attention/paged_decode.h"
+
+#include "attention_call.h"
+
+namespace {
+
+using namespace emulator;
+using fastattn::PagedDecodeParams;
+
+template <typename T>
+AttentionCall<T> draw_call(int head_dim) {
+  AttentionCall<T> call;
+  call.num_kv_heads = between(1, 3);
+  call.group = pick({1, 2, 3, 4, 8, 16, 20});
+  const int num_seqs = pick({1, 2, 3, 5, 34, 40});
+  call.page_size = one_in(3) ? 0 : pick({1, 3, 8, 16, 64});
+  const bool paged = call.page_size > 0;
+  call.packed_q = paged || one_in(2);
+  call.packed_k = !paged && call.packed_q;
+  call.head_dim = head_dim - pick({0, 0, 8});
+  call.v_head_dim = paged ? call.head_dim : pick({call.head_dim, head_dim, head_dim - 16});
+
+  const int most_q = between(1, std::max(1, 32 / call.group));
+  const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400});
+  const bool has_seqused_q = one_in(4), has_seqused_k = paged || one_in(2);
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    call.q_lens.push_back(call.packed_q && seq > 0 ? between(0, most_q) : most_q);
+    const bool own_k_len = paged || call.packed_k;
+    call.k_lens.push_back(own_k_len ? pick({0, 1, most_k, between(0, most_k), between(0, most_k)}) : most_k);
+    if (has_seqused_q) call.seqused_q.push_back(between(0, call.q_lens[seq]));
+    if (has_seqused_k) call.seqused_k.push_back(paged ? call.k_lens[seq] : between(0, call.k_lens[seq] + 2));
+  }
+  call.draw_extras();
+  call.make_tensors();
+  return call;
+}
+
+template <typename T>
+void run_call(int head_dim) {
+  AttentionCall<T> call = draw_call<T>(head_dim);
+  PagedDecodeParams p;
+  call.fill(p);
+  const bool paged = call.page_size > 0;
+  if (!call.packed_q) {
+    p.batch_q_len = call.q_lens[0];
+    p.batch_k_len = call.k_lens[0];
+    p.q_batch_stride = p.batch_q_len * p.q_token_stride;
+    p.k_batch_stride = p.batch_k_len * p.k_token_stride;
+    p.v_batch_stride = p.batch_k_len * p.v_token_stride;
+  }
+  if (paged) {
+    p.paged = true;
+    p.block_size = call.page_size;
+    p.num_blocks = call.num_pages;
+    p.k_block_stride = p.block_size * p.k_token_stride;
+    p.v_block_stride = p.block_size * p.v_token_stride;
+  }
+  const int num_sms = pick({1, 3, 8, 30});
+  p.config = fastattn::paged_decode_config(
+      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim), call.max_q_len(),
+       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2)});
+  current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
+                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) + " CTAs";
+  if (!p.config.fits) fail("the kernel does not take the call");
+  const size_t num_slot_rows = size_t{2} * p.config.num_ctas * fastattn::kPagedDecodeRows;
+  std::vector<float> partial_out(num_slot_rows * call.v_head_dim, NAN);
+  std::vector<float2> partial_sum(num_slot_rows, float2{NAN, NAN});
+  std::vector<uint64_t> marks(p.config.num_ctas);
+  for (uint64_t& mark : marks) mark = draws();
+  p.partial_out = partial_out.data();
+  p.partial_sum = partial_sum.data();
+  p.marks = marks.data();
+
+  if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  call.check();
+  const auto first_out = call.out;
+  const auto first_lse = call.lse;
+  call.clear_results();
+  paged_decode(p, nullptr);  // on the workspace as the first has left it
+  if (std::memcmp(first_out.data(), call.out.data(), first_out.size() * sizeof(first_out[0])) != 0 ||
+      std::memcmp(first_lse.data(), call.lse.data(), first_lse.size() * sizeof(float)) != 0) {
+    fail("two runs differ");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_calls(argc, argv, [](int seed, int head_dim) {
+    const auto& dims = fastattn::kPagedDecodeHeadDims;
+    const int compiled = head_dim > 0 ? head_dim : dims[seed % std::size(dims)];
+    if (one_in(2)) {
+      run_call<__half>(compiled);
+    } else {
+      run_call<__nv_bfloat16>(compiled);
+    }
+  });
+}

@@ -1,0 +1,56 @@
+// What the kernels' host code calls of CUDA's runtime and driver.
+#include <cudaTypedefs.h>
+
+#include "tensor_map.h"
+
+extern "C" cudaError_t cudaMemsetAsync(void* target, int value, size_t num_bytes, cudaStream_t) {
+  std::memset(target, value, num_bytes);
+  return cudaSuccess;
+}
+
+namespace emulator {
+namespace {
+
+void require(bool condition, const char* what) {
+  if (!condition) fail(std::string("cuTensorMapEncodeTiled: ") + what);
+}
+
+// The rules are the driver's.
+CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                           const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                           const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  require(rank == 4 && box[2] == 1 && box[3] == 1, "four dimensions, and boxes of two, are all that is known here");
+  require(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, "other modes");
+  require(reinterpret_cast<uintptr_t>(base) % 16 == 0, "a base that is not a multiple of 16");
+  TensorMap result = {};
+  result.base = static_cast<const unsigned char*>(base);
+  result.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  for (int i = 0; i < 4; ++i) {
+    require(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32, "a size that is 0 or above 2^32");
+    require(steps[i] == 1, "steps");
+    result.sizes[i] = static_cast<int64_t>(sizes[i]);
+    result.strides[i] = i == 0 ? result.element_bytes : static_cast<int64_t>(strides[i - 1]);
+    require(i == 0 || (result.strides[i] % 16 == 0 && strides[i - 1] < uint64_t{1} << 40), "a stride");
+  }
+  for (int i = 0; i < 2; ++i) {
+    require(box[i] >= 1 && box[i] <= 256, "a box that is empty, or larger than 256");
+    result.box[i] = static_cast<int>(box[i]);
+  }
+  const int row_bytes = result.box[0] * result.element_bytes;
+  require(row_bytes == (swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128
+                        : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
+                                                               : 0),
+          "a row of the box is what the swizzle is of");
+  std::memcpy(map, &result, sizeof(result));
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+}  // namespace emulator
+
+extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned int, unsigned long long,
+                                                        cudaDriverEntryPointQueryResult*) {
+  *function = reinterpret_cast<void*>(emulator::encode_tensor_map);
+  return cudaSuccess;
+}

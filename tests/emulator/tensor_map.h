@@ -1,0 +1,46 @@
+// What the driver makes of a tensor for the copy engine, and the swizzle in which that writes and wgmma reads.
+#pragma once
+
+#include <cuda.h>
+
+#include "device.h"
+
+namespace emulator {
+
+struct TensorMap {
+  const unsigned char* base;
+  int64_t sizes[4];
+  int64_t strides[4];  // bytes
+  int box[2];          // elements of the first two dimensions
+  int element_bytes;
+
+  // An element; zeros outside the tensor.
+  void read(int64_t x, int64_t y, int64_t z, int64_t w, unsigned char* target) const {
+    const int64_t at[4] = {x, y, z, w};
+    int64_t offset = 0;
+    bool inside = true;
+    for (int i = 0; i < 4; ++i) {
+      inside = inside && at[i] >= 0 && at[i] < sizes[i];
+      offset += at[i] * strides[i];
+    }
+    if (inside) {
+      std::memcpy(target, base + offset, element_bytes);
+    } else {
+      std::memset(target, 0, element_bytes);
+    }
+  }
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+inline TensorMap read_tensor_map(const CUtensorMap& map) {
+  TensorMap result;
+  std::memcpy(&result, &map, sizeof(result));
+  return result;
+}
+
+// Of an address in shared memory, in rows of 128 or 64 bytes: 16-byte chunks change places within eight rows.
+inline uint32_t swizzle(uint32_t address, int row_bytes) {
+  return address ^ (address >> 3 & (row_bytes == 128 ? 0x70u : 0x30u));
+}
+
+}  // namespace emulator

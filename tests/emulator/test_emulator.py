@@ -1,0 +1,204 @@
+"""The kernels' own CUDA sources, compiled for the CPU and run on drawn calls; and broken ones, which must be found out.
+
+What the emulator is, and what it cannot see, is in device.h. By hand, after a run of this file with --basetemp=DIR:
+`DIR/*/flash_fwd_sm90 0 1000`, with the seeds of the calls; a failing call is printed whole, and its seed runs it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tools/build"))
+from cuda_choice import nvcc_path  # noqa: E402
+
+CSRC = ROOT / "csrc"
+NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "80"))  # of each kernel
+NUM_CPUS = len(os.sched_getaffinity(0))
+
+KERNELS = {
+    "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
+    "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
+}
+
+
+def cuda_include() -> Path | None:
+    """Where the nvcc that a build would take has its headers; it may be a script that calls the real one."""
+    if nvcc_path() is None:
+        return None
+    shown = subprocess.run([nvcc_path(), "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True)
+    found = re.search(r'INCLUDES="-I([^"]+)"', shown.stderr)
+    return Path(found[1]) if found else None
+
+
+CXX, INCLUDE = shutil.which("g++"), cuda_include()
+pytestmark = [
+    pytest.mark.skipif(CXX is None, reason="no g++"),
+    pytest.mark.skipif(INCLUDE is None, reason="no CUDA headers: nvcc is neither on the PATH nor in CUDA_HOME"),
+]
+
+
+class Build:
+    """Objects and programs in a folder that the workers of a test run share: each is made once, by who needs it first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def objects(self, sources: Iterable[Path], *first_include: Path) -> list[Path]:
+        with ThreadPoolExecutor(NUM_CPUS) as pool:
+            return list(pool.map(lambda source: self._object(source, first_include), sources))
+
+    def _object(self, source: Path, first_include: tuple[Path, ...]) -> Path:
+        target = (first_include[0] if first_include else self.folder) / f"{source.name}.o"
+        includes = [f"-I{folder}" for folder in (*first_include, HERE, CSRC)]
+        # Ubuntu's g++ has _FORTIFY_SOURCE on, to which a jump to another stack is an error.
+        flags = ["-std=c++17", "-O2", "-Wno-psabi", "-U_FORTIFY_SOURCE", "-include", str(HERE / "device.h")]
+        command = [CXX, *flags, *includes, "-isystem", str(INCLUDE), "-x", "c++", "-c", str(source)]
+        return self._make(target, command)
+
+    def program(self, name: str, objects: Iterable[Path]) -> Path:
+        return self._make(self.folder / name, [CXX, *map(str, objects)])
+
+    def _make(self, target: Path, command: list[str]) -> Path:
+        with Path(f"{target}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                done = subprocess.run([*command, "-o", f"{target}.new"], capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                Path(f"{target}.new").rename(target)
+        return target
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulator"
+    folder.mkdir(exist_ok=True)
+    return Build(folder)
+
+
+def sources(kernel: str) -> list[Path]:
+    return [*KERNELS[kernel], HERE / f"{kernel}.cpp", HERE / "runtime.cpp"]
+
+
+def run(program: Path, first: int, last: int, *head_dim: str) -> str:
+    """What the program has to say of these calls, empty if all were right."""
+    done = subprocess.run([program, str(first), str(last), *head_dim], capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stderr or f"{program.name} ended with {done.returncode}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_drawn_calls(build: Build, kernel: str) -> None:
+    program = build.program(kernel, build.objects(sources(kernel)))
+    parts = 4 * NUM_CPUS
+    edges = [NUM_CALLS * part // parts for part in range(parts + 1)]
+    with ThreadPoolExecutor(NUM_CPUS) as pool:
+        reports = list(pool.map(lambda part: run(program, edges[part], edges[part + 1]), range(parts)))
+    assert not any(reports), "\n".join(filter(None, reports))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A kernel with one mistake, in one of its headers."""
+
+    mistake: str
+    header: str
+    before: str
+    after: str
+    unit: str  # that is compiled with it
+    head_dim: str
+    finds: str  # what the report says, at least
+
+
+FWD, DECODE = "attention/flash_fwd_sm90.cuh", "attention/paged_decode.cuh"
+MUTANTS = [
+    Mutant(
+        "an arrival is left out",
+        FWD,
+        """    pin_registers(probs);
+    release_v();
+  };""",
+        """    pin_registers(probs);
+    v_ring.advance();
+  };""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    Mutant(
+        "V is released before the product that reads it is over",
+        FWD,
+        """      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();""",
+        """      release_v();
+      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    # What the kernel had until 2026-11-26: no more than two tiles can be handed on until someone takes them, and who
+    # would take them waits for these blocks.
+    Mutant(
+        "tiles without keys are handed on before the blocks of the tile in front are loaded",
+        FWD,
+        "ahead = more && sees_keys();",
+        "ahead = more;",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    Mutant(
+        "a copy is not waited for",
+        DECODE,
+        "cp_async_wait<STAGES - 2>();",
+        "cp_async_wait<STAGES - 1>();",
+        "paged_decode_hd64.cu",
+        "64",
+        "ended before its copies did",
+    ),
+    Mutant(
+        "stages are loaded while other warps read results from them",
+        DECODE,
+        "    __syncthreads();  // the stages are free again\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.mistake.replace(" ", "-"))
+def test_a_mistake_is_found(build: Build, tmp_path: Path, mutant: Mutant) -> None:
+    kernel = "flash_fwd_sm90" if mutant.header == FWD else "paged_decode"
+    text = (CSRC / mutant.header).read_text()
+    assert text.count(mutant.before) == 1
+    (tmp_path / "attention").mkdir()
+    (tmp_path / mutant.header).write_text(text.replace(mutant.before, mutant.after))
+    unit = CSRC / "attention" / mutant.unit
+    objects = build.objects([unit], tmp_path)
+    objects += build.objects(source for source in sources(kernel) if source != unit)
+    program = Build(tmp_path).program(kernel, objects)
+    assert mutant.finds in run(program, 0, 200, mutant.head_dim)
