@@ -55,9 +55,21 @@ _LAZY = {
     "flash_attn_with_kvcache": "fastattn.integrations.flash_attn",
 }
 
-_MODULES = ("bert_padding", "compat", "cupy", "engine", "fa3", "models", "nn", "ops", "reference", "rotary")
+_MODULES = (
+    "bert_padding",
+    "compat",
+    "cupy",
+    "engine",
+    "fa3",
+    "flashinfer",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "rotary",
+)
 
-__all__ = ["__version__", "bert_padding", "compat", "cupy", "fa3", "ops", "rotary", *sorted(_LAZY)]
+__all__ = ["__version__", "bert_padding", "compat", "cupy", "fa3", "flashinfer", "ops", "rotary", *sorted(_LAZY)]
 
 
 def __getattr__(name: str) -> Any:

@@ -142,7 +142,7 @@ def test_public_names_are_documented(name: str, value: Any) -> None:
 def test_public_names_are_all_kinds_we_know() -> None:
     """What `public_names` leaves out is known: the version and the modules."""
     left = {*fastattn.__all__, *ops.__all__} - {name.rpartition(".")[2] for name, _ in public_names()}
-    assert left == {"__version__", "bert_padding", "compat", "cupy", "fa3", "ops", "rotary"}
+    assert left == {"__version__", "bert_padding", "compat", "cupy", "fa3", "flashinfer", "ops", "rotary"}
 
 
 def test_documented_names_exist() -> None:

@@ -18,6 +18,14 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   return value;
 }
 
+// Counts up, to 2^31 - 1, and gives what was there before. An increment that ends somewhere and not an addition: of
+// additions by lanes the assembler makes one for the warp, and then waits for its result at once.
+__device__ __forceinline__ int32_t count_up(int32_t* address) {
+  int32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;\n" : "=r"(before) : "l"(address) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void add_release(int32_t* address, int32_t value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(address), "r"(value) : "memory");
 }

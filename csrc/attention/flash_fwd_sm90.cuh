@@ -49,6 +49,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "arch/global_memory.cuh"
 #include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
@@ -194,9 +195,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // ----------------------------------------------------------------------------- producer
       RingPosition<Storage::kTileStages> tile_ring;
       PackedTiles<BLOCK_M> packed_tiles;
-      int32_t tile_idx = static_cast<int32_t>(blockIdx.x);
+      int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
       const auto publish = [&] {
         smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
+        __syncwarp();
         if (lane == 0) {
           smem.tile[tile_ring.stage()] = tile;
           smem.tile_full[tile_ring.stage()].arrive();
@@ -206,20 +208,21 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // Asks for the number of a tile, which takes its time.
       const auto claim = [&] {
         if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
-          tile_idx = args.num_tiles;  // nobody counts: there is one for each
+          claimed = args.num_tiles;  // nobody counts: there is one for each
         } else if (lane == 0) {
-          tile_idx = static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
+          claimed = count_up(p.tile_counter);
         }
       };
       // The tile that was asked for; false if there are no more.
       const auto find_tile = [&] {
-        tile_idx = __shfl_sync(0xffffffffu, tile_idx, 0);
+        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
         return decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile);
       };
       const auto sees_keys = [&] { return tile.begin_step < tile.end_step; };
       const auto load_q = [&] {
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
+        __syncwarp();
         if (lane == 0) smem.q_full[stage].arrive_expect_bytes(Q_BYTES);
         if (lane < STORED_DIM / PANEL) {
           tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
@@ -550,7 +553,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
       float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
       if (has_sink(done)) {
-        const float sink = p.sinks[done.head_idx] * kLog2E;
+        const float sink = __fmul_rn(p.sinks[done.head_idx], kLog2E);
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
           const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
@@ -782,13 +785,14 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
+  if (config.num_tiles == 0) return cudaSuccess;  // no sequence has a row
   if (config.num_tiles > INT32_MAX - config.num_ctas) return cudaErrorInvalidConfiguration;
 
   FlashFwdSm90Args args;
   args.p = p;
   args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
   args.num_heads = FastDivide(p.num_heads);
-  args.order = SectionLookup(config.order, config.num_m_tiles);
+  if (p.cu_seqlens_q == nullptr) args.order = SectionLookup(config.order, config.num_m_tiles);
   args.num_splits = FastDivide(config.num_splits);
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
   args.heads_of_section = static_cast<int32_t>(config.heads_of_section);

@@ -60,7 +60,7 @@ struct PackedTiles {
     while (past == kAll) {
       if (next_seq >= args.p.num_seqs) return false;
       const int32_t seq = next_seq + lane;
-      const int32_t num_rows = seq < args.p.num_seqs ? cu_seqlens[seq + 1] - cu_seqlens[seq] : 0;
+      const int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
       const int32_t num_tiles = (num_rows + BLOCK_M - 1) / BLOCK_M * args.num_heads.divisor;
       int32_t sum = num_tiles;
 #pragma unroll
@@ -158,6 +158,7 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
   constexpr bool ONE_EACH = PANELS * BLOCK_N / 8 <= 32;  // a box has 8 rows at least
   find(lane);                                            // before the wait: a table's entry takes its time
   empty.wait(parity ^ 1);
+  __syncwarp();  // nobody may be two phases behind
   if (lane == 0) full.arrive_expect_bytes(PANELS * WIDTH * BLOCK_N * sizeof(T));
   for (int box = lane; box < PANELS * args.num_boxes; box += 32) {
     if (box >= 32) find(box);

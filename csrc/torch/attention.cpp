@@ -145,7 +145,8 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
   if (call.block_table) {
     p.block_table = data<int32_t>(*call.block_table);
     p.block_table_stride = call.block_table->stride(0);
-    p.max_blocks = static_cast<int32_t>(call.block_table->size(1));
+    // Keys are counted in int32, and a little behind the last one.
+    p.max_blocks = static_cast<int32_t>(std::min(call.block_table->size(1), (INT32_MAX - 8192) / k.size(1)));
     p.num_pages = k.size(0);
   }
   p.q_token_stride = q.stride(token);
@@ -211,10 +212,13 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_call(checks, call);
 
   const OnDeviceOf guard(q);
-  // The copy engine brings 8 rows of a page at least, as its swizzle repeats, and no dimension that repeats. The decode
-  // kernel takes two tiles of rows too: they share what they read.
-  const bool copyable = k_cache.size(1) % 8 == 0 && rows_distinct(k_cache) && rows_distinct(v_cache);
-  if (copyable && !decode_config_of(call).fits && for_sm90(checks, call)) return run_sm90(op, call);
+  // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
+  // decode kernel takes two tiles of rows too: they share what they read. And a sequence of one token among long ones
+  // costs the Hopper kernel a tile for each query head, the portable one a tile for each KV head.
+  const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
+                        rows_distinct(k_cache) && rows_distinct(v_cache);
+  const bool long_ones = q.size(0) >= 64 * num_seqs;
+  if (copyable && long_ones && !decode_config_of(call).fits && for_sm90(checks, call)) return run_sm90(op, call);
   AttentionParams p;
   p.paged = true;
   p.block_table = data<int32_t>(block_table);

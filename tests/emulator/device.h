@@ -111,7 +111,7 @@ struct Cta {
   std::function<void()> body;
   int num_threads = 0, thread_idx = 0;
   int64_t block_idx = 0, num_blocks = 1;
-  int num_tickets = 0;  // see atomicAdd
+  int num_tickets = 0;  // see count_up
   int num_polls = 0;
   jmp_buf scheduler;
 };
@@ -443,16 +443,6 @@ inline int __reduce_add_sync(unsigned, int value) {
   return sum;
 }
 
-// Kernels count the tiles that they hand out. CTAs run one after the other, and so that the first does not get all,
-// each has a number of tickets, and is then told that others have taken the rest.
-inline int32_t atomicAdd(int32_t* address, int32_t value) {
-  constexpr int32_t kFarBehindTheEnd = 1 << 29;
-  if (emulator::cta.num_tickets-- <= 0) return kFarBehindTheEnd;
-  const int32_t before = *address;
-  *address += value;
-  return before;
-}
-
 template <typename T>
 T __ldg(const T* address) {
   return *address;
@@ -471,5 +461,6 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __log2f(float x) { return std::log2(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }

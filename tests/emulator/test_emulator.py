@@ -138,14 +138,22 @@ MUTANTS = [
         "deadlock",
     ),
     Mutant(
-        "K is released before the product that reads it is over",
+        "V is released before the product that reads it is over",
         FWD,
-        """    wgmma_wait<0>();
-    pin_registers(scores);
-    release_scores(tile.end_step - 1);""",
-        """    release_scores(tile.end_step - 1);
-    wgmma_wait<0>();
-    pin_registers(scores);""",
+        """      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();""",
+        """      release_v();
+      smem.q_full[q_ring.stage()].wait(q_ring.parity());
+      wait_for_k();
+      start_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);""",
         "flash_fwd_sm90_hd128.cu",
         "128",
         "expected",

@@ -1,5 +1,5 @@
-"""Names, order and defaults of every argument are flash-attn 2.8's and FlashAttention-3's: who reads signatures, as
-transformers does, finds what it looks for."""
+"""Names, order and defaults of every argument are flash-attn 2.8's, FlashAttention-3's and FlashInfer's: who reads
+signatures, as transformers does, finds what it looks for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fastattn
-from fastattn import bert_padding, fa3, rotary
+from fastattn import bert_padding, fa3, flashinfer, rotary
 
 TAIL = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
@@ -18,6 +18,8 @@ TAIL = (
 )
 CU = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
 DESCALE = "q_descale=None, k_descale=None, v_descale=None"
+PLANNED = "pos_encoding_mode='NONE', window_left=-1, logits_soft_cap=None"
+DRAWN = "deterministic=True, generator=None, check_nan=False, seed=None, offset=None"
 EXPECTED: list[tuple[Callable[..., Any], str]] = [
     (fastattn.flash_attn_func, f"q, k, v, {TAIL}"),
     (fastattn.flash_attn_kvpacked_func, f"q, kv, {TAIL}"),
@@ -79,6 +81,53 @@ EXPECTED: list[tuple[Callable[..., Any], str]] = [
         "qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None, "
         "page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, has_softcap=False, "
         "num_splits=0, pack_gqa=None, sm_margin=0",
+    ),
+    (
+        flashinfer.single_decode_with_kv_cache,
+        "q, k, v, kv_layout='NHD', pos_encoding_mode='NONE', use_tensor_cores=False, q_scale=None, k_scale=None, "
+        "v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, "
+        "return_lse=False",
+    ),
+    (
+        flashinfer.single_prefill_with_kv_cache,
+        "q, k, v, scale_q=None, scale_k=None, scale_v=None, o_dtype=None, custom_mask=None, packed_custom_mask=None, "
+        "causal=False, kv_layout='NHD', pos_encoding_mode='NONE', use_fp16_qk_reduction=False, sm_scale=None, "
+        "window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, backend='auto', return_lse=False, "
+        "kv_cache_sf=None, k_scale=None, v_scale=None",
+    ),
+    (
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper.plan,
+        f"self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, {PLANNED}, "
+        "q_data_type='float16', kv_data_type=None, o_data_type=None, data_type=None, sm_scale=None, rope_scale=None, "
+        "rope_theta=None, non_blocking=True, block_tables=None, seq_lens=None, fixed_split_size=None, "
+        "disable_split_kv=False, q_len_per_req=1, window_right=0",
+    ),
+    (flashinfer.merge_state, "v_a, s_a, v_b, s_b"),
+    (flashinfer.merge_state_in_place, "v, s, v_other, s_other, mask=None"),
+    (flashinfer.merge_states, "v, s"),
+    (
+        flashinfer.append_paged_kv_cache,
+        "append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, "
+        "kv_layout='NHD'",
+    ),
+    (flashinfer.get_batch_indices_positions, "append_indptr, seq_lens, nnz, batch_indices=None, positions=None"),
+    (flashinfer.get_seq_lens, "kv_indptr, kv_last_page_len, page_size"),
+    (flashinfer.rmsnorm, "input, weight, eps=1e-06, out=None, enable_pdl=None"),
+    (flashinfer.fused_add_rmsnorm, "input, residual, weight, eps=1e-06, enable_pdl=None"),
+    (flashinfer.silu_and_mul, "input, out=None, enable_pdl=None"),
+    (flashinfer.sampling_from_probs, f"probs, indices=None, {DRAWN}, return_valid=False"),
+    (flashinfer.top_p_sampling_from_probs, f"probs, top_p, indices=None, {DRAWN}, return_valid=False"),
+    (
+        flashinfer.top_k_top_p_sampling_from_logits,
+        f"logits, top_k, top_p, indices=None, filter_apply_order='top_k_first', {DRAWN}",
+    ),
+    (
+        flashinfer.apply_rope_pos_ids,
+        "q, k, pos_ids, rotary_dim=None, interleave=False, rope_scale=1, rope_theta=10000.0",
+    ),
+    (
+        flashinfer.apply_rope_with_cos_sin_cache,
+        "positions, query, key, head_size, cos_sin_cache, is_neox=True",
     ),
 ]  # fmt: skip
 

@@ -12,4 +12,11 @@ inline uint64_t load_acquire(const uint64_t* address) {
 inline void store_release(uint64_t* address, uint64_t value) { *address = value; }
 inline void prefetch_l2(const void*) {}
 
+// Kernels count the tiles that they hand out. CTAs run one after the other, and so that the first does not get all,
+// each has a number of tickets, and is then told that others have taken the rest.
+inline int32_t count_up(int32_t* address) {
+  constexpr int32_t kFarBehindTheEnd = 1 << 29;
+  return emulator::cta.num_tickets-- > 0 ? (*address)++ : kFarBehindTheEnd;
+}
+
 }  // namespace fastattn

@@ -1,5 +1,5 @@
-"""The decode kernel on drawn calls: the 2× rule over pages with NaN in all that no sequence owns, the same bits each time,
-and one captured graph for every length."""
+"""Attention over pages on drawn calls, decode and prompts: the 2× rule with NaN in all that no sequence owns, the same bits
+each time, and one captured graph for every length."""
 
 from __future__ import annotations
 
@@ -82,8 +82,22 @@ def draw_options(rng: random.Random, heads: int) -> dict[str, Any]:
     return options
 
 
+def attend_twice(
+    rng: random.Random, shape: Shape, page: int, runs: list[int], lengths: list[int], dtype: torch.dtype
+) -> None:
+    cache = Cache(rng, lengths, page, shape, dtype)
+    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
+    options = draw_options(rng, shape[0])
+    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
+    out, lse = ops.paged_attention(*call, **options)
+    again, lse_again = ops.paged_attention(*call, **options)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    check(q, cache, runs, lengths, out, lse, options)
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_drawn_calls(seed: int) -> None:
+def test_drawn_decodes(seed: int) -> None:
     rng = random.Random(seed)
     dtype = rng.choice((torch.bfloat16, torch.float16))
     kv_heads, group = rng.choice((1, 2, 3, 8)), rng.choice((1, 2, 3, 4, 8, 16, 24))
@@ -93,15 +107,33 @@ def test_drawn_calls(seed: int) -> None:
     lengths = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch)]
     most = max(1, 32 // group)
     runs = [most, *(rng.randint(0, most) for _ in range(batch - 1))]
-    cache = Cache(rng, lengths, rng.choice(PAGES), shape, dtype)
-    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
-    options = draw_options(rng, shape[0])
-    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, most)
-    out, lse = ops.paged_attention(*call, **options)
-    again, lse_again = ops.paged_attention(*call, **options)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    check(q, cache, runs, lengths, out, lse, options)
+    attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_prompts(seed: int) -> None:
+    """Chunks behind prefixes, long and short ones mixed: the Hopper kernel, or where most are short the portable one."""
+    rng = random.Random(1000 + seed)
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2, 4, 7))
+    shape = (kv_heads * group, kv_heads, rng.choice(HEAD_DIMS))
+    batch, longest = rng.choice(((1, 3000), (2, 1100), (5, 500), (40, 200)))
+    runs = [rng.choice((0, 1, 63, 64, 65, 129, rng.randint(0, longest))) for _ in range(batch)]
+    runs[0] = longest
+    prefixes = [rng.choice((0, 0, 1, rng.randint(0, 700))) for _ in runs]
+    lengths = [prefix + run if rng.random() < 0.9 else run // 2 for prefix, run in zip(prefixes, runs, strict=True)]
+    attend_twice(rng, shape, rng.choice((*PAGES, 24, 256)), runs, lengths, dtype)
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_cache_without_keys(blocks: int) -> None:
+    """No pages at all, or tables without a slot: zeros, and no error."""
+    q = torch.randn(200, 4, 64, dtype=torch.bfloat16, device="cuda")
+    pools = torch.empty(blocks, 16, 2, 64, dtype=torch.bfloat16, device="cuda")
+    table = torch.zeros(2, 3 - blocks, dtype=torch.int32, device="cuda")
+    out, lse = ops.paged_attention(q, pools, pools, starts_of([130, 70]), table.new_zeros(2), table, 130)
+    assert not out.any()
+    assert bool((lse == -math.inf).all())
 
 
 def test_one_graph_serves_every_length() -> None:
