@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,14 @@ class Wrapper:
 
     def end_forward(self) -> None:
         """Nothing, as in FlashInfer."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`run` with return_lse."""
+        out, lse = self.run(*args, **(kwargs | {"return_lse": True}))
+        return out, lse
 
     def _op(self, method: str) -> str:
         return f"flashinfer.{self._name}.{method}"

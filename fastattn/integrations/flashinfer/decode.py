@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.integrations._common import offsets
 from fastattn.integrations.flashinfer._common import (
     DType,
     PagedCache,
-    base2,
-    caches,
     check_encoding,
     given,
     refuse,
-    scale_of,
-    scaled,
-    window_of,
 )
-from fastattn.integrations.flashinfer._plan import Plan, Wrapper
+from fastattn.integrations.flashinfer._paged import PagedWrapper
+from fastattn.integrations.flashinfer._plan import Plan
 from fastattn.integrations.flashinfer._tables import Pages
-from fastattn.ops.attention import paged_attention
 
 
-class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
+class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
     """Attention of the newest token of each request, or of its q_len_per_req newest, to the request's pages.
 
     float_workspace_buffer: says the device, and is not needed else. kv_layout: "NHD" or "HND", of the cache.
@@ -164,11 +158,6 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         found, found_lse = self._attend(op, planned, q, paged_kv_cache, q_scale, k_scale, v_scale, sinks)
         return (given(found, out), given(found_lse, lse)) if return_lse else given(found, out)
 
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`run` with return_lse."""
-        out, lse = self.run(*args, **(kwargs | {"return_lse": True}))
-        return out, lse
-
     def forward(
         self,
         q: Tensor,
@@ -226,29 +215,11 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         )
         return self._attend(op, planned, q, paged_kv_cache, q_scale, k_scale, v_scale, None)
 
-    @torch.no_grad()
-    def _attend(
-        self,
-        op: str,
-        planned: Plan,
-        q: Tensor,
-        paged_kv_cache: PagedCache,
-        q_scale: float | None,
-        k_scale: float | None,
-        v_scale: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        k, v = caches(op, paged_kv_cache, self._kv_layout)
-        planned.check(op, q, k, v)
+    def _rows_of(self, op: str, q: Tensor) -> tuple[Tensor, int]:
         num_rows = self._pages.seq_lens.shape[0] * self._q_len
         if q.dim() != 3 or q.shape[0] != num_rows:
             raise ValueError(f"{op}: q has shape {tuple(q.shape)}, expected ({num_rows}, H, D), as planned")
-        out, lse = paged_attention(
-            q, k, v, self._cu_seqlens_q, self._pages.seq_lens, self._pages.block_table, self._q_len,
-            softmax_scale=scale_of(op, planned.head_dim_qk, planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
-            causal=planned.causal, window_size=window_of(op, planned.window_left), softcap=planned.softcap, sinks=sinks,
-        )  # fmt: skip
-        return scaled(out, v_scale), base2(lse)
+        return self._cu_seqlens_q, self._q_len
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastattn.integrations._common import not_implemented
 from fastattn.integrations.flashinfer._common import (
     DType,
     PagedCache,
-    base2,
-    caches,
     check_encoding,
     given,
     refuse,
-    scale_of,
-    scaled,
-    window_of,
 )
-from fastattn.integrations.flashinfer._plan import Plan, Wrapper
+from fastattn.integrations.flashinfer._paged import PagedWrapper
+from fastattn.integrations.flashinfer._plan import Plan
 from fastattn.integrations.flashinfer._tables import Pages, Rows
-from fastattn.ops.attention import paged_attention
 
 
-class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
+class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
     """Attention of some queries of each request to the request's pages.
 
     float_workspace_buffer: says the device, and is not needed else. kv_layout: "NHD" or "HND", of the cache.
@@ -166,11 +160,6 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         found, found_lse = self._attend(op, planned, q, paged_kv_cache, q_scale, k_scale, v_scale, sinks)
         return (given(found, out), given(found_lse, lse)) if return_lse else given(found, out)
 
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`run` with return_lse."""
-        out, lse = self.run(*args, **(kwargs | {"return_lse": True}))
-        return out, lse
-
     def forward_return_lse(
         self,
         q: Tensor,
@@ -198,24 +187,5 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         """`forward_return_lse` without the LSE."""
         return self.forward_return_lse(*args, **kwargs)[0]
 
-    @torch.no_grad()
-    def _attend(
-        self,
-        op: str,
-        planned: Plan,
-        q: Tensor,
-        paged_kv_cache: PagedCache,
-        q_scale: float | None,
-        k_scale: float | None,
-        v_scale: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        k, v = caches(op, paged_kv_cache, self._kv_layout)
-        planned.check(op, q, k, v)
-        cu_seqlens_q, longest = self._rows.of(q)
-        out, lse = paged_attention(
-            q, k, v, cu_seqlens_q, self._pages.seq_lens, self._pages.block_table, longest,
-            softmax_scale=scale_of(op, planned.head_dim_qk, planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
-            causal=planned.causal, window_size=window_of(op, planned.window_left), softcap=planned.softcap, sinks=sinks,
-        )  # fmt: skip
-        return scaled(out, v_scale), base2(lse)
+    def _rows_of(self, op: str, q: Tensor) -> tuple[Tensor, int]:
+        return self._rows.of(q)

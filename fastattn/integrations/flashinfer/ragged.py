@@ -146,11 +146,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         found, found_lse = self._attend(op, self._plan_of(op), q, k, v, q_scale, k_scale, v_scale)
         return (given(found, out), given(found_lse, lse)) if return_lse else given(found, out)
 
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`run` with return_lse."""
-        out, lse = self.run(*args, **(kwargs | {"return_lse": True}))
-        return out, lse
-
     def forward_return_lse(
         self,
         q: Tensor,

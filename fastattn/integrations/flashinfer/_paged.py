@@ -1,0 +1,41 @@
+"""What the wrappers over pages share: where the pages are, and attention to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.integrations.flashinfer._common import PagedCache, base2, caches, scale_of, scaled, window_of
+from fastattn.integrations.flashinfer._plan import Plan, Wrapper
+from fastattn.integrations.flashinfer._tables import Pages
+from fastattn.ops.attention import paged_attention
+
+
+class PagedWrapper(Wrapper):
+    _pages: Pages
+
+    def _rows_of(self, op: str, q: Tensor) -> tuple[Tensor, int]:
+        """cu_seqlens_q, and the most queries of a request."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _attend(
+        self,
+        op: str,
+        planned: Plan,
+        q: Tensor,
+        paged_kv_cache: PagedCache,
+        q_scale: float | None,
+        k_scale: float | None,
+        v_scale: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        k, v = caches(op, paged_kv_cache, self._kv_layout)
+        planned.check(op, q, k, v)
+        cu_seqlens_q, longest = self._rows_of(op, q)
+        out, lse = paged_attention(
+            q, k, v, cu_seqlens_q, self._pages.seq_lens, self._pages.block_table, longest,
+            softmax_scale=scale_of(op, planned.head_dim_qk, planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
+            causal=planned.causal, window_size=window_of(op, planned.window_left), softcap=planned.softcap, sinks=sinks,
+        )  # fmt: skip
+        return scaled(out, v_scale), base2(lse)
