@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 1 : 0));
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 3 : 2));
     }
     fence_barrier_init();
   }
@@ -168,10 +168,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<STAGES> k_ring, v_ring;
-  FlashTile tile;
 
   if (group_idx == 0) {
     give_registers<PRODUCER_REGISTERS>();
+    FlashTile tile;
     const auto load_k = [&](const FlashTile& t, int32_t step) {
       const uint32_t stage = k_ring.stage();
       load_block<STORED_DIM / PANEL, PANEL, BLOCK_N>(args, args.k, smem.k[stage], smem.k_empty[stage],
@@ -191,20 +191,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                                                            step);
       v_ring.advance();
     };
+    FlashTileReader<Storage> tiles(smem);
     if (warp_idx == 0) {
-      // ----------------------------------------------------------------------------- producer
+      // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
       PackedTiles<BLOCK_M> packed_tiles;
       int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
-      const auto publish = [&] {
-        smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
-        __syncwarp();
-        if (lane == 0) {
-          smem.tile[tile_ring.stage()] = tile;
-          smem.tile_full[tile_ring.stage()].arrive();
-        }
-        tile_ring.advance();
-      };
       // Asks for the number of a tile, which takes its time.
       const auto claim = [&] {
         if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
@@ -213,12 +205,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           claimed = count_up(p.tile_counter);
         }
       };
-      // The tile that was asked for; false if there are no more.
-      const auto find_tile = [&] {
-        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
-        return decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile);
+      const auto wait_for_place = [&] { smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1); };
+      const auto publish = [&] {
+        wait_for_place();
+        __syncwarp();
+        if (lane == 0) {
+          smem.tile[tile_ring.stage()] = tile;
+          smem.tile_full[tile_ring.stage()].arrive();
+        }
+        tile_ring.advance();
       };
-      const auto sees_keys = [&] { return tile.begin_step < tile.end_step; };
       const auto load_q = [&] {
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
@@ -231,52 +227,35 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         q_ring.advance();
       };
 
-      // Hands on a tile, and loads its Q. Those in which no key is seen before it are handed on for their rows to be
-      // written, but only when all blocks of the tile before them have been loaded: nobody takes many ahead.
-      bool more = find_tile();
-      const auto begin_tile = [&] {
-        while (more && !sees_keys()) {
-          publish();
+      while (true) {
+        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
+        if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile)) break;
+        publish();  // also a tile without keys, whose rows must be written
+        const bool sees_keys = tile.begin_step < tile.end_step;
+        if (sees_keys) load_q();
+        if constexpr (FP8) {
           claim();
-          more = find_tile();
+          for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+            load_k(tile, step);
+            load_v(tile, step);
+          }
+        } else {
+          wait_for_place();  // all work at this tile: so no CTA holds tiles that others have time for
+          claim();
         }
-        if (!more) return;
-        publish();
-        load_q();
-      };
-
-      begin_tile();
-      if (more) load_k(tile, tile.end_step - 1);
-      while (more) {
-        const FlashTile now = tile;
-        int32_t step = now.end_step - 1;
-        const auto load = [&] {  // K is a block ahead of V, also from one tile to the next
-          load_k(now, step - 1);
-          load_v(now, step);
-          --step;
-        };
-        claim();
-        // Two groups leave registers to have two tiles at hand: then Q, if there is room for two, is almost a tile
-        // ahead.
-        bool ahead = false;
-        if (NUM_CONSUMERS == 2 && Storage::kStagesQ > 1) {
-          if (step > now.begin_step) load();
-          more = find_tile();
-          ahead = more && sees_keys();
-          if (ahead) begin_tile();
-        }
-        while (step > now.begin_step) load();
-        load_v(now, step);
-        if (NUM_CONSUMERS != 2 || Storage::kStagesQ == 1) more = find_tile();
-        if (!ahead) begin_tile();
-        if (more) load_k(tile, tile.end_step - 1);
       }
       tile.end_step = -1;
       publish();
+    } else if (!FP8 && warp_idx >= 2) {
+      // ---------------------------------------------------------------------------------- K; V
+      while (tiles.take(tile)) {
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          warp_idx == 2 ? load_k(tile, step) : load_v(tile, step);
+        }
+      }
     } else if constexpr (FP8) {
       // ------------------------------------------------------------------------------ turners
-      FlashTileReader<Storage> tiles(smem);
-      while (tiles.next(tile)) {
+      while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
           smem.v_loaded[v_ring.stage()].wait(v_ring.parity());
           smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
@@ -299,9 +278,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     } else if (warp_idx == 1 && ends_inside) {
       // ------------------------------------------------------------------------------ cleaner
-      FlashTileReader<Storage> tiles(smem);
       uint32_t parities = 0;  // one bit a stage
-      while (tiles.next(tile)) {
+      while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
           if ((step + 1) * BLOCK_N > tile.k_len) {
             smem.v_loaded[v_ring.stage()].wait((parities >> v_ring.stage()) & 1);
@@ -334,6 +312,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   float softmax_scale = p.softmax_scale;              // fp8: the tile's
   float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
+  // Of the tile in hand, which else stays in shared memory, since registers are short.
+  int32_t begin_step, end_step;    // what this group sees
+  int32_t plain_begin, plain_end;  // of that, the blocks without a mask
+  int32_t num_rows;                // from this lane's first one on
 
   float acc[V_HEAD_DIM / 8][4];                 // O
   float scores[BLOCK_N / 8][4];                 // S, then P
@@ -398,14 +380,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto mask_of = [&](const FlashTile& t) {
     return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
   };
-  const auto is_masked = [&](int32_t step) {  // for some row of this group
-    const AttentionMask mask = mask_of(tile);
-    const int32_t first_row = tile.first_row + consumer * 64;
-    return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
-           (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
-  };
+  const auto is_masked = [&](int32_t step) { return step < plain_begin || step >= plain_end; };  // for some row
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
+    const FlashTile& tile = tiles.now();
     if (has_softcap) {
       const float scale = softmax_scale / p.softcap, cap = p.softcap * kLog2E;
 #pragma unroll
@@ -437,11 +415,18 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       for (int r = 0; r < 2; ++r) {
         const KeyRange visible = mask.visible(min(tile.first_row + lane_row + 8 * r, tile.q_len - 1));
         const int32_t begin = visible.begin - lane_key, end = visible.end - lane_key;
+        if (step >= plain_end) {  // one comparison a score, not two: most blocks have one end
 #pragma unroll
-        for (int t = 0; t < BLOCK_N / 8; ++t) {
+          for (int t = 0; t < BLOCK_N / 8; ++t) {
+            if (t * 8 >= end) scores[t][2 * r] = -INFINITY;
+            if (t * 8 + 1 >= end) scores[t][2 * r + 1] = -INFINITY;
+          }
+        }
+        if (step < plain_begin) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (t * 8 + i < begin || t * 8 + i >= end) scores[t][2 * r + i] = -INFINITY;
+          for (int t = 0; t < BLOCK_N / 8; ++t) {
+            if (t * 8 < begin) scores[t][2 * r] = -INFINITY;
+            if (t * 8 + 1 < begin) scores[t][2 * r + 1] = -INFINITY;
           }
         }
       }
@@ -625,26 +610,34 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  const auto take = [&](const FlashTile& t) {
-    tile = t;
-    if constexpr (FP8) {
-      softmax_scale = p.softmax_scale * descale_of(p.q_descale, t) * descale_of(p.k_descale, t);
-      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+  // Takes the next tile in which a key is seen; rows of others are written here. False if there are no more.
+  const auto find_tile = [&] {
+    while (true) {
+      const FlashTile& tile = tiles.wait();
+      if (tile.end_step < 0) return false;
+      if (tile.begin_step < tile.end_step) return true;
+      store_empty(tile);
+      tiles.release();
     }
   };
-  // The next tile in which a key is seen; rows of others are written here.
-  const auto next_tile = [&](FlashTile& next) {
-    while (tiles.next(next)) {
-      if (next.begin_step < next.end_step) return true;
-      store_empty(next);
-    }
-    return false;
-  };
+  const auto last_row = [&](const FlashTile& t) { return min(t.first_row + consumer * 64 + 63, t.q_len - 1); };
   // How many of a tile's last blocks no row of this group sees, as with a causal mask the upper groups.
   const auto num_unseen = [&](const FlashTile& t) {
-    const int32_t last_row = min(t.first_row + consumer * 64 + 63, t.q_len - 1);
-    const int32_t end_step = (mask_of(t).visible(last_row).end + BLOCK_N - 1) / BLOCK_N;
-    return max(t.end_step - max(end_step, t.begin_step + 1), 0);
+    const int32_t my_end_step = (mask_of(t).visible(last_row(t)).end + BLOCK_N - 1) / BLOCK_N;
+    return max(t.end_step - max(my_end_step, t.begin_step + 1), 0);
+  };
+  const auto begin_tile = [&] {
+    const FlashTile& tile = tiles.now();
+    const AttentionMask mask = mask_of(tile);
+    begin_step = tile.begin_step;
+    end_step = tile.end_step;
+    plain_begin = (mask.visible(last_row(tile)).begin + BLOCK_N - 1) / BLOCK_N;
+    plain_end = mask.visible(min(tile.first_row + consumer * 64, tile.q_len - 1)).end / BLOCK_N;
+    num_rows = tile.q_len - tile.first_row - lane_row;
+    if constexpr (FP8) {
+      softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+    }
   };
   const auto pass_over = [&](int32_t num_blocks) {
     for (int32_t i = 0; i < num_blocks; ++i) {  // waits, so as not to arrive twice in one phase
@@ -653,42 +646,43 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       wait_for_v();
       release_v();
     }
-    tile.end_step -= num_blocks;
+    end_step -= num_blocks;
   };
   const auto release_scores = [&](int32_t step) {
     release_k();
-    if (step == tile.begin_step) {
+    if (step == begin_step) {
       release(smem.q_empty[q_ring.stage()]);
       q_ring.advance();
     }
+  };
+  const auto start_first_scores = [&] {
+    smem.q_full[q_ring.stage()].wait(q_ring.parity());
+    wait_for_k();
+    start_scores();
   };
   // P of a tile's first block, whose scores have been started.
   const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
-    release_scores(tile.end_step - 1);
+    release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
-    find_max(tile.end_step - 1);
+    find_max(end_step - 1);
     exponentials(row_sum);
     round_probs();
   };
 
   // ---- main loop
-  FlashTile next;
-  if (!next_tile(next)) return;
-  take(next);
-  pass_over(num_unseen(tile));
-  smem.q_full[q_ring.stage()].wait(q_ring.parity());
-  wait_for_k();
-  start_scores();
+  if (!find_tile()) return;
+  begin_tile();
+  pass_over(num_unseen(tiles.now()));
+  start_first_scores();
   finish_first_scores();
 
-  bool first;
   while (true) {
     // Here P of the tile's first block is ready, and nothing is in flight.
-    first = true;
+    bool first = true;
 #pragma unroll 1
-    for (int32_t step = tile.end_step - 2; step >= tile.begin_step; --step) {
+    for (int32_t step = end_step - 2; step >= begin_step; --step) {
       wait_for_k();
       start_scores();
       wait_for_v();
@@ -714,7 +708,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
           // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
           // say.
-          const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
           // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
           exact =
               any_of_group(1 + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
@@ -742,35 +735,31 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       round_probs();
     }
 
-    if (!next_tile(next)) break;
-    const int32_t num_blocks_unseen = num_unseen(next);
+    const FlashTile& next = tiles.wait_for_next();
+    const bool goes_on = next.begin_step < next.end_step && num_unseen(next) == 0;
     wait_for_v();
-    start_output(first);
-    if (num_blocks_unseen == 0) {
-      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+    if (goes_on) {
+      start_output(first);
+      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();
-      store(tile);
-      take(next);
+      store(tiles.now());
+      tiles.release();
+      begin_tile();
     } else {
+      start_output(first);
       finish_output();
-      store(tile);
-      take(next);
-      pass_over(num_blocks_unseen);
-      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+      store(tiles.now());
+      tiles.release();
+      if (!find_tile()) return;
+      begin_tile();
+      pass_over(num_unseen(tiles.now()));
+      start_first_scores();
     }
     finish_first_scores();
   }
-  wait_for_v();
-  start_output(first);
-  finish_output();
-  store(tile);
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent
 #endif

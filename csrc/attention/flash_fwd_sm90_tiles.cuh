@@ -168,7 +168,7 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
   }
 }
 
-// Reads the tiles in the order in which the producer hands them out.
+// Reads the tiles in the order in which the producer hands them out, by a whole warp.
 template <typename Storage>
 struct FlashTileReader {
   Storage& smem;
@@ -176,15 +176,29 @@ struct FlashTileReader {
 
   __device__ __forceinline__ explicit FlashTileReader(Storage& s) : smem(s) {}
 
-  // By a whole warp. False if there are no more.
-  __device__ __forceinline__ bool next(FlashTile& tile) {
+  // The tile in hand; it stays there until it is released.
+  __device__ __forceinline__ const FlashTile& now() const { return smem.tile[ring.stage()]; }
+  __device__ __forceinline__ const FlashTile& wait() const {
     smem.tile_full[ring.stage()].wait(ring.parity());
-    tile = smem.tile[ring.stage()];
+    return now();
+  }
+  __device__ __forceinline__ const FlashTile& wait_for_next() const {
+    return FlashTileReader(smem, {ring.count + 1}).wait();
+  }
+  __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) smem.tile_empty[ring.stage()].arrive();
     ring.advance();
+  }
+  // A copy. False if there are no more.
+  __device__ __forceinline__ bool take(FlashTile& tile) {
+    tile = wait();
+    release();
     return tile.end_step >= 0;
   }
+
+ private:
+  __device__ __forceinline__ FlashTileReader(Storage& s, RingPosition<Storage::kTileStages> r) : smem(s), ring(r) {}
 };
 
 }  // namespace fastattn
