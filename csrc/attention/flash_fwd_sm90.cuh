@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
   constexpr int PRODUCER_REGISTERS = (FP8 && NUM_CONSUMERS == 3 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
+  constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
+  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4;  // barriers of the SM, one for each group
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
@@ -205,9 +207,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           claimed = count_up(p.tile_counter);
         }
       };
-      const auto wait_for_place = [&] { smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1); };
       const auto publish = [&] {
-        wait_for_place();
+        smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
         __syncwarp();
         if (lane == 0) {
           smem.tile[tile_ring.stage()] = tile;
@@ -231,17 +232,15 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
         if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile)) break;
         publish();  // also a tile without keys, whose rows must be written
-        const bool sees_keys = tile.begin_step < tile.end_step;
-        if (sees_keys) load_q();
+        if (tile.begin_step < tile.end_step) load_q();
+        // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
+        if (!FP8 && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+        claim();
         if constexpr (FP8) {
-          claim();
           for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
             load_k(tile, step);
             load_v(tile, step);
           }
-        } else {
-          wait_for_place();  // all work at this tile: so no CTA holds tiles that others have time for
-          claim();
         }
       }
       tile.end_step = -1;
@@ -369,6 +368,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   };
   const auto wait_for_k = [&] { smem.k_full[k_ring.stage()].wait(k_ring.parity()); };
   const auto wait_for_v = [&] { smem.v_full[v_ring.stage()].wait(v_ring.parity()); };
+  // The groups issue their products in turns, once for each block of K, so that one's run during the other's
+  // exponentials. By chance they may be in step, and then both wait.
+  const auto take_turn = [&] {
+    if constexpr (TURNS) named_barrier_sync(kTurnOfGroup + consumer, 256);
+  };
+  const auto end_turn = [&] {
+    if constexpr (TURNS) named_barrier_arrive(kTurnOfGroup + (consumer + 1) % NUM_CONSUMERS, 256);
+  };
   const auto finish_output = [&] {
     wgmma_wait<0>();
     pin_registers(acc);
@@ -642,6 +649,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto pass_over = [&](int32_t num_blocks) {
     for (int32_t i = 0; i < num_blocks; ++i) {  // waits, so as not to arrive twice in one phase
       wait_for_k();
+      take_turn();
+      end_turn();
       release_k();
       wait_for_v();
       release_v();
@@ -658,7 +667,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto start_first_scores = [&] {
     smem.q_full[q_ring.stage()].wait(q_ring.parity());
     wait_for_k();
+    take_turn();
     start_scores();
+    end_turn();
   };
   // P of a tile's first block, whose scores have been started.
   const auto finish_first_scores = [&] {
@@ -672,6 +683,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   };
 
   // ---- main loop
+  if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
   if (!find_tile()) return;
   begin_tile();
   pass_over(num_unseen(tiles.now()));
@@ -684,9 +696,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 #pragma unroll 1
     for (int32_t step = end_step - 2; step >= begin_step; --step) {
       wait_for_k();
+      take_turn();
       start_scores();
       wait_for_v();
       start_output(first);
+      end_turn();
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
@@ -697,7 +711,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         find_max(step);
         exponentials(sums);
         const bool moved =
-            any_of_group(1 + consumer, (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
+            any_of_group(kVoteOfGroup + consumer, (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
         wgmma_wait<0>();
         pin_registers(acc);
         if (moved) rescale();
@@ -710,7 +724,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           // say.
           // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
           exact =
-              any_of_group(1 + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+              any_of_group(kVoteOfGroup + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
                                              ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
           if (__builtin_expect(exact, 0)) {
             wgmma_wait<0>();
