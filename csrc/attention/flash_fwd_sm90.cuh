@@ -85,7 +85,7 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
 struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = sizeof(T) == 2 && NUM_CONSUMERS == 3 && HEAD_DIM != 80 ? 4 : 2;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
   static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
-  extern __shared__ unsigned char smem_bytes[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];  // so that addresses in it are constants
+  Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
   const FlashFwdSm90Params& p = args.p;
   const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
   const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
 
+  if (shared_address(smem_bytes) % 1024 != 0) __trap();  // the swizzle would be another
   if (threadIdx.x == 0) {
     tma_prefetch_map(args.q);
     tma_prefetch_map(args.k);
@@ -330,9 +331,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto v_tiles = FP8 ? WgmmaDescriptor::make<KEY_PANEL>(smem.v[0], 0)
                            : WgmmaDescriptor::make<V_PANEL * sizeof(T)>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
 
+  // The operands of the next products. Asked for before K is waited for, and kept for the case that S is computed
+  // again, ptxas has all descriptors ready before the first product, and the others follow closely: 6 % where three
+  // groups share the SM. Where groups take turns, the moves that this costs are in the way of the first one.
+  WgmmaDescriptor q, k, v;
+  const auto locate = [&] {
+    q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
+    k = k_tiles.uniform_plus(k_ring.stage() * K_BYTES);
+    v = v_tiles.uniform_plus(v_ring.stage() * sizeof(smem.v[0]));
+  };
   const auto start_scores = [&] {  // scores = Q K^T
-    const auto q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
-    const auto k = k_tiles.uniform_plus(k_ring.stage() * K_BYTES);
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
@@ -344,7 +352,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     wgmma_commit();
   };
   const auto start_output = [&](bool first) {  // acc += P V
-    const auto v = v_tiles.uniform_plus(v_ring.stage() * sizeof(smem.v[0]));
     pin_registers(acc);
     pin_registers(probs);
     wgmma_fence();
@@ -665,9 +672,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
   };
   const auto start_first_scores = [&] {
+    if (!TURNS) locate();
     smem.q_full[q_ring.stage()].wait(q_ring.parity());
     wait_for_k();
     take_turn();
+    if (TURNS) locate();
     start_scores();
     end_turn();
   };
@@ -695,8 +704,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     bool first = true;
 #pragma unroll 1
     for (int32_t step = end_step - 2; step >= begin_step; --step) {
+      if (!TURNS) locate();
       wait_for_k();
       take_turn();
+      if (TURNS) locate();
       start_scores();
       wait_for_v();
       start_output(first);
@@ -729,6 +740,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           if (__builtin_expect(exact, 0)) {
             wgmma_wait<0>();
             pin_registers(acc);
+            if (TURNS) locate();
             start_scores();
             wgmma_wait<0>();
             pin_registers(scores);
@@ -751,6 +763,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
     const FlashTile& next = tiles.wait_for_next();
     const bool goes_on = next.begin_step < next.end_step && num_unseen(next) == 0;
+    locate();
     wait_for_v();
     if (goes_on) {
       start_output(first);
@@ -785,7 +798,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
   using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
-  constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
+  constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
   if (config.num_tiles == 0) return cudaSuccess;  // no sequence has a row
