@@ -1,4 +1,4 @@
-// FlashAttention forward on Hopper's tensor cores and copy engine: one producer warp, two or three groups that compute.
+// FlashAttention forward on Hopper's tensor cores and copy engine: warps that fetch, two or three groups that compute.
 //
 //   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
 //   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap),
@@ -10,18 +10,20 @@
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out.
 //
-//   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► next tile's Q ─► K(n-2) V(n-1) ─► … ─► V(0) ─► next tile's K
-//   …
-//     (the copy engine)         two stages each of K and V, of Q too where there is room
-//   warp group 0, warp 1      clears what a V block holds behind the end of its sequence
+//   warp group 0, warp 0      tile t, its Q ─► tile t+1, its Q ─► …
+//     warp 1                  clears what a V block holds behind the end of its sequence
+//     warp 2                  K(n) K(n-1) … K(0) ─► K(n) of tile t+1 …      two stages, or four where there is room
+//     warp 3                  V(n) V(n-1) … V(0) ─► V(n) of tile t+1 …      the same
+//     fp8: warp 0             Q, K and V
 //     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
 //
 //   warp groups 1, 2 (, 3)    64 rows each, step j:
 //     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
 //     the rest                        │ P(j+1) = exp(S(j+1)) │ round  │                │ P(j+2) = …
 //
-// The groups do not wait for each other: while one's exponentials run, another's products do. Between two tiles the
-// last O of one and the first S of the next are in flight together, and O is written while S is computed.
+// While one group's exponentials run, another's products do: two groups issue theirs in turns, three find their own
+// way. Between two tiles the last O of one and the first S of the next are in flight together, and O is written while S
+// is computed.
 //
 // The maximum of a row is looked for in its first block, in blocks with a mask, and where it must be. Else the
 // reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
