@@ -87,13 +87,14 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
 struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
-  static constexpr int kStages = sizeof(T) == 2 && NUM_CONSUMERS == 3 && HEAD_DIM != 80 ? 4 : 2;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
   static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
   static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
-  static constexpr int kBytesKv = kStages * (BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV);
-  static constexpr int kStagesQ = 2 * kBytesQ + kBytesKv <= 224 * 1024 ? 2 : 1;
+  static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
+  static constexpr int kMostBytes = 224 * 1024;
+  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * kBytesKv <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv <= kMostBytes ? 2 : 1;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
   alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
@@ -723,8 +724,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         // maximum. The sums' say in the vote keeps the exponentials before the wait, as below.
         find_max(step);
         exponentials(sums);
-        const bool moved =
-            any_of_group(kVoteOfGroup + consumer, (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
+        const bool moved = any_of_group(kVoteOfGroup + consumer,
+                                        (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
         wgmma_wait<0>();
         pin_registers(acc);
         if (moved) rescale();
@@ -736,9 +737,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
           // say.
           // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
-          exact =
-              any_of_group(kVoteOfGroup + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
-                                             ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
+          exact = any_of_group(kVoteOfGroup + consumer,
+                               ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+                                   ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
           if (__builtin_expect(exact, 0)) {
             wgmma_wait<0>();
             pin_registers(acc);
