@@ -60,7 +60,8 @@ struct PackedTiles {
     while (past == kAll) {
       if (next_seq >= args.p.num_seqs) return false;
       const int32_t seq = next_seq + lane;
-      const int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
+      int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
+      if (num_rows < args.p.min_q_len) num_rows = 0;
       const int32_t num_tiles = (num_rows + BLOCK_M - 1) / BLOCK_M * args.num_heads.divisor;
       int32_t sum = num_tiles;
 #pragma unroll
