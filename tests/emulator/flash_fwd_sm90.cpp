@@ -106,7 +106,8 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   p.partial_lse = partial_lse.data();
   current_call += ": " + call.text() + "; " + std::to_string(p.config.tile.num_consumers) + " consumers, block_n " +
                   std::to_string(p.config.tile.block_n) + ", " + std::to_string(p.config.num_tiles) + " tiles, " +
-                  std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) + " CTAs, min_q_len " + std::to_string(p.min_q_len);
+                  std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) +
+                  " CTAs, min_q_len " + std::to_string(p.min_q_len);
 
   const auto launch = [&] {
     if (flash_fwd_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
