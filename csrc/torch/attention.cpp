@@ -13,7 +13,7 @@ ScalarType out_dtype(const Tensor& q) { return is_fp8(q) ? ScalarType::BFloat16 
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                               std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10});
+                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k)});
 }
 
 // Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
@@ -31,10 +31,10 @@ bool for_sm90(const Checks& checks, const AttentionCall& call) {
 }
 
 cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
-  const int64_t num_slots = 2 * p.config.num_ctas;
+  const int64_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0, num_slots = 2 * num_marks;
   Tensor partial_out = empty(q, {num_slots, kPagedDecodeRows, p.v_head_dim}, ScalarType::Float);
   Tensor partial_sum = empty(q, {num_slots, kPagedDecodeRows, 2}, ScalarType::Float);
-  Tensor marks = empty(q, {p.config.num_ctas}, ScalarType::Long);
+  Tensor marks = empty(q, {num_marks}, ScalarType::Long);
   p.partial_out = static_cast<float*>(partial_out.data_ptr());
   p.partial_sum = static_cast<float2*>(partial_sum.data_ptr());
   p.marks = static_cast<uint64_t*>(marks.data_ptr());
@@ -95,6 +95,10 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
     PagedDecodeParams own;
     static_cast<AttentionParams&>(own) = p;
     own.config = decode;
+    own.kv_dtype = dtype_of(k);
+    own.k_scale = kv_scale_of(call.k_scale);
+    own.v_scale = kv_scale_of(call.v_scale);
+    own.scales_of_tokens = call.k_scale && call.k_scale->dim() == 3;
     check_launch(op, run(q, own, stream_of(q)));
   } else {
     FlashSm80Params own;
@@ -178,21 +182,21 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
 std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& cu_seqlens_q, const Tensor& seqused_k,
                                               const Tensor& block_table, const MaybeTensor& alibi_slopes,
-                                              const MaybeTensor& sinks, int64_t max_seqlen_q, double softmax_scale,
+                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                              const MaybeTensor& v_scale, int64_t max_seqlen_q, double softmax_scale,
                                               bool causal, int64_t window_left, int64_t window_right, double softcap) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
-  checks.shape("k_cache", k_cache, {kAny, kAny, kAny, q.size(2)}).dtype("k_cache", k_cache, {q.scalar_type()});
-  checks.shape("v_cache", v_cache, {k_cache.size(0), k_cache.size(1), k_cache.size(2), q.size(2)})
-      .dtype("v_cache", v_cache, {q.scalar_type()});
+  checks.caches(q, k_cache, v_cache, k_scale, v_scale);
   checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
   const int64_t num_seqs = seqused_k.size(0);
   checks.shape("cu_seqlens_q", cu_seqlens_q, {num_seqs + 1}).dtype("cu_seqlens_q", cu_seqlens_q, {ScalarType::Int});
   checks.shape("block_table", block_table, {num_seqs, kAny}).dtype("block_table", block_table, {ScalarType::Int});
   // A copy of the cache at every call would hide a slowness of orders of magnitude.
-  checks.that(rows_aligned(k_cache) && rows_aligned(v_cache),
-              "k_cache and v_cache have rows that are not 16-byte aligned, expected strides that are multiples of 8");
+  checks.that(
+      rows_aligned(k_cache) && rows_aligned(v_cache),
+      "k_cache and v_cache have rows that are not 16-byte aligned, expected strides that are multiples of 16 bytes");
   const AttentionCall call = {.q = q,
                               .k = k_cache,
                               .v = v_cache,
@@ -201,6 +205,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .block_table = block_table,
                               .alibi_slopes = alibi_slopes,
                               .sinks = sinks,
+                              .k_scale = k_scale,
+                              .v_scale = v_scale,
                               .num_seqs = num_seqs,
                               .max_seqlen_q = max_seqlen_q,
                               .max_seqlen_k = block_table.size(1) * k_cache.size(1),
@@ -210,6 +216,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .window_right = window_right,
                               .softcap = softcap};
   check_call(checks, call);
+  checks.that(!is_8bit(k_cache) || q.numel() == 0 || decode_config_of(call).fits,
+              "block_table has room for 2^30 tiles of keys or more");
 
   const OnDeviceOf guard(q);
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The

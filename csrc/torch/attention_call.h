@@ -8,10 +8,6 @@
 
 namespace fastattn {
 
-using MaybeTensor = std::optional<Tensor>;
-
-inline bool is_fp8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
-
 // Every row (last dimension) is contiguous and begins at a multiple of 16 bytes, which is what cp.async and the copy
 // engine copy.
 bool rows_aligned(const Tensor& t);
@@ -29,6 +25,7 @@ struct AttentionCall {
   MaybeTensor block_table = std::nullopt;  // k and v are pages (num_pages, page size, Hk, D)
   MaybeTensor alibi_slopes = std::nullopt, sinks = std::nullopt;
   MaybeTensor q_descale = std::nullopt, k_descale = std::nullopt, v_descale = std::nullopt;
+  MaybeTensor k_scale = std::nullopt, v_scale = std::nullopt;  // pages of 8 bits only
   int64_t num_seqs = 0, max_seqlen_q = 0, max_seqlen_k = 0;
   double softmax_scale = 1.0;
   bool causal = false;
