@@ -31,6 +31,8 @@ OTHER_DECODES = (
 )
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
+# batch, new tokens of the first sequence (the others have one), context with them
+MIXED = ((64, 512, 4096), (64, 2048, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
@@ -45,9 +47,11 @@ def paged(
     dim: int = DIM,
     ragged: bool = False,
     kv: torch.dtype = torch.bfloat16,
+    chunk: int | None = None,
 ) -> Case:
-    """`new` tokens each of `batch` sequences that are `length` tokens long with them, or lognormal up to that; pages in
-    random order, in fp8 with a scale for each KV head, in int8 with one for each token's."""
+    """`new` tokens (the first one: `chunk`) each of `batch` sequences that are `length` tokens long with them, or
+    lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with one for each
+    token's."""
     device, dtype = context.device, torch.bfloat16
     rng = context.generator(batch + length)
     pages_each = -(-length // page)
@@ -66,8 +70,9 @@ def paged(
             scales[name] = own.copy_(most.squeeze(-1).float() / 127)
     k_cache, v_cache = caches
     table = torch.randperm(shape[0], generator=rng, device=device).int().view(batch, pages_each)
-    q = torch.randn(batch * new, heads, dim, generator=rng, device=device, dtype=dtype)
-    offsets = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
+    all_new = [chunk or new] + [new] * (batch - 1)
+    q = torch.randn(sum(all_new), heads, dim, generator=rng, device=device, dtype=dtype)
+    offsets = torch.tensor([0, *all_new], device=device).cumsum(0).int()
     all_lengths = lognormal(batch, length, 665, seed=1) if ragged else [length] * batch
     lengths = torch.tensor(all_lengths, dtype=torch.int32, device=device)
 
@@ -84,7 +89,7 @@ def paged(
                 q if kv is dtype else fp8_q,
                 k_cache,
                 v_cache,
-                max_seqlen_q=new,
+                max_seqlen_q=max(all_new),
                 cu_seqlens_q=offsets,
                 max_seqlen_k=max(all_lengths),
                 seqused_k=lengths,
@@ -99,6 +104,8 @@ def paged(
     def only_16_bits() -> None:
         if kv is not dtype:
             raise PeerAbsentError("not set up for pages of 8 bits")
+        if chunk:
+            raise PeerAbsentError("not set up for mixed batches")
 
     def fa3() -> Callable[[], Tensor]:
         only_16_bits()
@@ -168,7 +175,7 @@ def paged(
 
     num_keys = sum(all_lengths)
     key_bytes = 2 * dim * kv.itemsize + (8 if kv is torch.int8 else 0)  # of a KV head, with its value
-    pairs = sum(new * (n - new) + new * (new + 1) // 2 for n in all_lengths)
+    pairs = sum(m * (n - m) + m * (m + 1) // 2 for m, n in zip(all_new, all_lengths, strict=True))
     what = f"{min(all_lengths)} to {max(all_lengths)}" if ragged else f"{length}"
     return op_case(
         ops.paged_attention,
@@ -179,7 +186,7 @@ def paged(
             "cu_seqlens_q": offsets,
             "seqused_k": lengths,
             "block_table": table,
-            "max_seqlen_q": new,
+            "max_seqlen_q": max(all_new),
             "causal": True,
             **scales,
         },
@@ -192,7 +199,8 @@ def paged(
             "torch": torch_gather,
         },
         work=Work(num_bytes=num_keys * kv_heads * key_bytes + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
-        config=f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
+        config=(f"{chunk} and " if chunk else "")
+        + f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
         f"{str(kv).removeprefix('torch.')}",
     )
 
@@ -239,5 +247,12 @@ PREFILL = Family(
             quick=length <= 4096,
         )
         for batch, new, length in PREFILLS
+    )
+    + tuple(
+        CaseSpec(
+            f"bf16_p16_mixed{batch}_t{chunk}_s{length}",
+            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk),
+        )
+        for batch, chunk, length in MIXED
     ),
 )

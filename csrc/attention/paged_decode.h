@@ -14,6 +14,7 @@ struct PagedDecodeParams : AttentionParams {
   DType kv_dtype = DType::kBFloat16;  // of k and v: dtype, or in pages kFloat8E4M3 or kInt8
   KvScale k_scale, v_scale;           // with those two
   bool scales_of_tokens = false;      // both are (num_blocks, block_size, Hk)
+  int32_t max_q_len = INT32_MAX;      // of longer sequences no result is given, another kernel has them
 
   // Workspaces, not initialized, and not needed with one part. A CTA has at most two parts of rows whose other keys are
   // with other CTAs: one that it ends, and one that others go on with; so there are 2 * num_ctas slots.

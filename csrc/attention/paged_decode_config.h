@@ -13,6 +13,14 @@ constexpr bool paged_decode_has_8bit(int head_dim) { return head_dim == 64 || he
 // Packed rows (query token, head of the group) of a CTA: one product of the tensor cores.
 constexpr int kPagedDecodeRows = 16;
 
+// Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a kernel
+// with larger tiles is better.
+constexpr int kPagedDecodeRowTiles = 2;
+// Query tokens of a sequence that are as many rows.
+constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
+  return kPagedDecodeRowTiles * kPagedDecodeRows / group_size;
+}
+
 // Of a tile, for one warp: as many as make a stage of the same bytes.
 constexpr int paged_decode_warp_keys(bool is_8bit) { return is_8bit ? 32 : 16; }
 
@@ -54,9 +62,6 @@ struct PagedDecodeConfig {
 // A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
 // captured CUDA graph stays valid, and balanced, while sequences grow.
 inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) {
-  // Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a
-  // kernel with larger tiles is better, but no other one reads K and V of 8 bits.
-  constexpr int64_t kMaxRowTiles = 2;
   constexpr int64_t kFewSequences = 8;
   constexpr int64_t kFewBytes = 240 << 20;
   PagedDecodeConfig config = {};
@@ -68,7 +73,7 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
   const int64_t rows = problem.max_seqlen_q * (problem.num_heads / problem.num_kv_heads);
   config.num_row_tiles = (rows + kPagedDecodeRows - 1) / kPagedDecodeRows;
   config.num_columns = problem.num_kv_heads * config.num_row_tiles;
-  const bool few_rows = config.num_row_tiles <= kMaxRowTiles;
+  const bool few_rows = config.num_row_tiles <= kPagedDecodeRowTiles;  // more only where no other kernel reads K and V
   if (config.head_dim == 0 || config.num_columns == 0 || (!few_rows && !problem.is_8bit)) return config;
 
   const int max_warps = paged_decode_max_warps(config.head_dim);

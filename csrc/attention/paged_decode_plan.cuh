@@ -19,7 +19,8 @@ struct DecodeSequence {
   __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
     const bool packed_q = p.cu_seqlens_q != nullptr;
     q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
-    const int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+    int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+    if (all_q_len > p.max_q_len) all_q_len = 0;
     const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
     num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);

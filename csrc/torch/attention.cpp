@@ -8,7 +8,20 @@
 namespace fastattn {
 namespace {
 
-ScalarType out_dtype(const Tensor& q) { return is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type(); }
+struct Results {
+  Tensor out, lse;
+};
+
+// Not written yet. out is like q, with V's head dim; lse is (B, H, Sq), packed (H, T).
+Results new_results(const AttentionCall& call) {
+  const Tensor& q = call.q;
+  const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
+  std::vector<int64_t> out_shape = shape_of(q), lse_shape = {q.size(batch + 2), q.size(batch + 1)};
+  out_shape.back() = call.v_head_dim();
+  if (batch >= 0) lse_shape.insert(lse_shape.begin(), q.size(0));
+  return {empty(q, out_shape, is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type()),
+          empty(q, lse_shape, ScalarType::Float)};
+}
 
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
@@ -53,17 +66,10 @@ cudaError_t run(const Tensor& q, FlashSm80Params p, cudaStream_t stream) {
 }
 
 // On a portable kernel; pages are in the parameters already.
-std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const AttentionCall& call) {
+void run_portable(const char* op, AttentionParams p, const AttentionCall& call, const Results& results) {
+  if (call.q.numel() == 0) return;
   const int64_t batch = call.q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
-  std::vector<int64_t> out_shape = shape_of(call.q);
-  out_shape.back() = call.v_head_dim();
-  Tensor out = empty(call.q, out_shape, out_dtype(call.q));
-  std::vector<int64_t> lse_shape = {call.q.size(head), call.q.size(token)};
-  if (batch >= 0) lse_shape.insert(lse_shape.begin(), call.q.size(0));
-  Tensor lse = empty(call.q, lse_shape, ScalarType::Float);
-  if (call.q.numel() == 0) return {out, lse};
-
   const Tensor q = with_aligned_rows(call.q);
   const Tensor k = p.paged ? call.k : with_aligned_rows(call.k), v = p.paged ? call.v : with_aligned_rows(call.v);
   fill_params(p, call);
@@ -71,8 +77,8 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
+  p.out = results.out.data_ptr();
+  p.lse = static_cast<float*>(results.lse.data_ptr());
   p.q_token_stride = q.stride(token);
   p.q_head_stride = q.stride(head);
   p.num_tokens = q.size(token);
@@ -95,6 +101,7 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
     PagedDecodeParams own;
     static_cast<AttentionParams&>(own) = p;
     own.config = decode;
+    own.max_q_len = static_cast<int32_t>(call.max_q_len);
     own.kv_dtype = dtype_of(k);
     own.k_scale = kv_scale_of(call.k_scale);
     own.v_scale = kv_scale_of(call.v_scale);
@@ -108,19 +115,14 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
                                     num_sms_of(call.q)});
     check_launch(op, run(q, own, stream_of(q)));
   }
-  return {out, lse};
 }
 
 // On the Hopper kernel: there are some of q.
-std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
+void run_sm90(const char* op, const AttentionCall& call, const Results& results) {
   const Tensor q = with_distinct_rows(call.q), k = with_distinct_rows(call.k), v = with_distinct_rows(call.v);
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
-  std::vector<int64_t> out_shape = shape_of(q);
-  out_shape.back() = call.v_head_dim();
-  Tensor out = empty(q, out_shape, out_dtype(q));
-  Tensor lse = batch < 0 ? empty(q, {q.size(head), q.size(token)}, ScalarType::Float)
-                         : empty(q, {q.size(0), q.size(head), q.size(token)}, ScalarType::Float);
+  const auto& [out, lse] = results;
   Tensor tile_counter = empty(q, {1}, ScalarType::Int);
   FlashFwdSm90Params p;
   fill_params(p, call);
@@ -175,8 +177,20 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
     p.partial_out = static_cast<float*>(partial_out->data_ptr());
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
+  p.min_q_len = static_cast<int32_t>(call.min_q_len);
   check_launch(op, flash_fwd_sm90(p, stream_of(q)));
-  return {out, lse};
+}
+
+// A call without pages.
+std::tuple<Tensor, Tensor> run(const char* op, const Checks& checks, const AttentionCall& call) {
+  const OnDeviceOf guard(call.q);
+  const Results results = new_results(call);
+  if (for_sm90(checks, call)) {
+    run_sm90(op, call, results);
+  } else {
+    run_portable(op, {}, call, results);
+  }
+  return {results.out, results.lse};
 }
 
 std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -221,12 +235,21 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
 
   const OnDeviceOf guard(q);
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
-  // decode kernel takes two tiles of rows too: they share what they read. And a sequence of one token among long ones
-  // costs the Hopper kernel a tile for each query head, the portable one a tile for each KV head.
+  // decode kernel takes two tiles of rows too: they share what they read. And the Hopper kernel takes a tile for each
+  // query head, even of a sequence of one token: in a mixed batch it leaves those to the decode kernel.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const bool long_ones = q.size(0) >= 64 * num_seqs;
-  if (copyable && long_ones && !decode_config_of(call).fits && for_sm90(checks, call)) return run_sm90(op, call);
+  const bool long_ones = max_seqlen_q >= 64 && !is_8bit(k_cache) && !decode_config_of(call).fits;
+  const bool sm90 = copyable && long_ones && for_sm90(checks, call);
+  const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
+  const bool mixed = sm90 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
+  const Results results = new_results(call);
+  if (sm90) {
+    AttentionCall long_call = call;
+    if (mixed) long_call.min_q_len = few_tokens + 1;
+    run_sm90(op, long_call, results);  // first: where keys are split it leaves something in the others' rows too
+    if (!mixed) return {results.out, results.lse};
+  }
   AttentionParams p;
   p.paged = true;
   p.block_table = data<int32_t>(block_table);
@@ -240,7 +263,10 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   p.num_blocks = static_cast<int32_t>(k_cache.size(0));
   p.max_blocks = static_cast<int32_t>(block_table.size(1));
   p.block_size = static_cast<int32_t>(std::max<int64_t>(k_cache.size(1), 1));
-  return run_portable(op, p, call);
+  AttentionCall short_call = call;
+  if (mixed) short_call.max_seqlen_q = short_call.max_q_len = few_tokens;
+  run_portable(op, p, short_call, results);
+  return {results.out, results.lse};
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_op(
@@ -280,9 +306,7 @@ std::tuple<Tensor, Tensor> varlen_attention_op(
                               .softcap = softcap,
                               .kernel = kernel};
   check_call(checks, call);
-
-  const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
+  return run(op, checks, call);
 }
 
 std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -314,9 +338,7 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, 
                               .softcap = softcap,
                               .kernel = kernel};
   check_call(checks, call);
-
-  const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
+  return run(op, checks, call);
 }
 
 }  // namespace

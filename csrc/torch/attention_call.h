@@ -32,6 +32,8 @@ struct AttentionCall {
   int64_t window_left = -1, window_right = -1;
   double softcap = 0.0;
   int64_t kernel = 0;
+  // Packed only: results are wanted of sequences of so many query tokens.
+  int64_t min_q_len = 0, max_q_len = INT32_MAX;
 
   int64_t num_heads() const { return q.size(q.dim() - 2); }
   int64_t num_kv_heads() const { return v.size(v.dim() - 2); }

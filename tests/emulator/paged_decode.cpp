@@ -69,12 +69,15 @@ void run_call(int head_dim) {
     p.k_block_stride = p.block_size * p.k_token_stride;
     p.v_block_stride = p.block_size * p.v_token_stride;
   }
+  if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
   const int num_sms = pick({1, 3, 8, 30});
   p.config = fastattn::paged_decode_config(
-      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim), call.max_q_len(),
+      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
+       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)),
        paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2), sizeof(KV) == 1});
   current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
-                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) + " CTAs";
+                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) +
+                  " CTAs, max_q_len " + std::to_string(p.max_q_len);
   if (!p.config.fits) fail("the kernel does not take the call");
   const size_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0;
   const size_t num_slot_rows = 2 * num_marks * fastattn::kPagedDecodeRows;
@@ -87,7 +90,7 @@ void run_call(int head_dim) {
   p.marks = marks.data();
 
   if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
-  call.check();
+  call.check(0, p.max_q_len);
   const auto first_out = call.out;
   const auto first_lse = call.lse;
   call.clear_results();

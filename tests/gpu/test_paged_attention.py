@@ -182,7 +182,7 @@ def test_what_is_appended_is_attended_to(kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_prompts(seed: int) -> None:
-    """Chunks behind prefixes, long and short ones mixed: the Hopper kernel, or where most are short the portable one."""
+    """Chunks behind prefixes, long and short ones mixed: the Hopper kernel, and the decode kernel for the short ones."""
     rng = random.Random(1000 + seed)
     dtype = rng.choice((torch.bfloat16, torch.float16))
     kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2, 4, 7))
