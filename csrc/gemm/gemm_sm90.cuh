@@ -125,15 +125,21 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
     for_each_tile([&](const Tile& tile) {
       multiply_stages<T, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
 
+      // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
       const int32_t row = tile.first_m + group * 64 + warp_idx % 4 * 16 + lane / 4;
+      const int32_t column = tile.first_n + lane % 4 * 8;
+      const int32_t end = static_cast<int32_t>(p.n) - column;
+      const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
+      T* const out = static_cast<T*>(p.out) + row * p.n + column;
+      T* const rows[2] = {out, out + 8 * p.n};
 #pragma unroll
       for (int t = 0; t < BLOCK_N / 8; t += 4) {
         if (bias != nullptr) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int32_t column = tile.first_n + (t + i) * 8 + lane % 4 * 2;
-            if (column >= p.n) continue;
-            const float2 value = unpack_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + column)));
+            const int32_t bias_column = tile.first_n + (t + i) * 8 + lane % 4 * 2;
+            if (bias_column >= p.n) continue;
+            const float2 value = unpack_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + bias_column)));
             acc[t + i][0] += value.x;
             acc[t + i][1] += value.y;
             acc[t + i][2] += value.x;
@@ -146,11 +152,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
 #pragma unroll
           for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r], acc[t + i][2 * r + 1]);
           gather_columns(w, lane);
-          const int32_t column = tile.first_n + (t + lane % 4) * 8;
-          if (row + 8 * r < p.m && column < p.n) {
-            *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + (row + 8 * r) * p.n + column) =
-                make_uint4(w[0], w[1], w[2], w[3]);
-          }
+          if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
     });

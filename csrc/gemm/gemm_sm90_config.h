@@ -36,6 +36,8 @@ struct GemmSm90Problem {
   int64_t n;
   int64_t k;
   int64_t num_sms;
+
+  int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
 
 struct GemmSm90Config {
@@ -55,7 +57,7 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
   config.group_rows = 4;
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
-  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(num_tiles, problem.num_sms / 2);
+  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(num_tiles, problem.num_pairs());
 }
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
@@ -64,7 +66,7 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
       2.0 * static_cast<double>(problem.n) * static_cast<double>(problem.k) / 2.75e6;  // to read it
   const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
   if (!config.few_rows) {
-    const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_sms / 2);
+    const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs());
     const double step_us = 0.07 + 0.0023 * static_cast<double>(block_n);
     const double tile_us = 1.0 + static_cast<double>(ceil_div(problem.k, 64)) * step_us;
     return std::max(7.0 + static_cast<double>(num_waves) * tile_us + 0.22 * weight_us, 8.0 + weight_us);

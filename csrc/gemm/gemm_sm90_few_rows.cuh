@@ -3,11 +3,10 @@
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
 //   x (M, K)   weight (N, K)   out (M, N)
 //
-//                   K of CTA 0    CTA 1     CTA 2     CTA 3        a cluster has 128 rows of weight; its CTAs, whose
-//                 ┌───────────┬─────────┬─────────┬─────────┐      number is config.num_splits, a run of K each
-//   128 rows      │ group 0   │         │         │         │
-//   of weight     │ group 1   │         │         │         │      a warp:     weight(k) x(k) ─► weight(k+1) x(k+1) ─►
-//   …
+//                   K of CTA 0    CTA 1     CTA 2     CTA 3        The CTAs of a cluster, config.num_splits of them,
+//                 ┌───────────┬─────────┬─────────┬─────────┐      have a run of K each.
+//   block_n rows  │ group 0   │         │         │         │
+//   of weight     │ group 1   │         │         │         │      a warp:     weight(k), x(k) ─► weight(k+1) ─► …
 //                 └───────────┴─────────┴─────────┴─────────┘      groups:     sums (64 x block_m) += weight(k) x(k)^T
 //                 ┌───────────┬─────────┬─────────┬─────────┐
 //   x (block_m)   └───────────┴─────────┴─────────┴─────────┘
@@ -15,8 +14,10 @@
 //   then          sums to shared memory │ cluster barrier │ each CTA adds up the sums of all, in their order, for its
 //                 share of the rows     │ bias, round, store
 //
-// Two CTAs an SM where they fit: what one's beginning and end leave of the memory's rate, the other takes. All run at
-// once, and memory serves them alike, so that it matters little if some SMs have one and some two.
+// Drawn for block_n = 128. Of 64 rows both groups have all, and every other panel of K: two parts of a CTA's sums.
+//
+// Two CTAs an SM where that pays: what one's beginning and end leave of the memory's rate, the other takes. Memory
+// serves all that run alike, so that it matters little if some SMs have one and some two.
 //
 // A weight that is read once is the first to leave the L2 cache: what is there stays, and nothing that was written
 // there has to make room by going to memory. Its first stages are asked for, as far as L2, before the kernel in front
