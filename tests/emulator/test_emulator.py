@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant(
         "a CTA ends while others read its sums",
         FEW_ROWS,
-        "  cluster_sync();  // the others may still read from this CTA\n",
+        "  cluster_meet();  // the others may still read from this CTA\n",
         "",
         "gemm_sm90_few_rows.cu",
         "8",
