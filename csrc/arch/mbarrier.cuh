@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "arch/cluster.cuh"
 #include "arch/ring_position.cuh"
 #include "arch/shared_memory.cuh"
 
@@ -21,6 +22,12 @@ struct MBarrier {
 
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(&state)) : "memory");
+  }
+
+  // At the barrier of the same place in another CTA of the cluster, or in this one. Says that reads are over; what was
+  // written it does not make visible to other CTAs, which would take a fence for the whole GPU.
+  __device__ __forceinline__ void arrive_at_cta(uint32_t rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(cluster_address(&state, rank)) : "memory");
   }
 
   // One arrival, and so many bytes that copies will still bring.

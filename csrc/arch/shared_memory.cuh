@@ -9,6 +9,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// All of a CTA's shared memory, which the launch must give 1024 bytes more than this takes: swizzled tiles begin at
+// multiples of that.
+template <typename Storage>
+__device__ __forceinline__ Storage& shared_storage() {
+  extern __shared__ unsigned char smem_bytes[];
+  return *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
+}
+
 // A load that the compiler does not keep the result of, or move.
 __device__ __forceinline__ int32_t load_shared(uint32_t address) {
   int32_t value;

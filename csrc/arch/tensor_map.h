@@ -21,6 +21,7 @@ struct TensorMapSpec {
   int64_t sizes[4];
   int64_t strides[3];
   int panel, rows;
+  bool reads_ahead = true;  // what is not in the L2 cache comes by 256 bytes, else by 128
 };
 
 // cudaErrorNotSupported without a driver that knows TMA, cudaErrorInvalidValue if the tensor cannot be described.
@@ -50,7 +51,8 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   const CUresult result =
       encode(map, type, 4, const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              spec.panel * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             spec.reads_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

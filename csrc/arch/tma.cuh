@@ -22,6 +22,41 @@ __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap
       : "memory");
 }
 
+// The same to all CTAs of the cluster whose bit is set, to the same place in each, whose barrier gets the bytes.
+__device__ __forceinline__ void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier,
+                                                      int32_t x, int32_t y, int32_t z, int32_t w, uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(x), "r"(y), "r"(z), "r"(w), "h"(cta_mask)
+      : "memory");
+}
+
+// What is read once leaves the L2 cache before anything else does.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+
+// tma_load_4d with a policy for the L2 cache; and only as far as there, which is in order even before the kernel in
+// front has written what is read.
+__device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x,
+                                            int32_t y, int32_t z, int32_t w, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap& map, int32_t x, int32_t y, int32_t z, int32_t w,
+                                                uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;\n" ::"l"(&map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy)
+      : "memory");
+}
+
 // Bytes that lie side by side, a multiple of 16 from an address that is one, to shared memory. By one thread.
 __device__ __forceinline__ void tma_load_bytes(void* destination, const void* source, MBarrier& barrier,
                                                uint32_t num_bytes) {

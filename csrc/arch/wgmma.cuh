@@ -106,6 +106,10 @@ struct Wgmma;
 #define FA_WGMMA_BOTH(N, P0, P1, P2, P3, P4, P5)                                     \
   FA_WGMMA(__nv_bfloat16, "bf16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5) \
   FA_WGMMA(__half, "f16", N, FA_REGS##N, FA_ACCS##N, P0, P1, P2, P3, P4, P5)
+#define FA_REGS8 "%0, %1, %2, %3"
+#define FA_ACCS8 FA_ACC(0)
+#define FA_REGS16 FA_R0
+#define FA_ACCS16 FA_ACC2(0)
 #define FA_REGS32 FA_R0 ", " FA_R1
 #define FA_ACCS32 FA_ACC4(0)
 #define FA_REGS48 FA_R0 ", " FA_R1 ", " FA_R2
@@ -128,11 +132,15 @@ struct Wgmma;
   FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
         ", " FA_R11
 #define FA_ACCS192 FA_ACC16(0), FA_ACC8(16)
+#define FA_REGS224 FA_REGS192 ", " FA_R12 ", " FA_R13
+#define FA_ACCS224 FA_ACCS192, FA_ACC4(24)
 #define FA_REGS256                                                                                                     \
   FA_R0 ", " FA_R1 ", " FA_R2 ", " FA_R3 ", " FA_R4 ", " FA_R5 ", " FA_R6 ", " FA_R7 ", " FA_R8 ", " FA_R9 ", " FA_R10 \
         ", " FA_R11 ", " FA_R12 ", " FA_R13 ", " FA_R14 ", " FA_R15
 #define FA_ACCS256 FA_ACC16(0), FA_ACC16(16)
 
+FA_WGMMA_BOTH(8, "%4", "%5", "%6", "%7", "%8", "%9")
+FA_WGMMA_BOTH(16, "%8", "%9", "%10", "%11", "%12", "%13")
 FA_WGMMA_BOTH(32, "%16", "%17", "%18", "%19", "%20", "%21")
 FA_WGMMA_BOTH(48, "%24", "%25", "%26", "%27", "%28", "%29")
 FA_WGMMA_BOTH(64, "%32", "%33", "%34", "%35", "%36", "%37")
@@ -143,6 +151,7 @@ FA_WGMMA_BOTH(128, "%64", "%65", "%66", "%67", "%68", "%69")
 FA_WGMMA_BOTH(144, "%72", "%73", "%74", "%75", "%76", "%77")
 FA_WGMMA_BOTH(160, "%80", "%81", "%82", "%83", "%84", "%85")
 FA_WGMMA_BOTH(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FA_WGMMA_BOTH(224, "%112", "%113", "%114", "%115", "%116", "%117")
 FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
 // fp8: a product sums over 32 bytes, and takes B K-major only.

@@ -5,6 +5,7 @@
 #include "attention/flash_fwd_sm90_config.h"
 #include "attention/flash_sm80_config.h"
 #include "attention/paged_decode_config.h"
+#include "gemm/gemm_sm90_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
 #include "runtime/ngram_index.h"
@@ -148,6 +149,15 @@ void bind_kernel_configs(py::module_& m) {
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "v_head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
       "causal"_a, "num_sms"_a, "packed_tokens"_a = -1);
+  m.def(
+      "gemm_sm90_config",
+      [](int64_t rows, int64_t n, int64_t k, int64_t num_sms) {
+        const GemmSm90Config c = gemm_sm90_config({rows, n, k, num_sms});
+        return py::dict("few_rows"_a = c.few_rows, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
+                        "ctas_per_sm"_a = c.tile.ctas_per_sm, "num_splits"_a = c.num_splits, "m_tiles"_a = c.m_tiles,
+                        "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
+      },
+      "m"_a, "n"_a, "k"_a, "num_sms"_a);
 }
 
 }  // namespace

@@ -1,8 +1,21 @@
 #include "gemm/gemm_sm80.h"
+#include "gemm/gemm_sm90.h"
 #include "torch/checks.h"
 
 namespace fastattn {
 namespace {
+
+struct Matrix {
+  const void* data;
+  int64_t num_rows, num_columns, stride;
+
+  bool aligned() const { return aligned_rows(data, {1, stride, 0}) && num_columns % 8 == 0; }
+  // Which takes no rows that overlap, and nothing of size 0 or above 2^31.
+  bool fits_copy_engine() const {
+    return aligned() && num_columns > 0 && (num_rows == 1 || stride >= num_columns) && num_rows <= INT32_MAX &&
+           num_columns <= INT32_MAX;
+  }
+};
 
 Tensor linear_op(const Tensor& x_given, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Checks checks("linear", "x", x_given);
@@ -17,22 +30,42 @@ Tensor linear_op(const Tensor& x_given, const Tensor& weight, const std::optiona
   if (out.numel() == 0) return out;
 
   const OnDeviceOf guard(x_given);
-  // Rows in two runs (a slice of the middle dimension) are packed first: the kernel knows one stride.
+  // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride.
   const Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
+  const Matrix rows{x.data_ptr(), num_rows_of(x), k, rows_of(x).inner_stride};
+  const Matrix columns{weight.data_ptr(), n, k, weight.stride(0)};
+  const void* const bias_data = bias ? bias->data_ptr() : nullptr;
+  const bool for_copy_engine = rows.fits_copy_engine() && columns.fits_copy_engine() && n % 8 == 0 &&
+                               reinterpret_cast<uintptr_t>(bias_data) % 8 == 0;
+  if (for_copy_engine && capability_of(x) == 90) {
+    GemmSm90Params p;
+    p.x = rows.data;
+    p.weight = columns.data;
+    p.bias = bias_data;
+    p.out = out.data_ptr();
+    p.m = rows.num_rows;
+    p.n = n;
+    p.k = k;
+    p.x_stride = rows.stride;
+    p.weight_stride = columns.stride;
+    p.dtype = dtype_of(x);
+    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x)});
+    check_launch("linear", gemm_sm90(p, stream_of(x)));
+    return out;
+  }
+
   GemmSm80Params p;
-  p.x = x.data_ptr();
-  p.weight = weight.data_ptr();
-  p.bias = bias ? bias->data_ptr() : nullptr;
+  p.x = rows.data;
+  p.weight = columns.data;
+  p.bias = bias_data;
   p.out = out.data_ptr();
-  p.m = num_rows_of(x);
+  p.m = rows.num_rows;
   p.n = n;
   p.k = k;
-  p.x_stride = rows_of(x).inner_stride;
-  p.weight_stride = weight.stride(0);
+  p.x_stride = rows.stride;
+  p.weight_stride = columns.stride;
   p.dtype = dtype_of(x);
-  const bool rows_aligned =
-      aligned_rows(p.x, {1, p.x_stride, 0}) && aligned_rows(p.weight, {1, p.weight_stride, 0}) && k % 8 == 0;
-  p.config = gemm_sm80_config({p.m, n, k, rows_aligned, num_sms_of(x)});
+  p.config = gemm_sm80_config({p.m, n, k, rows.aligned() && columns.aligned(), num_sms_of(x)});
   std::optional<Tensor> workspace;
   if (p.config.num_splits > 1) {
     workspace = empty(x, {p.config.num_splits, p.m, n}, ScalarType::Float);

@@ -6,7 +6,7 @@
 // different things. What the hardware does asynchronously is kept in `pending` and done late, in any order. All of it
 // follows from one seed.
 //
-// CTAs run one after the other, and each begins with shared memory full of NaN.
+// CTAs run one after the other, those of a cluster together, and each begins with shared memory full of NaN.
 //
 // What cannot be seen here: the order in which writes become visible (memory is sequentially consistent, and fences do
 // nothing), time, registers, and what nvcc makes of the source.
@@ -54,10 +54,12 @@
 namespace emulator {
 
 constexpr int kMaxSmemBytes = 227 * 1024;
-}
+constexpr int kMaxClusterSize = 8;
+}  // namespace emulator
 namespace fastattn {
-alignas(1024) inline unsigned char smem_bytes[emulator::kMaxSmemBytes];  // what kernels declare as extern __shared__
-}
+// What kernels declare as extern __shared__, for each CTA of a cluster.
+alignas(1024) inline unsigned char smem_bytes[emulator::kMaxClusterSize * emulator::kMaxSmemBytes];
+}  // namespace fastattn
 namespace emulator {
 using fastattn::smem_bytes;
 
@@ -103,15 +105,18 @@ struct NamedBarrier {
   bool any_vote = false;  // of the phase before
 };
 
+// What runs at a time: a CTA, or a cluster of them, whose threads and warps are numbered through.
 struct Cta {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
-  NamedBarrier barriers[16];
+  NamedBarrier barriers[kMaxClusterSize][16];
+  NamedBarrier cluster_barrier;
   std::vector<std::function<void()>> pending;  // what the hardware has still to do
   std::function<void()> body;
-  int num_threads = 0, thread_idx = 0;
-  int64_t block_idx = 0, num_blocks = 1;
-  int num_tickets = 0;  // see count_up
+  int num_threads = 0, cluster_size = 1;  // threads of each
+  int thread_idx = 0;
+  int64_t block_idx = 0, num_blocks = 1;  // of the cluster's first
+  int num_tickets = 0;                    // see count_up
   int num_polls = 0;
   jmp_buf scheduler;
 };
@@ -121,6 +126,8 @@ inline std::vector<std::function<void()>> end_of_cta;  // checks
 inline Fibre& this_fibre() { return cta.fibres[cta.thread_idx]; }
 inline Warp& this_warp() { return cta.warps[cta.thread_idx / 32]; }
 inline int this_lane() { return cta.thread_idx % 32; }
+inline int this_rank() { return cta.thread_idx / cta.num_threads; }  // in the cluster
+inline unsigned char* smem_of(int rank) { return smem_bytes + rank * kMaxSmemBytes; }
 
 // swapcontext would ask the kernel for the signal mask each time; it is used to enter a fibre only.
 inline void to_scheduler() {
@@ -205,8 +212,18 @@ inline bool run_warp(int warp) {
   return any;
 }
 
-inline void run_cta(int num_threads, std::function<void()> body) {
-  cta.num_threads = num_threads;
+// Nobody may use the memory of a CTA of the cluster that has ended.
+inline void require_running(int rank) {
+  const auto begin = cta.fibres.begin() + rank * cta.num_threads;
+  if (std::all_of(begin, begin + cta.num_threads, [](const Fibre& f) { return f.done; })) {
+    fail("shared memory of a CTA that has ended is used by another");
+  }
+}
+
+inline void run_cluster(int threads_of_cta, int cluster_size, std::function<void()> body) {
+  const int num_threads = threads_of_cta * cluster_size;
+  cta.num_threads = threads_of_cta;
+  cta.cluster_size = cluster_size;
   cta.body = std::move(body);
   cta.num_polls = 0;
   if (static_cast<int>(cta.fibres.size()) < num_threads) cta.fibres.resize(num_threads);
@@ -215,7 +232,8 @@ inline void run_cta(int num_threads, std::function<void()> body) {
     cta.fibres[i].waits_for = nullptr;
   }
   cta.warps.assign(num_threads / 32, Warp());
-  for (NamedBarrier& barrier : cta.barriers) barrier = NamedBarrier();
+  for (auto& barriers : cta.barriers) std::fill_n(barriers, 16, NamedBarrier());
+  cta.cluster_barrier = NamedBarrier();
 
   constexpr int kSpeeds[] = {5, 30, 100};  // percent
   const int copy_speed = kSpeeds[random_engine() % 3];
@@ -282,7 +300,7 @@ class WorkInGroups {
   }
 
  private:
-  std::vector<Queue> queues_{1024};
+  std::vector<Queue> queues_{1024 * kMaxClusterSize};
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -332,19 +350,18 @@ std::array<T, 32> exchange(const T& value) {
 }
 
 struct BarrierOpens final : Condition {
-  int barrier;
+  const NamedBarrier& barrier;
+  std::string name;
   uint64_t phase;
-  BarrierOpens(int b, uint64_t p) : barrier(b), phase(p) {}
-  bool holds() const override { return cta.barriers[barrier].num_phases != phase; }
+  BarrierOpens(const NamedBarrier& b, const std::string& n) : barrier(b), name(n), phase(b.num_phases) {}
+  bool holds() const override { return barrier.num_phases != phase; }
   std::string text() const override {
-    return "named barrier " + std::to_string(barrier) + ", where " + std::to_string(cta.barriers[barrier].num_arrived) +
-           " threads came";
+    return name + ", where " + std::to_string(barrier.num_arrived) + " threads came";
   }
 };
 
-// Counts for a barrier of the SM; the last of num_threads opens it.
-inline void arrive_at_barrier(int barrier, int num_threads, bool vote = false) {
-  NamedBarrier& b = cta.barriers[barrier];
+// The last of num_threads opens a barrier.
+inline void arrive_at_barrier(NamedBarrier& b, int num_threads, bool vote = false) {
   b.num_votes += vote;
   if (++b.num_arrived < num_threads) return;
   b.any_vote = b.num_votes > 0;
@@ -352,12 +369,24 @@ inline void arrive_at_barrier(int barrier, int num_threads, bool vote = false) {
   ++b.num_phases;
 }
 
+// Counts for a barrier of the SM.
+inline void arrive_at_barrier(int barrier, int num_threads) {
+  arrive_at_barrier(cta.barriers[this_rank()][barrier], num_threads);
+}
+
 // And waits; whether any thread has voted for it.
 inline bool sync_at_barrier(int barrier, int num_threads, bool vote = false) {
-  const BarrierOpens opens(barrier, cta.barriers[barrier].num_phases);
-  arrive_at_barrier(barrier, num_threads, vote);
+  NamedBarrier& b = cta.barriers[this_rank()][barrier];
+  const BarrierOpens opens(b, "named barrier " + std::to_string(barrier));
+  arrive_at_barrier(b, num_threads, vote);
   wait(opens);
-  return cta.barriers[barrier].any_vote;
+  return b.any_vote;
+}
+
+inline void sync_cluster() {
+  const BarrierOpens opens(cta.cluster_barrier, "the cluster's barrier");
+  arrive_at_barrier(cta.cluster_barrier, cta.num_threads * cta.cluster_size);
+  wait(opens);
 }
 
 // A value that others will change; a loop that waits for that goes through here.
@@ -401,9 +430,9 @@ struct Index {
 // CUDA's language
 
 #define threadIdx \
-  emulator::Index { static_cast<unsigned>(emulator::cta.thread_idx) }
+  emulator::Index { static_cast<unsigned>(emulator::cta.thread_idx % emulator::cta.num_threads) }
 #define blockIdx \
-  emulator::Index { static_cast<unsigned>(emulator::cta.block_idx) }
+  emulator::Index { static_cast<unsigned>(emulator::cta.block_idx + emulator::this_rank()) }
 #define blockDim \
   emulator::Index { static_cast<unsigned>(emulator::cta.num_threads) }
 #define gridDim \

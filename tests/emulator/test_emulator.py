@@ -31,6 +31,7 @@ NUM_CPUS = len(os.sched_getaffinity(0))
 KERNELS = {
     "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
+    "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
 }
 
 
@@ -93,9 +94,9 @@ def sources(kernel: str) -> list[Path]:
     return [*KERNELS[kernel], HERE / f"{kernel}.cpp", HERE / "runtime.cpp"]
 
 
-def run(program: Path, first: int, last: int, *head_dim: str) -> str:
+def run(program: Path, first: int, last: int, *size: str) -> str:
     """What the program has to say of these calls, empty if all were right."""
-    done = subprocess.run([program, str(first), str(last), *head_dim], capture_output=True, text=True)
+    done = subprocess.run([program, str(first), str(last), *size], capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stderr or f"{program.name} ended with {done.returncode}"
 
 
@@ -118,11 +119,13 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    head_dim: str
+    size: str  # of the calls: a head dim, or rows of a tile
     finds: str  # what the report says, at least
 
 
 FWD, DECODE = "attention/flash_fwd_sm90.cuh", "attention/paged_decode.cuh"
+GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
+KERNEL_OF = {FWD: "flash_fwd_sm90", DECODE: "paged_decode", GEMM: "gemm_sm90", FEW_ROWS: "gemm_sm90"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -184,18 +187,55 @@ MUTANTS = [
         "64",
         "expected",
     ),
+    Mutant(
+        "a stage is free when one of the two CTAs is done with it",
+        GEMM,
+        "smem.empty[i].init(NUM_CTAS * NUM_WARPS);",
+        "smem.empty[i].init(NUM_WARPS);",
+        "gemm_sm90_many_rows.cu",
+        "128",
+        "deadlock",
+    ),
+    Mutant(
+        "the CTA that loads the other half of the weight is not told that a stage is free",
+        GEMM,
+        "if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);",
+        "if (lane < NUM_CTAS) smem.empty[stage].arrive();",
+        "gemm_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "sums are written where the other group still reads operands",
+        FEW_ROWS,
+        "    named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring\n",
+        "",
+        "gemm_sm90_few_rows.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "a CTA ends while others read its sums",
+        FEW_ROWS,
+        "  cluster_meet();  // the others may still read from this CTA\n",
+        "",
+        "gemm_sm90_few_rows.cu",
+        "8",
+        "CTA that has ended",
+    ),
 ]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.mistake.replace(" ", "-"))
 def test_a_mistake_is_found(build: Build, tmp_path: Path, mutant: Mutant) -> None:
-    kernel = "flash_fwd_sm90" if mutant.header == FWD else "paged_decode"
+    kernel = KERNEL_OF[mutant.header]
     text = (CSRC / mutant.header).read_text()
     assert text.count(mutant.before) == 1
-    (tmp_path / "attention").mkdir()
-    (tmp_path / mutant.header).write_text(text.replace(mutant.before, mutant.after))
-    unit = CSRC / "attention" / mutant.unit
+    header = tmp_path / mutant.header
+    header.parent.mkdir()
+    header.write_text(text.replace(mutant.before, mutant.after))
+    unit = (CSRC / mutant.header).parent / mutant.unit
     objects = build.objects([unit], tmp_path)
     objects += build.objects(source for source in sources(kernel) if source != unit)
     program = Build(tmp_path).program(kernel, objects)
-    assert mutant.finds in run(program, 0, 100, mutant.head_dim)
+    assert mutant.finds in run(program, 0, 100, mutant.size)

@@ -128,6 +128,9 @@ def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         ((0,), 16, 16),
         ((2, 5), 129, 65),
         ((64,), 256, 127),
+        ((9,), 520, 136),
+        ((70,), 1032, 72),
+        ((300,), 264, 520),
         ((3,), 0, 5),
     ):
         call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}

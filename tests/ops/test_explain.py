@@ -168,3 +168,34 @@ def test_work_and_floor() -> None:
 def test_what_does_not_fit_is_named(arguments: tuple, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fastattn.explain(*arguments, **options)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    m=st.one_of(st.integers(1, 600), st.integers(1, 300_000)),
+    n=st.integers(1, 40_000).map(lambda n: 8 * n),
+    k=st.integers(1, 4_000).map(lambda k: 8 * k),
+    num_sms=st.sampled_from((1, 16, 114, 132)),
+)
+def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -> None:
+    config = _runtime.gemm_sm90_config(m, n, k, num_sms)
+    rows = config["block_m"] * (1 if config["few_rows"] else 2)
+    assert (config["m_tiles"] - 1) * rows < m <= config["m_tiles"] * rows
+    assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
+    tiles = config["m_tiles"] * config["n_tiles"]
+    if config["few_rows"]:
+        assert m <= 256
+        assert config["num_ctas"] == tiles * config["num_splits"]
+        panels = 2 if config["block_n"] == 64 else 1
+        assert 1 <= config["num_splits"] <= min(8, -(-k // (64 * panels)))  # no part of K is empty
+    else:
+        assert m > 64
+        assert config["num_ctas"] == 2 * min(tiles, max(1, num_sms // 2))
+
+
+def test_few_rows_fill_the_sms_in_one_wave() -> None:
+    for n, k in ((6144, 4096), (4096, 14336), (8192, 8192), (1024, 8192)):
+        for m in (1, 16, 64, 128):
+            config = _runtime.gemm_sm90_config(m, n, k, 132)
+            assert config["few_rows"]
+            assert 60 <= config["num_ctas"] <= 132 * config["ctas_per_sm"]

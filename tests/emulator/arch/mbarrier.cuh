@@ -1,6 +1,7 @@
 // Transaction barriers. One that is never initialized, or gets more arrivals than it expects, is an error.
 #pragma once
 
+#include "arch/cluster.cuh"
 #include "arch/ring_position.cuh"
 #include "arch/shared_memory.cuh"
 
@@ -20,6 +21,10 @@ struct MBarrier {
   }
 
   void arrive() { arrive_expect_bytes(0); }
+  void arrive_at_cta(uint32_t rank) {
+    emulator::require_running(static_cast<int>(rank));
+    of_cta(static_cast<int>(rank)).arrive();
+  }
   void arrive_expect_bytes(uint32_t num_bytes) {
     num_bytes_expected += static_cast<int32_t>(num_bytes);
     if (--num_missing < 0) emulator::fail("an arrival too many: " + text());
@@ -42,9 +47,14 @@ struct MBarrier {
     emulator::wait(PhaseIsOver(*this, parity));
   }
 
+  // The barrier of the same place.
+  MBarrier& of_cta(int rank) { return *reinterpret_cast<MBarrier*>(emulator::smem_of(rank) + shared_address(this)); }
+
   std::string text() const {
-    return "the barrier at byte " + std::to_string(shared_address(this)) + " (" + std::to_string(num_missing) + " of " +
-           std::to_string(num_arrivals) + " arrivals and " + std::to_string(num_bytes_expected) + " bytes missing)";
+    const int64_t address = reinterpret_cast<const unsigned char*>(this) - smem_bytes;
+    return "the barrier at byte " + std::to_string(address % emulator::kMaxSmemBytes) + " (" +
+           std::to_string(num_missing) + " of " + std::to_string(num_arrivals) + " arrivals and " +
+           std::to_string(num_bytes_expected) + " bytes missing)";
   }
 
  private:

@@ -10,26 +10,40 @@ namespace fastattn {
 
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
-inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y, int32_t z,
-                        int32_t w) {
+inline void tma_prefetch_4d(const CUtensorMap&, int32_t, int32_t, int32_t, int32_t, uint64_t) {}
+inline uint64_t evict_first_policy() { return 0; }
+
+inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y,
+                                  int32_t z, int32_t w, uint16_t cta_mask) {
   const emulator::TensorMap tensor = emulator::read_tensor_map(map);
   const uint32_t target = shared_address(destination);
   const int row_bytes = tensor.box[0] * tensor.element_bytes, num_bytes = row_bytes * tensor.box[1];
   // Fewer rows than the swizzle repeats after would begin in its middle.
   if (target % (8 * row_bytes) != 0) emulator::fail("a box at byte " + std::to_string(target) + ", not aligned");
-  std::memset(destination, 0xff, num_bytes);
-  emulator::cta.pending.push_back([=, &barrier] {
-    for (int row = 0; row < tensor.box[1]; ++row) {
-      for (int begin = 0; begin < row_bytes; begin += 16) {  // what a swizzle keeps together
-        unsigned char chunk[16];
-        for (int i = 0; i < 16; i += tensor.element_bytes) {
-          tensor.read(x + (begin + i) / tensor.element_bytes, y + row, z, w, chunk + i);
+  for (int rank = 0; rank < 16; ++rank) {
+    if ((cta_mask >> rank & 1) == 0) continue;
+    if (rank >= emulator::cta.cluster_size) emulator::fail("a copy to a CTA that is not in the cluster");
+    unsigned char* const smem = emulator::smem_of(rank);
+    std::memset(smem + target, 0xff, num_bytes);
+    emulator::cta.pending.push_back([=, &its_barrier = barrier.of_cta(rank)] {
+      emulator::require_running(rank);
+      for (int row = 0; row < tensor.box[1]; ++row) {
+        for (int begin = 0; begin < row_bytes; begin += 16) {  // what a swizzle keeps together
+          unsigned char chunk[16];
+          for (int i = 0; i < 16; i += tensor.element_bytes) {
+            tensor.read(x + (begin + i) / tensor.element_bytes, y + row, z, w, chunk + i);
+          }
+          std::memcpy(smem + emulator::swizzle(target + row * row_bytes + begin, row_bytes), chunk, 16);
         }
-        std::memcpy(smem_bytes + emulator::swizzle(target + row * row_bytes + begin, row_bytes), chunk, 16);
       }
-    }
-    barrier.complete_bytes(num_bytes);
-  });
+      its_barrier.complete_bytes(num_bytes);
+    });
+  }
+}
+
+inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y, int32_t z,
+                        int32_t w, uint64_t = 0) {
+  tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
 
 }  // namespace fastattn

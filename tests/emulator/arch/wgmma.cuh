@@ -26,7 +26,7 @@ struct OperandInSmem {
     const uint32_t panel = MN_MAJOR ? column_bytes / row_bytes : 0;
     const uint32_t address =
         base + panel * leading + row / 8 * stride + row % 8 * row_bytes + column_bytes - panel * row_bytes;
-    return value_at<T>(smem_bytes + swizzle(address, row_bytes));
+    return value_at<T>(smem_of(this_rank()) + swizzle(address, row_bytes));
   }
 };
 
@@ -103,7 +103,7 @@ inline void wgmma_commit() { emulator::products.commit(); }
 template <int PENDING>
 void wgmma_wait() {
   emulator::ProductQueue* const own = &emulator::products.of_this_thread();
-  const int first_row = emulator::cta.thread_idx / 32 % 4 * 16;
+  const int first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   emulator::meet(own, [&](emulator::ProductQueue* const* const* queues) {
     while ((*queues[0])->groups.size() > PENDING) emulator::compute_group(queues, first_row);
   });

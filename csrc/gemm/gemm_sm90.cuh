@@ -1,0 +1,177 @@
+// The GEMM on Hopper's tensor cores and copy engine: pairs of CTAs that share a weight tile, one tile after the other.
+//
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
+//   x (M, K)   weight (N, K)   out (M, N)
+//
+//                         weight tile (block_n x 64), half of it
+//                         loaded by each CTA of a cluster, for both
+//                        ┌───────────────────────────────────┐
+//              ┌─────┐   │                                   │
+//   cluster    │  x  │   │ group 0: 64 x block_n             │   CTA 0       stages of a ring in shared memory:
+//   of two:    │ 128 │   │ group 1: 64 x block_n             │               ┌───────┬───────┬───────┬───────┐
+//   256 rows   ├─────┤   ├───────────────────────────────────┤               │ k     │ k + 1 │ k + 2 │ k + 3 │
+//              │  x  │   │ group 0                           │   CTA 1       └───────┴───────┴───────┴───────┘
+//              │ 128 │   │ group 1                           │
+//              └─────┘   └───────────────────────────────────┘
+//
+//   a warp               x(k) ─► half of weight(k) for both CTAs ─► x(k+1) ─► … from one tile on to the next
+//   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
+//   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
+//
+// A stage is free when the groups of both CTAs are done with it, since both halves of its weight tile are overwritten
+// by one of them each. Rows are written straight from registers, 64 bytes at a time, while the next tile's stages
+// arrive.
+//
+// Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, so that those that run at
+// the same time share x and weight in the L2 cache.
+//
+// Limits: 16-byte aligned rows, K and N multiples of 8. Rows past M or N and columns past K are zeros in shared memory.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm/gemm_sm90_launch.h"
+#include "gemm/gemm_sm90_tiles.cuh"
+
+namespace fastattn {
+
+template <typename T, int BLOCK_N>
+struct GemmSm90Storage {
+  static constexpr int BLOCK_M = 128;
+  static constexpr int kStages =
+      std::min(8, kGemmSm90SmemBytes / ((BLOCK_M + BLOCK_N) * kGemmSm90Panel * static_cast<int>(sizeof(T)) + 16));
+
+  GemmSm90Ring<T, BLOCK_M, BLOCK_N, 1, kStages> ring;
+  MBarrier full[kStages], empty[kStages];
+};
+
+template <typename T, int BLOCK_N>
+__global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Storage = GemmSm90Storage<T, BLOCK_N>;
+  constexpr int BLOCK_M = Storage::BLOCK_M;
+  constexpr int STAGES = Storage::kStages;
+  constexpr int HALF_N = BLOCK_N / 2;
+  constexpr int NUM_CTAS = 2;  // of a cluster
+  constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+  constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * kGemmSm90Panel * sizeof(T);
+
+  Storage& smem = shared_storage<Storage>();
+  const GemmSm90Params& p = args.p;
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const uint32_t rank = cluster_rank();
+
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(args.x);
+    tma_prefetch_map(args.weight);
+    for (int i = 0; i < STAGES; ++i) {
+      smem.full[i].init(1);
+      smem.empty[i].init(NUM_CTAS * NUM_WARPS);
+    }
+    fence_barrier_init();
+  }
+  __syncwarp();
+  cluster_meet();
+  grid_dependency_launch();
+  grid_dependency_wait();
+
+  // ---- which tiles
+  const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);
+  const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);  // of clusters
+  const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
+  const int32_t num_steps = static_cast<int32_t>((p.k + kGemmSm90Panel - 1) / kGemmSm90Panel);
+  struct Tile {
+    int32_t first_m, first_n;
+  };
+  const auto for_each_tile = [&](auto use) {
+    for (int32_t idx = static_cast<int32_t>(blockIdx.x) / NUM_CTAS; idx < m_tiles * n_tiles; idx += num_clusters) {
+      const int32_t group_rows = p.config.group_rows;
+      const int32_t group = idx / (group_rows * n_tiles);
+      const int32_t in_group = idx - group * group_rows * n_tiles;
+      const int32_t rows = min(group_rows, m_tiles - group * group_rows);
+      const int32_t column = in_group / rows;
+      const int32_t row = group * group_rows + in_group - column * rows;
+      use(Tile{(row * NUM_CTAS + static_cast<int32_t>(rank)) * BLOCK_M, column * BLOCK_N});
+    }
+  };
+
+  RingPosition<STAGES> position;
+  if (warp_idx == NUM_WARPS) {
+    // ------------------------------------------------------------------------------- producer
+    if (lane == 0) {
+      for_each_tile([&](const Tile& tile) {
+        for (int32_t step = 0; step < num_steps; ++step) {
+          const uint32_t stage = position.stage();
+          const int32_t column = step * kGemmSm90Panel;
+          smem.empty[stage].wait(position.parity() ^ 1);
+          smem.full[stage].arrive_expect_bytes(STAGE_BYTES);
+          tma_load_4d(smem.ring.a[stage][0], args.x, smem.full[stage], column, tile.first_m, 0, 0);
+          tma_load_4d_multicast(smem.ring.b[stage][0] + rank * HALF_N * kGemmSm90Panel, args.weight, smem.full[stage],
+                                column, tile.first_n + static_cast<int32_t>(rank) * HALF_N, 0, 0, 3);
+          position.advance();
+        }
+      });
+    }
+    __syncwarp();
+  } else {
+    // ------------------------------------------------------------------------------ consumers
+    const int group = warp_idx / 4;
+    float acc[BLOCK_N / 8][4];
+    const auto release = [&](uint32_t stage) {
+      if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
+    };
+    const T* const bias = static_cast<const T*>(p.bias);
+    for_each_tile([&](const Tile& tile) {
+      multiply_stages<T, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
+
+      // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
+      const int32_t row = tile.first_m + group * 64 + warp_idx % 4 * 16 + lane / 4;
+      const int32_t column = tile.first_n + lane % 4 * 8;
+      const int32_t end = static_cast<int32_t>(p.n) - column;
+      const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
+      T* const out = static_cast<T*>(p.out) + row * p.n + column;
+      T* const rows[2] = {out, out + 8 * p.n};
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; t += 4) {
+        if (bias != nullptr) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int32_t bias_column = tile.first_n + (t + i) * 8 + lane % 4 * 2;
+            if (bias_column >= p.n) continue;
+            const float2 value = unpack_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + bias_column)));
+            acc[t + i][0] += value.x;
+            acc[t + i][1] += value.y;
+            acc[t + i][2] += value.x;
+            acc[t + i][3] += value.y;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          uint32_t w[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r], acc[t + i][2 * r + 1]);
+          gather_columns(w, lane);
+          if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    });
+  }
+  cluster_meet();  // the other CTA may still write to this one
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int BLOCK_N>
+cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
+  GemmSm90Args args = {p, {}, {}};
+  cudaError_t error = make_matrix_map(&args.x, p, p.x, p.m, p.x_stride, GemmSm90Storage<T, BLOCK_N>::BLOCK_M, true);
+  if (error == cudaSuccess) error = make_matrix_map(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
+  if (error != cudaSuccess) return error;
+  return launch_clusters(gemm_sm90_kernel<T, BLOCK_N>, p.config.num_ctas, 2, kGemmSm90Threads,
+                         sizeof(GemmSm90Storage<T, BLOCK_N>) + 1024, stream, args);
+}
+
+}  // namespace fastattn

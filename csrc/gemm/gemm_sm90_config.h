@@ -1,0 +1,135 @@
+// Tiles of the Hopper GEMMs and the heuristic that picks one. Plain C++: no CUDA call.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace fastattn {
+
+// A CTA's tile: so many rows of x and of weight.
+struct GemmSm90Tile {
+  int block_m, block_n;
+  int ctas_per_sm = 1;  // that share its memory
+};
+
+// Of gemm_sm90.cuh.
+constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128}, {128, 192}, {128, 224}, {128, 256}};
+
+// Of gemm_sm90_few_rows.cuh.
+constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
+                                                  {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
+
+// Its stages, of so many panels of 64 columns, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
+struct GemmSm90FewRowsRing {
+  int panels, num_stages;
+};
+constexpr GemmSm90FewRowsRing gemm_sm90_few_rows_ring(const GemmSm90Tile& tile) {
+  const int panels = tile.block_n == 64 ? 2 : 1;
+  return {panels, (227 * 1024 / tile.ctas_per_sm - 2048) / (panels * 128 * (tile.block_m + tile.block_n))};
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct GemmSm90Problem {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int64_t num_sms;
+
+  int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
+};
+
+struct GemmSm90Config {
+  bool few_rows;  // which kernel
+  GemmSm90Tile tile;
+  int num_splits;   // few rows: CTAs of a cluster, which share the K of a tile
+  int64_t m_tiles;  // few rows: of CTAs, else of pairs of CTAs
+  int64_t n_tiles;
+  int group_rows;  // tiles are taken column by column in groups of so many rows of tiles
+  int64_t num_ctas;
+};
+
+// All that follows from the tile.
+inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& problem, int num_splits) {
+  config.num_splits = num_splits;
+  config.m_tiles = ceil_div(problem.m, (config.few_rows ? 1 : 2) * config.tile.block_m);
+  config.n_tiles = ceil_div(problem.n, config.tile.block_n);
+  config.group_rows = 4;
+  const int64_t num_tiles = config.m_tiles * config.n_tiles;
+  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(num_tiles, problem.num_pairs());
+}
+
+// Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
+inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem& problem) {
+  const double weight_us =
+      2.0 * static_cast<double>(problem.n) * static_cast<double>(problem.k) / 2.75e6;  // to read it
+  const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
+  if (!config.few_rows) {
+    const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs());
+    const double step_us = 0.07 + 0.0023 * static_cast<double>(block_n);
+    const double tile_us = 1.0 + static_cast<double>(ceil_div(problem.k, 64)) * step_us;
+    return std::max(7.0 + static_cast<double>(num_waves) * tile_us + 0.22 * weight_us, 8.0 + weight_us);
+  }
+
+  const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
+  const int64_t num_steps = ceil_div(ceil_div(problem.k, 64 * ring.panels), config.num_splits);
+  const bool in_cluster = config.num_splits > 1;
+  const double num_ctas = static_cast<double>(config.num_ctas), num_sms = static_cast<double>(problem.num_sms);
+  const double ctas_per_sm = static_cast<double>(config.tile.ctas_per_sm);
+
+  // What bounds a step of a CTA: how much the copy engine has in flight, what an SM takes in, or its tensor cores.
+  const double step_bytes = static_cast<double>(128 * ring.panels * (block_m + block_n));
+  const double step_flops = static_cast<double>(128 * ring.panels * block_m * block_n);
+  const double at_once = std::min(ctas_per_sm, std::max(1.0, num_ctas / num_sms));  // CTAs of an SM
+  const double step_us =
+      std::max({1.7 / (ring.num_stages - 1), at_once * step_bytes / 85e3, at_once * step_flops / 6.5e6});
+  // Sums go to shared memory and come back from there, or from another SM's.
+  const double parts = block_n == 64 ? 2.0 : 1.0;
+  const double sums_us = parts * static_cast<double>(block_m * block_n) * (in_cluster ? 2.0e-4 : 1.0e-4) +
+                         0.3 * static_cast<double>(config.num_splits - 1);
+  // Clusters of more than two leave SMs over. Of single CTAs, two an SM, one begins where another ends.
+  const double clusters_fit = config.num_splits <= 2 ? 1.0 : config.num_splits <= 4 ? 0.9 : 0.75;
+  double num_waves = num_ctas / (num_sms * clusters_fit * ctas_per_sm);
+  num_waves = in_cluster || config.tile.ctas_per_sm == 1 ? std::ceil(num_waves) : std::max(1.0, num_waves);
+  const double waves_us = num_waves * static_cast<double>(num_steps) * step_us;
+  const double between_us = config.tile.ctas_per_sm == 1 ? (num_waves - 1.0) * (2.0 + sums_us) : 0.0;
+  const double l2_us = step_bytes * static_cast<double>(num_steps) * num_ctas / 8.0e6;
+  // 128 bytes of a row at a time are read less well than 256, and from few SMs a little less well.
+  const double read_us =
+      weight_us * (ring.panels == 1 ? 1.06 : 1.0) * (1.0 + 0.1 * std::max(0.0, 1.0 - num_ctas / num_sms));
+  return 8.0 + std::max({read_us, l2_us, waves_us}) + between_us + sums_us;
+}
+
+// The best by that measure. A row's result depends on M (tile and splits), so that it is not bitwise independent of its
+// batch.
+inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
+  GemmSm90Config best = {};
+  double best_us = 0.0;
+  const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits) {
+    GemmSm90Config config = {};
+    config.few_rows = few_rows;
+    config.tile = tile;
+    set_gemm_sm90_grid(config, problem, num_splits);
+    const double us = gemm_sm90_time(config, problem);
+    if (best.num_ctas == 0 || us < best_us) {
+      best = config;
+      best_us = us;
+    }
+  };
+  constexpr int64_t kMostFewRows = 256;
+  if (problem.m <= kMostFewRows) {
+    for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
+      const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
+      if (too_large || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
+      const int64_t num_steps = ceil_div(problem.k, 64 * gemm_sm90_few_rows_ring(tile).panels);
+      for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
+    }
+  }
+  if (problem.m > 64) {
+    for (const GemmSm90Tile& tile : kGemmSm90Tiles) consider(false, tile, 1);
+  }
+  return best;
+}
+
+}  // namespace fastattn

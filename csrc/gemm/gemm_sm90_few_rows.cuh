@@ -1,0 +1,181 @@
+// The Hopper GEMM for a few rows of x: the weight streams by, and takes wgmma's 64 rows; rows of x are the columns.
+//
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
+//   x (M, K)   weight (N, K)   out (M, N)
+//
+//                   K of CTA 0    CTA 1     CTA 2     CTA 3        The CTAs of a cluster, config.num_splits of them,
+//                 ┌───────────┬─────────┬─────────┬─────────┐      have a run of K each.
+//   block_n rows  │ group 0   │         │         │         │
+//   of weight     │ group 1   │         │         │         │      a warp:     weight(k), x(k) ─► weight(k+1) ─► …
+//                 └───────────┴─────────┴─────────┴─────────┘      groups:     sums (64 x block_m) += weight(k) x(k)^T
+//                 ┌───────────┬─────────┬─────────┬─────────┐
+//   x (block_m)   └───────────┴─────────┴─────────┴─────────┘
+//
+//   then          sums to shared memory │ cluster barrier │ each CTA adds up the sums of all, in their order, for its
+//                 share of the rows     │ bias, round, store
+//
+// Drawn for block_n = 128. Of 64 rows both groups have all, and every other panel of K: two parts of a CTA's sums.
+//
+// Two CTAs an SM where that pays: what one's beginning and end leave of the memory's rate, the other takes. Memory
+// serves all that run alike, so that it matters little if some SMs have one and some two.
+//
+// A weight that is read once is the first to leave the L2 cache: what is there stays, and nothing that was written
+// there has to make room by going to memory. Its first stages are asked for, as far as L2, before the kernel in front
+// has ended.
+//
+// Limits: as in gemm_sm90.cuh.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm/gemm_sm90_launch.h"
+#include "gemm/gemm_sm90_tiles.cuh"
+
+namespace fastattn {
+
+template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+struct GemmSm90FewRowsStorage {
+  static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
+  static constexpr int kParts = 64 * kGemmSm90Consumers / BLOCK_N;  // of a CTA's sums
+  // Rows are 4 floats apart modulo 16, so that the accumulators of a warp go to all banks.
+  static constexpr int kSumsStride = BLOCK_N + 4;
+
+  union {
+    GemmSm90Ring<T, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
+    float sums[kParts][BLOCK_M][kSumsStride];  // when the ring is no longer needed
+  };
+  MBarrier full[kRing.num_stages], empty[kRing.num_stages];
+};
+
+template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+__global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
+    gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Storage = GemmSm90FewRowsStorage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Ring = decltype(Storage::ring);
+  constexpr int STAGES = Ring::kStages;
+  constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+
+  Storage& smem = shared_storage<Storage>();
+  const GemmSm90Params& p = args.p;
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const int32_t rank = static_cast<int32_t>(cluster_rank()), num_splits = p.config.num_splits;
+
+  // Clusters that share rows of weight are neighbours.
+  const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
+  const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
+  const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * BLOCK_M;
+  const int32_t all_steps = static_cast<int32_t>((p.k + Ring::kStageK - 1) / Ring::kStageK);
+  const int32_t begin_step = static_cast<int32_t>(int64_t{rank} * all_steps / num_splits);
+  const int32_t end_step = static_cast<int32_t>((int64_t{rank} + 1) * all_steps / num_splits);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      smem.full[i].init(1);
+      smem.empty[i].init(NUM_WARPS);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  grid_dependency_launch();
+
+  float acc[BLOCK_M / 8][4] = {};
+  RingPosition<STAGES> position;
+  if (warp_idx == NUM_WARPS) {
+    // ------------------------------------------------------------------------------- producer
+    if (lane == 0) {
+      const uint64_t policy = evict_first_policy();
+      const int32_t end_ahead = min(begin_step + STAGES, end_step);
+      for (int32_t panel = begin_step * Ring::kPanels; panel < end_ahead * Ring::kPanels; ++panel) {
+        tma_prefetch_4d(args.weight, panel * kGemmSm90Panel, first_n, 0, 0, policy);
+      }
+      grid_dependency_wait();
+      for (int32_t step = begin_step; step < end_step; ++step) {
+        const uint32_t stage = position.stage();
+        smem.empty[stage].wait(position.parity() ^ 1);
+        smem.full[stage].arrive_expect_bytes(Ring::kBytesA + Ring::kBytesB);
+        for (int panel = 0; panel < Ring::kPanels; ++panel) {
+          const int32_t column = step * Ring::kStageK + panel * kGemmSm90Panel;
+          if (m_tiles == 1) {
+            tma_load_4d(smem.ring.a[stage][panel], args.weight, smem.full[stage], column, first_n, 0, 0, policy);
+          } else {
+            tma_load_4d(smem.ring.a[stage][panel], args.weight, smem.full[stage], column, first_n, 0, 0);
+          }
+          tma_load_4d(smem.ring.b[stage][panel], args.x, smem.full[stage], column, first_m, 0, 0);
+        }
+        position.advance();
+      }
+    }
+    __syncwarp();
+  } else {
+    // ------------------------------------------------------------------------------ consumers
+    grid_dependency_wait();
+    const int group = warp_idx / 4;
+    multiply_stages<T, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, [&](uint32_t stage) {
+      if (lane == 0) smem.empty[stage].arrive();
+    });
+    named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
+    const int part = Storage::kParts == 2 ? group : 0, column = (warp_idx * 16 + lane / 4) % BLOCK_N;
+#pragma unroll
+    for (int t = 0; t < BLOCK_M / 8; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) smem.sums[part][t * 8 + lane % 4 * 2 + i % 2][column + i / 2 * 8] = acc[t][i];
+    }
+  }
+  cluster_sync();
+
+  // ---- epilogue: a lane writes four columns
+  constexpr int LANES_OF_ROW = BLOCK_N / 4, ROWS_AT_ONCE = 32 / LANES_OF_ROW * NUM_WARPS;
+  const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
+  const int tile_column = lane % LANES_OF_ROW * 4;
+  const int32_t column = first_n + tile_column;
+  if (warp_idx < NUM_WARPS && column < p.n) {
+    float2 bias[2] = {};
+    if (p.bias != nullptr) {
+      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
+      bias[0] = unpack_pair<T>(pairs.x);
+      bias[1] = unpack_pair<T>(pairs.y);
+    }
+    const int32_t first_row = rank * ROWS_AT_ONCE + static_cast<int32_t>(threadIdx.x) / LANES_OF_ROW;
+    for (int32_t row = first_row; row < num_rows; row += num_splits * ROWS_AT_ONCE) {
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+      for (int32_t split = 0; split < num_splits; ++split) {
+#pragma unroll
+        for (int part = 0; part < Storage::kParts; ++part) {
+          const float4 value = load_cluster(cluster_address(&smem.sums[part][row][tile_column], split));
+          sum.x += value.x;
+          sum.y += value.y;
+          sum.z += value.z;
+          sum.w += value.w;
+        }
+      }
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + row) * p.n + column) = make_uint2(
+          pack_pair<T>(sum.x + bias[0].x, sum.y + bias[0].y), pack_pair<T>(sum.z + bias[1].x, sum.w + bias[1].y));
+    }
+  }
+  __syncwarp();
+  cluster_meet();  // the others may still read from this CTA
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Host
+
+template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stream) {
+  using Storage = GemmSm90FewRowsStorage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
+  const GemmSm90Config& config = p.config;
+  GemmSm90Args args = {p, {}, {}};
+  cudaError_t error = make_matrix_map(&args.x, p, p.x, p.m, p.x_stride, BLOCK_M, false);
+  if (error == cudaSuccess) {
+    error = make_matrix_map(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
+  }
+  if (error != cudaSuccess) return error;
+  return launch_clusters(gemm_sm90_few_rows_kernel<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>, config.num_ctas,
+                         config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
+}
+
+}  // namespace fastattn
