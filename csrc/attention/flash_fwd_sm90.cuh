@@ -129,6 +129,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
   constexpr float REFERENCE_LOG2 = FP8 ? 8.0f : 0.0f;
+  // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
+  constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
@@ -340,6 +342,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   uint32_t probs[BLOCK_N * sizeof(T) / 32][4];  // P rounded, as the left operand of the next product
   float row_max[2], row_sum[2] = {};            // the reference of the exponentials, and a lane's share of their sum
   float correction[2];                          // what a change of the reference makes of sums and O
+  // fp8: which blocks are masked, and the operands' descriptors, are known before a step. With extras registers are too
+  // short for that.
+  constexpr bool AHEAD = FP8 && !EXTRAS;
+  int32_t plain_begin = 0, plain_end = 0;  // the blocks that are masked for no row of this group
 
   // ---- products
   constexpr int K = 32 / sizeof(T);  // what an instruction sums over
@@ -349,9 +355,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto v_tiles = FP8 ? WgmmaDescriptor::make<KEY_PANEL>(smem.v[0], 0)
                            : WgmmaDescriptor::make<V_PANEL * sizeof(T)>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
 
-  const auto start_scores = [&] {  // scores = Q K^T
-    const auto q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
-    const auto k = k_tiles.uniform_plus(k_ring.stage() * K_BYTES);
+  const auto q_now = [&] { return q_tiles.uniform_plus(q_ring.stage() * Q_BYTES); };
+  const auto k_of = [&](uint32_t count) { return k_tiles.uniform_plus(count % STAGES * K_BYTES); };
+  const auto v_of = [&](uint32_t count) { return v_tiles.uniform_plus(count % STAGES * sizeof(smem.v[0])); };
+  const auto start_scores_of = [&](const WgmmaDescriptor& q, const WgmmaDescriptor& k) {  // scores = Q K^T
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
@@ -362,8 +369,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     wgmma_commit();
   };
-  const auto start_output = [&](bool first) {  // acc += P V
-    const auto v = v_tiles.uniform_plus(v_ring.stage() * sizeof(smem.v[0]));
+  const auto start_output_of = [&](const WgmmaDescriptor& v, bool first) {  // acc += P V
     pin_registers(acc);
     pin_registers(probs);
     wgmma_fence();
@@ -374,6 +380,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     wgmma_commit();
   };
+  const auto start_scores = [&] {
+    const WgmmaDescriptor q = q_now();
+    start_scores_of(q, k_of(k_ring.count));
+  };
+  const auto start_output = [&](bool first) { start_output_of(v_of(v_ring.count), first); };
   const auto release = [&](MBarrier& barrier) {  // each warp for itself: its part of a product may end before others'
     if (lane == 0) barrier.arrive();
   };
@@ -399,10 +410,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
   };
   const auto is_masked = [&](int32_t step) {  // for some row of this group
-    const AttentionMask mask = mask_of(tile);
-    const int32_t first_row = tile.first_row + consumer * 64;
-    return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
-           (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
+    if constexpr (AHEAD) {
+      return step < plain_begin || step >= plain_end;
+    } else {
+      const AttentionMask mask = mask_of(tile);
+      const int32_t first_row = tile.first_row + consumer * 64;
+      return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
+             (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
+    }
   };
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
@@ -446,41 +461,75 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
     }
+    float new_max[2];
+    bool as_floats = !SHORT_MAX;
+    if constexpr (SHORT_MAX) {
+      // As integers, three in one instruction: right unless all are negative, what was known included.
+      int32_t signs = 0;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int32_t maxima[2] = {__float_as_int(row_max[r]), __float_as_int(row_max[r])};
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 8; ++t) {
+          maxima[t % 2] =
+              __vimax3_s32(maxima[t % 2], __float_as_int(scores[t][2 * r]), __float_as_int(scores[t][2 * r + 1]));
+        }
+        int32_t maximum = max(maxima[0], maxima[1]);
+        maximum = max(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+        maximum = max(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+        new_max[r] = __int_as_float(maximum);
+        signs |= maximum;
+      }
+      as_floats = __any_sync(0xffffffffu, signs < 0);
+    }
+    if (as_floats) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        new_max[r] = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+        for (int t = 1; t < BLOCK_N / 8; ++t) {
+          new_max[r] = fmaxf(new_max[r], fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
+        }
+        new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 1));
+        new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 2));
+        new_max[r] = fmaxf(new_max[r], row_max[r]);
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float new_max = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
-#pragma unroll
-      for (int t = 1; t < BLOCK_N / 8; ++t) new_max = fmaxf(new_max, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-      new_max = fmaxf(new_max, row_max[r]);
-      correction[r] = exp2_approx((row_max[r] - finite_max(new_max)) * scale_log2);
-      row_max[r] = new_max;
+      correction[r] = exp2_approx((row_max[r] - finite_max(new_max[r])) * scale_log2);
+      row_max[r] = new_max[r];
     }
   };
   // Brings O, and its sums, to the new reference.
   const auto rescale = [&] {
-    row_sum[0] *= correction[0];
-    row_sum[1] *= correction[1];
 #pragma unroll
-    for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+    for (int r = 0; r < 2; ++r) {
+      if (SHORT_MAX && !__any_sync(0xffffffffu, correction[r] != 1.0f)) continue;
+      row_sum[r] *= correction[r];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
+      for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+        acc[t][2 * r] *= correction[r];
+        acc[t][2 * r + 1] *= correction[r];
+      }
     }
   };
-  // Scores to probabilities relative to row_max; their sums.
-  const auto exponentials = [&](float (&sums)[2]) {
+  // Scores to probabilities relative to row_max, of some tiles of eight keys; added to their sums.
+  const auto exponentials_of = [&](int begin, int end, float (&parts)[4]) {
     const float origin[2] = {finite_max(row_max[0]) * scale_log2 - REFERENCE_LOG2,
                              finite_max(row_max[1]) * scale_log2 - REFERENCE_LOG2};
-    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int t = 0; t < BLOCK_N / 8; ++t) {
+    for (int t = begin; t < end; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scores[t][i] = exp2_approx(fmaf(scores[t][i], scale_log2, -origin[i >> 1]));
         parts[i] += scores[t][i];
       }
     }
+  };
+  const auto exponentials = [&](float (&sums)[2]) {
+    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    exponentials_of(0, BLOCK_N / 8, parts);
     sums[0] = parts[0] + parts[1];
     sums[1] = parts[2] + parts[3];
   };
@@ -630,6 +679,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if constexpr (FP8) {
       softmax_scale = p.softmax_scale * descale_of(p.q_descale, t) * descale_of(p.k_descale, t);
       if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+      const AttentionMask mask = mask_of(tile);
+      const int32_t first_row = tile.first_row + consumer * 64;
+      plain_begin = (mask.visible(min(first_row + 63, tile.q_len - 1)).begin + BLOCK_N - 1) / BLOCK_N;
+      plain_end = mask.visible(min(first_row, tile.q_len - 1)).end / BLOCK_N;
     }
   };
   // The next tile in which a key is seen; rows of others are written here.
@@ -687,26 +740,51 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   while (true) {
     // Here P of the tile's first block is ready, and nothing is in flight.
     first = true;
+    WgmmaDescriptor q, next_k, next_v;
+    if constexpr (AHEAD) {
+      q = q_now();
+      next_k = k_of(k_ring.count);
+      next_v = v_of(v_ring.count);
+    }
 #pragma unroll 1
     for (int32_t step = tile.end_step - 2; step >= tile.begin_step; --step) {
       wait_for_k();
-      start_scores();
-      wait_for_v();
-      start_output(first);
+      if constexpr (AHEAD) {
+        start_scores_of(q, next_k);
+        wait_for_v();
+        start_output_of(next_v, first);
+        next_k = k_of(k_ring.count + 1);
+        next_v = v_of(v_ring.count + 1);
+      } else {
+        start_scores();
+        wait_for_v();
+        start_output(first);
+      }
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
       float sums[2] = {0.0f, 0.0f};
       if constexpr (FP8) {
         // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
-        // maximum. The sums' say in the vote keeps the exponentials before the wait, as below.
+        // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
+        constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
+        release_scores(step);
         find_max(step);
-        exponentials(sums);
-        const bool moved =
-            any_of_group(1 + consumer, (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
-        wgmma_wait<0>();
-        pin_registers(acc);
-        if (moved) rescale();
+        float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        exponentials_of(0, EARLY_TILES, parts);
+        // The sums' say in the vote keeps the first part before the wait, as below.
+        if (__any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f) |
+                                        (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
+          wgmma_wait<0>();
+          pin_registers(acc);
+          rescale();
+        }
+        finish_output();
+        exponentials_of(EARLY_TILES, NUM_TILES, parts);
+        row_sum[0] += parts[0] + parts[1];
+        row_sum[1] += parts[2] + parts[3];
+        round_probs();
+        continue;
       } else {
         bool exact = never_plain || is_masked(step);
         if (!exact) {
