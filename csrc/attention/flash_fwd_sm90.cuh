@@ -1,4 +1,4 @@
-// FlashAttention forward on Hopper's tensor cores and copy engine: one producer warp, two or three groups that compute.
+// FlashAttention forward on Hopper's tensor cores and copy engine: warps that fetch, two or three groups that compute.
 //
 //   out[i, h, :] = sum_j p_ij v[j, h / G, :],  p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij)
 //   s_ij = softmax_scale * q[i, h, :] . k[j, h / G, :],  then softcap * tanh(s / softcap),
@@ -10,18 +10,20 @@
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out.
 //
-//   warp group 0, warp 0      Q ─► K(n) ─► K(n-1) V(n) ─► next tile's Q ─► K(n-2) V(n-1) ─► … ─► V(0) ─► next tile's K
-//   …
-//     (the copy engine)         two stages each of K and V, of Q too where there is room
-//   warp group 0, warp 1      clears what a V block holds behind the end of its sequence
+//   warp group 0, warp 0      tile t, its Q ─► tile t+1, its Q ─► …
+//     warp 1                  clears what a V block holds behind the end of its sequence
+//     warp 2                  K(n) K(n-1) … K(0) ─► K(n) of tile t+1 …      two stages, or four where there is room
+//     warp 3                  V(n) V(n-1) … V(0) ─► V(n) of tile t+1 …      the same
+//     fp8: warp 0             Q, K and V
 //     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
 //
 //   warp groups 1, 2 (, 3)    64 rows each, step j:
 //     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
 //     the rest                        │ P(j+1) = exp(S(j+1)) │ round  │                │ P(j+2) = …
 //
-// The groups do not wait for each other: while one's exponentials run, another's products do. Between two tiles the
-// last O of one and the first S of the next are in flight together, and O is written while S is computed.
+// While one group's exponentials run, another's products do: two groups issue theirs in turns, three find their own
+// way. Between two tiles the last O of one and the first S of the next are in flight together, and O is written while S
+// is computed.
 //
 // The maximum of a row is looked for in its first block, in blocks with a mask, and where it must be. Else the
 // reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
@@ -85,13 +87,14 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
 struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
-  static constexpr int kStages = 2;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
   static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
   static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
-  static constexpr int kBytesKv = kStages * (BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV);
-  static constexpr int kStagesQ = 2 * kBytesQ + kBytesKv <= 224 * 1024 ? 2 : 1;
+  static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
+  static constexpr int kMostBytes = 224 * 1024;
+  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * kBytesKv <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv <= kMostBytes ? 2 : 1;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
   alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
@@ -125,17 +128,20 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
   constexpr int PRODUCER_REGISTERS = (FP8 && NUM_CONSUMERS == 3 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
+  constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
+  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4;  // barriers of the SM, one for each group
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
   constexpr float REFERENCE_LOG2 = FP8 ? 8.0f : 0.0f;
   // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
+  constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
-  extern __shared__ unsigned char smem_bytes[];
-  Storage& smem = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];  // so that addresses in it are constants
+  Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
   const FlashFwdSm90Params& p = args.p;
   const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -144,6 +150,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
   const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
 
+  if (shared_address(smem_bytes) % 1024 != 0) __trap();  // the swizzle would be another
   if (threadIdx.x == 0) {
     tma_prefetch_map(args.q);
     tma_prefetch_map(args.k);
@@ -162,7 +169,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 1 : 0));
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 3 : 2));
     }
     fence_barrier_init();
   }
@@ -170,10 +177,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<STAGES> k_ring, v_ring;
-  FlashTile tile;
 
   if (group_idx == 0) {
     give_registers<PRODUCER_REGISTERS>();
+    FlashTile tile;
     const auto load_k = [&](const FlashTile& t, int32_t step) {
       const uint32_t stage = k_ring.stage();
       load_block<STORED_DIM / PANEL, PANEL, BLOCK_N>(args, args.k, smem.k[stage], smem.k_empty[stage],
@@ -193,11 +200,20 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                                                            step);
       v_ring.advance();
     };
+    FlashTileReader<Storage> tiles(smem);
     if (warp_idx == 0) {
-      // ----------------------------------------------------------------------------- producer
+      // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
       PackedTiles<BLOCK_M> packed_tiles;
       int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
+      // Asks for the number of a tile, which takes its time.
+      const auto claim = [&] {
+        if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
+          claimed = args.num_tiles;  // nobody counts: there is one for each
+        } else if (lane == 0) {
+          claimed = count_up(p.tile_counter);
+        }
+      };
       const auto publish = [&] {
         smem.tile_empty[tile_ring.stage()].wait(tile_ring.parity() ^ 1);
         __syncwarp();
@@ -207,20 +223,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
         tile_ring.advance();
       };
-      // Asks for the number of a tile, which takes its time.
-      const auto claim = [&] {
-        if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
-          claimed = args.num_tiles;  // nobody counts: there is one for each
-        } else if (lane == 0) {
-          claimed = count_up(p.tile_counter);
-        }
-      };
-      // The tile that was asked for; false if there are no more.
-      const auto find_tile = [&] {
-        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
-        return decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile);
-      };
-      const auto sees_keys = [&] { return tile.begin_step < tile.end_step; };
       const auto load_q = [&] {
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
@@ -233,52 +235,33 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         q_ring.advance();
       };
 
-      // Hands on a tile, and loads its Q. Those in which no key is seen before it are handed on for their rows to be
-      // written, but only when all blocks of the tile before them have been loaded: nobody takes many ahead.
-      bool more = find_tile();
-      const auto begin_tile = [&] {
-        while (more && !sees_keys()) {
-          publish();
-          claim();
-          more = find_tile();
-        }
-        if (!more) return;
-        publish();
-        load_q();
-      };
-
-      begin_tile();
-      if (more) load_k(tile, tile.end_step - 1);
-      while (more) {
-        const FlashTile now = tile;
-        int32_t step = now.end_step - 1;
-        const auto load = [&] {  // K is a block ahead of V, also from one tile to the next
-          load_k(now, step - 1);
-          load_v(now, step);
-          --step;
-        };
+      while (true) {
+        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
+        if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile)) break;
+        publish();  // also a tile without keys, whose rows must be written
+        if (tile.begin_step < tile.end_step) load_q();
+        // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
+        if (!FP8 && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
         claim();
-        // Two groups leave registers to have two tiles at hand: then Q, if there is room for two, is almost a tile
-        // ahead.
-        bool ahead = false;
-        if (NUM_CONSUMERS == 2 && Storage::kStagesQ > 1) {
-          if (step > now.begin_step) load();
-          more = find_tile();
-          ahead = more && sees_keys();
-          if (ahead) begin_tile();
+        if constexpr (FP8) {
+          for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+            load_k(tile, step);
+            load_v(tile, step);
+          }
         }
-        while (step > now.begin_step) load();
-        load_v(now, step);
-        if (NUM_CONSUMERS != 2 || Storage::kStagesQ == 1) more = find_tile();
-        if (!ahead) begin_tile();
-        if (more) load_k(tile, tile.end_step - 1);
       }
       tile.end_step = -1;
       publish();
+    } else if (!FP8 && warp_idx >= 2) {
+      // ---------------------------------------------------------------------------------- K; V
+      while (tiles.take(tile)) {
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          warp_idx == 2 ? load_k(tile, step) : load_v(tile, step);
+        }
+      }
     } else if constexpr (FP8) {
       // ------------------------------------------------------------------------------ turners
-      FlashTileReader<Storage> tiles(smem);
-      while (tiles.next(tile)) {
+      while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
           smem.v_loaded[v_ring.stage()].wait(v_ring.parity());
           smem.v_empty[v_ring.stage()].wait(v_ring.parity() ^ 1);
@@ -301,9 +284,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     } else if (warp_idx == 1 && ends_inside) {
       // ------------------------------------------------------------------------------ cleaner
-      FlashTileReader<Storage> tiles(smem);
       uint32_t parities = 0;  // one bit a stage
-      while (tiles.next(tile)) {
+      while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
           if ((step + 1) * BLOCK_N > tile.k_len) {
             smem.v_loaded[v_ring.stage()].wait((parities >> v_ring.stage()) & 1);
@@ -336,16 +318,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   float softmax_scale = p.softmax_scale;              // fp8: the tile's
   float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
+  // Of the tile in hand, which else stays in shared memory, since registers are short.
+  int32_t begin_step, end_step;    // what this group sees
+  int32_t plain_begin, plain_end;  // of that, the blocks without a mask
+  int32_t num_rows;                // from this lane's first one on
 
   float acc[V_HEAD_DIM / 8][4];                 // O
   float scores[BLOCK_N / 8][4];                 // S, then P
   uint32_t probs[BLOCK_N * sizeof(T) / 32][4];  // P rounded, as the left operand of the next product
   float row_max[2], row_sum[2] = {};            // the reference of the exponentials, and a lane's share of their sum
   float correction[2];                          // what a change of the reference makes of sums and O
-  // fp8: which blocks are masked, and the operands' descriptors, are known before a step. With extras registers are too
-  // short for that.
-  constexpr bool AHEAD = FP8 && !EXTRAS;
-  int32_t plain_begin = 0, plain_end = 0;  // the blocks that are masked for no row of this group
 
   // ---- products
   constexpr int K = 32 / sizeof(T);  // what an instruction sums over
@@ -355,10 +337,17 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto v_tiles = FP8 ? WgmmaDescriptor::make<KEY_PANEL>(smem.v[0], 0)
                            : WgmmaDescriptor::make<V_PANEL * sizeof(T)>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
 
-  const auto q_now = [&] { return q_tiles.uniform_plus(q_ring.stage() * Q_BYTES); };
-  const auto k_of = [&](uint32_t count) { return k_tiles.uniform_plus(count % STAGES * K_BYTES); };
-  const auto v_of = [&](uint32_t count) { return v_tiles.uniform_plus(count % STAGES * sizeof(smem.v[0])); };
-  const auto start_scores_of = [&](const WgmmaDescriptor& q, const WgmmaDescriptor& k) {  // scores = Q K^T
+  // The operands of the next products. Asked for before K is waited for, and kept for the case that S is computed
+  // again, ptxas has all descriptors ready before the first product, and the others follow closely: 6 % where three
+  // groups share the SM. Where groups take turns, the moves that this costs are in the way of the first one. fp8 asks
+  // while the products of the step before run, so many blocks ahead.
+  WgmmaDescriptor q, k, v;
+  const auto locate = [&](uint32_t num_ahead = 0) {
+    if (num_ahead == 0) q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
+    k = k_tiles.uniform_plus((k_ring.count + num_ahead) % STAGES * K_BYTES);
+    v = v_tiles.uniform_plus((v_ring.count + num_ahead) % STAGES * sizeof(smem.v[0]));
+  };
+  const auto start_scores = [&] {  // scores = Q K^T
     pin_registers(scores);
     wgmma_fence();
 #pragma unroll
@@ -369,7 +358,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     wgmma_commit();
   };
-  const auto start_output_of = [&](const WgmmaDescriptor& v, bool first) {  // acc += P V
+  const auto start_output = [&](bool first) {  // acc += P V
     pin_registers(acc);
     pin_registers(probs);
     wgmma_fence();
@@ -380,11 +369,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     wgmma_commit();
   };
-  const auto start_scores = [&] {
-    const WgmmaDescriptor q = q_now();
-    start_scores_of(q, k_of(k_ring.count));
-  };
-  const auto start_output = [&](bool first) { start_output_of(v_of(v_ring.count), first); };
   const auto release = [&](MBarrier& barrier) {  // each warp for itself: its part of a product may end before others'
     if (lane == 0) barrier.arrive();
   };
@@ -398,6 +382,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   };
   const auto wait_for_k = [&] { smem.k_full[k_ring.stage()].wait(k_ring.parity()); };
   const auto wait_for_v = [&] { smem.v_full[v_ring.stage()].wait(v_ring.parity()); };
+  // The groups issue their products in turns, once for each block of K, so that one's run during the other's
+  // exponentials. By chance they may be in step, and then both wait.
+  const auto take_turn = [&] {
+    if constexpr (TURNS) named_barrier_sync(kTurnOfGroup + consumer, 256);
+  };
+  const auto end_turn = [&] {
+    if constexpr (TURNS) named_barrier_arrive(kTurnOfGroup + (consumer + 1) % NUM_CONSUMERS, 256);
+  };
   const auto finish_output = [&] {
     wgmma_wait<0>();
     pin_registers(acc);
@@ -409,18 +401,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto mask_of = [&](const FlashTile& t) {
     return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
   };
-  const auto is_masked = [&](int32_t step) {  // for some row of this group
-    if constexpr (AHEAD) {
-      return step < plain_begin || step >= plain_end;
-    } else {
-      const AttentionMask mask = mask_of(tile);
-      const int32_t first_row = tile.first_row + consumer * 64;
-      return step * BLOCK_N < mask.visible(min(first_row + 63, tile.q_len - 1)).begin ||
-             (step + 1) * BLOCK_N > mask.visible(min(first_row, tile.q_len - 1)).end;
-    }
-  };
+  const auto is_masked = [&](int32_t step) { return step < plain_begin || step >= plain_end; };  // for some row
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
+    const FlashTile& tile = tiles.now();
     if (has_softcap) {
       const float scale = softmax_scale / p.softcap, cap = p.softcap * kLog2E;
 #pragma unroll
@@ -452,17 +436,31 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       for (int r = 0; r < 2; ++r) {
         const KeyRange visible = mask.visible(min(tile.first_row + lane_row + 8 * r, tile.q_len - 1));
         const int32_t begin = visible.begin - lane_key, end = visible.end - lane_key;
+        if (step >= plain_end) {  // one comparison a score, not two: most blocks have one end
 #pragma unroll
-        for (int t = 0; t < BLOCK_N / 8; ++t) {
+          for (int t = 0; t < BLOCK_N / 8; ++t) {
+            if (t * 8 >= end) scores[t][2 * r] = -INFINITY;
+            if (t * 8 + 1 >= end) scores[t][2 * r + 1] = -INFINITY;
+          }
+        }
+        if (step < plain_begin) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (t * 8 + i < begin || t * 8 + i >= end) scores[t][2 * r + i] = -INFINITY;
+          for (int t = 0; t < BLOCK_N / 8; ++t) {
+            if (t * 8 < begin) scores[t][2 * r] = -INFINITY;
+            if (t * 8 + 1 < begin) scores[t][2 * r + 1] = -INFINITY;
           }
         }
       }
     }
+    const auto max_of = [&](int r) {
+      float maximum = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+      for (int t = 1; t < BLOCK_N / 8; ++t) maximum = fmaxf(maximum, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+      return maximum;
+    };
     float new_max[2];
-    bool as_floats = !SHORT_MAX;
     if constexpr (SHORT_MAX) {
       // As integers, three in one instruction: right unless all are negative, what was known included.
       int32_t signs = 0;
@@ -480,23 +478,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         new_max[r] = __int_as_float(maximum);
         signs |= maximum;
       }
-      as_floats = __any_sync(0xffffffffu, signs < 0);
-    }
-    if (as_floats) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        new_max[r] = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
-#pragma unroll
-        for (int t = 1; t < BLOCK_N / 8; ++t) {
-          new_max[r] = fmaxf(new_max[r], fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
-        }
-        new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 1));
-        new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 2));
-        new_max[r] = fmaxf(new_max[r], row_max[r]);
+      if (__any_sync(0xffffffffu, signs < 0)) {
+        new_max[0] = fmaxf(max_of(0), row_max[0]);
+        new_max[1] = fmaxf(max_of(1), row_max[1]);
       }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      if (!SHORT_MAX) new_max[r] = fmaxf(max_of(r), row_max[r]);
       correction[r] = exp2_approx((row_max[r] - finite_max(new_max[r])) * scale_log2);
       row_max[r] = new_max[r];
     }
@@ -674,92 +663,96 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  const auto take = [&](const FlashTile& t) {
-    tile = t;
-    if constexpr (FP8) {
-      softmax_scale = p.softmax_scale * descale_of(p.q_descale, t) * descale_of(p.k_descale, t);
-      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
-      const AttentionMask mask = mask_of(tile);
-      const int32_t first_row = tile.first_row + consumer * 64;
-      plain_begin = (mask.visible(min(first_row + 63, tile.q_len - 1)).begin + BLOCK_N - 1) / BLOCK_N;
-      plain_end = mask.visible(min(first_row, tile.q_len - 1)).end / BLOCK_N;
+  // Takes the next tile in which a key is seen; rows of others are written here. False if there are no more.
+  const auto find_tile = [&] {
+    while (true) {
+      const FlashTile& tile = tiles.wait();
+      if (tile.end_step < 0) return false;
+      if (tile.begin_step < tile.end_step) return true;
+      store_empty(tile);
+      tiles.release();
     }
   };
-  // The next tile in which a key is seen; rows of others are written here.
-  const auto next_tile = [&](FlashTile& next) {
-    while (tiles.next(next)) {
-      if (next.begin_step < next.end_step) return true;
-      store_empty(next);
-    }
-    return false;
-  };
+  const auto last_row = [&](const FlashTile& t) { return min(t.first_row + consumer * 64 + 63, t.q_len - 1); };
   // How many of a tile's last blocks no row of this group sees, as with a causal mask the upper groups.
   const auto num_unseen = [&](const FlashTile& t) {
-    const int32_t last_row = min(t.first_row + consumer * 64 + 63, t.q_len - 1);
-    const int32_t end_step = (mask_of(t).visible(last_row).end + BLOCK_N - 1) / BLOCK_N;
-    return max(t.end_step - max(end_step, t.begin_step + 1), 0);
+    const int32_t my_end_step = (mask_of(t).visible(last_row(t)).end + BLOCK_N - 1) / BLOCK_N;
+    return max(t.end_step - max(my_end_step, t.begin_step + 1), 0);
+  };
+  const auto begin_tile = [&] {
+    const FlashTile& tile = tiles.now();
+    const AttentionMask mask = mask_of(tile);
+    begin_step = tile.begin_step;
+    end_step = tile.end_step;
+    plain_begin = (mask.visible(last_row(tile)).begin + BLOCK_N - 1) / BLOCK_N;
+    plain_end = mask.visible(min(tile.first_row + consumer * 64, tile.q_len - 1)).end / BLOCK_N;
+    num_rows = tile.q_len - tile.first_row - lane_row;
+    if constexpr (FP8) {
+      softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+    }
   };
   const auto pass_over = [&](int32_t num_blocks) {
     for (int32_t i = 0; i < num_blocks; ++i) {  // waits, so as not to arrive twice in one phase
       wait_for_k();
+      take_turn();
+      end_turn();
       release_k();
       wait_for_v();
       release_v();
     }
-    tile.end_step -= num_blocks;
+    end_step -= num_blocks;
   };
   const auto release_scores = [&](int32_t step) {
     release_k();
-    if (step == tile.begin_step) {
+    if (step == begin_step) {
       release(smem.q_empty[q_ring.stage()]);
       q_ring.advance();
     }
+  };
+  const auto start_first_scores = [&] {
+    if (!TURNS) locate();
+    smem.q_full[q_ring.stage()].wait(q_ring.parity());
+    wait_for_k();
+    take_turn();
+    if (TURNS) locate();
+    start_scores();
+    end_turn();
   };
   // P of a tile's first block, whose scores have been started.
   const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
-    release_scores(tile.end_step - 1);
+    release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
-    find_max(tile.end_step - 1);
+    find_max(end_step - 1);
     exponentials(row_sum);
     round_probs();
   };
 
   // ---- main loop
-  FlashTile next;
-  if (!next_tile(next)) return;
-  take(next);
-  pass_over(num_unseen(tile));
-  smem.q_full[q_ring.stage()].wait(q_ring.parity());
-  wait_for_k();
-  start_scores();
+  if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
+  if (!find_tile()) return;
+  begin_tile();
+  pass_over(num_unseen(tiles.now()));
+  start_first_scores();
   finish_first_scores();
 
-  bool first;
   while (true) {
     // Here P of the tile's first block is ready, and nothing is in flight.
-    first = true;
-    WgmmaDescriptor q, next_k, next_v;
-    if constexpr (AHEAD) {
-      q = q_now();
-      next_k = k_of(k_ring.count);
-      next_v = v_of(v_ring.count);
-    }
+    bool first = true;
+    if (LOCATES_AHEAD) locate();
 #pragma unroll 1
-    for (int32_t step = tile.end_step - 2; step >= tile.begin_step; --step) {
+    for (int32_t step = end_step - 2; step >= begin_step; --step) {
+      if (!TURNS && !LOCATES_AHEAD) locate();
       wait_for_k();
-      if constexpr (AHEAD) {
-        start_scores_of(q, next_k);
-        wait_for_v();
-        start_output_of(next_v, first);
-        next_k = k_of(k_ring.count + 1);
-        next_v = v_of(v_ring.count + 1);
-      } else {
-        start_scores();
-        wait_for_v();
-        start_output(first);
-      }
+      take_turn();
+      if (TURNS) locate();
+      start_scores();
+      wait_for_v();
+      start_output(first);
+      if (LOCATES_AHEAD) locate(1);
+      end_turn();
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
@@ -792,14 +785,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
           // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
           // say.
-          const int32_t num_rows = tile.q_len - tile.first_row - lane_row;
           // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
-          exact =
-              any_of_group(1 + consumer, ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
-                                             ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
+          exact = any_of_group(kVoteOfGroup + consumer,
+                               ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+                                   ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
           if (__builtin_expect(exact, 0)) {
             wgmma_wait<0>();
             pin_registers(acc);
+            if (TURNS) locate();
             start_scores();
             wgmma_wait<0>();
             pin_registers(scores);
@@ -820,35 +813,32 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       round_probs();
     }
 
-    if (!next_tile(next)) break;
-    const int32_t num_blocks_unseen = num_unseen(next);
+    const FlashTile& next = tiles.wait_for_next();
+    const bool goes_on = next.begin_step < next.end_step && num_unseen(next) == 0;
+    locate();
     wait_for_v();
-    start_output(first);
-    if (num_blocks_unseen == 0) {
-      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+    if (goes_on) {
+      start_output(first);
+      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();
-      store(tile);
-      take(next);
+      store(tiles.now());
+      tiles.release();
+      begin_tile();
     } else {
+      start_output(first);
       finish_output();
-      store(tile);
-      take(next);
-      pass_over(num_blocks_unseen);
-      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+      store(tiles.now());
+      tiles.release();
+      if (!find_tile()) return;
+      begin_tile();
+      pass_over(num_unseen(tiles.now()));
+      start_first_scores();
     }
     finish_first_scores();
   }
-  wait_for_v();
-  start_output(first);
-  finish_output();
-  store(tile);
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent
 #endif
@@ -860,7 +850,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
   using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
-  constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
+  constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
   if (config.num_tiles == 0) return cudaSuccess;  // no sequence has a row

@@ -56,6 +56,7 @@ struct FlashFwdSm90Params {
   int32_t max_blocks = 0;              // paged only: of a sequence
   int64_t num_tokens = 0;              // T, of a batch B * Sq
   int32_t num_seqs = 0;                // B
+  int32_t min_q_len = 0;               // packed only: of shorter sequences no result is given, another kernel has them
   int32_t num_heads = 0;               // H
   int32_t num_kv_heads = 0;            // Hk
   int32_t head_dim = 0;                // D

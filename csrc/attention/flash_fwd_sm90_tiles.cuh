@@ -60,7 +60,8 @@ struct PackedTiles {
     while (past == kAll) {
       if (next_seq >= args.p.num_seqs) return false;
       const int32_t seq = next_seq + lane;
-      const int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
+      int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
+      if (num_rows < args.p.min_q_len) num_rows = 0;
       const int32_t num_tiles = (num_rows + BLOCK_M - 1) / BLOCK_M * args.num_heads.divisor;
       int32_t sum = num_tiles;
 #pragma unroll
@@ -168,7 +169,7 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
   }
 }
 
-// Reads the tiles in the order in which the producer hands them out.
+// Reads the tiles in the order in which the producer hands them out, by a whole warp.
 template <typename Storage>
 struct FlashTileReader {
   Storage& smem;
@@ -176,15 +177,29 @@ struct FlashTileReader {
 
   __device__ __forceinline__ explicit FlashTileReader(Storage& s) : smem(s) {}
 
-  // By a whole warp. False if there are no more.
-  __device__ __forceinline__ bool next(FlashTile& tile) {
+  // The tile in hand; it stays there until it is released.
+  __device__ __forceinline__ const FlashTile& now() const { return smem.tile[ring.stage()]; }
+  __device__ __forceinline__ const FlashTile& wait() const {
     smem.tile_full[ring.stage()].wait(ring.parity());
-    tile = smem.tile[ring.stage()];
+    return now();
+  }
+  __device__ __forceinline__ const FlashTile& wait_for_next() const {
+    return FlashTileReader(smem, {ring.count + 1}).wait();
+  }
+  __device__ __forceinline__ void release() {
     __syncwarp();
     if (threadIdx.x % 32 == 0) smem.tile_empty[ring.stage()].arrive();
     ring.advance();
+  }
+  // A copy. False if there are no more.
+  __device__ __forceinline__ bool take(FlashTile& tile) {
+    tile = wait();
+    release();
     return tile.end_step >= 0;
   }
+
+ private:
+  __device__ __forceinline__ FlashTileReader(Storage& s, RingPosition<Storage::kTileStages> r) : smem(s), ring(r) {}
 };
 
 }  // namespace fastattn

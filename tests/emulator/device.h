@@ -451,6 +451,7 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+[[noreturn]] inline void __trap() { emulator::fail("a trap"); }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {

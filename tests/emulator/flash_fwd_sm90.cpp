@@ -96,6 +96,7 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
     p.v_descale = {call.v_descale.data(), call.num_kv_heads, 1};
   }
   choose_config(call, p);
+  if (call.packed_q && one_in(4)) p.min_q_len = between(1, call.max_q_len() + 1);
   int32_t tile_counter = -1;
   p.tile_counter = &tile_counter;
   const size_t num_partials = p.config.num_splits > 1 ? p.config.num_splits : 0;
@@ -105,13 +106,14 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   p.partial_lse = partial_lse.data();
   current_call += ": " + call.text() + "; " + std::to_string(p.config.tile.num_consumers) + " consumers, block_n " +
                   std::to_string(p.config.tile.block_n) + ", " + std::to_string(p.config.num_tiles) + " tiles, " +
-                  std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) + " CTAs";
+                  std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) +
+                  " CTAs, min_q_len " + std::to_string(p.min_q_len);
 
   const auto launch = [&] {
     if (flash_fwd_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
-  call.check();
+  call.check(p.min_q_len);
   if (!one_in(3)) return;
   const auto first_out = call.out;
   const auto first_lse = call.lse;

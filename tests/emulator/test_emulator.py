@@ -140,17 +140,13 @@ MUTANTS = [
     Mutant(
         "V is released before the product that reads it is over",
         FWD,
-        """      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+        """      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();""",
         """      release_v();
-      smem.q_full[q_ring.stage()].wait(q_ring.parity());
-      wait_for_k();
-      start_scores();
+      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);""",
@@ -158,16 +154,26 @@ MUTANTS = [
         "128",
         "expected",
     ),
-    # A form of the kernel had this, and every benchmark passed: no more than two tiles can be handed on until someone
-    # takes them, and who would take them waits for these blocks.
     Mutant(
-        "tiles without keys are handed on before the blocks of the tile in front are loaded",
+        "a group that passes over a block does not end its turn",
         FWD,
-        "ahead = more && sees_keys();",
-        "ahead = more;",
+        """      take_turn();
+      end_turn();
+      release_k();""",
+        """      take_turn();
+      release_k();""",
         "flash_fwd_sm90_hd128.cu",
         "128",
         "deadlock",
+    ),
+    Mutant(
+        "negative scores of fp8 are compared as integers",
+        FWD,
+        "if (__any_sync(0xffffffffu, signs < 0)) {",
+        "if (__any_sync(0xffffffffu, false)) {",
+        "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "expected",
     ),
     Mutant(
         "a copy is not waited for",
