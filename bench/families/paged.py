@@ -31,6 +31,8 @@ OTHER_DECODES = (
 )
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
+# batch, new tokens of the first sequence (the others have one), context with them
+MIXED = ((64, 512, 4096), (64, 2048, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
@@ -44,29 +46,50 @@ def paged(
     kv_heads: int = KV_HEADS,
     dim: int = DIM,
     ragged: bool = False,
+    kv: torch.dtype = torch.bfloat16,
+    chunk: int | None = None,
 ) -> Case:
-    """`new` tokens each of `batch` sequences that are `length` tokens long with them, or lognormal up to that; pages in
-    random order."""
+    """`new` tokens (the first one: `chunk`) each of `batch` sequences that are `length` tokens long with them, or
+    lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with one for each
+    token's."""
     device, dtype = context.device, torch.bfloat16
     rng = context.generator(batch + length)
     pages_each = -(-length // page)
     shape = (batch * pages_each, page, kv_heads, dim)
-    k_cache, v_cache = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
+    caches = [torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2)]
+    scales: dict[str, Tensor] = {}
+    if kv is torch.float8_e4m3fn:
+        scales = {name: torch.rand(kv_heads, generator=rng, device=device) + 0.5 for name in ("k_scale", "v_scale")}
+        caches = [cache.to(kv) for cache in caches]
+    elif kv is torch.int8:
+        order = (shape[0], kv_heads, page)  # a page's tokens are neighbours
+        largest = [cache.abs().amax(-1, keepdim=True) for cache in caches]
+        caches = [(cache.float() / (most / 127)).round().to(kv) for cache, most in zip(caches, largest, strict=True)]
+        for name, most in zip(("k_scale", "v_scale"), largest, strict=True):
+            own = torch.empty(order, device=device).transpose(1, 2)
+            scales[name] = own.copy_(most.squeeze(-1).float() / 127)
+    k_cache, v_cache = caches
     table = torch.randperm(shape[0], generator=rng, device=device).int().view(batch, pages_each)
-    q = torch.randn(batch * new, heads, dim, generator=rng, device=device, dtype=dtype)
-    offsets = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device=device)
+    all_new = [chunk or new] + [new] * (batch - 1)
+    q = torch.randn(sum(all_new), heads, dim, generator=rng, device=device, dtype=dtype)
+    offsets = torch.tensor([0, *all_new], device=device).cumsum(0).int()
     all_lengths = lognormal(batch, length, 665, seed=1) if ragged else [length] * batch
     lengths = torch.tensor(all_lengths, dtype=torch.int32, device=device)
 
+    fp8_q = q.to(torch.float8_e4m3fn)  # FlashAttention-3 wants q like k
+
     def vllm_fa3() -> Callable[[], Tensor]:
         attend = require("vllm.vllm_flash_attn").flash_attn_varlen_func
+        if kv is torch.int8:
+            raise PeerAbsentError("FlashAttention-3 has no int8")
         out = torch.empty_like(q)
+        descales = {f"{name}_descale": scales[f"{name}_scale"].expand(batch, kv_heads) for name in "kv" if scales}
         return lambda: first(
             attend(
-                q,
+                q if kv is dtype else fp8_q,
                 k_cache,
                 v_cache,
-                max_seqlen_q=new,
+                max_seqlen_q=max(all_new),
                 cu_seqlens_q=offsets,
                 max_seqlen_k=max(all_lengths),
                 seqused_k=lengths,
@@ -74,10 +97,18 @@ def paged(
                 block_table=table,
                 fa_version=3,
                 out=out,
+                **descales,
             )
         )
 
+    def only_16_bits() -> None:
+        if kv is not dtype:
+            raise PeerAbsentError("not set up for pages of 8 bits")
+        if chunk:
+            raise PeerAbsentError("not set up for mixed batches")
+
     def fa3() -> Callable[[], Tensor]:
+        only_16_bits()
         library = require("fa3_fwd_interface")
         flags = require("fa3_fwd_config").CONFIG.get("build_flags", {})
         if flags.get("FLASHATTENTION_DISABLE_PAGEDKV"):
@@ -90,11 +121,13 @@ def paged(
         )
 
     def flash_attn() -> Callable[[], Tensor]:
+        only_16_bits()
         attend = require("flash_attn").flash_attn_with_kvcache  # raises for pages that are no multiple of 256
         grouped = q.view(batch, new, heads, dim)
         return lambda: first(attend(grouped, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True))
 
     def flashinfer_paged() -> Callable[[], Tensor]:
+        only_16_bits()
         if ragged:
             raise PeerAbsentError("FlashInfer's plan wants the pages of each sequence one after the other")
         workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -126,6 +159,7 @@ def paged(
 
     def torch_gather() -> Callable[[], Tensor]:
         """What torch alone can do: collect the pages, then attend."""
+        only_16_bits()
         if ragged:
             raise PeerAbsentError("torch has no attention to keys of different lengths in one call")
         if 1 < new < length:  # torch aligns its causal mask top-left
@@ -140,7 +174,8 @@ def paged(
         return call
 
     num_keys = sum(all_lengths)
-    pairs = sum(new * (n - new) + new * (new + 1) // 2 for n in all_lengths)
+    key_bytes = 2 * dim * kv.itemsize + (8 if kv is torch.int8 else 0)  # of a KV head, with its value
+    pairs = sum(m * (n - m) + m * (m + 1) // 2 for m, n in zip(all_new, all_lengths, strict=True))
     what = f"{min(all_lengths)} to {max(all_lengths)}" if ragged else f"{length}"
     return op_case(
         ops.paged_attention,
@@ -151,8 +186,9 @@ def paged(
             "cu_seqlens_q": offsets,
             "seqused_k": lengths,
             "block_table": table,
-            "max_seqlen_q": new,
+            "max_seqlen_q": max(all_new),
             "causal": True,
+            **scales,
         },
         formulas.paged_attention,
         peers={
@@ -162,8 +198,10 @@ def paged(
             "flash_attn": flash_attn,
             "torch": torch_gather,
         },
-        work=Work(num_bytes=4 * num_keys * kv_heads * dim + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
-        config=f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, bf16",
+        work=Work(num_bytes=num_keys * kv_heads * key_bytes + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
+        config=(f"{chunk} and " if chunk else "")
+        + f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
+        f"{str(kv).removeprefix('torch.')}",
     )
 
 
@@ -187,6 +225,15 @@ DECODE = Family(
         )
         for heads, kv_heads, dim, batch, new, length in OTHER_DECODES
     )
+    + tuple(
+        CaseSpec(
+            f"{name}_p16_b{batch}_s{length}",
+            partial(paged, page=16, batch=batch, new=1, length=length, kv=kv),
+            quick=(batch, length) in _QUICK_DECODES,
+        )
+        for name, kv in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8))
+        for batch, length in DECODES
+    )
     + (CaseSpec("bf16_p16_ragged64_s8192", partial(paged, page=16, batch=64, new=1, length=8192, ragged=True)),),
 )
 PREFILL = Family(
@@ -200,5 +247,12 @@ PREFILL = Family(
             quick=length <= 4096,
         )
         for batch, new, length in PREFILLS
+    )
+    + tuple(
+        CaseSpec(
+            f"bf16_p16_mixed{batch}_t{chunk}_s{length}",
+            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk),
+        )
+        for batch, chunk, length in MIXED
     ),
 )

@@ -176,17 +176,27 @@ def paged_attention(
     seqused_k: Tensor,
     block_table: Tensor,
     causal: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     **_: Any,
 ) -> list[Tensor]:
     size = k_cache.shape[1]
 
-    def gather(cache: Tensor) -> list[Tensor]:
+    def gather(cache: Tensor, scale: Tensor | None) -> list[Tensor]:
         lengths = enumerate(seqused_k.tolist())
-        return [cache[block_table[b, : -(-n // size)].long()].flatten(0, 1)[:n] for b, n in lengths]
+        blocks = [(block_table[b, : -(-n // size)].long(), n) for b, n in lengths]
+        if scale is None:
+            return [cache[own].flatten(0, 1)[:n] for own, n in blocks]
+        of_tokens = scale.expand(cache.shape[:3])
+        bits = cache.view(torch.uint8)  # torch indexes no fp8
+        rows = [
+            (bits[own].view(cache.dtype).to(c) * of_tokens[own].to(c).unsqueeze(-1)).flatten(0, 1) for own, _ in blocks
+        ]
+        return [t[:n] for t, (_, n) in zip(rows, blocks, strict=True)]
 
     if bool((cu_seqlens_q.diff() == 1).all()) and bool((seqused_k == seqused_k[0]).all()):
-        return _decode(c, q, torch.stack(gather(k_cache)), torch.stack(gather(v_cache)))
-    return _attend_all(c, q, cu_seqlens_q.tolist(), gather(k_cache), gather(v_cache), causal)
+        return _decode(c, q, torch.stack(gather(k_cache, k_scale)), torch.stack(gather(v_cache, v_scale)))
+    return _attend_all(c, q, cu_seqlens_q.tolist(), gather(k_cache, k_scale), gather(v_cache, v_scale), causal)
 
 
 def _decode(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -5,6 +5,6 @@
 
 namespace fastattn {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt8 };
 
 }  // namespace fastattn

@@ -1,6 +1,7 @@
 // Dispatch table of paged_decode.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <atomic>
 #include <random>
@@ -14,23 +15,35 @@ namespace {
 using Launch = cudaError_t (*)(const PagedDecodeParams&, cudaStream_t);
 
 struct Instantiation {
-  DType dtype;
+  DType dtype, kv_dtype;
   int head_dim;
   Launch launch;
 };
 
-// Which exist: add a line here and its instantiation in paged_decode_hd*.cu.
+// Which exist: add a line here and its instantiation in paged_decode_hd*.cu or paged_decode_8bit_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
-    {DType::kBFloat16, 64, launch_paged_decode<__nv_bfloat16, 64>},
-    {DType::kBFloat16, 96, launch_paged_decode<__nv_bfloat16, 96>},
-    {DType::kBFloat16, 128, launch_paged_decode<__nv_bfloat16, 128>},
-    {DType::kBFloat16, 192, launch_paged_decode<__nv_bfloat16, 192>},
-    {DType::kBFloat16, 256, launch_paged_decode<__nv_bfloat16, 256>},
-    {DType::kFloat16, 64, launch_paged_decode<__half, 64>},
-    {DType::kFloat16, 96, launch_paged_decode<__half, 96>},
-    {DType::kFloat16, 128, launch_paged_decode<__half, 128>},
-    {DType::kFloat16, 192, launch_paged_decode<__half, 192>},
-    {DType::kFloat16, 256, launch_paged_decode<__half, 256>},
+    {DType::kBFloat16, DType::kBFloat16, 64, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 64>},
+    {DType::kBFloat16, DType::kBFloat16, 96, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 96>},
+    {DType::kBFloat16, DType::kBFloat16, 128, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 128>},
+    {DType::kBFloat16, DType::kBFloat16, 192, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 192>},
+    {DType::kBFloat16, DType::kBFloat16, 256, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 256>},
+    {DType::kFloat16, DType::kFloat16, 64, launch_paged_decode<__half, __half, 64>},
+    {DType::kFloat16, DType::kFloat16, 96, launch_paged_decode<__half, __half, 96>},
+    {DType::kFloat16, DType::kFloat16, 128, launch_paged_decode<__half, __half, 128>},
+    {DType::kFloat16, DType::kFloat16, 192, launch_paged_decode<__half, __half, 192>},
+    {DType::kFloat16, DType::kFloat16, 256, launch_paged_decode<__half, __half, 256>},
+    {DType::kBFloat16, DType::kFloat8E4M3, 64, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 64>},
+    {DType::kBFloat16, DType::kFloat8E4M3, 128, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128>},
+    {DType::kBFloat16, DType::kFloat8E4M3, 256, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 256>},
+    {DType::kBFloat16, DType::kInt8, 64, launch_paged_decode<__nv_bfloat16, int8_t, 64>},
+    {DType::kBFloat16, DType::kInt8, 128, launch_paged_decode<__nv_bfloat16, int8_t, 128>},
+    {DType::kBFloat16, DType::kInt8, 256, launch_paged_decode<__nv_bfloat16, int8_t, 256>},
+    {DType::kFloat16, DType::kFloat8E4M3, 64, launch_paged_decode<__half, __nv_fp8_e4m3, 64>},
+    {DType::kFloat16, DType::kFloat8E4M3, 128, launch_paged_decode<__half, __nv_fp8_e4m3, 128>},
+    {DType::kFloat16, DType::kFloat8E4M3, 256, launch_paged_decode<__half, __nv_fp8_e4m3, 256>},
+    {DType::kFloat16, DType::kInt8, 64, launch_paged_decode<__half, int8_t, 64>},
+    {DType::kFloat16, DType::kInt8, 128, launch_paged_decode<__half, int8_t, 128>},
+    {DType::kFloat16, DType::kInt8, 256, launch_paged_decode<__half, int8_t, 256>},
 };
 
 // One that no other launch has, and that memory holds by a chance of 2^-64: a counter whose values are far from each
@@ -53,9 +66,16 @@ cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
   p.num_columns_div = FastDivide(static_cast<int32_t>(p.config.num_columns));
   p.num_kv_heads_div = FastDivide(p.num_kv_heads);
   p.launch_id = new_launch_id();
+  if (!p.paged) {  // a batch's sequences are its pages
+    p.k_block_stride = p.k_batch_stride;
+    p.v_block_stride = p.v_batch_stride;
+  }
 
   for (const Instantiation& entry : kInstantiations) {
-    if (p.config.fits && entry.dtype == p.dtype && entry.head_dim == p.config.head_dim) return entry.launch(p, stream);
+    if (p.config.fits && entry.dtype == p.dtype && entry.kv_dtype == p.kv_dtype &&
+        entry.head_dim == p.config.head_dim) {
+      return entry.launch(p, stream);
+    }
   }
   return cudaErrorInvalidValue;
 }

@@ -9,6 +9,8 @@
 //   q (T, H, D)   k (Tk, Hk, D)   v (Tk, Hk, Dv), or k, v in pages (num_blocks, block_size, Hk, D)   G = H / Hk
 //   out (T, H, Dv)   lse (H, T) fp32   or all with a batch dimension in front
 //
+//   k, v in pages may be of 8 bits (e4m3 or int8), times k_scale and v_scale of the KV head or of each of its tokens
+//
 // Plan: the visible keys of each sequence are cut into tiles (an empty one has a tile too), which are numbered sequence
 // after sequence. A column is a KV head and 16 of its rows; its CTAs take the same number of neighbouring tiles each.
 // Every warp finds them for itself from the lengths, so there is no launch before this one, and nothing that the host
@@ -35,160 +37,58 @@
 // Which parts there are, and the order of all sums, follows from the lengths and the number of CTAs: two runs are
 // bitwise equal. A sequence's result depends on the others in the call, by where its parts are cut.
 //
+// K and V of 8 bits become fp16 in registers, where they are exact, and so does Q, each row times a power of two that
+// brings its largest value to 1 … 2 (bf16 has the larger range). A warp takes 32 keys of a tile, so that a stage is as
+// large. A scale of the head is left to the scores and to O; those of the tokens are copied with their rows: K's
+// multiply the scores, V's the P, relative to the largest that the warp has seen, so that fp16 holds the products.
+//
 // Poison: no key outside the union of the ranges that a sequence's rows see is read, nor used an entry of the block
 // table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number outside the cache gives a row of
 // zeros. A key within that union that only some rows see is read and must be finite for all.
 //
-// Limits: D and Dv are multiples of 8 up to 256; rows 16-byte aligned; fewer than 2^30 tiles a head at full length.
+// Limits: D and Dv are multiples of 8 (of 16, K and V of 8 bits) up to 256; rows 16-byte aligned; fewer than 2^30 tiles
+// a head at full length.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "arch/cp_async.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/launch.cuh"
+#include "arch/reduce.cuh"
+#include "arch/warp_gemm_8bit.cuh"
 #include "arch/warp_gemm_sm80.cuh"
-#include "attention/mask.cuh"
 #include "attention/paged_decode_launch.h"
+#include "attention/paged_decode_plan.cuh"
 #include "attention/softmax.cuh"
 
 namespace fastattn {
 
 // ---------------------------------------------------------------------------------------------
-// Plan
-
-// Lengths of one sequence, and which keys a column's rows see: first_row and the 15 behind it.
-struct DecodeSequence {
-  int32_t q_start;
-  int32_t num_rows, all_rows;       // of the column: with results, and with those that get zeros
-  int32_t first_token, last_token;  // of them
-  AttentionMask mask;
-  KeyRange visible;  // to any row
-
-  DecodeSequence() = default;
-  __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
-    const bool packed_q = p.cu_seqlens_q != nullptr;
-    q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
-    const int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
-    const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
-    num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
-    all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
-    first_token = p.group_size.divide(first_row);
-    last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
-    mask = {q_len, key_length(p, seq_idx), p.window_left, p.window_right};
-    visible = {0, 0};
-    if (num_rows > 0) visible = {mask.visible(first_token).begin, mask.visible(last_token).end};
-  }
-
-  static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
-    int64_t most = static_cast<int64_t>(p.max_blocks) * p.block_size;
-    if (!p.paged) {
-      most = p.cu_seqlens_k == nullptr ? p.batch_k_len : p.cu_seqlens_k[seq_idx + 1] - p.cu_seqlens_k[seq_idx];
-    }
-    if (p.seqused_k == nullptr) return static_cast<int32_t>(most);
-    return static_cast<int32_t>(min(static_cast<int64_t>(max(p.seqused_k[seq_idx], 0)), most));
-  }
-
-  // Tiles are aligned: the first one may begin before the visible keys.
-  __device__ __forceinline__ int32_t first_tile(const PagedDecodeParams& p) const {
-    return visible.begin >> p.config.block_n_log2;
-  }
-  __device__ __forceinline__ int32_t num_tiles(const PagedDecodeParams& p) const {
-    return visible.begin < visible.end ? ((visible.end - 1) >> p.config.block_n_log2) - first_tile(p) + 1 : 1;
-  }
-};
-
-// The tiles of a CTA, and where they begin; found by whole warps.
-struct DecodePlan {
-  int32_t column_idx, part_idx;
-  int32_t kv_head_idx, first_row;
-  int32_t tiles_per_part;
-  int32_t begin_tile, end_tile;
-  int32_t seq_idx;    // that has begin_tile
-  int32_t seq_begin;  // its first tile
-
-  __device__ __forceinline__ explicit DecodePlan(const PagedDecodeParams& p) {
-    const int lane = threadIdx.x % 32;
-    part_idx = p.num_columns_div.divide(blockIdx.x);
-    column_idx = blockIdx.x - part_idx * p.num_columns_div.divisor;
-    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
-    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
-    first_row = row_tile * kPagedDecodeRows;
-    // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
-    const auto num_tiles = [&](int32_t seq) {
-      return seq < p.num_seqs ? DecodeSequence(p, seq, first_row).num_tiles(p) : 0;
-    };
-    int32_t own = 0, all_tiles = 0;
-#pragma unroll 1
-    for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32) all_tiles += own = num_tiles(seq);
-    all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
-    tiles_per_part = p.num_parts_div.divide(all_tiles + p.num_parts_div.divisor - 1);
-    begin_tile = part_idx * tiles_per_part;
-    end_tile = min(begin_tile + tiles_per_part, all_tiles);
-    if (begin_tile >= end_tile) return;
-
-    seq_begin = 0;
-#pragma unroll 1
-    for (seq_idx = 0;; seq_idx += 32) {
-      if (p.num_seqs > 32) own = num_tiles(seq_idx + lane);
-      int32_t end = own;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int32_t below = __shfl_up_sync(0xffffffffu, end, distance);
-        if (lane >= distance) end += below;
-      }
-      const uint32_t ends_behind = __ballot_sync(0xffffffffu, begin_tile < seq_begin + end);
-      if (ends_behind != 0) {
-        const int found = __ffs(ends_behind) - 1;
-        seq_idx += found;
-        seq_begin += __shfl_sync(0xffffffffu, end - own, found);
-        return;
-      }
-      seq_begin += __shfl_sync(0xffffffffu, end, 31);
-    }
-  }
-
-  // Of a row of the KV head.
-  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
-    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
-  }
-};
-
-// Goes from sequence to sequence along a CTA's tiles.
-struct DecodeCursor {
-  int32_t next_seq_idx;
-  int32_t seq_begin = 0, seq_end;  // tiles of the sequence, also those before and behind the CTA's
-  int32_t first_key = 0;           // of its first tile that is the CTA's
-
-  __device__ __forceinline__ explicit DecodeCursor(const DecodePlan& plan)
-      : next_seq_idx(plan.seq_idx), seq_end(plan.seq_begin) {}
-
-  __device__ __forceinline__ DecodeSequence next(const PagedDecodeParams& p, const DecodePlan& plan) {
-    const DecodeSequence sequence(p, next_seq_idx++, plan.first_row);
-    seq_begin = seq_end;
-    seq_end += sequence.num_tiles(p);
-    first_key = (sequence.first_tile(p) + max(plan.begin_tile - seq_begin, 0)) * p.config.block_n;
-    return sequence;
-  }
-};
-
-// ---------------------------------------------------------------------------------------------
 // Shared memory
 
-constexpr int kWarpKeys = kPagedDecodeWarpKeys;
-
-// Of one warp. Once consumed, a stage can take its O: 16 rows of fp32 are as large as 16 keys and values.
-template <typename T, int HEAD_DIM>
+// Of one warp. Once consumed, a stage can take its O: 16 rows of fp32 are as large as its keys and values.
+template <typename KV, int HEAD_DIM>
 struct PagedDecodeRing {
   static constexpr int kStages = paged_decode_stages(HEAD_DIM);
   static constexpr int kMaxThreads = 32 * paged_decode_max_warps(HEAD_DIM);
+  static constexpr bool k8Bit = sizeof(KV) == 1;
+  static constexpr int kKeys = paged_decode_warp_keys(k8Bit);
+  static constexpr int kColumns = HEAD_DIM * sizeof(KV) / 2;  // of a row, as 16-bit values
 
-  struct Stage {
-    T k[kWarpKeys * HEAD_DIM];
-    T v[kWarpKeys * HEAD_DIM];
+  struct Rows {
+    uint16_t k[kKeys * kColumns];
+    uint16_t v[kKeys * kColumns];
   };
-  static_assert(sizeof(Stage) == kPagedDecodeRows * HEAD_DIM * sizeof(float));
+  struct RowsWithScales : Rows {
+    float k_scale[kKeys];  // of tokens only
+    float v_scale[kKeys];
+  };
+  using Stage = std::conditional_t<k8Bit, RowsWithScales, Rows>;
+  static_assert(sizeof(Rows) == kPagedDecodeRows * HEAD_DIM * sizeof(float));
 
   alignas(128) Stage stages[kStages];
 };
@@ -206,15 +106,18 @@ __device__ __forceinline__ int out_offset(int row, int group) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th row lies: key l of 16
-// for l < 16, value l - 16 for the others.
+// Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th of a tile's rows lies:
+// key l of 16 for l < 16, value l - 16 for the others; or, of 8 bits, key l of 32, and then value l.
 
-template <typename T, int HEAD_DIM>
+template <typename KV, int HEAD_DIM>
 class DecodeLoader {
-  static constexpr int CHUNKS = HEAD_DIM / 8;                                             // 16-byte pieces of a row
+  using Ring = PagedDecodeRing<KV, HEAD_DIM>;
+  using Stage = typename Ring::Stage;
+  static constexpr int KEYS = Ring::kKeys;
+  static constexpr int CHUNK = 16 / sizeof(KV);                                           // elements of 16 bytes
+  static constexpr int CHUNKS = HEAD_DIM / CHUNK;                                         // of a row
   static constexpr int LANES = (CHUNKS & (CHUNKS - 1)) == 0 ? CHUNKS : CHUNKS & -CHUNKS;  // along a row
   static constexpr int ROWS_PER_PASS = 32 / LANES;
-  using Stage = typename PagedDecodeRing<T, HEAD_DIM>::Stage;
 
  public:
   __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan& plan)
@@ -233,21 +136,17 @@ class DecodeLoader {
   }
 
  private:
-  __device__ __forceinline__ bool is_value() const { return threadIdx.x % 32 >= kWarpKeys; }
-  __device__ __forceinline__ int64_t token_stride() const { return is_value() ? p_.v_token_stride : p_.k_token_stride; }
   __device__ __forceinline__ bool key_is_visible() const { return key_ >= visible_.begin && key_ < visible_.end; }
 
   __device__ __forceinline__ void begin_sequence() {
     const int32_t seq_idx = cursor_.next_seq_idx;
     visible_ = cursor_.next(p_, plan_).visible;
-    key_ = cursor_.first_key + threadIdx.x / 32 * kWarpKeys + threadIdx.x % kWarpKeys;
+    key_ = cursor_.first_key + threadIdx.x / 32 * KEYS + threadIdx.x % KEYS;
     block_table_ = p_.block_table + seq_idx * p_.block_table_stride;
     find_page();
-    rows_ = static_cast<const T*>(is_value() ? p_.v : p_.k) +
-            plan_.kv_head_idx * (is_value() ? p_.v_head_stride : p_.k_head_stride);
     if (!p_.paged) {
-      const int32_t start = p_.cu_seqlens_k == nullptr ? 0 : p_.cu_seqlens_k[seq_idx];
-      rows_ += seq_idx * (is_value() ? p_.v_batch_stride : p_.k_batch_stride) + start * token_stride();
+      page_ = seq_idx;
+      first_token_ = p_.cu_seqlens_k == nullptr ? 0 : p_.cu_seqlens_k[seq_idx];
     }
   }
 
@@ -258,34 +157,52 @@ class DecodeLoader {
 
   __device__ __forceinline__ void load_rows(Stage& stage) const {
     bool exists = key_is_visible();
-    const T* own_row = rows_;
-    if (!p_.paged) {
-      if (exists) own_row += key_ * token_stride();
-    } else {
+    const int64_t block = page_;
+    int32_t token = first_token_ + key_;
+    if (p_.paged) {
       exists = exists && page_ >= 0 && page_ < p_.num_blocks;
-      if (exists) {
-        own_row += page_ * (is_value() ? p_.v_block_stride : p_.k_block_stride) +
-                   p_.block_size_div.remainder(key_) * token_stride();
+      token = p_.block_size_div.remainder(key_);
+    }
+    const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists);
+    const auto row_of = [&](bool is_value) {
+      const KV* const row = static_cast<const KV*>(is_value ? p_.v : p_.k) +
+                            plan_.kv_head_idx * (is_value ? p_.v_head_stride : p_.k_head_stride);
+      if (!exists) return row;
+      return row + block * (is_value ? p_.v_block_stride : p_.k_block_stride) +
+             token * (is_value ? p_.v_token_stride : p_.k_token_stride);
+    };
+    const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS);
+    load_operand(stage.k, own_row, 0, rows_exist, p_.head_dim);
+    load_operand(stage.v, KEYS < 32 ? own_row : row_of(true), KEYS % 32, rows_exist, p_.v_head_dim);
+    if constexpr (Ring::k8Bit) {
+      if (p_.scales_of_tokens) {
+        const auto load_scale = [&](float* target, const KvScale& scale) {
+          const float* source = scale.data + plan_.kv_head_idx * scale.head_stride;
+          if (exists) source += block * scale.block_stride + token * scale.token_stride;
+          cp_async_4(target + threadIdx.x % 32, source, exists);
+        };
+        load_scale(stage.k_scale, p_.k_scale);
+        load_scale(stage.v_scale, p_.v_scale);
       }
     }
+  }
+
+  __device__ __forceinline__ void load_operand(uint16_t* tile, const KV* own_row, int first_lane, uint32_t rows_exist,
+                                               int32_t head_dim) const {
     const int lane = threadIdx.x % 32;
     const int lane_row = lane / LANES;
-    const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists) >> lane_row;
-    const auto load_operand = [&](T* tile, int first_lane, int32_t num_chunks) {
+    const uint64_t policy = plan_.tiles_per_part <= p_.config.few_tiles ? evict_first_policy() : evict_normal_policy();
 #pragma unroll
-      for (int i = 0; i < kWarpKeys; i += ROWS_PER_PASS) {
-        const T* const source = reinterpret_cast<const T*>(
-            __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own_row), first_lane + i + lane_row));
+    for (int i = 0; i < KEYS; i += ROWS_PER_PASS) {
+      const KV* const source = reinterpret_cast<const KV*>(
+          __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own_row), first_lane + i + lane_row));
 #pragma unroll
-        for (int chunk = lane % LANES; chunk < CHUNKS; chunk += LANES) {
-          const bool in_row = chunk < num_chunks;
-          cp_async_16(tile + swizzled<HEAD_DIM>(i + lane_row, chunk), source + (in_row ? chunk * 8 : 0),
-                      in_row && (rows_exist >> (first_lane + i) & 1) != 0);
-        }
+      for (int chunk = lane % LANES; chunk < CHUNKS; chunk += LANES) {
+        const bool in_row = chunk * CHUNK < head_dim;
+        cp_async_16(tile + swizzled<Ring::kColumns>(i + lane_row, chunk), source + (in_row ? chunk * CHUNK : 0),
+                    in_row && (rows_exist >> (first_lane + i + lane_row) & 1) != 0, policy);
       }
-    };
-    load_operand(stage.k, 0, p_.head_dim / 8);
-    load_operand(stage.v, kWarpKeys, p_.v_head_dim / 8);
+    }
   }
 
   const PagedDecodeParams& p_;
@@ -293,11 +210,61 @@ class DecodeLoader {
   DecodeCursor cursor_;
   int32_t tile_;  // the next one, and the lane's key in it
   int32_t key_ = 0;
-  int32_t page_ = 0;
+  int32_t page_ = 0;         // of that key; of contiguous keys the sequence
+  int32_t first_token_ = 0;  // of contiguous keys, of the sequence
   KeyRange visible_;
-  const T* rows_;  // of the sequence (or of all pages), of the KV head
   const int32_t* block_table_;
 };
+
+// ---------------------------------------------------------------------------------------------
+// K and V of 8 bits
+
+// Half of the fragments that warp_scores_8bit wants: a lane's share of a row of q, in fp16 and times a power of two,
+// and what its products are to be multiplied by to undo that. Dims from head_dim on are zeros. By whole warps.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4], float& row_scale, const T* row,
+                                            int half, int32_t head_dim) {
+  constexpr int CHUNKS = HEAD_DIM / 16;
+  uint2 fours[CHUNKS];
+  float largest = 0.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    fours[chunk] = make_uint2(0, 0);
+    if (chunk * 16 < head_dim) {
+      fours[chunk] = *reinterpret_cast<const uint2*>(row + chunk * 16 + threadIdx.x % 4 * 4);
+    }
+    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  // From the bits of its exponent; above 2^126 the inverse would be 0.
+  const uint32_t exponent = min(__float_as_uint(largest) >> 23, 253u);
+  row_scale = __uint_as_float(exponent << 23);
+  const float inverse = __uint_as_float((254u - exponent) << 23);
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
+    q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
+    q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
+  }
+}
+
+__device__ __forceinline__ float scale_of_head(const KvScale& scale, int32_t kv_head_idx) {
+  return scale.data == nullptr ? 1.0f : scale.data[kv_head_idx * scale.head_stride];
+}
+
+// Those of a lane's columns of the scores, or ones.
+template <int KEY_TILES>
+__device__ __forceinline__ void scales_of_lane(float (&scales)[KEY_TILES][2], const float* of_keys, bool there) {
+#pragma unroll
+  for (int tile = 0; tile < KEY_TILES; ++tile) {
+    const float2 pair =
+        there ? *reinterpret_cast<const float2*>(of_keys + tile * 8 + threadIdx.x % 4 * 2) : make_float2(1.0f, 1.0f);
+    scales[tile][0] = pair.x;
+    scales[tile][1] = pair.y;
+  }
+}
 
 // ---------------------------------------------------------------------------------------------
 // Results
@@ -366,10 +333,13 @@ struct DecodeOutput {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
+// T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t.
+template <typename T, typename KV, int HEAD_DIM>
+__global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
-  using Ring = PagedDecodeRing<T, HEAD_DIM>;
+  using Ring = PagedDecodeRing<KV, HEAD_DIM>;
+  constexpr bool K_8BIT = Ring::k8Bit;
+  constexpr int KEYS = Ring::kKeys, KEY_TILES = KEYS / 8;
   constexpr int STAGES = Ring::kStages;
   constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
   extern __shared__ __align__(128) unsigned char smem_bytes[];
@@ -390,7 +360,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
 
   const DecodePlan plan(p);
   if (plan.begin_tile >= plan.end_tile) return;
-  DecodeLoader<T, HEAD_DIM> loader(p, plan);
+  DecodeLoader<KV, HEAD_DIM> loader(p, plan);
 
   // Softcap and ALiBi give scores in base 2; without them the softmax scales.
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
@@ -419,6 +389,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
   uint32_t q_frag[HEAD_DIM / 16][4];
   OnlineSoftmax<1> softmax;
   float acc[1][HEAD_DIM / 8][4];
+  // K and V of 8 bits: what scores are to be multiplied by, and O.
+  constexpr float kLeastScale = 1e-30f;
+  float row_scale[2], value_scale = 1.0f;
   // The KV head's row of a lane's scores [..][2 * half ..]; behind the end it is the last one again.
   const auto lane_row = [&](int half) {
     return plan.first_row + max(min(half * 8 + lane / 4, sequence.num_rows - 1), 0);
@@ -426,7 +399,6 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
 
   int stage = 0;
   // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
-  static_assert(STAGES > 2);
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
   for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
@@ -434,19 +406,26 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
-      first_key = cursor.first_key + warp_idx * kWarpKeys;
+      first_key = cursor.first_key + warp_idx * KEYS;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t row = half * 8 + lane / 4, row_of_head = plan.first_row + row;
         const T* const source = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride +
                                 (sequence.q_start + p.group_size.divide(row_of_head)) * p.q_token_stride +
-                                plan.head(p, row_of_head) * p.q_head_stride + 2 * (lane % 4);
+                                plan.head(p, row_of_head) * p.q_head_stride;
+        if constexpr (K_8BIT) {
+          load_q_8bit<T, HEAD_DIM>(q_frag, row_scale[half], source, half, row < sequence.num_rows ? p.head_dim : 0);
+          if (!p.scales_of_tokens) row_scale[half] *= scale_of_head(p.k_scale, plan.kv_head_idx);
+        } else {
 #pragma unroll
-        for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
-          const bool valid = row < sequence.num_rows && chunk * 8 < p.head_dim;
-          q_frag[chunk / 2][chunk % 2 * 2 + half] = valid ? *reinterpret_cast<const uint32_t*>(source + chunk * 8) : 0;
+          for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
+            const bool valid = row < sequence.num_rows && chunk * 8 < p.head_dim;
+            const T* const pair = source + chunk * 8 + 2 * (lane % 4);
+            q_frag[chunk / 2][chunk % 2 * 2 + half] = valid ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+          }
         }
       }
+      if constexpr (K_8BIT) value_scale = p.scales_of_tokens ? kLeastScale : scale_of_head(p.v_scale, plan.kv_head_idx);
       softmax = OnlineSoftmax<1>();
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] = 0.0f;
@@ -458,19 +437,27 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
     if (tile < plan.begin_tile) continue;
     typename Ring::Stage& now = rings[warp_idx].stages[stage];
 
-    float scores[1][2][4] = {};
-    float odd_scores[2][4] = {};  // a second chain of products
-    const WarpOperandB<HEAD_DIM> keys(now.k, 0);
+    float scores[1][KEY_TILES][4] = {};
+    if constexpr (K_8BIT) {
+      warp_scores_8bit<KV>(scores[0], q_frag, KeyRows<HEAD_DIM>(now.k));
+      float k_scale[KEY_TILES][2];
+      scales_of_lane(k_scale, now.k_scale, p.scales_of_tokens);
 #pragma unroll
-    for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
-      uint32_t k_frag[4];
-      keys.load(k_frag, 0, kk);
-      auto& sums = kk % 2 == 0 ? scores[0] : odd_scores;
-      mma_m16n8k16<T>(sums[0], q_frag[kk], k_frag[0], k_frag[1]);
-      mma_m16n8k16<T>(sums[1], q_frag[kk], k_frag[2], k_frag[3]);
+      for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= row_scale[i % 4 / 2] * k_scale[i / 4][i % 2];
+    } else {
+      float odd_scores[KEY_TILES][4] = {};  // a second chain of products
+      const WarpOperandB<HEAD_DIM> keys(now.k, 0);
+#pragma unroll
+      for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
+        uint32_t k_frag[4];
+        keys.load(k_frag, 0, kk);
+        auto& sums = kk % 2 == 0 ? scores[0] : odd_scores;
+        mma_m16n8k16<T>(sums[0], q_frag[kk], k_frag[0], k_frag[1]);
+        mma_m16n8k16<T>(sums[1], q_frag[kk], k_frag[2], k_frag[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
 
     const AttentionMask& mask = sequence.mask;
     const int32_t lane_key = first_key + 2 * (lane % 4);
@@ -484,7 +471,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
           slope = kLog2E * p.alibi_slopes[(cursor.next_seq_idx - 1) * p.alibi_batch_stride + plan.head(p, row)];
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 2 * KEY_TILES; ++j) {
           float& score = scores[0][j / 2][half * 2 + j % 2];
           score *= score_scale.pre;
           if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
@@ -494,19 +481,37 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
     }
     // Not where all rows see all of the warp's keys.
     if (first_key < mask.visible(sequence.last_token).begin ||
-        first_key + kWarpKeys > mask.visible(sequence.first_token).end) {
+        first_key + KEYS > mask.visible(sequence.first_token).end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const KeyRange visible = mask.visible(p.group_size.divide(lane_row(half)));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 2 * KEY_TILES; ++j) {
           const int32_t key = lane_key + j / 2 * 8 + j % 2;
           if (key < visible.begin || key >= visible.end) scores[0][j / 2][half * 2 + j % 2] = -INFINITY;
         }
       }
     }
     softmax.update(scores, acc, softmax_scale);
-    warp_gemm_registers<T, 3>(acc, scores, WarpOperandB<HEAD_DIM, true>(now.v, 0));
+    if constexpr (K_8BIT) {
+      if (p.scales_of_tokens) {
+        const float largest = warp_reduce(fabsf(now.v_scale[lane]), [](float a, float b) { return fmaxf(a, b); });
+        if (largest > value_scale) {
+          const float correction = value_scale / largest;
+          value_scale = largest;
+#pragma unroll
+          for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] *= correction;
+        }
+        float v_scale[KEY_TILES][2];
+        scales_of_lane(v_scale, now.v_scale, true);
+        const float inverse = 1.0f / value_scale;
+#pragma unroll
+        for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= v_scale[i / 4][i % 2] * inverse;
+      }
+      warp_gemm_8bit<KV>(acc[0], scores[0], KeyRows<HEAD_DIM>(now.v));
+    } else {
+      warp_gemm_registers<T, 3>(acc, scores, WarpOperandB<HEAD_DIM, true>(now.v, 0));
+    }
     first_key += p.config.block_n;
     if (tile + 1 < min(cursor.seq_end, plan.end_tile)) continue;
 
@@ -521,11 +526,19 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
         warp_sums[warp_idx].row_max[row] = softmax.row_max[0][half];
         warp_sums[warp_idx].row_sum[row] = softmax.row_sum[0][half];
       }
+      float* const target = reinterpret_cast<float*>(&now);
 #pragma unroll
       for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-        float* const target =
-            reinterpret_cast<float*>(&now) + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4 / 2) + lane % 2 * 2;
-        *reinterpret_cast<float2*>(target) = make_float2(acc[0][nn][2 * half], acc[0][nn][2 * half + 1]);
+        const float (&sums)[4] = acc[0][nn];
+        if constexpr (!K_8BIT) {
+          *reinterpret_cast<float2*>(target + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4 / 2) + lane % 2 * 2) =
+              make_float2(sums[2 * half], sums[2 * half + 1]);
+        } else if (nn % 2 == 0) {
+          const float (&odd_sums)[4] = acc[0][nn + 1];
+          *reinterpret_cast<float4*>(target + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4)) =
+              make_float4(sums[2 * half] * value_scale, odd_sums[2 * half] * value_scale,
+                          sums[2 * half + 1] * value_scale, odd_sums[2 * half + 1] * value_scale);
+        }
       }
     }
     __syncthreads();
@@ -597,12 +610,12 @@ __global__ void __launch_bounds__(PagedDecodeRing<T, HEAD_DIM>::kMaxThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename KV, int HEAD_DIM>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
   const int smem_bytes =
-      p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<T, HEAD_DIM>) + sizeof(DecodeRowSums));
-  return launch_kernel(paged_decode_kernel<T, HEAD_DIM>, p.config.num_ctas, 32 * p.config.num_warps, smem_bytes, stream,
-                       p, ScoreScale::make(p.softmax_scale, p.softcap));
+      p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
+  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM>, p.config.num_ctas, 32 * p.config.num_warps, smem_bytes,
+                       stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

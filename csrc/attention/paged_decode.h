@@ -4,14 +4,20 @@
 
 #include <cuda_runtime_api.h>
 
+#include "arch/kv_scale.h"
 #include "attention/attention_params.h"
 #include "attention/paged_decode_config.h"
 
 namespace fastattn {
 
 struct PagedDecodeParams : AttentionParams {
-  // Workspaces, not initialized. A CTA has at most two parts of rows whose other keys are with other CTAs: one that it
-  // ends, and one that others go on with; so there are 2 * num_ctas slots.
+  DType kv_dtype = DType::kBFloat16;  // of k and v: dtype, or in pages kFloat8E4M3 or kInt8
+  KvScale k_scale, v_scale;           // with those two
+  bool scales_of_tokens = false;      // both are (num_blocks, block_size, Hk)
+  int32_t max_q_len = INT32_MAX;      // of longer sequences no result is given, another kernel has them
+
+  // Workspaces, not initialized, and not needed with one part. A CTA has at most two parts of rows whose other keys are
+  // with other CTAs: one that it ends, and one that others go on with; so there are 2 * num_ctas slots.
   float* partial_out = nullptr;   // (slots, 16, Dv) relative to the reference below
   float2* partial_sum = nullptr;  // (slots, 16): the rows' reference of exponentials (base 2), and sum
   uint64_t* marks = nullptr;      // (num_ctas): launch_id once the second one is there; 0 again at the end

@@ -8,23 +8,29 @@ namespace fastattn {
 
 // Compiled head dims; others are padded with zeros in shared memory to the next one.
 constexpr int kPagedDecodeHeadDims[] = {64, 96, 128, 192, 256};
+constexpr bool paged_decode_has_8bit(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
 
 // Packed rows (query token, head of the group) of a CTA: one product of the tensor cores.
 constexpr int kPagedDecodeRows = 16;
 
-// Of a tile, for one warp.
-constexpr int kPagedDecodeWarpKeys = 16;
-
-// Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim.
-constexpr int paged_decode_stages(int head_dim) {
-  if (head_dim <= 64) return 6;
-  if (head_dim <= 96) return 4;
-  if (head_dim <= 128) return 3;
-  return head_dim <= 192 ? 4 : 3;
+// Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a kernel
+// with larger tiles is better.
+constexpr int kPagedDecodeRowTiles = 2;
+// Query tokens of a sequence that are as many rows.
+constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
+  return kPagedDecodeRowTiles * kPagedDecodeRows / group_size;
 }
 
-// Warps of a CTA that fills an SM of Hopper: their rings are 192 KiB. A CTA of half as many is for GPUs with less
-// shared memory (96 KiB is within the limit of sm_86); Hopper holds two of those an SM.
+// Of a tile, for one warp: as many as make a stage of the same bytes.
+constexpr int paged_decode_warp_keys(bool is_8bit) { return is_8bit ? 32 : 16; }
+
+// Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim. One of them is
+// consumed, so that an SM of Hopper has 64 or 96 KiB in flight, twice what the memory brings it in a microsecond and
+// more; with still more they only wait in queues.
+constexpr int paged_decode_stages(int head_dim) { return head_dim == 128 || head_dim == 256 ? 2 : 3; }
+
+// Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (72 KiB
+// is within the limit of sm_86); Hopper holds two of those an SM.
 constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
 
 struct PagedDecodeProblem {
@@ -35,7 +41,8 @@ struct PagedDecodeProblem {
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;  // capacity (max_blocks * block_size) of a paged cache: lengths are not known
   int64_t num_sms;
-  bool large_smem;  // 227 KiB of shared memory for a CTA, as on Hopper
+  bool large_smem;       // 227 KiB of shared memory for a CTA, as on Hopper
+  bool is_8bit = false;  // K and V
 };
 
 struct PagedDecodeConfig {
@@ -49,28 +56,30 @@ struct PagedDecodeConfig {
   int64_t max_tiles;      // of a column, where every cache is full
   int64_t num_parts;      // CTAs of a column
   int64_t num_ctas;
+  int32_t few_tiles;  // where a part has no more, the call reads so little that it should leave the L2 cache as it is
 };
 
 // A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
 // captured CUDA graph stays valid, and balanced, while sequences grow.
 inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) {
-  // Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a
-  // kernel with larger tiles is better.
-  constexpr int64_t kMaxRowTiles = 2;
   constexpr int64_t kFewSequences = 8;
+  constexpr int64_t kFewBytes = 240 << 20;
   PagedDecodeConfig config = {};
   for (int head_dim : kPagedDecodeHeadDims) {
-    if (config.head_dim == 0 && problem.head_dim <= head_dim) config.head_dim = head_dim;
+    if (config.head_dim == 0 && problem.head_dim <= head_dim && (!problem.is_8bit || paged_decode_has_8bit(head_dim))) {
+      config.head_dim = head_dim;
+    }
   }
   const int64_t rows = problem.max_seqlen_q * (problem.num_heads / problem.num_kv_heads);
   config.num_row_tiles = (rows + kPagedDecodeRows - 1) / kPagedDecodeRows;
   config.num_columns = problem.num_kv_heads * config.num_row_tiles;
-  if (config.head_dim == 0 || config.num_columns == 0 || config.num_row_tiles > kMaxRowTiles) return config;
+  const bool few_rows = config.num_row_tiles <= kPagedDecodeRowTiles;  // more only where no other kernel reads K and V
+  if (config.head_dim == 0 || config.num_columns == 0 || (!few_rows && !problem.is_8bit)) return config;
 
   const int max_warps = paged_decode_max_warps(config.head_dim);
   const auto use = [&](int num_warps) {
     config.num_warps = num_warps;
-    config.block_n = num_warps * kPagedDecodeWarpKeys;
+    config.block_n = num_warps * paged_decode_warp_keys(problem.is_8bit);
     config.block_n_log2 = 0;
     while (1 << config.block_n_log2 < config.block_n) ++config.block_n_log2;
     config.max_tiles =
@@ -85,6 +94,11 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
   const bool few_ctas = config.num_ctas * 10 < problem.num_sms * 9;
   const bool many_sequences = problem.num_seqs > kFewSequences && config.head_dim <= 128;
   if (!problem.large_smem || few_ctas || many_sequences) use(max_warps / 2);
+
+  // Many row tiles are to find in the L2 cache what others have read a while ago.
+  const int64_t tile_bytes = config.block_n * config.head_dim * (problem.is_8bit ? 2 : 4);
+  const int64_t num_readers = std::max<int64_t>(1, config.num_parts * problem.num_kv_heads);
+  if (few_rows) config.few_tiles = static_cast<int32_t>(kFewBytes / (tile_bytes * num_readers));
 
   // Tiles are counted in 32 bits.
   config.fits = config.max_tiles < INT32_MAX / 2 && config.num_ctas < INT32_MAX / 2;

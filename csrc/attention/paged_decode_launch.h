@@ -6,7 +6,8 @@
 
 namespace fastattn {
 
-template <typename T, int HEAD_DIM>
+// T: of q and out. KV: of k and v.
+template <typename T, typename KV, int HEAD_DIM>
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -6,9 +6,15 @@
 //   q (T, H, D) in place   k, v (T, Hk, D) -> caches (num_blocks, block_size, Hk, D)   cos_sin (max_position,
 //   rotary_dim) fp32
 //
+// Caches of 8 bits (e4m3, int8) take x / scale, rounded once: with a scale of each KV head that is given, or with one
+// of each token's head, which is made here: its largest magnitude / 448 or 127, or 1 for zeros. That takes another pass
+// over the head.
+//
 // Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
-// rotated part and VEC elements at a time of the rest, and writes the elements that it read: q is rotated in place.
+// rotated part and VEC elements at a time of the rest, and gives on the elements that it read: q is rotated in place.
 // Memory bounds it.
+#include <cuda_fp8.h>
+
 #include <cmath>
 
 #include "arch/dispatch.h"
@@ -21,11 +27,11 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// Head `source` normalized (norm_weight may be nullptr), rotated by angles cos, sin (rotary_dim / 2 each) and written
-// to `target`, which may be `source`.
-template <typename T, int VEC, bool INTERLEAVED>
-__device__ __forceinline__ void rotate_head(const T* source, T* target, const T* norm_weight, const float* cos,
-                                            const float* sin, const RopeKvWriteParams& p) {
+// Head `source` normalized (norm_weight may be nullptr) and rotated by angles cos, sin (rotary_dim / 2 each):
+// put(element, values) for neighbouring elements from `element` on.
+template <typename T, int VEC, bool INTERLEAVED, typename Put>
+__device__ __forceinline__ void rotate_head(const T* source, const T* norm_weight, const float* cos, const float* sin,
+                                            const RopeKvWriteParams& p, Put put) {
   const int lane = threadIdx.x % 32;
   const int half = p.rotary_dim / 2;
   float scale = 1.0f;
@@ -81,20 +87,59 @@ __device__ __forceinline__ void rotate_head(const T* source, T* target, const T*
       float alternating[2 * VEC];
 #pragma unroll
       for (int i = 0; i < 2 * VEC; ++i) alternating[i] = both[i % 2 * VEC + i / 2];
-      store_vec<2 * VEC>(target + 2 * pair, alternating);
+      put(2 * pair, alternating);
     } else {
-      store_vec<VEC>(target + pair, reinterpret_cast<float (&)[VEC]>(both[0]));
-      store_vec<VEC>(target + half + pair, reinterpret_cast<float (&)[VEC]>(both[VEC]));
+      put(pair, reinterpret_cast<float (&)[VEC]>(both[0]));
+      put(half + pair, reinterpret_cast<float (&)[VEC]>(both[VEC]));
     }
   }
   for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += 32 * VEC) {
     float values[VEC];
     load(element, values);
-    store_vec<VEC>(target + element, values);
+    put(element, values);
   }
 }
 
-template <typename T, int VEC, bool INTERLEAVED>
+// Of a number of 8 bits.
+template <typename KV>
+constexpr float kLargest = sizeof(KV) == 1 ? 127.0f : 0.0f;
+template <>
+constexpr float kLargest<__nv_fp8_e4m3> = 448.0f;
+
+// Beyond the largest it is that; a NaN is 0 in int8.
+template <typename KV>
+__device__ __forceinline__ KV narrow(float value) {
+  return KV(value);
+}
+template <>
+__device__ __forceinline__ int8_t narrow<int8_t>(float value) {
+  return static_cast<int8_t>(max(-127, min(127, __float2int_rn(value))));
+}
+
+// A head to a cache of 8 bits: each(put) calls put for all of a lane's elements, and does so again.
+template <typename KV, typename Each>
+__device__ __forceinline__ void write_8bit(KV* target, float* own_scale, bool make_scale, Each each) {
+  float scale = own_scale == nullptr ? 1.0f : *own_scale;
+  if (make_scale) {
+    uint32_t largest = 0;  // as bits: NaN is above infinity, and both above every number
+    each([&](int, const auto& values) {
+      for (float value : values) largest = max(largest, __float_as_uint(fabsf(value)));
+    });
+    largest = warp_reduce(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
+    scale = __uint_as_float(largest) / kLargest<KV>;
+    if (scale == 0.0f) scale = 1.0f;
+    if (threadIdx.x % 32 == 0) *own_scale = scale;
+  }
+  each([&](int element, const auto& values) {
+    constexpr int COUNT = sizeof(values) / sizeof(float);
+    Pack<KV, COUNT> pack;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) pack.values[i] = narrow<KV>(values[i] / scale);
+    *reinterpret_cast<Pack<KV, COUNT>*>(target + element) = pack;
+  });
+}
+
+template <typename T, typename KV, int VEC, bool INTERLEAVED>
 __global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid_constant__ RopeKvWriteParams p) {
   const int64_t token_idx = blockIdx.x;
   int32_t head_idx = blockIdx.y * kWarps + threadIdx.x / 32;
@@ -105,9 +150,12 @@ __global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid
   const float* const cos = known ? p.cos_sin + position * p.cos_sin_stride : nullptr;
   const float* const sin = known ? cos + p.rotary_dim / 2 : nullptr;
 
+  const auto to_row = [](T* target) {
+    return [=](int element, const auto& values) { store_vec(target + element, values); };
+  };
   if (head_idx < p.num_heads) {
     T* const head = static_cast<T*>(p.q) + token_idx * p.q_token_stride + head_idx * p.q_head_stride;
-    rotate_head<T, VEC, INTERLEAVED>(head, head, static_cast<const T*>(p.q_norm_weight), cos, sin, p);
+    rotate_head<T, VEC, INTERLEAVED>(head, static_cast<const T*>(p.q_norm_weight), cos, sin, p, to_row(head));
     return;
   }
   head_idx -= p.num_heads;
@@ -117,29 +165,53 @@ __global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid
   const int32_t block = p.block_size_div.divide(slot);
   const int32_t offset = slot - block * p.block_size;
   if (block >= p.num_blocks) return;
+  const auto scale_of = [&](const KvScale& scale) {
+    if (scale.data == nullptr) return scale.data;
+    return scale.data + block * scale.block_stride + offset * scale.token_stride + head_idx * scale.head_stride;
+  };
   if (head_idx < p.num_kv_heads) {
     const T* const head = static_cast<const T*>(p.k) + token_idx * p.k_token_stride + head_idx * p.k_head_stride;
-    T* const target = static_cast<T*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
-                      head_idx * p.k_cache_head_stride;
-    rotate_head<T, VEC, INTERLEAVED>(head, target, static_cast<const T*>(p.k_norm_weight), cos, sin, p);
+    KV* const target = static_cast<KV*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
+                       head_idx * p.k_cache_head_stride;
+    const auto each = [&](auto put) {
+      rotate_head<T, VEC, INTERLEAVED>(head, static_cast<const T*>(p.k_norm_weight), cos, sin, p, put);
+    };
+    if constexpr (sizeof(KV) == 1) {
+      write_8bit(target, scale_of(p.k_scale), p.scales_of_tokens, each);
+    } else {
+      each(to_row(target));
+    }
   } else {
     head_idx -= p.num_kv_heads;
     const T* const head = static_cast<const T*>(p.v) + token_idx * p.v_token_stride + head_idx * p.v_head_stride;
-    T* const target = static_cast<T*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
-                      head_idx * p.v_cache_head_stride;
-    for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) {
-      // As it is, not through fp32: a NaN keeps its bits.
-      *reinterpret_cast<Pack<T, VEC>*>(target + element) = *reinterpret_cast<const Pack<T, VEC>*>(head + element);
+    KV* const target = static_cast<KV*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
+                       head_idx * p.v_cache_head_stride;
+    const auto each_element = [&](auto f) {
+      for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) f(element);
+    };
+    if constexpr (sizeof(KV) == 1) {
+      write_8bit(target, scale_of(p.v_scale), p.scales_of_tokens, [&](auto put) {
+        each_element([&](int element) {
+          float values[VEC];
+          load_vec<VEC>(head + element, values);
+          put(element, values);
+        });
+      });
+    } else {
+      each_element([&](int element) {
+        // As it is, not through fp32: a NaN keeps its bits.
+        *reinterpret_cast<Pack<T, VEC>*>(target + element) = *reinterpret_cast<const Pack<T, VEC>*>(head + element);
+      });
     }
   }
 }
 
-template <typename T, int VEC>
+template <typename T, typename KV, int VEC>
 cudaError_t launch(const RopeKvWriteParams& p, cudaStream_t stream) {
   const int32_t num_heads = p.num_heads + 2 * p.num_kv_heads;
   const int64_t groups = (num_heads + kWarps - 1) / kWarps;
   if (p.num_tokens > INT32_MAX || groups > 65535) return cudaErrorInvalidConfiguration;
-  const auto kernel = p.interleaved ? rope_kv_write_kernel<T, VEC, true> : rope_kv_write_kernel<T, VEC, false>;
+  const auto kernel = p.interleaved ? rope_kv_write_kernel<T, KV, VEC, true> : rope_kv_write_kernel<T, KV, VEC, false>;
   const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(groups));
   kernel<<<grid, 32 * kWarps, 0, stream>>>(p);
   return cudaGetLastError();
@@ -163,7 +235,12 @@ cudaError_t rope_kv_write(const RopeKvWriteParams& params, cudaStream_t stream) 
   p.block_size_div = FastDivide(p.block_size);
   return dispatch_half(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return even_rows(p) ? launch<T, 2>(p, stream) : launch<T, 1>(p, stream);
+    const auto launch_to = [&](auto cache_element) {
+      using KV = decltype(cache_element);
+      return even_rows(p) ? launch<T, KV, 2>(p, stream) : launch<T, KV, 1>(p, stream);
+    };
+    if (p.cache_dtype == DType::kFloat8E4M3) return launch_to(__nv_fp8_e4m3());
+    return p.cache_dtype == DType::kInt8 ? launch_to(int8_t()) : launch_to(element);
   });
 }
 

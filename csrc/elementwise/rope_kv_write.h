@@ -7,6 +7,7 @@
 
 #include "arch/dtype.h"
 #include "arch/fast_divide.h"
+#include "arch/kv_scale.h"
 
 namespace fastattn {
 
@@ -22,6 +23,8 @@ struct RopeKvWriteParams {
   void* v_cache = nullptr;
   const void* q_norm_weight = nullptr;  // (D) or nullptr
   const void* k_norm_weight = nullptr;
+  KvScale k_scale, v_scale;  // of caches of 8 bits; those of tokens are written too
+  bool scales_of_tokens = false;
 
   int64_t q_token_stride = 0, q_head_stride = 0;
   int64_t k_token_stride = 0, k_head_stride = 0;
@@ -38,6 +41,7 @@ struct RopeKvWriteParams {
   float norm_eps = 0.0f;
   bool interleaved = false;
   DType dtype = DType::kBFloat16;
+  DType cache_dtype = DType::kBFloat16;  // dtype, kFloat8E4M3 or kInt8
 
   FastDivide block_size_div;  // set by rope_kv_write
 };

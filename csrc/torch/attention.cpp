@@ -8,12 +8,25 @@
 namespace fastattn {
 namespace {
 
-ScalarType out_dtype(const Tensor& q) { return is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type(); }
+struct Results {
+  Tensor out, lse;
+};
+
+// Not written yet. out is like q, with V's head dim; lse is (B, H, Sq), packed (H, T).
+Results new_results(const AttentionCall& call) {
+  const Tensor& q = call.q;
+  const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
+  std::vector<int64_t> out_shape = shape_of(q), lse_shape = {q.size(batch + 2), q.size(batch + 1)};
+  out_shape.back() = call.v_head_dim();
+  if (batch >= 0) lse_shape.insert(lse_shape.begin(), q.size(0));
+  return {empty(q, out_shape, is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type()),
+          empty(q, lse_shape, ScalarType::Float)};
+}
 
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                               std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10});
+                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k)});
 }
 
 // Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
@@ -31,10 +44,10 @@ bool for_sm90(const Checks& checks, const AttentionCall& call) {
 }
 
 cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
-  const int64_t num_slots = 2 * p.config.num_ctas;
+  const int64_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0, num_slots = 2 * num_marks;
   Tensor partial_out = empty(q, {num_slots, kPagedDecodeRows, p.v_head_dim}, ScalarType::Float);
   Tensor partial_sum = empty(q, {num_slots, kPagedDecodeRows, 2}, ScalarType::Float);
-  Tensor marks = empty(q, {p.config.num_ctas}, ScalarType::Long);
+  Tensor marks = empty(q, {num_marks}, ScalarType::Long);
   p.partial_out = static_cast<float*>(partial_out.data_ptr());
   p.partial_sum = static_cast<float2*>(partial_sum.data_ptr());
   p.marks = static_cast<uint64_t*>(marks.data_ptr());
@@ -53,17 +66,10 @@ cudaError_t run(const Tensor& q, FlashSm80Params p, cudaStream_t stream) {
 }
 
 // On a portable kernel; pages are in the parameters already.
-std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const AttentionCall& call) {
+void run_portable(const char* op, AttentionParams p, const AttentionCall& call, const Results& results) {
+  if (call.q.numel() == 0) return;
   const int64_t batch = call.q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
-  std::vector<int64_t> out_shape = shape_of(call.q);
-  out_shape.back() = call.v_head_dim();
-  Tensor out = empty(call.q, out_shape, out_dtype(call.q));
-  std::vector<int64_t> lse_shape = {call.q.size(head), call.q.size(token)};
-  if (batch >= 0) lse_shape.insert(lse_shape.begin(), call.q.size(0));
-  Tensor lse = empty(call.q, lse_shape, ScalarType::Float);
-  if (call.q.numel() == 0) return {out, lse};
-
   const Tensor q = with_aligned_rows(call.q);
   const Tensor k = p.paged ? call.k : with_aligned_rows(call.k), v = p.paged ? call.v : with_aligned_rows(call.v);
   fill_params(p, call);
@@ -71,8 +77,8 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
-  p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
+  p.out = results.out.data_ptr();
+  p.lse = static_cast<float*>(results.lse.data_ptr());
   p.q_token_stride = q.stride(token);
   p.q_head_stride = q.stride(head);
   p.num_tokens = q.size(token);
@@ -95,6 +101,11 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
     PagedDecodeParams own;
     static_cast<AttentionParams&>(own) = p;
     own.config = decode;
+    own.max_q_len = static_cast<int32_t>(call.max_q_len);
+    own.kv_dtype = dtype_of(k);
+    own.k_scale = kv_scale_of(call.k_scale);
+    own.v_scale = kv_scale_of(call.v_scale);
+    own.scales_of_tokens = call.k_scale && call.k_scale->dim() == 3;
     check_launch(op, run(q, own, stream_of(q)));
   } else {
     FlashSm80Params own;
@@ -104,19 +115,14 @@ std::tuple<Tensor, Tensor> run_portable(const char* op, AttentionParams p, const
                                     num_sms_of(call.q)});
     check_launch(op, run(q, own, stream_of(q)));
   }
-  return {out, lse};
 }
 
 // On the Hopper kernel: there are some of q.
-std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
+void run_sm90(const char* op, const AttentionCall& call, const Results& results) {
   const Tensor q = with_distinct_rows(call.q), k = with_distinct_rows(call.k), v = with_distinct_rows(call.v);
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
-  std::vector<int64_t> out_shape = shape_of(q);
-  out_shape.back() = call.v_head_dim();
-  Tensor out = empty(q, out_shape, out_dtype(q));
-  Tensor lse = batch < 0 ? empty(q, {q.size(head), q.size(token)}, ScalarType::Float)
-                         : empty(q, {q.size(0), q.size(head), q.size(token)}, ScalarType::Float);
+  const auto& [out, lse] = results;
   Tensor tile_counter = empty(q, {1}, ScalarType::Int);
   FlashFwdSm90Params p;
   fill_params(p, call);
@@ -171,28 +177,40 @@ std::tuple<Tensor, Tensor> run_sm90(const char* op, const AttentionCall& call) {
     p.partial_out = static_cast<float*>(partial_out->data_ptr());
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
+  p.min_q_len = static_cast<int32_t>(call.min_q_len);
   check_launch(op, flash_fwd_sm90(p, stream_of(q)));
-  return {out, lse};
+}
+
+// A call without pages.
+std::tuple<Tensor, Tensor> run(const char* op, const Checks& checks, const AttentionCall& call) {
+  const OnDeviceOf guard(call.q);
+  const Results results = new_results(call);
+  if (for_sm90(checks, call)) {
+    run_sm90(op, call, results);
+  } else {
+    run_portable(op, {}, call, results);
+  }
+  return {results.out, results.lse};
 }
 
 std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                               const Tensor& cu_seqlens_q, const Tensor& seqused_k,
                                               const Tensor& block_table, const MaybeTensor& alibi_slopes,
-                                              const MaybeTensor& sinks, int64_t max_seqlen_q, double softmax_scale,
+                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                              const MaybeTensor& v_scale, int64_t max_seqlen_q, double softmax_scale,
                                               bool causal, int64_t window_left, int64_t window_right, double softcap) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
-  checks.shape("k_cache", k_cache, {kAny, kAny, kAny, q.size(2)}).dtype("k_cache", k_cache, {q.scalar_type()});
-  checks.shape("v_cache", v_cache, {k_cache.size(0), k_cache.size(1), k_cache.size(2), q.size(2)})
-      .dtype("v_cache", v_cache, {q.scalar_type()});
+  checks.caches(q, k_cache, v_cache, k_scale, v_scale);
   checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
   const int64_t num_seqs = seqused_k.size(0);
   checks.shape("cu_seqlens_q", cu_seqlens_q, {num_seqs + 1}).dtype("cu_seqlens_q", cu_seqlens_q, {ScalarType::Int});
   checks.shape("block_table", block_table, {num_seqs, kAny}).dtype("block_table", block_table, {ScalarType::Int});
   // A copy of the cache at every call would hide a slowness of orders of magnitude.
-  checks.that(rows_aligned(k_cache) && rows_aligned(v_cache),
-              "k_cache and v_cache have rows that are not 16-byte aligned, expected strides that are multiples of 8");
+  checks.that(
+      rows_aligned(k_cache) && rows_aligned(v_cache),
+      "k_cache and v_cache have rows that are not 16-byte aligned, expected strides that are multiples of 16 bytes");
   const AttentionCall call = {.q = q,
                               .k = k_cache,
                               .v = v_cache,
@@ -201,6 +219,8 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .block_table = block_table,
                               .alibi_slopes = alibi_slopes,
                               .sinks = sinks,
+                              .k_scale = k_scale,
+                              .v_scale = v_scale,
                               .num_seqs = num_seqs,
                               .max_seqlen_q = max_seqlen_q,
                               .max_seqlen_k = block_table.size(1) * k_cache.size(1),
@@ -210,15 +230,26 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .window_right = window_right,
                               .softcap = softcap};
   check_call(checks, call);
+  checks.that(!is_8bit(k_cache) || q.numel() == 0 || decode_config_of(call).fits,
+              "block_table has room for 2^30 tiles of keys or more");
 
   const OnDeviceOf guard(q);
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
-  // decode kernel takes two tiles of rows too: they share what they read. And a sequence of one token among long ones
-  // costs the Hopper kernel a tile for each query head, the portable one a tile for each KV head.
+  // decode kernel takes two tiles of rows too: they share what they read. And the Hopper kernel takes a tile for each
+  // query head, even of a sequence of one token: in a mixed batch it leaves those to the decode kernel.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const bool long_ones = q.size(0) >= 64 * num_seqs;
-  if (copyable && long_ones && !decode_config_of(call).fits && for_sm90(checks, call)) return run_sm90(op, call);
+  const bool long_ones = max_seqlen_q >= 64 && !is_8bit(k_cache) && !decode_config_of(call).fits;
+  const bool sm90 = copyable && long_ones && for_sm90(checks, call);
+  const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
+  const bool mixed = sm90 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
+  const Results results = new_results(call);
+  if (sm90) {
+    AttentionCall long_call = call;
+    if (mixed) long_call.min_q_len = few_tokens + 1;
+    run_sm90(op, long_call, results);  // first: where keys are split it leaves something in the others' rows too
+    if (!mixed) return {results.out, results.lse};
+  }
   AttentionParams p;
   p.paged = true;
   p.block_table = data<int32_t>(block_table);
@@ -232,7 +263,10 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   p.num_blocks = static_cast<int32_t>(k_cache.size(0));
   p.max_blocks = static_cast<int32_t>(block_table.size(1));
   p.block_size = static_cast<int32_t>(std::max<int64_t>(k_cache.size(1), 1));
-  return run_portable(op, p, call);
+  AttentionCall short_call = call;
+  if (mixed) short_call.max_seqlen_q = short_call.max_q_len = few_tokens;
+  run_portable(op, p, short_call, results);
+  return {results.out, results.lse};
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_op(
@@ -272,9 +306,7 @@ std::tuple<Tensor, Tensor> varlen_attention_op(
                               .softcap = softcap,
                               .kernel = kernel};
   check_call(checks, call);
-
-  const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
+  return run(op, checks, call);
 }
 
 std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -306,9 +338,7 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, 
                               .softcap = softcap,
                               .kernel = kernel};
   check_call(checks, call);
-
-  const OnDeviceOf guard(q);
-  return for_sm90(checks, call) ? run_sm90(op, call) : run_portable(op, {}, call);
+  return run(op, checks, call);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace fastattn {
 namespace {
 
 void check_head_dim(const Checks& checks, const char* name, const Tensor& t) {
-  const int64_t head_dim = t.size(t.dim() - 1), multiple = is_fp8(t) ? 16 : 8;
+  const int64_t head_dim = t.size(t.dim() - 1), multiple = is_8bit(t) ? 16 : 8;
   checks.that(head_dim > 0 && head_dim % multiple == 0 && head_dim <= 256,
               std::string(name) + " has head dim " + std::to_string(head_dim) + ", expected a multiple of " +
                   std::to_string(multiple) + " up to 256");
@@ -15,7 +15,7 @@ void check_head_dim(const Checks& checks, const char* name, const Tensor& t) {
 }  // namespace
 
 bool rows_aligned(const Tensor& t) {
-  const int64_t last = t.dim() - 1, elements = is_fp8(t) ? 16 : 8;
+  const int64_t last = t.dim() - 1, elements = is_8bit(t) ? 16 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && (t.size(last) <= 1 || t.stride(last) == 1);
   for (int64_t i = 0; i < last; ++i) aligned = aligned && (t.size(i) <= 1 || t.stride(i) % elements == 0);
   return aligned;

@@ -8,10 +8,6 @@
 
 namespace fastattn {
 
-using MaybeTensor = std::optional<Tensor>;
-
-inline bool is_fp8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
-
 // Every row (last dimension) is contiguous and begins at a multiple of 16 bytes, which is what cp.async and the copy
 // engine copy.
 bool rows_aligned(const Tensor& t);
@@ -29,12 +25,15 @@ struct AttentionCall {
   MaybeTensor block_table = std::nullopt;  // k and v are pages (num_pages, page size, Hk, D)
   MaybeTensor alibi_slopes = std::nullopt, sinks = std::nullopt;
   MaybeTensor q_descale = std::nullopt, k_descale = std::nullopt, v_descale = std::nullopt;
+  MaybeTensor k_scale = std::nullopt, v_scale = std::nullopt;  // pages of 8 bits only
   int64_t num_seqs = 0, max_seqlen_q = 0, max_seqlen_k = 0;
   double softmax_scale = 1.0;
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
   double softcap = 0.0;
   int64_t kernel = 0;
+  // Packed only: results are wanted of sequences of so many query tokens.
+  int64_t min_q_len = 0, max_q_len = INT32_MAX;
 
   int64_t num_heads() const { return q.size(q.dim() - 2); }
   int64_t num_kv_heads() const { return v.size(v.dim() - 2); }

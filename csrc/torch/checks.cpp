@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace fastattn {
 namespace {
@@ -76,6 +77,35 @@ const Checks& Checks::dtype(const char* name, const Tensor& t, std::initializer_
     that(false, std::string(name) + " is " + text(t.scalar_type()) + ", expected " + names);
   }
   return *this;
+}
+
+const Checks& Checks::caches(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const MaybeTensor& k_scale,
+                             const MaybeTensor& v_scale) const {
+  shape("k_cache", k_cache, {kAny, kAny, kAny, q.size(q.dim() - 1)});
+  dtype("k_cache", k_cache, {q.scalar_type(), ScalarType::Float8_e4m3fn, ScalarType::Char});
+  shape("v_cache", v_cache, {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
+  dtype("v_cache", v_cache, {k_cache.scalar_type()});
+  const bool of_heads = k_scale && k_scale->dim() == 1;
+  for (const auto& [name, scale] : {std::pair("k_scale", &k_scale), std::pair("v_scale", &v_scale)}) {
+    that(scale->has_value() == k_scale.has_value(), "k_scale and v_scale are not both given, expected both or neither");
+    if (!*scale) continue;
+    dtype(name, **scale, {ScalarType::Float});
+    std::vector<int64_t> expected = {k_cache.size(0), k_cache.size(1), k_cache.size(2)};
+    if (of_heads) expected = {k_cache.size(2)};
+    that((*scale)->is_cuda() && (*scale)->get_device_index() == device_index_ && shape_of(**scale) == expected,
+         std::string(name) + " has shape " + text(shape_of(**scale)) +
+             ", expected (Hk) or (num_blocks, block_size, Hk) " + text(expected) + " on CUDA device " +
+             std::to_string(device_index_));
+  }
+  that(!k_scale || is_8bit(k_cache), "k_scale is given, expected it with caches of float8_e4m3fn or int8 only");
+  return that(k_scale || k_cache.scalar_type() != ScalarType::Char, "k_scale is not given, expected it for int8");
+}
+
+KvScale kv_scale_of(const MaybeTensor& scale) {
+  if (!scale) return {};
+  float* const data = static_cast<float*>(scale->data_ptr());
+  if (scale->dim() == 1) return {data, 0, 0, scale->stride(0)};
+  return {data, scale->stride(0), scale->stride(1), scale->stride(2)};
 }
 
 void Checks::device_and_last_stride(const char* name, const Tensor& t) const {

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "arch/kv_scale.h"
 #include "torch/common.h"
 
 namespace fastattn {
@@ -21,6 +22,9 @@ class Checks {
   // One to three dimensions, the last one contiguous.
   const Checks& rows(const char* name, const Tensor& t) const;
   const Checks& dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const;
+  // Of a K and a V cache (num_blocks, block_size, Hk, D) for q: its dtype, or 8 bits, then with their scales.
+  const Checks& caches(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const MaybeTensor& k_scale,
+                       const MaybeTensor& v_scale) const;
   const Checks& that(bool holds, const std::string& message) const;
 
  private:
@@ -29,6 +33,8 @@ class Checks {
   const char* op_;
   int32_t device_index_;
 };
+
+KvScale kv_scale_of(const MaybeTensor& scale);
 
 inline constexpr std::initializer_list<ScalarType> kHalves = {ScalarType::BFloat16, ScalarType::Half};
 inline constexpr std::initializer_list<ScalarType> kAttentionInputs = {ScalarType::BFloat16, ScalarType::Half,

@@ -14,6 +14,8 @@ DType dtype_of(const Tensor& t) {
       return DType::kFloat16;
     case ScalarType::Float8_e4m3fn:
       return DType::kFloat8E4M3;
+    case ScalarType::Char:
+      return DType::kInt8;
     default:
       return DType::kBFloat16;
   }

@@ -21,8 +21,12 @@ namespace fastattn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
-// bf16, fp16, fp32 and e4m3 only; the checks have refused everything else.
+inline bool is_fp8(const Tensor& t) { return t.scalar_type() == ScalarType::Float8_e4m3fn; }
+inline bool is_8bit(const Tensor& t) { return is_fp8(t) || t.scalar_type() == ScalarType::Char; }
+
+// bf16, fp16, fp32, e4m3 and int8 only; the checks have refused everything else.
 DType dtype_of(const Tensor& t);
 
 // The stream that torch works on at present, on t's device.

@@ -61,8 +61,8 @@ Tensor embedding_op(const Tensor& token_ids, const Tensor& weight, double scale)
 
 void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin, const Tensor& positions,
                       const Tensor& slot_mapping, const Tensor& k_cache, const Tensor& v_cache,
-                      const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
-                      double norm_eps, bool interleaved) {
+                      const MaybeTensor& q_norm_weight, const MaybeTensor& k_norm_weight, const MaybeTensor& k_scale,
+                      const MaybeTensor& v_scale, double norm_eps, bool interleaved) {
   const Checks checks("rope_kv_write", "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
   const int64_t num_tokens = q.size(0);
@@ -76,9 +76,9 @@ void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
                   ", expected it even and at most D = " + std::to_string(head_dim));
   checks.shape("positions", positions, {num_tokens}).dtype("positions", positions, {ScalarType::Int});
   checks.shape("slot_mapping", slot_mapping, {num_tokens}).dtype("slot_mapping", slot_mapping, {ScalarType::Int});
-  checks.shape("k_cache", k_cache, {kAny, kAny, num_kv_heads, head_dim}).dtype("k_cache", k_cache, {q.scalar_type()});
-  checks.shape("v_cache", v_cache, {k_cache.size(0), k_cache.size(1), num_kv_heads, head_dim})
-      .dtype("v_cache", v_cache, {q.scalar_type()});
+  checks.caches(q, k_cache, v_cache, k_scale, v_scale);
+  checks.that(k_cache.size(2) == num_kv_heads,
+              "k_cache has " + std::to_string(k_cache.size(2)) + " KV heads, expected " + std::to_string(num_kv_heads));
   checks.that(k_cache.size(0) * k_cache.size(1) <= INT32_MAX, "k_cache has 2^31 slots or more");
   if (q_norm_weight) {
     checks.shape("q_norm_weight", *q_norm_weight, {head_dim}).dtype("q_norm_weight", *q_norm_weight, {q.scalar_type()});
@@ -112,6 +112,9 @@ void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.v_block_stride = v_cache.stride(0);
   p.v_slot_stride = v_cache.stride(1);
   p.v_cache_head_stride = v_cache.stride(2);
+  p.k_scale = kv_scale_of(k_scale);
+  p.v_scale = kv_scale_of(v_scale);
+  p.scales_of_tokens = k_scale && k_scale->dim() == 3;
   p.cos_sin_stride = cos_sin.stride(0);
   p.num_tokens = num_tokens;
   p.num_heads = static_cast<int32_t>(q.size(1));
@@ -124,6 +127,7 @@ void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.norm_eps = static_cast<float>(norm_eps);
   p.interleaved = interleaved;
   p.dtype = dtype_of(q);
+  p.cache_dtype = dtype_of(k_cache);
   check_launch("rope_kv_write", rope_kv_write(p, stream_of(q)));
 }
 

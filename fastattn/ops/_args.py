@@ -21,6 +21,7 @@ class Dtypes:
 
 FLOAT = Dtypes((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, torch.float16))
 FLOAT_OR_FP8 = Dtypes((*FLOAT.cpu, FP8), (*FLOAT.cuda, FP8))
+KV_CACHE = Dtypes((*FLOAT.cpu, FP8, torch.int8), (*FLOAT.cuda, FP8, torch.int8))
 LOGITS = Dtypes(FLOAT.cpu, FLOAT.cpu)
 FP32 = Dtypes((torch.float32,), (torch.float32,))
 INT8 = Dtypes((torch.int8,), (torch.int8,))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from fastattn.ops._kv_cache import cache_args, scale_args
 from fastattn.ops._library import HOW_TO_BUILD, has_cuda_kernel
 from fastattn.ops.checks import (
     FLOAT,
@@ -49,13 +50,13 @@ _DETERMINISTIC = Flag("deterministic")
 check_paged_attention = compile_check(
     "paged_attention",
     TensorArg("q", "T H D", FLOAT),
-    TensorArg("k_cache", "num_blocks block_size Hk D", "q"),
-    TensorArg("v_cache", "like k_cache", "q"),
+    *cache_args(mutated=False),
     TensorArg("cu_seqlens_q", "B+1", INT32),
     TensorArg("seqused_k", "B", INT32),
     TensorArg("block_table", "B max_blocks", INT32),
     _SLOPES,
     TensorArg("sinks", "H", LOGITS, optional=True),
+    *scale_args(mutated=False),
     AtLeast("max_seqlen_q", 0),
     *_SCALARS,
 )

@@ -22,6 +22,7 @@ from fastattn.ops._attention_checks import (
     is_deterministic,
     window,
 )
+from fastattn.ops._kv_cache import check_cache
 from fastattn.ops.checks import fail_value, values_readable
 
 
@@ -40,11 +41,14 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to keys and values in pages (https://arxiv.org/abs/2309.06180). It has no backward.
 
     q: (T, H, D), bf16 or fp16, on the CPU also fp32; D a multiple of 8 up to 256, Hk divides H.
-    k_cache, v_cache: (num_blocks, block_size, Hk, D), q's dtype, any block_size ≥ 1.
+    k_cache, v_cache: (num_blocks, block_size, Hk, D), any block_size ≥ 1; q's dtype, or float8_e4m3fn or int8 with D a
+      multiple of 16, as `rope_kv_write` writes them.
     cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries from cu_seqlens_q[b] up to
       cu_seqlens_q[b + 1].
     seqused_k: (B) int32, keys of each sequence. block_table: (B, max_blocks) int32, its pages; what lies past
@@ -57,6 +61,9 @@ def paged_attention(
       (https://arxiv.org/abs/2108.12409); the distance is to the key where the query stands.
     sinks: (H) bf16, fp16 or fp32: one more logit in the sum of each row's softmax, with no value
       (https://arxiv.org/abs/2309.17453, as in gpt-oss), neither scaled nor capped. The LSE includes it.
+    k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by: (Hk), or (num_blocks, block_size, Hk) for
+      each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
+      `torch.empty(num_blocks, Hk, block_size).transpose(1, 2)`, are read fastest. Ones if None, which int8 may not be.
 
     Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
     its sink.
@@ -67,10 +74,11 @@ def paged_attention(
     left, right = window(op, window_size)
     scale = default_scale(op, q) if softmax_scale is None else softmax_scale
     check_paged_attention(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale,
         max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
     check_heads(op, q, "k_cache", k_cache)
+    check_cache(op, q, k_cache, k_scale, v_scale)
     if k_cache.shape[1] == 0:
         fail_value(op, f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1")
     if values_readable(cu_seqlens_q):
@@ -78,7 +86,7 @@ def paged_attention(
         check_pages(k_cache, seqused_k, block_table)
     sinks = None if sinks is None else sinks.float()
     out, lse = operators.paged_attention(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale,
         max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
     return out, lse

@@ -32,6 +32,7 @@ from fastattn.ops._args import (
     INT8,
     INT32,
     INT64,
+    KV_CACHE,
     LOGITS,
     MAX_HEAD_DIM,
     MAX_LEADING_DIMS,
@@ -58,6 +59,7 @@ __all__ = [
     "INT8",
     "INT32",
     "INT64",
+    "KV_CACHE",
     "LOGITS",
     "MAX_HEAD_DIM",
     "UINT8",
@@ -113,6 +115,8 @@ def _tensor_conditions(arg: TensorArg, first: str, sizes: dict[str, str]) -> lis
     strides = f"({n}.stride(-1) == 1 and not overlaps({n}))" if arg.mutated else f"{n}.stride(-1) == 1"
     if not arg.any_strides:
         out.append(f"({n}.is_contiguous() or {strides})")
+    elif arg.mutated:
+        out.append(f"not overlaps({n})")
     return [f"({n} is None or ({' and '.join(out)}))"] if arg.optional else out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastattn.ops._kv_cache import cache_args, check_cache, scale_args
 from fastattn.ops._library import define
 from fastattn.ops.checks import (
     FLOAT,
@@ -26,8 +27,8 @@ def _fake(*_: object) -> None:
 
 _rope_kv_write = define(
     "rope_kv_write(Tensor(a!) q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor slot_mapping, "
-    "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, "
-    "bool interleaved) -> ()",
+    "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor? q_norm_weight, Tensor? k_norm_weight, Tensor(d!)? k_scale, "
+    "Tensor(e!)? v_scale, float norm_eps, bool interleaved) -> ()",
     reference.rope_kv_write,
     _fake,
 )
@@ -40,10 +41,10 @@ _check_rope_kv_write = compile_check(
     TensorArg("cos_sin", "max_position rotary_dim", FP32),
     TensorArg("positions", "T", INT32),
     TensorArg("slot_mapping", "T", INT32),
-    TensorArg("k_cache", "num_blocks block_size Hk D", "q", mutated=True),
-    TensorArg("v_cache", "like k_cache", "q", mutated=True),
+    *cache_args(mutated=True),
     TensorArg("q_norm_weight", "D", "q", optional=True),
     TensorArg("k_norm_weight", "D", "q", optional=True),
+    *scale_args(mutated=True),
     NonNegative("norm_eps"),
     Flag("interleaved"),
 )
@@ -61,6 +62,8 @@ def rope_kv_write(
     *,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     norm_eps: float = 1e-6,
     interleaved: bool = False,
 ) -> None:
@@ -71,16 +74,22 @@ def rope_kv_write(
       even and at most D; dimensions from rotary_dim on pass through.
     positions: (T) int32, rows of cos_sin. slot_mapping: (T) int32, `block * block_size + offset`, distinct; -1 writes
       nothing.
-    k_cache, v_cache: (num_blocks, block_size, Hk, D), q's dtype, changed in place.
+    k_cache, v_cache: (num_blocks, block_size, Hk, D), changed in place; q's dtype, or float8_e4m3fn or int8 with D a
+      multiple of 16.
     q_norm_weight, k_norm_weight: (D), q's dtype: each head is RMS-normalized, and rounded, before it is rotated.
+    k_scale, v_scale: fp32, for caches of 8 bits, which take what is written divided by it, rounded once, and not beyond
+      their largest number. (Hk): given, ones if None, which int8 may not be. (num_blocks, block_size, Hk), of any strides:
+      changed in place, to the largest magnitude of the token's head / 448 (fp8) or / 127 (int8), or 1 for zeros.
     interleaved: pairs are (2i, 2i + 1) if True, (i, i + rotary_dim / 2) if False (GPT-NeoX, Hugging Face).
 
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     Positions and slots are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check_rope_kv_write(
-        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, norm_eps, interleaved
-    )
+        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, k_scale, v_scale,
+        norm_eps, interleaved,
+    )  # fmt: skip
+    check_cache("rope_kv_write", q, k_cache, k_scale, v_scale)
     rotary_dim = cos_sin.shape[1]
     if rotary_dim % 2 != 0 or rotary_dim > q.shape[2]:
         fail_value(
@@ -103,5 +112,6 @@ def rope_kv_write(
             k_cache,
         )
     _rope_kv_write(
-        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, norm_eps, interleaved
-    )
+        q, k, v, cos_sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight, k_scale, v_scale,
+        norm_eps, interleaved,
+    )  # fmt: skip

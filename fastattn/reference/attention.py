@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.attention_scores import Scoring, grouped, slopes_of, spans, ungrouped, wide
+from fastattn.reference.kv_8bit import pages_of
 
 # Keys that take about as long to copy as one more group of sequences takes to start.
 _WORTH_A_GROUP = 512
@@ -173,6 +174,8 @@ def paged_attention(
     block_table: Tensor,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
@@ -186,7 +189,7 @@ def paged_attention(
     block_size = k_cache.shape[1]
     starts, lengths = tuple(cu_seqlens_q.tolist()), tuple(seqused_k.tolist())
     done: set[int] = set()
-    plain = softcap == 0 and alibi_slopes is None and sinks is None
+    plain = softcap == 0 and alibi_slopes is None and sinks is None and k_cache.dtype is q.dtype
     if plain and len(lengths) > 1 and max(lengths) > 0:
         used = block_table[:, : -(-max(lengths) // block_size)]
         for group in _groups(starts, lengths, used.numpy().tobytes(), block_size, window_left):
@@ -198,8 +201,8 @@ def paged_attention(
             continue
         own = slice(starts[b], starts[b + 1])
         pages = block_table[b, : -(-num_keys // block_size)]
-        k = k_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
-        v = v_cache.index_select(0, pages).flatten(0, 1)[:num_keys]
+        k = pages_of(k_cache, k_scale, pages, num_keys)
+        v = pages_of(v_cache, v_scale, pages, num_keys)
         _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks)
     return out, lse
 

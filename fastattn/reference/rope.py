@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.reference.kv_8bit import LARGEST, to_8bit
 from fastattn.reference.norm import rms_norm
 
 
@@ -22,8 +23,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def _write(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """cache (num_blocks, block_size, Hk, D)[slot] ← rows (T, Hk, D)."""
+def _write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None = None) -> None:
+    """cache (num_blocks, block_size, Hk, D)[slot] ← rows (T, Hk, D), in 8 bits divided by their scale.
+
+    scale: (Hk), or (num_blocks, block_size, Hk) to be written too.
+    """
+    if cache.dtype in LARGEST:
+        rows = rows.float()
+        own = torch.ones(rows.shape[1]) if scale is None else scale
+        if scale is not None and scale.dim() == 3:
+            own = rows.abs().amax(-1) / LARGEST[cache.dtype]  # (T, Hk)
+            own = torch.where(own == 0, 1.0, own)
+            scale[slots // cache.shape[1], slots % cache.shape[1]] = own
+        rows = to_8bit(rows / own.unsqueeze(-1), cache.dtype)
+        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)  # torch indexes no fp8
     block_size = cache.shape[1]
     if cache.stride(0) == block_size * cache.stride(1):  # the blocks are one row of slots
         cache.flatten(0, 1).index_copy_(0, slots, rows)
@@ -42,10 +55,12 @@ def rope_kv_write(
     v_cache: Tensor,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     norm_eps: float,
     interleaved: bool,
 ) -> None:
-    """Rotate q in place; write rotated k and plain v to their slots, none for slot -1."""
+    """Rotate q in place; write rotated k and plain v to their slots, none for slot -1; and, of tokens, their scales."""
     if q.shape[0] == 0:
         return
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # (T, 1, rotary_dim / 2) each
@@ -57,5 +72,6 @@ def rope_kv_write(
         written = (slots >= 0).nonzero().squeeze(1)
         slots, k, v, cos, sin = (t.index_select(0, written) for t in (slots, k, v, cos, sin))
     k_normed = k if k_norm_weight is None else rms_norm(k, k_norm_weight, norm_eps)
-    _write(k_cache, _rotate(k_normed, cos, sin, interleaved).to(k_cache.dtype), slots)
-    _write(v_cache, v, slots)
+    rotated = _rotate(k_normed, cos, sin, interleaved)
+    _write(k_cache, rotated if k_cache.dtype in LARGEST else rotated.to(k_cache.dtype), slots, k_scale)
+    _write(v_cache, v, slots, v_scale)

@@ -377,8 +377,13 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
     wanted = {
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "flash_bwd": {".*": 48},
-        "paged_decode": {r"_b(1|2|4|8)_": 17, r"bf16_.*_b(32|64|128|256)_": 11, ".*": 30},
-        "paged_prefill": {".*": 4},
+        "paged_decode": {
+            r"_b(1|2|4|8)_": 29,
+            r"bf16_.*_b(32|64|128|256)_": 11,
+            r"(fp8|int8)_.*_b128_s4096": 2,
+            ".*": 52,
+        },
+        "paged_prefill": {".*": 6},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
         "small_ops": {".*": 27},
     }
@@ -399,8 +404,8 @@ def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("paged_decode (cuda): ")
     assert lines[1:3] == ["  bf16_p16_b8_s4096", "  bf16_p64_b8_s4096"]
-    assert all("_b8_" in line for line in lines[3:7])
-    assert lines[8:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
+    assert all("_b8_" in line for line in lines[3:9])
+    assert lines[10:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,15 @@ struct Tensor {
   std::vector<T> data;
   std::vector<float> values;
 
-  explicit Tensor(size_t size = 0) : data(size, T(NAN)), values(size, NAN) {}
+  explicit Tensor(size_t size = 0) : values(size, NAN) {
+    if constexpr (std::is_integral_v<T>) {
+      data.assign(size, T(-128));
+    } else {
+      data.assign(size, T(NAN));
+    }
+  }
   void set(size_t idx, float value) {
+    if constexpr (std::is_integral_v<T>) value = std::clamp(std::round(value), -127.0f, 127.0f);
     data[idx] = T(value);
     values[idx] = static_cast<float>(data[idx]);
   }
@@ -66,7 +73,14 @@ struct Tensor {
 
 // ---------------------------------------------------------------------------------------------
 
-template <typename T>
+template <>
+struct TypeInfo<int8_t> {
+  static constexpr fastattn::DType kDType = fastattn::DType::kInt8;
+  static constexpr const char* kName = "int8";
+};
+
+// K and V of type KV: T, or 8 bits where the kernel multiplies them by k_scale and v_scale.
+template <typename T, typename KV = T>
 struct AttentionCall {
   using Out = typename TypeInfo<T>::Out;
 
@@ -80,15 +94,18 @@ struct AttentionCall {
   int window_left = -1, window_right = -1;
   float softcap = 0.0f;
   bool has_alibi = false, has_sinks = false, has_descales = false;
-  bool growing_logits = false;  // so that the reference of the exponentials must move often
+  bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
+  bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
   // ---- made by make_tensors
   int num_seqs, num_heads, num_tokens, max_blocks = 0, num_pages = 0;
   std::vector<int> cu_seqlens_q, cu_seqlens_k, block_table;
   std::vector<std::vector<size_t>> key_tokens;  // where a sequence's keys lie
-  Tensor<T> q, k, v;
+  Tensor<T> q;
+  Tensor<KV> k, v;
   std::vector<float> slopes, sinks, q_descale, k_descale, v_descale;
-  std::vector<Out> out;  // and what lies behind it
+  std::vector<float> k_scale, v_scale;  // (Hk), or (tokens of all pages, Hk), NaN where no sequence has a key
+  std::vector<Out> out;                 // and what lies behind it
   std::vector<float> lse;
   static constexpr size_t kBehind = 64;
 
@@ -122,15 +139,25 @@ struct AttentionCall {
     const size_t num_key_tokens =
         page_size > 0 ? static_cast<size_t>(num_pages) * page_size : static_cast<size_t>(cu_seqlens_k.back());
     q = Tensor<T>(static_cast<size_t>(num_tokens) * num_heads * head_dim);
-    k = Tensor<T>(num_key_tokens * num_kv_heads * head_dim);
-    v = Tensor<T>(num_key_tokens * num_kv_heads * v_head_dim);
+    k = Tensor<KV>(num_key_tokens * num_kv_heads * head_dim);
+    v = Tensor<KV>(num_key_tokens * num_kv_heads * v_head_dim);
     for (size_t i = 0; i < q.data.size(); ++i) q.set(i, normal() * (growing_logits ? 6.0f : 1.0f));
+    for (std::vector<float>* scale : {&k_scale, &v_scale}) {
+      if (has_scales) scale->assign(scales_of_tokens ? num_key_tokens * num_kv_heads : num_kv_heads, NAN);
+      for (float& factor : *scale) factor = scales_of_tokens ? NAN : 0.03f * static_cast<float>(between(1, 3));
+    }
     for (int seq = 0; seq < num_seqs; ++seq) {
       for (int j = 0; j < used_k(seq); ++j) {
-        const float size = growing_logits ? static_cast<float>(j) / 60.0f : 1.0f;
         const size_t row = key_tokens[seq][j] * num_kv_heads;
+        for (size_t head = row; scales_of_tokens && head < row + num_kv_heads; ++head) {
+          k_scale[head] = 0.01f * static_cast<float>(between(1, 9));
+          v_scale[head] = std::ldexp(1.0f, std::min(j / 24, 8) - between(9, 12));  // grows, mostly
+        }
+        const float size = (growing_logits ? static_cast<float>(j) / 60.0f : 1.0f) * (has_scales ? 20.0f : 1.0f);
         for (size_t i = row * head_dim; i < (row + num_kv_heads) * head_dim; ++i) k.set(i, normal() * size);
-        for (size_t i = row * v_head_dim; i < (row + num_kv_heads) * v_head_dim; ++i) v.set(i, normal());
+        for (size_t i = row * v_head_dim; i < (row + num_kv_heads) * v_head_dim; ++i) {
+          v.set(i, normal() * (has_scales ? 20.0f : 1.0f));
+        }
       }
     }
     if (has_alibi) slopes.resize(num_heads);
@@ -220,6 +247,8 @@ struct AttentionCall {
     if (has_alibi) all += " alibi";
     if (has_sinks) all += " sinks";
     if (has_descales) all += " descales";
+    if (sizeof(KV) < sizeof(T)) all += std::string(" kv=") + TypeInfo<KV>::kName;
+    if (has_scales) all += scales_of_tokens ? " scales of tokens" : " scales of heads";
     if (growing_logits) all += " growing_logits";
     return all;
   }
@@ -261,6 +290,10 @@ struct AttentionCall {
     const float* const q_row = &q.values[(query_token(seq, i) * num_heads + head) * head_dim];
     const int descale_idx = seq * num_kv_heads + kv_head;
     const double scale = double{softmax_scale()} * q_descale[descale_idx] * k_descale[descale_idx];
+    const auto scale_of = [&](const std::vector<float>& scales, int j) {
+      if (scales.empty()) return 1.0;
+      return double{scales_of_tokens ? scales[key_tokens[seq][j] * num_kv_heads + kv_head] : scales[kv_head]};
+    };
 
     std::vector<double> weights;
     double largest = counts && has_sinks ? sinks[head] : -INFINITY;
@@ -268,7 +301,7 @@ struct AttentionCall {
       const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
       double score = 0.0;
       for (int d = 0; d < head_dim; ++d) score += double{q_row[d]} * double{k_row[d]};
-      score *= scale;
+      score *= scale * scale_of(k_scale, j);
       if (softcap > 0.0f) score = softcap * std::tanh(score / softcap);
       if (has_alibi) score -= slopes[head] * std::abs(position - j);
       weights.push_back(score);
@@ -278,8 +311,9 @@ struct AttentionCall {
     for (double& weight : weights) sum += weight = std::exp(weight - largest);
     std::vector<double> expected(v_head_dim, 0.0);
     for (size_t j = 0; j < weights.size(); ++j) {
+      const double v_scale_j = scale_of(v_scale, begin + static_cast<int>(j));
       const float* const v_row = &v.values[(key_tokens[seq][begin + j] * num_kv_heads + kv_head) * v_head_dim];
-      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_row[d];
+      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_scale_j * v_row[d];
     }
 
     const std::string where =

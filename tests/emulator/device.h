@@ -471,6 +471,16 @@ inline float __int_as_float(int bits) {
   return x;
 }
 inline int __vimax3_s32(int a, int b, int c) { return std::max(std::max(a, b), c); }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }

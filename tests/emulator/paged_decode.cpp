@@ -8,20 +8,23 @@ namespace {
 using namespace emulator;
 using fastattn::PagedDecodeParams;
 
-template <typename T>
-AttentionCall<T> draw_call(int head_dim) {
-  AttentionCall<T> call;
+template <typename T, typename KV>
+AttentionCall<T, KV> draw_call(int head_dim) {
+  constexpr bool kIs8Bit = sizeof(KV) == 1;
+  AttentionCall<T, KV> call;
   call.num_kv_heads = between(1, 3);
   call.group = pick({1, 2, 3, 4, 8, 16, 20});
   const int num_seqs = pick({1, 2, 3, 5, 34, 40});
-  call.page_size = one_in(3) ? 0 : pick({1, 3, 8, 16, 64});
+  call.page_size = !kIs8Bit && one_in(3) ? 0 : pick({1, 3, 8, 16, 64});
   const bool paged = call.page_size > 0;
   call.packed_q = paged || one_in(2);
   call.packed_k = !paged && call.packed_q;
-  call.head_dim = head_dim - pick({0, 0, 8});
+  call.head_dim = head_dim - pick({0, 0, kIs8Bit ? 16 : 8});
+  call.has_scales = kIs8Bit && (std::is_same_v<KV, int8_t> || one_in(2));
+  call.scales_of_tokens = call.has_scales && one_in(2);
   call.v_head_dim = paged ? call.head_dim : pick({call.head_dim, head_dim, head_dim - 16});
 
-  const int most_q = between(1, std::max(1, 32 / call.group));
+  const int most_q = between(1, std::max(1, (kIs8Bit ? 50 : 32) / call.group));
   const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400});
   const bool has_seqused_q = one_in(4), has_seqused_k = paged || one_in(2);
   for (int seq = 0; seq < num_seqs; ++seq) {
@@ -36,12 +39,22 @@ AttentionCall<T> draw_call(int head_dim) {
   return call;
 }
 
-template <typename T>
+template <typename T, typename KV = T>
 void run_call(int head_dim) {
-  AttentionCall<T> call = draw_call<T>(head_dim);
+  AttentionCall<T, KV> call = draw_call<T, KV>(head_dim);
   PagedDecodeParams p;
   call.fill(p);
   const bool paged = call.page_size > 0;
+  p.kv_dtype = TypeInfo<KV>::kDType;
+  if (call.has_scales) {
+    const auto scale = [&](std::vector<float>& scales) {
+      const int64_t token = call.scales_of_tokens ? call.num_kv_heads : 0;
+      return fastattn::KvScale{scales.data(), token * call.page_size, token, 1};
+    };
+    p.k_scale = scale(call.k_scale);
+    p.v_scale = scale(call.v_scale);
+    p.scales_of_tokens = call.scales_of_tokens;
+  }
   if (!call.packed_q) {
     p.batch_q_len = call.q_lens[0];
     p.batch_k_len = call.k_lens[0];
@@ -56,24 +69,28 @@ void run_call(int head_dim) {
     p.k_block_stride = p.block_size * p.k_token_stride;
     p.v_block_stride = p.block_size * p.v_token_stride;
   }
+  if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
   const int num_sms = pick({1, 3, 8, 30});
   p.config = fastattn::paged_decode_config(
-      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim), call.max_q_len(),
-       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2)});
+      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
+       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)),
+       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2), sizeof(KV) == 1});
   current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
-                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) + " CTAs";
+                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) +
+                  " CTAs, max_q_len " + std::to_string(p.max_q_len);
   if (!p.config.fits) fail("the kernel does not take the call");
-  const size_t num_slot_rows = size_t{2} * p.config.num_ctas * fastattn::kPagedDecodeRows;
+  const size_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0;
+  const size_t num_slot_rows = 2 * num_marks * fastattn::kPagedDecodeRows;
   std::vector<float> partial_out(num_slot_rows * call.v_head_dim, NAN);
   std::vector<float2> partial_sum(num_slot_rows, float2{NAN, NAN});
-  std::vector<uint64_t> marks(p.config.num_ctas);
+  std::vector<uint64_t> marks(num_marks);
   for (uint64_t& mark : marks) mark = draws();
   p.partial_out = partial_out.data();
   p.partial_sum = partial_sum.data();
   p.marks = marks.data();
 
   if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
-  call.check();
+  call.check(0, p.max_q_len);
   const auto first_out = call.out;
   const auto first_lse = call.lse;
   call.clear_results();
@@ -90,10 +107,13 @@ int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int seed, int head_dim) {
     const auto& dims = fastattn::kPagedDecodeHeadDims;
     const int compiled = head_dim > 0 ? head_dim : dims[seed % std::size(dims)];
-    if (one_in(2)) {
-      run_call<__half>(compiled);
+    const bool fp16 = one_in(2), is_8bit = fastattn::paged_decode_has_8bit(compiled) && one_in(2), fp8 = one_in(2);
+    if (is_8bit && fp8) {
+      fp16 ? run_call<__half, __nv_fp8_e4m3>(compiled) : run_call<__nv_bfloat16, __nv_fp8_e4m3>(compiled);
+    } else if (is_8bit) {
+      fp16 ? run_call<__half, int8_t>(compiled) : run_call<__nv_bfloat16, int8_t>(compiled);
     } else {
-      run_call<__nv_bfloat16>(compiled);
+      fp16 ? run_call<__half>(compiled) : run_call<__nv_bfloat16>(compiled);
     }
   });
 }

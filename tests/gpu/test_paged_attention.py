@@ -43,6 +43,29 @@ class Cache:
                     pool[block, : len(part)] = part
         self.table = torch.tensor(table, dtype=torch.int64).int().cuda()
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        self.scales: dict[str, Tensor] = {}
+
+    def to_8_bits(self, rng: random.Random, kind: torch.dtype, of_tokens: bool) -> None:
+        """With scales of KV heads or of their tokens, NaN where no sequence is; k and v become what the numbers are."""
+        largest = 448.0 if kind.is_floating_point else 127.0
+        pools, dense = [self.k_cache, self.v_cache], [self.k, self.v]
+        gen = torch.Generator("cuda").manual_seed(rng.randrange(1 << 30))
+        for i, name in enumerate(("k_scale", "v_scale")):
+            blocks, page, kv_heads, _ = pools[i].shape
+            scale = (
+                torch.rand(blocks, kv_heads, page, generator=gen, device="cuda").transpose(1, 2) * 4 / largest + 0.002
+            )
+            if not of_tokens:
+                scale = scale[0, 0].expand(blocks, page, kv_heads)
+            numbers = (pools[i].float() / scale.unsqueeze(-1)).clamp(-largest, largest)
+            pools[i] = numbers.to(kind) if kind.is_floating_point else numbers.round().nan_to_num(-128.0).to(kind)
+            values = pools[i].float() * scale.unsqueeze(-1)
+            owned = ~numbers[..., 0].isnan()
+            for b, rows in enumerate(dense[i]):
+                own = self.table[b, : -(-len(rows) // page)].long()
+                dense[i][b] = values[own].flatten(0, 1)[: len(rows)]
+            self.scales[name] = scale.masked_fill(~owned, math.nan) if of_tokens else scale[0, 0].contiguous()
+        self.k_cache, self.v_cache = pools
 
 
 def starts_of(runs: list[int]) -> Tensor:
@@ -111,8 +134,55 @@ def test_drawn_decodes(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
+def test_drawn_caches_of_8_bits(seed: int) -> None:
+    """Of both kinds, with both kinds of scales; with more rows than decoding has, too."""
+    rng = random.Random(2000 + seed)
+    dtype, kind = rng.choice((torch.bfloat16, torch.float16)), rng.choice((torch.int8, torch.float8_e4m3fn))
+    kv_heads, group = rng.choice((1, 2, 3, 8)), rng.choice((1, 2, 3, 4, 8, 16, 24))
+    shape = (kv_heads * group, kv_heads, rng.choice((16, 48, 64, 80, 96, 128, 160, 256)))
+    batch = rng.choice((1, 2, 3, 7, 33))
+    longest = rng.choice((1, 20, 300, 1500, 5000 if batch < 8 else 300))
+    lengths = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch)]
+    runs = [rng.randint(1 if b == 0 else 0, max(1, rng.choice((16, 80)) // group)) for b in range(batch)]
+    cache = Cache(rng, lengths, rng.choice(PAGES), shape, torch.float32)
+    cache.to_8_bits(rng, kind, of_tokens=rng.random() < 0.5)
+    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
+    options = draw_options(rng, shape[0])
+    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
+    out, lse = ops.paged_attention(*call, **options, **cache.scales)
+    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    check(q, cache, runs, lengths, out, lse, options)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_what_is_appended_is_attended_to(kind: torch.dtype) -> None:
+    """Keys and values that rope_kv_write makes of 8 bits, with their scales, and the same ones in 16 bits."""
+    tokens, heads, dim, page = 300, (8, 2), 128, 16
+    q, k, v = (torch.randn(tokens, n, dim, dtype=torch.bfloat16, device="cuda") for n in (heads[0], heads[1], heads[1]))
+    angle = torch.rand(tokens, dim // 2, device="cuda") * 6
+    order = torch.randperm(-(-tokens // page), device="cuda").int()
+    position = torch.arange(tokens, device="cuda").int()
+    slots = order[(position // page).long()] * page + position % page
+    outs = []
+    for dtype in (torch.bfloat16, kind):
+        pools = [torch.zeros(len(order), page, heads[1], dim, device="cuda").to(dtype) for _ in range(2)]
+        scales: dict[str, Tensor] = {}
+        if dtype is kind:
+            for name in ("k_scale", "v_scale"):
+                scales[name] = torch.zeros(len(order), heads[1], page, device="cuda").transpose(1, 2)
+        rows = q.clone()
+        ops.rope_kv_write(rows, k, v, torch.cat([angle.cos(), angle.sin()], 1), position, slots.int(), *pools, **scales)
+        call = (rows, *pools, starts_of([tokens]), starts_of([tokens])[1:], order[None], tokens)
+        outs.append(ops.paged_attention(*call, **scales)[0].float())
+    error = float((outs[0] - outs[1]).abs().max())
+    assert error < (0.04 if kind is torch.int8 else 0.2), error
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_drawn_prompts(seed: int) -> None:
-    """Chunks behind prefixes, long and short ones mixed: the Hopper kernel, or where most are short the portable one."""
+    """Chunks behind prefixes, long and short ones mixed: the Hopper kernel, and the decode kernel for the short ones."""
     rng = random.Random(1000 + seed)
     dtype = rng.choice((torch.bfloat16, torch.float16))
     kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2, 4, 7))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastattn import ops
-from tests.harness.generators import LENGTHS, Gen, offsets, pages
+from tests.harness.generators import LENGTHS, Gen, Pages, offsets, pages
 from tests.harness.opspec import Call
 
 Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
@@ -97,6 +97,22 @@ def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
             }
             | options,
         )
+
+
+def paged_8bit_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """As above with caches of 8 bits where they can be: of both kinds and with both kinds of scales in turn."""
+    kinds = ((torch.int8, True), (torch.float8_e4m3fn, False), (torch.int8, False), (torch.float8_e4m3fn, True))
+    index = 0
+    for name, call in paged_calls(gen, dtype):
+        if call["q"].shape[2] % 16 != 0:
+            continue
+        kind, of_tokens = kinds[index % 4]
+        pools = Pages(call["k_cache"], call["v_cache"], call["block_table"], [], [])
+        call["k_cache"], call["v_cache"], scales = pools.in_8_bits(gen, kind, of_tokens)
+        if index % 8 != 1:  # else fp8 without scales
+            call |= scales
+        index += 1
+        yield f"{name} in {kind}", call
 
 
 def _kernels(gen: Gen) -> tuple[str, ...]:
@@ -372,6 +388,45 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
         table = base["block_table"].clone()
         table[1, 1] = block
         yield f"block {block}", {"block_table": table}, ValueError, (f"block_table[1, 1] is {block}", "num_blocks")
+
+
+def bad_scales(gen: Gen, base: Call) -> Bad:
+    """Of base, whose caches are int8 with scales of tokens."""
+    k, v, scale = base["k_cache"], base["v_cache"], base["k_scale"]
+    of_heads = {"k_scale": scale[0, 0].contiguous(), "v_scale": scale[0, 0].contiguous()}
+    none = {"k_scale": None, "v_scale": None}
+    q_like = {name: torch.zeros_like(base[name], dtype=base["q"].dtype) for name in ("k_cache", "v_cache")}
+    other = torch.float16 if base["q"].dtype is torch.bfloat16 else torch.bfloat16
+    yield "int8 without scales", none, ValueError, ("k_scale is None", "int8", "expected")
+    yield "scales and q's dtype", q_like, ValueError, ("k_scale is given", "k_cache is", "expected")
+    yield (
+        "another dtype than q's",
+        {name: t.to(other) for name, t in q_like.items()} | none,
+        TypeError,
+        (f"k_cache is {other}", "as q", "torch.int8"),
+    )
+    yield "only one in 8 bits", {"v_cache": q_like["v_cache"]}, TypeError, ("v_cache is", "as k_cache")
+    for name, lacks in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
+        yield f"only {name}", {lacks: None}, ValueError, (f"{name} is given and {lacks} is None", "both or neither")
+        yield f"{name} of heads", {name: of_heads[name]}, ValueError, ("v_scale has shape", "as k_scale")
+        short = base[name][:, :-1].contiguous()
+        yield (
+            f"{name} of smaller pages",
+            {name: short},
+            ValueError,
+            (f"{name} has shape", "(num_blocks, block_size, Hk)"),
+        )
+        yield f"{name} of two dimensions", {name: scale[0]}, ValueError, (f"{name} has shape", "expected (Hk)")
+    yield "short scales", {n: t[:1] for n, t in of_heads.items()}, ValueError, ("k_scale has shape (1,)", "Hk = ")
+    narrow = {"q": base["q"][..., :8], "k_cache": k[..., :8], "v_cache": v[..., :8]}
+    if "cos_sin" in base:
+        narrow |= {"k": base["k"][..., :8], "v": base["v"][..., :8], "cos_sin": base["cos_sin"][:, :8]}
+    yield (
+        "head dim 8",
+        {n: t.contiguous() for n, t in narrow.items()},
+        ValueError,
+        ("k_cache has shape", "multiple of 16"),
+    )
 
 
 def _bad_contiguous(op: str, num_heads: int) -> Callable[[Gen, Call], Bad]:

@@ -117,6 +117,13 @@ def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 
     return [torch.stack(rows) if rows else weight.new_empty((0, weight.shape[1])).to(c)]
 
 
+def numbers_of_cache(c: torch.dtype, cache: Tensor, scale: Tensor | None) -> Tensor:
+    """A cache (num_blocks, block_size, Hk, D), times scale (Hk) or (num_blocks, block_size, Hk) if it is of 8 bits."""
+    if cache.dtype.itemsize > 1:
+        return cache
+    return cache.to(c) if scale is None else cache.to(c) * scale.to(c).unsqueeze(-1)
+
+
 def rope_kv_write(
     c: torch.dtype,
     q: Tensor,
@@ -260,11 +267,14 @@ def paged_attention(
     block_table: Tensor,
     max_seqlen_q: int,
     causal: bool = True,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     **options: Any,
 ) -> list[Tensor]:
     size = k_cache.shape[1]
 
-    def gather(cache: Tensor) -> list[Tensor]:
+    def gather(cache: Tensor, scale: Tensor | None) -> list[Tensor]:
+        cache = numbers_of_cache(c, cache, scale)
         out = []
         for n, table in zip(seqused_k.tolist(), block_table.tolist(), strict=True):
             out.append(torch.stack([cache[table[i // size], i % size] for i in range(n)]) if n else cache[0, :0])
@@ -272,7 +282,7 @@ def paged_attention(
 
     starts = cu_seqlens_q.tolist()
     queries = [q[starts[b] : starts[b + 1]] for b in range(len(starts) - 1)]
-    results = _attention(c, queries, gather(k_cache), gather(v_cache), causal=causal, **options)
+    results = _attention(c, queries, gather(k_cache, k_scale), gather(v_cache, v_scale), causal=causal, **options)
     return _packed(c, q, q.shape[-1], starts, results)
 
 

@@ -107,7 +107,8 @@ def _tensor_cases(
             (name, "overlap"),
         )
     yield "meta", t.to("meta"), ValueError, ("meta", "expected")
-    yield "sparse", t.to_sparse(), ValueError, (name, "sparse", "expected")
+    if t.dtype is not torch.float8_e4m3fn:  # torch makes no sparse ones
+        yield "sparse", t.to_sparse(), ValueError, (name, "sparse", "expected")
     if t.is_floating_point() and not role.grad:
         yield "requires grad", t.clone().requires_grad_(), ValueError, (name, "requires grad", "no backward")
         derived = t.clone().requires_grad_() * 1

@@ -17,15 +17,18 @@ from tests.harness.attention_calls import (
     bad_batch_backward,
     bad_merge,
     bad_paged,
+    bad_scales,
     bad_varlen,
     bad_varlen_backward,
     batch_backward_calls,
     batch_calls,
     merge_calls,
+    paged_8bit_calls,
     paged_calls,
     varlen_backward_calls,
     varlen_calls,
 )
+from tests.harness.compare import assert_within, bits
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
@@ -177,6 +180,50 @@ def rope_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         if norm:
             call |= {"q_norm_weight": gen.randn(dim, dtype=dtype), "k_norm_weight": gen.randn(dim, dtype=dtype)}
         yield f"{(tokens, heads, kv_heads, dim, rotary, size, norm, interleaved)}", call
+
+
+def rope_8bit_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Into caches of 8 bits, of both kinds and with both kinds of scales in turn; NaN (-128) where no slot is written."""
+    kinds = ((torch.int8, True), (torch.float8_e4m3fn, False), (torch.int8, False), (torch.float8_e4m3fn, True))
+    index = 0
+    for name, call in rope_calls(gen, dtype):
+        if call["q"].shape[2] % 16 != 0:
+            continue
+        kind, of_tokens = kinds[index % 4]
+        for cache in ("k_cache", "v_cache"):
+            call[cache] = (
+                call[cache].to(kind) if kind.is_floating_point else torch.full_like(call[cache], -128, dtype=kind)
+            )
+        shape = call["k_cache"].shape[:3] if of_tokens else call["k_cache"].shape[2:3]
+        for scale in ("k_scale", "v_scale"):
+            call[scale] = (
+                torch.full(shape, math.nan, device=gen.device) if of_tokens else 0.01 + 0.02 * gen.rand(*shape)
+            )
+        call["k"][:1] = 0  # a token of zeros
+        index += 1
+        yield f"{name} into {kind}", call
+
+
+def verify_rope_8bit(call: Call, results: list[Tensor]) -> None:
+    """q as ever; each number within about half a step of what a cache in fp64 would hold, and what no slot owns as it was."""
+    wide = {name: torch.full(call[name].shape, math.nan, dtype=torch.float64) for name in ("k_cache", "v_cache")}
+    arguments = {name: value for name, value in call.items() if name not in ("k_scale", "v_scale")} | wide
+    exact_q, *exact = formulas.rope_kv_write(torch.float64, **arguments)
+    assert_within(results[0], exact_q, 1e-5 if results[0].dtype is torch.float32 else 0.1, "q")
+    for cache, scale, right, name in zip(results[1:3], results[3:5], exact, "kv", strict=True):
+        written = ~right.isnan()
+        assert torch.equal(bits(cache[~written]), bits(call[f"{name}_cache"][~written])), f"{name}_cache"
+        largest = 127 if cache.dtype is torch.int8 else 448
+        if scale.dim() == 3:
+            of_slots = written[..., 0]
+            expected = right.nan_to_num(0.0).abs().amax(-1) / largest
+            assert_within(scale[of_slots], torch.where(expected == 0, 1.0, expected)[of_slots], 1e-6, f"{name}_scale")
+            assert torch.equal(bits(scale[~of_slots]), bits(call[f"{name}_scale"][~of_slots])), f"{name}_scale"
+        each = scale.double().unsqueeze(-1)
+        clamped = right.clamp(-largest * each, largest * each)
+        step = each if cache.dtype is torch.int8 else (clamped.abs() / 8).maximum(each / 512)
+        wrong = written & ((cache.double() * each - clamped).abs() > 0.55 * step)
+        assert not bool(wrong.any()), f"{name}_cache"
 
 
 def bad_rope(gen: Gen, base: Call) -> Bad:
@@ -334,6 +381,36 @@ SPECS = (
         mutates=("q", "k_cache", "v_cache"),
         scalars={"norm_eps": "nonnegative", "interleaved": "flag"},
         bad=bad_rope,
+    ),
+    OpSpec(
+        "rope_kv_write",
+        ops.rope_kv_write,
+        rope_8bit_calls,
+        {
+            "k_cache": Role((0, 1, 2, 3)),
+            "v_cache": Role((0, 1, 2, 3)),
+            "k_scale": Role((0, 1, 2), optional=True, layout=False),
+            "v_scale": Role((0, 1, 2), optional=True, layout=False),
+        },
+        verify=verify_rope_8bit,
+        mutates=("q", "k_cache", "v_cache", "k_scale", "v_scale"),
+        scalars={"norm_eps": "nonnegative"},
+        bad=bad_scales,
+    ),
+    OpSpec(
+        "paged_attention",
+        ops.paged_attention,
+        paged_8bit_calls,
+        {
+            "q": Role((2,)),
+            "k_cache": Role((0, 1, 2, 3)),
+            "v_cache": Role((0, 1, 2, 3)),
+            "k_scale": Role((0, 1, 2), optional=True, layout=False),
+            "v_scale": Role((0, 1, 2), optional=True, layout=False),
+        },
+        formulas.paged_attention,
+        scalars=_SCALE | {"max_seqlen_q": "count"},
+        bad=bad_scales,
     ),
     OpSpec(
         "paged_attention",

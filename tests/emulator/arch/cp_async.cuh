@@ -8,29 +8,39 @@ namespace emulator {
 struct AsyncCopy {
   void* destination;
   const void* source;
+  size_t num_bytes;
   bool valid;
 
   void complete() const {
     if (valid) {
-      std::memcpy(destination, source, 16);
+      std::memcpy(destination, source, num_bytes);
     } else {
-      std::memset(destination, 0, 16);
+      std::memset(destination, 0, num_bytes);
     }
   }
 };
 
 inline WorkInGroups<AsyncCopy> async_copies("copies");
 
+inline void copy(void* destination, const void* source, size_t num_bytes, bool valid) {
+  if (fastattn::shared_address(destination) % num_bytes != 0 || reinterpret_cast<uintptr_t>(source) % num_bytes != 0) {
+    fail("cp.async from or to an address that is not a multiple of " + std::to_string(num_bytes));
+  }
+  std::memset(destination, 0xff, num_bytes);
+  async_copies.add({destination, source, num_bytes, valid});
+}
+
 }  // namespace emulator
 
 namespace fastattn {
 
-inline void cp_async_16(void* destination, const void* source, bool valid) {
-  if (shared_address(destination) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) {
-    emulator::fail("cp.async from or to an address that is not a multiple of 16");
-  }
-  std::memset(destination, 0xff, 16);
-  emulator::async_copies.add({destination, source, valid});
+inline uint64_t evict_first_policy() { return 0; }
+inline uint64_t evict_normal_policy() { return 0; }
+inline void cp_async_16(void* destination, const void* source, bool valid, uint64_t = 0) {
+  emulator::copy(destination, source, 16, valid);
+}
+inline void cp_async_4(void* destination, const void* source, bool valid) {
+  emulator::copy(destination, source, 4, valid);
 }
 
 inline void cp_async_commit() { emulator::async_copies.commit(); }

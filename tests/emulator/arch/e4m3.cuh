@@ -1,4 +1,4 @@
-// Conversion to fp8 (e4m3).
+// Conversion to and from fp8 (e4m3).
 #pragma once
 
 #include "device.h"
@@ -12,6 +12,13 @@ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
     packed |= static_cast<uint32_t>(__nv_cvt_float_to_fp8(values[i], __NV_SATFINITE, __NV_E4M3)) << 8 * i;
   }
   return packed;
+}
+
+inline void unpack_e4m3(uint32_t (&pairs)[2], uint32_t four) {
+  for (int i = 0; i < 4; ++i) {
+    const __half value(emulator::value_at<__nv_fp8_e4m3>(reinterpret_cast<const char*>(&four) + i));
+    std::memcpy(reinterpret_cast<char*>(pairs) + 2 * i, &value, 2);
+  }
 }
 
 }  // namespace fastattn

@@ -1,0 +1,11 @@
+// Instantiations of paged_decode for K and V of 8 bits, head dims padded to 256.
+#include "attention/paged_decode.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 256>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 256>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 256>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, int8_t, 256>(const PagedDecodeParams&, cudaStream_t);
+
+}  // namespace fastattn
