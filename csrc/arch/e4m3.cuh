@@ -9,10 +9,16 @@ namespace fastattn {
 
 // Four values, the lowest byte first; above 448 they become 448.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(high) : "f"(d), "f"(c));
-  return static_cast<uint32_t>(high) << 16 | low;
+  uint32_t word;  // in one statement: the second conversion then fills the half that the first has left
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}\n"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
 }
 
 // Four values as fp16, which holds them exactly: the two lowest bytes, then the others.

@@ -134,6 +134,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
   constexpr float REFERENCE_LOG2 = FP8 ? 8.0f : 0.0f;
+  // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
+  constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
+  constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
@@ -336,12 +339,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
   // The operands of the next products. Asked for before K is waited for, and kept for the case that S is computed
   // again, ptxas has all descriptors ready before the first product, and the others follow closely: 6 % where three
-  // groups share the SM. Where groups take turns, the moves that this costs are in the way of the first one.
+  // groups share the SM. Where groups take turns, the moves that this costs are in the way of the first one. fp8 asks
+  // while the products of the step before run, so many blocks ahead.
   WgmmaDescriptor q, k, v;
-  const auto locate = [&] {
-    q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
-    k = k_tiles.uniform_plus(k_ring.stage() * K_BYTES);
-    v = v_tiles.uniform_plus(v_ring.stage() * sizeof(smem.v[0]));
+  const auto locate = [&](uint32_t num_ahead = 0) {
+    if (num_ahead == 0) q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
+    k = k_tiles.uniform_plus((k_ring.count + num_ahead) % STAGES * K_BYTES);
+    v = v_tiles.uniform_plus((v_ring.count + num_ahead) % STAGES * sizeof(smem.v[0]));
   };
   const auto start_scores = [&] {  // scores = Q K^T
     pin_registers(scores);
@@ -448,41 +452,73 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
     }
+    const auto max_of = [&](int r) {
+      float maximum = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+      for (int t = 1; t < BLOCK_N / 8; ++t) maximum = fmaxf(maximum, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+      return maximum;
+    };
+    float new_max[2];
+    if constexpr (SHORT_MAX) {
+      // As integers, three in one instruction: right unless all are negative, what was known included.
+      int32_t signs = 0;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int32_t maxima[2] = {__float_as_int(row_max[r]), __float_as_int(row_max[r])};
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 8; ++t) {
+          maxima[t % 2] =
+              __vimax3_s32(maxima[t % 2], __float_as_int(scores[t][2 * r]), __float_as_int(scores[t][2 * r + 1]));
+        }
+        int32_t maximum = max(maxima[0], maxima[1]);
+        maximum = max(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+        maximum = max(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+        new_max[r] = __int_as_float(maximum);
+        signs |= maximum;
+      }
+      if (__any_sync(0xffffffffu, signs < 0)) {
+        new_max[0] = fmaxf(max_of(0), row_max[0]);
+        new_max[1] = fmaxf(max_of(1), row_max[1]);
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float new_max = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
-#pragma unroll
-      for (int t = 1; t < BLOCK_N / 8; ++t) new_max = fmaxf(new_max, fmaxf(scores[t][2 * r], scores[t][2 * r + 1]));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-      new_max = fmaxf(new_max, row_max[r]);
-      correction[r] = exp2_approx((row_max[r] - finite_max(new_max)) * scale_log2);
-      row_max[r] = new_max;
+      if (!SHORT_MAX) new_max[r] = fmaxf(max_of(r), row_max[r]);
+      correction[r] = exp2_approx((row_max[r] - finite_max(new_max[r])) * scale_log2);
+      row_max[r] = new_max[r];
     }
   };
   // Brings O, and its sums, to the new reference.
   const auto rescale = [&] {
-    row_sum[0] *= correction[0];
-    row_sum[1] *= correction[1];
 #pragma unroll
-    for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+    for (int r = 0; r < 2; ++r) {
+      if (SHORT_MAX && !__any_sync(0xffffffffu, correction[r] != 1.0f)) continue;
+      row_sum[r] *= correction[r];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[t][i] *= correction[i >> 1];
+      for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+        acc[t][2 * r] *= correction[r];
+        acc[t][2 * r + 1] *= correction[r];
+      }
     }
   };
-  // Scores to probabilities relative to row_max; their sums.
-  const auto exponentials = [&](float (&sums)[2]) {
+  // Scores to probabilities relative to row_max, of some tiles of eight keys; added to their sums.
+  const auto exponentials_of = [&](int begin, int end, float (&parts)[4]) {
     const float origin[2] = {finite_max(row_max[0]) * scale_log2 - REFERENCE_LOG2,
                              finite_max(row_max[1]) * scale_log2 - REFERENCE_LOG2};
-    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int t = 0; t < BLOCK_N / 8; ++t) {
+    for (int t = begin; t < end; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scores[t][i] = exp2_approx(fmaf(scores[t][i], scale_log2, -origin[i >> 1]));
         parts[i] += scores[t][i];
       }
     }
+  };
+  const auto exponentials = [&](float (&sums)[2]) {
+    float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    exponentials_of(0, BLOCK_N / 8, parts);
     sums[0] = parts[0] + parts[1];
     sums[1] = parts[2] + parts[3];
   };
@@ -705,15 +741,17 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   while (true) {
     // Here P of the tile's first block is ready, and nothing is in flight.
     bool first = true;
+    if (LOCATES_AHEAD) locate();
 #pragma unroll 1
     for (int32_t step = end_step - 2; step >= begin_step; --step) {
-      if (!TURNS) locate();
+      if (!TURNS && !LOCATES_AHEAD) locate();
       wait_for_k();
       take_turn();
       if (TURNS) locate();
       start_scores();
       wait_for_v();
       start_output(first);
+      if (LOCATES_AHEAD) locate(1);
       end_turn();
       first = false;
       wgmma_wait<1>();
@@ -721,14 +759,25 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       float sums[2] = {0.0f, 0.0f};
       if constexpr (FP8) {
         // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
-        // maximum. The sums' say in the vote keeps the exponentials before the wait, as below.
+        // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
+        constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
+        release_scores(step);
         find_max(step);
-        exponentials(sums);
-        const bool moved = any_of_group(kVoteOfGroup + consumer,
-                                        (correction[0] != 1.0f) | (correction[1] != 1.0f) | (sums[0] + sums[1] < 0.0f));
-        wgmma_wait<0>();
-        pin_registers(acc);
-        if (moved) rescale();
+        float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        exponentials_of(0, EARLY_TILES, parts);
+        // The sums' say in the vote keeps the first part before the wait, as below.
+        if (__any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f) |
+                                        (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
+          wgmma_wait<0>();
+          pin_registers(acc);
+          rescale();
+        }
+        finish_output();
+        exponentials_of(EARLY_TILES, NUM_TILES, parts);
+        row_sum[0] += parts[0] + parts[1];
+        row_sum[1] += parts[2] + parts[3];
+        round_probs();
+        continue;
       } else {
         bool exact = never_plain || is_masked(step);
         if (!exact) {

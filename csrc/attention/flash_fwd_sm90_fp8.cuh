@@ -43,8 +43,7 @@ __device__ __forceinline__ void turn_values(const void* values, void* turned, in
   const uint32_t source_row = shared_address(values) + lane * V_PANEL;
   const uint32_t source_swizzle = swizzled<V_PANEL>(lane * V_PANEL) ^ lane * V_PANEL;
   const uint32_t row = lane / 8 % 2 * 8 + lane % 8;
-  const uint32_t target_row = shared_address(turned) + row * KEY_PANEL;
-  const uint32_t target_swizzle = (swizzled<KEY_PANEL>(row * KEY_PANEL) ^ row * KEY_PANEL) ^ lane / 16 * 16;
+  const uint32_t target_row = shared_address(turned) + (swizzled<KEY_PANEL>(row * KEY_PANEL) ^ lane / 16 * 16);
 #pragma unroll 1
   for (uint32_t column = warp * 16; column < V_HEAD_DIM; column += NUM_WARPS * 16) {
     const uint32_t source = source_row + column / V_PANEL * BLOCK_N * V_PANEL + (column % V_PANEL ^ source_swizzle);
@@ -71,8 +70,7 @@ __device__ __forceinline__ void turn_values(const void* values, void* turned, in
         }
         const uint32_t even0 = __byte_perm(r[j][0], r[j][1], 0x6420), odd0 = __byte_perm(r[j][0], r[j][1], 0x7531);
         const uint32_t even1 = __byte_perm(r[j][2], r[j][3], 0x6420), odd1 = __byte_perm(r[j][2], r[j][3], 0x7531);
-        const uint32_t address =
-            target + first_key / KEY_PANEL * V_HEAD_DIM * KEY_PANEL + (first_key % KEY_PANEL ^ target_swizzle);
+        const uint32_t address = (target ^ first_key % KEY_PANEL) + first_key / KEY_PANEL * V_HEAD_DIM * KEY_PANEL;
         store_matrices(address, {even0, odd0, even1, odd1});
       }
     }

@@ -170,6 +170,15 @@ MUTANTS = [
         "deadlock",
     ),
     Mutant(
+        "negative scores of fp8 are compared as integers",
+        FWD,
+        "if (__any_sync(0xffffffffu, signs < 0)) {",
+        "if (__any_sync(0xffffffffu, false)) {",
+        "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
         "a copy is not waited for",
         DECODE,
         "cp_async_wait<STAGES - 2>();",
