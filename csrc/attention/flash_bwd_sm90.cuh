@@ -54,6 +54,7 @@
 
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/registers.cuh"
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.ds_full[i].init(SHARED_KEYS ? 4 : 8);
       smem.ds_empty[i].init(8);
     }
-    smem.probs_full.init(4);
+    smem.probs_full.init(8);
     smem.k_full.init(1);
     smem.v_full.init(1);
     smem.kv_empty.init(8);
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       };
       while (true) {
         tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
-                                : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
+                                : static_cast<int32_t>(gridDim.x) + count_up(p.tile_counter);
         if (tile_idx >= args.num_tiles) break;
         if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
         publish();
@@ -312,7 +313,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const Descriptor q_columns = moved(own_columns, offsetof(Storage, q));
   const Descriptor dout_columns = moved(own_columns, offsetof(Storage, dout));
   const Descriptor k_columns = moved(half_of_columns(BLOCK_N * PANEL_BYTES), offsetof(Storage, k));
-  const Descriptor ds_tiles = moved({base.low, Descriptor::make<DS_ROW_BYTES>(nullptr, 0).high}, offsetof(Storage, ds));
+  const Descriptor ds_tiles =
+      moved({base.low, Descriptor::make<DS_ROW_BYTES>(smem_bytes_aligned, 0).high}, offsetof(Storage, ds));
 
   // products of this group's 64 keys (or values) and the rows of a block: acc = A B^T
   const auto start_scores = [&](float (&acc)[BLOCK_M / 8][4], const WgmmaDescriptor& a, const WgmmaDescriptor& b) {
@@ -616,7 +618,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   // The step where both groups have all keys: the first one computes S and P, the second one dP and dS. P and dS have
   // one place each: whoever writes there again has waited for what the other group made of it, and for a later product
-  // of its own than those that read it.
+  // of its own than those that read it. dS is read by the second group's own warps too, each in its own time: so they
+  // count at the barrier of P, behind which they write dS.
   // In flight before it: S or dP. After it: that of the next step, except for a tile's last one.
   const auto wait_for_rows = [&] { consumer == 0 ? wait_for_q() : wait_for_dout(); };
   const auto start_own_scores = [&] {
@@ -637,6 +640,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       release(smem.probs_full);
       wait_for_dout();
     } else {
+      release(smem.probs_full);  // this warp's last dQ is done, which read what all warps of its group are to overwrite
       smem.probs_full.wait(step % 2);
       load_fragments(smem.probs, probs);
       wait_for_q();
@@ -796,9 +800,7 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
 
   const auto kernel =
       p.turns == nullptr ? flash_bwd_sm90_kernel<T, HEAD_DIM, false> : flash_bwd_sm90_kernel<T, HEAD_DIM, true>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-  if (error != cudaSuccess) return error;
-  return launch_behind(kernel, dim3(static_cast<unsigned>(config.num_ctas)), 384, kSmemBytes, stream, args);
+  return launch_kernel_behind(kernel, config.num_ctas, 384, kSmemBytes, stream, args);
 }
 
 }  // namespace fastattn

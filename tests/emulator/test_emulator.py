@@ -30,6 +30,7 @@ NUM_CPUS = len(os.sched_getaffinity(0))
 
 KERNELS = {
     "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
+    "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
 }
 
@@ -122,7 +123,8 @@ class Mutant:
     finds: str  # what the report says, at least
 
 
-FWD, DECODE = "attention/flash_fwd_sm90.cuh", "attention/paged_decode.cuh"
+FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
+DECODE = "attention/paged_decode.cuh"
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -170,6 +172,26 @@ MUTANTS = [
         "deadlock",
     ),
     Mutant(
+        "Q is released before the product that reads it is over",
+        BWD,
+        """      wgmma_wait<1>();
+      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);""",
+        """      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
+      wgmma_wait<1>();""",
+        "flash_bwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "a group writes dS while the other one's product reads it",
+        BWD,
+        "    smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);\n",
+        "",
+        "flash_bwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
         "a copy is not waited for",
         DECODE,
         "cp_async_wait<STAGES - 2>();",
@@ -192,7 +214,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.mistake.replace(" ", "-"))
 def test_a_mistake_is_found(build: Build, tmp_path: Path, mutant: Mutant) -> None:
-    kernel = "flash_fwd_sm90" if mutant.header == FWD else "paged_decode"
+    kernel = Path(mutant.header).stem
     text = (CSRC / mutant.header).read_text()
     assert text.count(mutant.before) == 1
     (tmp_path / "attention").mkdir()

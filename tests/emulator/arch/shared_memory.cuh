@@ -11,4 +11,16 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(address);
 }
 
+inline int32_t load_shared(uint32_t address) {
+  int32_t value;
+  std::memcpy(&value, smem_bytes + address, sizeof(value));
+  return value;
+}
+
+inline float2 load_shared_pair(uint32_t address) {
+  float2 value;
+  std::memcpy(&value, smem_bytes + address, sizeof(value));
+  return value;
+}
+
 }  // namespace fastattn
