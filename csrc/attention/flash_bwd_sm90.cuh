@@ -74,11 +74,11 @@ struct FlashBwdSm90Storage {
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
   static constexpr bool kSharedKeys = BLOCK_N == 64;
   static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = kSharedKeys ? 1 : 2;
-  static constexpr int kTileStages = 2;
+  static constexpr int kStagesK = kSharedKeys ? 1 : 2, kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
-  alignas(1024) T k[BLOCK_N * HEAD_DIM];
+  alignas(1024) T k[kStagesK][BLOCK_N * HEAD_DIM];
   alignas(1024) T v[BLOCK_N * HEAD_DIM];
   alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];            // panels of 64 query rows, a key's side by side
   alignas(1024) T probs[kSharedKeys ? BLOCK_N * BLOCK_M : 8];  // P likewise
@@ -86,7 +86,7 @@ struct FlashBwdSm90Storage {
   alignas(128) float delta[kStagesDo][BLOCK_M];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
-  MBarrier k_full, v_full, kv_empty;
+  MBarrier k_full[kStagesK], k_empty[kStagesK], v_full, v_empty;
   MBarrier ds_full[kStagesDs], ds_empty[kStagesDs], probs_full;
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashBwdTile tile[kTileStages];
@@ -115,7 +115,6 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int DQ_COLUMNS = HEAD_DIM < 256 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
   constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  constexpr int MIN_STEPS_STAGGERED = HEAD_DIM == 128 ? 32 : 8;  // measured: a tile with fewer loses more than it gains
   // Barriers of the SM; all but the first are pairs, one for each group.
   constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4;
   static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
@@ -151,9 +150,12 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.ds_empty[i].init(8);
     }
     smem.probs_full.init(8);
-    smem.k_full.init(1);
+    for (int i = 0; i < Storage::kStagesK; ++i) {
+      smem.k_full[i].init(1);
+      smem.k_empty[i].init(8);
+    }
     smem.v_full.init(1);
-    smem.kv_empty.init(8);
+    smem.v_empty.init(SHARED_KEYS ? 4 : 8);
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
       smem.tile_empty[i].init(8);
@@ -166,7 +168,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<Storage::kStagesDo> dout_ring;
-  RingPosition<1> kv_ring;
+  RingPosition<Storage::kStagesK> k_ring;
+  RingPosition<1> v_ring;
   RingPosition<Storage::kStagesDs> ds_ring, dq_ring;
   RingPosition<Storage::kTileStages> tile_ring;
 
@@ -206,20 +209,23 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
             q_ring.advance();
             if (first) {
               first = false;
-              smem.kv_empty.wait(kv_ring.parity() ^ 1);
-              smem.k_full.arrive_expect_bytes(KV_BYTES);
-              smem.v_full.arrive_expect_bytes(KV_BYTES);
+              MBarrier& k_full = smem.k_full[k_ring.stage()];
+              smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+              k_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
               for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.k + panel * BLOCK_N * PANEL, args.k, smem.k_full, panel * PANEL,
+                tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
                             tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
               }
+              k_ring.advance();
+              smem.v_empty.wait(v_ring.parity() ^ 1);
+              smem.v_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
               for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
                 tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
                             tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
               }
-              kv_ring.advance();
+              v_ring.advance();
             }
             smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
             MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
@@ -363,10 +369,17 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     smem.dout_full[dout_ring.stage()].wait(dout_ring.parity());
     if (block == whole_blocks) clear_rows(smem.dout[dout_ring.stage()], BLOCK_M, tile(&FlashBwdTile::q_len) % BLOCK_M);
   };
-  const auto wait_for_kv = [&](MBarrier& full, T* rows) {
-    full.wait(kv_ring.parity());
+  const auto clear_keys = [&](T* rows) {
     const int32_t keys = tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::first_key);
     if (k_ends_inside && keys < BLOCK_N) clear_rows(rows, BLOCK_N, keys);
+  };
+  const auto wait_for_k = [&] {
+    smem.k_full[k_ring.stage()].wait(k_ring.parity());
+    clear_keys(smem.k[k_ring.stage()]);
+  };
+  const auto wait_for_v = [&] {
+    smem.v_full.wait(v_ring.parity());
+    clear_keys(smem.v);
   };
 
   // ---- scores
@@ -524,7 +537,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   float dq[DQ_COLUMNS / 8][4];
   const auto start_dq = [&](float (&sums)[DQ_COLUMNS / 8][4], uint32_t ds_stage, int part) {
     const auto ds = ds_tiles.uniform_plus(ds_stage * DS_BYTES);
-    const auto k = k_columns.uniform_plus(part * BLOCK_N * PANEL_BYTES);
+    const auto k = k_columns.uniform_plus(k_ring.stage() * KV_BYTES + part * BLOCK_N * PANEL_BYTES);
     pin_registers(sums);
     wgmma_fence();
 #pragma unroll
@@ -565,12 +578,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     exponentials();
     round_to(probs);
     if (p.softcap > 0.0f) multiply_by_slope_of_cap(scores);
+    if constexpr (kFirst) wait_for_v();
     wait_for_dout();
     const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
     start_scores(dprobs, v_rows.uniform_plus(0), dout);
     start_gradient(dv, probs, dout_columns.uniform_plus(dout_ring.stage() * Q_BYTES), kFirst);
     wgmma_wait<1>();
     pin_registers(dprobs);
+    if constexpr (kLast) release(smem.v_empty);
 #pragma unroll
     for (int t = 0; t < BLOCK_M / 8; ++t) {
       const float2 delta = load_shared_pair(delta_of_lane + dout_ring.stage() * ROW_BYTES + t * 32);
@@ -607,7 +622,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       next_block();
       q_ring.advance();
       wait_for_q();
-      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      start_scores(scores, k_rows.uniform_plus(k_ring.stage() * KV_BYTES),
+                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
       wgmma_wait<1>();
       release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
     }
@@ -640,6 +656,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       release(smem.probs_full);
       wait_for_dout();
     } else {
+      if constexpr (kLast) release(smem.v_empty);
       release(smem.probs_full);  // this warp's last dQ is done, which read what all warps of its group are to overwrite
       smem.probs_full.wait(step % 2);
       load_fragments(smem.probs, probs);
@@ -726,26 +743,28 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     const int32_t num_steps = (end_block - begin_block) * args.group_size.divisor;
     if constexpr (SHARED_KEYS) {
       wait_for_rows();
-      consumer == 0 ? wait_for_kv(smem.k_full, smem.k) : wait_for_kv(smem.v_full, smem.v);
+      consumer == 0 ? wait_for_k() : wait_for_v();
       start_own_scores();
-      if (consumer == 1) wait_for_kv(smem.k_full, smem.k);
+      if (consumer == 1) wait_for_k();
       run_steps(num_steps, run_shared_step);
     } else {
       wait_for_q();
-      wait_for_kv(smem.k_full, smem.k);
-      wait_for_kv(smem.v_full, smem.v);
+      wait_for_k();
       // The second group begins when the first one has its first dS, and they stay half a step apart: while one
-      // computes on its own, the other's products run. In a short tile that is not worth the wait.
-      staggered = num_steps >= MIN_STEPS_STAGGERED;
+      // computes on its own, the other's products run. In a short tile that is not worth the wait; how short, is
+      // measured.
+      staggered = num_steps >= (HEAD_DIM == 128 || (HEAD_DIM == 64 && p.window_right >= 0) ? 32 : 8);
       if (consumer == 1 && staggered) named_barrier_sync(kSecondGroupMayStart, 256);
-      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      start_scores(scores, k_rows.uniform_plus(k_ring.stage() * KV_BYTES),
+                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
       run_steps(num_steps, run_step);
       start_next_dq();
       wgmma_wait<0>();
       add_next_dq(block_before, workspace_block_before);
     }
-    release(smem.kv_empty);
-    kv_ring.advance();
+    release(smem.k_empty[k_ring.stage()]);
+    k_ring.advance();
+    v_ring.advance();
     store(dv, p.dv, p.v_head_dim, 1.0f, false);
     store(dk, p.dk, p.head_dim, p.softmax_scale, false);
     end_tile();
