@@ -36,7 +36,9 @@
 // Registers hold dK, dV (64 x 64 to 128 each), S, dP or dQ (64 x 32 to 96 each) of a group, and P and dS rounded.
 //
 // Deterministic: contributions to a block of dQ take turns, in the order of the tiles' keys. Tiles are handed out in
-// that order, so that whoever has to wait waits for a CTA that is running.
+// that order, so that whoever has to wait waits for a CTA that is running, and the first tile of all that are not done
+// for none. A tile walks from the last block to the first: with a causal mask all of a pair's tiles begin there, and
+// who comes later, with fewer blocks to see, is behind by a step, not by all the blocks that it does not see.
 //
 // Poison: rows behind the end of a sequence have lse = +inf and so P = 0, and are cleared in shared memory if the copy
 // engine may have brought another sequence's; so are keys and values. What is left must be finite.
@@ -192,51 +194,58 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
         if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
         publish();
         bool first = true;
-        for (int32_t i = 0; i < args.group_size.divisor; ++i) {
-          const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + i;
-          for (int32_t block = tile.begin_block; block < tile.end_block; ++block) {
-            const int64_t row =
-                (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
-            smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-            MBarrier& q_full = smem.q_full[q_ring.stage()];
-            q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+        const auto load_block = [&](int32_t head_of_group, int32_t block) {
+          const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + head_of_group;
+          const int64_t row =
+              (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
+          smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+          MBarrier& q_full = smem.q_full[q_ring.stage()];
+          q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+          for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+            tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
+                        tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+          }
+          tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
+          q_ring.advance();
+          if (first) {
+            first = false;
+            MBarrier& k_full = smem.k_full[k_ring.stage()];
+            smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+            k_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
             for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-              tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
-                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+              tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
+                          tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
             }
-            tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
-            q_ring.advance();
-            if (first) {
-              first = false;
-              MBarrier& k_full = smem.k_full[k_ring.stage()];
-              smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
-              k_full.arrive_expect_bytes(KV_BYTES);
-#pragma unroll
-              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
-                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
-              }
-              k_ring.advance();
-              smem.v_empty.wait(v_ring.parity() ^ 1);
-              smem.v_full.arrive_expect_bytes(KV_BYTES);
-#pragma unroll
-              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
-                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
-              }
-              v_ring.advance();
-            }
-            smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
-            MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
-            dout_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+            k_ring.advance();
+            smem.v_empty.wait(v_ring.parity() ^ 1);
+            smem.v_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
             for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-              tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
-                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+              tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
+                          tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
             }
-            tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
-            dout_ring.advance();
+            v_ring.advance();
+          }
+          smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
+          MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
+          dout_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+          for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+            tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
+                        tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+          }
+          tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
+          dout_ring.advance();
+        };
+        if constexpr (DETERMINISTIC) {
+          for (int32_t block = tile.end_block - 1; block >= tile.begin_block; --block) {
+            for (int32_t i = 0; i < args.group_size.divisor; ++i) load_block(i, block);
+          }
+        } else {
+          for (int32_t i = 0; i < args.group_size.divisor; ++i) {
+            for (int32_t block = tile.begin_block; block < tile.end_block; ++block) load_block(i, block);
           }
         }
       }
@@ -283,12 +292,21 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     tile_ring.advance();
   };
 
+  // Deterministic: from the last block to the first, and of each all heads. See above.
   const auto next_block = [&] {
-    const bool new_head = block + 1 == end_block;
-    const int32_t next = new_head ? begin_block : block + 1;
-    workspace_block += next - block + (new_head ? static_cast<int32_t>(p.config.blocks_of_head) : 0);
-    block = next;
-    head_idx += new_head;
+    const int32_t blocks_of_head = static_cast<int32_t>(p.config.blocks_of_head), group = args.group_size.divisor;
+    if constexpr (DETERMINISTIC) {
+      const bool new_block = head_idx + 1 == (tile(&FlashBwdTile::kv_head_idx) + 1) * group;
+      workspace_block += new_block ? -1 - (group - 1) * blocks_of_head : blocks_of_head;
+      head_idx += new_block ? 1 - group : 1;
+      block -= new_block;
+    } else {
+      const bool new_head = block + 1 == end_block;
+      const int32_t next = new_head ? begin_block : block + 1;
+      workspace_block += next - block + (new_head ? blocks_of_head : 0);
+      block = next;
+      head_idx += new_head;
+    }
   };
 
   // ---- products
@@ -395,7 +413,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if (p.window_left >= 0) special_from = max(0, (first_row + p.window_left + 1) / BLOCK_M);
     if (first_key + 64 > k_len || p.alibi_slopes != nullptr || p.softcap > 0.0f) special_before = INT32_MAX;
     whole_blocks = q_ends_inside ? q_len / BLOCK_M : -1;
-    block = begin_block;
+    block = DETERMINISTIC ? end_block - 1 : begin_block;
     head_idx = tile(&FlashBwdTile::kv_head_idx) * args.group_size.divisor;
     workspace_block =
         head_idx * static_cast<int32_t>(p.config.blocks_of_head) + tile(&FlashBwdTile::first_block) + block;
