@@ -2,8 +2,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "arch/fragments.cuh"
 #include "arch/grid_dependency.cuh"
-#include "arch/mma_sm80.cuh"
+#include "arch/launch.cuh"
 #include "attention/flash_bwd_sm90.h"
 #include "attention/flash_bwd_sm90_launch.h"
 #include "attention/flash_bwd_sm90_rows.cuh"
@@ -18,9 +19,6 @@ template <int HEAD_DIM>
 struct Tile {
   static constexpr int kBlockM = flash_bwd_sm90_tile(HEAD_DIM).block_m;
 };
-
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 // What a CTA of either kernel is about: a block of rows of one head. Heads go fastest, since they lie side by side, and
 // the last sequence comes first: the main kernel begins with the first ones, and so does each kernel with what the one
@@ -78,10 +76,12 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const FlashBwdSm90Par
       if (!valid || column >= p.v_head_dim) continue;
       const uint4 o = __ldcs(reinterpret_cast<const uint4*>(out + token * p.out_token_stride + column));
       const uint4 d = *reinterpret_cast<const uint4*>(dout + token * p.dout_token_stride + column);
-      const T* const out_chunk = reinterpret_cast<const T*>(&o);
-      const T* const dout_chunk = reinterpret_cast<const T*>(&d);
+      const uint32_t out_pairs[4] = {o.x, o.y, o.z, o.w}, dout_pairs[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) delta = fmaf(to_float(out_chunk[j]), to_float(dout_chunk[j]), delta);
+      for (int j = 0; j < 4; ++j) {
+        const float2 a = unpack_pair<T>(out_pairs[j]), b = unpack_pair<T>(dout_pairs[j]);
+        delta = fmaf(a.y, b.y, fmaf(a.x, b.x, delta));
+      }
     }
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, offset);
@@ -163,13 +163,12 @@ cudaError_t launch(const FlashBwdSm90Params& p, cudaStream_t stream) {
   const int64_t ctas_of_seq = p.config.blocks_of_seq * p.num_heads;
   const int64_t seqs_behind = p.cu_seqlens_k != nullptr;
   if (ctas_of_seq * (p.num_seqs + seqs_behind) > INT32_MAX) return cudaErrorInvalidConfiguration;
-  prepare_kernel<T, HEAD_DIM><<<static_cast<unsigned>(ctas_of_seq * p.num_seqs), kThreads, 0, stream>>>(p);
-  cudaError_t error = cudaGetLastError();
+  cudaError_t error = launch_kernel(prepare_kernel<T, HEAD_DIM>, ctas_of_seq * p.num_seqs, kThreads, 0, stream, p);
   if (error != cudaSuccess) return error;
   error = launch_flash_bwd_sm90<T, HEAD_DIM>(p, stream);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ctas_of_seq * (p.num_seqs + seqs_behind)));
-  return launch_behind(finish_kernel<T, HEAD_DIM>, grid, kThreads, 0, stream, p);
+  const int64_t num_ctas = ctas_of_seq * (p.num_seqs + seqs_behind);
+  return launch_kernel_behind(finish_kernel<T, HEAD_DIM>, num_ctas, kThreads, 0, stream, p);
 }
 
 struct Instantiation {

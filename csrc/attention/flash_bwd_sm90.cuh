@@ -36,7 +36,9 @@
 // Registers hold dK, dV (64 x 64 to 128 each), S, dP or dQ (64 x 32 to 96 each) of a group, and P and dS rounded.
 //
 // Deterministic: contributions to a block of dQ take turns, in the order of the tiles' keys. Tiles are handed out in
-// that order, so that whoever has to wait waits for a CTA that is running.
+// that order, so that whoever has to wait waits for a CTA that is running, and the first tile of all that are not done
+// for none. A tile walks from the last block to the first: with a causal mask all of a pair's tiles begin there, and
+// who comes later, with fewer blocks to see, is behind by a step, not by all the blocks that it does not see.
 //
 // Poison: rows behind the end of a sequence have lse = +inf and so P = 0, and are cleared in shared memory if the copy
 // engine may have brought another sequence's; so are keys and values. What is left must be finite.
@@ -54,6 +56,7 @@
 
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/registers.cuh"
@@ -73,11 +76,11 @@ struct FlashBwdSm90Storage {
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
   static constexpr bool kSharedKeys = BLOCK_N == 64;
   static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = kSharedKeys ? 1 : 2;
-  static constexpr int kTileStages = 2;
+  static constexpr int kStagesK = kSharedKeys ? 1 : 2, kTileStages = 2;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
   alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
-  alignas(1024) T k[BLOCK_N * HEAD_DIM];
+  alignas(1024) T k[kStagesK][BLOCK_N * HEAD_DIM];
   alignas(1024) T v[BLOCK_N * HEAD_DIM];
   alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];            // panels of 64 query rows, a key's side by side
   alignas(1024) T probs[kSharedKeys ? BLOCK_N * BLOCK_M : 8];  // P likewise
@@ -85,7 +88,7 @@ struct FlashBwdSm90Storage {
   alignas(128) float delta[kStagesDo][BLOCK_M];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
-  MBarrier k_full, v_full, kv_empty;
+  MBarrier k_full[kStagesK], k_empty[kStagesK], v_full, v_empty;
   MBarrier ds_full[kStagesDs], ds_empty[kStagesDs], probs_full;
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashBwdTile tile[kTileStages];
@@ -114,7 +117,6 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   constexpr int DQ_COLUMNS = HEAD_DIM < 256 ? HEAD_DIM / 2 : 64;  // of dQ that it computes at a time
   constexpr int DQ_PARTS = HEAD_DIM / 2 / DQ_COLUMNS;
   constexpr int DQ_FLOATS = BLOCK_M * HEAD_DIM / 2;
-  constexpr int MIN_STEPS_STAGGERED = HEAD_DIM == 128 ? 32 : 8;  // measured: a tile with fewer loses more than it gains
   // Barriers of the SM; all but the first are pairs, one for each group.
   constexpr int kSecondGroupMayStart = 1, kRowsCleared = 2, kTurnOfGroup = 4;
   static_assert(BLOCK_M == 64 && (BLOCK_N == 128 || BLOCK_N == 64));
@@ -149,10 +151,13 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       smem.ds_full[i].init(SHARED_KEYS ? 4 : 8);
       smem.ds_empty[i].init(8);
     }
-    smem.probs_full.init(4);
-    smem.k_full.init(1);
+    smem.probs_full.init(8);
+    for (int i = 0; i < Storage::kStagesK; ++i) {
+      smem.k_full[i].init(1);
+      smem.k_empty[i].init(8);
+    }
     smem.v_full.init(1);
-    smem.kv_empty.init(8);
+    smem.v_empty.init(SHARED_KEYS ? 4 : 8);
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
       smem.tile_empty[i].init(8);
@@ -165,7 +170,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   RingPosition<Storage::kStagesQ> q_ring;
   RingPosition<Storage::kStagesDo> dout_ring;
-  RingPosition<1> kv_ring;
+  RingPosition<Storage::kStagesK> k_ring;
+  RingPosition<1> v_ring;
   RingPosition<Storage::kStagesDs> ds_ring, dq_ring;
   RingPosition<Storage::kTileStages> tile_ring;
 
@@ -183,53 +189,63 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       };
       while (true) {
         tile_idx = tile_idx < 0 ? static_cast<int32_t>(blockIdx.x)
-                                : static_cast<int32_t>(gridDim.x) + atomicAdd(p.tile_counter, 1);
+                                : static_cast<int32_t>(gridDim.x) + count_up(p.tile_counter);
         if (tile_idx >= args.num_tiles) break;
         if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, tile)) continue;
         publish();
         bool first = true;
-        for (int32_t i = 0; i < args.group_size.divisor; ++i) {
-          const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + i;
-          for (int32_t block = tile.begin_block; block < tile.end_block; ++block) {
-            const int64_t row =
-                (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
-            smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-            MBarrier& q_full = smem.q_full[q_ring.stage()];
-            q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+        const auto load_block = [&](int32_t head_of_group, int32_t block) {
+          const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + head_of_group;
+          const int64_t row =
+              (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
+          smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+          MBarrier& q_full = smem.q_full[q_ring.stage()];
+          q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+          for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+            tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
+                        tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+          }
+          tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
+          q_ring.advance();
+          if (first) {
+            first = false;
+            MBarrier& k_full = smem.k_full[k_ring.stage()];
+            smem.k_empty[k_ring.stage()].wait(k_ring.parity() ^ 1);
+            k_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
             for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-              tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
-                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+              tma_load_4d(smem.k[k_ring.stage()] + panel * BLOCK_N * PANEL, args.k, k_full, panel * PANEL,
+                          tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
             }
-            tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
-            q_ring.advance();
-            if (first) {
-              first = false;
-              smem.kv_empty.wait(kv_ring.parity() ^ 1);
-              smem.k_full.arrive_expect_bytes(KV_BYTES);
-              smem.v_full.arrive_expect_bytes(KV_BYTES);
-#pragma unroll
-              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.k + panel * BLOCK_N * PANEL, args.k, smem.k_full, panel * PANEL,
-                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
-              }
-#pragma unroll
-              for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-                tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
-                            tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
-              }
-              kv_ring.advance();
-            }
-            smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
-            MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
-            dout_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+            k_ring.advance();
+            smem.v_empty.wait(v_ring.parity() ^ 1);
+            smem.v_full.arrive_expect_bytes(KV_BYTES);
 #pragma unroll
             for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
-              tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
-                          tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+              tma_load_4d(smem.v + panel * BLOCK_N * PANEL, args.v, smem.v_full, panel * PANEL,
+                          tile.k_start + tile.first_key, tile.kv_head_idx, packed ? 0 : tile.seq_idx);
             }
-            tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
-            dout_ring.advance();
+            v_ring.advance();
+          }
+          smem.dout_empty[dout_ring.stage()].wait(dout_ring.parity() ^ 1);
+          MBarrier& dout_full = smem.dout_full[dout_ring.stage()];
+          dout_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
+#pragma unroll
+          for (int panel = 0; panel < HEAD_DIM / PANEL; ++panel) {
+            tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
+                        tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
+          }
+          tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
+          dout_ring.advance();
+        };
+        if constexpr (DETERMINISTIC) {
+          for (int32_t block = tile.end_block - 1; block >= tile.begin_block; --block) {
+            for (int32_t i = 0; i < args.group_size.divisor; ++i) load_block(i, block);
+          }
+        } else {
+          for (int32_t i = 0; i < args.group_size.divisor; ++i) {
+            for (int32_t block = tile.begin_block; block < tile.end_block; ++block) load_block(i, block);
           }
         }
       }
@@ -276,12 +292,21 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     tile_ring.advance();
   };
 
+  // Deterministic: from the last block to the first, and of each all heads. See above.
   const auto next_block = [&] {
-    const bool new_head = block + 1 == end_block;
-    const int32_t next = new_head ? begin_block : block + 1;
-    workspace_block += next - block + (new_head ? static_cast<int32_t>(p.config.blocks_of_head) : 0);
-    block = next;
-    head_idx += new_head;
+    const int32_t blocks_of_head = static_cast<int32_t>(p.config.blocks_of_head), group = args.group_size.divisor;
+    if constexpr (DETERMINISTIC) {
+      const bool new_block = head_idx + 1 == (tile(&FlashBwdTile::kv_head_idx) + 1) * group;
+      workspace_block += new_block ? -1 - (group - 1) * blocks_of_head : blocks_of_head;
+      head_idx += new_block ? 1 - group : 1;
+      block -= new_block;
+    } else {
+      const bool new_head = block + 1 == end_block;
+      const int32_t next = new_head ? begin_block : block + 1;
+      workspace_block += next - block + (new_head ? blocks_of_head : 0);
+      block = next;
+      head_idx += new_head;
+    }
   };
 
   // ---- products
@@ -312,7 +337,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   const Descriptor q_columns = moved(own_columns, offsetof(Storage, q));
   const Descriptor dout_columns = moved(own_columns, offsetof(Storage, dout));
   const Descriptor k_columns = moved(half_of_columns(BLOCK_N * PANEL_BYTES), offsetof(Storage, k));
-  const Descriptor ds_tiles = moved({base.low, Descriptor::make<DS_ROW_BYTES>(nullptr, 0).high}, offsetof(Storage, ds));
+  const Descriptor ds_tiles =
+      moved({base.low, Descriptor::make<DS_ROW_BYTES>(smem_bytes_aligned, 0).high}, offsetof(Storage, ds));
 
   // products of this group's 64 keys (or values) and the rows of a block: acc = A B^T
   const auto start_scores = [&](float (&acc)[BLOCK_M / 8][4], const WgmmaDescriptor& a, const WgmmaDescriptor& b) {
@@ -361,10 +387,17 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     smem.dout_full[dout_ring.stage()].wait(dout_ring.parity());
     if (block == whole_blocks) clear_rows(smem.dout[dout_ring.stage()], BLOCK_M, tile(&FlashBwdTile::q_len) % BLOCK_M);
   };
-  const auto wait_for_kv = [&](MBarrier& full, T* rows) {
-    full.wait(kv_ring.parity());
+  const auto clear_keys = [&](T* rows) {
     const int32_t keys = tile(&FlashBwdTile::k_len) - tile(&FlashBwdTile::first_key);
     if (k_ends_inside && keys < BLOCK_N) clear_rows(rows, BLOCK_N, keys);
+  };
+  const auto wait_for_k = [&] {
+    smem.k_full[k_ring.stage()].wait(k_ring.parity());
+    clear_keys(smem.k[k_ring.stage()]);
+  };
+  const auto wait_for_v = [&] {
+    smem.v_full.wait(v_ring.parity());
+    clear_keys(smem.v);
   };
 
   // ---- scores
@@ -380,7 +413,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if (p.window_left >= 0) special_from = max(0, (first_row + p.window_left + 1) / BLOCK_M);
     if (first_key + 64 > k_len || p.alibi_slopes != nullptr || p.softcap > 0.0f) special_before = INT32_MAX;
     whole_blocks = q_ends_inside ? q_len / BLOCK_M : -1;
-    block = begin_block;
+    block = DETERMINISTIC ? end_block - 1 : begin_block;
     head_idx = tile(&FlashBwdTile::kv_head_idx) * args.group_size.divisor;
     workspace_block =
         head_idx * static_cast<int32_t>(p.config.blocks_of_head) + tile(&FlashBwdTile::first_block) + block;
@@ -522,7 +555,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
   float dq[DQ_COLUMNS / 8][4];
   const auto start_dq = [&](float (&sums)[DQ_COLUMNS / 8][4], uint32_t ds_stage, int part) {
     const auto ds = ds_tiles.uniform_plus(ds_stage * DS_BYTES);
-    const auto k = k_columns.uniform_plus(part * BLOCK_N * PANEL_BYTES);
+    const auto k = k_columns.uniform_plus(k_ring.stage() * KV_BYTES + part * BLOCK_N * PANEL_BYTES);
     pin_registers(sums);
     wgmma_fence();
 #pragma unroll
@@ -563,12 +596,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     exponentials();
     round_to(probs);
     if (p.softcap > 0.0f) multiply_by_slope_of_cap(scores);
+    if constexpr (kFirst) wait_for_v();
     wait_for_dout();
     const auto dout = dout_tiles.uniform_plus(dout_ring.stage() * Q_BYTES);
     start_scores(dprobs, v_rows.uniform_plus(0), dout);
     start_gradient(dv, probs, dout_columns.uniform_plus(dout_ring.stage() * Q_BYTES), kFirst);
     wgmma_wait<1>();
     pin_registers(dprobs);
+    if constexpr (kLast) release(smem.v_empty);
 #pragma unroll
     for (int t = 0; t < BLOCK_M / 8; ++t) {
       const float2 delta = load_shared_pair(delta_of_lane + dout_ring.stage() * ROW_BYTES + t * 32);
@@ -605,7 +640,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       next_block();
       q_ring.advance();
       wait_for_q();
-      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      start_scores(scores, k_rows.uniform_plus(k_ring.stage() * KV_BYTES),
+                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
       wgmma_wait<1>();
       release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
     }
@@ -616,7 +652,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 
   // The step where both groups have all keys: the first one computes S and P, the second one dP and dS. P and dS have
   // one place each: whoever writes there again has waited for what the other group made of it, and for a later product
-  // of its own than those that read it.
+  // of its own than those that read it. dS is read by the second group's own warps too, each in its own time: so they
+  // count at the barrier of P, behind which they write dS.
   // In flight before it: S or dP. After it: that of the next step, except for a tile's last one.
   const auto wait_for_rows = [&] { consumer == 0 ? wait_for_q() : wait_for_dout(); };
   const auto start_own_scores = [&] {
@@ -637,6 +674,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       release(smem.probs_full);
       wait_for_dout();
     } else {
+      if constexpr (kLast) release(smem.v_empty);
+      release(smem.probs_full);  // this warp's last dQ is done, which read what all warps of its group are to overwrite
       smem.probs_full.wait(step % 2);
       load_fragments(smem.probs, probs);
       wait_for_q();
@@ -722,26 +761,28 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     const int32_t num_steps = (end_block - begin_block) * args.group_size.divisor;
     if constexpr (SHARED_KEYS) {
       wait_for_rows();
-      consumer == 0 ? wait_for_kv(smem.k_full, smem.k) : wait_for_kv(smem.v_full, smem.v);
+      consumer == 0 ? wait_for_k() : wait_for_v();
       start_own_scores();
-      if (consumer == 1) wait_for_kv(smem.k_full, smem.k);
+      if (consumer == 1) wait_for_k();
       run_steps(num_steps, run_shared_step);
     } else {
       wait_for_q();
-      wait_for_kv(smem.k_full, smem.k);
-      wait_for_kv(smem.v_full, smem.v);
+      wait_for_k();
       // The second group begins when the first one has its first dS, and they stay half a step apart: while one
-      // computes on its own, the other's products run. In a short tile that is not worth the wait.
-      staggered = num_steps >= MIN_STEPS_STAGGERED;
+      // computes on its own, the other's products run. In a short tile that is not worth the wait; how short, is
+      // measured.
+      staggered = num_steps >= (HEAD_DIM == 128 || (HEAD_DIM == 64 && p.window_right >= 0) ? 32 : 8);
       if (consumer == 1 && staggered) named_barrier_sync(kSecondGroupMayStart, 256);
-      start_scores(scores, k_rows.uniform_plus(0), q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
+      start_scores(scores, k_rows.uniform_plus(k_ring.stage() * KV_BYTES),
+                   q_tiles.uniform_plus(q_ring.stage() * Q_BYTES));
       run_steps(num_steps, run_step);
       start_next_dq();
       wgmma_wait<0>();
       add_next_dq(block_before, workspace_block_before);
     }
-    release(smem.kv_empty);
-    kv_ring.advance();
+    release(smem.k_empty[k_ring.stage()]);
+    k_ring.advance();
+    v_ring.advance();
     store(dv, p.dv, p.v_head_dim, 1.0f, false);
     store(dk, p.dk, p.head_dim, p.softmax_scale, false);
     end_tile();
@@ -796,9 +837,7 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
 
   const auto kernel =
       p.turns == nullptr ? flash_bwd_sm90_kernel<T, HEAD_DIM, false> : flash_bwd_sm90_kernel<T, HEAD_DIM, true>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-  if (error != cudaSuccess) return error;
-  return launch_behind(kernel, dim3(static_cast<unsigned>(config.num_ctas)), 384, kSmemBytes, stream, args);
+  return launch_kernel_behind(kernel, config.num_ctas, 384, kSmemBytes, stream, args);
 }
 
 }  // namespace fastattn

@@ -438,9 +438,11 @@ struct Index {
 #define gridDim \
   emulator::Index { static_cast<unsigned>(emulator::cta.num_blocks) }
 
+using std::isinf;
 using std::max;
 using std::min;
 
+inline void __threadfence() {}
 inline void __syncthreads() { emulator::sync_at_barrier(0, emulator::cta.num_threads); }
 inline void __syncwarp() {
   const int nothing = 0;
@@ -475,6 +477,14 @@ inline int __reduce_add_sync(unsigned, int value) {
 template <typename T>
 T __ldg(const T* address) {
   return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcs(T* address, const T& value) {
+  *address = value;
 }
 template <typename T>
 T __ldcg(const T* address) {

@@ -30,6 +30,7 @@ NUM_CPUS = len(os.sched_getaffinity(0))
 
 KERNELS = {
     "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
+    "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
 }
@@ -123,9 +124,10 @@ class Mutant:
     finds: str  # what the report says, at least
 
 
-FWD, DECODE = "attention/flash_fwd_sm90.cuh", "attention/paged_decode.cuh"
+FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
+DECODE = "attention/paged_decode.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
-KERNEL_OF = {FWD: "flash_fwd_sm90", DECODE: "paged_decode", GEMM: "gemm_sm90", FEW_ROWS: "gemm_sm90"}
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM)} | {FEW_ROWS: "gemm_sm90"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -175,6 +177,36 @@ MUTANTS = [
         "if (__any_sync(0xffffffffu, signs < 0)) {",
         "if (__any_sync(0xffffffffu, false)) {",
         "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "Q is released before the product that reads it is over",
+        BWD,
+        """      wgmma_wait<1>();
+      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);""",
+        """      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
+      wgmma_wait<1>();""",
+        "flash_bwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    # A form of the kernel had this, and every test passed on GPUs.
+    Mutant(
+        "a warp writes dS while a product of its own group reads it",
+        BWD,
+        "      release(smem.probs_full);  // this",
+        "      for (int i = 0; i < 4 && warp_idx % 4 == 0; ++i) release(smem.probs_full);  // this",
+        "flash_bwd_sm90_hd256.cu",
+        "256",
+        "expected",
+    ),
+    Mutant(
+        "a group writes dS while the other one's product reads it",
+        BWD,
+        "    smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);\n",
+        "",
+        "flash_bwd_sm90_hd128.cu",
         "128",
         "expected",
     ),

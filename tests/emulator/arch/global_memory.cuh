@@ -9,6 +9,14 @@ inline uint64_t load_acquire(const uint64_t* address) {
   emulator::poll();
   return *address;
 }
+inline int32_t load_acquire(const int32_t* address) {
+  emulator::poll();
+  return *address;
+}
+inline void add_release(int32_t* address, int32_t value) { *address += value; }
+inline void add_to_global(float* address, const float (&values)[4]) {
+  for (int i = 0; i < 4; ++i) address[i] += values[i];
+}
 inline void store_release(uint64_t* address, uint64_t value) { *address = value; }
 inline void prefetch_l2(const void*) {}
 

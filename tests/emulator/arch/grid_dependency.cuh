@@ -1,4 +1,4 @@
-// One kernel at a time.
+// Kernels of a stream: one has ended before the next begins.
 #pragma once
 
 namespace fastattn {

@@ -33,4 +33,10 @@ cudaError_t launch_kernel(void (*kernel)(Params...), int64_t num_ctas, int num_t
   return launch_clusters(kernel, num_ctas, 1, num_threads, num_smem_bytes, stream, args...);
 }
 
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_behind(void (*kernel)(Params...), int64_t num_ctas, int num_threads, int num_smem_bytes,
+                                 cudaStream_t stream, const Args&... args) {
+  return launch_kernel(kernel, num_ctas, num_threads, num_smem_bytes, stream, args...);
+}
+
 }  // namespace fastattn

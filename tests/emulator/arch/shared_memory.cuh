@@ -16,4 +16,16 @@ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(emulator::smem_of(emulator::this_rank()));
 }
 
+inline int32_t load_shared(uint32_t address) {
+  int32_t value;
+  std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
+  return value;
+}
+
+inline float2 load_shared_pair(uint32_t address) {
+  float2 value;
+  std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
+  return value;
+}
+
 }  // namespace fastattn
