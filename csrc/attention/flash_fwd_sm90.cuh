@@ -765,12 +765,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         find_max(step);
         float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         exponentials_of(0, EARLY_TILES, parts);
-        // The sums' say in the vote keeps the first part before the wait, as below.
-        if (__any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f) |
-                                        (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
+        // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
+        // to be rescaled is each warp's own.
+        const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f));
+        if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
           wgmma_wait<0>();
           pin_registers(acc);
-          rescale();
+          if (moved) rescale();
         }
         finish_output();
         exponentials_of(EARLY_TILES, NUM_TILES, parts);

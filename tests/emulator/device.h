@@ -129,6 +129,9 @@ inline int this_lane() { return cta.thread_idx % 32; }
 inline int this_rank() { return cta.thread_idx / cta.num_threads; }  // in the cluster
 inline unsigned char* smem_of(int rank) { return smem_bytes + rank * kMaxSmemBytes; }
 
+// How often each warp has waited for products: all of a group the same number of times.
+inline int num_product_waits[kMaxClusterSize][32];
+
 // swapcontext would ask the kernel for the signal mask each time; it is used to enter a fibre only.
 inline void to_scheduler() {
   if (_setjmp(this_fibre().place) == 0) _longjmp(cta.scheduler, 1);

@@ -171,6 +171,16 @@ MUTANTS = [
         "128",
         "deadlock",
     ),
+    # Undefined, and every test passed on GPUs; synccheck found it.
+    Mutant(
+        "each warp decides for itself whether it waits for products",
+        FWD,
+        "if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0]",
+        "if ((moved | (parts[0]",
+        "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "wait for products at different places",
+    ),
     Mutant(
         "negative scores of fp8 are compared as integers",
         FWD,

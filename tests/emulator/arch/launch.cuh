@@ -19,6 +19,12 @@ cudaError_t launch_clusters(void (*kernel)(Params...), int64_t num_ctas, int clu
     cta.num_tickets = is_last ? INT32_MAX : static_cast<int>(emulator::random_engine() % 6);
     emulator::run_cluster(num_threads, cluster_size, [&] { kernel(args...); });
     for (int rank = 0; rank < cluster_size; ++rank) {
+      for (int warp = 0; warp < 32; ++warp) {
+        int (&waits)[32] = emulator::num_product_waits[rank];
+        if (waits[warp] != waits[warp / 4 * 4])
+          emulator::fail("warps of a group wait for products at different places");
+        if (warp % 4 == 3) std::fill(waits + warp - 3, waits + warp + 1, 0);
+      }
       for (int i = num_smem_bytes; i < emulator::kMaxSmemBytes; ++i) {
         if (emulator::smem_of(rank)[i] != 0xff) emulator::fail("a write behind the end of shared memory");
       }

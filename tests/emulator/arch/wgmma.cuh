@@ -102,6 +102,7 @@ inline void wgmma_commit() { emulator::products.commit(); }
 
 template <int PENDING>
 void wgmma_wait() {
+  if (threadIdx.x % 32 == 0) ++emulator::num_product_waits[emulator::this_rank()][threadIdx.x / 32];
   emulator::ProductQueue* const own = &emulator::products.of_this_thread();
   const int first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   emulator::meet(own, [&](emulator::ProductQueue* const* const* queues) {
