@@ -756,7 +756,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
-      float sums[2] = {0.0f, 0.0f};
       if constexpr (FP8) {
         // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
         // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
@@ -778,8 +777,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         row_sum[0] += parts[0] + parts[1];
         row_sum[1] += parts[2] + parts[3];
         round_probs();
-        continue;
       } else {
+        float sums[2] = {0.0f, 0.0f};
         bool exact = never_plain || is_masked(step);
         if (!exact) {
           exponentials(sums);
@@ -806,12 +805,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           pin_registers(acc);
           rescale();
         }
+        row_sum[0] += sums[0];
+        row_sum[1] += sums[1];
+        release_scores(step);
+        finish_output();
+        round_probs();
       }
-      row_sum[0] += sums[0];
-      row_sum[1] += sums[1];
-      release_scores(step);
-      finish_output();
-      round_probs();
     }
 
     const FlashTile& next = tiles.wait_for_next();

@@ -27,8 +27,8 @@ constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80}, 
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsFp8[] = {{64, 64}, {128, 128}, {256, 256}};
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
-// of shared memory (Q, and two stages each of K and V). Three groups need fewer passes over the keys; two leave fewer
-// rows of short sequences empty. Calls with extras have one tile only.
+// of shared memory (Q, and at least two stages each of K and V). Three groups need fewer passes over the keys; two
+// leave fewer rows of short sequences empty. Calls with extras have one tile only.
 constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
   if (v_head_dim <= 64) return {3, 128};
   if (v_head_dim <= 80) return few_rows ? FlashFwdSm90Tile{2, 128} : FlashFwdSm90Tile{3, 112};

@@ -17,6 +17,23 @@ struct Matrix {
   }
 };
 
+// What both kernels want to know.
+template <typename Params>
+Params params_of(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, Tensor& out) {
+  Params p;
+  p.x = x.data;
+  p.weight = weight.data;
+  p.bias = bias ? bias->data_ptr() : nullptr;
+  p.out = out.data_ptr();
+  p.m = x.num_rows;
+  p.n = weight.num_rows;
+  p.k = x.num_columns;
+  p.x_stride = x.stride;
+  p.weight_stride = weight.stride;
+  p.dtype = dtype_of(out);
+  return p;
+}
+
 Tensor linear_op(const Tensor& x_given, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Checks checks("linear", "x", x_given);
   checks.rows("x", x_given).dtype("x", x_given, kHalves);
@@ -34,37 +51,16 @@ Tensor linear_op(const Tensor& x_given, const Tensor& weight, const std::optiona
   const Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
   const Matrix rows{x.data_ptr(), num_rows_of(x), k, rows_of(x).inner_stride};
   const Matrix columns{weight.data_ptr(), n, k, weight.stride(0)};
-  const void* const bias_data = bias ? bias->data_ptr() : nullptr;
   const bool for_copy_engine = rows.fits_copy_engine() && columns.fits_copy_engine() && n % 8 == 0 &&
-                               reinterpret_cast<uintptr_t>(bias_data) % 8 == 0;
+                               (!bias || reinterpret_cast<uintptr_t>(bias->data_ptr()) % 8 == 0);
   if (for_copy_engine && capability_of(x) == 90) {
-    GemmSm90Params p;
-    p.x = rows.data;
-    p.weight = columns.data;
-    p.bias = bias_data;
-    p.out = out.data_ptr();
-    p.m = rows.num_rows;
-    p.n = n;
-    p.k = k;
-    p.x_stride = rows.stride;
-    p.weight_stride = columns.stride;
-    p.dtype = dtype_of(x);
+    auto p = params_of<GemmSm90Params>(rows, columns, bias, out);
     p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x)});
     check_launch("linear", gemm_sm90(p, stream_of(x)));
     return out;
   }
 
-  GemmSm80Params p;
-  p.x = rows.data;
-  p.weight = columns.data;
-  p.bias = bias_data;
-  p.out = out.data_ptr();
-  p.m = rows.num_rows;
-  p.n = n;
-  p.k = k;
-  p.x_stride = rows.stride;
-  p.weight_stride = columns.stride;
-  p.dtype = dtype_of(x);
+  auto p = params_of<GemmSm80Params>(rows, columns, bias, out);
   p.config = gemm_sm80_config({p.m, n, k, rows.aligned() && columns.aligned(), num_sms_of(x)});
   std::optional<Tensor> workspace;
   if (p.config.num_splits > 1) {

@@ -114,15 +114,7 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   };
   launch();
   call.check(p.min_q_len);
-  if (!one_in(3)) return;
-  const auto first_out = call.out;
-  const auto first_lse = call.lse;
-  call.clear_results();
-  launch();
-  if (std::memcmp(first_out.data(), call.out.data(), first_out.size() * sizeof(first_out[0])) != 0 ||
-      std::memcmp(first_lse.data(), call.lse.data(), first_lse.size() * sizeof(float)) != 0) {
-    fail("two runs differ");
-  }
+  if (one_in(3)) call.check_again(launch);
 }
 
 }  // namespace
