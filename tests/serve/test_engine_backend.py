@@ -70,7 +70,7 @@ def test_an_answer_that_a_guard_ended_says_what_it_took(cached: bool, tmp_path: 
 
     async def run() -> dict[str, Any]:
         inner: Any = backend("a secret and more", Metrics())
-        cache = ResponseCache(CacheConfig(path=tmp_path / "c.sqlite"), inner, lambda _: "m")
+        cache = ResponseCache(CacheConfig(path=tmp_path / "c.sqlite", lookup_timeout=60.0), inner, lambda _: "m")
         guards = Guardrails(GuardrailsConfig.model_validate({"guards": [words]}), cache if cached else inner)
         try:
             return await ask(guards, chat(), context())

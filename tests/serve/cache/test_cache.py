@@ -43,7 +43,8 @@ HEADER = "x-fastattn-cache"
 
 
 def cache_of(path: Path, inner: Scripted, **fields: Any) -> ResponseCache:
-    config = CacheConfig(path=path / "cache.sqlite", **fields)
+    # whoever tests the answers must not test how fast the machine's disk is
+    config = CacheConfig(path=path / "cache.sqlite", **{"lookup_timeout": 60.0} | fields)
     return ResponseCache(config, inner, lambda model: f"digest of {model}")
 
 
@@ -768,11 +769,11 @@ def test_any_bytes_in_a_row_are_a_miss(tmp_path_factory: Any, junk: bytes, at: i
 
 
 def test_no_time_in_the_event_loop(tmp_path: Path, monkeypatch: Any) -> None:
-    """A disk that takes 0.2 s for everything delays nobody else's chunks."""
+    """A disk that takes 2 s for everything delays nobody else's chunks."""
     real: Callable[..., Any] = Database.get
 
     def slow(self: Database, *args: Any) -> Any:
-        time.sleep(0.2)
+        time.sleep(2)
         return real(self, *args)
 
     monkeypatch.setattr(Database, "get", slow)
@@ -788,11 +789,11 @@ def test_no_time_in_the_event_loop(tmp_path: Path, monkeypatch: Any) -> None:
         await cache.close()
         return worst
 
-    assert wait(run()) < 0.19
+    assert wait(run()) < 1.9
 
 
 def test_a_slow_store_is_given_up(tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(Database, "get", lambda self, *a: time.sleep(1))
+    monkeypatch.setattr(Database, "get", lambda self, *a: time.sleep(5))
 
     async def run() -> float:
         cache = cache_of(tmp_path, echo(), lookup_timeout=0.05)
@@ -802,7 +803,7 @@ def test_a_slow_store_is_given_up(tmp_path: Path, monkeypatch: Any, caplog: pyte
         await cache.close()
         return took
 
-    assert wait(run()) < 0.9
+    assert wait(run()) < 4.5
     assert len(caplog.records) == 1
 
 

@@ -105,7 +105,7 @@ class Alike:
 
 
 def cache_of(path: Path, encoder: Any, inner: Any, **semantic: Any) -> ResponseCache:
-    config = CacheConfig(path=path / "c", semantic=SemanticConfig(encoder=path, **semantic))
+    config = CacheConfig(path=path / "c", lookup_timeout=60.0, semantic=SemanticConfig(encoder=path, **semantic))
     return ResponseCache(config, inner, lambda model: model, encoder=encoder)
 
 
