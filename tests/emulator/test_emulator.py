@@ -127,8 +127,9 @@ class Mutant:
 
 FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
+SM80 = "attention/flash_sm80.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM)} | {
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, SM80)} | {
     FEW_ROWS: "gemm_sm90",
     MASK: "paged_decode",
 }
@@ -239,6 +240,15 @@ MUTANTS = [
         "    __syncthreads();  // the stages are free again\n",
         "",
         "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "values are loaded while other warps still multiply by those before",
+        SM80,
+        "    __syncthreads();\n    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "flash_sm80_hd64.cu",
         "64",
         "expected",
     ),
