@@ -14,8 +14,8 @@
 //     warp 1                  clears what a V block holds behind the end of its sequence
 //     warp 2                  K(n) K(n-1) … K(0) ─► K(n) of tile t+1 …      two stages, or four where there is room
 //     warp 3                  V(n) V(n-1) … V(0) ─► V(n) of tile t+1 …      the same
-//     fp8: warp 0             Q, K and V
-//     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
+//     fp8, pages of 8 bits: warp 0        Q, K and V
+//       warps 1 to 3          turn V around (flash_fwd_sm90_fp8.cuh), or widen K and V (flash_fwd_sm90_8bit.cuh)
 //
 //   warp groups 1, 2 (, 3)    64 rows each, step j:
 //     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
@@ -48,6 +48,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <numeric>
 #include <type_traits>
 
@@ -60,6 +61,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "attention/flash_combine.h"
+#include "attention/flash_fwd_sm90_8bit.cuh"
 #include "attention/flash_fwd_sm90_fp8.cuh"
 #include "attention/flash_fwd_sm90_launch.h"
 #include "attention/flash_fwd_sm90_tiles.cuh"
@@ -84,8 +86,17 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
   MBarrier v_turned[2];
 };
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
-struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
+// Pages of 8 bits only: K and V as they come, in turns, before they are widened.
+template <int STAGES, int BYTES>
+struct FlashFwdSm90RawBlocks {
+  alignas(1024) unsigned char raw[STAGES][BYTES];
+  MBarrier raw_full[STAGES], raw_empty[STAGES];
+};
+template <int BYTES>
+struct FlashFwdSm90RawBlocks<0, BYTES> {};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+struct FlashFwdSm90Sizes {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
@@ -93,8 +104,21 @@ struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
   static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
   static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
   static constexpr int kMostBytes = 224 * 1024;
-  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * kBytesKv <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv <= kMostBytes ? 2 : 1;
+  static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
+  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesRaw = !WIDENS ? 0 : kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
+};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+struct FlashFwdSm90Storage
+    : FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>,
+      FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM>,
+      FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
+                            BLOCK_N * HEAD_DIM> {
+  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
+  static constexpr int BLOCK_M = Sizes::BLOCK_M, kStoredKeys = Sizes::kStoredKeys;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
   alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
@@ -111,14 +135,16 @@ struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
 // Kernel
 
 // EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, T>;
   constexpr bool FP8 = sizeof(T) == 1;
-  constexpr int NUM_TURNERS = FP8 ? 3 : 0;  // warps
+  static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
+  constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
+  constexpr bool HAS_HELPERS = FP8 || WIDENS;  // warps 1 to 3: turners, or wideners
   constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
   constexpr int PANEL = kPanelOf<T, HEAD_DIM>, V_PANEL = kPanelOf<T, V_HEAD_DIM>;
@@ -160,16 +186,22 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       smem.q_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      smem.k_full[i].init(1);
-      smem.v_full[i].init(FP8 ? NUM_TURNERS : 1);
+      smem.k_full[i].init(WIDENS ? kWideners : 1);
+      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? kWideners : 1);
       if constexpr (FP8) smem.v_turned[i].init(NUM_TURNERS);
       smem.v_loaded[i].init(1);
       smem.k_empty[i].init(4 * NUM_CONSUMERS);
       smem.v_empty[i].init(4 * NUM_CONSUMERS);
     }
+    if constexpr (WIDENS) {
+      for (int i = 0; i < Storage::Sizes::kStagesRaw; ++i) {
+        smem.raw_full[i].init(1);
+        smem.raw_empty[i].init(kWideners);
+      }
+    }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 3 : 2));
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (HAS_HELPERS || ends_inside ? 3 : 2));
     }
     fence_barrier_init();
   }
@@ -199,6 +231,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N>(args, args.v, target, *empty, *full, v_ring.parity(), t,
                                                            step);
       v_ring.advance();
+    };
+    RingPosition<WIDENS ? Storage::Sizes::kStagesRaw : 1> raw_ring;
+    const auto load_raw = [&](const CUtensorMap& map, const FlashTile& t, int32_t step) {
+      if constexpr (WIDENS) {
+        constexpr int WIDTH = kRawPanel<HEAD_DIM>;
+        const uint32_t stage = raw_ring.stage();
+        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N>(args, map, smem.raw[stage], smem.raw_empty[stage],
+                                                     smem.raw_full[stage], raw_ring.parity(), t, step);
+        raw_ring.advance();
+      }
     };
     FlashTileReader<Storage> tiles(smem);
     if (warp_idx == 0) {
@@ -241,18 +283,23 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         publish();  // also a tile without keys, whose rows must be written
         if (tile.begin_step < tile.end_step) load_q();
         // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
-        if (!FP8 && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+        if (!HAS_HELPERS && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
         claim();
-        if constexpr (FP8) {
+        if constexpr (HAS_HELPERS) {
           for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
-            load_k(tile, step);
-            load_v(tile, step);
+            if constexpr (WIDENS) {
+              load_raw(args.k, tile, step);
+              load_raw(args.v, tile, step);
+            } else {
+              load_k(tile, step);
+              load_v(tile, step);
+            }
           }
         }
       }
       tile.end_step = -1;
       publish();
-    } else if (!FP8 && warp_idx >= 2) {
+    } else if (!HAS_HELPERS && warp_idx >= 2) {
       // ---------------------------------------------------------------------------------- K; V
       while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
@@ -280,6 +327,55 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             smem.v_turned[v_ring.stage()].arrive();
           }
           v_ring.advance();
+        }
+      }
+    } else if constexpr (WIDENS) {
+      // ------------------------------------------------------------------------------ wideners
+      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity,
+                                   const float (&scales)[2], int32_t num_keys) {
+        const uint32_t stage = raw_ring.stage();
+        const unsigned char* const raw = smem.raw[stage];
+        smem.raw_full[stage].wait(raw_ring.parity());
+        empty.wait(parity ^ 1);
+        const auto widen_as = [&](auto kv, auto scaled) {
+          widen_rows<T, decltype(kv), BLOCK_N, HEAD_DIM, decltype(scaled)::value>(raw, target, scales, num_keys,
+                                                                                  warp_idx - 1, lane);
+        };
+        if (p.kv_dtype == DType::kInt8) {
+          p.k_scale.data != nullptr ? widen_as(int8_t(), std::true_type()) : widen_as(int8_t(), std::false_type());
+        } else {
+          p.k_scale.data != nullptr ? widen_as(__nv_fp8_e4m3(), std::true_type())
+                                    : widen_as(__nv_fp8_e4m3(), std::false_type());
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+          smem.raw_empty[stage].arrive();
+          full.arrive();
+        }
+        raw_ring.advance();
+      };
+      while (tiles.take(tile)) {
+        FlashRowScales next = {};
+        const auto ask = [&](int32_t step) {
+          if (p.k_scale.data != nullptr && step >= tile.begin_step) {
+            next = row_scales<BLOCK_N>(args, tile, step, warp_idx - 1, lane);
+          }
+        };
+        ask(tile.end_step - 1);
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          const FlashRowScales scales = next;
+          ask(step - 1);  // early: they come from device memory, behind an entry of the table
+          const int32_t num_keys = tile.k_len - step * BLOCK_N;
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t stage = k_ring.stage();  // V's as well
+            const float of_rows[2] = {i == 0 ? scales.of_k[0] : scales.of_v[0],
+                                      i == 0 ? scales.of_k[1] : scales.of_v[1]};
+            widen_block(i == 0 ? smem.k[stage] : smem.v[stage], i == 0 ? smem.k_full[stage] : smem.v_full[stage],
+                        i == 0 ? smem.k_empty[stage] : smem.v_empty[stage], k_ring.parity(), of_rows, num_keys);
+          }
+          k_ring.advance();
         }
       }
     } else if (warp_idx == 1 && ends_inside) {
@@ -315,7 +411,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
   const bool has_softcap = EXTRAS && p.softcap > 0.0f;
   const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
-  float softmax_scale = p.softmax_scale;              // fp8: the tile's
+  float softmax_scale = p.softmax_scale;              // with descales the tile's
   float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
   // Of the tile in hand, which else stays in shared memory, since registers are short.
@@ -599,7 +695,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           log2_sum = with_sink;
         }
       }
-      if constexpr (FP8) inverse *= descale_of(p.v_descale, done);
+      if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
@@ -687,8 +783,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     plain_begin = (mask.visible(last_row(tile)).begin + BLOCK_N - 1) / BLOCK_N;
     plain_end = mask.visible(min(tile.first_row + consumer * 64, tile.q_len - 1)).end / BLOCK_N;
     num_rows = tile.q_len - tile.first_row - lane_row;
-    if constexpr (FP8) {
+    if constexpr (FP8 || WIDENS) {
       softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
       if (!never_plain) scale_log2 = softmax_scale * kLog2E;
     }
   };
@@ -847,9 +944,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
@@ -874,8 +971,11 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
 
   const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
   const int64_t k_batches = paged ? p.num_pages : p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
-  constexpr int kPanel = kPanelOf<T, HEAD_DIM>, kVPanel = kPanelOf<T, V_HEAD_DIM>;
-  const bool no_keys = p.k_tokens * k_batches == 0;  // none is read, but a map must be of something
+  constexpr int kPanel = kPanelOf<T, HEAD_DIM>;
+  constexpr int kKPanel = WIDENS ? kRawPanel<HEAD_DIM> : kPanel;
+  constexpr int kVPanel = WIDENS ? kKPanel : kPanelOf<T, V_HEAD_DIM>;
+  const DType kv_dtype = WIDENS ? DType::kFloat8E4M3 : p.dtype;  // to a copy int8 is the same
+  const bool no_keys = p.k_tokens * k_batches == 0;              // none is read, but a map must be of something
   const TensorMapSpec specs[3] = {{p.q,
                                    p.dtype,
                                    {p.head_dim, p.q_tokens, p.num_heads, q_batches},
@@ -883,13 +983,13 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                    kPanel,
                                    Storage::BLOCK_M},
                                   {no_keys ? p.q : p.k,
-                                   p.dtype,
+                                   kv_dtype,
                                    {p.head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
-                                   kPanel,
+                                   kKPanel,
                                    box_rows},
                                   {no_keys ? p.q : p.v,
-                                   p.dtype,
+                                   kv_dtype,
                                    {p.v_head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
                                    kVPanel,
@@ -900,7 +1000,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS>;
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS>;
   if (config.num_tiles > config.num_ctas) {
     const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;

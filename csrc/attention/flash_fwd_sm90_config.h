@@ -24,7 +24,8 @@ struct FlashFwdSm90HeadDims {
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsFp8[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims8Bit[] = {
+    {64, 64}, {128, 128}, {256, 256}};  // of fp8, and of K and V
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
 // of shared memory (Q, and at least two stages each of K and V). Three groups need fewer passes over the keys; two
@@ -44,6 +45,9 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim) {
   return {2, 96};
 }
 
+// Beside the blocks in 16 bits there are some in 8; and who widens them needs registers that three groups do not leave.
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_widened(int v_head_dim) { return {2, v_head_dim <= 128 ? 128 : 64}; }
+
 struct FlashFwdSm90Problem {
   int64_t num_seqs;
   int64_t num_heads;
@@ -57,6 +61,7 @@ struct FlashFwdSm90Problem {
   int64_t packed_tokens = -1;  // all sequences' query rows where they are packed
   bool extras = false;         // flash_fwd_sm90_extras
   bool fp8 = false;
+  bool widens = false;  // flash_fwd_sm90_widens
 };
 
 // Tiles are in the order of section_order.h: pairs are of a sequence and a query head, levels go from the last query
@@ -83,9 +88,10 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
       config.v_head_dim = dims.v;
     }
   };
-  if (problem.fp8) {
-    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDimsFp8) try_dims(dims);
-    config.tile = flash_fwd_sm90_tile_fp8(config.v_head_dim);
+  if (problem.fp8 || problem.widens) {
+    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims8Bit) try_dims(dims);
+    config.tile =
+        problem.fp8 ? flash_fwd_sm90_tile_fp8(config.v_head_dim) : flash_fwd_sm90_tile_widened(config.v_head_dim);
   } else {
     for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims) try_dims(dims);
     config.tile = flash_fwd_sm90_tile(config.v_head_dim, problem.max_seqlen_q <= 1024 && !problem.extras);
@@ -119,8 +125,8 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   // CTAs that run at the same time should read the same K and V. So sections are small: 2 MiB of keys and values, or
   // one KV head if that is more.
   constexpr int64_t kSectionBytes = 2 << 20;
-  const int64_t kv_bytes =
-      std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 ? 1 : 2));
+  const int64_t kv_bytes = std::max<int64_t>(
+      1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 || problem.widens ? 1 : 2));
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / kv_bytes);
   config.order = SectionOrder::make(num_pairs, config.num_m_tiles, kv_heads * group, problem.causal, problem.num_sms);

@@ -133,6 +133,14 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
   p.q_descale = descale(call.q_descale);
   p.k_descale = descale(call.k_descale);
   p.v_descale = descale(call.v_descale);
+  p.kv_dtype = dtype_of(k);
+  if (call.k_scale && call.k_scale->dim() == 1) {  // of a KV head: the same for all sequences
+    p.k_descale = {data<float>(*call.k_scale), 0, call.k_scale->stride(0)};
+    p.v_descale = {data<float>(*call.v_scale), 0, call.v_scale->stride(0)};
+  } else if (call.k_scale) {
+    p.k_scale = kv_scale_of(call.k_scale);
+    p.v_scale = kv_scale_of(call.v_scale);
+  }
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
@@ -167,9 +175,10 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
   p.q_tokens = q.size(token);
   p.k_tokens = k.size(k.dim() - 3);
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
-  p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim,
-                                    call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q),
-                                    batch < 0 ? p.q_tokens : -1, flash_fwd_sm90_extras(p), is_fp8(q)});
+  p.config =
+      flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim, call.max_seqlen_q,
+                             call.max_seqlen_k, p.window_right == 0, num_sms_of(q), batch < 0 ? p.q_tokens : -1,
+                             flash_fwd_sm90_extras(p), is_fp8(q), flash_fwd_sm90_widens(p)});
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
@@ -239,7 +248,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   // query head, even of a sequence of one token: in a mixed batch it leaves those to the decode kernel.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const bool long_ones = max_seqlen_q >= 64 && !is_8bit(k_cache) && !decode_config_of(call).fits;
+  const bool long_ones = max_seqlen_q >= 64;
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
   const bool mixed = sm90 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
