@@ -30,6 +30,8 @@
 // floating-point numbers and lose nothing by being large, until they overflow. Their sum tells, before P is used; then
 // S is computed again. So the common step has neither a maximum, nor a reduction over lanes, nor a rescaled O.
 //
+// Where each head has few rows, a tile packs the query heads of a KV head (PACKS): row r is of token r / G and head r % G.
+//
 // Where there are fewer tiles than SMs, the key blocks of a tile are split among several CTAs, and flash_combine adds
 // up.
 //
@@ -135,7 +137,8 @@ struct FlashFwdSm90Storage
 // Kernel
 
 // EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+          bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if (warp_idx == 0) {
       // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
-      PackedTiles<BLOCK_M> packed_tiles;
+      PackedTiles packed_tiles;
       int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
       // Asks for the number of a tile, which takes its time.
       const auto claim = [&] {
@@ -269,17 +272,22 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
         __syncwarp();
-        if (lane == 0) smem.q_full[stage].arrive_expect_bytes(Q_BYTES);
+        if (lane == 0) {
+          smem.q_full[stage].arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
+                                                             static_cast<uint32_t>(sizeof(T))
+                                                       : Q_BYTES);
+        }
         if (lane < STORED_DIM / PANEL) {
+          const int32_t token = tile.q_start + tile.first_row;
           tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
-                      tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
+                      PACKS ? tile.head_idx : token, PACKS ? token : tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
         q_ring.advance();
       };
 
       while (true) {
         const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
-        if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile)) break;
+        if (!decode_tile<BLOCK_M, BLOCK_N, PACKS>(args, tile_idx, packed_tiles, tile)) break;
         publish();  // also a tile without keys, whose rows must be written
         if (tile.begin_step < tile.end_step) load_q();
         // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
@@ -497,6 +505,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto mask_of = [&](const FlashTile& t) {
     return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
   };
+  // The token of this lane's row r, and its head; and the token of a row of this group.
+  const auto token_of_lane = [&](const FlashTile& t, int r) {
+    return PACKS ? t.first_row + args.group_size.divide(lane_row + 8 * r) : t.first_row + lane_row + 8 * r;
+  };
+  const auto head_of_lane = [&](const FlashTile& t, int r) {
+    return PACKS ? t.head_idx + args.group_size.remainder(lane_row + 8 * r) : t.head_idx;
+  };
+  const auto token_of_group = [&](const FlashTile& t, int row) {
+    return PACKS ? t.first_row + args.group_size.divide(consumer * 64 + row) : t.first_row + consumer * 64 + row;
+  };
   const auto is_masked = [&](int32_t step) { return step < plain_begin || step >= plain_end; };  // for some row
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
@@ -511,10 +529,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     if (has_alibi) {
       const float scale = has_softcap ? 1.0f : softmax_scale * kLog2E;
-      const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + tile.head_idx] * kLog2E;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int32_t position = tile.first_row + lane_row + 8 * r + tile.k_len - tile.q_len;
+        const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + head_of_lane(tile, r)] * kLog2E;
+        const int32_t position = token_of_lane(tile, r) + tile.k_len - tile.q_len;
         const float distance = static_cast<float>(position - step * BLOCK_N - 2 * (lane % 4));
 #pragma unroll
         for (int t = 0; t < BLOCK_N / 8; ++t) {
@@ -530,7 +548,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       const int32_t lane_key = step * BLOCK_N + 2 * (lane % 4);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const KeyRange visible = mask.visible(min(tile.first_row + lane_row + 8 * r, tile.q_len - 1));
+        const KeyRange visible = mask.visible(min(token_of_lane(tile, r), tile.q_len - 1));
         const int32_t begin = visible.begin - lane_key, end = visible.end - lane_key;
         if (step >= plain_end) {  // one comparison a score, not two: most blocks have one end
 #pragma unroll
@@ -653,18 +671,20 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       Out* out;        // whole
       float* partial;  // otherwise
     } result;
-    const int32_t row = done.first_row + lane_row + 8 * r;
+    const int32_t row = token_of_lane(done, r);
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
     const int64_t token = done.q_start + row;
-    result.counts = row < done.q_len;
-    result.exists = EXTRAS && p.seqused_q != nullptr ? row < num_rows_of_sequence(p, done.seq_idx) : result.counts;
+    const bool is_tiles = !PACKS || row - done.first_row < args.tile_tokens;
+    result.counts = is_tiles && row < done.q_len;
+    result.exists =
+        EXTRAS && p.seqused_q != nullptr ? is_tiles && row < num_rows_of_sequence(p, done.seq_idx) : result.counts;
     result.lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
-                 batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride + token;
+                 batch_idx * p.lse_batch_stride + head_of_lane(done, r) * p.lse_head_stride + token;
     result.out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + token * p.out_token_stride +
-                 done.head_idx * p.out_head_stride;
-    result.partial =
-        p.partial_out +
-        ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) * p.v_head_dim;
+                 head_of_lane(done, r) * p.out_head_stride;
+    result.partial = p.partial_out + ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads +
+                                      head_of_lane(done, r)) *
+                                         p.v_head_dim;
     return result;
   };
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
@@ -687,7 +707,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
       float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
       if (has_sink(done)) {
-        const float sink = __fmul_rn(p.sinks[done.head_idx], kLog2E);
+        const float sink = __fmul_rn(p.sinks[head_of_lane(done, r)], kLog2E);
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
           const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
@@ -746,7 +766,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const auto row = row_of(done, r);
-      if (row.exists && lane % 4 == 0) *row.lse = row.counts && has_sink(done) ? p.sinks[done.head_idx] : -INFINITY;
+      if (row.exists && lane % 4 == 0)
+        *row.lse = row.counts && has_sink(done) ? p.sinks[head_of_lane(done, r)] : -INFINITY;
       const int32_t num_columns = whole ? (row.exists ? p.v_head_dim : 0) : (row.counts ? p.v_head_dim : 0);
 #pragma unroll 1
       for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
@@ -769,7 +790,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       tiles.release();
     }
   };
-  const auto last_row = [&](const FlashTile& t) { return min(t.first_row + consumer * 64 + 63, t.q_len - 1); };
+  const auto last_row = [&](const FlashTile& t) {  // its token
+    return min(token_of_group(t, 63), t.q_len - 1);
+  };
   // How many of a tile's last blocks no row of this group sees, as with a causal mask the upper groups.
   const auto num_unseen = [&](const FlashTile& t) {
     const int32_t my_end_step = (mask_of(t).visible(last_row(t)).end + BLOCK_N - 1) / BLOCK_N;
@@ -781,8 +804,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     begin_step = tile.begin_step;
     end_step = tile.end_step;
     plain_begin = (mask.visible(last_row(tile)).begin + BLOCK_N - 1) / BLOCK_N;
-    plain_end = mask.visible(min(tile.first_row + consumer * 64, tile.q_len - 1)).end / BLOCK_N;
-    num_rows = tile.q_len - tile.first_row - lane_row;
+    plain_end = mask.visible(min(token_of_group(tile, 0), tile.q_len - 1)).end / BLOCK_N;
+    num_rows = tile.q_len - tile.first_row;
+    if (PACKS) num_rows = min(num_rows, args.tile_tokens) * args.group_size.divisor;
+    num_rows -= lane_row;
     if constexpr (FP8 || WIDENS) {
       softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
       softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
@@ -944,7 +969,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+          bool PACKS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
   using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   constexpr int kSmemBytes = sizeof(Storage);
@@ -956,7 +982,8 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   FlashFwdSm90Args args;
   args.p = p;
   args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
-  args.num_heads = FastDivide(p.num_heads);
+  args.tile_heads = FastDivide(static_cast<int32_t>(config.tile_heads));
+  args.tile_tokens = static_cast<int32_t>(config.tile_tokens);
   if (p.cu_seqlens_q == nullptr) args.order = SectionLookup(config.order, config.num_m_tiles);
   args.num_splits = FastDivide(config.num_splits);
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
@@ -976,12 +1003,20 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   constexpr int kVPanel = WIDENS ? kKPanel : kPanelOf<T, V_HEAD_DIM>;
   const DType kv_dtype = WIDENS ? DType::kFloat8E4M3 : p.dtype;  // to a copy int8 is the same
   const bool no_keys = p.k_tokens * k_batches == 0;              // none is read, but a map must be of something
-  const TensorMapSpec specs[3] = {{p.q,
-                                   p.dtype,
-                                   {p.head_dim, p.q_tokens, p.num_heads, q_batches},
-                                   {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
-                                   kPanel,
-                                   Storage::BLOCK_M},
+  const TensorMapSpec q_spec = PACKS ? TensorMapSpec{p.q,
+                                                     p.dtype,
+                                                     {p.head_dim, p.num_heads, p.q_tokens, q_batches},
+                                                     {p.q_head_stride, p.q_token_stride, p.q_batch_stride},
+                                                     kPanel,
+                                                     p.num_heads / p.num_kv_heads,
+                                                     args.tile_tokens}
+                                     : TensorMapSpec{p.q,
+                                                     p.dtype,
+                                                     {p.head_dim, p.q_tokens, p.num_heads, q_batches},
+                                                     {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
+                                                     kPanel,
+                                                     Storage::BLOCK_M};
+  const TensorMapSpec specs[3] = {q_spec,
                                   {no_keys ? p.q : p.k,
                                    kv_dtype,
                                    {p.head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
@@ -1000,7 +1035,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS>;
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS, PACKS>;
   if (config.num_tiles > config.num_ctas) {
     const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;

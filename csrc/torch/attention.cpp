@@ -29,6 +29,15 @@ PagedDecodeConfig decode_config_of(const AttentionCall& call) {
                               num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k)});
 }
 
+FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
+  const bool extras = call.softcap > 0.0 || call.alibi_slopes || call.sinks || call.seqused_q;
+  return flash_fwd_sm90_config({call.num_seqs, call.num_heads(), call.num_kv_heads(), call.head_dim(),
+                                call.v_head_dim(), call.max_seqlen_q, call.max_seqlen_k,
+                                call.causal || call.window_right == 0, num_sms_of(call.q),
+                                call.q.dim() == 3 ? call.q.size(0) : -1, extras, is_fp8(call.q),
+                                !is_fp8(call.q) && is_8bit(call.k), call.min_q_len > 0});
+}
+
 // Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
 // head at a time, so that the decode kernel, which packs the heads of a group, is better where they are one tile of
 // rows; but it has no fp8.
@@ -175,10 +184,7 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
   p.q_tokens = q.size(token);
   p.k_tokens = k.size(k.dim() - 3);
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
-  p.config =
-      flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim, call.max_seqlen_q,
-                             call.max_seqlen_k, p.window_right == 0, num_sms_of(q), batch < 0 ? p.q_tokens : -1,
-                             flash_fwd_sm90_extras(p), is_fp8(q), flash_fwd_sm90_widens(p)});
+  p.config = sm90_config_of(call);
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
@@ -244,14 +250,16 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
 
   const OnDeviceOf guard(q);
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
-  // decode kernel takes two tiles of rows too: they share what they read. And the Hopper kernel takes a tile for each
-  // query head, even of a sequence of one token: in a mixed batch it leaves those to the decode kernel.
+  // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
+  // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
+  // single token would take as many: those are left to the decode kernel.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const bool long_ones = max_seqlen_q >= 64;
+  const bool many_rows = max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
+  const bool long_ones = max_seqlen_q >= 64 || (many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
-  const bool mixed = sm90 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
+  const bool mixed = sm90 && max_seqlen_q >= 64 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
   const Results results = new_results(call);
   if (sm90) {
     AttentionCall long_call = call;

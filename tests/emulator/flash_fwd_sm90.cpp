@@ -20,7 +20,7 @@ AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdS
   const int num_seqs = pick({1, 2, 3, 5, 9, 35});
   const bool many = num_seqs > 9;
   call.num_kv_heads = many ? 1 : between(1, 2);
-  call.group = many ? 1 : pick({1, 1, 2, 3});
+  call.group = many ? pick({1, 5}) : pick({1, 1, 2, 3, 4, 7});
   call.page_size = kWidens || one_in(3) ? pick({8, 16, 24, 64, 128, 200}) : 0;
   const bool paged = call.page_size > 0;
   call.packed_q = paged || one_in(2);
@@ -31,7 +31,8 @@ AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdS
   call.has_scales = kWidens && (std::is_same_v<KV, int8_t> || one_in(2));
   call.scales_of_tokens = call.rounds_scaled = call.has_scales && one_in(2);
 
-  int most_q = many ? 40 : pick({1, 60, 130, 260, block_m, 2 * block_m});
+  int most_q =
+      many ? 40 / call.group : pick({1, 17, 60, 130, 260, block_m, 2 * block_m}) / (call.group > 3 ? 4 : 1) + 1;
   int most_k = many ? 60 : pick({1, 40, block_n, 200, 3 * block_n + 5, 520});
   if (!paged && one_in(5)) {  // whole tiles of rows that a causal mask leaves without keys
     most_q = 3 * block_m;
@@ -67,10 +68,11 @@ void choose_config(const AttentionCall<T, KV>& call, FlashFwdSm90Params& p) {
   if (num_whole < num_sms || one_in(4)) config.num_splits = pick({1, 2, 3, 5});
   config.num_tiles = num_whole * config.num_splits;
   config.num_ctas = std::min<int64_t>(config.num_tiles, num_sms);
-  const int64_t num_pairs = int64_t{call.num_seqs} * call.num_heads;
+  const int64_t num_pairs = int64_t{call.num_seqs} * config.tile_heads;
+  const int64_t heads_of_kv = config.tile_heads / call.num_kv_heads;
   config.order =
-      fastattn::SectionOrder::make(num_pairs, config.num_m_tiles, call.group * between(1, 3), call.causal, num_sms);
-  config.heads_of_section = call.group * pick({1, call.num_kv_heads});
+      fastattn::SectionOrder::make(num_pairs, config.num_m_tiles, heads_of_kv * between(1, 3), call.causal, num_sms);
+  config.heads_of_section = heads_of_kv * pick({1, call.num_kv_heads});
 }
 
 template <typename T, typename KV = T>
@@ -121,7 +123,7 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   current_call += ": " + call.text() + "; " + std::to_string(p.config.tile.num_consumers) + " consumers, block_n " +
                   std::to_string(p.config.tile.block_n) + ", " + std::to_string(p.config.num_tiles) + " tiles, " +
                   std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) +
-                  " CTAs, min_q_len " + std::to_string(p.min_q_len);
+                  " CTAs, min_q_len " + std::to_string(p.min_q_len) + (p.config.packs ? ", packs" : "");
 
   const auto launch = [&] {
     if (flash_fwd_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");

@@ -204,6 +204,19 @@ def test_drawn_prompts(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
+def test_drawn_drafts(seed: int) -> None:
+    """More rows than decoding has, of a few tokens each: a tile packs the heads of a group, or has few rows."""
+    rng = random.Random(4000 + seed)
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    kv_heads, group = rng.choice((1, 2, 5)), rng.choice((2, 3, 4, 8, 9, 16, 24, 71))
+    shape = (kv_heads * group, kv_heads, rng.choice(HEAD_DIMS))
+    batch, longest = rng.choice((1, 2, 9, 40)), rng.choice((-(-64 // group), 17, 40, 150))
+    runs = [longest, *(rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch - 1))]
+    lengths = [run + rng.choice((0, 1, rng.randint(0, 4000))) for run in runs]
+    attend_twice(rng, shape, rng.choice((*PAGES, 24, 256)), runs, lengths, dtype)
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_drawn_prompts_of_8_bits(seed: int) -> None:
     """The Hopper kernel again, which widens K and V, and the decode kernel for the short ones."""
     rng = random.Random(3000 + seed)
