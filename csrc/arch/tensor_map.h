@@ -13,14 +13,14 @@
 namespace fastattn {
 
 // Four dimensions of 16-bit elements or fp8, the contiguous one first; strides of the others in elements, multiples of
-// 16 bytes. One copy takes a box of `panel` x `rows` elements: panels of 128 bytes are laid out with a swizzle of 128
-// bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
+// 16 bytes. One copy takes a box of `panel` x `rows` x `planes` elements: panels of 128 bytes are laid out with a
+// swizzle of 128 bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
 struct TensorMapSpec {
   const void* base;  // 16-byte aligned
   DType dtype;
   int64_t sizes[4];
   int64_t strides[3];
-  int panel, rows;
+  int panel, rows, planes = 1;
   bool reads_ahead = true;  // what is not in the L2 cache comes by 256 bytes, else by 128
 };
 
@@ -46,7 +46,8 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   for (int i = 0; i < 3; ++i) {
     strides[i] = spec.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(spec.strides[i] * element_bytes) : cuuint64_t{16};
   }
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(spec.panel), static_cast<cuuint32_t>(spec.rows), 1, 1};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(spec.panel), static_cast<cuuint32_t>(spec.rows),
+                             static_cast<cuuint32_t>(spec.planes), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result =
       encode(map, type, 4, const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -14,8 +14,8 @@
 //     warp 1                  clears what a V block holds behind the end of its sequence
 //     warp 2                  K(n) K(n-1) … K(0) ─► K(n) of tile t+1 …      two stages, or four where there is room
 //     warp 3                  V(n) V(n-1) … V(0) ─► V(n) of tile t+1 …      the same
-//     fp8: warp 0             Q, K and V
-//     fp8: warps 1 to 3       turn V around (flash_fwd_sm90_fp8.cuh)
+//     fp8, pages of 8 bits: warp 0        Q, K and V
+//       warps 1 to 3          turn V around (flash_fwd_sm90_fp8.cuh), or widen K and V (flash_fwd_sm90_8bit.cuh)
 //
 //   warp groups 1, 2 (, 3)    64 rows each, step j:
 //     tensor cores   │ S(j+1) = Q K^T │ O += P(j) V │                 │ S(j+2) = Q K^T │ O += P(j+1) V │
@@ -29,6 +29,8 @@
 // reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
 // floating-point numbers and lose nothing by being large, until they overflow. Their sum tells, before P is used; then
 // S is computed again. So the common step has neither a maximum, nor a reduction over lanes, nor a rescaled O.
+//
+// Where each head has few rows, a tile packs the query heads of a KV head (PACKS): row r is of token r / G and head r % G.
 //
 // Where there are fewer tiles than SMs, the key blocks of a tile are split among several CTAs, and flash_combine adds
 // up.
@@ -48,6 +50,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <numeric>
 #include <type_traits>
 
@@ -60,6 +63,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "attention/flash_combine.h"
+#include "attention/flash_fwd_sm90_8bit.cuh"
 #include "attention/flash_fwd_sm90_fp8.cuh"
 #include "attention/flash_fwd_sm90_launch.h"
 #include "attention/flash_fwd_sm90_tiles.cuh"
@@ -84,8 +88,17 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
   MBarrier v_turned[2];
 };
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
-struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
+// Pages of 8 bits only: K and V as they come, in turns, before they are widened.
+template <int STAGES, int BYTES>
+struct FlashFwdSm90RawBlocks {
+  alignas(1024) unsigned char raw[STAGES][BYTES];
+  MBarrier raw_full[STAGES], raw_empty[STAGES];
+};
+template <int BYTES>
+struct FlashFwdSm90RawBlocks<0, BYTES> {};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+struct FlashFwdSm90Sizes {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
@@ -93,8 +106,21 @@ struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
   static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
   static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
   static constexpr int kMostBytes = 224 * 1024;
-  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * kBytesKv <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv <= kMostBytes ? 2 : 1;
+  static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
+  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesRaw = !WIDENS ? 0 : kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
+};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+struct FlashFwdSm90Storage
+    : FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>,
+      FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM>,
+      FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
+                            BLOCK_N * HEAD_DIM> {
+  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
+  static constexpr int BLOCK_M = Sizes::BLOCK_M, kStoredKeys = Sizes::kStoredKeys;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
   alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
@@ -111,14 +137,17 @@ struct FlashFwdSm90Storage : FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM> {
 // Kernel
 
 // EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+          bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, T>;
   constexpr bool FP8 = sizeof(T) == 1;
-  constexpr int NUM_TURNERS = FP8 ? 3 : 0;  // warps
+  static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
+  constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
+  constexpr bool HAS_HELPERS = FP8 || WIDENS;  // warps 1 to 3: turners, or wideners
   constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
   constexpr int PANEL = kPanelOf<T, HEAD_DIM>, V_PANEL = kPanelOf<T, V_HEAD_DIM>;
@@ -160,16 +189,22 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       smem.q_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      smem.k_full[i].init(1);
-      smem.v_full[i].init(FP8 ? NUM_TURNERS : 1);
+      smem.k_full[i].init(WIDENS ? kWideners : 1);
+      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? kWideners : 1);
       if constexpr (FP8) smem.v_turned[i].init(NUM_TURNERS);
       smem.v_loaded[i].init(1);
       smem.k_empty[i].init(4 * NUM_CONSUMERS);
       smem.v_empty[i].init(4 * NUM_CONSUMERS);
     }
+    if constexpr (WIDENS) {
+      for (int i = 0; i < Storage::Sizes::kStagesRaw; ++i) {
+        smem.raw_full[i].init(1);
+        smem.raw_empty[i].init(kWideners);
+      }
+    }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (FP8 ? NUM_TURNERS : ends_inside ? 3 : 2));
+      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (HAS_HELPERS || ends_inside ? 3 : 2));
     }
     fence_barrier_init();
   }
@@ -200,11 +235,21 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                                                            step);
       v_ring.advance();
     };
+    RingPosition<WIDENS ? Storage::Sizes::kStagesRaw : 1> raw_ring;
+    const auto load_raw = [&](const CUtensorMap& map, const FlashTile& t, int32_t step) {
+      if constexpr (WIDENS) {
+        constexpr int WIDTH = kRawPanel<HEAD_DIM>;
+        const uint32_t stage = raw_ring.stage();
+        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N>(args, map, smem.raw[stage], smem.raw_empty[stage],
+                                                     smem.raw_full[stage], raw_ring.parity(), t, step);
+        raw_ring.advance();
+      }
+    };
     FlashTileReader<Storage> tiles(smem);
     if (warp_idx == 0) {
       // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
-      PackedTiles<BLOCK_M> packed_tiles;
+      PackedTiles packed_tiles;
       int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
       // Asks for the number of a tile, which takes its time.
       const auto claim = [&] {
@@ -227,32 +272,42 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
         __syncwarp();
-        if (lane == 0) smem.q_full[stage].arrive_expect_bytes(Q_BYTES);
+        if (lane == 0) {
+          smem.q_full[stage].arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
+                                                             static_cast<uint32_t>(sizeof(T))
+                                                       : Q_BYTES);
+        }
         if (lane < STORED_DIM / PANEL) {
+          const int32_t token = tile.q_start + tile.first_row;
           tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
-                      tile.q_start + tile.first_row, tile.head_idx, packed_q ? 0 : tile.seq_idx);
+                      PACKS ? tile.head_idx : token, PACKS ? token : tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
         q_ring.advance();
       };
 
       while (true) {
         const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
-        if (!decode_tile<BLOCK_M, BLOCK_N>(args, tile_idx, packed_tiles, tile)) break;
+        if (!decode_tile<BLOCK_M, BLOCK_N, PACKS>(args, tile_idx, packed_tiles, tile)) break;
         publish();  // also a tile without keys, whose rows must be written
         if (tile.begin_step < tile.end_step) load_q();
         // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
-        if (!FP8 && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+        if (!HAS_HELPERS && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
         claim();
-        if constexpr (FP8) {
+        if constexpr (HAS_HELPERS) {
           for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
-            load_k(tile, step);
-            load_v(tile, step);
+            if constexpr (WIDENS) {
+              load_raw(args.k, tile, step);
+              load_raw(args.v, tile, step);
+            } else {
+              load_k(tile, step);
+              load_v(tile, step);
+            }
           }
         }
       }
       tile.end_step = -1;
       publish();
-    } else if (!FP8 && warp_idx >= 2) {
+    } else if (!HAS_HELPERS && warp_idx >= 2) {
       // ---------------------------------------------------------------------------------- K; V
       while (tiles.take(tile)) {
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
@@ -280,6 +335,55 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             smem.v_turned[v_ring.stage()].arrive();
           }
           v_ring.advance();
+        }
+      }
+    } else if constexpr (WIDENS) {
+      // ------------------------------------------------------------------------------ wideners
+      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity,
+                                   const float (&scales)[2], int32_t num_keys) {
+        const uint32_t stage = raw_ring.stage();
+        const unsigned char* const raw = smem.raw[stage];
+        smem.raw_full[stage].wait(raw_ring.parity());
+        empty.wait(parity ^ 1);
+        const auto widen_as = [&](auto kv, auto scaled) {
+          widen_rows<T, decltype(kv), BLOCK_N, HEAD_DIM, decltype(scaled)::value>(raw, target, scales, num_keys,
+                                                                                  warp_idx - 1, lane);
+        };
+        if (p.kv_dtype == DType::kInt8) {
+          p.k_scale.data != nullptr ? widen_as(int8_t(), std::true_type()) : widen_as(int8_t(), std::false_type());
+        } else {
+          p.k_scale.data != nullptr ? widen_as(__nv_fp8_e4m3(), std::true_type())
+                                    : widen_as(__nv_fp8_e4m3(), std::false_type());
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+          smem.raw_empty[stage].arrive();
+          full.arrive();
+        }
+        raw_ring.advance();
+      };
+      while (tiles.take(tile)) {
+        FlashRowScales next = {};
+        const auto ask = [&](int32_t step) {
+          if (p.k_scale.data != nullptr && step >= tile.begin_step) {
+            next = row_scales<BLOCK_N>(args, tile, step, warp_idx - 1, lane);
+          }
+        };
+        ask(tile.end_step - 1);
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          const FlashRowScales scales = next;
+          ask(step - 1);  // early: they come from device memory, behind an entry of the table
+          const int32_t num_keys = tile.k_len - step * BLOCK_N;
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t stage = k_ring.stage();  // V's as well
+            const float of_rows[2] = {i == 0 ? scales.of_k[0] : scales.of_v[0],
+                                      i == 0 ? scales.of_k[1] : scales.of_v[1]};
+            widen_block(i == 0 ? smem.k[stage] : smem.v[stage], i == 0 ? smem.k_full[stage] : smem.v_full[stage],
+                        i == 0 ? smem.k_empty[stage] : smem.v_empty[stage], k_ring.parity(), of_rows, num_keys);
+          }
+          k_ring.advance();
         }
       }
     } else if (warp_idx == 1 && ends_inside) {
@@ -315,7 +419,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
   const bool has_softcap = EXTRAS && p.softcap > 0.0f;
   const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
-  float softmax_scale = p.softmax_scale;              // fp8: the tile's
+  float softmax_scale = p.softmax_scale;              // with descales the tile's
   float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
   // Of the tile in hand, which else stays in shared memory, since registers are short.
@@ -401,6 +505,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto mask_of = [&](const FlashTile& t) {
     return AttentionMask{t.q_len, t.k_len, p.window_left, p.window_right};
   };
+  // The token of this lane's row r, and its head; and the token of a row of this group.
+  const auto token_of_lane = [&](const FlashTile& t, int r) {
+    return PACKS ? t.first_row + args.group_size.divide(lane_row + 8 * r) : t.first_row + lane_row + 8 * r;
+  };
+  const auto head_of_lane = [&](const FlashTile& t, int r) {
+    return PACKS ? t.head_idx + args.group_size.remainder(lane_row + 8 * r) : t.head_idx;
+  };
+  const auto token_of_group = [&](const FlashTile& t, int row) {
+    return PACKS ? t.first_row + args.group_size.divide(consumer * 64 + row) : t.first_row + consumer * 64 + row;
+  };
   const auto is_masked = [&](int32_t step) { return step < plain_begin || step >= plain_end; };  // for some row
   // Softcap, ALiBi, mask and maximum of a block of scores.
   const auto find_max = [&](int32_t step) {
@@ -415,10 +529,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     if (has_alibi) {
       const float scale = has_softcap ? 1.0f : softmax_scale * kLog2E;
-      const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + tile.head_idx] * kLog2E;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int32_t position = tile.first_row + lane_row + 8 * r + tile.k_len - tile.q_len;
+        const float slope = p.alibi_slopes[tile.seq_idx * p.alibi_batch_stride + head_of_lane(tile, r)] * kLog2E;
+        const int32_t position = token_of_lane(tile, r) + tile.k_len - tile.q_len;
         const float distance = static_cast<float>(position - step * BLOCK_N - 2 * (lane % 4));
 #pragma unroll
         for (int t = 0; t < BLOCK_N / 8; ++t) {
@@ -434,7 +548,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       const int32_t lane_key = step * BLOCK_N + 2 * (lane % 4);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const KeyRange visible = mask.visible(min(tile.first_row + lane_row + 8 * r, tile.q_len - 1));
+        const KeyRange visible = mask.visible(min(token_of_lane(tile, r), tile.q_len - 1));
         const int32_t begin = visible.begin - lane_key, end = visible.end - lane_key;
         if (step >= plain_end) {  // one comparison a score, not two: most blocks have one end
 #pragma unroll
@@ -557,18 +671,20 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       Out* out;        // whole
       float* partial;  // otherwise
     } result;
-    const int32_t row = done.first_row + lane_row + 8 * r;
+    const int32_t row = token_of_lane(done, r);
     const int64_t batch_idx = packed_q ? 0 : done.seq_idx;
     const int64_t token = done.q_start + row;
-    result.counts = row < done.q_len;
-    result.exists = EXTRAS && p.seqused_q != nullptr ? row < num_rows_of_sequence(p, done.seq_idx) : result.counts;
+    const bool is_tiles = !PACKS || row - done.first_row < args.tile_tokens;
+    result.counts = is_tiles && row < done.q_len;
+    result.exists =
+        EXTRAS && p.seqused_q != nullptr ? is_tiles && row < num_rows_of_sequence(p, done.seq_idx) : result.counts;
     result.lse = (whole ? p.lse : p.partial_lse + done.split_idx * p.num_heads * p.num_tokens) +
-                 batch_idx * p.lse_batch_stride + done.head_idx * p.lse_head_stride + token;
+                 batch_idx * p.lse_batch_stride + head_of_lane(done, r) * p.lse_head_stride + token;
     result.out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + token * p.out_token_stride +
-                 done.head_idx * p.out_head_stride;
-    result.partial =
-        p.partial_out +
-        ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads + done.head_idx) * p.v_head_dim;
+                 head_of_lane(done, r) * p.out_head_stride;
+    result.partial = p.partial_out + ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads +
+                                      head_of_lane(done, r)) *
+                                         p.v_head_dim;
     return result;
   };
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
@@ -591,7 +707,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
       float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
       if (has_sink(done)) {
-        const float sink = __fmul_rn(p.sinks[done.head_idx], kLog2E);
+        const float sink = __fmul_rn(p.sinks[head_of_lane(done, r)], kLog2E);
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
           const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
@@ -599,7 +715,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           log2_sum = with_sink;
         }
       }
-      if constexpr (FP8) inverse *= descale_of(p.v_descale, done);
+      if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
@@ -650,7 +766,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       const auto row = row_of(done, r);
-      if (row.exists && lane % 4 == 0) *row.lse = row.counts && has_sink(done) ? p.sinks[done.head_idx] : -INFINITY;
+      if (row.exists && lane % 4 == 0)
+        *row.lse = row.counts && has_sink(done) ? p.sinks[head_of_lane(done, r)] : -INFINITY;
       const int32_t num_columns = whole ? (row.exists ? p.v_head_dim : 0) : (row.counts ? p.v_head_dim : 0);
 #pragma unroll 1
       for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
@@ -673,7 +790,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       tiles.release();
     }
   };
-  const auto last_row = [&](const FlashTile& t) { return min(t.first_row + consumer * 64 + 63, t.q_len - 1); };
+  const auto last_row = [&](const FlashTile& t) {  // its token
+    return min(token_of_group(t, 63), t.q_len - 1);
+  };
   // How many of a tile's last blocks no row of this group sees, as with a causal mask the upper groups.
   const auto num_unseen = [&](const FlashTile& t) {
     const int32_t my_end_step = (mask_of(t).visible(last_row(t)).end + BLOCK_N - 1) / BLOCK_N;
@@ -685,10 +804,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     begin_step = tile.begin_step;
     end_step = tile.end_step;
     plain_begin = (mask.visible(last_row(tile)).begin + BLOCK_N - 1) / BLOCK_N;
-    plain_end = mask.visible(min(tile.first_row + consumer * 64, tile.q_len - 1)).end / BLOCK_N;
-    num_rows = tile.q_len - tile.first_row - lane_row;
-    if constexpr (FP8) {
+    plain_end = mask.visible(min(token_of_group(tile, 0), tile.q_len - 1)).end / BLOCK_N;
+    num_rows = tile.q_len - tile.first_row;
+    if (PACKS) num_rows = min(num_rows, args.tile_tokens) * args.group_size.divisor;
+    num_rows -= lane_row;
+    if constexpr (FP8 || WIDENS) {
       softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
       if (!never_plain) scale_log2 = softmax_scale * kLog2E;
     }
   };
@@ -847,9 +969,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+          bool PACKS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>;
+  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
@@ -859,7 +982,8 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   FlashFwdSm90Args args;
   args.p = p;
   args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
-  args.num_heads = FastDivide(p.num_heads);
+  args.tile_heads = FastDivide(static_cast<int32_t>(config.tile_heads));
+  args.tile_tokens = static_cast<int32_t>(config.tile_tokens);
   if (p.cu_seqlens_q == nullptr) args.order = SectionLookup(config.order, config.num_m_tiles);
   args.num_splits = FastDivide(config.num_splits);
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
@@ -874,22 +998,33 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
 
   const int64_t q_batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
   const int64_t k_batches = paged ? p.num_pages : p.cu_seqlens_k == nullptr ? p.num_seqs : 1;
-  constexpr int kPanel = kPanelOf<T, HEAD_DIM>, kVPanel = kPanelOf<T, V_HEAD_DIM>;
-  const bool no_keys = p.k_tokens * k_batches == 0;  // none is read, but a map must be of something
-  const TensorMapSpec specs[3] = {{p.q,
-                                   p.dtype,
-                                   {p.head_dim, p.q_tokens, p.num_heads, q_batches},
-                                   {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
-                                   kPanel,
-                                   Storage::BLOCK_M},
+  constexpr int kPanel = kPanelOf<T, HEAD_DIM>;
+  constexpr int kKPanel = WIDENS ? kRawPanel<HEAD_DIM> : kPanel;
+  constexpr int kVPanel = WIDENS ? kKPanel : kPanelOf<T, V_HEAD_DIM>;
+  const DType kv_dtype = WIDENS ? DType::kFloat8E4M3 : p.dtype;  // to a copy int8 is the same
+  const bool no_keys = p.k_tokens * k_batches == 0;              // none is read, but a map must be of something
+  const TensorMapSpec q_spec = PACKS ? TensorMapSpec{p.q,
+                                                     p.dtype,
+                                                     {p.head_dim, p.num_heads, p.q_tokens, q_batches},
+                                                     {p.q_head_stride, p.q_token_stride, p.q_batch_stride},
+                                                     kPanel,
+                                                     p.num_heads / p.num_kv_heads,
+                                                     args.tile_tokens}
+                                     : TensorMapSpec{p.q,
+                                                     p.dtype,
+                                                     {p.head_dim, p.q_tokens, p.num_heads, q_batches},
+                                                     {p.q_token_stride, p.q_head_stride, p.q_batch_stride},
+                                                     kPanel,
+                                                     Storage::BLOCK_M};
+  const TensorMapSpec specs[3] = {q_spec,
                                   {no_keys ? p.q : p.k,
-                                   p.dtype,
+                                   kv_dtype,
                                    {p.head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.k_token_stride, p.k_head_stride, p.k_batch_stride},
-                                   kPanel,
+                                   kKPanel,
                                    box_rows},
                                   {no_keys ? p.q : p.v,
-                                   p.dtype,
+                                   kv_dtype,
                                    {p.v_head_dim, std::max<int64_t>(p.k_tokens, 1), p.num_kv_heads, k_batches},
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
                                    kVPanel,
@@ -900,7 +1035,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS>;
+  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS, PACKS>;
   if (config.num_tiles > config.num_ctas) {
     const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;

@@ -7,11 +7,12 @@
 #include <cstdint>
 
 #include "arch/dtype.h"
+#include "arch/kv_scale.h"
 #include "attention/flash_fwd_sm90_config.h"
 
 namespace fastattn {
 
-// Factors of fp8 inputs, (B, Hk); without data all are 1.
+// Factors of fp8 inputs, (B, Hk), or of a cache of 8 bits, (Hk); without data all are 1.
 struct FlashDescale {
   const float* data = nullptr;
   int64_t seq_stride = 0, head_stride = 0;
@@ -43,7 +44,8 @@ struct FlashFwdSm90Params {
   int64_t alibi_batch_stride = 0;       // 0: (H)
   const float* sinks = nullptr;         // (H): a further logit of each row, without a value
 
-  FlashDescale q_descale, k_descale, v_descale;  // kFloat8E4M3 only; out is bf16 then
+  FlashDescale q_descale, k_descale, v_descale;  // out is bf16 of fp8 inputs
+  KvScale k_scale, v_scale;                      // of each token of a cache of 8 bits, or no data
 
   int64_t q_batch_stride = 0, q_token_stride = 0, q_head_stride = 0;
   int64_t k_batch_stride = 0, k_token_stride = 0, k_head_stride = 0;
@@ -68,12 +70,18 @@ struct FlashFwdSm90Params {
   int32_t window_right = -1;   // the same; causal is 0
 
   DType dtype = DType::kBFloat16;
-  FlashFwdSm90Config config = {};  // from flash_fwd_sm90_config
+  DType kv_dtype = DType::kBFloat16;  // dtype; or paged, of bf16 or fp16: kFloat8E4M3 or kInt8, head_dim v_head_dim
+  FlashFwdSm90Config config = {};     // from flash_fwd_sm90_config
 };
 
 // Whether a call needs what the plain kernel is compiled without.
 inline bool flash_fwd_sm90_extras(const FlashFwdSm90Params& p) {
   return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.sinks != nullptr || p.seqused_q != nullptr;
+}
+
+// Whether K and V are of 8 bits and q is not.
+inline bool flash_fwd_sm90_widens(const FlashFwdSm90Params& p) {
+  return p.dtype != DType::kFloat8E4M3 && (p.kv_dtype == DType::kFloat8E4M3 || p.kv_dtype == DType::kInt8);
 }
 
 // Enqueues the kernel. Needs at least one query row. cudaErrorInvalidValue if no instantiation fits.

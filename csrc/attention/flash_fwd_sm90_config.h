@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "attention/section_order.h"
@@ -24,7 +25,8 @@ struct FlashFwdSm90HeadDims {
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsFp8[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims8Bit[] = {
+    {64, 64}, {128, 128}, {256, 256}};  // of fp8, and of K and V
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
 // of shared memory (Q, and at least two stages each of K and V). Three groups need fewer passes over the keys; two
@@ -44,6 +46,13 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim) {
   return {2, 96};
 }
 
+// Where a tile packs the query heads of a KV head.
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsPacked[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_packed(int v_head_dim) { return {2, v_head_dim <= 128 ? 128 : 80}; }
+
+// Beside the blocks in 16 bits there are some in 8; and who widens them needs registers that three groups do not leave.
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_widened(int v_head_dim) { return {2, v_head_dim <= 128 ? 128 : 64}; }
+
 struct FlashFwdSm90Problem {
   int64_t num_seqs;
   int64_t num_heads;
@@ -57,14 +66,19 @@ struct FlashFwdSm90Problem {
   int64_t packed_tokens = -1;  // all sequences' query rows where they are packed
   bool extras = false;         // flash_fwd_sm90_extras
   bool fp8 = false;
+  bool widens = false;  // flash_fwd_sm90_widens
+  bool mixed = false;   // short sequences are another kernel's
 };
 
-// Tiles are in the order of section_order.h: pairs are of a sequence and a query head, levels go from the last query
-// rows to the first. Packed sequences, whose lengths only the device knows, come one after the other, each cut into
-// sections of some heads.
+// Tiles are in the order of section_order.h: pairs are of a sequence and a head that has tiles of its own, levels go
+// from the last query rows to the first. Packed sequences, whose lengths only the device knows, come one after the
+// other, each cut into sections of some heads.
 struct FlashFwdSm90Config {
   int head_dim, v_head_dim;  // compiled head dims, 0 if there are none
   FlashFwdSm90Tile tile;
+  bool packs;           // a tile has all query heads of a KV head, of as many tokens as fit
+  int64_t tile_tokens;  // of a tile
+  int64_t tile_heads;   // that have tiles of their own: query heads, or KV heads
   int64_t num_m_tiles;  // of a pair, at most
   SectionOrder order;
   int64_t heads_of_section;
@@ -73,29 +87,69 @@ struct FlashFwdSm90Config {
   int64_t num_ctas;
 };
 
+// Compiled head dims that hold a problem's with the least padding.
+template <size_t NUM>
+FlashFwdSm90HeadDims flash_fwd_sm90_head_dims(const FlashFwdSm90Problem& problem,
+                                              const FlashFwdSm90HeadDims (&choices)[NUM]) {
+  FlashFwdSm90HeadDims best = {0, 0};
+  for (const FlashFwdSm90HeadDims& dims : choices) {
+    const bool fits = problem.head_dim <= dims.qk && problem.v_head_dim <= dims.v;
+    if (fits && (best.qk == 0 || dims.qk + dims.v < best.qk + best.v)) best = dims;
+  }
+  return best;
+}
+
+// Rows that one head's tiles have for a sequence: of all tiles, full or not. Of packed sequences the length is a mean,
+// and half of each last tile is empty.
+inline double flash_fwd_sm90_rows(const FlashFwdSm90Problem& problem, int64_t tile_tokens, int64_t tile_rows) {
+  const double tokens = static_cast<double>(tile_tokens);
+  if (problem.packed_tokens >= 0 && problem.num_seqs > 0 && !problem.mixed) {
+    const double mean = static_cast<double>(problem.packed_tokens) / static_cast<double>(problem.num_seqs);
+    return (mean / tokens + 0.5) * static_cast<double>(tile_rows);
+  }
+  return static_cast<double>((problem.max_seqlen_q + tile_tokens - 1) / tile_tokens * tile_rows);
+}
+
 // A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
 inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& problem) {
   FlashFwdSm90Config config = {};
-  const auto try_dims = [&](const FlashFwdSm90HeadDims& dims) {
-    const bool fits = problem.head_dim <= dims.qk && problem.v_head_dim <= dims.v;
-    if (fits && (config.head_dim == 0 || dims.qk + dims.v < config.head_dim + config.v_head_dim)) {
-      config.head_dim = dims.qk;
-      config.v_head_dim = dims.v;
-    }
-  };
+  const int64_t group = problem.num_heads / problem.num_kv_heads;
+  FlashFwdSm90HeadDims dims;
   if (problem.fp8) {
-    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDimsFp8) try_dims(dims);
-    config.tile = flash_fwd_sm90_tile_fp8(config.v_head_dim);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims8Bit);
+    config.tile = flash_fwd_sm90_tile_fp8(dims.v);
+  } else if (problem.widens) {
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims8Bit);
+    config.tile = flash_fwd_sm90_tile_widened(dims.v);
   } else {
-    for (const FlashFwdSm90HeadDims& dims : kFlashFwdSm90HeadDims) try_dims(dims);
-    config.tile = flash_fwd_sm90_tile(config.v_head_dim, problem.max_seqlen_q <= 1024 && !problem.extras);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims);
+    config.tile = flash_fwd_sm90_tile(dims.v, problem.max_seqlen_q <= 1024 && !problem.extras);
+    // Few rows of each head leave most of a tile empty. Packed they must save a fourth: positions of rows then take
+    // divisions, and the tiles of long sequences are well filled anyway.
+    const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDimsPacked);
+    const FlashFwdSm90Tile packed_tile = flash_fwd_sm90_tile_packed(packed_dims.v);
+    if (group > 1 && packed_dims.qk > 0 && group <= packed_tile.block_m()) {
+      const auto cost = [&](const FlashFwdSm90HeadDims& d, double rows) { return rows * (d.qk + d.v); };
+      const int64_t tokens = packed_tile.block_m() / group, block_m = config.tile.block_m();
+      const double packed = cost(packed_dims, flash_fwd_sm90_rows(problem, tokens, packed_tile.block_m()));
+      const double plain = cost(dims, flash_fwd_sm90_rows(problem, block_m, block_m)) * static_cast<double>(group);
+      config.packs = packed <= 0.75 * plain;
+    }
+    if (config.packs) {
+      dims = packed_dims;
+      config.tile = packed_tile;
+    }
   }
-  config.num_m_tiles = (problem.max_seqlen_q + config.tile.block_m() - 1) / config.tile.block_m();
-  const int64_t num_pairs = problem.num_seqs * problem.num_heads;  // (sequence, query head)
+  config.head_dim = dims.qk;
+  config.v_head_dim = dims.v;
+  config.tile_tokens = config.packs ? config.tile.block_m() / group : config.tile.block_m();
+  config.tile_heads = config.packs ? problem.num_kv_heads : problem.num_heads;
+  config.num_m_tiles = (problem.max_seqlen_q + config.tile_tokens - 1) / config.tile_tokens;
+  const int64_t num_pairs = problem.num_seqs * config.tile_heads;
   int64_t num_whole = num_pairs * config.num_m_tiles;
   if (problem.packed_tokens >= 0) {  // each sequence has one tile that is not full, at most
-    const int64_t full = problem.packed_tokens / config.tile.block_m() + problem.num_seqs;
-    num_whole = std::min(num_whole, full * problem.num_heads);
+    const int64_t full = problem.packed_tokens / config.tile_tokens + problem.num_seqs;
+    num_whole = std::min(num_whole, full * config.tile_heads);
   }
   if (num_whole == 0) return config;
 
@@ -119,14 +173,15 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   // CTAs that run at the same time should read the same K and V. So sections are small: 2 MiB of keys and values, or
   // one KV head if that is more.
   constexpr int64_t kSectionBytes = 2 << 20;
-  const int64_t kv_bytes =
-      std::max<int64_t>(1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 ? 1 : 2));
-  const int64_t group = problem.num_heads / problem.num_kv_heads;
+  const int64_t kv_bytes = std::max<int64_t>(
+      1, problem.max_seqlen_k * (problem.head_dim + problem.v_head_dim) * (problem.fp8 || problem.widens ? 1 : 2));
+  const int64_t heads_of_kv = config.packs ? 1 : group;  // that have tiles of their own
   int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / kv_bytes);
-  config.order = SectionOrder::make(num_pairs, config.num_m_tiles, kv_heads * group, problem.causal, problem.num_sms);
+  config.order =
+      SectionOrder::make(num_pairs, config.num_m_tiles, kv_heads * heads_of_kv, problem.causal, problem.num_sms);
   kv_heads = std::min(kv_heads, problem.num_kv_heads);
   while (problem.num_kv_heads % kv_heads != 0) --kv_heads;
-  config.heads_of_section = kv_heads * group;
+  config.heads_of_section = kv_heads * heads_of_kv;
   return config;
 }
 

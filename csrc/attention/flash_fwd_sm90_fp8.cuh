@@ -17,15 +17,9 @@
 #include "arch/e4m3.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
+#include "arch/panel_swizzle.cuh"
 
 namespace fastattn {
-
-// Where byte `offset` of a panel with rows of PANEL_BYTES lies, as TMA writes and wgmma reads it.
-template <int PANEL_BYTES>
-__device__ __forceinline__ uint32_t swizzled(uint32_t offset) {
-  static_assert(PANEL_BYTES == 128 || PANEL_BYTES == 64);
-  return offset ^ ((offset >> 3) & (PANEL_BYTES == 128 ? 0x70u : 0x30u));
-}
 
 // Keys of a row of V turned around that lie side by side.
 template <int BLOCK_N>

@@ -6,7 +6,8 @@
 
 namespace fastattn {
 
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS>
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS = false,
+          bool PACKS = false>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -18,7 +18,7 @@ struct FlashFwdSm90Args {
   FlashFwdSm90Params p;
   FastDivide num_splits;
   FastDivide group_size;  // H / Hk
-  FastDivide num_heads;   // H
+  FastDivide tile_heads;  // that have tiles of their own: H, or Hk where a tile packs a group's
   SectionLookup order;
   FastDivide page_size;
   int32_t box_rows;          // of keys and values that one copy brings: those of a block that lie in one page
@@ -26,10 +26,12 @@ struct FlashFwdSm90Args {
   int32_t num_m_tiles;       // of a sequence
   int32_t heads_of_section;  // packed only, where sections are of one sequence; divides the heads
   int32_t num_tiles;         // packed: at most
+  int32_t tile_tokens;       // of a tile
 };
 
 // ---------------------------------------------------------------------------------------------
-// One CTA's unit of work: BLOCK_M query rows of one head, and the key blocks that some of them see.
+// One CTA's unit of work: BLOCK_M query rows of one head, and the key blocks that some of them see. Or, where it packs
+// the heads of a group: row r is of token first_row + r / G and head head_idx + r % G.
 struct FlashTile {
   int32_t head_idx, seq_idx, split_idx, first_row;
   int32_t q_start, q_len, k_start, k_len;
@@ -45,14 +47,13 @@ __device__ __forceinline__ int32_t num_rows_of_sequence(const FlashFwdSm90Params
 // Finds the sequence of a tile where they are packed, by a whole warp that asks for ascending numbers: it goes through
 // the sequences once, a lane for each of 32, and no number is spent on rows that a sequence shorter than others does
 // not have.
-template <int BLOCK_M>
 struct PackedTiles {
   int32_t next_seq = 0;                  // behind the 32 in hand
   int32_t begin = 0, end = 0;            // the numbers of this lane's sequence's tiles
   int32_t seq_idx, num_m_tiles, in_seq;  // what was found
 
   // False if there is no such tile.
-  __device__ __forceinline__ bool find(const FlashFwdSm90Args& args, int32_t idx) {
+  __device__ __forceinline__ bool find(const FlashFwdSm90Args& args, int32_t idx, int32_t tile_tokens) {
     constexpr uint32_t kAll = 0xffffffffu;
     const int32_t lane = threadIdx.x % 32;
     const int32_t* const cu_seqlens = args.p.cu_seqlens_q;
@@ -62,7 +63,7 @@ struct PackedTiles {
       const int32_t seq = next_seq + lane;
       int32_t num_rows = seq < args.p.num_seqs ? max(cu_seqlens[seq + 1] - cu_seqlens[seq], 0) : 0;
       if (num_rows < args.p.min_q_len) num_rows = 0;
-      const int32_t num_tiles = (num_rows + BLOCK_M - 1) / BLOCK_M * args.num_heads.divisor;
+      const int32_t num_tiles = (num_rows + tile_tokens - 1) / tile_tokens * args.tile_heads.divisor;
       int32_t sum = num_tiles;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -77,36 +78,38 @@ struct PackedTiles {
     const int owner = __popc(past);
     seq_idx = next_seq - 32 + owner;
     in_seq = idx - __shfl_sync(kAll, begin, owner);
-    num_m_tiles = args.num_heads.divide(__shfl_sync(kAll, end - begin, owner));
+    num_m_tiles = args.tile_heads.divide(__shfl_sync(kAll, end - begin, owner));
     return true;
   }
 };
 
 // The tile of that number (order: flash_fwd_sm90_config.h), by a whole warp; false if there are no more.
-template <int BLOCK_M, int BLOCK_N>
-__device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_t idx, PackedTiles<BLOCK_M>& packed,
+template <int BLOCK_M, int BLOCK_N, bool PACKS>
+__device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_t idx, PackedTiles& packed,
                                             FlashTile& tile) {
   if (idx >= args.num_tiles) return false;
   const FlashFwdSm90Params& p = args.p;
+  const int32_t tile_tokens = PACKS ? args.tile_tokens : BLOCK_M;
   const int32_t tile_of_all = args.num_splits.divide(idx);
   tile.split_idx = idx - tile_of_all * args.num_splits.divisor;
   if (p.cu_seqlens_q != nullptr) {
-    if (!packed.find(args, tile_of_all)) return false;
+    if (!packed.find(args, tile_of_all, tile_tokens)) return false;
     const int32_t section_tiles = args.heads_of_section * packed.num_m_tiles;
     const int32_t section = packed.in_seq / section_tiles;
     const int32_t in_section = packed.in_seq - section * section_tiles;
     const int32_t level = in_section / args.heads_of_section;
-    tile.first_row = (packed.num_m_tiles - 1 - level) * BLOCK_M;
+    tile.first_row = (packed.num_m_tiles - 1 - level) * tile_tokens;
     tile.seq_idx = packed.seq_idx;
     tile.head_idx = section * args.heads_of_section + in_section - level * args.heads_of_section;
     tile.q_start = p.cu_seqlens_q[tile.seq_idx];
   } else {
     const auto [pair, level] = args.order.find(tile_of_all);
-    tile.first_row = (args.num_m_tiles - 1 - level) * BLOCK_M;
-    tile.seq_idx = args.num_heads.divide(pair);
-    tile.head_idx = pair - tile.seq_idx * args.num_heads.divisor;
+    tile.first_row = (args.num_m_tiles - 1 - level) * tile_tokens;
+    tile.seq_idx = args.tile_heads.divide(pair);
+    tile.head_idx = pair - tile.seq_idx * args.tile_heads.divisor;
     tile.q_start = 0;
   }
+  if (PACKS) tile.head_idx *= args.group_size.divisor;
 
   tile.q_len = num_rows_of_sequence(p, tile.seq_idx);
   if (p.seqused_q != nullptr) tile.q_len = min(tile.q_len, p.seqused_q[tile.seq_idx]);
@@ -123,7 +126,7 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   if (tile.first_row >= tile.q_len) return true;
   const AttentionMask mask = {tile.q_len, tile.k_len, p.window_left, p.window_right};
   const int32_t begin = mask.visible(tile.first_row).begin;
-  const int32_t end = mask.visible(min(tile.first_row + BLOCK_M, tile.q_len) - 1).end;
+  const int32_t end = mask.visible(min(tile.first_row + tile_tokens, tile.q_len) - 1).end;
   if (begin < end) {
     tile.begin_step = begin / BLOCK_N;
     tile.end_step = (end + BLOCK_N - 1) / BLOCK_N;

@@ -142,10 +142,11 @@ void bind_kernel_configs(py::module_& m) {
             flash_fwd_sm90_config({num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_seqlen_q, max_seqlen_k,
                                    causal, num_sms, packed_tokens});
         return py::dict("head_dim"_a = c.head_dim, "v_head_dim"_a = c.v_head_dim, "block_m"_a = c.tile.block_m(),
-                        "block_n"_a = c.tile.block_n, "num_m_tiles"_a = c.num_m_tiles,
-                        "pairs_per_section"_a = c.order.pairs_per_section, "num_sections"_a = c.order.num_sections,
-                        "pairs_in_last"_a = c.order.pairs_in_last, "heads_of_section"_a = c.heads_of_section,
-                        "num_splits"_a = c.num_splits, "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas);
+                        "block_n"_a = c.tile.block_n, "packs"_a = c.packs, "tile_tokens"_a = c.tile_tokens,
+                        "num_m_tiles"_a = c.num_m_tiles, "pairs_per_section"_a = c.order.pairs_per_section,
+                        "num_sections"_a = c.order.num_sections, "pairs_in_last"_a = c.order.pairs_in_last,
+                        "heads_of_section"_a = c.heads_of_section, "num_splits"_a = c.num_splits,
+                        "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas);
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "v_head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
       "causal"_a, "num_sms"_a, "packed_tokens"_a = -1);

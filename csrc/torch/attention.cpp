@@ -29,6 +29,15 @@ PagedDecodeConfig decode_config_of(const AttentionCall& call) {
                               num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k)});
 }
 
+FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
+  const bool extras = call.softcap > 0.0 || call.alibi_slopes || call.sinks || call.seqused_q;
+  return flash_fwd_sm90_config({call.num_seqs, call.num_heads(), call.num_kv_heads(), call.head_dim(),
+                                call.v_head_dim(), call.max_seqlen_q, call.max_seqlen_k,
+                                call.causal || call.window_right == 0, num_sms_of(call.q),
+                                call.q.dim() == 3 ? call.q.size(0) : -1, extras, is_fp8(call.q),
+                                !is_fp8(call.q) && is_8bit(call.k), call.min_q_len > 0});
+}
+
 // Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
 // head at a time, so that the decode kernel, which packs the heads of a group, is better where they are one tile of
 // rows; but it has no fp8.
@@ -138,6 +147,14 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
   p.q_descale = descale(call.q_descale);
   p.k_descale = descale(call.k_descale);
   p.v_descale = descale(call.v_descale);
+  p.kv_dtype = dtype_of(k);
+  if (call.k_scale && call.k_scale->dim() == 1) {  // of a KV head: the same for all sequences
+    p.k_descale = {data<float>(*call.k_scale), 0, call.k_scale->stride(0)};
+    p.v_descale = {data<float>(*call.v_scale), 0, call.v_scale->stride(0)};
+  } else if (call.k_scale) {
+    p.k_scale = kv_scale_of(call.k_scale);
+    p.v_scale = kv_scale_of(call.v_scale);
+  }
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
@@ -172,9 +189,7 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
   p.q_tokens = q.size(token);
   p.k_tokens = k.size(k.dim() - 3);
   p.num_tokens = batch < 0 ? p.q_tokens : p.num_seqs * p.q_tokens;
-  p.config = flash_fwd_sm90_config({p.num_seqs, p.num_heads, p.num_kv_heads, p.head_dim, p.v_head_dim,
-                                    call.max_seqlen_q, call.max_seqlen_k, p.window_right == 0, num_sms_of(q),
-                                    batch < 0 ? p.q_tokens : -1, flash_fwd_sm90_extras(p), is_fp8(q)});
+  p.config = sm90_config_of(call);
   MaybeTensor partial_out, partial_lse;
   if (p.config.num_splits > 1) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
@@ -246,16 +261,19 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
 
   const OnDeviceOf guard(q);
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
-  // decode kernel takes two tiles of rows too: they share what they read. And the Hopper kernel takes a tile for each
-  // query head, even of a sequence of one token: in a mixed batch it leaves those to the decode kernel. It has no
-  // trees: sequences that may be one and are too long for the decode kernel are flash_sm80's.
+  // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
+  // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
+  // single token would take as many: those are left to the decode kernel. It has no trees: sequences that may be one
+  // and are too long for the decode kernel in 16 bits are flash_sm80's.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;  // that it is worth
-  const bool long_ones = max_seqlen_q >= least_tokens && !is_8bit(k_cache) && !decode_config_of(call).fits;
+  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;
+  const bool many_rows = max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
+  const bool long_ones = max_seqlen_q >= least_tokens || (!tree_mask && many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
-  const bool mixed = sm90 && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
+  const bool mixed =
+      sm90 && max_seqlen_q >= least_tokens && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
   const Results results = new_results(call);
   if (sm90) {
     AttentionCall long_call = call;
@@ -283,8 +301,9 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
     run_portable(op, p, short_call, results);
   };
   if (!mixed) run_portable(op, p, call, results);
-  if (mixed && tree_mask) run_lengths(few_tokens + 1, kMaxTreeTokens);
-  if (mixed && few_tokens > 0) run_lengths(0, few_tokens);
+  const int64_t most_tokens = tree_mask && is_8bit(k_cache) ? kMaxTreeTokens : few_tokens;  // of the decode kernel
+  if (mixed && most_tokens > 0) run_lengths(0, most_tokens);
+  if (mixed && tree_mask && most_tokens < kMaxTreeTokens) run_lengths(most_tokens + 1, kMaxTreeTokens);
   return {results.out, results.lse};
 }
 

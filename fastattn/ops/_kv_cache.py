@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.ops.checks import FP8, FP32, KV_CACHE, TensorArg, fail_type, fail_value
+from fastattn.ops.checks import FP8, FP32, KV_CACHE, TensorArg, fail_type, fail_value, values_readable
 
 
 def cache_args(mutated: bool) -> tuple[TensorArg, TensorArg]:
@@ -49,3 +49,5 @@ def check_cache(op: str, q: Tensor, k_cache: Tensor, k_scale: Tensor | None, v_s
             )
         if scale.dim() != k_scale.dim():
             fail_value(op, f"{name} has shape {tuple(scale.shape)}, expected {tuple(k_scale.shape)} as k_scale")
+        if scale.dim() == 1 and values_readable(scale) and not bool((scale > 0).all()):
+            fail_value(op, f"{name} has values down to {float(scale.min())}, expected them to be positive")

@@ -63,8 +63,8 @@ def paged_attention(
       (https://arxiv.org/abs/2108.12409); the distance is to the key where the query stands.
     sinks: (H) bf16, fp16 or fp32: one more logit in the sum of each row's softmax, with no value
       (https://arxiv.org/abs/2309.17453, as in gpt-oss), neither scaled nor capped. The LSE includes it.
-    k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by: (Hk), or (num_blocks, block_size, Hk) for
-      each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
+    k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by, positive: (Hk), or (num_blocks, block_size,
+      Hk) for each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
       `torch.empty(num_blocks, Hk, block_size).transpose(1, 2)`, are read fastest. Ones if None, which int8 may not be.
     tree_mask: (T) int64, with causal: the queries of a sequence, whose keys are its last ones, are the nodes of a tree, as
       of guesses to verify (https://arxiv.org/abs/2305.09781). Bit j of a query's word says whether it sees its sequence's

@@ -78,7 +78,7 @@ def rope_kv_write(
       multiple of 16.
     q_norm_weight, k_norm_weight: (D), q's dtype: each head is RMS-normalized, and rounded, before it is rotated.
     k_scale, v_scale: fp32, for caches of 8 bits, which take what is written divided by it, rounded once, and not beyond
-      their largest number. (Hk): given, ones if None, which int8 may not be. (num_blocks, block_size, Hk), of any strides:
+      their largest number. (Hk): given, positive, ones if None, which int8 may not be. (num_blocks, block_size, Hk), of any strides:
       changed in place, to the largest magnitude of the token's head / 448 (fp8) or / 127 (int8), or 1 for zeros.
     interleaved: pairs are (2i, 2i + 1) if True, (i, i + rotary_dim / 2) if False (GPT-NeoX, Hugging Face).
 

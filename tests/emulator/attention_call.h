@@ -26,6 +26,7 @@ struct AttentionCall {
   bool has_alibi = false, has_sinks = false, has_descales = false;
   bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
   bool has_tree = false;                              // paged and causal only
+  bool rounds_scaled = false;                         // the kernel rounds what it has multiplied by a token's
   bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
   // ---- made by make_tensors
@@ -100,7 +101,7 @@ struct AttentionCall {
     for (float& sink : sinks) sink = normal();
     for (std::vector<float>* descale : {&q_descale, &k_descale, &v_descale}) {
       descale->resize(num_seqs * num_kv_heads, 1.0f);
-      for (float& factor : *descale) factor = has_descales ? pick({0.5f, 0.75f, 1.0f, 1.25f}) : 1.0f;
+      for (float& factor : *descale) factor = has_descales ? pick({0.0f, 0.5f, 0.75f, 1.0f, 1.25f}) : 1.0f;
     }
     if (has_tree) draw_trees();
     clear_results();
@@ -286,6 +287,9 @@ struct AttentionCall {
       if (scales.empty()) return 1.0;
       return double{scales_of_tokens ? scales[key_tokens[seq][j] * num_kv_heads + kv_head] : scales[kv_head]};
     };
+    const auto scaled = [&](float value, double scale) {
+      return rounds_scaled ? double{static_cast<float>(T(value * static_cast<float>(scale)))} : value * scale;
+    };
 
     std::vector<double> weights;
     double largest = counts && has_sinks ? sinks[head] : -INFINITY;
@@ -293,8 +297,8 @@ struct AttentionCall {
       const int j = keys[at];
       const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
       double score = 0.0;
-      for (int d = 0; d < head_dim; ++d) score += double{q_row[d]} * double{k_row[d]};
-      score *= scale * scale_of(k_scale, j);
+      for (int d = 0; d < head_dim; ++d) score += q_row[d] * scaled(k_row[d], scale_of(k_scale, j));
+      score *= scale;
       if (softcap > 0.0f) score = softcap * std::tanh(score / softcap);
       if (has_alibi) score -= slopes[head] * distances[at];
       weights.push_back(score);
@@ -306,7 +310,7 @@ struct AttentionCall {
     for (size_t j = 0; j < weights.size(); ++j) {
       const double v_scale_j = scale_of(v_scale, keys[j]);
       const float* const v_row = &v.values[(key_tokens[seq][keys[j]] * num_kv_heads + kv_head) * v_head_dim];
-      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_scale_j * v_row[d];
+      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * scaled(v_row[d], v_scale_j);
     }
 
     const std::string where =

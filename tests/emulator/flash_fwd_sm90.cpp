@@ -10,25 +10,29 @@ using fastattn::FlashFwdSm90HeadDims;
 using fastattn::FlashFwdSm90Params;
 using fastattn::FlashFwdSm90Tile;
 
-template <typename T>
-AttentionCall<T> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdSm90Tile& tile) {
-  constexpr bool kIsFp8 = sizeof(T) == 1;
-  constexpr int kRowUnit = 16 / sizeof(T);  // rows are multiples of 16 bytes
+// K and V of type KV: T, or 8 bits in pages.
+template <typename T, typename KV>
+AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdSm90Tile& tile) {
+  constexpr bool kIsFp8 = sizeof(T) == 1, kWidens = sizeof(KV) < sizeof(T);
+  constexpr int kRowUnit = 16 / sizeof(KV);  // rows are multiples of 16 bytes
   const int block_m = tile.block_m(), block_n = tile.block_n;
-  AttentionCall<T> call;
+  AttentionCall<T, KV> call;
   const int num_seqs = pick({1, 2, 3, 5, 9, 35});
   const bool many = num_seqs > 9;
   call.num_kv_heads = many ? 1 : between(1, 2);
-  call.group = many ? 1 : pick({1, 1, 2, 3});
-  call.page_size = one_in(3) ? pick({8, 16, 24, 64, 128, 200}) : 0;
+  call.group = many ? pick({1, 5}) : pick({1, 1, 2, 3, 4, 7});
+  call.page_size = kWidens || one_in(3) ? pick({8, 16, 24, 64, 128, 200}) : 0;
   const bool paged = call.page_size > 0;
   call.packed_q = paged || one_in(2);
   call.packed_k = !paged && call.packed_q;
   call.head_dim = dims.qk - pick({0, 0, kRowUnit});
   call.v_head_dim = dims.v - pick({0, 0, 16});
-  if (paged) call.head_dim = call.v_head_dim = std::min(dims.qk, dims.v);
+  if (paged) call.head_dim = call.v_head_dim = std::min(dims.qk, dims.v) - (kWidens ? pick({0, 0, 16}) : 0);
+  call.has_scales = kWidens && (std::is_same_v<KV, int8_t> || one_in(2));
+  call.scales_of_tokens = call.rounds_scaled = call.has_scales && one_in(2);
 
-  int most_q = many ? 40 : pick({1, 60, 130, 260, block_m, 2 * block_m});
+  int most_q =
+      many ? 40 / call.group : pick({1, 17, 60, 130, 260, block_m, 2 * block_m}) / (call.group > 3 ? 4 : 1) + 1;
   int most_k = many ? 60 : pick({1, 40, block_n, 200, 3 * block_n + 5, 520});
   if (!paged && one_in(5)) {  // whole tiles of rows that a causal mask leaves without keys
     most_q = 3 * block_m;
@@ -50,30 +54,33 @@ AttentionCall<T> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdSm90T
 }
 
 // The kernel's own choice for a GPU of some size, then with splits and sections as they come in larger calls.
-template <typename T>
-void choose_config(const AttentionCall<T>& call, FlashFwdSm90Params& p) {
+template <typename T, typename KV>
+void choose_config(const AttentionCall<T, KV>& call, FlashFwdSm90Params& p) {
   const int num_sms = pick({1, 2, 3, 5, 40});
   const int longer = call.packed_q && one_in(2) ? pick({1, 300, 1100}) : 0;  // than any sequence is
   const int max_k = call.page_size > 0 ? call.max_blocks * call.page_size : std::max(1, call.max_k_len());
   fastattn::FlashFwdSm90Config& config = p.config;
-  config = fastattn::flash_fwd_sm90_config(
-      {call.num_seqs, call.num_heads, call.num_kv_heads, call.head_dim, call.v_head_dim, call.max_q_len() + longer,
-       max_k, call.causal, num_sms, call.packed_q ? call.num_tokens : -1, flash_fwd_sm90_extras(p), sizeof(T) == 1});
+  config = fastattn::flash_fwd_sm90_config({call.num_seqs, call.num_heads, call.num_kv_heads, call.head_dim,
+                                            call.v_head_dim, call.max_q_len() + longer, max_k, call.causal, num_sms,
+                                            call.packed_q ? call.num_tokens : -1, flash_fwd_sm90_extras(p),
+                                            sizeof(T) == 1, sizeof(KV) < sizeof(T)});
   const int64_t num_whole = config.num_tiles / config.num_splits;
   if (num_whole < num_sms || one_in(4)) config.num_splits = pick({1, 2, 3, 5});
   config.num_tiles = num_whole * config.num_splits;
   config.num_ctas = std::min<int64_t>(config.num_tiles, num_sms);
-  const int64_t num_pairs = int64_t{call.num_seqs} * call.num_heads;
+  const int64_t num_pairs = int64_t{call.num_seqs} * config.tile_heads;
+  const int64_t heads_of_kv = config.tile_heads / call.num_kv_heads;
   config.order =
-      fastattn::SectionOrder::make(num_pairs, config.num_m_tiles, call.group * between(1, 3), call.causal, num_sms);
-  config.heads_of_section = call.group * pick({1, call.num_kv_heads});
+      fastattn::SectionOrder::make(num_pairs, config.num_m_tiles, heads_of_kv * between(1, 3), call.causal, num_sms);
+  config.heads_of_section = heads_of_kv * pick({1, call.num_kv_heads});
 }
 
-template <typename T>
+template <typename T, typename KV = T>
 void run_call(const FlashFwdSm90HeadDims& dims) {
-  const FlashFwdSm90Tile tile =
-      sizeof(T) == 1 ? fastattn::flash_fwd_sm90_tile_fp8(dims.v) : fastattn::flash_fwd_sm90_tile(dims.v, false);
-  AttentionCall<T> call = draw_call<T>(dims, tile);
+  const FlashFwdSm90Tile tile = sizeof(KV) < sizeof(T) ? fastattn::flash_fwd_sm90_tile_widened(dims.v)
+                                : sizeof(T) == 1       ? fastattn::flash_fwd_sm90_tile_fp8(dims.v)
+                                                       : fastattn::flash_fwd_sm90_tile(dims.v, false);
+  AttentionCall<T, KV> call = draw_call<T, KV>(dims, tile);
   if (call.num_tokens == 0) return;
   FlashFwdSm90Params p;
   call.fill(p);
@@ -95,6 +102,15 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
     p.k_descale = {call.k_descale.data(), call.num_kv_heads, 1};
     p.v_descale = {call.v_descale.data(), call.num_kv_heads, 1};
   }
+  p.kv_dtype = TypeInfo<KV>::kDType;
+  if (call.scales_of_tokens) {
+    const int64_t token = call.num_kv_heads;
+    p.k_scale = {call.k_scale.data(), token * call.page_size, token, 1};
+    p.v_scale = {call.v_scale.data(), token * call.page_size, token, 1};
+  } else if (call.has_scales) {
+    p.k_descale = {call.k_scale.data(), 0, 1};
+    p.v_descale = {call.v_scale.data(), 0, 1};
+  }
   choose_config(call, p);
   if (call.packed_q && one_in(4)) p.min_q_len = between(1, call.max_q_len() + 1);
   int32_t tile_counter = -1;
@@ -107,7 +123,7 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   current_call += ": " + call.text() + "; " + std::to_string(p.config.tile.num_consumers) + " consumers, block_n " +
                   std::to_string(p.config.tile.block_n) + ", " + std::to_string(p.config.num_tiles) + " tiles, " +
                   std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) +
-                  " CTAs, min_q_len " + std::to_string(p.min_q_len);
+                  " CTAs, min_q_len " + std::to_string(p.min_q_len) + (p.config.packs ? ", packs" : "");
 
   const auto launch = [&] {
     if (flash_fwd_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
@@ -126,12 +142,19 @@ int main(int argc, char** argv) {
       if (head_dim == 0 || (dims.qk == head_dim && dims.v == head_dim)) choices.push_back(dims);
     }
     const FlashFwdSm90HeadDims dims = choices[seed % choices.size()];
-    bool has_fp8 = false;
-    for (const FlashFwdSm90HeadDims& fp8 : fastattn::kFlashFwdSm90HeadDimsFp8) {
-      has_fp8 = has_fp8 || (fp8.qk == dims.qk && fp8.v == dims.v);
+    bool has_8bit = false;
+    for (const FlashFwdSm90HeadDims& other : fastattn::kFlashFwdSm90HeadDims8Bit) {
+      has_8bit = has_8bit || (other.qk == dims.qk && other.v == dims.v);
     }
-    if (has_fp8 && one_in(3)) {
+    if (has_8bit && one_in(3)) {
       run_call<__nv_fp8_e4m3>(dims);
+    } else if (has_8bit && one_in(2)) {
+      const bool fp8 = one_in(2);
+      if (one_in(2)) {
+        fp8 ? run_call<__half, __nv_fp8_e4m3>(dims) : run_call<__half, int8_t>(dims);
+      } else {
+        fp8 ? run_call<__nv_bfloat16, __nv_fp8_e4m3>(dims) : run_call<__nv_bfloat16, int8_t>(dims);
+      }
     } else if (one_in(2)) {
       run_call<__half>(dims);
     } else {

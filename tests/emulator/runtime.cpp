@@ -20,7 +20,7 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
                            const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                            const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  require(rank == 4 && box[2] == 1 && box[3] == 1, "four dimensions, and boxes of two, are all that is known here");
+  require(rank == 4 && box[3] == 1, "four dimensions, and boxes of three, are all that is known here");
   require(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, "other modes");
   require(reinterpret_cast<uintptr_t>(base) % 16 == 0, "a base that is not a multiple of 16");
   TensorMap result = {};
@@ -33,7 +33,7 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
     result.strides[i] = i == 0 ? result.element_bytes : static_cast<int64_t>(strides[i - 1]);
     require(i == 0 || (result.strides[i] % 16 == 0 && strides[i - 1] < uint64_t{1} << 40), "a stride");
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 3; ++i) {
     require(box[i] >= 1 && box[i] <= 256, "a box that is empty, or larger than 256");
     result.box[i] = static_cast<int>(box[i]);
   }

@@ -11,7 +11,7 @@ struct TensorMap {
   const unsigned char* base;
   int64_t sizes[4];
   int64_t strides[4];  // bytes
-  int box[2];          // elements of the first two dimensions
+  int box[3];          // elements of the first three dimensions
   int element_bytes;
 
   // An element; zeros outside the tensor.

@@ -126,13 +126,11 @@ class Mutant:
 
 
 FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
-DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
-SM80 = "attention/flash_sm80.cuh"
+FWD_8BIT, DECODE = "attention/flash_fwd_sm90_8bit.cuh", "attention/paged_decode.cuh"
+SM80, MASK = "attention/flash_sm80.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, SM80)} | {
-    FEW_ROWS: "gemm_sm90",
-    MASK: "paged_decode",
-}
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, SM80, DECODE, GEMM)}
+KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", MASK: "paged_decode", FEW_ROWS: "gemm_sm90"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -192,6 +190,24 @@ MUTANTS = [
         "if (__any_sync(0xffffffffu, signs < 0)) {",
         "if (__any_sync(0xffffffffu, false)) {",
         "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "a block is widened over one that a product still reads",
+        FWD,
+        "        empty.wait(parity ^ 1);\n",
+        "",
+        "flash_fwd_sm90_8bit_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    Mutant(
+        "rows are widened with the factors of others",
+        FWD_8BIT,
+        "group_scales, i % 4 * 8 + pass",
+        "group_scales, i % 2 * 8 + pass",
+        "flash_fwd_sm90_8bit_hd128.cu",
         "128",
         "expected",
     ),
@@ -321,4 +337,4 @@ def test_a_mistake_is_found(build: Build, tmp_path: Path, mutant: Mutant) -> Non
     objects = build.objects([unit], tmp_path)
     objects += build.objects(source for source in sources(kernel) if source != unit)
     program = Build(tmp_path).program(kernel, objects)
-    assert mutant.finds in run(program, 0, 100, mutant.size)
+    assert mutant.finds in run(program, 0, 300, mutant.size)

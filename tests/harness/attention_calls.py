@@ -423,7 +423,7 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
 def bad_scales(gen: Gen, base: Call) -> Bad:
     """Of base, whose caches are int8 with scales of tokens."""
     k, v, scale = base["k_cache"], base["v_cache"], base["k_scale"]
-    of_heads = {"k_scale": scale[0, 0].contiguous(), "v_scale": scale[0, 0].contiguous()}
+    of_heads = {name: torch.ones_like(scale[0, 0]).contiguous() for name in ("k_scale", "v_scale")}
     none = {"k_scale": None, "v_scale": None}
     q_like = {name: torch.zeros_like(base[name], dtype=base["q"].dtype) for name in ("k_cache", "v_cache")}
     other = torch.float16 if base["q"].dtype is torch.bfloat16 else torch.bfloat16
@@ -448,6 +448,8 @@ def bad_scales(gen: Gen, base: Call) -> Bad:
         )
         yield f"{name} of two dimensions", {name: scale[0]}, ValueError, (f"{name} has shape", "expected (Hk)")
     yield "short scales", {n: t[:1] for n, t in of_heads.items()}, ValueError, ("k_scale has shape (1,)", "Hk = ")
+    zeros = {n: torch.zeros_like(t) for n, t in of_heads.items()}
+    yield "scales of zero", zeros, ValueError, ("k_scale has values down to 0.0", "positive")
     narrow = {"q": base["q"][..., :8], "k_cache": k[..., :8], "v_cache": v[..., :8]}
     if "cos_sin" in base:
         narrow |= {"k": base["k"][..., :8], "v": base["v"][..., :8], "cos_sin": base["cos_sin"][:, :8]}

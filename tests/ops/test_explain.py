@@ -36,10 +36,12 @@ def test_the_order_of_tiles_covers_all(
     config = _runtime.flash_fwd_sm90_config(
         num_seqs, heads, kv_heads, head_dim, head_dim, max_seqlen_q, max_seqlen_k, causal, num_sms
     )
-    pairs = num_seqs * heads
+    pairs = num_seqs * (kv_heads if config["packs"] else heads)
     assert config["head_dim"] in (64, 80, 96, 128, 192, 256)
-    assert 0 <= config["head_dim"] - head_dim < 64
-    assert (config["num_m_tiles"] - 1) * config["block_m"] < max_seqlen_q <= config["num_m_tiles"] * config["block_m"]
+    assert 0 <= config["head_dim"] - head_dim < (128 if config["packs"] else 64)
+    tokens = config["tile_tokens"]
+    assert (config["num_m_tiles"] - 1) * tokens < max_seqlen_q <= config["num_m_tiles"] * tokens
+    assert tokens == config["block_m"] // (group if config["packs"] else 1)
     assert 1 <= config["pairs_per_section"] <= pairs
     assert 1 <= config["pairs_in_last"] <= pairs
     assert (config["num_sections"] - 1) * config["pairs_per_section"] + config["pairs_in_last"] == pairs
@@ -66,10 +68,12 @@ def test_packed_sequences_have_no_more_tiles_than_their_lengths_allow(
     config = _runtime.flash_fwd_sm90_config(
         len(lengths), heads, kv_heads, 128, 128, max(lengths), max_seqlen_k, True, num_sms, sum(lengths)
     )
-    tiles = sum(-(-length // config["block_m"]) for length in lengths) * heads
+    if config["packs"]:
+        heads, group = kv_heads, 1
+    tiles = sum(-(-length // config["tile_tokens"]) for length in lengths) * heads
     if tiles == 0:
         return
-    at_most = (sum(lengths) // config["block_m"] + len(lengths)) * heads
+    at_most = (sum(lengths) // config["tile_tokens"] + len(lengths)) * heads
     assert tiles <= config["num_tiles"] // config["num_splits"] <= at_most
     assert heads % config["heads_of_section"] == 0  # sections are of whole groups, and all alike
     assert config["heads_of_section"] % group == 0
@@ -126,6 +130,20 @@ def test_decode_has_one_wave_of_ctas(
 def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled: tuple[int, int]) -> None:
     config = _runtime.flash_fwd_sm90_config(2, 8, 8, *dims, 1000, 1000, False, 132)
     assert (config["head_dim"], config["v_head_dim"]) == compiled
+
+
+def test_few_rows_of_a_group_are_packed() -> None:
+    def packs(seqlen_q: int, heads: int, kv_heads: int = 8, head_dim: int = 128) -> bool:
+        return bool(
+            _runtime.flash_fwd_sm90_config(4, heads, kv_heads, head_dim, head_dim, seqlen_q, 8192, True, 132)["packs"]
+        )
+
+    assert packs(16, 64), "one tile of 128 rows, not eight of 16"
+    assert packs(129, 32), "five tiles, not eight"
+    assert not packs(16, 8), "nothing to pack"
+    assert not packs(128, 32), "as many tiles, all full"
+    assert not packs(4096, 64)
+    assert not packs(40, 16, 8, 80), "two tiles of head dim 80 cost less than one of 128 that is hardly fuller"
 
 
 def test_a_few_rows_are_split_and_many_are_not() -> None:

@@ -17,7 +17,8 @@ inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBa
                                   int32_t z, int32_t w, uint16_t cta_mask) {
   const emulator::TensorMap tensor = emulator::read_tensor_map(map);
   const uint32_t target = shared_address(destination);
-  const int row_bytes = tensor.box[0] * tensor.element_bytes, num_bytes = row_bytes * tensor.box[1];
+  const int row_bytes = tensor.box[0] * tensor.element_bytes, num_rows = tensor.box[1] * tensor.box[2];
+  const int num_bytes = row_bytes * num_rows;
   // Fewer rows than the swizzle repeats after would begin in its middle.
   if (target % (8 * row_bytes) != 0) emulator::fail("a box at byte " + std::to_string(target) + ", not aligned");
   for (int rank = 0; rank < 16; ++rank) {
@@ -27,11 +28,12 @@ inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBa
     std::memset(smem + target, 0xff, num_bytes);
     emulator::cta.pending.push_back([=, &its_barrier = barrier.of_cta(rank)] {
       emulator::require_running(rank);
-      for (int row = 0; row < tensor.box[1]; ++row) {
+      for (int row = 0; row < num_rows; ++row) {
+        const int y_row = y + row % tensor.box[1], z_row = z + row / tensor.box[1];
         for (int begin = 0; begin < row_bytes; begin += 16) {  // what a swizzle keeps together
           unsigned char chunk[16];
           for (int i = 0; i < 16; i += tensor.element_bytes) {
-            tensor.read(x + (begin + i) / tensor.element_bytes, y + row, z, w, chunk + i);
+            tensor.read(x + (begin + i) / tensor.element_bytes, y_row, z_row, w, chunk + i);
           }
           std::memcpy(smem + emulator::swizzle(target + row * row_bytes + begin, row_bytes), chunk, 16);
         }

@@ -1,0 +1,14 @@
+#include "attention/flash_fwd_sm90.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 128, 128, 2, 128, false, true>(const FlashFwdSm90Params&,
+                                                                                         cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 128, 128, 2, 128, true, true>(const FlashFwdSm90Params&,
+                                                                                        cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 128, 128, 2, 128, false, true>(const FlashFwdSm90Params&,
+                                                                                  cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 128, 128, 2, 128, true, true>(const FlashFwdSm90Params&,
+                                                                                 cudaStream_t);
+
+}  // namespace fastattn

@@ -1,0 +1,14 @@
+#include "attention/flash_fwd_sm90.cuh"
+
+namespace fastattn {
+
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 256, 256, 2, 80, false, false, true>(
+    const FlashFwdSm90Params&, cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 256, 256, 2, 80, true, false, true>(const FlashFwdSm90Params&,
+                                                                                              cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 256, 256, 2, 80, false, false, true>(const FlashFwdSm90Params&,
+                                                                                        cudaStream_t);
+template cudaError_t launch_flash_fwd_sm90<__half, 256, 256, 2, 80, true, false, true>(const FlashFwdSm90Params&,
+                                                                                       cudaStream_t);
+
+}  // namespace fastattn
