@@ -29,6 +29,8 @@ OTHER_DECODES = (
     (32, 8, 128, 8, 4, 4096),  # drafts
     (32, 8, 128, 8, 8, 4096),
 )
+# batch, nodes of each sequence's tree, context with them
+TREES = ((8, 8, 4096), (8, 64, 4096))
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
 # batch, new tokens of the first sequence (the others have one), context with them
@@ -48,9 +50,10 @@ def paged(
     ragged: bool = False,
     kv: torch.dtype = torch.bfloat16,
     chunk: int | None = None,
+    tree: bool = False,
 ) -> Case:
-    """`new` tokens (the first one: `chunk`) each of `batch` sequences that are `length` tokens long with them, or
-    lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with one for each
+    """`new` tokens (the first one: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are
+    `length` tokens long with them, or lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with one for each
     token's."""
     device, dtype = context.device, torch.bfloat16
     rng = context.generator(batch + length)
@@ -76,9 +79,22 @@ def paged(
     all_lengths = lognormal(batch, length, 665, seed=1) if ragged else [length] * batch
     lengths = torch.tensor(all_lengths, dtype=torch.int32, device=device)
 
+    words: list[int] = []
+    for i in range(new if tree else 0):
+        words.append(1 << i | (words[(i - 1) // 2] if i > 0 else 0))
+    trees: dict[str, Tensor] = {}
+    if tree:
+        own = torch.tensor([word - (word >> 63 << 64) for word in words], device=device)
+        trees = {"tree_mask": own.repeat(batch)}
+
+    def no_trees() -> None:
+        if tree:
+            raise PeerAbsentError("it has no masks of trees")
+
     fp8_q = q.to(torch.float8_e4m3fn)  # FlashAttention-3 wants q like k
 
     def vllm_fa3() -> Callable[[], Tensor]:
+        no_trees()
         attend = require("vllm.vllm_flash_attn").flash_attn_varlen_func
         if kv is torch.int8:
             raise PeerAbsentError("FlashAttention-3 has no int8")
@@ -109,6 +125,7 @@ def paged(
 
     def fa3() -> Callable[[], Tensor]:
         only_16_bits()
+        no_trees()
         library = require("fa3_fwd_interface")
         flags = require("fa3_fwd_config").CONFIG.get("build_flags", {})
         if flags.get("FLASHATTENTION_DISABLE_PAGEDKV"):
@@ -122,6 +139,7 @@ def paged(
 
     def flash_attn() -> Callable[[], Tensor]:
         only_16_bits()
+        no_trees()
         attend = require("flash_attn").flash_attn_with_kvcache  # raises for pages that are no multiple of 256
         grouped = q.view(batch, new, heads, dim)
         return lambda: first(attend(grouped, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True))
@@ -142,6 +160,11 @@ def paged(
             )
         else:
             wrapper = flashinfer("flashinfer.prefill").BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+            masks = {}
+            if tree:  # of all requests one after the other
+                seen = own.unsqueeze(1) >> torch.arange(new, device=device) & 1
+                mask = torch.cat([seen.new_ones(new, length - new), seen], 1).bool()
+                masks = {"custom_mask": mask.flatten().repeat(batch)}
             wrapper.plan(
                 offsets,
                 indptr,
@@ -151,15 +174,17 @@ def paged(
                 kv_heads,
                 dim,
                 page,
-                causal=True,
+                causal=not tree,
                 q_data_type=dtype,
                 kv_data_type=dtype,
+                **masks,
             )
         return lambda: first(wrapper.run(q, (k_cache, v_cache)))
 
     def torch_gather() -> Callable[[], Tensor]:
         """What torch alone can do: collect the pages, then attend."""
         only_16_bits()
+        no_trees()
         if ragged:
             raise PeerAbsentError("torch has no attention to keys of different lengths in one call")
         if 1 < new < length:  # torch aligns its causal mask top-left
@@ -176,6 +201,8 @@ def paged(
     num_keys = sum(all_lengths)
     key_bytes = 2 * dim * kv.itemsize + (8 if kv is torch.int8 else 0)  # of a KV head, with its value
     pairs = sum(m * (n - m) + m * (m + 1) // 2 for m, n in zip(all_new, all_lengths, strict=True))
+    if tree:
+        pairs = batch * (new * (length - new) + sum(word.bit_count() for word in words))
     what = f"{min(all_lengths)} to {max(all_lengths)}" if ragged else f"{length}"
     return op_case(
         ops.paged_attention,
@@ -189,6 +216,7 @@ def paged(
             "max_seqlen_q": max(all_new),
             "causal": True,
             **scales,
+            **trees,
         },
         formulas.paged_attention,
         peers={
@@ -200,7 +228,7 @@ def paged(
         },
         work=Work(num_bytes=num_keys * kv_heads * key_bytes + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
         config=(f"{chunk} and " if chunk else "")
-        + f"{batch} × {new} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
+        + f"{batch} × {new}{' (trees)' if tree else ''} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
         f"{str(kv).removeprefix('torch.')}",
     )
 
@@ -233,6 +261,13 @@ DECODE = Family(
         )
         for name, kv in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8))
         for batch, length in DECODES
+    )
+    + tuple(
+        CaseSpec(
+            f"bf16_p16_b{batch}_s{length}_tree{new}",
+            partial(paged, page=16, batch=batch, new=new, length=length, tree=True),
+        )
+        for batch, new, length in TREES
     )
     + (CaseSpec("bf16_p16_ragged64_s8192", partial(paged, page=16, batch=64, new=1, length=8192, ragged=True)),),
 )

@@ -65,8 +65,10 @@ def rope_kv_write(
     return [turned(q), k_out, v_out]
 
 
-def _attend(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """One sequence: q (Sq, H, D), k and v (Sk, Hk, D) → out (Sq, H, D), lse (H, Sq)."""
+def _attend(
+    c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, tree: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One sequence: q (Sq, H, D), k and v (Sk, Hk, D), tree (Sq) → out (Sq, H, D), lse (H, Sq)."""
     num_rows, num_keys, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     out = q.new_empty(q.shape, dtype=c)
     lse = q.new_empty((q.shape[1], num_rows), dtype=c)
@@ -79,17 +81,29 @@ def _attend(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale
             if causal:
                 last = torch.arange(rows.start, rows.stop, device=q.device) + num_keys - num_rows
                 scores.masked_fill_(torch.arange(num_keys, device=q.device) > last.unsqueeze(1), -torch.inf)
+            if tree is not None and num_rows <= 64:
+                seen = tree[rows].unsqueeze(1) >> torch.arange(num_rows, device=q.device) & 1
+                scores[:, num_keys - num_rows :].masked_fill_(seen == 0, -torch.inf)
             out[rows, head] = torch.softmax(scores, -1) @ values
             lse[head, rows] = torch.logsumexp(scores, -1)
     return out, lse
 
 
 def _attend_all(
-    c: torch.dtype, q: Tensor, starts: list[int], keys: list[Tensor], values: list[Tensor], causal: bool
+    c: torch.dtype,
+    q: Tensor,
+    starts: list[int],
+    keys: list[Tensor],
+    values: list[Tensor],
+    causal: bool,
+    tree_mask: Tensor | None = None,
 ) -> list[Tensor]:
     runs = [slice(a, b) for a, b in pairwise(starts)]
+    trees = [None if tree_mask is None else tree_mask[own] for own in runs]
     scale = q.shape[-1] ** -0.5
-    parts = [_attend(c, q[own], k, v, causal, scale) for own, k, v in zip(runs, keys, values, strict=True)]
+    parts = [
+        _attend(c, q[own], k, v, causal, scale, tree) for own, k, v, tree in zip(runs, keys, values, trees, strict=True)
+    ]
     return [torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)]
 
 
@@ -178,6 +192,7 @@ def paged_attention(
     causal: bool,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     **_: Any,
 ) -> list[Tensor]:
     size = k_cache.shape[1]
@@ -196,7 +211,8 @@ def paged_attention(
 
     if bool((cu_seqlens_q.diff() == 1).all()) and bool((seqused_k == seqused_k[0]).all()):
         return _decode(c, q, torch.stack(gather(k_cache, k_scale)), torch.stack(gather(v_cache, v_scale)))
-    return _attend_all(c, q, cu_seqlens_q.tolist(), gather(k_cache, k_scale), gather(v_cache, v_scale), causal)
+    caches = gather(k_cache, k_scale), gather(v_cache, v_scale)
+    return _attend_all(c, q, cu_seqlens_q.tolist(), *caches, causal, tree_mask)
 
 
 def _decode(c: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

@@ -30,4 +30,8 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+
 }  // namespace fastattn

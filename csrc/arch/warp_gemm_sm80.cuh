@@ -86,8 +86,7 @@ struct WarpResult {
 
   // `rows` (a multiple of 8) and `tile` (of 8 columns) from the warp's first ones.
   __device__ __forceinline__ void store(int rows, int tile, uint32_t pair) const {
-    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(lane.at(rows, tile / 2 * 2 * WARPS + tile % 2)), "r"(pair)
-                 : "memory");
+    store_shared(lane.at(rows, tile / 2 * 2 * WARPS + tile % 2), pair);
   }
 
   template <typename T, int TILES_M, int TILES_N>

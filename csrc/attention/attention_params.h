@@ -11,6 +11,9 @@ namespace fastattn {
 // What a longer window is cut down to; no sequence is that long.
 constexpr int32_t kMaxWindow = 1 << 30;
 
+// Query tokens of a sequence that can be a tree: the bits of a word.
+constexpr int32_t kMaxTreeTokens = 64;
+
 // Strides count elements. Rows (the last dimension) are contiguous and 16-byte aligned.
 struct AttentionParams {
   const void* q = nullptr;  // (T, H, D)
@@ -51,6 +54,9 @@ struct AttentionParams {
 
   DType dtype = DType::kBFloat16;
   bool paged = false;
+  // (T) or nullptr, pages and a causal mask only: bit j of a token's word is whether it sees the j-th query token of
+  // its sequence, if that has up to kMaxTreeTokens.
+  const int64_t* tree_mask = nullptr;
 
   // Derived by set_divisions.
   FastDivide group_size;      // H / Hk

@@ -14,7 +14,7 @@ using Launch = cudaError_t (*)(const FlashSm80Params&, cudaStream_t);
 struct Instantiation {
   DType dtype;
   int head_dim;
-  bool paged;
+  bool paged, tree;
   Launch launch;
 };
 
@@ -22,27 +22,37 @@ struct Instantiation {
 constexpr DType kBf16 = DType::kBFloat16;
 constexpr DType kFp16 = DType::kFloat16;
 constexpr Instantiation kInstantiations[] = {
-    // dtype, head dim, paged
-    {kBf16, 64, false, launch_flash_sm80<__nv_bfloat16, 64, ContiguousKv<__nv_bfloat16>>},
-    {kBf16, 64, true, launch_flash_sm80<__nv_bfloat16, 64, PagedKv<__nv_bfloat16>>},
-    {kBf16, 96, false, launch_flash_sm80<__nv_bfloat16, 96, ContiguousKv<__nv_bfloat16>>},
-    {kBf16, 96, true, launch_flash_sm80<__nv_bfloat16, 96, PagedKv<__nv_bfloat16>>},
-    {kBf16, 128, false, launch_flash_sm80<__nv_bfloat16, 128, ContiguousKv<__nv_bfloat16>>},
-    {kBf16, 128, true, launch_flash_sm80<__nv_bfloat16, 128, PagedKv<__nv_bfloat16>>},
-    {kBf16, 192, false, launch_flash_sm80<__nv_bfloat16, 192, ContiguousKv<__nv_bfloat16>>},
-    {kBf16, 192, true, launch_flash_sm80<__nv_bfloat16, 192, PagedKv<__nv_bfloat16>>},
-    {kBf16, 256, false, launch_flash_sm80<__nv_bfloat16, 256, ContiguousKv<__nv_bfloat16>>},
-    {kBf16, 256, true, launch_flash_sm80<__nv_bfloat16, 256, PagedKv<__nv_bfloat16>>},
-    {kFp16, 64, false, launch_flash_sm80<__half, 64, ContiguousKv<__half>>},
-    {kFp16, 64, true, launch_flash_sm80<__half, 64, PagedKv<__half>>},
-    {kFp16, 96, false, launch_flash_sm80<__half, 96, ContiguousKv<__half>>},
-    {kFp16, 96, true, launch_flash_sm80<__half, 96, PagedKv<__half>>},
-    {kFp16, 128, false, launch_flash_sm80<__half, 128, ContiguousKv<__half>>},
-    {kFp16, 128, true, launch_flash_sm80<__half, 128, PagedKv<__half>>},
-    {kFp16, 192, false, launch_flash_sm80<__half, 192, ContiguousKv<__half>>},
-    {kFp16, 192, true, launch_flash_sm80<__half, 192, PagedKv<__half>>},
-    {kFp16, 256, false, launch_flash_sm80<__half, 256, ContiguousKv<__half>>},
-    {kFp16, 256, true, launch_flash_sm80<__half, 256, PagedKv<__half>>},
+    // dtype, head dim, paged, tree
+    {kBf16, 64, false, false, launch_flash_sm80<__nv_bfloat16, 64, ContiguousKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 64, true, false, launch_flash_sm80<__nv_bfloat16, 64, PagedKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 64, true, true, launch_flash_sm80<__nv_bfloat16, 64, PagedKv<__nv_bfloat16>, TreeMask>},
+    {kBf16, 96, false, false, launch_flash_sm80<__nv_bfloat16, 96, ContiguousKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 96, true, false, launch_flash_sm80<__nv_bfloat16, 96, PagedKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 96, true, true, launch_flash_sm80<__nv_bfloat16, 96, PagedKv<__nv_bfloat16>, TreeMask>},
+    {kBf16, 128, false, false, launch_flash_sm80<__nv_bfloat16, 128, ContiguousKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 128, true, false, launch_flash_sm80<__nv_bfloat16, 128, PagedKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 128, true, true, launch_flash_sm80<__nv_bfloat16, 128, PagedKv<__nv_bfloat16>, TreeMask>},
+    {kBf16, 192, false, false, launch_flash_sm80<__nv_bfloat16, 192, ContiguousKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 192, true, false, launch_flash_sm80<__nv_bfloat16, 192, PagedKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 192, true, true, launch_flash_sm80<__nv_bfloat16, 192, PagedKv<__nv_bfloat16>, TreeMask>},
+    {kBf16, 256, false, false, launch_flash_sm80<__nv_bfloat16, 256, ContiguousKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 256, true, false, launch_flash_sm80<__nv_bfloat16, 256, PagedKv<__nv_bfloat16>, AttentionMask>},
+    {kBf16, 256, true, true, launch_flash_sm80<__nv_bfloat16, 256, PagedKv<__nv_bfloat16>, TreeMask>},
+    {kFp16, 64, false, false, launch_flash_sm80<__half, 64, ContiguousKv<__half>, AttentionMask>},
+    {kFp16, 64, true, false, launch_flash_sm80<__half, 64, PagedKv<__half>, AttentionMask>},
+    {kFp16, 64, true, true, launch_flash_sm80<__half, 64, PagedKv<__half>, TreeMask>},
+    {kFp16, 96, false, false, launch_flash_sm80<__half, 96, ContiguousKv<__half>, AttentionMask>},
+    {kFp16, 96, true, false, launch_flash_sm80<__half, 96, PagedKv<__half>, AttentionMask>},
+    {kFp16, 96, true, true, launch_flash_sm80<__half, 96, PagedKv<__half>, TreeMask>},
+    {kFp16, 128, false, false, launch_flash_sm80<__half, 128, ContiguousKv<__half>, AttentionMask>},
+    {kFp16, 128, true, false, launch_flash_sm80<__half, 128, PagedKv<__half>, AttentionMask>},
+    {kFp16, 128, true, true, launch_flash_sm80<__half, 128, PagedKv<__half>, TreeMask>},
+    {kFp16, 192, false, false, launch_flash_sm80<__half, 192, ContiguousKv<__half>, AttentionMask>},
+    {kFp16, 192, true, false, launch_flash_sm80<__half, 192, PagedKv<__half>, AttentionMask>},
+    {kFp16, 192, true, true, launch_flash_sm80<__half, 192, PagedKv<__half>, TreeMask>},
+    {kFp16, 256, false, false, launch_flash_sm80<__half, 256, ContiguousKv<__half>, AttentionMask>},
+    {kFp16, 256, true, false, launch_flash_sm80<__half, 256, PagedKv<__half>, AttentionMask>},
+    {kFp16, 256, true, true, launch_flash_sm80<__half, 256, PagedKv<__half>, TreeMask>},
 };
 
 }  // namespace
@@ -53,7 +63,10 @@ cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t strea
   FlashSm80Params p = params;
   p.set_divisions();
   for (const Instantiation& entry : kInstantiations) {
-    if (entry.dtype != p.dtype || entry.head_dim != p.config.head_dim || entry.paged != p.paged) continue;
+    if (entry.dtype != p.dtype || entry.head_dim != p.config.head_dim || entry.paged != p.paged ||
+        entry.tree != (p.tree_mask != nullptr)) {
+      continue;
+    }
     const cudaError_t error = entry.launch(p, stream);
     if (error != cudaSuccess || p.config.num_splits == 1) return error;
     return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens,

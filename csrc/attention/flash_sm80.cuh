@@ -42,6 +42,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "arch/launch.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/recompute.cuh"
 #include "arch/tile_copy.cuh"
@@ -131,7 +134,7 @@ struct FlashSm80Storage {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-template <typename T, int HEAD_DIM, typename KvLoader>
+template <typename T, int HEAD_DIM, typename KvLoader, typename Mask>
 __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
     flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale) {
   using Storage = FlashSm80Storage<T, HEAD_DIM>;
@@ -173,6 +176,9 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   const int32_t num_rows = q_len * group_size;
   const int32_t first_row = m_tile * BLOCK_M;
   if (first_row >= all_q_len * group_size) return;
+  if constexpr (std::is_same_v<Mask, TreeMask>) {
+    if (all_q_len < p.min_q_len || all_q_len > p.max_q_len) return;
+  }
 
   // ---- where the results go
   const int32_t v_chunks = p.v_head_dim / 8;
@@ -230,13 +236,11 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
 
   // ---- which keys
   const KvLoader kv(p, seq_idx, kv_head_idx);
-  const AttentionMask mask = {q_len, kv.length, p.window_left, p.window_right};
+  const Mask mask = Mask::make(p, q_len, kv.length, q_start);
   const int32_t last_row = min(first_row + BLOCK_M, num_rows) - 1;
-  const KeyRange first_visible = mask.visible(p.group_size.divide(first_row));
-  const KeyRange last_visible = mask.visible(p.group_size.divide(last_row));
-  // Ranges move right with the token: this is the union over the tile, and what all rows share.
-  const KeyRange seen_by_any = {first_visible.begin, last_visible.end};
-  const KeyRange seen_by_all = {last_visible.begin, first_visible.end};
+  const int32_t tile_token = p.group_size.divide(first_row), last_token = p.group_size.divide(last_row);
+  const KeyRange seen_by_any = mask.seen_by_any(tile_token, last_token);
+  const KeyRange seen_by_all = mask.seen_by_all(tile_token, last_token);
 
   int32_t step = seen_by_any.begin / BLOCK_N;
   int32_t end_step = step;
@@ -339,7 +343,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
 #pragma unroll
         for (int i = 0; i < 2 * TILES_M; ++i) {
           const int32_t row = lane_row(i / 2, i % 2);
-          const int32_t position = p.group_size.divide(row) + kv.length - q_len;
+          const typename Mask::Row mask_row = mask.row(p.group_size.divide(row));
           const float slope = p.alibi_slopes == nullptr
                                   ? 0.0f
                                   : kLog2E * p.alibi_slopes[seq_idx * p.alibi_batch_stride + row_head(row)];
@@ -348,18 +352,17 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
             float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
             score *= score_scale.pre;
             if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
-            score -= slope * abs(position - (lane_key + j / 2 * 8 + j % 2));
+            score -= slope * mask_row.distance(lane_key + j / 2 * 8 + j % 2);
           }
         }
       }
       if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
 #pragma unroll
         for (int i = 0; i < 2 * TILES_M; ++i) {
-          const KeyRange visible = mask.visible(p.group_size.divide(lane_row(i / 2, i % 2)));
+          const typename Mask::Row mask_row = mask.row(p.group_size.divide(lane_row(i / 2, i % 2)));
 #pragma unroll
           for (int j = 0; j < BLOCK_N / 4; ++j) {
-            const int32_t key = lane_key + j / 2 * 8 + j % 2;
-            if (key < visible.begin || key >= visible.end) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
+            if (!mask_row.sees(lane_key + j / 2 * 8 + j % 2)) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
           }
         }
       }
@@ -416,19 +419,15 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int HEAD_DIM, typename KvLoader>
+template <typename T, int HEAD_DIM, typename KvLoader, typename Mask>
 cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(FlashSm80Storage<T, HEAD_DIM>);
   static_assert(kSmemBytes <= 99 * 1024, "the limit of sm_86 and sm_89");
-  const auto kernel = flash_sm80_kernel<T, HEAD_DIM, KvLoader>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-  if (error != cudaSuccess) return error;
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
   if (num_ctas == 0) return cudaSuccess;
   if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(num_ctas), p.config.tile.num_threads(), kSmemBytes, stream>>>(
-      p, ScoreScale::make(p.softmax_scale, p.softcap));
-  return cudaGetLastError();
+  return launch_kernel(flash_sm80_kernel<T, HEAD_DIM, KvLoader, Mask>, num_ctas, p.config.tile.num_threads(),
+                       kSmemBytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

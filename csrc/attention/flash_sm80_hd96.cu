@@ -3,12 +3,14 @@
 
 namespace fastattn {
 
-#define INSTANTIATE(T, LOADER) \
-  template cudaError_t launch_flash_sm80<T, 96, LOADER<T>>(const FlashSm80Params&, cudaStream_t);
+#define INSTANTIATE(T, LOADER, MASK) \
+  template cudaError_t launch_flash_sm80<T, 96, LOADER<T>, MASK>(const FlashSm80Params&, cudaStream_t);
 
-INSTANTIATE(__nv_bfloat16, ContiguousKv)
-INSTANTIATE(__nv_bfloat16, PagedKv)
-INSTANTIATE(__half, ContiguousKv)
-INSTANTIATE(__half, PagedKv)
+INSTANTIATE(__nv_bfloat16, ContiguousKv, AttentionMask)
+INSTANTIATE(__nv_bfloat16, PagedKv, AttentionMask)
+INSTANTIATE(__nv_bfloat16, PagedKv, TreeMask)
+INSTANTIATE(__half, ContiguousKv, AttentionMask)
+INSTANTIATE(__half, PagedKv, AttentionMask)
+INSTANTIATE(__half, PagedKv, TreeMask)
 
 }  // namespace fastattn

@@ -12,7 +12,10 @@ struct ContiguousKv;
 template <typename T>
 struct PagedKv;
 
-template <typename T, int HEAD_DIM, typename KvLoader>
+struct AttentionMask;
+struct TreeMask;
+
+template <typename T, int HEAD_DIM, typename KvLoader, typename Mask>
 cudaError_t launch_flash_sm80(const FlashSm80Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -17,33 +17,39 @@ using Launch = cudaError_t (*)(const PagedDecodeParams&, cudaStream_t);
 struct Instantiation {
   DType dtype, kv_dtype;
   int head_dim;
-  Launch launch;
+  Launch launch, launch_tree;
 };
 
-// Which exist: add a line here and its instantiation in paged_decode_hd*.cu or paged_decode_8bit_hd*.cu.
+template <typename T, typename KV, int HEAD_DIM>
+constexpr Instantiation instantiation(DType dtype, DType kv_dtype) {
+  return {dtype, kv_dtype, HEAD_DIM, launch_paged_decode<T, KV, HEAD_DIM, AttentionMask>,
+          launch_paged_decode<T, KV, HEAD_DIM, TreeMask>};
+}
+
+// Which exist: add a line here and its two instantiations in paged_decode_hd*.cu or paged_decode_8bit_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
-    {DType::kBFloat16, DType::kBFloat16, 64, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 64>},
-    {DType::kBFloat16, DType::kBFloat16, 96, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 96>},
-    {DType::kBFloat16, DType::kBFloat16, 128, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 128>},
-    {DType::kBFloat16, DType::kBFloat16, 192, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 192>},
-    {DType::kBFloat16, DType::kBFloat16, 256, launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 256>},
-    {DType::kFloat16, DType::kFloat16, 64, launch_paged_decode<__half, __half, 64>},
-    {DType::kFloat16, DType::kFloat16, 96, launch_paged_decode<__half, __half, 96>},
-    {DType::kFloat16, DType::kFloat16, 128, launch_paged_decode<__half, __half, 128>},
-    {DType::kFloat16, DType::kFloat16, 192, launch_paged_decode<__half, __half, 192>},
-    {DType::kFloat16, DType::kFloat16, 256, launch_paged_decode<__half, __half, 256>},
-    {DType::kBFloat16, DType::kFloat8E4M3, 64, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 64>},
-    {DType::kBFloat16, DType::kFloat8E4M3, 128, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128>},
-    {DType::kBFloat16, DType::kFloat8E4M3, 256, launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 256>},
-    {DType::kBFloat16, DType::kInt8, 64, launch_paged_decode<__nv_bfloat16, int8_t, 64>},
-    {DType::kBFloat16, DType::kInt8, 128, launch_paged_decode<__nv_bfloat16, int8_t, 128>},
-    {DType::kBFloat16, DType::kInt8, 256, launch_paged_decode<__nv_bfloat16, int8_t, 256>},
-    {DType::kFloat16, DType::kFloat8E4M3, 64, launch_paged_decode<__half, __nv_fp8_e4m3, 64>},
-    {DType::kFloat16, DType::kFloat8E4M3, 128, launch_paged_decode<__half, __nv_fp8_e4m3, 128>},
-    {DType::kFloat16, DType::kFloat8E4M3, 256, launch_paged_decode<__half, __nv_fp8_e4m3, 256>},
-    {DType::kFloat16, DType::kInt8, 64, launch_paged_decode<__half, int8_t, 64>},
-    {DType::kFloat16, DType::kInt8, 128, launch_paged_decode<__half, int8_t, 128>},
-    {DType::kFloat16, DType::kInt8, 256, launch_paged_decode<__half, int8_t, 256>},
+    instantiation<__nv_bfloat16, __nv_bfloat16, 64>(DType::kBFloat16, DType::kBFloat16),
+    instantiation<__nv_bfloat16, __nv_bfloat16, 96>(DType::kBFloat16, DType::kBFloat16),
+    instantiation<__nv_bfloat16, __nv_bfloat16, 128>(DType::kBFloat16, DType::kBFloat16),
+    instantiation<__nv_bfloat16, __nv_bfloat16, 192>(DType::kBFloat16, DType::kBFloat16),
+    instantiation<__nv_bfloat16, __nv_bfloat16, 256>(DType::kBFloat16, DType::kBFloat16),
+    instantiation<__half, __half, 64>(DType::kFloat16, DType::kFloat16),
+    instantiation<__half, __half, 96>(DType::kFloat16, DType::kFloat16),
+    instantiation<__half, __half, 128>(DType::kFloat16, DType::kFloat16),
+    instantiation<__half, __half, 192>(DType::kFloat16, DType::kFloat16),
+    instantiation<__half, __half, 256>(DType::kFloat16, DType::kFloat16),
+    instantiation<__nv_bfloat16, __nv_fp8_e4m3, 64>(DType::kBFloat16, DType::kFloat8E4M3),
+    instantiation<__nv_bfloat16, __nv_fp8_e4m3, 128>(DType::kBFloat16, DType::kFloat8E4M3),
+    instantiation<__nv_bfloat16, __nv_fp8_e4m3, 256>(DType::kBFloat16, DType::kFloat8E4M3),
+    instantiation<__nv_bfloat16, int8_t, 64>(DType::kBFloat16, DType::kInt8),
+    instantiation<__nv_bfloat16, int8_t, 128>(DType::kBFloat16, DType::kInt8),
+    instantiation<__nv_bfloat16, int8_t, 256>(DType::kBFloat16, DType::kInt8),
+    instantiation<__half, __nv_fp8_e4m3, 64>(DType::kFloat16, DType::kFloat8E4M3),
+    instantiation<__half, __nv_fp8_e4m3, 128>(DType::kFloat16, DType::kFloat8E4M3),
+    instantiation<__half, __nv_fp8_e4m3, 256>(DType::kFloat16, DType::kFloat8E4M3),
+    instantiation<__half, int8_t, 64>(DType::kFloat16, DType::kInt8),
+    instantiation<__half, int8_t, 128>(DType::kFloat16, DType::kInt8),
+    instantiation<__half, int8_t, 256>(DType::kFloat16, DType::kInt8),
 };
 
 // One that no other launch has, and that memory holds by a chance of 2^-64: a counter whose values are far from each
@@ -74,7 +80,7 @@ cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
   for (const Instantiation& entry : kInstantiations) {
     if (p.config.fits && entry.dtype == p.dtype && entry.kv_dtype == p.kv_dtype &&
         entry.head_dim == p.config.head_dim) {
-      return entry.launch(p, stream);
+      return (p.tree_mask == nullptr ? entry.launch : entry.launch_tree)(p, stream);
     }
   }
   return cudaErrorInvalidValue;

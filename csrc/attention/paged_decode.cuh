@@ -109,7 +109,7 @@ __device__ __forceinline__ int out_offset(int row, int group) {
 // Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th of a tile's rows lies:
 // key l of 16 for l < 16, value l - 16 for the others; or, of 8 bits, key l of 32, and then value l.
 
-template <typename KV, int HEAD_DIM>
+template <typename KV, int HEAD_DIM, typename Mask>
 class DecodeLoader {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
   using Stage = typename Ring::Stage;
@@ -120,7 +120,7 @@ class DecodeLoader {
   static constexpr int ROWS_PER_PASS = 32 / LANES;
 
  public:
-  __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan& plan)
+  __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan<Mask>& plan)
       : p_(p), plan_(plan), cursor_(plan), tile_(plan.begin_tile) {}
 
   // Asks for the next tile, if there is one, and closes the group.
@@ -206,8 +206,8 @@ class DecodeLoader {
   }
 
   const PagedDecodeParams& p_;
-  const DecodePlan& plan_;
-  DecodeCursor cursor_;
+  const DecodePlan<Mask>& plan_;
+  DecodeCursor<Mask> cursor_;
   int32_t tile_;  // the next one, and the lane's key in it
   int32_t key_ = 0;
   int32_t page_ = 0;         // of that key; of contiguous keys the sequence
@@ -299,16 +299,16 @@ struct DecodePartial {
 };
 
 // Where a column's rows of a sequence go.
-template <typename T>
+template <typename T, typename Mask>
 struct DecodeOutput {
   const PagedDecodeParams& p;
-  const DecodePlan& plan;
+  const DecodePlan<Mask>& plan;
   int64_t out_token;  // the sequence's first one in out
   int64_t lse_begin;  // where the sequence begins in lse
   int32_t num_rows;
 
-  __device__ __forceinline__ DecodeOutput(const PagedDecodeParams& params, const DecodePlan& of_cta,
-                                          const DecodeSequence& sequence, int32_t seq_idx)
+  __device__ __forceinline__ DecodeOutput(const PagedDecodeParams& params, const DecodePlan<Mask>& of_cta,
+                                          const DecodeSequence<Mask>& sequence, int32_t seq_idx)
       : p(params), plan(of_cta), num_rows(sequence.num_rows) {
     const bool packed_q = p.cu_seqlens_q != nullptr;
     out_token = packed_q ? sequence.q_start : static_cast<int64_t>(seq_idx) * p.batch_q_len;
@@ -333,8 +333,8 @@ struct DecodeOutput {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t.
-template <typename T, typename KV, int HEAD_DIM>
+// T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t. Mask: AttentionMask or TreeMask.
+template <typename T, typename KV, int HEAD_DIM, typename Mask>
 __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
@@ -358,9 +358,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     if (entries <= kMost && entry < entries) prefetch_l2(p.block_table + entry);
   }
 
-  const DecodePlan plan(p);
+  const DecodePlan<Mask> plan(p);
   if (plan.begin_tile >= plan.end_tile) return;
-  DecodeLoader<KV, HEAD_DIM> loader(p, plan);
+  DecodeLoader<KV, HEAD_DIM, Mask> loader(p, plan);
 
   // Softcap and ALiBi give scores in base 2; without them the softmax scales.
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
@@ -383,8 +383,8 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const int32_t ended_slot = handed_slot(plan.part_idx) + 1;
 
   // ---- tiles
-  DecodeCursor cursor(plan);
-  DecodeSequence sequence;
+  DecodeCursor<Mask> cursor(plan);
+  DecodeSequence<Mask> sequence;
   int32_t first_key = 0;
   uint32_t q_frag[HEAD_DIM / 16][4];
   OnlineSoftmax<1> softmax;
@@ -459,13 +459,13 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
       for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
     }
 
-    const AttentionMask& mask = sequence.mask;
+    const Mask& mask = sequence.mask;
     const int32_t lane_key = first_key + 2 * (lane % 4);
     if (general) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t row = lane_row(half);
-        const int32_t position = p.group_size.divide(row) + mask.k_len - mask.q_len;
+        const typename Mask::Row mask_row = mask.row(p.group_size.divide(row));
         float slope = 0.0f;
         if (p.alibi_slopes != nullptr) {
           slope = kLog2E * p.alibi_slopes[(cursor.next_seq_idx - 1) * p.alibi_batch_stride + plan.head(p, row)];
@@ -475,20 +475,19 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
           float& score = scores[0][j / 2][half * 2 + j % 2];
           score *= score_scale.pre;
           if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
-          score -= slope * abs(position - (lane_key + j / 2 * 8 + j % 2));
+          score -= slope * mask_row.distance(lane_key + j / 2 * 8 + j % 2);
         }
       }
     }
     // Not where all rows see all of the warp's keys.
-    if (first_key < mask.visible(sequence.last_token).begin ||
-        first_key + KEYS > mask.visible(sequence.first_token).end) {
+    const KeyRange seen_by_all = mask.seen_by_all(sequence.first_token, sequence.last_token);
+    if (first_key < seen_by_all.begin || first_key + KEYS > seen_by_all.end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyRange visible = mask.visible(p.group_size.divide(lane_row(half)));
+        const typename Mask::Row mask_row = mask.row(p.group_size.divide(lane_row(half)));
 #pragma unroll
         for (int j = 0; j < 2 * KEY_TILES; ++j) {
-          const int32_t key = lane_key + j / 2 * 8 + j % 2;
-          if (key < visible.begin || key >= visible.end) scores[0][j / 2][half * 2 + j % 2] = -INFINITY;
+          if (!mask_row.sees(lane_key + j / 2 * 8 + j % 2)) scores[0][j / 2][half * 2 + j % 2] = -INFINITY;
         }
       }
     }
@@ -543,7 +542,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     }
     __syncthreads();
     const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
-    const DecodeOutput<T> output(p, plan, sequence, cursor.next_seq_idx - 1);
+    const DecodeOutput<T, Mask> output(p, plan, sequence, cursor.next_seq_idx - 1);
     each_group(sequence.all_rows, [&](int32_t row, int group) {
       DecodePartial result;
       if (row < sequence.num_rows) {
@@ -576,7 +575,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   }
 
   // ---- the sequence that the CTA has ended, but not begun
-  const DecodeSequence ended(p, plan.seq_idx, plan.first_row);
+  const DecodeSequence<Mask> ended(p, plan.seq_idx, plan.first_row);
   if (plan.seq_begin >= plan.begin_tile || plan.seq_begin + ended.num_tiles(p) > plan.end_tile) return;
   const int32_t first_part = plan.seq_begin / plan.tiles_per_part;
   for (int32_t part = first_part + threadIdx.x; part < plan.part_idx; part += blockDim.x) {
@@ -586,7 +585,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     *mark = 0;
   }
   __syncthreads();
-  const DecodeOutput<T> output(p, plan, ended, plan.seq_idx);
+  const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);
   each_group(ended.all_rows, [&](int32_t row, int group) {
     constexpr int BATCH = 16;  // parts that are on their way at the same time
     DecodePartial result;
@@ -610,12 +609,12 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, typename KV, int HEAD_DIM>
+template <typename T, typename KV, int HEAD_DIM, typename Mask>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
   const int smem_bytes =
       p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
-  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM>, p.config.num_ctas, 32 * p.config.num_warps, smem_bytes,
-                       stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
+  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM, Mask>, p.config.num_ctas, 32 * p.config.num_warps,
+                       smem_bytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

@@ -3,9 +3,17 @@
 
 namespace fastattn {
 
-template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__half, int8_t, 128>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128, AttentionMask>(const PagedDecodeParams&,
+                                                                                           cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128, AttentionMask>(const PagedDecodeParams&,
+                                                                                    cudaStream_t);
+template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128, AttentionMask>(const PagedDecodeParams&,
+                                                                                    cudaStream_t);
+template cudaError_t launch_paged_decode<__half, int8_t, 128, AttentionMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128, TreeMask>(const PagedDecodeParams&,
+                                                                                      cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, int8_t, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
 
 }  // namespace fastattn

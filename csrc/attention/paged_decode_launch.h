@@ -6,8 +6,11 @@
 
 namespace fastattn {
 
+struct AttentionMask;
+struct TreeMask;
+
 // T: of q and out. KV: of k and v.
-template <typename T, typename KV, int HEAD_DIM>
+template <typename T, typename KV, int HEAD_DIM, typename Mask>
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -8,11 +8,12 @@
 namespace fastattn {
 
 // Lengths of one sequence, and which keys a column's rows see: first_row and the 15 behind it.
+template <typename Mask>
 struct DecodeSequence {
   int32_t q_start;
   int32_t num_rows, all_rows;       // of the column: with results, and with those that get zeros
   int32_t first_token, last_token;  // of them
-  AttentionMask mask;
+  Mask mask;
   KeyRange visible;  // to any row
 
   DecodeSequence() = default;
@@ -26,9 +27,9 @@ struct DecodeSequence {
     all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     first_token = p.group_size.divide(first_row);
     last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
-    mask = {q_len, key_length(p, seq_idx), p.window_left, p.window_right};
+    mask = Mask::make(p, q_len, key_length(p, seq_idx), q_start);
     visible = {0, 0};
-    if (num_rows > 0) visible = {mask.visible(first_token).begin, mask.visible(last_token).end};
+    if (num_rows > 0) visible = mask.seen_by_any(first_token, last_token);
   }
 
   static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
@@ -50,6 +51,7 @@ struct DecodeSequence {
 };
 
 // The tiles of a CTA, and where they begin; found by whole warps.
+template <typename Mask>
 struct DecodePlan {
   int32_t column_idx, part_idx;
   int32_t kv_head_idx, first_row;
@@ -67,7 +69,7 @@ struct DecodePlan {
     first_row = row_tile * kPagedDecodeRows;
     // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
     const auto num_tiles = [&](int32_t seq) {
-      return seq < p.num_seqs ? DecodeSequence(p, seq, first_row).num_tiles(p) : 0;
+      return seq < p.num_seqs ? DecodeSequence<Mask>(p, seq, first_row).num_tiles(p) : 0;
     };
     int32_t own = 0, all_tiles = 0;
 #pragma unroll 1
@@ -106,16 +108,17 @@ struct DecodePlan {
 };
 
 // Goes from sequence to sequence along a CTA's tiles.
+template <typename Mask>
 struct DecodeCursor {
   int32_t next_seq_idx;
   int32_t seq_begin = 0, seq_end;  // tiles of the sequence, also those before and behind the CTA's
   int32_t first_key = 0;           // of its first tile that is the CTA's
 
-  __device__ __forceinline__ explicit DecodeCursor(const DecodePlan& plan)
+  __device__ __forceinline__ explicit DecodeCursor(const DecodePlan<Mask>& plan)
       : next_seq_idx(plan.seq_idx), seq_end(plan.seq_begin) {}
 
-  __device__ __forceinline__ DecodeSequence next(const PagedDecodeParams& p, const DecodePlan& plan) {
-    const DecodeSequence sequence(p, next_seq_idx++, plan.first_row);
+  __device__ __forceinline__ DecodeSequence<Mask> next(const PagedDecodeParams& p, const DecodePlan<Mask>& plan) {
+    const DecodeSequence<Mask> sequence(p, next_seq_idx++, plan.first_row);
     seq_begin = seq_end;
     seq_end += sequence.num_tiles(p);
     first_key = (sequence.first_tile(p) + max(plan.begin_tile - seq_begin, 0)) * p.config.block_n;

@@ -83,6 +83,7 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
   const Tensor k = p.paged ? call.k : with_aligned_rows(call.k), v = p.paged ? call.v : with_aligned_rows(call.v);
   fill_params(p, call);
   if (call.sinks) p.sinks = data<float>(*call.sinks);
+  if (call.tree_mask) p.tree_mask = data<int64_t>(*call.tree_mask);
   p.q = q.data_ptr();
   p.k = k.data_ptr();
   p.v = v.data_ptr();
@@ -122,6 +123,10 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
     own.config = flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                                     std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
                                     num_sms_of(call.q)});
+    own.min_q_len = static_cast<int32_t>(call.min_q_len);
+    own.max_q_len = static_cast<int32_t>(call.max_q_len);
+    // Who adds up splits writes all rows, also those that another kernel has written.
+    if (call.min_q_len > 0) own.config.num_splits = 1;
     check_launch(op, run(q, own, stream_of(q)));
   }
 }
@@ -212,8 +217,9 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                                               const Tensor& cu_seqlens_q, const Tensor& seqused_k,
                                               const Tensor& block_table, const MaybeTensor& alibi_slopes,
                                               const MaybeTensor& sinks, const MaybeTensor& k_scale,
-                                              const MaybeTensor& v_scale, int64_t max_seqlen_q, double softmax_scale,
-                                              bool causal, int64_t window_left, int64_t window_right, double softcap) {
+                                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask,
+                                              int64_t max_seqlen_q, double softmax_scale, bool causal,
+                                              int64_t window_left, int64_t window_right, double softcap) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
@@ -222,6 +228,10 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   const int64_t num_seqs = seqused_k.size(0);
   checks.shape("cu_seqlens_q", cu_seqlens_q, {num_seqs + 1}).dtype("cu_seqlens_q", cu_seqlens_q, {ScalarType::Int});
   checks.shape("block_table", block_table, {num_seqs, kAny}).dtype("block_table", block_table, {ScalarType::Int});
+  if (tree_mask) {
+    checks.shape("tree_mask", *tree_mask, {q.size(0)}).dtype("tree_mask", *tree_mask, {ScalarType::Long});
+    checks.that(causal, "causal is false, expected true with tree_mask");
+  }
   // A copy of the cache at every call would hide a slowness of orders of magnitude.
   checks.that(
       rows_aligned(k_cache) && rows_aligned(v_cache),
@@ -236,6 +246,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
                               .sinks = sinks,
                               .k_scale = k_scale,
                               .v_scale = v_scale,
+                              .tree_mask = tree_mask,
                               .num_seqs = num_seqs,
                               .max_seqlen_q = max_seqlen_q,
                               .max_seqlen_k = block_table.size(1) * k_cache.size(1),
@@ -252,18 +263,21 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
   // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
   // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
-  // single token would take as many: those are left to the decode kernel.
+  // single token would take as many: those are left to the decode kernel. It has no trees: sequences that may be one
+  // and are too long for the decode kernel are flash_sm80's.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const bool many_rows = max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
-  const bool long_ones = max_seqlen_q >= 64 || (many_rows && sm90_config_of(call).packs);
+  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;  // of a prompt
+  const bool many_rows = !tree_mask && max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
+  const bool long_ones = max_seqlen_q >= least_tokens || (many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
-  const bool mixed = sm90 && max_seqlen_q >= 64 && few_tokens > 0 && q.size(0) < num_seqs * max_seqlen_q;
+  const bool mixed =
+      sm90 && max_seqlen_q >= least_tokens && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
   const Results results = new_results(call);
   if (sm90) {
     AttentionCall long_call = call;
-    if (mixed) long_call.min_q_len = few_tokens + 1;
+    if (mixed) long_call.min_q_len = tree_mask ? least_tokens : few_tokens + 1;
     run_sm90(op, long_call, results);  // first: where keys are split it leaves something in the others' rows too
     if (!mixed) return {results.out, results.lse};
   }
@@ -280,9 +294,20 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   p.num_blocks = static_cast<int32_t>(k_cache.size(0));
   p.max_blocks = static_cast<int32_t>(block_table.size(1));
   p.block_size = static_cast<int32_t>(std::max<int64_t>(k_cache.size(1), 1));
-  AttentionCall short_call = call;
-  if (mixed) short_call.max_seqlen_q = short_call.max_q_len = few_tokens;
-  run_portable(op, p, short_call, results);
+  const auto run_lengths = [&](int64_t min_q_len, int64_t max_q_len) {
+    AttentionCall short_call = call;
+    short_call.min_q_len = min_q_len;
+    short_call.max_seqlen_q = short_call.max_q_len = max_q_len;
+    run_portable(op, p, short_call, results);
+  };
+  if (!mixed) {
+    run_portable(op, p, call, results);
+  } else if (tree_mask && is_8bit(k_cache)) {
+    run_lengths(0, kMaxTreeTokens);  // all on the decode kernel
+  } else {
+    if (tree_mask) run_lengths(few_tokens + 1, kMaxTreeTokens);
+    if (few_tokens > 0) run_lengths(0, few_tokens);
+  }
   return {results.out, results.lse};
 }
 

@@ -27,8 +27,8 @@ def _fake_backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -
 
 paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
-    "Tensor block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, int max_seqlen_q, "
-    f"{_SCORES}) -> (Tensor out, Tensor lse)",
+    "Tensor block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, "
+    f"Tensor? tree_mask, int max_seqlen_q, {_SCORES}) -> (Tensor out, Tensor lse)",
     reference.paged_attention,
     _fake,
 )

@@ -14,6 +14,7 @@ from fastattn.ops.checks import (
     FP8,
     FP32,
     INT32,
+    INT64,
     LOGITS,
     MAX_HEAD_DIM,
     AtLeast,
@@ -27,6 +28,7 @@ from fastattn.ops.checks import (
     min_max,
     values_readable,
 )
+from fastattn.reference.attention_scores import MAX_TREE_TOKENS
 
 KERNELS = {"auto": 0, "sm80": 80, "sm90": 90}
 
@@ -57,6 +59,7 @@ check_paged_attention = compile_check(
     _SLOPES,
     TensorArg("sinks", "H", LOGITS, optional=True),
     *scale_args(mutated=False),
+    TensorArg("tree_mask", "T", INT64, optional=True),
     AtLeast("max_seqlen_q", 0),
     *_SCALARS,
 )
@@ -262,6 +265,23 @@ def check_sequences(
     _check_keys(op, k, key_starts, max_seqlen_k)
     _check_used(op, "q", seqused_q, starts)
     _check_used(op, "k", seqused_k, key_starts)
+
+
+def check_trees(op: str, tree_mask: Tensor, offsets: list[int]) -> None:
+    """Every query of a sequence that can be a tree sees itself and none behind it."""
+    words = tree_mask.tolist()
+    for b in range(len(offsets) - 1):
+        start, end = offsets[b], offsets[b + 1]
+        if end - start > MAX_TREE_TOKENS:
+            continue
+        for i, word in enumerate(words[start:end]):
+            bits = word % 2**MAX_TREE_TOKENS
+            if bits >> i != 1:
+                fail_value(
+                    op,
+                    f"tree_mask[{start + i}] is {bits:#b}, expected bit {i} as the highest, as query {i} of sequence {b} "
+                    "sees itself and none behind it",
+                )
 
 
 def check_pages(k_cache: Tensor, seqused_k: Tensor, block_table: Tensor) -> None:

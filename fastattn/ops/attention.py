@@ -17,6 +17,7 @@ from fastattn.ops._attention_checks import (
     check_pages,
     check_queries,
     check_sequences,
+    check_trees,
     check_varlen_attention,
     default_scale,
     is_deterministic,
@@ -43,6 +44,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to keys and values in pages (https://arxiv.org/abs/2309.06180). It has no backward.
 
@@ -64,6 +66,11 @@ def paged_attention(
     k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by, positive: (Hk), or (num_blocks, block_size,
       Hk) for each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
       `torch.empty(num_blocks, Hk, block_size).transpose(1, 2)`, are read fastest. Ones if None, which int8 may not be.
+    tree_mask: (T) int64, with causal: the queries of a sequence, whose keys are its last ones, are the nodes of a tree, as
+      of guesses to verify (https://arxiv.org/abs/2305.09781). Bit j of a query's word says whether it sees its sequence's
+      j-th query: its ancestors and itself do, which its highest bit is; all keys before the queries it sees. A word of
+      bits 0 … i is query i's of a chain. Windows and ALiBi count distances along the tree's paths. A sequence of more
+      than 64 queries is a chain, and its words may be anything.
 
     Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
     its sink.
@@ -74,19 +81,24 @@ def paged_attention(
     left, right = window(op, window_size)
     scale = default_scale(op, q) if softmax_scale is None else softmax_scale
     check_paged_attention(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
         max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
     check_heads(op, q, "k_cache", k_cache)
     check_cache(op, q, k_cache, k_scale, v_scale)
     if k_cache.shape[1] == 0:
         fail_value(op, f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1")
+    if tree_mask is not None and not causal:
+        fail_value(op, "causal is False and tree_mask is given, expected causal=True with a tree_mask")
     if values_readable(cu_seqlens_q):
-        check_queries(op, q, cu_seqlens_q.tolist(), max_seqlen_q)
+        starts = cu_seqlens_q.tolist()
+        check_queries(op, q, starts, max_seqlen_q)
         check_pages(k_cache, seqused_k, block_table)
+        if tree_mask is not None:
+            check_trees(op, tree_mask, starts)
     sinks = None if sinks is None else sinks.float()
     out, lse = operators.paged_attention(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale,
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
         max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
     return out, lse

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn.reference.attention_scores import Scoring, grouped, slopes_of, spans, ungrouped, wide
+from fastattn.reference.attention_scores import Scoring, Tree, grouped, slopes_of, spans, ungrouped, wide
 from fastattn.reference.kv_8bit import pages_of
 
 # Keys that take about as long to copy as one more group of sequences takes to start.
@@ -27,6 +27,7 @@ def _attend(
     scoring: Scoring,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    tree: Tree | None = None,
 ) -> None:
     """One sequence: q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv), slopes and sinks (H) → out (Sq, H, Dv), lse (H, Sq)."""
     (num_rows, num_heads, _), (num_keys, num_kv_heads, _) = q.shape, k.shape
@@ -39,7 +40,7 @@ def _attend(
             lse[:, own] = -torch.inf if sink is None else sink
             continue
         scores = scoring.cap((grouped(q[own], num_kv_heads) * scoring.scale) @ k[:, :, seen])
-        masked = scoring.place(scores, rows, keys, num_keys - num_rows, slopes)
+        masked = scoring.place(scores, rows, keys, num_keys - num_rows, slopes, tree)
         peak = scores.amax(-1, keepdim=True)  # (Hk, group * rows, 1)
         if sink is not None:
             sink_rows = sink.expand(num_heads, len(rows)).reshape(peak.shape)
@@ -176,6 +177,7 @@ def paged_attention(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    tree_mask: Tensor | None,
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
@@ -203,7 +205,8 @@ def paged_attention(
         pages = block_table[b, : -(-num_keys // block_size)]
         k = pages_of(k_cache, k_scale, pages, num_keys)
         v = pages_of(v_cache, v_scale, pages, num_keys)
-        _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks)
+        tree = None if tree_mask is None else Tree.make(tree_mask[own])
+        _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks, tree)
     return out, lse
 
 

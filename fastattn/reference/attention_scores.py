@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MAX_TREE_TOKENS = 64  # of a sequence: the bits of a word
+
 # Queries are taken this many at a time: the scores stay small, and a causal chunk skips the keys that none of its
 # rows see.
 _CHUNK = 256
@@ -16,6 +18,31 @@ _CHUNK = 256
 def wide(t: Tensor) -> Tensor:
     """In fp32, or fp64 if it is: what everything is computed in."""
     return t if t.dtype is torch.float64 else t.float()
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A sequence's query tokens as nodes of a tree. sees (n, n): whether a token sees another one, an ancestor or itself."""
+
+    sees: Tensor
+
+    @classmethod
+    def make(cls, words: Tensor) -> Tree | None:
+        """words (n) int64, of which bit j is whether a token sees the j-th; no tree if they are more than have bits."""
+        if len(words) > MAX_TREE_TOKENS:
+            return None
+        index = torch.arange(len(words))
+        sees = (words.unsqueeze(1) >> index & 1).bool().tril_()
+        return cls(sees.fill_diagonal_(True))
+
+    def behind(self, key: Tensor) -> Tensor:
+        """How many steps behind a token each key is on its path, (n, keys); -1 where it is not on it.
+
+        key (keys): 0 is the first query token's.
+        """
+        steps = self.sees.flip(1).cumsum(1).flip(1) - 1  # to itself and each of its ancestors
+        own = torch.where(self.sees, steps, -1)[:, key.clamp(min=0)]
+        return torch.where(key < 0, self.sees.sum(1, keepdim=True) - 1 - key, own)
 
 
 @dataclass(frozen=True)
@@ -47,25 +74,30 @@ class Scoring:
     def cap(self, scores: Tensor) -> Tensor:
         return torch.tanh(scores / self.softcap) * self.softcap if self.softcap > 0 else scores
 
-    def place(self, scores: Tensor, rows: range, keys: range, shift: int, slopes: Tensor | None) -> bool:
+    def place(
+        self, scores: Tensor, rows: range, keys: range, shift: int, slopes: Tensor | None, tree: Tree | None = None
+    ) -> bool:
         """Adds the bias of distance to scores (Hk, group * rows, keys), -inf where a row does not see a key.
 
-        slopes: (H). Whether any may be -inf: one row sees every key of its range.
+        slopes: (H). tree: of all rows. Whether any may be -inf: one row sees every key of its range.
         """
         masked = len(rows) > 1 and (self.left >= 0 or self.right >= 0)
         if not masked and slopes is None:
             return False
         each = scores.view(scores.shape[0], -1, len(rows), len(keys))
-        row = torch.arange(rows.start + shift, rows.stop + shift).unsqueeze(1)
         key = torch.arange(keys.start, keys.stop)
+        if tree is None:
+            behind = torch.arange(rows.start + shift, rows.stop + shift).unsqueeze(1) - key
+        else:
+            behind = tree.behind(key - shift)
         if slopes is not None:
-            each -= wide(slopes).view(scores.shape[0], -1, 1, 1) * (row - key).abs()
+            each -= wide(slopes).view(scores.shape[0], -1, 1, 1) * behind.abs()
         if masked:
             mask = torch.ones(len(rows), len(keys), dtype=torch.bool)
             if self.left >= 0:
-                mask &= key >= row - self.left
+                mask &= behind <= self.left
             if self.right >= 0:
-                mask &= key <= row + self.right
+                mask &= behind >= -self.right
             each.masked_fill_(~mask, -torch.inf)
         return masked
 

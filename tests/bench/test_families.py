@@ -46,6 +46,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "gradients causal": partial(flash_bwd.gradients, dim=64, length=48, causal=True, heads=2, tokens=96),
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
     "decode ragged": partial(paged.paged, page=16, batch=3, new=1, length=90, dim=64, ragged=True, **PAGED),
+    "tree": partial(paged.paged, page=4, batch=3, new=7, length=21, tree=True, **PAGED),
     "prefill": partial(paged.paged, page=4, batch=2, new=10, length=10, **PAGED),
     "chunk": partial(paged.paged, page=4, batch=2, new=5, length=11, **PAGED),
     "rms_norm": partial(small_ops.rms_norm, tokens=7, width=64),
@@ -71,6 +72,7 @@ BESIDE = {
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
     "decode ragged": {"vllm_fa3", "fa3", "flash_attn"},
+    "tree": {"flashinfer"},
     "prefill": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
     "chunk": {"vllm_fa3", "fa3", "flashinfer", "flash_attn"},
     "rms_norm": {"torch", "vllm", "flashinfer"},
@@ -89,15 +91,20 @@ BESIDE = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One sequence, fp32, bottom-right: q (Sq, H, D), k and v (Sk, Hk, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool | Tensor) -> Tensor:
+    """One sequence, fp32, bottom-right or with a mask (Sq, Sk): q (Sq, H, D), k and v (Sk, Hk, D)."""
     rows, keys = q.shape[0], k.shape[0]
-    mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows) if causal else None
+    if isinstance(causal, Tensor):
+        mask: Tensor | None = causal
+    else:
+        mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows) if causal else None
     q, k, v = (t.transpose(0, 1).float() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
 
-def attend_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, table: Tensor, causal: bool) -> Tensor:
+def attend_paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, table: Tensor, causal: bool | Tensor
+) -> Tensor:
     """q: (B, Sq, H, D)."""
     out = []
     for b, n in enumerate(lengths.tolist()):
@@ -198,19 +205,21 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             batch = len(self.indptr) - 1
             table = self.indices.view(batch, -1)
             lengths = (self.indptr.diff() - 1) * caches[0].shape[1] + self.last
-            return attend_paged(q.view(batch, -1, *q.shape[1:]), *caches, lengths, table, self.causal).flatten(0, 1)
+            mask = self.causal if self.mask is None else self.mask.view(batch, len(q) // batch, -1)[0]
+            return attend_paged(q.view(batch, -1, *q.shape[1:]), *caches, lengths, table, mask).flatten(0, 1)
 
     class Decode(Wrapper):
         def plan(
             self, indptr: Tensor, indices: Tensor, last: Tensor, *sizes: int, q_data_type: Any, kv_data_type: Any
         ) -> None:
-            self.indptr, self.indices, self.last, self.causal = indptr, indices, last, False
+            self.indptr, self.indices, self.last, self.causal, self.mask = indptr, indices, last, False, None
 
     class Prefill(Wrapper):
         def plan(
-            self, qo: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, *sizes: int, causal: bool, **dtypes: Any
+            self, qo: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, *sizes: int, causal: bool, **rest: Any
         ) -> None:
             self.indptr, self.indices, self.last, self.causal = indptr, indices, last, causal
+            self.mask = rest.get("custom_mask")
 
     def apply_top_k_top_p(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
         assert k is None or k.shape == logits.shape[:1]
@@ -378,10 +387,10 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "flash_bwd": {".*": 48},
         "paged_decode": {
-            r"_b(1|2|4|8)_": 29,
+            r"_b(1|2|4|8)_": 31,
             r"bf16_.*_b(32|64|128|256)_": 11,
             r"(fp8|int8)_.*_b128_s4096": 2,
-            ".*": 52,
+            ".*": 54,
         },
         "paged_prefill": {".*": 6},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
@@ -404,8 +413,8 @@ def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("paged_decode (cuda): ")
     assert lines[1:3] == ["  bf16_p16_b8_s4096", "  bf16_p64_b8_s4096"]
-    assert all("_b8_" in line for line in lines[3:9])
-    assert lines[10:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
+    assert all("_b8_" in line for line in lines[3:11])
+    assert lines[12:] == [f"  m64_n{n}_k{k}" for n, k in gemm_bf16.WEIGHTS]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ struct AttentionCall {
   bool has_alibi = false, has_sinks = false, has_descales = false;
   bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
   bool rounds_scaled = false;                         // the kernel rounds what it has multiplied by a token's
+  bool has_tree = false;                              // paged and causal only
   bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
   // ---- made by make_tensors
@@ -35,6 +36,7 @@ struct AttentionCall {
   Tensor<T> q;
   Tensor<KV> k, v;
   std::vector<float> slopes, sinks, q_descale, k_descale, v_descale;
+  std::vector<int64_t> tree_mask;
   std::vector<float> k_scale, v_scale;  // (Hk), or (tokens of all pages, Hk), NaN where no sequence has a key
   std::vector<Out> out;                 // and what lies behind it
   std::vector<float> lse;
@@ -50,11 +52,13 @@ struct AttentionCall {
   void draw_extras() {
     causal = one_in(2);
     window_left = pick({-1, -1, -1, 17, 150});
-    window_right = causal ? 0 : pick({-1, -1, 5});
+    window_right = pick({-1, -1, 5});
     if (one_in(4)) softcap = 15.0f;
     has_alibi = one_in(4);
     has_sinks = one_in(3);
     growing_logits = one_in(4);
+    if (has_tree) causal = true, window_left = pick({-1, 0, 2, 17, 150});
+    if (causal) window_right = 0;
   }
 
   void make_tensors() {
@@ -99,6 +103,7 @@ struct AttentionCall {
       descale->resize(num_seqs * num_kv_heads, 1.0f);
       for (float& factor : *descale) factor = has_descales ? pick({0.0f, 0.5f, 0.75f, 1.0f, 1.25f}) : 1.0f;
     }
+    if (has_tree) draw_trees();
     clear_results();
   }
 
@@ -125,6 +130,7 @@ struct AttentionCall {
     }
     if (has_alibi) p.alibi_slopes = slopes.data();
     if (has_sinks) p.sinks = sinks.data();
+    fill_tree(p, 0);
     p.q_token_stride = int64_t{num_heads} * (p.q_head_stride = head_dim);
     p.k_token_stride = int64_t{num_kv_heads} * (p.k_head_stride = head_dim);
     p.v_token_stride = int64_t{num_kv_heads} * (p.v_head_stride = v_head_dim);
@@ -190,6 +196,7 @@ struct AttentionCall {
     if (softcap > 0.0f) all += " softcap";
     if (has_alibi) all += " alibi";
     if (has_sinks) all += " sinks";
+    if (has_tree) all += " tree";
     if (has_descales) all += " descales";
     if (sizeof(KV) < sizeof(T)) all += std::string(" kv=") + TypeInfo<KV>::kName;
     if (has_scales) all += scales_of_tokens ? " scales of tokens" : " scales of heads";
@@ -198,6 +205,43 @@ struct AttentionCall {
   }
 
  private:
+  // Of those parameters that have it.
+  template <typename Params>
+  auto fill_tree(Params& p, int) -> decltype(p.tree_mask, void()) {
+    if (has_tree) p.tree_mask = tree_mask.data();
+  }
+  template <typename Params>
+  void fill_tree(Params&, long) {}
+
+  // Each token's parent is one before it, or none. Bits that say nothing are garbage: of the token itself and behind
+  // it, and all those of sequences that are too long.
+  void draw_trees() {
+    const int most_back = pick({1, 3, 64});
+    for (int seq = 0; seq < num_seqs; ++seq) {
+      for (int i = 0; i < q_lens[seq]; ++i) {
+        const int parent = i - between(1, most_back);
+        const uint64_t garbage = i < 64 ? (uint64_t{draws()} << 32 | draws()) << i : draws();
+        tree_mask.push_back(static_cast<int64_t>(garbage | (i < 64 && parent >= 0 ? path_of(seq, parent) : 0)));
+      }
+    }
+  }
+  // Of a tree's token: itself and its ancestors.
+  uint64_t path_of(int seq, int i) const {
+    const uint64_t own = uint64_t{1} << i;
+    return (static_cast<uint64_t>(tree_mask[query_token(seq, i)]) & (own - 1)) | own;
+  }
+  // How far before token i its key j is, in steps from key to key that it sees; -1 if it does not see it.
+  int distance(int seq, int i, int j) const {
+    const int first = used_k(seq) - used_q(seq);
+    if (!has_tree || used_q(seq) > 64) return first + i - j;
+    const auto seen = [&](int key) {
+      return key < first || (key - first <= i && path_of(seq, i) >> (key - first) & 1);
+    };
+    int steps = 0;
+    for (int key = j + 1; key <= first + i; ++key) steps += seen(key);
+    return seen(j) ? steps : -1;
+  }
+
   // Pages are dealt at random; entries of the table that no key needs hold garbage.
   void place_keys() {
     key_tokens.resize(num_seqs);
@@ -227,10 +271,15 @@ struct AttentionCall {
   }
 
   void check_row(int seq, int i, int head) const {
-    const int kv_head = head / group, num_keys = used_k(seq), position = i + num_keys - used_q(seq);
+    const int kv_head = head / group;
     const bool counts = i < used_q(seq);
-    const int begin = window_left >= 0 ? std::max(0, position - window_left) : 0;
-    const int end = !counts ? 0 : window_right >= 0 ? std::min(num_keys, position + window_right + 1) : num_keys;
+    std::vector<int> keys, distances;
+    for (int j = 0; counts && j < used_k(seq); ++j) {
+      const int steps = distance(seq, i, j);
+      if ((window_left >= 0 && steps > window_left) || (window_right >= 0 && -steps > window_right)) continue;
+      keys.push_back(j);
+      distances.push_back(std::abs(steps));
+    }
     const float* const q_row = &q.values[(query_token(seq, i) * num_heads + head) * head_dim];
     const int descale_idx = seq * num_kv_heads + kv_head;
     const double scale = double{softmax_scale()} * q_descale[descale_idx] * k_descale[descale_idx];
@@ -244,13 +293,14 @@ struct AttentionCall {
 
     std::vector<double> weights;
     double largest = counts && has_sinks ? sinks[head] : -INFINITY;
-    for (int j = begin; j < end; ++j) {
+    for (size_t at = 0; at < keys.size(); ++at) {
+      const int j = keys[at];
       const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
       double score = 0.0;
       for (int d = 0; d < head_dim; ++d) score += q_row[d] * scaled(k_row[d], scale_of(k_scale, j));
       score *= scale;
       if (softcap > 0.0f) score = softcap * std::tanh(score / softcap);
-      if (has_alibi) score -= slopes[head] * std::abs(position - j);
+      if (has_alibi) score -= slopes[head] * distances[at];
       weights.push_back(score);
       largest = std::max(largest, score);
     }
@@ -258,8 +308,8 @@ struct AttentionCall {
     for (double& weight : weights) sum += weight = std::exp(weight - largest);
     std::vector<double> expected(v_head_dim, 0.0);
     for (size_t j = 0; j < weights.size(); ++j) {
-      const double v_scale_j = scale_of(v_scale, begin + static_cast<int>(j));
-      const float* const v_row = &v.values[(key_tokens[seq][begin + j] * num_kv_heads + kv_head) * v_head_dim];
+      const double v_scale_j = scale_of(v_scale, keys[j]);
+      const float* const v_row = &v.values[(key_tokens[seq][keys[j]] * num_kv_heads + kv_head) * v_head_dim];
       for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * scaled(v_row[d], v_scale_j);
     }
 

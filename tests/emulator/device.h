@@ -496,6 +496,7 @@ T __ldcg(const T* address) {
 [[noreturn]] inline void __trap() { emulator::fail("a trap"); }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __popcll(uint64_t value) { return __builtin_popcountll(value); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned result = 0;

@@ -24,7 +24,8 @@ AttentionCall<T, KV> draw_call(int head_dim) {
   call.scales_of_tokens = call.has_scales && one_in(2);
   call.v_head_dim = paged ? call.head_dim : pick({call.head_dim, head_dim, head_dim - 16});
 
-  const int most_q = between(1, std::max(1, (kIs8Bit ? 50 : 32) / call.group));
+  call.has_tree = paged && one_in(2);
+  const int most_q = between(1, std::max(1, (kIs8Bit ? pick({50, 90}) : 32) / call.group));
   const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400});
   const bool has_seqused_q = one_in(4), has_seqused_k = paged || one_in(2);
   for (int seq = 0; seq < num_seqs; ++seq) {

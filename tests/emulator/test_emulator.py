@@ -31,6 +31,7 @@ NUM_CPUS = len(os.sched_getaffinity(0))
 KERNELS = {
     "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
+    "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
 }
@@ -125,10 +126,11 @@ class Mutant:
 
 
 FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
-FWD_8BIT, DECODE = "attention/flash_fwd_sm90_8bit.cuh", "attention/paged_decode.cuh"
+FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
+DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM)}
-KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90"}
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, SM80)}
+KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", MASK: "paged_decode"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -254,6 +256,33 @@ MUTANTS = [
         DECODE,
         "    __syncthreads();  // the stages are free again\n",
         "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "values are loaded while other warps still multiply by those before",
+        SM80,
+        "    __syncthreads();\n    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "flash_sm80_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "keys of a tree are taken for ones that all of its tokens see",
+        MASK,
+        "range.end = k_len - q_len;",
+        "range.end = k_len;",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "a window over a tree begins where it would over a chain",
+        MASK,
+        "words == nullptr ? first : 0",
+        "first",
         "paged_decode_hd64.cu",
         "64",
         "expected",

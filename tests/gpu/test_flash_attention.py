@@ -33,15 +33,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, options: dict[st
         scores = softcap * torch.tanh(scores / softcap)
     row = torch.arange(num_rows, device=q.device)[:, None] + num_keys - num_rows
     key = torch.arange(num_keys, device=q.device)[None]
-    if (slopes := options.get("alibi_slopes")) is not None:
-        scores = scores - slopes.to(dtype)[:, None, None] * (row - key).abs()
     left, right = options.get("window_size", (-1, -1))
     right = 0 if options.get("causal") else right
     seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q.device)
+    behind = row - key
+    if (words := options.get("tree_mask")) is not None:
+        nodes = words[:, None] >> torch.arange(num_rows, device=q.device) & 1
+        seen = torch.cat([torch.ones_like(seen), nodes.bool()], 1)[:, -num_keys:]
+        behind = torch.where(seen, seen.flip(1).cumsum(1).flip(1) - 1, num_keys)
+    if (slopes := options.get("alibi_slopes")) is not None:
+        scores = scores - slopes.to(dtype)[:, None, None] * behind.abs()
     if left >= 0:
-        seen &= key >= row - left
+        seen = seen & (behind <= left)
     if right >= 0:
-        seen &= key <= row + right
+        seen = seen & (behind >= -right)
     scores = scores.masked_fill(~seen, -math.inf)
     if (sinks := options.get("sinks")) is not None:
         scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_rows, 1)], -1)

@@ -83,12 +83,14 @@ def check(
         own = slice(starts[b], starts[b + 1])
         if own.start == own.stop:
             continue
-        exact, exact_lse = attend(q[own], cache.k[b][:length], cache.v[b][:length], torch.float32, options)
-        plain, _ = attend(q[own], cache.k[b][:length], cache.v[b][:length], q.dtype, options)
+        words = options["tree_mask"][own] if "tree_mask" in options and runs[b] <= 64 else None
+        of_sequence = options | {"tree_mask": words}
+        exact, exact_lse = attend(q[own], cache.k[b][:length], cache.v[b][:length], torch.float32, of_sequence)
+        plain, _ = attend(q[own], cache.k[b][:length], cache.v[b][:length], q.dtype, of_sequence)
         assert torch.equal(lse[:, own] == -math.inf, exact_lse == -math.inf)
         if rounds_keys:
             rounded = cache.k[b][:length].to(q.dtype).float()
-            _, rounded_lse = attend(q[own], rounded, cache.v[b][:length], torch.float32, options)
+            _, rounded_lse = attend(q[own], rounded, cache.v[b][:length], torch.float32, of_sequence)
             near = (lse[:, own] - exact_lse).abs() < (lse[:, own] - rounded_lse).abs()
             exact_lse = torch.where(near, exact_lse, rounded_lse)
         seen = exact_lse.isfinite()
@@ -112,18 +114,42 @@ def draw_options(rng: random.Random, heads: int) -> dict[str, Any]:
     return options
 
 
+def draw_trees(rng: random.Random, runs: list[int]) -> Tensor:
+    """A tree mask: each query's parent is one before it, or none; of runs that are too long, garbage."""
+    words: list[int] = []
+    for run in runs:
+        own: list[int] = []
+        for i in range(run):
+            parent = rng.randint(-1, i - 1)
+            own.append(1 << i | (own[parent] if parent >= 0 else 0) if run <= 64 else rng.randrange(1 << 64))
+        words += own
+    return torch.tensor([word - (word >> 63 << 64) for word in words], device="cuda")
+
+
 def attend_twice(
-    rng: random.Random, shape: Shape, page: int, runs: list[int], lengths: list[int], dtype: torch.dtype
+    rng: random.Random,
+    shape: Shape,
+    page: int,
+    runs: list[int],
+    lengths: list[int],
+    dtype: torch.dtype,
+    kind: torch.dtype | None = None,
+    trees: bool = False,
 ) -> None:
-    cache = Cache(rng, lengths, page, shape, dtype)
+    cache = Cache(rng, lengths, page, shape, dtype if kind is None else torch.float32)
+    if kind is not None:
+        cache.to_8_bits(rng, kind, of_tokens=rng.random() < 0.5)
     q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
     options = draw_options(rng, shape[0])
+    if trees:
+        options |= {"causal": True, "tree_mask": draw_trees(rng, runs)}
     call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
-    out, lse = ops.paged_attention(*call, **options)
-    again, lse_again = ops.paged_attention(*call, **options)
+    out, lse = ops.paged_attention(*call, **options, **cache.scales)
+    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
-    check(q, cache, runs, lengths, out, lse, options)
+    of_tokens = kind is not None and cache.scales["k_scale"].dim() == 3
+    check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -151,17 +177,25 @@ def test_drawn_caches_of_8_bits(seed: int) -> None:
     longest = rng.choice((1, 20, 300, 1500, 5000 if batch < 8 else 300))
     lengths = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch)]
     runs = [rng.randint(1 if b == 0 else 0, max(1, rng.choice((16, 80)) // group)) for b in range(batch)]
-    cache = Cache(rng, lengths, rng.choice(PAGES), shape, torch.float32)
-    cache.to_8_bits(rng, kind, of_tokens=rng.random() < 0.5)
-    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
-    options = draw_options(rng, shape[0])
-    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
-    out, lse = ops.paged_attention(*call, **options, **cache.scales)
-    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    of_tokens = cache.scales["k_scale"].dim() == 3
-    check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
+    attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype, kind)
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_drawn_trees(seed: int) -> None:
+    """Of the decode kernel's sizes and larger ones, beside prompts too, over caches of every dtype."""
+    rng = random.Random(3000 + seed)
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    kind = rng.choice((None, None, torch.int8, torch.float8_e4m3fn))
+    kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 4, 8, 16, 40))
+    shape = (kv_heads * group, kv_heads, rng.choice(HEAD_DIMS if kind is None else (48, 64, 128, 256)))
+    batch = rng.choice((1, 2, 5, 33))
+    most = rng.choice((max(1, 32 // group), 16, 64))
+    runs = [most, *(rng.choice((0, 1, rng.randint(1, most))) for _ in range(batch - 1))]
+    if rng.random() < 0.4:
+        runs[-1] = rng.choice((65, 90, 400))
+    prefixes = [rng.choice((0, 1, rng.randint(0, 1500 if batch < 33 else 200))) for _ in runs]
+    lengths = [prefix + run if rng.random() < 0.9 else run // 2 for prefix, run in zip(prefixes, runs, strict=True)]
+    attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype, kind, trees=True)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
@@ -226,17 +260,7 @@ def test_drawn_prompts_of_8_bits(seed: int) -> None:
     batch, longest = rng.choice(((1, 3000), (2, 1100), (5, 500), (40, 200)))
     runs = [longest, *(rng.choice((0, 1, 63, 64, 65, 129, rng.randint(0, longest))) for _ in range(batch - 1))]
     lengths = [run + rng.choice((0, 0, 1, rng.randint(0, 700))) for run in runs]
-    of_tokens = rng.random() < 0.5
-    cache = Cache(rng, lengths, rng.choice((*PAGES, 24, 256)), shape, torch.float32)
-    cache.to_8_bits(rng, kind, of_tokens)
-    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
-    options = draw_options(rng, shape[0])
-    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
-    out, lse = ops.paged_attention(*call, **options, **cache.scales)
-    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
+    attend_twice(rng, shape, rng.choice((*PAGES, 24, 256)), runs, lengths, dtype, kind)
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
@@ -267,6 +291,26 @@ def test_one_graph_serves_every_length() -> None:
             out.fill_(math.nan)
             graph.replay()
             check(q, cache, [1] * 4, lengths, out, lse, {"causal": True})
+
+
+def test_one_graph_serves_every_tree() -> None:
+    rng = random.Random(2)
+    runs, capacity = [8, 8, 1], [900, 70, 300]
+    cache = Cache(rng, capacity, 16, (32, 8, 128), torch.bfloat16)
+    q = torch.randn(sum(runs), 32, 128, dtype=torch.bfloat16, device="cuda")
+    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
+    words = draw_trees(rng, runs)
+    ops.paged_attention(*call, tree_mask=words)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.paged_attention(*call, tree_mask=words)
+    for lengths in (capacity, [8, 9, 1], [500, 16, 0], capacity):
+        cache.lengths.copy_(torch.tensor(lengths))
+        words.copy_(draw_trees(rng, runs))
+        out.fill_(math.nan)
+        graph.replay()
+        check(q, cache, runs, lengths, out, lse, {"causal": True, "tree_mask": words})
 
 
 def test_calls_on_two_streams_do_not_meet() -> None:

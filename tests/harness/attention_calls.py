@@ -36,6 +36,16 @@ _PAGED: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any
 )
 
 
+# As above, with trees.
+_TREES: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any]], ...] = (
+    ("trees", [7, 1, 5, 0], [20, 9, 5, 3], 4, 2, 16, 4, {}),
+    ("trees, window", [12, 3], [40, 17], 4, 2, 32, 16, {"window_size": (3, 0)}),
+    ("trees, softcap", [16, 16], [31, 64], 9, 3, 64, 16, {"softcap": 5.0, "softmax_scale": 0.3}),
+    ("a tree of 64, and chains", [64, 65, 1], [150, 70, 33], 2, 1, 32, 16, {"window_size": (9, -1)}),
+    ("trees of more queries than keys", [7, 3], [4, 0], 2, 2, 16, 2, {}),
+)
+
+
 # As above without the block size, and with V's head dim: what is drawn for the other options.
 _SIZES: tuple[tuple[list[int], list[int], int, int, int, int], ...] = (
     ([33, 20], [33, 41], 4, 2, 64, 48),
@@ -73,15 +83,29 @@ def _drawn(gen: Gen, batch: int, heads: int, dtype: torch.dtype, everything: boo
     return call
 
 
+def trees(gen: Gen, runs: list[int]) -> torch.Tensor:
+    """A tree mask in which each query's parent is one before it, or none; of runs that are too long, anything."""
+    words, rng = [], torch.Generator().manual_seed(sum(runs))  # apart from gen's: it draws the same whoever has a tree
+    for n in runs:
+        own: list[int] = []
+        for i in range(n):
+            parent = int(torch.randint(-1, i, (), generator=rng)) if i else -1
+            own.append((own[parent] if parent >= 0 else 0) | 1 << i)
+        words += own if n <= 64 else [12345] * n
+    return gen.tensor([word - (word >> 63 << 64) for word in words], torch.int64)
+
+
 def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     drawn = [
         (f"drawn {i}", runs, [max(n, 1) for n in lengths], heads, kv_heads, dim, 16, None)
         for i, (runs, lengths, heads, kv_heads, dim, _) in enumerate(_SIZES)
     ]
-    for index, (name, runs, lengths, heads, kv_heads, dim, size, options) in enumerate((*_PAGED, *drawn)):
+    for index, (name, runs, lengths, heads, kv_heads, dim, size, options) in enumerate((*_PAGED, *drawn, *_TREES)):
         cache = pages(gen, lengths, size, kv_heads, dim, dtype)
         if options is None or index == 0:
             options = _drawn(gen, len(runs), heads, dtype, everything=index == 0)
+        if index == 0 or "tree" in name:
+            options = options | {"tree_mask": trees(gen, runs), "causal": True}
         yield (
             name,
             {
@@ -374,6 +398,7 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
     yield "head dim 264", {n: t.contiguous() for n, t in wide.items()}, ValueError, ("multiple of 8 from 8 to 256",)
     yield "no kv heads", {"k_cache": k[:, :, :0], "v_cache": v[:, :, :0]}, ValueError, ("Hk = 0",)
     yield "empty blocks", {"k_cache": k[:, :0], "v_cache": v[:, :0]}, ValueError, ("block_size ≥ 1",)
+    yield "a tree that is not causal", {"causal": False}, ValueError, ("causal is False", "tree_mask")
     yield "no offsets", {"cu_seqlens_q": gen.tensor([])}, ValueError, ("cu_seqlens_q has shape (0,)",)
     if q.is_cuda:
         return
@@ -382,6 +407,11 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
     yield "runs end early", {"cu_seqlens_q": gen.tensor([0, 1, 6, 8])}, ValueError, ("cu_seqlens_q[-1] is 8", "T = 9")
     yield "runs end late", {"cu_seqlens_q": gen.tensor([0, 1, 6, 10])}, ValueError, ("cu_seqlens_q[-1] is 10", "T = 9")
     yield "max_seqlen_q small", {"max_seqlen_q": 4}, ValueError, ("max_seqlen_q is 4", "at least 5", "sequence 1")
+    for i, word in ((0, 0), (2, 1), (3, 0b1011), (8, 0b1100), (5, -1)):
+        words = gen.tensor([1, 1, 3, 7, 15, 31, 1, 3, 7], torch.int64)
+        words[i] = word
+        says = (f"tree_mask[{i}] is {word % 2**64:#b}", "as the highest", "sees itself")
+        yield f"word {word} of query {i}", {"tree_mask": words}, ValueError, says
     yield "negative length", {"seqused_k": gen.tensor([9, -1, 8])}, ValueError, ("seqused_k[1] is -1",)
     yield "long length", {"seqused_k": gen.tensor([9, 5, 17])}, ValueError, ("seqused_k[2] is 17", "16")
     for block in (-1, k.shape[0], 2**31 - 1):

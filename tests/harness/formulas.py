@@ -191,16 +191,22 @@ def _attention_row(
     at = i + k.shape[0] - num_rows
     left, right = o["window_size"]
     right = 0 if o["causal"] else right
-    seen = [j for j in range(k.shape[0]) if (left < 0 or j >= at - left) and (right < 0 or j <= at + right)]
+    words = o.get("trees", {}).get(b)
+    if words is None:
+        seen = [j for j in range(k.shape[0]) if (left < 0 or j >= at - left) and (right < 0 or j <= at + right)]
+        distances = [abs(at - j) for j in seen]
+    else:  # the path to the row's own key
+        seen = [j for j in range(at + 1) if j < at - i or words[i] >> (j - at + i) & 1]
+        seen = seen[len(seen) - left - 1 :] if 0 <= left < len(seen) else seen
+        distances = list(range(len(seen)))[::-1]
     sinks = _of_heads(o["sinks"], b, q, -math.inf).to(c)
     if not seen:
         return torch.zeros(v.shape[1:], dtype=c), sinks
-    keys, values = k[seen[0] : seen[-1] + 1], v[seen[0] : seen[-1] + 1]
+    keys, values = k[seen], v[seen]
     scores = torch.einsum("hd,khd->hk", q, keys) * o["softmax_scale"]
     if o["softcap"] > 0:
         scores = o["softcap"] * torch.tanh(scores / o["softcap"])
-    distances = torch.tensor([abs(at - j) for j in seen], dtype=c)
-    scores = scores - _of_heads(o["alibi_slopes"], b, q, 0.0).to(c)[:, None] * distances
+    scores = scores - _of_heads(o["alibi_slopes"], b, q, 0.0).to(c)[:, None] * torch.tensor(distances, dtype=c)
     scores = torch.cat([scores, sinks[:, None]], 1)
     weights = torch.softmax(scores, -1)[:, :-1]
     if o.get("in_fp8") and c is not torch.float64:  # plainly, the product with v is in v's dtype
@@ -269,6 +275,7 @@ def paged_attention(
     causal: bool = True,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     **options: Any,
 ) -> list[Tensor]:
     size = k_cache.shape[1]
@@ -282,6 +289,8 @@ def paged_attention(
 
     starts = cu_seqlens_q.tolist()
     queries = [q[starts[b] : starts[b + 1]] for b in range(len(starts) - 1)]
+    words = [] if tree_mask is None else [tree_mask[starts[b] : starts[b + 1]].tolist() for b in range(len(queries))]
+    options["trees"] = {b: own for b, own in enumerate(words) if len(own) <= 64}
     results = _attention(c, queries, gather(k_cache, k_scale), gather(v_cache, v_scale), causal=causal, **options)
     return _packed(c, q, q.shape[-1], starts, results)
 

@@ -428,6 +428,7 @@ SPECS = (
             "block_table": _B,
             "alibi_slopes": Role((0, 1), optional=True),
             "sinks": Role((0,), optional=True),
+            "tree_mask": Role((0,), optional=True),
         },
         formulas.paged_attention,
         scalars=_SCALE | {"max_seqlen_q": "count"},

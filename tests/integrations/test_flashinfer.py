@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fastattn.flashinfer as flashinfer
 from tests.integrations.flashinfer_requests import (
@@ -130,6 +131,40 @@ def test_paged_prefill(causal: bool, page_size: int, layout: str, dtype: torch.d
             close(lse, expected_lse, dtype)
         old, old_lse = wrapper.forward_return_lse(q, requests.given(layout, "one"), causal, **options)
         assert torch.equal(old, out) and torch.equal(old_lse, lse)
+
+
+@dtypes
+@pytest.mark.parametrize("packed", [False, True])
+def test_custom_masks_of_trees(packed: bool, dtype: torch.dtype, device: str) -> None:
+    skip_fp32_on_gpu(device, dtype)
+    parents, lengths = [[-1, 0, 0, 1, 1, 2, 5], [-1], [], [-1, 0, 1]], [20, 64, 3, 5]
+    requests = Requests.make(lengths, 4, dtype, device)
+    masks = [torch.ones(len(own), n, dtype=torch.bool) for own, n in zip(parents, lengths, strict=True)]
+    for own, mask in zip(parents, masks, strict=True):
+        nodes = mask[:, mask.shape[1] - len(own) :]
+        for i, parent in enumerate(own):
+            nodes[i] = nodes[parent] if parent >= 0 else False
+            nodes[i, i] = True
+    counts = [len(own) for own in parents]
+    q = make(sum(counts), HEADS[0], DIM, seed=1, dtype=dtype, device=device)
+    indptr = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(device))
+    given: dict[str, Tensor] = {"custom_mask": torch.cat([mask.flatten() for mask in masks])}
+    if packed:
+        rows = [F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8) for mask in masks]
+        given = {"packed_custom_mask": (torch.cat(rows).int() << torch.arange(8)).sum(1).to(torch.uint8)}
+    wrapper.plan(
+        indptr, requests.indptr.to(device), requests.indices.to(device), requests.last_page_len.to(device), *HEADS, DIM, 4,
+        q_data_type=dtype, **{name: mask.to(device) for name, mask in given.items()},
+    )  # fmt: skip
+    out = wrapper.run(q, requests.cache)
+    assert torch.equal(wrapper.forward(q, requests.cache), out)
+    for rows_of, k, v, mask, found in zip(
+        q.split(counts), requests.keys, requests.values, masks, out.split(counts), strict=True
+    ):
+        heads = (t.float().transpose(0, 1) for t in (rows_of, k, v))
+        expected = F.scaled_dot_product_attention(*heads, attn_mask=mask.to(device), enable_gqa=True)
+        close(found, expected.transpose(0, 1), dtype)
 
 
 @layouts

@@ -95,6 +95,34 @@ def test_pages_that_do_not_fit() -> None:
         wrapper.run(make(1, HEADS[0], DIM), make(1, 2, 4, HEADS[1], DIM))
 
 
+def test_custom_masks_that_are_no_trees() -> None:
+    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace())
+    pages = (ints(0, 2), ints(0, 2), ints(0, 1), ints(1), *HEADS, DIM, 4)  # 2 queries and 5 keys
+    chain = torch.ones(2, 5, dtype=torch.bool).tril(3)
+    for at, value, says in (
+        ((1, 0), False, "custom_mask of request 0 hides keys before the queries' own"),
+        ((0, 4), True, "custom_mask of request 0 shows keys behind"),
+        ((1, 4), False, "custom_mask of request 0 shows keys behind a query's own or hides that"),
+    ):
+        mask = chain.clone()
+        mask[at] = value
+        with pytest.raises(NotImplementedError, match=says):
+            prefill.plan(*pages, custom_mask=mask)
+    with pytest.raises(ValueError, match="custom_mask has 9 elements, expected 10"):
+        prefill.plan(*pages, custom_mask=chain.flatten()[:9])
+    with pytest.raises(ValueError, match="packed_custom_mask has 1 elements, expected 2"):
+        prefill.plan(*pages, packed_custom_mask=torch.zeros(1, dtype=torch.uint8))
+    many = (ints(0, 65), ints(0, 17), torch.arange(17), ints(1), *HEADS, DIM, 4)
+    mask = torch.ones(65, 65, dtype=torch.bool).tril()
+    prefill.plan(*many, custom_mask=mask)
+    mask[9, 3] = False
+    with pytest.raises(NotImplementedError, match="request 0 has 65 queries and is no chain, expected at most 64"):
+        prefill.plan(*many, custom_mask=mask)
+    prefill.plan(*pages, custom_mask=chain, window_left=3, q_data_type=torch.float32)
+    with pytest.raises(NotImplementedError, match="window_left is 3 with a custom mask, expected -1"):
+        prefill.run(make(2, HEADS[0], DIM), make(2, 2, 4, HEADS[1], DIM))
+
+
 def test_other_things_that_are_refused() -> None:
     q, k = make(3, HEADS[0], DIM), make(5, HEADS[1], DIM)
     call = flashinfer.single_prefill_with_kv_cache
@@ -117,7 +145,7 @@ def test_other_things_that_are_refused() -> None:
     ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace())
     pages = (ints(0, 1), ints(0, 1), ints(0), ints(1), *HEADS, DIM, 4)
     with pytest.raises(NotImplementedError, match=r"plan: custom_mask is a tensor"):
-        prefill.plan(*pages, custom_mask=mask)
+        ragged.plan(ints(0, 1), ints(0, 1), *HEADS, DIM, custom_mask=mask)
     with pytest.raises(NotImplementedError, match="head_dim_vo is 64, expected head_dim_qk, 32"):
         prefill.plan(*pages, head_dim_vo=64)
     with pytest.raises(NotImplementedError, match="token_pos_in_items_len is 3, expected 0"):

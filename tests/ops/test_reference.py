@@ -68,6 +68,35 @@ def test_chunked_prefill_equals_one_prefill() -> None:
     torch.testing.assert_close(torch.cat([attend(0, 17), attend(17, 18), attend(18, 50)]), whole)
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": (2, 0)}, {"window_size": (7, 0)}], ids=str)
+def test_a_node_of_a_tree_is_the_end_of_its_path(options: dict[str, object]) -> None:
+    """What it would be if the guesses on its path were all that there are, positions included; a word of a chain is causal."""
+    gen = Gen(seed=8)
+    prefix, parents = 5, [-1, 0, 0, 1, 1, 2, 5, 3, 6]
+    n, slopes = len(parents), gen.rand(4)
+    cache = pages(gen, [prefix + n], 4, 2, 16, torch.float32)
+    paths: list[list[int]] = []
+    for i, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), i])
+    words = gen.tensor([sum(1 << j for j in path) for path in paths], torch.int64)
+    q, runs, used = gen.randn(n, 4, 16), gen.tensor([0, n]), gen.tensor([prefix + n])
+    call = (q, cache.k_cache, cache.v_cache, runs, used, cache.block_table, n)
+    out, lse = ops.paged_attention(*call, tree_mask=words, alibi_slopes=slopes, **options)
+    for i, path in enumerate(paths):
+        keys = [*range(prefix), *(prefix + j for j in path)]
+        at = gen.tensor([0, len(keys)])
+        one, k, v = q[i : i + 1], cache.k[0][keys], cache.v[0][keys]
+        alone, alone_lse = ops.varlen_attention(
+            one, k, v, gen.tensor([0, 1]), at, 1, len(keys), causal=True, alibi_slopes=slopes, **options
+        )
+        torch.testing.assert_close(out[i : i + 1], alone)
+        torch.testing.assert_close(lse[:, i : i + 1], alone_lse)
+    chain = gen.tensor([(2 << i) - 1 for i in range(n)], torch.int64)
+    found = ops.paged_attention(*call, tree_mask=chain, **options)
+    for a, b in zip(found, ops.paged_attention(*call, **options), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compiles_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
     weight, matrix = torch.ones(16), torch.ones(32, 16)

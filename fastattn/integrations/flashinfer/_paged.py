@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.integrations._common import not_implemented
 from fastattn.integrations.flashinfer._common import PagedCache, base2, caches, scale_of, scaled, window_of
 from fastattn.integrations.flashinfer._plan import Plan, Wrapper
 from fastattn.integrations.flashinfer._tables import Pages
@@ -32,10 +33,13 @@ class PagedWrapper(Wrapper):
     ) -> tuple[Tensor, Tensor]:
         k, v = caches(op, paged_kv_cache, self._kv_layout)
         planned.check(op, q, k, v)
+        if planned.tree_mask is not None and planned.window_left >= 0:
+            not_implemented(op, f"window_left is {planned.window_left} with a custom mask, expected -1")
         cu_seqlens_q, longest = self._rows_of(op, q)
         out, lse = paged_attention(
             q, k, v, cu_seqlens_q, self._pages.seq_lens, self._pages.block_table, longest,
             softmax_scale=scale_of(op, planned.head_dim_qk, planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
-            causal=planned.causal, window_size=window_of(op, planned.window_left), softcap=planned.softcap, sinks=sinks,
+            causal=planned.causal or planned.tree_mask is not None, window_size=window_of(op, planned.window_left),
+            softcap=planned.softcap, sinks=sinks, tree_mask=planned.tree_mask,
         )  # fmt: skip
         return scaled(out, v_scale), base2(lse)

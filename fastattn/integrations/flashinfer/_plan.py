@@ -35,6 +35,7 @@ class Plan:
     window_left: int
     softcap: float
     sm_scale: float | None
+    tree_mask: Tensor | None = None  # (T), of pages: then causal does not count
 
     @staticmethod
     def make(

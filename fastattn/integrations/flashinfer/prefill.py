@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastattn.integrations.flashinfer._common import (
     given,
     refuse,
 )
+from fastattn.integrations.flashinfer._masks import tree_mask
 from fastattn.integrations.flashinfer._paged import PagedWrapper
 from fastattn.integrations.flashinfer._plan import Plan
 from fastattn.integrations.flashinfer._tables import Pages, Rows
@@ -27,7 +29,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
       `run` serves every later plan of as many requests and at most as many queries as the first. The buffers are
       qo_indptr_buf and paged_kv_indptr_buf (B + 1), paged_kv_indices_buf (the most pages of a batch) and
       paged_kv_last_page_len_buf (B), int32.
-    backend changes nothing. Custom masks and jit_args are NotImplementedErrors.
+    backend changes nothing. jit_args, and custom masks with use_cuda_graph, are NotImplementedErrors.
     """
 
     _name = "BatchPrefillWithPagedKVCacheWrapper"
@@ -103,11 +105,16 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         """Say what the next calls of `run` are over. It reads both indptrs, and waits for the GPU if they are there.
 
         qo_indptr: (B + 1) int32, where each request's queries begin. causal: aligned bottom-right.
+        custom_mask, packed_custom_mask: in FlashInfer's forms, instead of causal; read here. Each request's must be a tree
+          of guesses, up to 64 queries that see all keys before theirs and of these their ancestors, or a chain.
         The pages, window_left and the rest are as in `BatchDecodeWithPagedKVCacheWrapper.plan`. use_fp16_qk_reduction
         (products are summed in fp32), seq_lens_q, max_token_per_sequence and max_sequence_kv change nothing.
         """
         op = self._op("plan")
-        refuse(op, custom_mask=custom_mask, packed_custom_mask=packed_custom_mask, prefix_len_ptr=prefix_len_ptr)
+        masks = {"custom_mask": custom_mask, "packed_custom_mask": packed_custom_mask}
+        if self._use_cuda_graph:
+            refuse(op, **masks)
+        refuse(op, prefix_len_ptr=prefix_len_ptr)
         refuse(op, token_pos_in_items_ptr=token_pos_in_items_ptr, token_pos_in_items_len=token_pos_in_items_len)
         refuse(op, max_item_len_ptr=max_item_len_ptr)
         if head_dim_vo not in (None, head_dim_qk):
@@ -120,6 +127,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         self._pages.plan(
             op, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size, block_tables, seq_lens
         )
+        if any(mask is not None for mask in masks.values()):
+            words = tree_mask(op, **masks, starts=qo_indptr.tolist(), key_lengths=self._pages.seq_lens.tolist())
+            planned = replace(planned, tree_mask=words.to(self.device))
         self._planned = planned
 
     begin_forward = plan

@@ -28,4 +28,8 @@ inline float2 load_shared_pair(uint32_t address) {
   return value;
 }
 
+inline void store_shared(uint32_t address, uint32_t value) {
+  std::memcpy(emulator::smem_of(emulator::this_rank()) + address, &value, sizeof(value));
+}
+
 }  // namespace fastattn
