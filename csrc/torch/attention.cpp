@@ -264,12 +264,12 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
   // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
   // single token would take as many: those are left to the decode kernel. It has no trees: sequences that may be one
-  // and are too long for the decode kernel in 16 bits are flash_sm80's.
+  // and are too long for the decode kernel are flash_sm80's.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;
-  const bool many_rows = max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
-  const bool long_ones = max_seqlen_q >= least_tokens || (!tree_mask && many_rows && sm90_config_of(call).packs);
+  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;  // of a prompt
+  const bool many_rows = !tree_mask && max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
+  const bool long_ones = max_seqlen_q >= least_tokens || (many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
   const bool mixed =
@@ -300,10 +300,14 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
     short_call.max_seqlen_q = short_call.max_q_len = max_q_len;
     run_portable(op, p, short_call, results);
   };
-  if (!mixed) run_portable(op, p, call, results);
-  const int64_t most_tokens = tree_mask && is_8bit(k_cache) ? kMaxTreeTokens : few_tokens;  // of the decode kernel
-  if (mixed && most_tokens > 0) run_lengths(0, most_tokens);
-  if (mixed && tree_mask && most_tokens < kMaxTreeTokens) run_lengths(most_tokens + 1, kMaxTreeTokens);
+  if (!mixed) {
+    run_portable(op, p, call, results);
+  } else if (tree_mask && is_8bit(k_cache)) {
+    run_lengths(0, kMaxTreeTokens);  // all on the decode kernel
+  } else {
+    if (tree_mask) run_lengths(few_tokens + 1, kMaxTreeTokens);
+    if (few_tokens > 0) run_lengths(0, few_tokens);
+  }
   return {results.out, results.lse};
 }
 

@@ -25,8 +25,8 @@ struct AttentionCall {
   float softcap = 0.0f;
   bool has_alibi = false, has_sinks = false, has_descales = false;
   bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
-  bool has_tree = false;                              // paged and causal only
   bool rounds_scaled = false;                         // the kernel rounds what it has multiplied by a token's
+  bool has_tree = false;                              // paged and causal only
   bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
   // ---- made by make_tensors

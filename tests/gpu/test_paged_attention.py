@@ -148,8 +148,8 @@ def attend_twice(
     again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
-    rounds_keys = kind is not None and cache.scales["k_scale"].dim() == 3
-    check(q, cache, runs, lengths, out, lse, options, rounds_keys)
+    of_tokens = kind is not None and cache.scales["k_scale"].dim() == 3
+    check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -260,17 +260,7 @@ def test_drawn_prompts_of_8_bits(seed: int) -> None:
     batch, longest = rng.choice(((1, 3000), (2, 1100), (5, 500), (40, 200)))
     runs = [longest, *(rng.choice((0, 1, 63, 64, 65, 129, rng.randint(0, longest))) for _ in range(batch - 1))]
     lengths = [run + rng.choice((0, 0, 1, rng.randint(0, 700))) for run in runs]
-    of_tokens = rng.random() < 0.5
-    cache = Cache(rng, lengths, rng.choice((*PAGES, 24, 256)), shape, torch.float32)
-    cache.to_8_bits(rng, kind, of_tokens)
-    q = torch.randn(sum(runs), shape[0], shape[2], dtype=dtype, device="cuda")
-    options = draw_options(rng, shape[0])
-    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
-    out, lse = ops.paged_attention(*call, **options, **cache.scales)
-    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
-    assert torch.equal(out, again)
-    assert torch.equal(lse, lse_again)
-    check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
+    attend_twice(rng, shape, rng.choice((*PAGES, 24, 256)), runs, lengths, dtype, kind)
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
