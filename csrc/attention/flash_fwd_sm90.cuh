@@ -30,7 +30,8 @@
 // floating-point numbers and lose nothing by being large, until they overflow. Their sum tells, before P is used; then
 // S is computed again. So the common step has neither a maximum, nor a reduction over lanes, nor a rescaled O.
 //
-// Where each head has few rows, a tile packs the query heads of a KV head (PACKS): row r is of token r / G and head r % G.
+// Where each head has few rows, a tile packs the query heads of a KV head (PACKS): row r is of token r / G and head r %
+// G.
 //
 // Where there are fewer tiles than SMs, the key blocks of a tile are split among several CTAs, and flash_combine adds
 // up.
