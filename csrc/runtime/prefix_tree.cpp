@@ -198,7 +198,8 @@ void PrefixTree::check() const {
       const Node* before = nullptr;
       for (const auto& child : node->children) {
         invariant(child->parent == node, "a child has another parent");
-        invariant(before == nullptr || comes_before({before->tokens.data(), block_size_}, {child->tokens.data(), block_size_}),
+        invariant(before == nullptr ||
+                      comes_before({before->tokens.data(), block_size_}, {child->tokens.data(), block_size_}),
                   "two children begin alike, or are in a wrong order");
         before = child.get();
       }

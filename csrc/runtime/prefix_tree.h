@@ -22,7 +22,8 @@ namespace fastattn {
 //                                  └──[D D E E | 5 6]      block_size 2: an edge is a run of blocks and their tokens
 //
 // Children are in the order of their first blocks' tokens, so that the one which shares the most tokens with a given
-// block is beside the place where that would stand. Eviction takes blocks from the ends of least recently used leaves, and only those that nobody but the tree holds.
+// block is beside the place where that would stand. Eviction takes blocks from the ends of least recently used leaves,
+// and only those that nobody but the tree holds.
 class PrefixTree {
  public:
   PrefixTree(std::shared_ptr<BlockPool> pool, int64_t block_size);

@@ -33,6 +33,7 @@ KERNELS = {
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
+    "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
 
 
