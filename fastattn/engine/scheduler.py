@@ -85,6 +85,7 @@ class Scheduler:
                 break
             self.waiting.pop_first()
             self.num_waiting -= 1
+            num_tokens -= self.kv.copy_beginning(request, num_tokens)
             self.kv.count_lookup(request)
             if request.metrics.num_preemptions == 0:
                 request.num_cached_tokens = request.seq.num_computed
