@@ -47,31 +47,32 @@ class KVCacheManager:
         request.seq.add_blocks(blocks)
         request.seq.num_computed = len(blocks) * self.block_size
 
-    def copy_beginning(self, request: Request, num_tokens: int) -> int:
-        """Of the next num_tokens tokens, for which there are blocks, has as many copied as another block begins with, all but
-        one at most. Returns how many; they count as computed.
+    def copy_beginning(self, request: Request) -> None:
+        """Has the next tokens of a request that was let in copied, as many as another block begins with, if they are enough.
+        They count as computed. They need no room: there is a block for the next token, and it takes them all.
 
-        That block is in the prefix tree, or it is where a sibling has the end of the prompt.
+        The other block is in the prefix tree, or it is where a sibling has the end of the prompt.
         """
-        if not self.enable_prefix_caching or request.needs_every_token:
-            return 0
         seq, first = request.seq, request.seq.num_computed
-        if first % self.block_size > 0:
-            return 0
+        if not self.enable_prefix_caching or request.needs_every_token or first % self.block_size > 0:
+            return
         index, least = first // self.block_size, MIN_COPIED_TOKENS
-        num_common = min(request.num_prompt_tokens - first, self.block_size, num_tokens - 1)
+        # One token at least is left to compute, and of a block one is not equal.
+        num_common = min(request.num_prompt_tokens - first, len(seq) - 1 - first, self.block_size - 1)
         sibling = self._block_of_sibling(request, index) if num_common >= least else None
         if sibling is not None:
             least = num_common + 1
-        found = self.tree.match_partial(request.salt, seq, first + num_tokens - 1, least)
+        found = self.tree.match_partial(request.salt, seq, len(seq) - 1, least)
         if found is None and sibling is not None:
             self.pool.retain([sibling])
             found = sibling, num_common
-        if found is None:
-            return 0
-        self._copies.append(BlockCopy(found[0], seq.blocks()[index], found[1]))
-        seq.num_computed += found[1]
-        return found[1]
+        if found is not None:
+            self._copies.append(BlockCopy(found[0], seq.blocks()[index], found[1]))
+            seq.num_computed += found[1]
+
+    def room(self, request: Request) -> int:
+        """Tokens that can be computed before another block is needed."""
+        return request.seq.num_blocks * self.block_size - request.seq.num_computed
 
     def _block_of_sibling(self, request: Request, index: int) -> int | None:
         """The block in which a sibling has computed that part of the prompt, if it is there when copies are made."""

@@ -193,7 +193,8 @@ def test_a_copy_takes_no_more_blocks_and_fits_a_small_step() -> None:
     sim.add(list(range(24)), outputs=1)
     sim.drain()
     request = sim.add([*range(7), *range(100, 125)], outputs=1)  # all blocks are needed, that of the source too
-    assert sim.step() == {request: 1}  # room was made for six, and five are copied
+    assert sim.step() == {request: 1}  # room was made for six, and seven are copied: one more fits their block
+    assert request.num_cached_tokens == 7
     sim.drain()
 
 
