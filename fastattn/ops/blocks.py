@@ -36,7 +36,7 @@ def copy_blocks(caches: Sequence[Tensor], block_mapping: Tensor, num_tokens: Ten
     caches: any number of (num_blocks, block_size, Hk, D) or (num_blocks, block_size, Hk), changed in place: keys and values
       of all layers, and of 8-bit caches the scales of their tokens; any dtypes, the last dimension contiguous.
     block_mapping: (pairs, 2) int32, the block to copy and the block to copy it to. A pair with -1 copies nothing, so that
-      a captured graph serves any number of pairs up to its own. No block that is written may be in another pair.
+      a captured graph serves any number of pairs up to its own. A block that is written is named once.
     num_tokens: (pairs) int32, how many tokens from the block's beginning on; None is all of it.
 
     One launch for 200 caches; it reads no value on the host. Raises TypeError for what is not a tensor or has another
@@ -99,27 +99,30 @@ def _check_caches(op: str, name: str, caches: Sequence[Tensor], mapping: Tensor,
     if not isinstance(caches, (list, tuple)):
         fail_type(op, f"{name} is a {type(caches).__name__}, expected a list of tensors")
     may_be_pinned = op == "swap_blocks"
+    device, blocks = mapping.device, None  # num_blocks and block_size of the first
     for i, t in enumerate(caches):
         if not isinstance(t, Tensor):
             fail_type(op, f"{name}[{i}] is a {type(t).__name__}, expected a Tensor")
         if t.layout is not torch.strided:
             fail_value(op, f"{name}[{i}] has layout {t.layout}, expected torch.strided")
-        if t.dim() not in (3, 4):
-            fail_value(op, f"{name}[{i}] has {t.dim()} dimensions, expected (num_blocks, block_size, [Hk,] D)")
-        if t.device != mapping.device and not (may_be_pinned and t.is_cpu and _is_pinned(t)):
+        shape = t.shape
+        if len(shape) not in (3, 4):
+            fail_value(op, f"{name}[{i}] has {len(shape)} dimensions, expected (num_blocks, block_size, [Hk,] D)")
+        if t.device != device and not (may_be_pinned and t.is_cpu and _is_pinned(t)):
             other = " or pinned memory" if may_be_pinned else ""
-            fail_value(op, f"{name}[{i}] is on {t.device}, expected {mapping.device}{other} as block_mapping")
-        if t.shape[:2] != caches[0].shape[:2]:
-            blocks, size = caches[0].shape[:2]
+            fail_value(op, f"{name}[{i}] is on {t.device}, expected {device}{other} as block_mapping")
+        blocks = blocks or shape[:2]
+        if shape[:2] != blocks:
             fail_value(
                 op,
-                f"{name}[{i}] has shape {tuple(t.shape)}, expected num_blocks = {blocks} and block_size = {size} from "
-                f"{name}[0] {tuple(caches[0].shape)}",
+                f"{name}[{i}] has shape {tuple(shape)}, expected num_blocks = {blocks[0]} and block_size = {blocks[1]} "
+                f"from {name}[0] {tuple(caches[0].shape)}",
             )
-        if t.shape[-1] > 1 and t.stride(-1) != 1:
-            fail_value(op, f"{name}[{i}] has strides {t.stride()}, expected a contiguous last dimension")
-        if mutated and not t.is_contiguous() and overlaps(t):
-            fail_value(op, f"{name}[{i}] has strides {t.stride()}, expected elements that do not overlap")
+        if not t.is_contiguous():
+            if shape[-1] > 1 and t.stride(-1) != 1:
+                fail_value(op, f"{name}[{i}] has strides {t.stride()}, expected a contiguous last dimension")
+            if mutated and overlaps(t):
+                fail_value(op, f"{name}[{i}] has strides {t.stride()}, expected elements that do not overlap")
         if t.requires_grad and torch.is_grad_enabled():
             fail_value(op, f"{name}[{i}] requires grad, and there is no backward: expected it detached")
 

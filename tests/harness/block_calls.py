@@ -60,7 +60,7 @@ def copy_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         # A block may be copied to several.
         sources = [order[i // 2] for i in range(num_pairs)]
         mapping = _pairs(gen, sources, order[num_pairs:], num_pairs)
-        call = {**_caches(gen, "caches", num_blocks, size, heads, dim, dtype), "block_mapping": mapping}
+        call = {"block_mapping": mapping, **_caches(gen, "caches", num_blocks, size, heads, dim, dtype)}
         counts = gen.ints(0, size + 1, num_pairs)
         yield f"{(size, heads, dim, num_pairs)}", fresh(call) | {"num_tokens": counts}
         yield f"{(size, heads, dim, num_pairs)} whole", call | {"num_tokens": None}
@@ -74,7 +74,7 @@ def swap_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         mapping = _pairs(gen, gen.permutation(there), gen.permutation(here), num_pairs)
         sources = _caches(gen, "sources", there, size, heads, dim, dtype)
         destinations = _caches(gen, "destinations", here, size, heads, dim, dtype)
-        yield f"{(size, heads, dim, num_pairs)}", {**sources, **destinations, "block_mapping": mapping}
+        yield f"{(size, heads, dim, num_pairs)}", {"block_mapping": mapping, **sources, **destinations}
 
 
 def verify_copies(call: Call, results: list[Tensor]) -> None:
