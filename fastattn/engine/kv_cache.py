@@ -7,8 +7,8 @@ from typing import NamedTuple
 from fastattn._runtime import BlockPool, PrefixTree
 from fastattn.engine.request import Request, Status
 
-# A step with copies has one launch and one small transfer more, some 10 µs, whatever their number. A 8B model computes a
-# token of a prompt in 27 µs at a H100's peak, so a few pay for it; fewer are what all prompts have in common.
+# A step with copies has one launch and one small transfer more, some 10 µs, whatever their number. An 8B model computes
+# a token of a prompt in 27 µs at an H100's peak, so a few pay for it; fewer are what all prompts have in common.
 MIN_COPIED_TOKENS = 4
 
 
@@ -54,10 +54,10 @@ class KVCacheManager:
         The other block is in the prefix tree, or it is where a sibling has the end of the prompt.
         """
         seq, first = request.seq, request.seq.num_computed
-        if not self.enable_prefix_caching or request.needs_every_token or first % self.block_size > 0:
+        if not self.enable_prefix_caching or request.needs_every_token:
             return
         index, least = first // self.block_size, MIN_COPIED_TOKENS
-        # One token at least is left to compute, and of a block one is not equal.
+        # One token at least is left to compute, of the request and of the block.
         num_common = min(request.num_prompt_tokens - first, len(seq) - 1 - first, self.block_size - 1)
         sibling = self._block_of_sibling(request, index) if num_common >= least else None
         if sibling is not None:
