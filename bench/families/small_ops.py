@@ -1,4 +1,4 @@
-"""Operators that move memory: norms, RoPE + KV write, SwiGLU, embedding, sampling; sizes of an 8B-class decoder.
+"""Operators that move memory: norms, RoPE + KV write, block copies, SwiGLU, embedding, sampling; sizes of an 8B-class decoder.
 
 Beside torch, torch.compile, vLLM's kernels and FlashInfer's. They are bound by the copy rate where the tensors are large, and by
 a launch where they are small: `floor_us` and `bound` of a case say which.
@@ -259,6 +259,40 @@ def rope_kv_write(context: Context, tokens: int, heads: int = HEADS, kv_heads: i
     )
 
 
+def copy_blocks(
+    context: Context, pairs: int, layers: int = 32, kv_heads: int = KV_HEADS, page: int = 16, dim: int = DIM
+) -> Case:
+    """Blocks of all layers of a model, in one call."""
+    device, rng = context.device, context.generator(pairs)
+    shape = (layers, 2 * pairs, page, kv_heads, dim)
+    k_cache, v_cache = (torch.randn(shape, generator=rng, device=device, dtype=BF16) for _ in range(2))
+    mapping = torch.randperm(2 * pairs, generator=rng, device=device).int().view(pairs, 2)
+    source, target = mapping.long().unbind(1)
+
+    def ours(k_cache: Tensor, v_cache: Tensor, block_mapping: Tensor) -> None:
+        ops.copy_blocks([*k_cache, *v_cache], block_mapping)
+
+    def torch_peer() -> Callable[[], Tensor]:
+        mine = [k_cache.clone(), v_cache.clone()]
+
+        def call() -> Tensor:
+            for cache in mine:
+                cache.index_copy_(1, target, cache.index_select(1, source))
+            return mine[0]
+
+        return call
+
+    return op_case(
+        ours,
+        {"k_cache": k_cache, "v_cache": v_cache, "block_mapping": mapping},
+        formulas.copy_blocks,
+        mutates=("k_cache", "v_cache"),
+        peers={"torch": torch_peer},
+        work=Work(num_bytes=k_cache.nbytes + v_cache.nbytes),
+        config=f"{pairs} blocks of {page} tokens, {layers} layers, {kv_heads} heads of {dim}, bf16",
+    )
+
+
 def embedding(context: Context, tokens: int, vocab: int = VOCAB, width: int = HIDDEN) -> Case:
     rng = context.generator(tokens)
     weight = torch.randn(vocab, width, generator=rng, device=context.device, dtype=BF16)
@@ -504,6 +538,8 @@ def _specs() -> Iterator[CaseSpec]:
     for tokens in (1, 128, 8192):
         yield CaseSpec(f"swiglu_t{tokens}", partial(swiglu, tokens=tokens), tokens == 8192)
         yield CaseSpec(f"rope_kv_write_t{tokens}", partial(rope_kv_write, tokens=tokens), tokens == 8192)
+    for pairs in (1, 64):
+        yield CaseSpec(f"copy_blocks_n{pairs}", partial(copy_blocks, pairs=pairs), pairs == 64)
     for tokens in (128, 8192):
         yield CaseSpec(f"embedding_t{tokens}", partial(embedding, tokens=tokens), tokens == 8192)
     for kind in _SAMPLING:
@@ -514,4 +550,6 @@ def _specs() -> Iterator[CaseSpec]:
     yield CaseSpec("token_logprobs_b64_top5", partial(token_logprobs, rows=64, num_top=5), True)
 
 
-FAMILY = Family("small_ops", "cuda", "norms, RoPE + KV write, SwiGLU, embedding, sampling", tuple(_specs()))
+FAMILY = Family(
+    "small_ops", "cuda", "norms, RoPE + KV write, block copies, SwiGLU, embedding, sampling", tuple(_specs())
+)

@@ -19,6 +19,7 @@ __all__ = [
     "apply_token_bitmask",
     "batch_attention",
     "batch_attention_backward",
+    "copy_blocks",
     "embedding",
     "layer_norm",
     "linear",
@@ -38,6 +39,12 @@ _SCORES = 1 << 28
 
 def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
     return [weight[token_ids.long()].to(c) * scale]
+
+
+def copy_blocks(c: torch.dtype, k_cache: Tensor, v_cache: Tensor, block_mapping: Tensor) -> list[Tensor]:
+    """k_cache, v_cache (layers, num_blocks, …)."""
+    source, target = block_mapping.long().unbind(1)
+    return [t.to(c, copy=True).index_copy_(1, target, t[:, source].to(c)) for t in (k_cache, v_cache)]
 
 
 def rope_kv_write(

@@ -63,6 +63,13 @@ void bind_prefix_tree(py::module_& m) {
           "salt"_a, "seq"_a, "max_tokens"_a = -1,
           "Blocks of the longest cached prefix of the first max_tokens tokens, retained for the caller.")
       .def(
+          "match_partial",
+          [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq, int64_t max_tokens,
+             int64_t min_tokens) { return tree.match_partial(std::string(salt), seq, max_tokens, min_tokens); },
+          "salt"_a, "seq"_a, "max_tokens"_a = -1, "min_tokens"_a = 1,
+          "A cached block, retained for the caller, that follows those of `match` and begins with the most of the next "
+          "tokens, with how many; None if fewer than min_tokens.")
+      .def(
           "insert",
           [](PrefixTree& tree, const py::bytes& salt, const TokenSequence& seq, int64_t num_tokens) {
             return tree.insert(std::string(salt), seq, num_tokens);

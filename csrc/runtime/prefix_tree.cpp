@@ -1,6 +1,8 @@
 #include "runtime/prefix_tree.h"
 
 #include <algorithm>
+#include <iterator>
+#include <unordered_map>
 
 #include "runtime/checks.h"
 
@@ -36,6 +38,43 @@ std::vector<int32_t> PrefixTree::match(const std::string& salt, const TokenSeque
   return blocks;
 }
 
+std::optional<std::pair<int32_t, int64_t>> PrefixTree::match_partial(const std::string& salt, const TokenSequence& seq,
+                                                                     int64_t max_tokens, int64_t min_tokens) {
+  if (max_tokens < -1) refuse("PrefixTree.match_partial: max_tokens is ", max_tokens, ", allowed is -1 or more");
+  if (min_tokens < 1) refuse("PrefixTree.match_partial: min_tokens is ", min_tokens, ", allowed is 1 or more");
+  const auto root = roots_.find(salt);
+  if (root == roots_.end()) return std::nullopt;
+  const int64_t limit = max_tokens < 0 ? seq.size() : std::min(max_tokens, seq.size());
+  const Position at = walk(root->second.get(), seq.tokens().data(), limit / block_size_);
+  const int64_t num_known = at.num_matched * block_size_;
+  const Tokens wanted{seq.tokens().data() + num_known, std::min(limit - num_known, block_size_)};
+
+  Node* best = nullptr;
+  int64_t best_block = 0, num_shared = min_tokens - 1;
+  const auto consider = [&](Node* node, int64_t block) {
+    const int32_t* end = wanted.data + wanted.size;
+    const int64_t shared =
+        std::mismatch(wanted.data, end, node->tokens.begin() + block * block_size_).first - wanted.data;
+    if (shared <= num_shared) return;
+    best = node;
+    best_block = block;
+    num_shared = shared;
+  };
+  if (at.num_in_edge < static_cast<int64_t>(at.node->blocks.size())) {
+    consider(at.node, at.num_in_edge);
+  } else {
+    const auto& children = at.node->children;
+    const auto next = children.lower_bound(wanted);
+    if (next != children.end()) consider(next->get(), 0);
+    if (next != children.begin()) consider(std::prev(next)->get(), 0);
+  }
+  if (best == nullptr) return std::nullopt;
+  const int32_t block = best->blocks[best_block];
+  pool_->retain({block});
+  touch(best);
+  return std::pair(block, num_shared);
+}
+
 int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, int64_t num_tokens) {
   if (num_tokens < 0 || num_tokens > seq.size()) {
     refuse("PrefixTree.insert: num_tokens is ", num_tokens, ", allowed is 0 to ", seq.size());
@@ -59,7 +98,7 @@ int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, in
                                     seq.tokens().begin() + num_blocks * block_size_);
   pool_->retain(blocks);  // refuses free blocks, before anything is changed
   if (root == roots_.end()) {
-    root = roots_.emplace(salt, std::make_unique<Node>()).first;
+    root = roots_.emplace(salt, std::make_unique<Node>(block_size_)).first;
     root->second->salt = &root->first;
   }
 
@@ -72,11 +111,11 @@ int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, in
     node->blocks.insert(node->blocks.end(), blocks.begin(), blocks.end());
   } else {
     leaves_.erase({node->last_used, node});
-    auto child = std::make_unique<Node>();
+    auto child = std::make_unique<Node>(block_size_);
     child->parent = node;
     child->tokens = tokens;
     child->blocks = blocks;
-    node = node->children.emplace(hash_block(tokens.data()), std::move(child))->second.get();
+    node = node->children.insert(std::move(child)).first->get();
   }
   num_cached_ += num_new;
   touch(node);
@@ -156,10 +195,13 @@ void PrefixTree::check() const {
         invariant(pool_->ref_count(block) >= 1, "cached block ", block, " is free");
       }
       num_blocks += node->blocks.size();
-      for (auto child = node->children.begin(); child != node->children.end(); ++child) {
-        invariant(child->second->parent == node, "a child has another parent");
-        invariant(child->first == hash_block(child->second->tokens.data()), "a child is filed under a wrong hash");
-        invariant(find_child(*node, child->second->tokens.data()) == child->second.get(), "two children begin alike");
+      const Node* before = nullptr;
+      for (const auto& child : node->children) {
+        invariant(child->parent == node, "a child has another parent");
+        invariant(before == nullptr ||
+                      comes_before({before->tokens.data(), block_size_}, {child->tokens.data(), block_size_}),
+                  "two children begin alike, or are in a wrong order");
+        before = child.get();
       }
       if (node->parent != nullptr && node->children.empty()) {
         invariant(leaves_.count({node->last_used, const_cast<Node*>(node)}) == 1, "a leaf is not in the LRU order");
@@ -186,17 +228,12 @@ PrefixTree::Position PrefixTree::walk(Node* root, const int32_t* tokens, int64_t
 }
 
 PrefixTree::Node* PrefixTree::find_child(const Node& node, const int32_t* block_tokens) const {
-  const auto [begin, end] = node.children.equal_range(hash_block(block_tokens));
-  for (auto child = begin; child != end; ++child) {
-    if (std::equal(block_tokens, block_tokens + block_size_, child->second->tokens.begin())) return child->second.get();
-  }
-  return nullptr;
+  const auto child = node.children.find(Tokens{block_tokens, block_size_});
+  return child == node.children.end() ? nullptr : child->get();
 }
 
-uint64_t PrefixTree::hash_block(const int32_t* block_tokens) const {
-  uint64_t hash = 0xcbf29ce484222325ULL;  // FNV-1a over words; equality is decided by comparing tokens
-  for (int64_t i = 0; i < block_size_; ++i) hash = (hash ^ static_cast<uint32_t>(block_tokens[i])) * 0x100000001b3ULL;
-  return hash;
+bool PrefixTree::comes_before(const Tokens& a, const Tokens& b) {
+  return std::lexicographical_compare(a.data, a.data + a.size, b.data, b.data + b.size);
 }
 
 void PrefixTree::touch(Node* node) {
@@ -210,28 +247,25 @@ void PrefixTree::touch(Node* node) {
 // Cuts an edge after `num_blocks`: the node keeps the front, a new child takes the back and the children.
 void PrefixTree::split(Node* node, int64_t num_blocks) {
   leaves_.erase({node->last_used, node});
-  auto back = std::make_unique<Node>();
+  auto back = std::make_unique<Node>(block_size_);
   back->parent = node;
   back->last_used = node->last_used;
   back->tokens.assign(node->tokens.begin() + num_blocks * block_size_, node->tokens.end());
   back->blocks.assign(node->blocks.begin() + num_blocks, node->blocks.end());
   back->children = std::move(node->children);
-  for (auto& child : back->children) child.second->parent = back.get();
+  for (const auto& child : back->children) child->parent = back.get();
   node->tokens.resize(num_blocks * block_size_);
   node->blocks.resize(num_blocks);
   node->children.clear();
   if (back->children.empty()) leaves_.emplace(back->last_used, back.get());
-  const uint64_t hash = hash_block(back->tokens.data());
-  node->children.emplace(hash, std::move(back));
+  node->children.insert(std::move(back));
 }
 
 bool PrefixTree::remove_leaf(Node* node) {
   Node* parent = node->parent;
   const uint64_t last_used = node->last_used;
   leaves_.erase({last_used, node});
-  auto child = parent->children.equal_range(hash_block(node->tokens.data())).first;
-  while (child->second.get() != node) ++child;
-  parent->children.erase(child);
+  parent->children.erase(parent->children.find(Tokens{node->tokens.data(), block_size_}));
   if (!parent->children.empty()) return false;
   if (parent->parent == nullptr) {
     roots_.erase(roots_.find(*parent->salt));  // tenants come and go; an empty root of each would stay for ever
@@ -246,7 +280,7 @@ bool PrefixTree::remove_leaf(Node* node) {
 std::vector<const PrefixTree::Node*> PrefixTree::parents_first(const Node* root) {
   std::vector<const Node*> nodes{root};
   for (size_t i = 0; i < nodes.size(); ++i) {
-    for (const auto& child : nodes[i]->children) nodes.push_back(child.second.get());
+    for (const auto& child : nodes[i]->children) nodes.push_back(child.get());
   }
   return nodes;
 }

@@ -60,6 +60,7 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
         yield Case(name, shape, gated(op), 3 * rows * s.intermediate_size * size)
     yield Case("embedding", f"{rows} of {s.vocab_size} × {hidden}", embedding, 2 * rows * hidden * size)
     yield _rope(s, rand, device, size)
+    yield from _block_copies(s, rand, device, size)
     yield from _linears(s, rand, size)
     yield from _few_bits(s, rand, device, size)
     yield from _attention(s, rand, int32, device, size)
@@ -78,6 +79,28 @@ def _rope(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size: in
 
     elements = 2 * rows * dim * (s.num_heads + 2 * s.num_kv_heads)
     return Case("rope_kv_write", f"{rows} × ({s.num_heads} + 2·{s.num_kv_heads}) × {dim}", build, elements * size)
+
+
+def _block_copies(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size: int) -> Iterator[Case]:
+    """Keys and values of a layer: as many blocks as a step has rows. A swap is bound by PCIe, and its share is low."""
+    count = min(s.num_tokens, _MAX_BATCH)
+    block = (s.block_size, s.num_kv_heads, s.head_dim)
+    first = torch.arange(count, device=device, dtype=torch.int32)
+
+    def copy_blocks() -> Call:
+        caches = [rand(2 * count, *block) for _ in range(2)]
+        mapping = torch.stack([first, first + count], 1)
+        return lambda: ops.copy_blocks(caches, mapping)
+
+    def swap_blocks() -> Call:
+        caches = [rand(count, *block) for _ in range(2)]
+        host = [torch.empty(c.shape, dtype=c.dtype, pin_memory=c.is_cuda) for c in caches]
+        mapping = torch.stack([first, first], 1)
+        return lambda: ops.swap_blocks(caches, host, mapping)
+
+    moved = 4 * count * s.block_size * s.num_kv_heads * s.head_dim * size
+    yield Case("copy_blocks", f"{count} blocks of {s.block_size}", copy_blocks, moved)
+    yield Case("swap_blocks", f"{count} blocks of {s.block_size} to the host", swap_blocks, moved)
 
 
 def _linears(s: Shapes, rand: Callable[..., Tensor], size: int) -> Iterator[Case]:

@@ -13,8 +13,9 @@ from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
 from fastattn.nn import AttentionMetadata
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-_STEP = struct.Struct("<7q")
+_STEP = struct.Struct("<8q")
 _ROWS = struct.Struct("<2q")
+_COPY = struct.Struct("<3q")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Step:
 
     nbytes: of the step buffer that are in use. graph: replay the CUDA graph of this shape, recording it first with
     ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
-    `logits_indices` names.
+    `logits_indices` names. copies: (from, to, tokens) of KV blocks, to be made first.
     """
 
     num_tokens: int
@@ -34,16 +35,21 @@ class Step:
     graph: bool = False
     capture: bool = False
     extra_rows: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int, int], ...] = ()
 
     def to_bytes(self) -> bytes:
         sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes)
-        return _STEP.pack(*sizes, self.graph, self.capture) + b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
+        rows = b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
+        copies = b"".join(_COPY.pack(*copy) for copy in self.copies)
+        return _STEP.pack(*sizes, self.graph, self.capture, len(self.extra_rows)) + rows + copies
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        tokens, seqs, logits, max_seqlen_q, nbytes, graph, capture = _STEP.unpack_from(message)
-        rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size :]))
-        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, bool(graph), bool(capture), rows)
+        tokens, seqs, logits, max_seqlen_q, nbytes, graph, capture, num_rows = _STEP.unpack_from(message)
+        end = _STEP.size + num_rows * _ROWS.size
+        rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size : end]))
+        copies = tuple((source, target, count) for source, target, count in _COPY.iter_unpack(message[end:]))
+        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, bool(graph), bool(capture), rows, copies)
 
     @property
     def shape(self) -> DecodeShape:

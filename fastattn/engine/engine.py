@@ -227,6 +227,7 @@ class Engine:
                 return self._fail(dict.fromkeys(self.scheduler.running, 0), error, ended)
         now = time.monotonic()
         scheduled = self.scheduler.schedule()
+        copies = self.kv.take_copies()
         if not scheduled:
             self.check()
             return self._give_all(ended)
@@ -237,7 +238,7 @@ class Engine:
                 request.metrics.first_scheduled_time = now
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
         try:
-            sampled = self.runner.execute(scheduled, drafts)
+            sampled = self.runner.execute(scheduled, drafts, copies)
             self.check()
         except (torch.AcceleratorError, RankError):
             raise  # the device, or another rank, is lost to this process; no later step could succeed

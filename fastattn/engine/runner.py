@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from fastattn import ops
 from fastattn.engine.batch import Batch, BatchBuffers, Step, decode_shapes
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.graphs import DecodeGraphs
+from fastattn.engine.kv_cache import BlockCopy
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
@@ -32,7 +35,7 @@ class Computed:
 
 
 class Runner:
-    """Computes one step at a time: ``execute({request: number of tokens}, drafts)`` → sampled tokens.
+    """Computes one step at a time: ``execute({request: number of tokens}, drafts, copies)`` → sampled tokens.
 
     A step is first a message (`Step` and the step buffer) and then a computation that needs nothing else, ``compute``: so the
     ranks of a group can repeat it, each with its part of the model.
@@ -59,6 +62,7 @@ class Runner:
             device=device,
         )
         self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
+        self._blocks = [cache for layer in self.kv_cache for cache in layer]  # all that a block consists of
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
         self.pooler = Pooler()
@@ -68,11 +72,13 @@ class Runner:
             model.tp.captured(self.graphs.drop)
 
     @torch.inference_mode()
-    def execute(self, scheduled: dict[Request, int], drafts: Drafts | None = None) -> Sampled:
+    def execute(
+        self, scheduled: dict[Request, int], drafts: Drafts | None = None, copies: Sequence[BlockCopy] = ()
+    ) -> Sampled:
         step = self._fill(scheduled)
         wanted = _prompt_rows(scheduled)
         rows = tuple((first, len(targets)) for _, first, targets in wanted)
-        computed = self.compute(replace(step, extra_rows=rows))
+        computed = self.compute(replace(step, extra_rows=rows, copies=tuple(copies)))
         for (request, _, targets), logits in zip(wanted, computed.extra_logits, strict=True):
             ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
@@ -109,6 +115,8 @@ class Runner:
     def compute_part(self, step: Step) -> Computed:
         """This rank's part of the forward pass."""
         batch = self.buffers.load(step)
+        if step.copies:
+            self._copy_blocks(step.copies)
         if step.graph:
             assert self.graphs is not None
             graph = self.graphs.capture(step.shape, batch) if step.capture else self.graphs.get(step.shape)
@@ -116,6 +124,12 @@ class Runner:
         hidden = self._hidden(batch)
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
         return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        pairs = [block for source, target, _ in copies for block in (source, target)]
+        host = torch.tensor(pairs + [count for *_, count in copies], dtype=torch.int32)
+        table = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+        ops.copy_blocks(self._blocks, table[: len(pairs)].view(-1, 2), table[len(pairs) :])
 
     def _fill(self, scheduled: dict[Request, int]) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""

@@ -85,6 +85,8 @@ class Scheduler:
                 break
             self.waiting.pop_first()
             self.num_waiting -= 1
+            self.kv.copy_beginning(request)
+            num_tokens = min(num_tokens, request.num_pending_tokens, self.kv.room(request))
             self.kv.count_lookup(request)
             if request.metrics.num_preemptions == 0:
                 request.num_cached_tokens = request.seq.num_computed

@@ -5,6 +5,7 @@ from fastattn.ops.activation import geglu, swiglu
 from fastattn.ops.attention import batch_attention, paged_attention, varlen_attention
 from fastattn.ops.attention_backward import batch_attention_backward, varlen_attention_backward
 from fastattn.ops.attention_merge import merge_attention_states
+from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "apply_token_bitmask",
     "batch_attention",
     "batch_attention_backward",
+    "copy_blocks",
     "embedding",
     "fp4_linear",
     "geglu",
@@ -33,6 +35,7 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "speculative_sample",
+    "swap_blocks",
     "swiglu",
     "token_logprobs",
     "varlen_attention",

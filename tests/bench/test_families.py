@@ -54,6 +54,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "layer_norm": partial(small_ops.layer_norm, tokens=7, width=64),
     "swiglu": partial(small_ops.swiglu, tokens=7, width=64),
     "rope_kv_write": partial(small_ops.rope_kv_write, tokens=7, heads=4, kv_heads=2, page=4),
+    "copy_blocks": partial(small_ops.copy_blocks, pairs=3, layers=2, kv_heads=2, page=4, dim=8),
     "embedding": partial(small_ops.embedding, tokens=7, vocab=50, width=64),
     "adjust_logits": partial(small_ops.adjust_logits, rows=3, touched=9, vocab=50),
     "apply_token_bitmask": partial(small_ops.apply_token_bitmask, rows=3, vocab=50),
@@ -80,6 +81,7 @@ BESIDE = {
     "layer_norm": {"torch"},
     "swiglu": {"torch", "vllm", "flashinfer"},
     "rope_kv_write": {"torch", "vllm"},
+    "copy_blocks": {"torch"},
     "embedding": {"torch"},
     "adjust_logits": {"torch"},
     "apply_token_bitmask": {"torch"},
@@ -394,7 +396,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         },
         "paged_prefill": {".*": 6},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
-        "small_ops": {".*": 27},
+        "small_ops": {".*": 29},
     }
     for family, matches in wanted.items():
         ids = [spec.id for spec in FAMILIES[family].specs]

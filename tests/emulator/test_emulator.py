@@ -34,6 +34,7 @@ KERNELS = {
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
+    "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
 
 

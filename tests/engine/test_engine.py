@@ -361,14 +361,38 @@ def test_cached_tokens(make_engine: MakeEngine) -> None:
 
     assert num_cached(40) == 0
     # One token at least is computed, since its logits are wanted.
-    assert [num_cached(count) for count in (40, 41, 39, 8, 9, 60)] == [32, 40, 32, 0, 8, 40]
-    assert [num_cached(40, "other"), num_cached(40, "other"), num_cached(40, "")] == [0, 32, 32]
+    assert [num_cached(count) for count in (40, 41, 39, 8, 9, 60)] == [39, 40, 38, 7, 8, 40]
+    assert [num_cached(40, "other"), num_cached(40, "other"), num_cached(40, "")] == [0, 39, 39]
     assert num_cached(40, "", with_(GREEDY, prompt_logprobs=1)) == 0
     engine.kv.reset()
     assert num_cached(40) == 0
     engine = make_engine(enable_prefix_caching=False)
     assert [num_cached(40), num_cached(40)] == [0, 0]
     assert engine.kv.pool.num_free == 128
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_kv_blocks": 12}, {"padded": True}, {"max_num_batched_tokens": 7}, {"max_num_seqs": 2}],
+    ids=str,
+)
+def test_copied_beginnings_change_nothing(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Prompts that part after any number of tokens, alone and as completions of one request, and all of them again."""
+    base = list(range(2, 42))
+    prompts: list[Any] = [{"prompt_token_ids": [*base[:count], 50 + count, 60, 61]} for count in range(1, 40, 2)]
+    params = with_(GREEDY, max_tokens=6, n=2)
+    expected = run(make_engine(enable_prefix_caching=False), prompts, params)
+    engine = make_engine(block_size=8, **options)
+    copied: list[tuple[int, int, int]] = []
+    copy = engine.runner._copy_blocks
+    monkeypatch.setattr(engine.runner, "_copy_blocks", lambda copies: (copied.extend(copies), copy(copies))[1])
+    for _ in range(2):
+        for ours, right in zip(run(engine, prompts, params), expected, strict=True):
+            assert [c.token_ids for c in ours.outputs] == [c.token_ids for c in right.outputs]
+    assert len(copied) > 20
+    assert engine.kv.reset() + engine.kv.pool.num_free >= engine.config.num_kv_blocks
 
 
 def test_generated_tokens_are_cached_too(make_engine: MakeEngine) -> None:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
-from fastattn.engine.kv_cache import KVCacheManager
+from fastattn.engine.kv_cache import MIN_COPIED_TOKENS, KVCacheManager
 from fastattn.engine.outputs import RequestMetrics
 from fastattn.engine.request import Request, Status
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.scheduler import Scheduler
 
 BLOCK = 8
+Prefix = tuple[bytes, tuple[int, ...]]
 
 
 class Simulation:
@@ -30,6 +31,8 @@ class Simulation:
         self.kv = KVCacheManager(self.config.num_kv_blocks, BLOCK, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.kv)
         self.arrivals, self.tokens = count(), count(1000)
+        self.num_copied = 0
+        self.memory: dict[int, Prefix] = {}  # slot -> the tokens whose last one has its keys and values there
 
     def add(
         self,
@@ -68,6 +71,7 @@ class Simulation:
             assert 1 <= num_tokens <= request.num_pending_tokens
             assert request.seq.num_blocks * BLOCK >= request.seq.num_computed + num_tokens
         self.kv.check()
+        self.compute(scheduled)
         self.scheduler.advance(scheduled)
         for request in scheduled:
             if request.num_pending_tokens == 0:
@@ -76,6 +80,24 @@ class Simulation:
                 if len(request.output_token_ids) == request.max_output_tokens:
                     self.scheduler.finish(request, "length")
         return scheduled
+
+    def compute(self, scheduled: dict[Request, int]) -> None:
+        """What the step does to the cache: copies, then each request's tokens, of which all before them are read."""
+        copies = self.kv.take_copies()
+        assert not {copy.target for copy in copies} & {copy.source for copy in copies}
+        assert len({copy.target for copy in copies}) == len(copies)
+        for copy in copies:
+            assert MIN_COPIED_TOKENS <= copy.num_tokens < BLOCK
+            for offset in range(copy.num_tokens):
+                self.memory[copy.target * BLOCK + offset] = self.memory[copy.source * BLOCK + offset]
+        self.num_copied += sum(copy.num_tokens for copy in copies)
+        for request, num_tokens in scheduled.items():
+            blocks, tokens = request.seq.blocks(), request.seq.tokens()
+            for position in range(request.seq.num_computed + num_tokens):
+                slot, prefix = blocks[position // BLOCK] * BLOCK + position % BLOCK, tuple(tokens[: position + 1])
+                if position >= request.seq.num_computed:
+                    self.memory[slot] = (request.salt, prefix)
+                assert self.memory[slot] == (request.salt, prefix)
 
     def drain(self, most: int = 10_000) -> int:
         steps = 0
@@ -146,10 +168,43 @@ def test_a_prefix_is_computed_once() -> None:
     sim.add(prompt)
     sim.drain()
     again = sim.add([*prompt, 99])
-    assert sim.step() == {again: 31 - 24}  # three full blocks
-    assert again.num_cached_tokens == 24
+    assert sim.step() == {again: 1}  # three full blocks, and six tokens of the fourth
+    assert again.num_cached_tokens == 30
     whole = sim.add(prompt[:24])
-    assert sim.step()[whole] == 8  # one token at least is computed, and blocks are whole
+    assert sim.step()[whole] == 1  # the third block again, but for its last token, as a copy
+    assert whole.num_cached_tokens == 23
+
+
+@pytest.mark.parametrize("num_equal", range(9))
+def test_a_block_that_begins_alike_is_copied_if_that_pays(num_equal: int) -> None:
+    sim = Simulation()
+    sim.add(list(range(30)))
+    sim.drain()
+    request = sim.add([*range(8), *range(8, 8 + num_equal), *[99] * 10])
+    copied = num_equal if num_equal >= MIN_COPIED_TOKENS else 0
+    assert sim.step() == {request: 18 + num_equal - 8 - copied}
+    assert (request.num_cached_tokens, sim.num_copied) == (8 + copied, 0 if num_equal == 8 else copied)
+    assert sim.kv.num_hit_tokens == 8 + copied
+    sim.drain()
+
+
+def test_a_copy_takes_no_more_blocks_and_fits_a_small_step() -> None:
+    sim = Simulation(num_kv_blocks=4, max_model_len=32, max_num_batched_tokens=6)
+    sim.add(list(range(24)), outputs=1)
+    sim.drain()
+    request = sim.add([*range(7), *range(100, 125)], outputs=1)  # all blocks are needed, that of the source too
+    assert sim.step() == {request: 1}  # room was made for six, and seven are copied: one more fits their block
+    assert request.num_cached_tokens == 7
+    sim.drain()
+
+
+def test_another_tenant_gets_no_copy() -> None:
+    sim = Simulation()
+    sim.add(list(range(30)), tenant=b"one")
+    sim.drain()
+    request = sim.add(list(range(30)), tenant=b"two")
+    assert sim.step() == {request: 30}
+    assert sim.num_copied == 0
 
 
 def test_siblings_wait_for_the_prompt_they_share() -> None:
@@ -160,6 +215,17 @@ def test_siblings_wait_for_the_prompt_they_share() -> None:
     assert sim.step() == {first: 32}
     assert sim.step() == {first: 18, stranger: 4}
     assert sim.step() == {first: 1, stranger: 1, sibling: 2}
+    sim.drain()
+
+
+def test_siblings_copy_the_end_of_the_prompt() -> None:
+    sim = Simulation(max_num_batched_tokens=64)
+    prompt = list(range(54))
+    first = sim.add(prompt)
+    siblings = [sim.add(prompt, after=first) for _ in range(3)]
+    assert sim.step() == {first: 54}
+    assert sim.step() == dict.fromkeys([first, *siblings], 1)  # 48 tokens are in whole blocks, 5 are copied
+    assert sim.num_copied == 15
     sim.drain()
 
 
@@ -208,8 +274,12 @@ def test_everybody_gets_all_of_it(rng: random.Random, blocks: int, budget: int, 
     for _ in range(60):
         if rng.random() < 0.5:
             prompt = shared[: rng.randint(1, 40)] + [5000 + rng.randint(0, 3)] * rng.randint(0, 20)
+            tenant = rng.choice([b"", b"", b"other"])
             sibling = rng.choice(requests) if requests and rng.random() < 0.2 else None
-            requests.append(sim.add(prompt, rng.randint(1, 30), rng.randint(0, 2), sibling))
+            if sibling is not None:
+                prompt, tenant = sibling.seq.tokens(0, sibling.num_prompt_tokens), sibling.salt
+                sibling = sibling if caching else None
+            requests.append(sim.add(prompt, rng.randint(1, 30), rng.randint(0, 2), sibling, tenant))
         if requests and rng.random() < 0.1:
             aborted.add(victim := rng.choice(requests))
             sim.scheduler.finish(victim, "abort")

@@ -17,10 +17,16 @@ SIZES = st.integers(0, 2**40)
 
 
 @given(
-    st.lists(SIZES, min_size=5, max_size=5), st.booleans(), st.booleans(), st.lists(st.tuples(SIZES, SIZES), max_size=5)
+    st.lists(SIZES, min_size=5, max_size=5),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.tuples(SIZES, SIZES), max_size=5),
+    st.lists(st.tuples(SIZES, SIZES, SIZES), max_size=5),
 )
-def test_bytes_and_back(sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]]) -> None:
-    step = Step(*sizes, graph, capture, tuple(rows))
+def test_bytes_and_back(
+    sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]], copies: list[tuple[int, int, int]]
+) -> None:
+    step = Step(*sizes, graph, capture, tuple(rows), tuple(copies))
     assert Step.from_bytes(step.to_bytes()) == step
 
 

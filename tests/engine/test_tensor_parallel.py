@@ -141,7 +141,7 @@ def test_every_model_on_every_number_of_ranks(pair: Pair) -> None:
     engine = pair.shared(max_num_batched_tokens=24, max_num_seqs=4)
     pair.compare(tiny.run(engine, PROMPTS, GREEDY), alone)
     pair.compare(tiny.run(engine, PROMPTS, GREEDY), alone)
-    assert engine.stats().num_prefix_hit_tokens > 0
+    assert engine.stats().num_prefix_hit_tokens % OPTIONS["block_size"] > 0  # copied beginnings of blocks among them
     runners = [engine.runner, *pair.groups[0].runners]
     total = sum(w.out.numel() for w in pair.network.weights())
     held = [sum(w.out.numel() for w in runner.model.weights()) for runner in runners]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn.engine.engine import Engine
+from fastattn.engine.kv_cache import MIN_COPIED_TOKENS
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.loader import ModelFileError, open_model
 from fastattn.models.registry import load_model
@@ -137,24 +139,27 @@ def test_chunked_prefill(exact: Exact) -> None:
     serve(exact, engine_for(exact, max_num_batched_tokens=19, max_num_seqs=16), all_at_once(exact))
 
 
-def shared_blocks(prompt: list[int], earlier: list[int]) -> int:
-    """Whole blocks of 16 that the prompts begin with, less the one that holds the last token: that is computed anew."""
-    equal = next((i for i, (a, b) in enumerate(zip(prompt, earlier, strict=False)) if a != b), len(earlier))
-    return min(equal, len(prompt) - 1) // 16
+def num_hits(prompt: list[int], cached: list[list[int]]) -> int:
+    """Tokens that are not computed: whole blocks of 16 that a cached one begins with, and of the next block the beginning
+    that is copied. The last token is computed anew; of what is cached the last block is missing if it is not full."""
+    most = 0
+    for other in cached:
+        pairs = zip(prompt[:-1], other[: len(other) // 16 * 16], strict=False)
+        most = max(most, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return most if most % 16 >= MIN_COPIED_TOKENS else most // 16 * 16
 
 
 def test_prefix_hits(exact: Exact) -> None:
     engine = engine_for(exact, enable_prefix_caching=True)
-    for prompt in range(len(exact.prompts)):  # one by one, so that those with the same beginning find it
+    prompts = exact.prompts
+    for prompt in range(len(prompts)):  # one by one, so that those with the same beginning find it
         serve(exact, engine, [Arrival(prompt, num_tokens=1)])
     num_shared = engine.stats().num_prefix_hit_tokens
-    assert num_shared == sum(
-        max((shared_blocks(exact.prompts[i], earlier) for earlier in exact.prompts[:i]), default=0) * 16
-        for i in range(len(exact.prompts))
-    )
+    expected = [num_hits(prompt, prompts[:i]) for i, prompt in enumerate(prompts)]
+    assert num_shared == sum(expected)
+    assert any(hits % 16 > 0 for hits in expected)
     serve(exact, engine, all_at_once(exact))
-    whole_blocks = sum((len(prompt) - 1) // 16 * 16 for prompt in exact.prompts)
-    assert engine.stats().num_prefix_hit_tokens == num_shared + whole_blocks
+    assert engine.stats().num_prefix_hit_tokens == num_shared + sum(num_hits(prompt, prompts) for prompt in prompts)
 
 
 def test_forced_preemption(exact: Exact) -> None:

@@ -28,6 +28,17 @@ from tests.harness.attention_calls import (
     varlen_backward_calls,
     varlen_calls,
 )
+from tests.harness.block_calls import (
+    COPIED,
+    SWAPPED,
+    bad_copies,
+    bad_swaps,
+    copy_blocks,
+    copy_calls,
+    swap_blocks,
+    swap_calls,
+    verify_copies,
+)
 from tests.harness.compare import assert_within, bits
 from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
@@ -399,6 +410,24 @@ SPECS = (
         mutates=("q", "k_cache", "v_cache", "k_scale", "v_scale"),
         scalars={"norm_eps": "nonnegative"},
         bad=bad_scales,
+    ),
+    OpSpec(
+        "copy_blocks",
+        copy_blocks,
+        copy_calls,
+        {"block_mapping": Role((1,)), "num_tokens": Role((0,), optional=True)},
+        verify=verify_copies,
+        mutates=COPIED,
+        bad=bad_copies,
+    ),
+    OpSpec(
+        "swap_blocks",
+        swap_blocks,
+        swap_calls,
+        {"block_mapping": Role((1,))},
+        verify=verify_copies,
+        mutates=SWAPPED,
+        bad=bad_swaps,
     ),
     OpSpec(
         "paged_attention",

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fastattn._runtime import BlockPool, PrefixTree, TokenSequence
 
 BLOCK_SIZE = 2
+SIZE = 3  # of the blocks of the model
 NUM_BLOCKS = 24
 Key = tuple[bytes, tuple[int, ...]]  # salt, and the tokens from the beginning up to a block's end
 
@@ -28,7 +29,7 @@ class Holder:
     seq: TokenSequence
 
     def key(self, num_blocks: int) -> Key:
-        return self.salt, tuple(self.seq.tokens(0, num_blocks * BLOCK_SIZE))
+        return self.salt, tuple(self.seq.tokens(0, num_blocks * SIZE))
 
 
 class Model:
@@ -36,28 +37,52 @@ class Model:
 
     def __init__(self) -> None:
         self.pool = BlockPool(NUM_BLOCKS)
-        self.tree = PrefixTree(self.pool, BLOCK_SIZE)
+        self.tree = PrefixTree(self.pool, SIZE)
         self.cached: dict[Key, int] = {}
         self.holders: list[Holder] = []
+        self.copied: list[int] = []  # blocks that are held until a copy of their beginning is made
 
     def start(self, salt: bytes, tokens: list[int], max_tokens: int) -> None:
         holder = Holder(salt, TokenSequence(tokens))
         limit = len(tokens) if max_tokens < 0 else min(max_tokens, len(tokens))
         expected = []
-        for i in range(1, limit // BLOCK_SIZE + 1):
+        for i in range(1, limit // SIZE + 1):
             if holder.key(i) not in self.cached:
                 break
             expected.append(self.cached[holder.key(i)])
         found = self.tree.match(salt, holder.seq, max_tokens)
         assert found == expected
+        self.copy_partial(holder, limit, len(found))
         holder.seq.add_blocks(found)
         self.holders.append(holder)
         self.grow(holder, [])
 
+    def copy_partial(self, holder: Holder, limit: int, num_matched: int) -> None:
+        """Of the blocks that may follow, the one that begins with the most of the next tokens."""
+        salt, tokens = holder.key(num_matched)
+        wanted = holder.seq.tokens(len(tokens), limit)
+        shared = {}
+        for (other, cached), block in self.cached.items():
+            if other == salt and len(cached) == len(tokens) + SIZE and cached[: len(tokens)] == tokens:
+                pairs = zip(wanted, cached[len(tokens) :], strict=False)
+                shared[block] = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(wanted), SIZE))
+        most = max(shared.values(), default=0)
+        found = self.tree.match_partial(salt, holder.seq, limit, 2)
+        if most < 2:
+            assert found is None
+        else:
+            assert found is not None
+            assert found[1] == most == shared[found[0]]
+            self.copied.append(found[0])
+
+    def end_copies(self) -> None:
+        self.pool.release(self.copied)
+        self.copied = []
+
     def grow(self, holder: Holder, tokens: list[int]) -> None:
         """A request that gets no block is ended, as a scheduler would preempt it."""
         holder.seq.extend(tokens)
-        missing = -(-len(holder.seq) // BLOCK_SIZE) - holder.seq.num_blocks
+        missing = -(-len(holder.seq) // SIZE) - holder.seq.num_blocks
         self.evict(max(0, missing - self.pool.num_free))
         blocks = self.pool.allocate(missing)
         if blocks is None:
@@ -68,7 +93,7 @@ class Model:
     def insert(self, holder: Holder, num_tokens: int) -> None:
         blocks = holder.seq.blocks()
         new = {}
-        for i in range(num_tokens // BLOCK_SIZE):  # a partial block is never cached
+        for i in range(num_tokens // SIZE):  # a partial block is never cached
             if holder.key(i + 1) not in self.cached:
                 new[holder.key(i + 1)] = blocks[i]
         assert self.tree.insert(holder.salt, holder.seq, num_tokens) == len(new)
@@ -87,20 +112,23 @@ class Model:
         for key in gone:
             del self.cached[key]
         for salt, tokens in self.cached:  # a block without the ones before it could never be found again
-            assert len(tokens) == BLOCK_SIZE or (salt, tokens[:-BLOCK_SIZE]) in self.cached
+            assert len(tokens) == SIZE or (salt, tokens[:-SIZE]) in self.cached
 
     def clear(self) -> None:
-        held = {block for holder in self.holders for block in holder.seq.blocks()}
+        held = self.held()
         assert self.tree.clear() == len(set(self.cached.values()) - held)
         self.cached = {}
 
+    def held(self) -> set[int]:
+        return {*self.copied, *(block for holder in self.holders for block in holder.seq.blocks())}
+
     def evictable(self) -> set[Key]:
         """What no request holds, nor anything after it."""
-        held = {block for holder in self.holders for block in holder.seq.blocks()}
+        held = self.held()
         pinned: set[Key] = set()
         for (salt, tokens), block in self.cached.items():
             if block in held:
-                pinned.update((salt, tokens[:end]) for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE))
+                pinned.update((salt, tokens[:end]) for end in range(SIZE, len(tokens) + 1, SIZE))
         return set(self.cached) - pinned
 
     def check(self) -> None:
@@ -109,13 +137,14 @@ class Model:
         assert self.tree.num_cached == len(self.cached)
         assert self.tree.num_evictable == len(self.evictable())
         counts = Counter(self.cached.values())
+        counts.update(self.copied)
         for holder in self.holders:
             counts.update(holder.seq.blocks())
         assert [self.pool.ref_count(block) for block in range(NUM_BLOCKS)] == [counts[b] for b in range(NUM_BLOCKS)]
 
 
 SALTS = st.sampled_from([b"", b"a", b"\x00b"])
-TOKENS = st.lists(st.integers(0, 1), max_size=12)  # few different tokens: many prefixes are shared
+TOKENS = st.lists(st.integers(0, 1), max_size=18)  # few different tokens: many prefixes are shared
 PICK = st.integers(0, 2**16)
 
 
@@ -127,7 +156,7 @@ class PrefixTreeMachine(RuleBasedStateMachine):
     def picked(self, pick: int) -> Holder:
         return self.model.holders[pick % len(self.model.holders)]
 
-    @rule(salt=SALTS, tokens=TOKENS, max_tokens=st.integers(-1, 13))
+    @rule(salt=SALTS, tokens=TOKENS, max_tokens=st.integers(-1, 19))
     def start(self, salt: bytes, tokens: list[int], max_tokens: int) -> None:
         self.model.start(salt, tokens, max_tokens)
 
@@ -145,6 +174,10 @@ class PrefixTreeMachine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def finish(self, pick: int) -> None:
         self.model.finish(self.picked(pick))
+
+    @rule()
+    def end_copies(self) -> None:
+        self.model.end_copies()
 
     @rule(count=st.integers(0, 8))
     def evict(self, count: int) -> None:
@@ -166,12 +199,15 @@ TestPrefixTreeMachine = PrefixTreeMachine.TestCase
 def test_100_000_random_operations() -> None:
     rng = random.Random(0)
     model = Model()
-    num_found = 0
+    num_found = num_copied = 0
     for step in range(100_000):
         choice = rng.random()
         if choice < 0.25 or not model.holders:
-            tokens = [rng.randrange(2) for _ in range(rng.randrange(13))]
-            model.start(rng.choice([b"", b"a"]), tokens, rng.choice([-1, -1, rng.randrange(13)]))
+            tokens = [rng.randrange(2) for _ in range(rng.randrange(19))]
+            model.start(rng.choice([b"", b"a"]), tokens, rng.choice([-1, -1, rng.randrange(19)]))
+            num_copied += len(model.copied)
+            if rng.random() < 0.8:
+                model.end_copies()
             num_found += bool(model.holders and model.holders[-1].seq.num_blocks)
         elif choice < 0.4:
             model.grow(rng.choice(model.holders), [rng.randrange(2) for _ in range(rng.randrange(5))])
@@ -187,7 +223,8 @@ def test_100_000_random_operations() -> None:
         model.tree.check()
         if step % 100 == 0:
             model.check()
-    assert num_found > 1000
+    assert num_found > 1000 and num_copied > 1000
+    model.end_copies()
     while model.holders:
         model.finish(model.holders[0])
     model.clear()
@@ -224,6 +261,32 @@ def pool() -> BlockPool:
 @pytest.fixture
 def tree(pool: BlockPool) -> PrefixTree:
     return PrefixTree(pool, BLOCK_SIZE)
+
+
+def test_a_partial_match_is_the_longest_of_many() -> None:
+    """In the middle of an edge, at its end and at the root, and never of another tenant."""
+    pool = BlockPool(400)
+    tree = PrefixTree(pool, 8)
+    rng = random.Random(0)
+    stem = list(range(8))
+    for _ in range(300):
+        seq = TokenSequence(stem + [rng.randrange(3) for _ in range(8)])
+        seq.add_blocks(tree.match(b"", seq))
+        seq.add_blocks(pool.allocate(2 - seq.num_blocks) or [])
+        tree.insert(b"", seq, 16)
+        pool.release(seq.take_blocks())
+    wanted = [1, 1, 2, 0, 0, 1, 2, 9]
+    found = tree.match_partial(b"", TokenSequence(stem + wanted))
+    assert found is not None and 4 <= found[1] < 8
+    pool.release([found[0]])
+    in_edge = tree.match_partial(b"", TokenSequence([*stem[:5], 99]))
+    assert in_edge is not None and in_edge[1] == 5
+    pool.release([in_edge[0]])
+    assert tree.match_partial(b"", TokenSequence([*stem[:5], 99]), min_tokens=6) is None
+    assert tree.match_partial(b"", TokenSequence([*stem[:5], 99]), max_tokens=4, min_tokens=5) is None
+    assert tree.match_partial(b"you", TokenSequence(stem + wanted)) is None
+    tree.clear()
+    assert pool.num_free == 400
 
 
 def test_tenants_never_share(tree: PrefixTree, pool: BlockPool) -> None:
@@ -345,6 +408,14 @@ def test_eviction_is_fast_with_many_different_prompts() -> None:
         (lambda tree, pool, seq: PrefixTree(pool, 0), "PrefixTree: block_size is 0, allowed is 1 to 2**20"),
         (lambda tree, pool, seq: PrefixTree(None, 2), "PrefixTree: pool is None, expected a BlockPool"),
         (lambda tree, pool, seq: tree.match(b"", seq, -2), "PrefixTree.match: max_tokens is -2, allowed is -1 or more"),
+        (
+            lambda tree, pool, seq: tree.match_partial(b"", seq, -2),
+            "PrefixTree.match_partial: max_tokens is -2, allowed is -1 or more",
+        ),
+        (
+            lambda tree, pool, seq: tree.match_partial(b"", seq, 4, 0),
+            "PrefixTree.match_partial: min_tokens is 0, allowed is 1 or more",
+        ),
         (lambda tree, pool, seq: tree.insert(b"", seq, -1), "PrefixTree.insert: num_tokens is -1, allowed is 0 to 6"),
         (lambda tree, pool, seq: tree.insert(b"", seq, 7), "PrefixTree.insert: num_tokens is 7, allowed is 0 to 6"),
         (
