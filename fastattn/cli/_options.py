@@ -80,6 +80,15 @@ MaxNumBatchedTokens = Annotated[
 BlockSize = Annotated[
     int, typer.Option("--block-size", metavar="N", help="Tokens in a KV-cache block.", rich_help_panel=ENGINE)
 ]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="auto (the model's), fp8 or int8: 8 bits with a scale for each token's head.",
+        rich_help_panel=ENGINE,
+    ),
+]
 NumKvBlocks = Annotated[
     int | None, _size("--num-kv-blocks", "KV-cache blocks. Not given: as many as fit.", panel=ENGINE)
 ]

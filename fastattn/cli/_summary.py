@@ -83,7 +83,9 @@ class Tally:
 
 def _where(loaded: Loaded) -> str:
     runner = loaded.llm.engine.runner
-    return f"{runner.device} in {str(runner.kv_memory.dtype).removeprefix('torch.')}"
+    dtype, kv_dtype = runner.model.embed_tokens.weight.dtype, runner.kv_memory.values.dtype
+    cache = "" if kv_dtype is dtype else f", KV cache in {str(kv_dtype).removeprefix('torch.')}"
+    return f"{runner.device} in {str(dtype).removeprefix('torch.')}{cache}"
 
 
 def _peak_memory(loaded: Loaded) -> str:

@@ -28,6 +28,7 @@ def eval_(
     ] = 16384,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    kv_cache_dtype: opt.KvCacheDtype = "auto",
     as_json: copt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -38,7 +39,7 @@ def eval_(
     from fastattn.cli._compress_report import evaluation_lines, print_json
     from fastattn.compress import EvalOptions, evaluate
 
-    options = EvalOptions(tuple(text or ()), length, max_tokens, device, dtype)
+    options = EvalOptions(tuple(text or ()), length, max_tokens, device, dtype, kv_cache_dtype)
     result = evaluate(model, against, options, show_progress=not quiet)
     if as_json:
         print_json(result.as_dict())

@@ -25,6 +25,7 @@ def plan(
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
     block_size: opt.BlockSize = 16,
+    kv_cache_dtype: opt.KvCacheDtype = "auto",
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     speculative: opt.Speculative = None,
@@ -56,6 +57,7 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        kv_cache_dtype=kv_cache_dtype,
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         speculative=speculative,
@@ -108,6 +110,7 @@ def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:
         "max_num_seqs": o.max_num_seqs,
         "max_num_batched_tokens": o.max_num_batched_tokens,
         "block_size": o.block_size,
+        "kv_cache_dtype": o.kv_cache_dtype,
         "num_parameters": plan.num_parameters,
         "stored_bytes": dict(plan.stored_bytes),
         "weight_bytes": dict(plan.weight_bytes),
@@ -140,6 +143,7 @@ def _print_table(name: str, plan: MemoryPlan) -> None:
     dtype = str(o.dtype).removeprefix("torch.")
     each = f", each of {o.tensor_parallel_size} ranks" if o.tensor_parallel_size > 1 else ""
     table = Table(title=f"{name}, {o.device_type}, {dtype}{each}", title_justify="left", box=None, pad_edge=False)
+    kv_dtype = "" if o.kv_cache_dtype == "auto" else f", in {o.kv_cache_dtype}"
     for column, justify in (("part", "left"), ("bytes", "right"), ("", "right"), ("how", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
 
@@ -152,7 +156,7 @@ def _print_table(name: str, plan: MemoryPlan) -> None:
     row("weights", sum(plan.weight_bytes.values()), f"{plan.num_parameters:,} parameters, rotary tables; {loaded}")
     if plan.draft_weight_bytes:
         row("draft weights", plan.draft_weight_bytes, "of the draft model")
-    row("KV, a token", plan.kv_bytes_per_token, "all layers, k and v")
+    row("KV, a token", plan.kv_bytes_per_token, f"all layers, k and v{kv_dtype}")
     if plan.draft_kv_bytes_per_token:
         row("draft KV, a token", plan.draft_kv_bytes_per_token, "all layers of the draft model, k and v")
     row("KV, a block", plan.kv_bytes_per_block, f"{o.block_size} tokens")

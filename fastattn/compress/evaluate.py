@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from fastattn import nn
 from fastattn.compress.sources import Model, opened
 from fastattn.compress.text import load_corpus, token_windows
 from fastattn.compress.walk import window_cache
@@ -44,6 +45,7 @@ class Evaluation:
     kl_mean: float | None = None
     kl_max: float | None = None
     top1: float | None = None
+    kv_cache_dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -51,17 +53,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """files: text; none is the held-out part of the built-in one. max_tokens: stop after so many; None: all of it."""
+    """files: text; none is the held-out part of the built-in one. max_tokens: stop after so many; None: all of it.
+    kv_cache_dtype: as the engine's, of the model that is judged; the other's cache is in its own dtype."""
 
     files: tuple[str, ...] = ()
     length: int = 512
     max_tokens: int | None = 16384
     device: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length is {self.length}, allowed is from 2")
+        nn.check_kv_cache_dtype(self.kv_cache_dtype)
         if self.max_tokens is not None and self.max_tokens < self.length:
             raise ValueError(f"max_tokens is {self.max_tokens}, allowed is from length = {self.length}")
 
@@ -84,10 +89,12 @@ def evaluate(
     tokens = token_windows(corpus, student.tokenizer(), options.length, count)
     if teacher is not None:
         check_same_vocabulary(student, teacher)
-    networks = [_load(source, options) for source in (student, teacher) if source is not None]
+    judged = [_load(student, options, options.kv_cache_dtype)]
+    if teacher is not None:
+        judged.append(_load(teacher, options))
     sums = _Sums()
     for window in tqdm(tokens, desc="Evaluating", unit="window", disable=None if show_progress else True):
-        sums.add_window(networks, window)
+        sums.add_window(judged, window)
     return Evaluation(
         model=Path(student.name).name,
         text=corpus.name,
@@ -100,6 +107,7 @@ def evaluate(
         kl_mean=None if teacher is None else sums.mean(sums.kl),
         kl_max=None if teacher is None else sums.kl_max,
         top1=None if teacher is None else sums.mean(sums.agreed),
+        kv_cache_dtype=None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
     )
 
 
@@ -118,12 +126,14 @@ def check_same_vocabulary(student: ModelSource, teacher: ModelSource) -> None:
         )
 
 
-def hidden_states(network: DecoderModel, tokens: Tensor) -> Tensor:
-    """tokens (n, length) → hidden states (n · length, hidden_size) after the final norm, in one pass."""
+def hidden_states(network: DecoderModel, tokens: Tensor, form: nn.KVCacheFormat | None = None) -> Tensor:
+    """tokens (n, length) → hidden states (n · length, hidden_size) after the final norm, in one pass. form: of the KV cache,
+    by default in the model's dtype."""
     config, weight = network.config, network.embed_tokens.weight
     count, length = tokens.shape
+    form = form or nn.KVCacheFormat(weight.dtype)
     meta, caches = window_cache(
-        config.num_kv_heads, config.head_dim, count, length, weight.device, weight.dtype, config.num_layers
+        config.num_kv_heads, config.head_dim, count, length, weight.device, form, config.num_layers
     )
     hidden: Tensor = network(tokens.to(weight.device, torch.int32).flatten(), meta, caches)
     return hidden
@@ -140,8 +150,9 @@ class _Sums:
         return total / self.count
 
     @torch.inference_mode()
-    def add_window(self, networks: Sequence[DecoderModel], window: Tensor) -> None:
-        hidden = [hidden_states(network, window[None])[:-1] for network in networks]
+    def add_window(self, judged: Sequence[tuple[DecoderModel, nn.KVCacheFormat]], window: Tensor) -> None:
+        networks = [network for network, _ in judged]
+        hidden = [hidden_states(network, window[None], form)[:-1] for network, form in judged]
         targets = window[1:].to(hidden[0].device)
         for rows in _chunks(len(targets)):
             logs = [functional.log_softmax(n.logits(h[rows]), -1) for n, h in zip(networks, hidden, strict=True)]
@@ -163,8 +174,12 @@ def _chunks(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _LOGIT_ROWS, count))
 
 
-def _load(source: ModelSource, options: EvalOptions) -> DecoderModel:
+def _load(
+    source: ModelSource, options: EvalOptions, kv_cache_dtype: str = "auto"
+) -> tuple[DecoderModel, nn.KVCacheFormat]:
     if options.length > source.config.max_position_embeddings:
         raise ValueError(f"length is {options.length}, allowed is up to {source.config.max_position_embeddings} here")
     device = choose_device(options.device)
-    return load_model(source, device, choose_dtype(options.dtype, device), options.length)
+    dtype = choose_dtype(options.dtype, device)
+    form = nn.kv_cache_format(kv_cache_dtype, dtype, source.config.head_dim)
+    return load_model(source, device, dtype, options.length), form

@@ -146,7 +146,9 @@ class LayerWalk:
         is_local = self._local is not None and self.config.layer_is_sliding[index]
         table = self._local if is_local else self._table
         c = self.config
-        meta, caches = window_cache(c.num_kv_heads, c.head_dim, count, length, self.device, self.dtype, 1)
+        meta, caches = window_cache(
+            c.num_kv_heads, c.head_dim, count, length, self.device, nn.KVCacheFormat(self.dtype), 1
+        )
         residual = states.reshape(-1, hidden).clone()  # the layer adds its attention into it
         out = layer(None, residual, table, meta, *caches[0])
         return (residual + out).view(count, length, hidden)
@@ -165,8 +167,14 @@ def read_weight(source: ModelSource, name: str, out: Tensor) -> None:
 
 
 def window_cache(
-    num_kv_heads: int, head_dim: int, count: int, length: int, device: torch.device, dtype: torch.dtype, num_layers: int
-) -> tuple[nn.AttentionMetadata, list[tuple[Tensor, Tensor]]]:
+    num_kv_heads: int,
+    head_dim: int,
+    count: int,
+    length: int,
+    device: torch.device,
+    form: nn.KVCacheFormat,
+    num_layers: int,
+) -> tuple[nn.AttentionMetadata, list[nn.LayerCache]]:
     """A KV cache for ``count`` texts of ``length`` tokens that are computed in one pass, and where each token stands in it."""
     blocks = -(-length // _BLOCK)
 
@@ -183,6 +191,4 @@ def window_cache(
         block_table=ints(text[:, None] * blocks + torch.arange(blocks)),
         max_seqlen_q=length,
     )
-    shape = (2, count * blocks, _BLOCK, num_kv_heads, head_dim)
-    caches = [torch.empty(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-    return meta, [(cache[0], cache[1]) for cache in caches]
+    return meta, nn.KVMemory(form, num_layers, count * blocks, _BLOCK, num_kv_heads, head_dim, device).layers

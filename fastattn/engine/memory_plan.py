@@ -15,7 +15,7 @@ import torch
 from fastattn.engine.decode_shapes import DecodeShapes
 from fastattn.models.config import ModelConfig
 from fastattn.models.registry import build_meta, loaded_bytes
-from fastattn.nn import TensorParallel
+from fastattn.nn import KVCacheFormat, TensorParallel, kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class PlanOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -146,14 +147,14 @@ def memory_plan(
     num_parameters, weights = _weight_bytes(config, options)
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
     buffers = buffer_bytes(options)
-    per_token = kv_bytes_per_token(config, options.dtype, options.tensor_parallel_size)
+    per_token = kv_bytes_per_token(config, options)
     draft_weights = draft_per_token = 0
     if draft is not None:
         own = draft[0]
         length = min(options.max_model_len, own.max_position_embeddings)
         own_options = replace(options, max_model_len=length, speculative=None, tensor_parallel_size=1)
         draft_weights = sum(_weight_bytes(own, own_options)[1].values())
-        draft_per_token = kv_bytes_per_token(own, options.dtype)
+        draft_per_token = kv_bytes_per_token(own, own_options)
         # The two models take turns, so their work space is the larger one's.
         activations = max(activations, activation_bytes(own, own_options))
         sampling = max(sampling, sampling_bytes(own, own_options)) + draft_logits_bytes(config, options)
@@ -215,8 +216,14 @@ def _rank_sizes(config: ModelConfig, size: int) -> _Sizes:
     )
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, size: int = 1) -> int:
-    return config.num_layers * 2 * _rank_sizes(config, size).kv_heads * config.head_dim * dtype.itemsize
+def kv_bytes_per_token(config: ModelConfig, options: PlanOptions) -> int:
+    """On rank 0, scales included."""
+    kv_heads = _rank_sizes(config, options.tensor_parallel_size).kv_heads
+    return _kv_format(config, options).bytes_per_token(config.num_layers, kv_heads, config.head_dim)
+
+
+def _kv_format(config: ModelConfig, options: PlanOptions) -> KVCacheFormat:
+    return kv_cache_format(options.kv_cache_dtype, options.dtype, config.head_dim)
 
 
 def _budget(options: PlanOptions, free: int, total: int) -> int:
@@ -250,9 +257,11 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     gated = 3 * part.intermediate * 4
     step = tokens * (stream + max(attention + rope, mlp + gated, norm))
     keys, rows = options.max_model_len, min(tokens, _CPU_ATTENTION_ROWS)
-    gathered = (
-        2 * keys * kv_width * (item + 2 * 4)
-    )  # k and v out of their pages, and in fp32, contiguous for the product
+    # k and v out of their pages, and in fp32, contiguous for the product; of 8 bits also without and with their scales.
+    gathered = 2 * keys * kv_width * (item + 2 * 4)
+    if _kv_format(config, options).has_scales:
+        gathered = 2 * keys * kv_width * (1 + 3 * 4)
+        step += tokens * kv_width * 5 * 4  # what is written in fp32: as it is, its magnitudes, scaled, clamped, rounded
     scores = rows * (keys * (part.heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
     return step + gathered + scores + max(_cpu_upcast_bytes(config, options), _quantized_bytes(config, options))
 

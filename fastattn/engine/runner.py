@@ -19,6 +19,7 @@ from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
 from fastattn.models.decoder import DecoderModel
+from fastattn.nn import KVMemory, kv_cache_format
 
 if TYPE_CHECKING:
     from fastattn.speculative.proposer import Drafts
@@ -54,14 +55,16 @@ class Runner:
         """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0."""
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
         c = model.config
-        # Layout, here and nowhere else: (layer, k or v, block, token in block, KV head, head dim). Uninitialized on purpose:
-        # no operator reads a slot that was not written.
-        self.kv_memory = torch.empty(
-            (c.num_layers, 2, config.num_kv_blocks, config.block_size, model.num_kv_heads, c.head_dim),
-            dtype=dtype,
-            device=device,
+        self.kv_memory = KVMemory(
+            kv_cache_format(config.kv_cache_dtype, dtype, c.head_dim),
+            c.num_layers,
+            config.num_kv_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            c.head_dim,
+            device,
         )
-        self.kv_cache = [(layer[0], layer[1]) for layer in self.kv_memory]
+        self.kv_cache = self.kv_memory.layers
         self._blocks = [cache for layer in self.kv_cache for cache in layer]  # all that a block consists of
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()

@@ -17,6 +17,7 @@ from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
+from fastattn.nn import kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.setup import build_speculator, open_draft
 
@@ -39,6 +40,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -75,6 +77,7 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         raise ValueError(
             f"tensor_parallel_size is {options.tensor_parallel_size}, allowed is up to {most} for this model: its attention heads"
         )
+    kv_cache_format(options.kv_cache_dtype, dtype, config.head_dim)  # refused before anything is loaded
     on_gpu = device.type == "cuda"
     max_model_len = choose_model_len(config, options.max_model_len)
     max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
@@ -88,6 +91,7 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_tokens, max_num_seqs),
         block_size=options.block_size,
+        kv_cache_dtype=options.kv_cache_dtype,
         num_kv_blocks=options.num_kv_blocks,
         gpu_memory_utilization=options.gpu_memory_utilization,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -102,6 +106,7 @@ def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         block_size=sizes.block_size,
+        kv_cache_dtype=sizes.kv_cache_dtype,
         enable_prefix_caching=options.enable_prefix_caching,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.policy,

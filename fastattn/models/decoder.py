@@ -11,12 +11,14 @@ from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
 from fastattn.reference import linear as reference
 
-KVCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
+KVCache = Sequence[nn.LayerCache]
 
 
 class DecoderLayer(nn.Module):
     """One block: adds ``x``, what the previous block left to add (None in the first), into the residual stream in place,
-    and returns what the next one shall add. So each addition shares a kernel with the norm that follows it."""
+    and returns what the next one shall add. So each addition shares a kernel with the norm that follows it.
+
+    cache: the layer's `nn.LayerCache`."""
 
     @abstractmethod
     def forward(
@@ -25,8 +27,7 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        *cache: torch.Tensor,
     ) -> torch.Tensor: ...
 
 
@@ -68,8 +69,7 @@ class DecoderModel(nn.Module):
         for index, layer in enumerate(self.layers):
             is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
             table = self.cos_sin_local if is_local else self.cos_sin
-            k_cache, v_cache = kv_cache[index]
-            x = layer(x, residual, table, meta, k_cache, v_cache)
+            x = layer(x, residual, table, meta, *kv_cache[index])
         hidden: torch.Tensor = self.norm(x, residual)
         return hidden
 

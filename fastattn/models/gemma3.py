@@ -24,11 +24,10 @@ class Gemma3Layer(LlamaLayer):
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        *cache: torch.Tensor,
     ) -> torch.Tensor:
         x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, cos_sin, meta, k_cache, v_cache))
+        x = self.post_attention_layernorm(self.self_attn(x, cos_sin, meta, *cache))
         x = self.pre_feedforward_layernorm(x, residual)
         return self.post_feedforward_layernorm(self.mlp(x))
 

@@ -37,11 +37,10 @@ class LlamaLayer(DecoderLayer):
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        *cache: torch.Tensor,
     ) -> torch.Tensor:
         x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, meta, k_cache, v_cache)
+        x = self.self_attn(x, cos_sin, meta, *cache)
         x = self.post_attention_layernorm(x, residual)
         return self.mlp(x)
 

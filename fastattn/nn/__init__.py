@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
+from fastattn.nn.kv_cache import KVCacheFormat, KVMemory, LayerCache, check_kv_cache_dtype, kv_cache_format
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
@@ -21,6 +22,9 @@ __all__ = [
     "GatedMLP",
     "Int4Scheme",
     "Int8Scheme",
+    "KVCacheFormat",
+    "KVMemory",
+    "LayerCache",
     "Linear",
     "MergedLinear",
     "Module",
@@ -31,5 +35,7 @@ __all__ = [
     "TensorParallel",
     "Weight",
     "Weights",
+    "check_kv_cache_dtype",
+    "kv_cache_format",
     "rotary_table",
 ]

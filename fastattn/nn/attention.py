@@ -72,8 +72,10 @@ class Attention(Module):
         meta: AttentionMetadata,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (T, hidden_size); cos_sin (max_position, head_dim); caches (num_blocks, block_size, num_kv_heads, head_dim)."""
+        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q = qkv[:, : self.num_heads]
         k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
@@ -89,6 +91,8 @@ class Attention(Module):
             v_cache,
             q_norm_weight=self.q_norm.weight if self.q_norm is not None else None,
             k_norm_weight=self.k_norm.weight if self.k_norm is not None else None,
+            k_scale=k_scale,
+            v_scale=v_scale,
             norm_eps=self.qk_norm_eps,
         )
         out, _ = ops.paged_attention(
@@ -103,5 +107,7 @@ class Attention(Module):
             causal=True,
             window_size=self.window_size,
             softcap=self.softcap,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1)))

@@ -55,6 +55,10 @@ class EngineSettings(BaseModel):
     max_num_seqs: Annotated[Size | None, Field(description="Most sequences in one step.")] = None
     max_num_batched_tokens: Annotated[Size | None, Field(description="Most tokens in one step.")] = None
     block_size: Annotated[Size, Field(description="Tokens in a KV-cache block.")] = 16
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "fp8_e4m3", "fp8_per_token_head", "int8", "int8_per_token_head"],
+        Field(description="Numbers in the KV cache: auto is the model's dtype; fp8 and int8 are of 8 bits."),
+    ] = "auto"
     num_kv_blocks: Annotated[Size | None, Field(description="KV-cache blocks; as many as fit, if not given.")] = None
     gpu_memory_utilization: Annotated[
         float, Field(gt=0, le=1, description="Share of the GPU's memory to use at most.")
@@ -82,7 +86,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

@@ -210,6 +210,17 @@ def test_plan_says_what_the_engine_then_takes(invoke: Invoke) -> None:
     assert plan["num_parameters"] == sum(_numel(info.shape) for info in TinySource().tensors().values())
 
 
+def test_8_bits_in_the_kv_cache(invoke: Invoke) -> None:
+    """The option reaches plan and run; tiny's heads are too small for it, which all say before anything is loaded."""
+    message = "kv_cache_dtype is 'int8' with head_dim 8, allowed is head_dim a multiple of 16"
+    for command in (("plan", "tiny"), ("run", "tiny", "a")):
+        assert message in one_line_error(invoke(*command, "--device", "cpu", "--kv-cache-dtype", "int8"))
+    result = invoke("run", "tiny", "a", "--device", "cpu", "--kv-cache-dtype", "fp4")
+    assert "kv_cache_dtype is 'fp4', allowed are 'auto', 'fp8', " in one_line_error(result)
+    plan = json.loads(invoke("plan", "tiny", "--device", "cpu", "--kv-cache-dtype", "auto", "--json").stdout)
+    assert plan["kv_cache_dtype"] == "auto"
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     count = 1
     for size in shape:

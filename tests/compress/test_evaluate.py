@@ -41,6 +41,19 @@ def logits(source: ModelSource, tokens: list[int]) -> Tensor:
     return full_logits(load_model(source, torch.device("cpu"), torch.float32, 64), tokens)
 
 
+def test_a_kv_cache_of_8_bits(text: str) -> None:
+    """Only the judged model's: against itself that is all the difference, and int8's is the smaller."""
+    source = TinySource(config=replace(CONFIG, head_dim=16, softmax_scale=0.0))
+    kl = []
+    for name in ("auto", "int8", "fp8"):
+        result = evaluate(source, source, EvalOptions((text,), 40, 120, kv_cache_dtype=name))
+        assert result.kv_cache_dtype == (None if name == "auto" else name)
+        kl.append(result.kl_mean)
+    assert kl[0] < 1e-6 < kl[1] < kl[2] < 0.1
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp4', allowed are 'auto', 'fp8'"):
+        EvalOptions(kv_cache_dtype="fp4")
+
+
 def test_evaluation_is_the_formulas(source: TinySource, text: str) -> None:
     student, options = TinySource(seed=2, config=source.config), EvalOptions((text,), 40, 120)
     result = evaluate(student, source, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -41,6 +42,17 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     for part in ("model is not given", "port: ", "not_a_setting is not", "models.x.dtype", "max_num_seqs", "api_key", "router.model_list"):  # fmt: skip
         assert part in message
     assert "\n" not in message and "'short'" not in message
+
+
+def test_kv_cache_dtypes_are_the_engines() -> None:
+    from fastattn.nn import check_kv_cache_dtype
+
+    names = get_args(ServeConfig.model_fields["kv_cache_dtype"].annotation)
+    for name in names:
+        check_kv_cache_dtype(name)
+        assert load({"model": "m", "kv_cache_dtype": name}, {}, None).engine_options()["kv_cache_dtype"] == name
+    with pytest.raises(ValueError, match=r"kv_cache_dtype: .*'int8_per_token_head', got 'fp4'"):
+        load({"model": "m", "kv_cache_dtype": "fp4"}, {}, None)
 
 
 def test_template_kwargs_leave_the_servers_own_alone() -> None:
