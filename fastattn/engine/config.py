@@ -12,14 +12,15 @@ Policy = Literal["fcfs", "priority", "fair"]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """max_model_len: longest prompt + output. max_num_seqs: most sequences in a step. max_num_batched_tokens: most tokens in
-    a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256. num_kv_blocks:
-    blocks in the pool. kv_cache_dtype: "auto", the model's; "fp8" (e4m3) or "int8", 8 bits with a scale for each token's head
-    (vLLM's "fp8_e4m3", "fp8_per_token_head" and "int8_per_token_head" are the same). enable_chunked_prefill: a prompt may be
-    computed over several steps. policy: order of waiting requests: by arrival ("fcfs"), by priority, or "fair" to tenants, by what each was served. max_waiting_steps: after so many
-    steps a request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without a seed get theirs from.
-    use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV bookkeeping after each step.
-    speculative: guess tokens and verify them, several a step; None is off.
+    """max_model_len: longest prompt + output. max_num_seqs: most sequences in a step. max_num_batched_tokens: most
+    tokens in a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256.
+    num_kv_blocks: blocks in the pool. kv_cache_dtype: "auto", the model's; "fp8" (e4m3) or "int8", 8 bits with a scale
+    for each token's head (vLLM's "fp8_e4m3", "fp8_per_token_head" and "int8_per_token_head" are the same).
+    enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting requests: by arrival
+    ("fcfs"), by priority, or "fair" to tenants, by what each was served. max_waiting_steps: after so many steps a
+    request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without
+    a seed get theirs from. use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV
+    bookkeeping after each step. speculative: guess tokens and verify them, several a step; None is off.
     """
 
     max_model_len: int
