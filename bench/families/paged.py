@@ -28,6 +28,8 @@ OTHER_DECODES = (
     (8, 1, 256, 8, 1, 8192),
     (32, 8, 128, 8, 4, 4096),  # drafts
     (32, 8, 128, 8, 8, 4096),
+    (32, 8, 128, 8, 16, 4096),
+    (64, 8, 128, 8, 8, 4096),
 )
 # batch, nodes of each sequence's tree, context with them
 TREES = ((8, 8, 4096), (8, 64, 4096))
@@ -35,6 +37,7 @@ TREES = ((8, 8, 4096), (8, 64, 4096))
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
 # batch, new tokens of the first sequence (the others have one), context with them
 MIXED = ((64, 512, 4096), (64, 2048, 4096))
+PREFILLS_8BIT = ((1, 8192, 32768), (4, 2048, 2048), (8, 512, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
@@ -52,9 +55,9 @@ def paged(
     chunk: int | None = None,
     tree: bool = False,
 ) -> Case:
-    """`new` tokens (the first one: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are
-    `length` tokens long with them, or lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with one for each
-    token's."""
+    """`new` tokens (the first one: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are `length`
+    tokens long with them, or lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with
+    one for each token's."""
     device, dtype = context.device, torch.bfloat16
     rng = context.generator(batch + length)
     pages_each = -(-length // page)
@@ -289,5 +292,12 @@ PREFILL = Family(
             partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk),
         )
         for batch, chunk, length in MIXED
+    )
+    + tuple(
+        CaseSpec(
+            f"{name}_p16_b{batch}_t{new}_s{length}", partial(paged, page=16, batch=batch, new=new, length=length, kv=kv)
+        )
+        for name, kv in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8))
+        for batch, new, length in PREFILLS_8BIT
     ),
 )

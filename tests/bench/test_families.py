@@ -389,12 +389,12 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "flash_bwd": {".*": 48},
         "paged_decode": {
-            r"_b(1|2|4|8)_": 31,
+            r"_b(1|2|4|8)_": 33,
             r"bf16_.*_b(32|64|128|256)_": 11,
             r"(fp8|int8)_.*_b128_s4096": 2,
-            ".*": 54,
+            ".*": 56,
         },
-        "paged_prefill": {".*": 6},
+        "paged_prefill": {".*": 12},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
         "small_ops": {".*": 29},
     }
