@@ -20,8 +20,9 @@ struct TensorMapSpec {
   DType dtype;
   int64_t sizes[4];
   int64_t strides[3];
-  int panel, rows, planes = 1;
+  int panel, rows;
   bool reads_ahead = true;  // what is not in the L2 cache comes by 256 bytes, else by 128
+  int planes = 1;
 };
 
 // cudaErrorNotSupported without a driver that knows TMA, cudaErrorInvalidValue if the tensor cannot be described.

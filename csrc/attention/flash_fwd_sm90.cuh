@@ -1010,6 +1010,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                                      {p.q_head_stride, p.q_token_stride, p.q_batch_stride},
                                                      kPanel,
                                                      p.num_heads / p.num_kv_heads,
+                                                     true,
                                                      args.tile_tokens}
                                      : TensorMapSpec{p.q,
                                                      p.dtype,

@@ -126,7 +126,7 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
     own.min_q_len = static_cast<int32_t>(call.min_q_len);
     own.max_q_len = static_cast<int32_t>(call.max_q_len);
     // Who adds up splits writes all rows, also those that another kernel has written.
-    if (call.min_q_len > 0) own.config.num_splits = 1;
+    if (call.min_q_len > 0 || call.max_q_len < INT32_MAX) own.config.num_splits = 1;
     check_launch(op, run(q, own, stream_of(q)));
   }
 }

@@ -42,6 +42,8 @@ void check_call(const Checks& checks, const AttentionCall& call) {
   checks.that(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "q has " + std::to_string(num_heads) +
                                                                      " heads, expected a multiple of " +
                                                                      std::to_string(num_kv_heads) + " KV heads");
+  checks.that(call.num_seqs > 0 || call.q.numel() == 0,
+              "cu_seqlens_q has no sequence, expected one that q's tokens are of");
   if (call.alibi_slopes) {
     checks.dtype("alibi_slopes", *call.alibi_slopes, {ScalarType::Float});
     if (call.alibi_slopes->dim() == 1) checks.shape("alibi_slopes", *call.alibi_slopes, {num_heads});
