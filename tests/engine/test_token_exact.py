@@ -157,7 +157,8 @@ def test_prefix_hits(exact: Exact) -> None:
     num_shared = engine.stats().num_prefix_hit_tokens
     expected = [num_hits(prompt, prompts[:i]) for i, prompt in enumerate(prompts)]
     assert num_shared == sum(expected)
-    assert any(hits % 16 > 0 for hits in expected)
+    if len(prompts) == len(PROMPTS):  # a part of them may have none that ends inside a block
+        assert any(hits % 16 > 0 for hits in expected)
     serve(exact, engine, all_at_once(exact))
     assert engine.stats().num_prefix_hit_tokens == num_shared + sum(num_hits(prompt, prompts) for prompt in prompts)
 
