@@ -25,8 +25,8 @@ struct FlashFwdSm90HeadDims {
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims8Bit[] = {
-    {64, 64}, {128, 128}, {256, 256}};  // of fp8, and of K and V
+// Of fp8, of K and V of 8 bits, and of packed groups.
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90FewHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
 // of shared memory (Q, and at least two stages each of K and V). Three groups need fewer passes over the keys; two
@@ -47,7 +47,6 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim) {
 }
 
 // Where a tile packs the query heads of a KV head.
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDimsPacked[] = {{64, 64}, {128, 128}, {256, 256}};
 constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_packed(int v_head_dim) { return {2, v_head_dim <= 128 ? 128 : 80}; }
 
 // Beside the blocks in 16 bits there are some in 8; and who widens them needs registers that three groups do not leave.
@@ -116,17 +115,17 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   FlashFwdSm90HeadDims dims;
   if (problem.fp8) {
-    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims8Bit);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     config.tile = flash_fwd_sm90_tile_fp8(dims.v);
   } else if (problem.widens) {
-    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims8Bit);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     config.tile = flash_fwd_sm90_tile_widened(dims.v);
   } else {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims);
     config.tile = flash_fwd_sm90_tile(dims.v, problem.max_seqlen_q <= 1024 && !problem.extras);
     // Few rows of each head leave most of a tile empty. Packed they must save a fourth: positions of rows then take
     // divisions, and the tiles of long sequences are well filled anyway.
-    const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDimsPacked);
+    const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     const FlashFwdSm90Tile packed_tile = flash_fwd_sm90_tile_packed(packed_dims.v);
     if (group > 1 && packed_dims.qk > 0 && group <= packed_tile.block_m()) {
       const auto cost = [&](const FlashFwdSm90HeadDims& d, double rows) { return rows * (d.qk + d.v); };

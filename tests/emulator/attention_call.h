@@ -147,6 +147,26 @@ struct AttentionCall {
     p.dtype = TypeInfo<T>::kDType;
   }
 
+  // Those of the kernels on mma.sync.
+  template <typename Params>
+  void fill_portable(Params& p) {
+    fill(p);
+    if (!packed_q) {
+      p.batch_q_len = q_lens[0];
+      p.batch_k_len = k_lens[0];
+      p.q_batch_stride = p.batch_q_len * p.q_token_stride;
+      p.k_batch_stride = p.batch_k_len * p.k_token_stride;
+      p.v_batch_stride = p.batch_k_len * p.v_token_stride;
+    }
+    if (page_size > 0) {
+      p.paged = true;
+      p.block_size = page_size;
+      p.num_blocks = num_pages;
+      p.k_block_stride = p.block_size * p.k_token_stride;
+      p.v_block_stride = p.block_size * p.v_token_stride;
+    }
+  }
+
   // Holds every row of the results against a reference in double.
   // Sequences with other numbers of query tokens are another kernel's.
   void check(int min_q_len = 0, int max_q_len = INT_MAX) const {

@@ -143,7 +143,7 @@ int main(int argc, char** argv) {
     }
     const FlashFwdSm90HeadDims dims = choices[seed % choices.size()];
     bool has_8bit = false;
-    for (const FlashFwdSm90HeadDims& other : fastattn::kFlashFwdSm90HeadDims8Bit) {
+    for (const FlashFwdSm90HeadDims& other : fastattn::kFlashFwdSm90FewHeadDims) {
       has_8bit = has_8bit || (other.qk == dims.qk && other.v == dims.v);
     }
     if (has_8bit && one_in(3)) {

@@ -41,22 +41,8 @@ void run_call(int head_dim) {
   AttentionCall<T> call = draw_call<T>(head_dim);
   if (call.num_tokens == 0) return;
   FlashSm80Params p;
-  call.fill(p);
+  call.fill_portable(p);
   const bool paged = call.page_size > 0;
-  if (!call.packed_q) {
-    p.batch_q_len = call.q_lens[0];
-    p.batch_k_len = call.k_lens[0];
-    p.q_batch_stride = p.batch_q_len * p.q_token_stride;
-    p.k_batch_stride = p.batch_k_len * p.k_token_stride;
-    p.v_batch_stride = p.batch_k_len * p.v_token_stride;
-  }
-  if (paged) {
-    p.paged = true;
-    p.block_size = call.page_size;
-    p.num_blocks = call.num_pages;
-    p.k_block_stride = p.block_size * p.k_token_stride;
-    p.v_block_stride = p.block_size * p.v_token_stride;
-  }
   if (call.has_tree && one_in(3)) {
     p.min_q_len = between(0, call.max_q_len());
     p.max_q_len = between(p.min_q_len, call.max_q_len());

@@ -44,7 +44,7 @@ template <typename T, typename KV = T>
 void run_call(int head_dim) {
   AttentionCall<T, KV> call = draw_call<T, KV>(head_dim);
   PagedDecodeParams p;
-  call.fill(p);
+  call.fill_portable(p);
   const bool paged = call.page_size > 0;
   p.kv_dtype = TypeInfo<KV>::kDType;
   if (call.has_scales) {
@@ -55,20 +55,6 @@ void run_call(int head_dim) {
     p.k_scale = scale(call.k_scale);
     p.v_scale = scale(call.v_scale);
     p.scales_of_tokens = call.scales_of_tokens;
-  }
-  if (!call.packed_q) {
-    p.batch_q_len = call.q_lens[0];
-    p.batch_k_len = call.k_lens[0];
-    p.q_batch_stride = p.batch_q_len * p.q_token_stride;
-    p.k_batch_stride = p.batch_k_len * p.k_token_stride;
-    p.v_batch_stride = p.batch_k_len * p.v_token_stride;
-  }
-  if (paged) {
-    p.paged = true;
-    p.block_size = call.page_size;
-    p.num_blocks = call.num_pages;
-    p.k_block_stride = p.block_size * p.k_token_stride;
-    p.v_block_stride = p.block_size * p.v_token_stride;
   }
   if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
   const int num_sms = pick({1, 3, 8, 30});
