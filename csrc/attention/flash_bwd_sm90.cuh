@@ -40,6 +40,9 @@
 // for none. A tile walks from the last block to the first: with a causal mask all of a pair's tiles begin there, and
 // who comes later, with fewer blocks to see, is behind by a step, not by all the blocks that it does not see.
 //
+// Else a tile walks from the first block to the last of one head after the other; or of all heads together, up or down,
+// where that keeps Q, dO and dQ in the L2 cache (heads_last, flash_bwd_sm90_config.h).
+//
 // Poison: rows behind the end of a sequence have lse = +inf and so P = 0, and are cleared in shared memory if the copy
 // engine may have brought another sequence's; so are keys and values. What is left must be finite.
 //
@@ -126,6 +129,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
       reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes_aligned);
   const FlashBwdSm90Params& p = args.p;
+  const bool heads_last = DETERMINISTIC || p.config.heads_last;
   const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
@@ -239,8 +243,9 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
           tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
           dout_ring.advance();
         };
-        if constexpr (DETERMINISTIC) {
-          for (int32_t block = tile.end_block - 1; block >= tile.begin_block; --block) {
+        if (heads_last) {
+          int32_t block = tile.direction > 0 ? tile.begin_block : tile.end_block - 1;
+          for (int32_t num = tile.end_block - tile.begin_block; num > 0; --num, block += tile.direction) {
             for (int32_t i = 0; i < args.group_size.divisor; ++i) load_block(i, block);
           }
         } else {
@@ -292,14 +297,14 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     tile_ring.advance();
   };
 
-  // Deterministic: from the last block to the first, and of each all heads. See above.
   const auto next_block = [&] {
     const int32_t blocks_of_head = static_cast<int32_t>(p.config.blocks_of_head), group = args.group_size.divisor;
-    if constexpr (DETERMINISTIC) {
+    if (heads_last) {
       const bool new_block = head_idx + 1 == (tile(&FlashBwdTile::kv_head_idx) + 1) * group;
-      workspace_block += new_block ? -1 - (group - 1) * blocks_of_head : blocks_of_head;
+      const int32_t direction = new_block ? tile(&FlashBwdTile::direction) : 0;
+      workspace_block += new_block ? direction - (group - 1) * blocks_of_head : blocks_of_head;
       head_idx += new_block ? 1 - group : 1;
-      block -= new_block;
+      block += direction;
     } else {
       const bool new_head = block + 1 == end_block;
       const int32_t next = new_head ? begin_block : block + 1;
@@ -413,7 +418,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     if (p.window_left >= 0) special_from = max(0, (first_row + p.window_left + 1) / BLOCK_M);
     if (first_key + 64 > k_len || p.alibi_slopes != nullptr || p.softcap > 0.0f) special_before = INT32_MAX;
     whole_blocks = q_ends_inside ? q_len / BLOCK_M : -1;
-    block = DETERMINISTIC ? end_block - 1 : begin_block;
+    block = heads_last && tile(&FlashBwdTile::direction) < 0 ? end_block - 1 : begin_block;
     head_idx = tile(&FlashBwdTile::kv_head_idx) * args.group_size.divisor;
     workspace_block =
         head_idx * static_cast<int32_t>(p.config.blocks_of_head) + tile(&FlashBwdTile::first_block) + block;

@@ -52,6 +52,7 @@ struct FlashBwdSm90Config {
   FlashBwdSm90Tile tile;
   int64_t num_n_tiles;  // of a pair
   SectionOrder order;
+  bool heads_last;  // a tile takes all heads' rows of a block before it goes on, and tiles go up and down in turns
   int64_t num_tiles;
   int64_t num_ctas;
   // Query rows are kept in blocks of block_m in the workspaces, each sequence beginning with a new one.
@@ -84,8 +85,20 @@ inline FlashBwdSm90Config flash_bwd_sm90_config(const FlashBwdSm90Problem& probl
   constexpr int64_t kSectionBytes = 16 << 20;
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   const int64_t pair_bytes = std::max<int64_t>(1, problem.max_seqlen_q * config.head_dim * 8 * group);
-  config.order = SectionOrder::make(num_pairs, config.num_n_tiles, std::max<int64_t>(1, kSectionBytes / pair_bytes),
-                                    problem.causal, problem.num_sms);
+  int64_t pairs = std::max<int64_t>(1, kSectionBytes / pair_bytes);
+  // The heads of a group multiply that, and with a causal mask tiles get out of step: together they then read from
+  // memory what none would alone. So a tile takes all heads' rows of a block before it goes on, and tiles go two ways.
+  // Those that begin together do so from the last rows on, which all of them see. They end one after the other, the
+  // last keys' first; what begins then, the first keys' first, meets if it goes from the first rows on, and ends
+  // together. So a section has as many tiles as there are CTAs, every CTA's tiles go up and down in turns, and two
+  // sections end as they began.
+  const int64_t pairs_at_once = std::max<int64_t>(1, problem.num_sms / config.num_n_tiles);
+  constexpr int64_t kCachedBytes = 40 << 20;  // of an L2 cache of 50 MiB
+  config.heads_last = problem.causal && !problem.packed && group > 1 && pairs_at_once * pair_bytes > kCachedBytes &&
+                      num_pairs % (2 * pairs_at_once) == 0;
+  if (config.heads_last) pairs = pairs_at_once;
+  config.order =
+      SectionOrder::make(num_pairs, config.num_n_tiles, pairs, problem.causal && !config.heads_last, problem.num_sms);
   return config;
 }
 

@@ -27,6 +27,7 @@ struct FlashBwdTile {
   int32_t q_start, q_len, k_start, k_len, k_allocated;
   int32_t begin_block, end_block;  // of each head; begin == end: no row sees these keys
   int32_t first_block;             // of the sequence in the workspaces
+  int32_t direction;               // from block to block, 1 or -1, if heads come last
   int32_t more;                    // 0: there are no more tiles
 };
 
@@ -64,6 +65,7 @@ __device__ __forceinline__ bool decode_tile(const FlashBwdSm90Args& args, int32_
     tile.begin_block = begin / BLOCK_M;
     tile.end_block = (end + BLOCK_M - 1) / BLOCK_M;
   }
+  tile.direction = p.turns == nullptr && idx / static_cast<int32_t>(gridDim.x) % 2 != 0 ? 1 : -1;
   tile.more = 1;
   return true;
 }

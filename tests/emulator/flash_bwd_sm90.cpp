@@ -179,6 +179,7 @@ void run_call(int head_dim) {
   // Sections as they come in larger calls.
   const int64_t num_pairs = int64_t{num_seqs} * call.num_kv_heads;
   config.order = fastattn::SectionOrder::make(num_pairs, config.num_n_tiles, between(1, 3), one_in(2), 1);
+  config.heads_last = one_in(2);
   const auto floats = [](int64_t size) { return std::vector<float>(static_cast<size_t>(size), NAN); };
   const auto ints = [](int64_t size) { return std::vector<int32_t>(static_cast<size_t>(size), -7); };
   auto lse_log2 = floats(config.rows(p.num_heads)), delta = lse_log2;
