@@ -93,7 +93,6 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
 template <int STAGES, int BYTES>
 struct FlashFwdSm90RawBlocks {
   alignas(1024) unsigned char raw[STAGES][BYTES];
-  MBarrier raw_full[STAGES], raw_empty[STAGES];
 };
 template <int BYTES>
 struct FlashFwdSm90RawBlocks<0, BYTES> {};
@@ -109,7 +108,7 @@ struct FlashFwdSm90Sizes {
   static constexpr int kMostBytes = 224 * 1024;
   static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
   static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesRaw = !WIDENS ? 0 : kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesRaw = !WIDENS ? 0 : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
 };
 
@@ -134,17 +133,32 @@ struct FlashFwdSm90Storage
   FlashTile tile[kTileStages];
 };
 
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
+struct FlashFwdSm90WideningStorage : FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true> {
+  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true>;
+  MBarrier raw_full[Sizes::kStagesRaw], raw_empty[Sizes::kStagesRaw];
+  MBarrier q_loaded[Sizes::kStagesQ];  // queries that must become fp16 before they are full
+  FlashTokenFactors<Sizes::kStages, BLOCK_N> factors;
+};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+using FlashFwdSm90StorageOf =
+    std::conditional_t<WIDENS, FlashFwdSm90WideningStorage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>,
+                       FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, false>>;
+
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
 // EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+template <typename Input, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
-  using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, T>;
+  using T = std::conditional_t<WIDENS, __half, Input>;  // of the products
+  using Storage = FlashFwdSm90StorageOf<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, Input>;
+  constexpr bool CONVERTS_Q = !std::is_same_v<T, Input>;
   constexpr bool FP8 = sizeof(T) == 1;
   static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
   constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
@@ -186,7 +200,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     tma_prefetch_map(args.k);
     tma_prefetch_map(args.v);
     for (int i = 0; i < Storage::kStagesQ; ++i) {
-      smem.q_full[i].init(1);
+      smem.q_full[i].init(CONVERTS_Q ? kWideners : 1);
       smem.q_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < STAGES; ++i) {
@@ -202,6 +216,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         smem.raw_full[i].init(1);
         smem.raw_empty[i].init(kWideners);
       }
+      for (int i = 0; i < Storage::kStagesQ; ++i) smem.q_loaded[i].init(1);
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
@@ -273,14 +288,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
         __syncwarp();
+        MBarrier* full = &smem.q_full[stage];
+        if constexpr (CONVERTS_Q) full = &smem.q_loaded[stage];
         if (lane == 0) {
-          smem.q_full[stage].arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
+          full->arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
                                                              static_cast<uint32_t>(sizeof(T))
                                                        : Q_BYTES);
         }
         if (lane < STORED_DIM / PANEL) {
           const int32_t token = tile.q_start + tile.first_row;
-          tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
+          tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, *full, lane * PANEL,
                       PACKS ? tile.head_idx : token, PACKS ? token : tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
         q_ring.advance();
@@ -340,22 +357,24 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     } else if constexpr (WIDENS) {
       // ------------------------------------------------------------------------------ wideners
-      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity,
-                                   const float (&scales)[2], int32_t num_keys) {
-        const uint32_t stage = raw_ring.stage();
+      const uint32_t widener = warp_idx - 1;
+      uint32_t num_blocks = 0;  // of the CTA, which go round so that each widener has as much to do
+      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity, int32_t num_keys,
+                                   const auto& before_full) {
+        const uint32_t stage = raw_ring.stage(), first = (widener + num_blocks++) % kWideners;
         const unsigned char* const raw = smem.raw[stage];
         smem.raw_full[stage].wait(raw_ring.parity());
         empty.wait(parity ^ 1);
-        const auto widen_as = [&](auto kv, auto scaled) {
-          widen_rows<T, decltype(kv), BLOCK_N, HEAD_DIM, decltype(scaled)::value>(raw, target, scales, num_keys,
-                                                                                  warp_idx - 1, lane);
-        };
         if (p.kv_dtype == DType::kInt8) {
-          p.k_scale.data != nullptr ? widen_as(int8_t(), std::true_type()) : widen_as(int8_t(), std::false_type());
+          widen_rows<int8_t, BLOCK_N, HEAD_DIM>(raw, target, first, lane);
         } else {
-          p.k_scale.data != nullptr ? widen_as(__nv_fp8_e4m3(), std::true_type())
-                                    : widen_as(__nv_fp8_e4m3(), std::false_type());
+          widen_rows<__nv_fp8_e4m3, BLOCK_N, HEAD_DIM>(raw, target, first, lane);
         }
+        if (num_keys < BLOCK_N) {
+          __syncwarp();
+          clear_rows<BLOCK_N, HEAD_DIM>(target, num_keys, first, lane);
+        }
+        before_full();
         fence_proxy_async();
         __syncwarp();
         if (lane == 0) {
@@ -365,25 +384,35 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         raw_ring.advance();
       };
       while (tiles.take(tile)) {
-        FlashRowScales next = {};
+        const bool has_factors = p.k_scale.data != nullptr;
+        FlashLaneFactors factors = {};
         const auto ask = [&](int32_t step) {
-          if (p.k_scale.data != nullptr && step >= tile.begin_step) {
-            next = row_scales<BLOCK_N>(args, tile, step, warp_idx - 1, lane);
+          if (has_factors && step >= tile.begin_step) {
+            factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
           }
         };
         ask(tile.end_step - 1);
-        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
-          const FlashRowScales scales = next;
-          ask(step - 1);  // early: they come from device memory, behind an entry of the table
-          const int32_t num_keys = tile.k_len - step * BLOCK_N;
-#pragma unroll 1
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t stage = k_ring.stage();  // V's as well
-            const float of_rows[2] = {i == 0 ? scales.of_k[0] : scales.of_v[0],
-                                      i == 0 ? scales.of_k[1] : scales.of_v[1]};
-            widen_block(i == 0 ? smem.k[stage] : smem.v[stage], i == 0 ? smem.k_full[stage] : smem.v_full[stage],
-                        i == 0 ? smem.k_empty[stage] : smem.v_empty[stage], k_ring.parity(), of_rows, num_keys);
+        if constexpr (CONVERTS_Q) {
+          if (tile.begin_step < tile.end_step) {
+            const uint32_t stage = q_ring.stage();
+            smem.q_loaded[stage].wait(q_ring.parity());
+            queries_to_half<BLOCK_M * STORED_DIM>(smem.q[stage], widener, lane);
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) smem.q_full[stage].arrive();
+            q_ring.advance();
           }
+        }
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          const int32_t num_keys = tile.k_len - step * BLOCK_N;
+          const uint32_t stage = k_ring.stage();  // V's as well
+          widen_block(smem.k[stage], smem.k_full[stage], smem.k_empty[stage], k_ring.parity(), BLOCK_N, [&] {
+            if (has_factors) {
+              store_factors(smem.factors, factors, stage, k_ring.count % (STAGES + 1), widener, lane);
+            }
+          });
+          ask(step - 1);  // early: they come from device memory, behind an entry of the table
+          widen_block(smem.v[stage], smem.v_full[stage], smem.v_empty[stage], k_ring.parity(), num_keys, [] {});
           k_ring.advance();
         }
       }
@@ -658,6 +687,48 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
   };
 
+  // Pages of 8 bits: a factor for each token.
+  const bool has_factors = WIDENS && p.k_scale.data != nullptr;
+  float factor_reference_of_v = 1.0f;  // that O has been divided by
+  const auto multiply_by_factors = [&](const float* factors, float inverse) {
+    const uint32_t address = shared_address(factors) + lane % 4 * 8;
+#pragma unroll
+    for (int t = 0; t < BLOCK_N / 8; ++t) {
+      float2 two = load_shared_pair(address + t * 32);
+      two.x *= inverse;
+      two.y *= inverse;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
+    }
+    __syncwarp();  // before one lane says that they have been read
+  };
+  const auto scale_scores = [&] {
+    if constexpr (WIDENS) {
+      if (has_factors) multiply_by_factors(smem.factors.of_k[k_ring.stage()], 1.0f);
+    }
+  };
+  // P of the block before the one that k_ring stands at. O must not be in flight.
+  const auto scale_probs = [&](bool first) {
+    if constexpr (WIDENS) {
+      if (has_factors) {
+        const uint32_t slot = (k_ring.count - 1) % (STAGES + 1);
+        const float reference = factor_reference(smem.factors, slot);
+        if (first) {
+          factor_reference_of_v = reference;
+        } else if (reference > factor_reference_of_v) {
+          const float ratio = factor_reference_of_v / reference;
+          factor_reference_of_v = reference;
+#pragma unroll
+          for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+#pragma unroll
+            for (float& x : acc[t]) x *= ratio;
+          }
+        }
+        multiply_by_factors(smem.factors.of_v[slot], 1.0f / factor_reference_of_v);
+      }
+    }
+  };
+
   // ---- the ends of a tile
   const auto descale_of = [&](const FlashDescale& scale, const FlashTile& t) {
     if (scale.data == nullptr) return 1.0f;
@@ -717,6 +788,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
       if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
+      if constexpr (WIDENS) inverse *= factor_reference_of_v;
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
@@ -811,6 +883,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     num_rows -= lane_row;
     if constexpr (FP8 || WIDENS) {
       softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      if (CONVERTS_Q) softmax_scale *= 1.0f / kWidenedQueryScale;
       softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
       if (!never_plain) scale_log2 = softmax_scale * kLog2E;
     }
@@ -846,10 +919,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
+    scale_scores();
     release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
     find_max(end_step - 1);
     exponentials(row_sum);
+    scale_probs(true);
     round_probs();
   };
 
@@ -879,6 +954,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
+      scale_scores();
       if constexpr (FP8) {
         // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
         // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
@@ -919,6 +995,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             start_scores();
             wgmma_wait<0>();
             pin_registers(scores);
+            scale_scores();
           }
         }
         if (__builtin_expect(exact, 0)) {
@@ -932,6 +1009,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         row_sum[1] += sums[1];
         release_scores(step);
         finish_output();
+        scale_probs(false);
         round_probs();
       }
     }
@@ -973,7 +1051,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  using Storage = FlashFwdSm90StorageOf<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;
