@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   using Storage = FlashFwdSm90StorageOf<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, Input>;
   constexpr bool CONVERTS_Q = !std::is_same_v<T, Input>;
+  constexpr float QUERY_UNIT = CONVERTS_Q ? 1.0f / kWidenedQueryScale : 1.0f;
   constexpr bool FP8 = sizeof(T) == 1;
   static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
   constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
@@ -170,10 +171,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = (FP8 && NUM_CONSUMERS == 3 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
+  constexpr int PRODUCER_REGISTERS =
+      (WIDENS || (FP8 && NUM_CONSUMERS == 3) ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
-  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4;  // barriers of the SM, one for each group
+  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4, kFactorsOfWideners = 7;  // barriers of the SM, one for each group
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
@@ -190,6 +192,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
+  const bool has_factors = WIDENS && p.k_scale.data != nullptr;  // of each token
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
   const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
@@ -358,6 +361,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     } else if constexpr (WIDENS) {
       // ------------------------------------------------------------------------------ wideners
       const uint32_t widener = warp_idx - 1;
+      const bool capped = EXTRAS && (p.softcap > 0.0f || p.alibi_slopes != nullptr);  // find_max scales by the rest
+      const float unit_of_k = capped ? 1.0f : p.softmax_scale * kLog2E * QUERY_UNIT;
       uint32_t num_blocks = 0;  // of the CTA, which go round so that each widener has as much to do
       const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity, int32_t num_keys,
                                    const auto& before_full) {
@@ -384,12 +389,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         raw_ring.advance();
       };
       while (tiles.take(tile)) {
-        const bool has_factors = p.k_scale.data != nullptr;
         FlashLaneFactors factors = {};
+        float reference = 0x1p-100f;
         const auto ask = [&](int32_t step) {
-          if (has_factors && step >= tile.begin_step) {
-            factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
-          }
+          if (has_factors && step >= tile.begin_step) factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
         };
         ask(tile.end_step - 1);
         if constexpr (CONVERTS_Q) {
@@ -408,7 +411,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           const uint32_t stage = k_ring.stage();  // V's as well
           widen_block(smem.k[stage], smem.k_full[stage], smem.k_empty[stage], k_ring.parity(), BLOCK_N, [&] {
             if (has_factors) {
-              store_factors(smem.factors, factors, stage, k_ring.count % (STAGES + 1), widener, lane);
+              store_factors(smem.factors, factors, unit_of_k, reference, stage, k_ring.count % (STAGES + 1),
+                            kFactorsOfWideners, widener, lane);
             }
           });
           ask(step - 1);  // early: they come from device memory, behind an entry of the table
@@ -647,6 +651,21 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
+  // Pages of 8 bits with a factor for each token: what makes a score of a product.
+  const auto factors_of_k = [&](int t) {
+    return load_shared_pair(shared_address(smem.factors.of_k[k_ring.stage()]) + lane % 4 * 8 + t * 32);
+  };
+  const auto scale_scores = [&] {
+    if constexpr (WIDENS) {
+      if (!has_factors) return;
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+        const float2 two = factors_of_k(t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
+      }
+    }
+  };
   // Scores to probabilities relative to row_max, of some tiles of eight keys; added to their sums.
   const auto exponentials_of = [&](int begin, int end, float (&parts)[4]) {
     const float origin[2] = {finite_max(row_max[0]) * scale_log2 - REFERENCE_LOG2,
@@ -660,9 +679,24 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  const auto exponentials = [&](float (&sums)[2]) {
+  const auto exponentials = [&](float (&sums)[2], bool scaled) {
     float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    exponentials_of(0, BLOCK_N / 8, parts);
+    bool done = false;
+    if constexpr (WIDENS) {
+      if (!scaled && has_factors) {
+        done = true;
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 8; ++t) {
+          const float2 two = factors_of_k(t);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            scores[t][i] = exp2_approx(fmaf(scores[t][i], i & 1 ? two.y : two.x, -finite_max(row_max[i >> 1])));
+            parts[i] += scores[t][i];
+          }
+        }
+      }
+    }
+    if (!done) exponentials_of(0, BLOCK_N / 8, parts);
     sums[0] = parts[0] + parts[1];
     sums[1] = parts[2] + parts[3];
   };
@@ -687,45 +721,32 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
   };
 
-  // Pages of 8 bits: a factor for each token.
-  const bool has_factors = WIDENS && p.k_scale.data != nullptr;
-  float factor_reference_of_v = 1.0f;  // that O has been divided by
-  const auto multiply_by_factors = [&](const float* factors, float inverse) {
-    const uint32_t address = shared_address(factors) + lane % 4 * 8;
-#pragma unroll
-    for (int t = 0; t < BLOCK_N / 8; ++t) {
-      float2 two = load_shared_pair(address + t * 32);
-      two.x *= inverse;
-      two.y *= inverse;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
-    }
-    __syncwarp();  // before one lane says that they have been read
-  };
-  const auto scale_scores = [&] {
-    if constexpr (WIDENS) {
-      if (has_factors) multiply_by_factors(smem.factors.of_k[k_ring.stage()], 1.0f);
-    }
-  };
-  // P of the block before the one that k_ring stands at. O must not be in flight.
+  // P, rounded, of the block before the one that k_ring stands at. O must not be in flight.
+  float reference_of_v = 1.0f;  // that O is divided by
   const auto scale_probs = [&](bool first) {
     if constexpr (WIDENS) {
-      if (has_factors) {
-        const uint32_t slot = (k_ring.count - 1) % (STAGES + 1);
-        const float reference = factor_reference(smem.factors, slot);
-        if (first) {
-          factor_reference_of_v = reference;
-        } else if (reference > factor_reference_of_v) {
-          const float ratio = factor_reference_of_v / reference;
-          factor_reference_of_v = reference;
+      if (!has_factors) return;
+      const uint32_t slot = (k_ring.count - 1) % (STAGES + 1);
+      const float reference = smem.factors.reference[slot];
+      if (!first && reference > reference_of_v) {
+        const float ratio = reference_of_v / reference;
 #pragma unroll
-          for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
 #pragma unroll
-            for (float& x : acc[t]) x *= ratio;
-          }
+          for (float& x : acc[t]) x *= ratio;
         }
-        multiply_by_factors(smem.factors.of_v[slot], 1.0f / factor_reference_of_v);
       }
+      reference_of_v = reference;
+      const uint32_t address = shared_address(smem.factors.of_v[slot]) + lane % 4 * 4;
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+        const __half2 two = as_pair<__half>(load_shared(address + t * 16));
+#pragma unroll
+        for (int i = t % 2 * 2; i < t % 2 * 2 + 2; ++i) {
+          probs[t / 2][i] = bits_of<__half>(__hmul2(as_pair<__half>(probs[t / 2][i]), two));
+        }
+      }
+      __syncwarp();  // before one lane says that they have been read
     }
   };
 
@@ -788,7 +809,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
       if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
-      if constexpr (WIDENS) inverse *= factor_reference_of_v;
+      if constexpr (WIDENS) inverse *= reference_of_v;
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
@@ -882,10 +903,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if (PACKS) num_rows = min(num_rows, args.tile_tokens) * args.group_size.divisor;
     num_rows -= lane_row;
     if constexpr (FP8 || WIDENS) {
-      softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
-      if (CONVERTS_Q) softmax_scale *= 1.0f / kWidenedQueryScale;
+      softmax_scale = p.softmax_scale * QUERY_UNIT * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
       softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
-      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+      if (!never_plain) scale_log2 = has_factors ? 1.0f : softmax_scale * kLog2E;
     }
   };
   const auto pass_over = [&](int32_t num_blocks) {
@@ -920,12 +940,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     wgmma_wait<0>();
     pin_registers(scores);
     scale_scores();
+    if constexpr (WIDENS) __syncwarp();
     release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
     find_max(end_step - 1);
-    exponentials(row_sum);
-    scale_probs(true);
+    exponentials(row_sum, true);
     round_probs();
+    scale_probs(true);
   };
 
   // ---- main loop
@@ -954,7 +975,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       first = false;
       wgmma_wait<1>();
       pin_registers(scores);
-      scale_scores();
       if constexpr (FP8) {
         // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
         // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
@@ -980,7 +1000,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         float sums[2] = {0.0f, 0.0f};
         bool exact = never_plain || is_masked(step);
         if (!exact) {
-          exponentials(sums);
+          exponentials(sums, false);
           // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
           // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
           // say.
@@ -995,22 +1015,23 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             start_scores();
             wgmma_wait<0>();
             pin_registers(scores);
-            scale_scores();
           }
         }
         if (__builtin_expect(exact, 0)) {
+          scale_scores();
           find_max(step);
-          exponentials(sums);
+          exponentials(sums, true);
           wgmma_wait<0>();
           pin_registers(acc);
           rescale();
         }
         row_sum[0] += sums[0];
         row_sum[1] += sums[1];
+        if constexpr (WIDENS) __syncwarp();  // before one lane says that factors have been read
         release_scores(step);
         finish_output();
-        scale_probs(false);
         round_probs();
+        scale_probs(false);
       }
     }
 

@@ -8,8 +8,8 @@
 //   warp 0           Q, then raw: K(n) V(n) K(n-1) V(n-1) …
 //   warps 1 to 3     Q to fp16; widen K(n), V(n), …: of each its share of the rows, eight at a time
 //
-// One factor for all tokens of a KV head is left to the scores and to the output. One for each token multiplies S, or P
-// before it is rounded: those of V over a power of two that is at least their maximum so far (FlashTokenFactors).
+// One factor for all tokens of a KV head is left to the scores and to the output. Of those of each token K's multiply
+// the scores where these are scaled anyway, and V's P once it is rounded, as fp16 (FlashTokenFactors).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "arch/fragments.cuh"
+#include "arch/mbarrier.cuh"
 #include "arch/panel_swizzle.cuh"
 #include "arch/widen.cuh"
 #include "attention/flash_fwd_sm90_tiles.cuh"
@@ -37,17 +38,18 @@ constexpr float kWidenedQueryScale = 0.0625f;  // of queries in bf16
 template <int STAGES, int BLOCK_N>
 struct FlashTokenFactors {
   static constexpr int kSlots = STAGES + 1;
-  float of_k[STAGES][BLOCK_N];
-  float of_v[kSlots][BLOCK_N];
-  float largest_of_v[kSlots][kWideners];  // of what each warp has stored
+  float of_k[STAGES][BLOCK_N];     // that bring a product to a score
+  uint16_t of_v[kSlots][BLOCK_N];  // fp16, divided by
+  float reference[kSlots];         // a power of two, at least the largest factor of this block and those before
+  float largest[kSlots][kWideners];  // of what each warp has
 };
 
-// A lane's share of them: those of two tokens, far enough ahead that they are there when they are wanted.
+// A lane's share of them, of one token or two: asked for far enough ahead that they are there when they are wanted.
 struct FlashLaneFactors {
   float of_k[2], of_v[2];
 };
 
-__device__ __forceinline__ uint32_t token_of_lane(int i, uint32_t warp, uint32_t lane) {
+__device__ __forceinline__ uint32_t token_of_lane(uint32_t i, uint32_t warp, uint32_t lane) {
   return (i * kWideners + warp) * 32 + lane;
 }
 
@@ -59,7 +61,7 @@ __device__ __forceinline__ FlashLaneFactors ask_for_factors(const FlashFwdSm90Ar
   const int32_t kv_head = args.group_size.divide(tile.head_idx);
   FlashLaneFactors factors = {};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (uint32_t i = 0; i < 2; ++i) {
     const uint32_t token = token_of_lane(i, warp, lane);
     const int32_t key = step * BLOCK_N + static_cast<int32_t>(token);
     if (token >= BLOCK_N || key >= tile.k_len) continue;  // P of others is zero, and must stay it
@@ -76,29 +78,29 @@ __device__ __forceinline__ FlashLaneFactors ask_for_factors(const FlashFwdSm90Ar
   return factors;
 }
 
+// By all wideners: what they have of a block to its slot, and V's reference raised to be no less than any of it.
 template <int STAGES, int BLOCK_N>
-__device__ __forceinline__ void store_factors(FlashTokenFactors<STAGES, BLOCK_N>& target, const FlashLaneFactors& own,
-                                              uint32_t stage, uint32_t slot, uint32_t warp, uint32_t lane) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t token = token_of_lane(i, warp, lane);
-    if (token < BLOCK_N) {
-      target.of_k[stage][token] = own.of_k[i];
-      target.of_v[slot][token] = own.of_v[i];
-    }
-  }
+__device__ __forceinline__ void store_factors(FlashTokenFactors<STAGES, BLOCK_N>& target,
+                                              const FlashLaneFactors& factors, float unit_of_k, float& reference,
+                                              uint32_t stage, uint32_t slot, int barrier, uint32_t warp,
+                                              uint32_t lane) {
   // Positive numbers are in the order of their bits.
-  const float largest = fmaxf(fmaxf(own.of_v[0], own.of_v[1]), 0.0f);
-  const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(largest));
-  if (lane == 0) target.largest_of_v[slot][warp] = __uint_as_float(bits);
-}
-
-// A power of two that is at least as large as V's factors in that slot.
-template <int STAGES, int BLOCK_N>
-__device__ __forceinline__ float factor_reference(const FlashTokenFactors<STAGES, BLOCK_N>& factors, uint32_t slot) {
-  const float(&largest)[kWideners] = factors.largest_of_v[slot];
-  const uint32_t bits = __float_as_uint(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], 0x1p-100f)));
-  return __uint_as_float((bits + 0x007fffffu) & 0xff800000u);
+  const float most = fmaxf(fmaxf(factors.of_v[0], factors.of_v[1]), 0.0f);
+  const float of_warp = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+  float(&largest)[kWideners] = target.largest[slot];
+  if (lane == 0) largest[warp] = of_warp;
+  named_barrier_sync(barrier, 32 * kWideners);
+  reference = fmaxf(fmaxf(reference, largest[0]), fmaxf(largest[1], largest[2]));
+  reference = __uint_as_float((__float_as_uint(reference) + 0x007fffffu) & 0xff800000u);
+  const float inverse = 1.0f / reference;
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+    const uint32_t token = token_of_lane(i, warp, lane);
+    if (token >= BLOCK_N) continue;
+    target.of_k[stage][token] = factors.of_k[i] * unit_of_k;
+    target.of_v[slot][token] = static_cast<uint16_t>(pack_pair<__half>(factors.of_v[i] * inverse, 0.0f));
+  }
+  if (warp == 0 && lane == 0) target.reference[slot] = reference;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -123,37 +125,42 @@ __device__ __forceinline__ void widen_rows(const unsigned char* __restrict__ raw
   const unsigned char* const lane_raw = raw + first * 8 * RAW_PANEL;
   unsigned char* const lane_target = reinterpret_cast<unsigned char*>(target);
 
-  uint2 ahead[PASSES][2];  // of the next group
+  // Read one ahead of what is written: the passes of a group, or two of them at a time.
+  constexpr uint32_t AT_ONCE = PASSES < 2 ? PASSES : 2, TURNS = PASSES / AT_ONCE;
+  uint2 ahead[AT_ONCE][2];
   const auto load = [&](uint32_t i) {
 #pragma unroll
-    for (uint32_t pass = 0; pass < PASSES; ++pass) {
+    for (uint32_t at = 0; at < AT_ONCE; ++at) {
       // The rows of a pass have bits in their number that the lane's own row has not: so much more is swizzled.
-      const uint32_t rows = pass * ROWS * RAW_PANEL, flip = swizzled<RAW_PANEL>(rows) ^ rows;
-      const unsigned char* const from = lane_raw + i * kWideners * 8 * RAW_PANEL + rows;
-      ahead[pass][0] = *reinterpret_cast<const uint2*>(from + (source ^ flip));
-      ahead[pass][1] = *reinterpret_cast<const uint2*>(from + (source ^ flip ^ 8));
+      const uint32_t rows = (i % TURNS * AT_ONCE + at) * ROWS * RAW_PANEL, flip = swizzled<RAW_PANEL>(rows) ^ rows;
+      const unsigned char* const from = lane_raw + i / TURNS * kWideners * 8 * RAW_PANEL + rows;
+      ahead[at][0] = *reinterpret_cast<const uint2*>(from + (source ^ flip));
+      ahead[at][1] = *reinterpret_cast<const uint2*>(from + (source ^ flip ^ 8));
     }
+  };
+  const auto exists = [&](uint32_t i) {  // the warps' last groups may not
+    return (i / TURNS + 1) * kWideners <= NUM_GROUPS || first + i / TURNS * kWideners < NUM_GROUPS;
   };
   load(0);
 #pragma unroll
-  for (uint32_t i = 0; i < MOST; ++i) {
-    if ((i + 1) * kWideners > NUM_GROUPS && first + i * kWideners >= NUM_GROUPS) break;
-    uint2 now[PASSES][2];
+  for (uint32_t i = 0; i < MOST * TURNS; ++i) {
+    if (!exists(i)) break;
+    uint2 now[AT_ONCE][2];
 #pragma unroll
-    for (uint32_t pass = 0; pass < PASSES; ++pass) {
-      now[pass][0] = ahead[pass][0];
-      now[pass][1] = ahead[pass][1];
+    for (uint32_t at = 0; at < AT_ONCE; ++at) {
+      now[at][0] = ahead[at][0];
+      now[at][1] = ahead[at][1];
     }
-    if (i + 1 < MOST && ((i + 2) * kWideners <= NUM_GROUPS || first + (i + 1) * kWideners < NUM_GROUPS)) load(i + 1);
+    if (i + 1 < MOST * TURNS && exists(i + 1)) load(i + 1);
 #pragma unroll
-    for (uint32_t pass = 0; pass < PASSES; ++pass) {
-      const uint32_t rows = pass * ROWS * PANEL, flip = swizzled<PANEL>(rows) ^ rows;
-      unsigned char* const to = lane_target + i * kWideners * 8 * PANEL + rows;
+    for (uint32_t at = 0; at < AT_ONCE; ++at) {
+      const uint32_t rows = (i % TURNS * AT_ONCE + at) * ROWS * PANEL, flip = swizzled<PANEL>(rows) ^ rows;
+      unsigned char* const to = lane_target + i / TURNS * kWideners * 8 * PANEL + rows;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t wide[2][2];
-        widen<KV>(wide[0], now[pass][half].x);
-        widen<KV>(wide[1], now[pass][half].y);
+        widen<KV>(wide[0], now[at][half].x);
+        widen<KV>(wide[1], now[at][half].y);
         *reinterpret_cast<uint4*>(to + (place ^ flip ^ half * 16)) =
             make_uint4(wide[0][0], wide[0][1], wide[1][0], wide[1][1]);
       }
