@@ -108,7 +108,9 @@ struct FlashFwdSm90Sizes {
   static constexpr int kMostBytes = 224 * 1024;
   static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
   static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesRaw = !WIDENS ? 0 : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesRaw = !WIDENS                                                          ? 0
+                                    : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4
+                                                                                                     : 2;
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
 };
 
@@ -171,8 +173,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  constexpr int PRODUCER_REGISTERS =
-      (WIDENS || (FP8 && NUM_CONSUMERS == 3) ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
+  constexpr int PRODUCER_REGISTERS = (WIDENS || (FP8 && NUM_CONSUMERS == 3) ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
   constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4, kFactorsOfWideners = 7;  // barriers of the SM, one for each group
@@ -295,8 +296,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         if constexpr (CONVERTS_Q) full = &smem.q_loaded[stage];
         if (lane == 0) {
           full->arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
-                                                             static_cast<uint32_t>(sizeof(T))
-                                                       : Q_BYTES);
+                                                static_cast<uint32_t>(sizeof(T))
+                                          : Q_BYTES);
         }
         if (lane < STORED_DIM / PANEL) {
           const int32_t token = tile.q_start + tile.first_row;
@@ -392,7 +393,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         FlashLaneFactors factors = {};
         float reference = 0x1p-100f;
         const auto ask = [&](int32_t step) {
-          if (has_factors && step >= tile.begin_step) factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
+          if (has_factors && step >= tile.begin_step)
+            factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
         };
         ask(tile.end_step - 1);
         if constexpr (CONVERTS_Q) {
@@ -651,20 +653,23 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  // Pages of 8 bits with a factor for each token: what makes a score of a product.
+  // Pages of 8 bits with a factor for each token: what makes scores of products, of two columns.
   const auto factors_of_k = [&](int t) {
-    return load_shared_pair(shared_address(smem.factors.of_k[k_ring.stage()]) + lane % 4 * 8 + t * 32);
+    float2 two = {};
+    if constexpr (WIDENS) {
+      two = load_shared_pair(shared_address(smem.factors.of_k[k_ring.stage()]) + lane % 4 * 8 + t * 32);
+    }
+    return two;
   };
   const auto scale_scores = [&] {
-    if constexpr (WIDENS) {
-      if (!has_factors) return;
+    if (!has_factors) return;
 #pragma unroll
-      for (int t = 0; t < BLOCK_N / 8; ++t) {
-        const float2 two = factors_of_k(t);
+    for (int t = 0; t < BLOCK_N / 8; ++t) {
+      const float2 two = factors_of_k(t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
-      }
+      for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
     }
+    __syncwarp();  // before one lane says that they have been read
   };
   // Scores to probabilities relative to row_max, of some tiles of eight keys; added to their sums.
   const auto exponentials_of = [&](int begin, int end, float (&parts)[4]) {
@@ -679,24 +684,22 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  const auto exponentials = [&](float (&sums)[2], bool scaled) {
+  const auto exponentials = [&](float (&sums)[2], bool scaled) {  // scaled: scale_scores has been called
     float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    bool done = false;
-    if constexpr (WIDENS) {
-      if (!scaled && has_factors) {
-        done = true;
+    if (has_factors && !scaled) {
 #pragma unroll
-        for (int t = 0; t < BLOCK_N / 8; ++t) {
-          const float2 two = factors_of_k(t);
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+        const float2 two = factors_of_k(t);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[t][i] = exp2_approx(fmaf(scores[t][i], i & 1 ? two.y : two.x, -finite_max(row_max[i >> 1])));
-            parts[i] += scores[t][i];
-          }
+        for (int i = 0; i < 4; ++i) {
+          scores[t][i] = exp2_approx(fmaf(scores[t][i], i & 1 ? two.y : two.x, -finite_max(row_max[i >> 1])));
+          parts[i] += scores[t][i];
         }
       }
+      __syncwarp();
+    } else {
+      exponentials_of(0, BLOCK_N / 8, parts);
     }
-    if (!done) exponentials_of(0, BLOCK_N / 8, parts);
     sums[0] = parts[0] + parts[1];
     sums[1] = parts[2] + parts[3];
   };
@@ -721,8 +724,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
   };
 
-  // P, rounded, of the block before the one that k_ring stands at. O must not be in flight.
-  float reference_of_v = 1.0f;  // that O is divided by
+  // The same for P, rounded, of the block before the one that k_ring stands at. O must not be in flight.
+  float reference_of_v = 1.0f;  // O is divided by it
   const auto scale_probs = [&](bool first) {
     if constexpr (WIDENS) {
       if (!has_factors) return;
@@ -746,7 +749,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           probs[t / 2][i] = bits_of<__half>(__hmul2(as_pair<__half>(probs[t / 2][i]), two));
         }
       }
-      __syncwarp();  // before one lane says that they have been read
+      __syncwarp();
     }
   };
 
@@ -940,7 +943,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     wgmma_wait<0>();
     pin_registers(scores);
     scale_scores();
-    if constexpr (WIDENS) __syncwarp();
     release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
     find_max(end_step - 1);
@@ -1027,7 +1029,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
         row_sum[0] += sums[0];
         row_sum[1] += sums[1];
-        if constexpr (WIDENS) __syncwarp();  // before one lane says that factors have been read
         release_scores(step);
         finish_output();
         round_probs();

@@ -29,7 +29,7 @@ namespace fastattn {
 template <int HEAD_DIM>
 constexpr int kRawPanel = HEAD_DIM < 128 ? HEAD_DIM : 128;
 
-constexpr uint32_t kWideners = 3;             // warps
+constexpr uint32_t kWideners = 3;              // warps
 constexpr float kWidenedQueryScale = 0.0625f;  // of queries in bf16
 
 // ---------------------------------------------------------------------------------------------
@@ -38,9 +38,9 @@ constexpr float kWidenedQueryScale = 0.0625f;  // of queries in bf16
 template <int STAGES, int BLOCK_N>
 struct FlashTokenFactors {
   static constexpr int kSlots = STAGES + 1;
-  float of_k[STAGES][BLOCK_N];     // that bring a product to a score
-  uint16_t of_v[kSlots][BLOCK_N];  // fp16, divided by
-  float reference[kSlots];         // a power of two, at least the largest factor of this block and those before
+  float of_k[STAGES][BLOCK_N];       // that bring a product to a score
+  uint16_t of_v[kSlots][BLOCK_N];    // fp16, divided by
+  float reference[kSlots];           // a power of two, at least the largest factor of this block and those before
   float largest[kSlots][kWideners];  // of what each warp has
 };
 
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_factors(FlashTokenFactors<STAGES, BLOCK_N>
   // Positive numbers are in the order of their bits.
   const float most = fmaxf(fmaxf(factors.of_v[0], factors.of_v[1]), 0.0f);
   const float of_warp = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
-  float(&largest)[kWideners] = target.largest[slot];
+  float (&largest)[kWideners] = target.largest[slot];
   if (lane == 0) largest[warp] = of_warp;
   named_barrier_sync(barrier, 32 * kWideners);
   reference = fmaxf(fmaxf(reference, largest[0]), fmaxf(largest[1], largest[2]));
@@ -112,7 +112,8 @@ __device__ __forceinline__ void store_factors(FlashTokenFactors<STAGES, BLOCK_N>
 template <typename KV, int BLOCK_N, int HEAD_DIM>
 __device__ __forceinline__ void widen_rows(const unsigned char* __restrict__ raw, __half* __restrict__ target,
                                            uint32_t first, uint32_t lane) {
-  constexpr uint32_t CHUNKS = HEAD_DIM / 16, ROWS = 32 / CHUNKS, PASSES = 8 / ROWS;  // of a row; that a warp reads at once
+  constexpr uint32_t CHUNKS = HEAD_DIM / 16, ROWS = 32 / CHUNKS,
+                     PASSES = 8 / ROWS;  // of a row; that a warp reads at once
   constexpr uint32_t RAW_PANEL = kRawPanel<HEAD_DIM>, PANEL = 128;
   constexpr uint32_t NUM_GROUPS = BLOCK_N / 8, MOST = (NUM_GROUPS + kWideners - 1) / kWideners;
   static_assert(HEAD_DIM % 64 == 0 && 8 % ROWS == 0 && BLOCK_N % 8 == 0);
