@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       smem.q_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      smem.k_full[i].init(WIDENS ? kWideners : 1);
-      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? kWideners : 1);
+      smem.k_full[i].init(WIDENS ? 32 * kWideners : 1);
+      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? 32 * kWideners : 1);
       if constexpr (FP8) smem.v_turned[i].init(NUM_TURNERS);
       smem.v_loaded[i].init(1);
       smem.k_empty[i].init(4 * NUM_CONSUMERS);
@@ -383,10 +383,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         before_full();
         fence_proxy_async();
         __syncwarp();
-        if (lane == 0) {
-          smem.raw_empty[stage].arrive();
-          full.arrive();
-        }
+        if (lane == 0) smem.raw_empty[stage].arrive();
+        full.arrive();  // each lane for itself, since factors are read as they were written: racecheck knows no other
+                        // way
         raw_ring.advance();
       };
       while (tiles.take(tile)) {
