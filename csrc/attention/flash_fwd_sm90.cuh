@@ -93,7 +93,6 @@ struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
 template <int STAGES, int BYTES>
 struct FlashFwdSm90RawBlocks {
   alignas(1024) unsigned char raw[STAGES][BYTES];
-  MBarrier raw_full[STAGES], raw_empty[STAGES];
 };
 template <int BYTES>
 struct FlashFwdSm90RawBlocks<0, BYTES> {};
@@ -109,7 +108,9 @@ struct FlashFwdSm90Sizes {
   static constexpr int kMostBytes = 224 * 1024;
   static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
   static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesRaw = !WIDENS ? 0 : kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4 : 2;
+  static constexpr int kStagesRaw = !WIDENS                                                          ? 0
+                                    : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4
+                                                                                                     : 2;
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
 };
 
@@ -134,17 +135,33 @@ struct FlashFwdSm90Storage
   FlashTile tile[kTileStages];
 };
 
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
+struct FlashFwdSm90WideningStorage : FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true> {
+  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true>;
+  MBarrier raw_full[Sizes::kStagesRaw], raw_empty[Sizes::kStagesRaw];
+  MBarrier q_loaded[Sizes::kStagesQ];  // queries that must become fp16 before they are full
+  FlashTokenFactors<Sizes::kStages, BLOCK_N> factors;
+};
+
+template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
+using FlashFwdSm90StorageOf =
+    std::conditional_t<WIDENS, FlashFwdSm90WideningStorage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>,
+                       FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, false>>;
+
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
 // EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
+template <typename Input, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
-  using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, T>;
+  using T = std::conditional_t<WIDENS, __half, Input>;  // of the products
+  using Storage = FlashFwdSm90StorageOf<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  using Out = std::conditional_t<sizeof(T) == 1, __nv_bfloat16, Input>;
+  constexpr bool CONVERTS_Q = !std::is_same_v<T, Input>;
+  constexpr float QUERY_UNIT = CONVERTS_Q ? 1.0f / kWidenedQueryScale : 1.0f;
   constexpr bool FP8 = sizeof(T) == 1;
   static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
   constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
@@ -156,10 +173,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = (FP8 && NUM_CONSUMERS == 3 ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
+  constexpr int PRODUCER_REGISTERS = (WIDENS || (FP8 && NUM_CONSUMERS == 3) ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
-  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4;  // barriers of the SM, one for each group
+  constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4, kFactorsOfWideners = 7;  // barriers of the SM, one for each group
   // Of a lane's share of a row of P: fp16 ends at 65504, bf16 and fp32 at 2^127, of which O needs the rest.
   constexpr float LARGEST_SUM = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
   // P of the reference is 2^this: e4m3 has little below 1.
@@ -176,6 +193,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const int group_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
+  const bool has_factors = WIDENS && p.k_scale.data != nullptr;  // of each token
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
   const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
@@ -186,12 +204,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     tma_prefetch_map(args.k);
     tma_prefetch_map(args.v);
     for (int i = 0; i < Storage::kStagesQ; ++i) {
-      smem.q_full[i].init(1);
+      smem.q_full[i].init(CONVERTS_Q ? kWideners : 1);
       smem.q_empty[i].init(4 * NUM_CONSUMERS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      smem.k_full[i].init(WIDENS ? kWideners : 1);
-      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? kWideners : 1);
+      smem.k_full[i].init(WIDENS ? 32 * kWideners : 1);
+      smem.v_full[i].init(FP8 ? NUM_TURNERS : WIDENS ? 32 * kWideners : 1);
       if constexpr (FP8) smem.v_turned[i].init(NUM_TURNERS);
       smem.v_loaded[i].init(1);
       smem.k_empty[i].init(4 * NUM_CONSUMERS);
@@ -202,6 +220,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         smem.raw_full[i].init(1);
         smem.raw_empty[i].init(kWideners);
       }
+      for (int i = 0; i < Storage::kStagesQ; ++i) smem.q_loaded[i].init(1);
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
@@ -273,14 +292,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const uint32_t stage = q_ring.stage();
         smem.q_empty[stage].wait(q_ring.parity() ^ 1);
         __syncwarp();
+        MBarrier* full = &smem.q_full[stage];
+        if constexpr (CONVERTS_Q) full = &smem.q_loaded[stage];
         if (lane == 0) {
-          smem.q_full[stage].arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
-                                                             static_cast<uint32_t>(sizeof(T))
-                                                       : Q_BYTES);
+          full->arrive_expect_bytes(PACKS ? args.tile_tokens * args.group_size.divisor * STORED_DIM *
+                                                static_cast<uint32_t>(sizeof(T))
+                                          : Q_BYTES);
         }
         if (lane < STORED_DIM / PANEL) {
           const int32_t token = tile.q_start + tile.first_row;
-          tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, smem.q_full[stage], lane * PANEL,
+          tma_load_4d(smem.q[stage] + lane * BLOCK_M * PANEL, args.q, *full, lane * PANEL,
                       PACKS ? tile.head_idx : token, PACKS ? token : tile.head_idx, packed_q ? 0 : tile.seq_idx);
         }
         q_ring.advance();
@@ -340,50 +361,63 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     } else if constexpr (WIDENS) {
       // ------------------------------------------------------------------------------ wideners
-      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity,
-                                   const float (&scales)[2], int32_t num_keys) {
-        const uint32_t stage = raw_ring.stage();
+      const uint32_t widener = warp_idx - 1;
+      const bool capped = EXTRAS && (p.softcap > 0.0f || p.alibi_slopes != nullptr);  // find_max scales by the rest
+      const float unit_of_k = capped ? 1.0f : p.softmax_scale * kLog2E * QUERY_UNIT;
+      uint32_t num_blocks = 0;  // of the CTA, which go round so that each widener has as much to do
+      const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity, int32_t num_keys,
+                                   const auto& before_full) {
+        const uint32_t stage = raw_ring.stage(), first = (widener + num_blocks++) % kWideners;
         const unsigned char* const raw = smem.raw[stage];
         smem.raw_full[stage].wait(raw_ring.parity());
         empty.wait(parity ^ 1);
-        const auto widen_as = [&](auto kv, auto scaled) {
-          widen_rows<T, decltype(kv), BLOCK_N, HEAD_DIM, decltype(scaled)::value>(raw, target, scales, num_keys,
-                                                                                  warp_idx - 1, lane);
-        };
         if (p.kv_dtype == DType::kInt8) {
-          p.k_scale.data != nullptr ? widen_as(int8_t(), std::true_type()) : widen_as(int8_t(), std::false_type());
+          widen_rows<int8_t, BLOCK_N, HEAD_DIM>(raw, target, first, lane);
         } else {
-          p.k_scale.data != nullptr ? widen_as(__nv_fp8_e4m3(), std::true_type())
-                                    : widen_as(__nv_fp8_e4m3(), std::false_type());
+          widen_rows<__nv_fp8_e4m3, BLOCK_N, HEAD_DIM>(raw, target, first, lane);
         }
+        if (num_keys < BLOCK_N) {
+          __syncwarp();
+          clear_rows<BLOCK_N, HEAD_DIM>(target, num_keys, first, lane);
+        }
+        before_full();
         fence_proxy_async();
         __syncwarp();
-        if (lane == 0) {
-          smem.raw_empty[stage].arrive();
-          full.arrive();
-        }
+        if (lane == 0) smem.raw_empty[stage].arrive();
+        full.arrive();  // each lane for itself, since factors are read as they were written: racecheck knows no other
+                        // way
         raw_ring.advance();
       };
       while (tiles.take(tile)) {
-        FlashRowScales next = {};
+        FlashLaneFactors factors = {};
+        float reference = 0x1p-100f;
         const auto ask = [&](int32_t step) {
-          if (p.k_scale.data != nullptr && step >= tile.begin_step) {
-            next = row_scales<BLOCK_N>(args, tile, step, warp_idx - 1, lane);
-          }
+          if (has_factors && step >= tile.begin_step)
+            factors = ask_for_factors<BLOCK_N>(args, tile, step, widener, lane);
         };
         ask(tile.end_step - 1);
-        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
-          const FlashRowScales scales = next;
-          ask(step - 1);  // early: they come from device memory, behind an entry of the table
-          const int32_t num_keys = tile.k_len - step * BLOCK_N;
-#pragma unroll 1
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t stage = k_ring.stage();  // V's as well
-            const float of_rows[2] = {i == 0 ? scales.of_k[0] : scales.of_v[0],
-                                      i == 0 ? scales.of_k[1] : scales.of_v[1]};
-            widen_block(i == 0 ? smem.k[stage] : smem.v[stage], i == 0 ? smem.k_full[stage] : smem.v_full[stage],
-                        i == 0 ? smem.k_empty[stage] : smem.v_empty[stage], k_ring.parity(), of_rows, num_keys);
+        if constexpr (CONVERTS_Q) {
+          if (tile.begin_step < tile.end_step) {
+            const uint32_t stage = q_ring.stage();
+            smem.q_loaded[stage].wait(q_ring.parity());
+            queries_to_half<BLOCK_M * STORED_DIM>(smem.q[stage], widener, lane);
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) smem.q_full[stage].arrive();
+            q_ring.advance();
           }
+        }
+        for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+          const int32_t num_keys = tile.k_len - step * BLOCK_N;
+          const uint32_t stage = k_ring.stage();  // V's as well
+          widen_block(smem.k[stage], smem.k_full[stage], smem.k_empty[stage], k_ring.parity(), BLOCK_N, [&] {
+            if (has_factors) {
+              store_factors(smem.factors, factors, unit_of_k, reference, stage, k_ring.count % (STAGES + 1),
+                            kFactorsOfWideners, widener, lane);
+            }
+          });
+          ask(step - 1);  // early: they come from device memory, behind an entry of the table
+          widen_block(smem.v[stage], smem.v_full[stage], smem.v_empty[stage], k_ring.parity(), num_keys, [] {});
           k_ring.advance();
         }
       }
@@ -618,6 +652,24 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
+  // Pages of 8 bits with a factor for each token: what makes scores of products, of two columns.
+  const auto factors_of_k = [&](int t) {
+    float2 two = {};
+    if constexpr (WIDENS) {
+      two = load_shared_pair(shared_address(smem.factors.of_k[k_ring.stage()]) + lane % 4 * 8 + t * 32);
+    }
+    return two;
+  };
+  const auto scale_scores = [&] {
+    if (!has_factors) return;
+#pragma unroll
+    for (int t = 0; t < BLOCK_N / 8; ++t) {
+      const float2 two = factors_of_k(t);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][i] *= i & 1 ? two.y : two.x;
+    }
+    __syncwarp();  // before one lane says that they have been read
+  };
   // Scores to probabilities relative to row_max, of some tiles of eight keys; added to their sums.
   const auto exponentials_of = [&](int begin, int end, float (&parts)[4]) {
     const float origin[2] = {finite_max(row_max[0]) * scale_log2 - REFERENCE_LOG2,
@@ -631,9 +683,22 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  const auto exponentials = [&](float (&sums)[2]) {
+  const auto exponentials = [&](float (&sums)[2], bool scaled) {  // scaled: scale_scores has been called
     float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    exponentials_of(0, BLOCK_N / 8, parts);
+    if (has_factors && !scaled) {
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+        const float2 two = factors_of_k(t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[t][i] = exp2_approx(fmaf(scores[t][i], i & 1 ? two.y : two.x, -finite_max(row_max[i >> 1])));
+          parts[i] += scores[t][i];
+        }
+      }
+      __syncwarp();
+    } else {
+      exponentials_of(0, BLOCK_N / 8, parts);
+    }
     sums[0] = parts[0] + parts[1];
     sums[1] = parts[2] + parts[3];
   };
@@ -655,6 +720,35 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         probs[kk][2] = pack_pair<T>(scores[2 * kk + 1][0], scores[2 * kk + 1][1]);
         probs[kk][3] = pack_pair<T>(scores[2 * kk + 1][2], scores[2 * kk + 1][3]);
       }
+    }
+  };
+
+  // The same for P, rounded, of the block before the one that k_ring stands at. O must not be in flight.
+  float reference_of_v = 1.0f;  // O is divided by it
+  const auto scale_probs = [&](bool first) {
+    if constexpr (WIDENS) {
+      if (!has_factors) return;
+      const uint32_t slot = (k_ring.count - 1) % (STAGES + 1);
+      const float reference = smem.factors.reference[slot];
+      if (!first && reference > reference_of_v) {
+        const float ratio = reference_of_v / reference;
+#pragma unroll
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+#pragma unroll
+          for (float& x : acc[t]) x *= ratio;
+        }
+      }
+      reference_of_v = reference;
+      const uint32_t address = shared_address(smem.factors.of_v[slot]) + lane % 4 * 4;
+#pragma unroll
+      for (int t = 0; t < BLOCK_N / 8; ++t) {
+        const __half2 two = as_pair<__half>(load_shared(address + t * 16));
+#pragma unroll
+        for (int i = t % 2 * 2; i < t % 2 * 2 + 2; ++i) {
+          probs[t / 2][i] = bits_of<__half>(__hmul2(as_pair<__half>(probs[t / 2][i]), two));
+        }
+      }
+      __syncwarp();
     }
   };
 
@@ -717,6 +811,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
       if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
+      if constexpr (WIDENS) inverse *= reference_of_v;
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
@@ -810,9 +905,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if (PACKS) num_rows = min(num_rows, args.tile_tokens) * args.group_size.divisor;
     num_rows -= lane_row;
     if constexpr (FP8 || WIDENS) {
-      softmax_scale = p.softmax_scale * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
+      softmax_scale = p.softmax_scale * QUERY_UNIT * descale_of(p.q_descale, tile) * descale_of(p.k_descale, tile);
       softmax_scale = fmaxf(softmax_scale, FLT_MIN);  // a mask's -inf must not meet a zero
-      if (!never_plain) scale_log2 = softmax_scale * kLog2E;
+      if (!never_plain) scale_log2 = has_factors ? 1.0f : softmax_scale * kLog2E;
     }
   };
   const auto pass_over = [&](int32_t num_blocks) {
@@ -846,11 +941,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
+    scale_scores();
     release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
     find_max(end_step - 1);
-    exponentials(row_sum);
+    exponentials(row_sum, true);
     round_probs();
+    scale_probs(true);
   };
 
   // ---- main loop
@@ -904,7 +1001,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         float sums[2] = {0.0f, 0.0f};
         bool exact = never_plain || is_masked(step);
         if (!exact) {
-          exponentials(sums);
+          exponentials(sums, false);
           // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
           // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
           // say.
@@ -922,8 +1019,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           }
         }
         if (__builtin_expect(exact, 0)) {
+          scale_scores();
           find_max(step);
-          exponentials(sums);
+          exponentials(sums, true);
           wgmma_wait<0>();
           pin_registers(acc);
           rescale();
@@ -933,6 +1031,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         release_scores(step);
         finish_output();
         round_probs();
+        scale_probs(false);
       }
     }
 
@@ -973,7 +1072,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
+  using Storage = FlashFwdSm90StorageOf<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   constexpr int kSmemBytes = sizeof(Storage);
   static_assert(kSmemBytes <= 227 * 1024);
   const FlashFwdSm90Config& config = p.config;

@@ -25,7 +25,7 @@ struct AttentionCall {
   float softcap = 0.0f;
   bool has_alibi = false, has_sinks = false, has_descales = false;
   bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
-  bool rounds_scaled = false;                         // the kernel rounds what it has multiplied by a token's
+  bool scales_fall = false;                           // those of V, from token to token: else they grow, mostly
   bool has_tree = false;                              // paged and causal only
   bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
@@ -86,7 +86,8 @@ struct AttentionCall {
         const size_t row = key_tokens[seq][j] * num_kv_heads;
         for (size_t head = row; scales_of_tokens && head < row + num_kv_heads; ++head) {
           k_scale[head] = 0.01f * static_cast<float>(between(1, 9));
-          v_scale[head] = std::ldexp(1.0f, std::min(j / 24, 8) - between(9, 12));  // grows, mostly
+          const int growth = std::min(j / 24, 8);
+          v_scale[head] = std::ldexp(1.0f, (scales_fall ? 8 - growth : growth) - between(9, 12));
         }
         const float size = (growing_logits ? static_cast<float>(j) / 60.0f : 1.0f) * (has_scales ? 20.0f : 1.0f);
         for (size_t i = row * head_dim; i < (row + num_kv_heads) * head_dim; ++i) k.set(i, normal() * size);
@@ -307,9 +308,6 @@ struct AttentionCall {
       if (scales.empty()) return 1.0;
       return double{scales_of_tokens ? scales[key_tokens[seq][j] * num_kv_heads + kv_head] : scales[kv_head]};
     };
-    const auto scaled = [&](float value, double scale) {
-      return rounds_scaled ? double{static_cast<float>(T(value * static_cast<float>(scale)))} : value * scale;
-    };
 
     std::vector<double> weights;
     double largest = counts && has_sinks ? sinks[head] : -INFINITY;
@@ -317,8 +315,8 @@ struct AttentionCall {
       const int j = keys[at];
       const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
       double score = 0.0;
-      for (int d = 0; d < head_dim; ++d) score += q_row[d] * scaled(k_row[d], scale_of(k_scale, j));
-      score *= scale;
+      for (int d = 0; d < head_dim; ++d) score += double{q_row[d]} * k_row[d];
+      score *= scale * scale_of(k_scale, j);
       if (softcap > 0.0f) score = softcap * std::tanh(score / softcap);
       if (has_alibi) score -= slopes[head] * distances[at];
       weights.push_back(score);
@@ -330,7 +328,7 @@ struct AttentionCall {
     for (size_t j = 0; j < weights.size(); ++j) {
       const double v_scale_j = scale_of(v_scale, keys[j]);
       const float* const v_row = &v.values[(key_tokens[seq][keys[j]] * num_kv_heads + kv_head) * v_head_dim];
-      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * scaled(v_row[d], v_scale_j);
+      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_row[d] * v_scale_j;
     }
 
     const std::string where =

@@ -476,6 +476,11 @@ inline int __reduce_add_sync(unsigned, int value) {
   for (int other : emulator::exchange(value)) sum += other;
   return sum;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  unsigned largest = 0;
+  for (unsigned other : emulator::exchange(value)) largest = std::max(largest, other);
+  return largest;
+}
 
 template <typename T>
 T __ldg(const T* address) {

@@ -29,7 +29,8 @@ AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdS
   call.v_head_dim = dims.v - pick({0, 0, 16});
   if (paged) call.head_dim = call.v_head_dim = std::min(dims.qk, dims.v) - (kWidens ? pick({0, 0, 16}) : 0);
   call.has_scales = kWidens && (std::is_same_v<KV, int8_t> || one_in(2));
-  call.scales_of_tokens = call.rounds_scaled = call.has_scales && one_in(2);
+  call.scales_of_tokens = call.has_scales && one_in(2);
+  call.scales_fall = one_in(2);
 
   int most_q =
       many ? 40 / call.group : pick({1, 17, 60, 130, 260, block_m, 2 * block_m}) / (call.group > 3 ? 4 : 1) + 1;
