@@ -107,13 +107,12 @@ Tensor without_strides(const Tensor& t) {
   return t;
 }
 
-// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: with turns and a mask to
-// the right that one's tiles wait for each other most of the time; and it has no way to share out the heads of a group
-// where key blocks are few.
-bool for_sm90(const AttentionCall& call, bool deterministic) {
+// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one has no way to share
+// out the heads of a group where key blocks are few.
+bool for_sm90(const AttentionCall& call) {
   const bool any = call.q.numel() > 0 && call.k.numel() > 0 && call.max_seqlen_q > 0 && call.max_seqlen_k > 0;
   if (!any || call.kernel != 0) return any && call.kernel == 90;
-  if (!possible_on_sm90(call) || (deterministic && (call.causal || call.window_right >= 0))) return false;
+  if (!possible_on_sm90(call)) return false;
   const int64_t block_n = flash_bwd_sm90_tile(static_cast<int>(std::max(call.head_dim(), call.v_head_dim()))).block_n;
   const int64_t num_tiles = call.num_seqs * call.num_kv_heads() * ((call.max_seqlen_k + block_n - 1) / block_n);
   return call.num_heads() == call.num_kv_heads() || 3 * num_tiles >= num_sms_of(call.q);
@@ -192,7 +191,7 @@ Gradients run(const char* op, const Checks& checks, const AttentionCall& call, c
   checks.dtype("lse", up.lse, {ScalarType::Float});
   if (up.dlse) checks.dtype("dlse", *up.dlse, {ScalarType::Float});
   if (q.numel() == 0 && call.k.numel() == 0) return empty_gradients(call);
-  if (for_sm90(call, up.deterministic)) return run_sm90(op, call, up);
+  if (for_sm90(call)) return run_sm90(op, call, up);
   checks.that(shared_memory_of(q) >= kFlashBwdSm80SharedMemory, "this GPU gives a thread block " +
                                                                     std::to_string(shared_memory_of(q)) +
                                                                     " bytes of shared memory, expected 160 KiB");
