@@ -395,6 +395,7 @@ inline void sync_cluster() {
 // A value that others will change; a loop that waits for that goes through here.
 inline void poll() {
   if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
+  this_warp().steps_aside = true;  // who is waited for may be of the same CTA
   to_scheduler();
 }
 
@@ -475,6 +476,10 @@ inline int __reduce_add_sync(unsigned, int value) {
   int sum = 0;
   for (int other : emulator::exchange(value)) sum += other;
   return sum;
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  const std::array<int, 32> values = emulator::exchange(value);
+  return *std::max_element(values.begin(), values.end());
 }
 
 template <typename T>
