@@ -8,7 +8,8 @@
 //   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
-// blocks that they see from the last to the first. A counter in device memory hands the tiles out.
+// blocks that they see from the last to the first. A counter in device memory hands the tiles out; beside the decode
+// kernel, which leaves SMs late, the first ones too.
 //
 //   warp group 0, warp 0      tile t, its Q ─► tile t+1, its Q ─► …
 //     warp 1                  clears what a V block holds behind the end of its sequence

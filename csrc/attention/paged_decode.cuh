@@ -20,6 +20,9 @@
 //     tiles        │0 1 2 3 4 5 6│7 8 9│.│                       │       │
 //     parts        └── 0 ──┴── 1 ──┴── 2 ──┴── 3 ──┴── 4 ──┴── 5 ──┴─ 6 ─┘
 //
+// A team is a CTA's warps. Beside prompts, which another kernel computes on the SMs that this one leaves (BESIDE), a
+// CTA is large enough for one an SM and has two teams; and how many teams have parts, follows from the lengths too.
+//
 // A warp takes 16 keys of each tile, by itself: it loads them (cp.async) into a ring of its own, which runs ahead over
 // the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but at the end of a sequence:
 //

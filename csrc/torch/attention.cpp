@@ -133,6 +133,18 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
 
 Tensor new_tile_counter(const AttentionCall& call) { return empty(call.q, {1}, ScalarType::Int); }
 
+// Whether the prompts of a mixed batch share the SMs with the rest: they are bound by the tensor cores, and that by
+// memory. Not where there are trees, for a third kernel; where q is copied, between the two; or where keys are split,
+// which leaves something in the others' rows too and must come first. Over pages of 8 bits a prompt's tile takes half
+// as long as all the rest: there must be several for an SM, lest the last ones run alone.
+bool shares_sms(const AttentionCall& prompts) {
+  const FlashFwdSm90Config config = sm90_config_of(prompts);
+  const int64_t most_tokens = prompts.q.size(0) - prompts.num_seqs;
+  const bool many_tiles = most_tokens * config.tile_heads >= 2 * config.tile_tokens * num_sms_of(prompts.q);
+  return !prompts.tree_mask && rows_distinct(prompts.q) && config.num_splits == 1 &&
+         (!is_8bit(prompts.k) || many_tiles);
+}
+
 // On the Hopper kernel: there are some of q.
 void run_sm90(const char* op, const AttentionCall& call, const Results& results, const Tensor& tile_counter) {
   const Tensor q = with_distinct_rows(call.q), k = with_distinct_rows(call.k), v = with_distinct_rows(call.v);
@@ -279,9 +291,7 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   const Results results = new_results(call);
   AttentionCall long_call = call;
   if (mixed) long_call.min_q_len = tree_mask ? least_tokens : few_tokens + 1;
-  // Prompts are bound by the tensor cores and the rest by memory, so they share the SMs. Not where there are trees, for
-  // a third kernel, or where keys are split, which leaves something in the others' rows too and must come first.
-  const bool beside = mixed && !tree_mask && rows_distinct(q) && sm90_config_of(long_call).num_splits == 1;
+  const bool beside = mixed && shares_sms(long_call);
   long_call.beside = beside;
   if (sm90 && !beside) {
     run_sm90(op, long_call, results, new_tile_counter(call));
