@@ -103,6 +103,7 @@ def paged_decode_config(
     max_seqlen_k: int,
     num_sms: int,
     large_smem: bool,
+    beside_prompts: bool = ...,
 ) -> dict[str, int]: ...
 def flash_fwd_sm90_config(
     num_seqs: int,

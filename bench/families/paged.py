@@ -35,8 +35,8 @@ OTHER_DECODES = (
 TREES = ((8, 8, 4096), (8, 64, 4096))
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
-# batch, new tokens of the first sequence (the others have one), context with them
-MIXED = ((64, 512, 4096), (64, 2048, 4096))
+# batch, how many sequences have a chunk of a prompt and of how many tokens (the others have one), context with them
+MIXED = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096), (64, 1, 8192, 8192), (257, 1, 512, 1024))
 PREFILLS_8BIT = ((1, 8192, 32768), (4, 2048, 2048), (8, 512, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
@@ -53,9 +53,10 @@ def paged(
     ragged: bool = False,
     kv: torch.dtype = torch.bfloat16,
     chunk: int | None = None,
+    num_chunks: int = 1,
     tree: bool = False,
 ) -> Case:
-    """`new` tokens (the first one: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are `length`
+    """`new` tokens (the first `num_chunks`: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are `length`
     tokens long with them, or lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with
     one for each token's."""
     device, dtype = context.device, torch.bfloat16
@@ -76,7 +77,7 @@ def paged(
             scales[name] = own.copy_(most.squeeze(-1).float() / 127)
     k_cache, v_cache = caches
     table = torch.randperm(shape[0], generator=rng, device=device).int().view(batch, pages_each)
-    all_new = [chunk or new] + [new] * (batch - 1)
+    all_new = [chunk or new] * num_chunks + [new] * (batch - num_chunks)
     q = torch.randn(sum(all_new), heads, dim, generator=rng, device=device, dtype=dtype)
     offsets = torch.tensor([0, *all_new], device=device).cumsum(0).int()
     all_lengths = lognormal(batch, length, 665, seed=1) if ragged else [length] * batch
@@ -230,8 +231,8 @@ def paged(
             "torch": torch_gather,
         },
         work=Work(num_bytes=num_keys * kv_heads * key_bytes + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
-        config=(f"{chunk} and " if chunk else "")
-        + f"{batch} × {new}{' (trees)' if tree else ''} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
+        config=(f"{num_chunks} × {chunk} and {batch - num_chunks}" if chunk else f"{batch}")
+        + f" × {new}{' (trees)' if tree else ''} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
         f"{str(kv).removeprefix('torch.')}",
     )
 
@@ -288,10 +289,10 @@ PREFILL = Family(
     )
     + tuple(
         CaseSpec(
-            f"bf16_p16_mixed{batch}_t{chunk}_s{length}",
-            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk),
+            f"bf16_p16_mixed{batch}_t{chunk}{f'x{num_chunks}' if num_chunks > 1 else ''}_s{length}",
+            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk, num_chunks=num_chunks),
         )
-        for batch, chunk, length in MIXED
+        for batch, num_chunks, chunk, length in MIXED
     )
     + tuple(
         CaseSpec(

@@ -8,7 +8,8 @@
 //   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
-// blocks that they see from the last to the first. A counter in device memory hands the tiles out.
+// blocks that they see from the last to the first. A counter in device memory hands the tiles out; beside the decode
+// kernel, which leaves SMs late, the first ones too.
 //
 //   warp group 0, warp 0      tile t, its Q ─► tile t+1, its Q ─► …
 //     warp 1                  clears what a V block holds behind the end of its sequence
@@ -56,6 +57,7 @@
 #include <type_traits>
 
 #include "arch/global_memory.cuh"
+#include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
@@ -270,10 +272,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
       PackedTiles packed_tiles;
-      int32_t claimed = static_cast<int32_t>(blockIdx.x) - static_cast<int32_t>(gridDim.x);  // behind all CTAs' first
+      // Each CTA begins with the tile of its own number; but not where it may have to wait for an SM.
+      const int32_t num_given = p.beside ? 0 : static_cast<int32_t>(gridDim.x);
+      int32_t claimed = static_cast<int32_t>(blockIdx.x) - num_given;  // behind those that are given
       // Asks for the number of a tile, which takes its time.
       const auto claim = [&] {
-        if (static_cast<int32_t>(gridDim.x) >= args.num_tiles) {
+        if (num_given >= args.num_tiles) {
           claimed = args.num_tiles;  // nobody counts: there is one for each
         } else if (lane == 0) {
           claimed = count_up(p.tile_counter);
@@ -307,8 +311,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         q_ring.advance();
       };
 
+      if (p.beside) claim();
       while (true) {
-        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + static_cast<int32_t>(gridDim.x);
+        const int32_t tile_idx = __shfl_sync(0xffffffffu, claimed, 0) + num_given;
         if (!decode_tile<BLOCK_M, BLOCK_N, PACKS>(args, tile_idx, packed_tiles, tile)) break;
         publish();  // also a tile without keys, whose rows must be written
         if (tile.begin_step < tile.end_step) load_q();
@@ -329,6 +334,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
       tile.end_step = -1;
       publish();
+      if (p.beside) grid_dependency_wait();  // this kernel's end is the other one's too
     } else if (!HAS_HELPERS && warp_idx >= 2) {
       // ---------------------------------------------------------------------------------- K; V
       while (tiles.take(tile)) {
@@ -1137,11 +1143,14 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   }
 
   const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS, PACKS>;
-  if (config.num_tiles > config.num_ctas) {
+  if (!p.beside && config.num_tiles > config.num_ctas) {
     const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;
   }
-  const cudaError_t error = launch_kernel(kernel, config.num_ctas, config.tile.num_threads(), kSmemBytes, stream, args);
+  const int num_threads = config.tile.num_threads();
+  const cudaError_t error = p.beside
+                                ? launch_kernel_behind(kernel, config.num_ctas, num_threads, kSmemBytes, stream, args)
+                                : launch_kernel(kernel, config.num_ctas, num_threads, kSmemBytes, stream, args);
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
                         p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype},

@@ -30,7 +30,7 @@ struct FlashFwdSm90Params {
   // Workspaces if config.num_splits > 1: (splits, T, H, D) and splits times what lse holds; out is contiguous then.
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
-  // Zeroed by flash_fwd_sm90: how many tiles were handed out.
+  // How many tiles were handed out: zeroed by flash_fwd_sm90, but where it is `beside`.
   int32_t* tile_counter = nullptr;
 
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1) if packed, else nullptr
@@ -72,6 +72,11 @@ struct FlashFwdSm90Params {
   DType dtype = DType::kBFloat16;
   DType kv_dtype = DType::kBFloat16;  // dtype; or paged, of bf16 or fp16: kFloat8E4M3 or kInt8, head_dim v_head_dim
   FlashFwdSm90Config config = {};     // from flash_fwd_sm90_config
+
+  // Packed only, without splits: runs while the kernel in front of it in the stream still does, and takes the SMs that
+  // this one does not have, or leaves. It ends after that one. What it reads was there before that one began, and
+  // tile_counter is zero by then.
+  bool beside = false;
 };
 
 // Whether a call needs what the plain kernel is compiled without.

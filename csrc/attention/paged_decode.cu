@@ -17,16 +17,20 @@ using Launch = cudaError_t (*)(const PagedDecodeParams&, cudaStream_t);
 struct Instantiation {
   DType dtype, kv_dtype;
   int head_dim;
-  Launch launch, launch_tree;
+  Launch launch, launch_tree, launch_beside;
 };
 
 template <typename T, typename KV, int HEAD_DIM>
 constexpr Instantiation instantiation(DType dtype, DType kv_dtype) {
-  return {dtype, kv_dtype, HEAD_DIM, launch_paged_decode<T, KV, HEAD_DIM, AttentionMask>,
-          launch_paged_decode<T, KV, HEAD_DIM, TreeMask>};
+  return {dtype,
+          kv_dtype,
+          HEAD_DIM,
+          launch_paged_decode<T, KV, HEAD_DIM, AttentionMask>,
+          launch_paged_decode<T, KV, HEAD_DIM, TreeMask>,
+          launch_paged_decode<T, KV, HEAD_DIM, AttentionMask, true>};
 }
 
-// Which exist: add a line here and its two instantiations in paged_decode_hd*.cu or paged_decode_8bit_hd*.cu.
+// Which exist: add a line here and its three instantiations in paged_decode_hd*.cu or paged_decode_8bit_hd*.cu.
 constexpr Instantiation kInstantiations[] = {
     instantiation<__nv_bfloat16, __nv_bfloat16, 64>(DType::kBFloat16, DType::kBFloat16),
     instantiation<__nv_bfloat16, __nv_bfloat16, 96>(DType::kBFloat16, DType::kBFloat16),
@@ -80,7 +84,8 @@ cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
   for (const Instantiation& entry : kInstantiations) {
     if (p.config.fits && entry.dtype == p.dtype && entry.kv_dtype == p.kv_dtype &&
         entry.head_dim == p.config.head_dim) {
-      return (p.tree_mask == nullptr ? entry.launch : entry.launch_tree)(p, stream);
+      const Launch plain = p.config.beside_prompts ? entry.launch_beside : entry.launch;
+      return (p.tree_mask == nullptr ? plain : entry.launch_tree)(p, stream);
     }
   }
   return cudaErrorInvalidValue;

@@ -12,29 +12,32 @@
 //   k, v in pages may be of 8 bits (e4m3 or int8), times k_scale and v_scale of the KV head or of each of its tokens
 //
 // Plan: the visible keys of each sequence are cut into tiles (an empty one has a tile too), which are numbered sequence
-// after sequence. A column is a KV head and 16 of its rows; its CTAs take the same number of neighbouring tiles each.
+// after sequence. A column is a KV head and 16 of its rows; its teams take the same number of neighbouring tiles each.
 // Every warp finds them for itself from the lengths, so there is no launch before this one, and nothing that the host
-// must know. CTA c is of column c % num_columns, so that those that run side by side read the same pages.
+// must know. Team t is of column t % num_columns, so that those that run side by side read the same pages.
 //
 //     sequences    │      0      │  1  │2│           3           │   4   │
 //     tiles        │0 1 2 3 4 5 6│7 8 9│.│                       │       │
 //     parts        └── 0 ──┴── 1 ──┴── 2 ──┴── 3 ──┴── 4 ──┴── 5 ──┴─ 6 ─┘
 //
+// A team is a CTA's warps. Beside prompts, which another kernel computes on the SMs that this one leaves (BESIDE), a
+// CTA is large enough for one an SM and has two teams; and how many teams have parts, follows from the lengths too.
+//
 // A warp takes 16 keys of each tile, by itself: it loads them (cp.async) into a ring of its own, which runs ahead over
 // the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but at the end of a sequence:
 //
 //     warp 0   ═ tile 0 keys  0-15 ═╪═ tile 1 keys  0-15 ═╪═ …   ┐
-//     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the CTA's
+//     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the team's
 //     warp 2   ═ tile 0 keys 32-47 ═╪═ tile 1 keys 32-47 ═╪═ …   │ part of it) ends, through the stages consumed last
 //     ...                                                        ┘
 //
-// A sequence that several parts share is finished by the CTA of the last one, when it has done all else: the others
+// A sequence that several parts share is finished by the team of the last one, when it has done all else: the others
 // write what they have, and a mark, to the workspace; it waits for their marks and adds up in their order. It waits for
-// CTAs of lower numbers only, which were started before it. A mark is launch_id, which no other launch had, and is
+// teams of lower numbers only, which were started before it. A mark is launch_id, which no other launch had, and is
 // removed when it was seen: so no workspace has to be cleared before, and a graph can be replayed with the same
 // launch_id. What memory held before is a launch_id by a chance of 2^-64.
 //
-// Which parts there are, and the order of all sums, follows from the lengths and the number of CTAs: two runs are
+// Which parts there are, and the order of all sums, follows from the lengths and the number of teams: two runs are
 // bitwise equal. A sequence's result depends on the others in the call, by where its parts are cut.
 //
 // K and V of 8 bits become fp16 in registers, where they are exact, and so does Q, each row times a power of two that
@@ -57,6 +60,7 @@
 
 #include "arch/cp_async.cuh"
 #include "arch/global_memory.cuh"
+#include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "arch/warp_gemm_8bit.cuh"
@@ -109,7 +113,7 @@ __device__ __forceinline__ int out_offset(int row, int group) {
 // Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th of a tile's rows lies:
 // key l of 16 for l < 16, value l - 16 for the others; or, of 8 bits, key l of 32, and then value l.
 
-template <typename KV, int HEAD_DIM, typename Mask>
+template <typename KV, int HEAD_DIM, typename Mask, typename Team>
 class DecodeLoader {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
   using Stage = typename Ring::Stage;
@@ -141,7 +145,7 @@ class DecodeLoader {
   __device__ __forceinline__ void begin_sequence() {
     const int32_t seq_idx = cursor_.next_seq_idx;
     visible_ = cursor_.next(p_, plan_).visible;
-    key_ = cursor_.first_key + threadIdx.x / 32 * KEYS + threadIdx.x % KEYS;
+    key_ = cursor_.first_key + Team{p_}.warp_idx() * KEYS + threadIdx.x % KEYS;
     block_table_ = p_.block_table + seq_idx * p_.block_table_stride;
     find_page();
     if (!p_.paged) {
@@ -333,8 +337,8 @@ struct DecodeOutput {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t. Mask: AttentionMask or TreeMask.
-template <typename T, typename KV, int HEAD_DIM, typename Mask>
+// T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t. Mask: AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
+template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
@@ -342,11 +346,16 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   constexpr int KEYS = Ring::kKeys, KEY_TILES = KEYS / 8;
   constexpr int STAGES = Ring::kStages;
   constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (BESIDE) return __trap();  // never launched, and never silent
+#endif
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   const int num_warps = p.config.num_warps;
+  using Team = DecodeTeam<BESIDE>;
+  const Team team = {p};
+  const int warp_idx = threadIdx.x / 32;  // of the CTA
   Ring* const rings = reinterpret_cast<Ring*>(smem_bytes);
-  DecodeRowSums* const warp_sums = reinterpret_cast<DecodeRowSums*>(rings + num_warps);
-  const int warp_idx = threadIdx.x / 32;
+  DecodeRowSums* const warp_sums = reinterpret_cast<DecodeRowSums*>(rings + (BESIDE ? 2 : 1) * num_warps);
   const int lane = threadIdx.x % 32;
 
   // The table comes to the L2 cache while the lengths, which say what of it is needed, are on their way. A large one
@@ -358,9 +367,10 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     if (entries <= kMost && entry < entries) prefetch_l2(p.block_table + entry);
   }
 
-  const DecodePlan<Mask> plan(p);
+  if constexpr (BESIDE) grid_dependency_launch();
+  const DecodePlan<Mask> plan(p, team);
   if (plan.begin_tile >= plan.end_tile) return;
-  DecodeLoader<KV, HEAD_DIM, Mask> loader(p, plan);
+  DecodeLoader<KV, HEAD_DIM, Mask, Team> loader(p, plan);
 
   // Softcap and ALiBi give scores in base 2; without them the softmax scales.
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
@@ -370,16 +380,16 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const auto partial_out = [&](int64_t slot_row, int group) {
     return reinterpret_cast<float4*>(p.partial_out + slot_row * p.v_head_dim + group * 4);
   };
-  // f(row, group) for each four dims of each row, over all threads.
+  // f(row, group) for each four dims of each row, over the team's threads.
   const auto each_group = [&](int32_t num_rows, auto f) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < num_rows * GROUPS; i += blockDim.x) {
+    for (int i = team.thread_idx(); i < num_rows * GROUPS; i += team.num_threads()) {
       if (i % GROUPS * 4 < p.v_head_dim) f(i / GROUPS, i % GROUPS);
     }
   };
-  // Slots of the workspace: of the part that a CTA hands on, and of that with which it ends a sequence.
-  const auto cta_of = [&](int32_t part) { return part * p.num_columns_div.divisor + plan.column_idx; };
-  const auto handed_slot = [&](int32_t part) { return 2 * cta_of(part); };
+  // Slots of the workspace: of the part that a team hands on, and of that with which it ends a sequence.
+  const auto team_of = [&](int32_t part) { return part * plan.num_columns + plan.column_idx; };
+  const auto handed_slot = [&](int32_t part) { return 2 * team_of(part); };
   const int32_t ended_slot = handed_slot(plan.part_idx) + 1;
 
   // ---- tiles
@@ -406,7 +416,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
-      first_key = cursor.first_key + warp_idx * KEYS;
+      first_key = cursor.first_key + team.warp_idx() * KEYS;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t row = half * 8 + lane / 4, row_of_head = plan.first_row + row;
@@ -514,7 +524,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     first_key += p.config.block_n;
     if (tile + 1 < min(cursor.seq_end, plan.end_tile)) continue;
 
-    // ---- the end of a sequence, or of the CTA's part of it: the warps' results go to the stages consumed last
+    // ---- the end of a sequence, or of the team's part of it: the warps' results go to the stages consumed last
     softmax.finish(softmax_scale);
     __syncwarp();
 #pragma unroll
@@ -540,9 +550,10 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         }
       }
     }
-    __syncthreads();
+    team.sync();
     const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
     const DecodeOutput<T, Mask> output(p, plan, sequence, cursor.next_seq_idx - 1);
+    const int first_warp = team.first_warp();
     each_group(sequence.all_rows, [&](int32_t row, int group) {
       DecodePartial result;
       if (row < sequence.num_rows) {
@@ -552,7 +563,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
           float4 outs[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int from = min(w + i, num_warps - 1);
+            const int from = first_warp + min(w + i, num_warps - 1);
             sums[i] =
                 make_float2(w + i < num_warps ? warp_sums[from].row_max[row] : -INFINITY, warp_sums[from].row_sum[row]);
             outs[i] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[from].stages[stage]) +
@@ -566,25 +577,25 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
       *partial_out(slot_row, group) = make_float4(result.sums[0], result.sums[1], result.sums[2], result.sums[3]);
       if (group == 0) p.partial_sum[slot_row] = make_float2(result.row_max, result.row_sum);
     });
-    __syncthreads();  // the stages are free again
+    team.sync();  // the stages are free again
   }
 
   // ---- what is handed on is there: this thread has seen that all have written
-  if (threadIdx.x == 0 && cursor.seq_end > plan.end_tile) {
-    store_release(p.marks + blockIdx.x, p.launch_id);
+  if (cursor.seq_end > plan.end_tile && team.thread_idx() == 0) {
+    store_release(p.marks + team_of(plan.part_idx), p.launch_id);
   }
 
-  // ---- the sequence that the CTA has ended, but not begun
+  // ---- the sequence that the team has ended, but not begun
   const DecodeSequence<Mask> ended(p, plan.seq_idx, plan.first_row);
   if (plan.seq_begin >= plan.begin_tile || plan.seq_begin + ended.num_tiles(p) > plan.end_tile) return;
   const int32_t first_part = plan.seq_begin / plan.tiles_per_part;
-  for (int32_t part = first_part + threadIdx.x; part < plan.part_idx; part += blockDim.x) {
-    uint64_t* const mark = p.marks + cta_of(part);
+  for (int32_t part = first_part + team.thread_idx(); part < plan.part_idx; part += team.num_threads()) {
+    uint64_t* const mark = p.marks + team_of(part);
     while (load_acquire(mark) != p.launch_id) {
     }
     *mark = 0;
   }
-  __syncthreads();
+  team.sync();
   const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);
   each_group(ended.all_rows, [&](int32_t row, int group) {
     constexpr int BATCH = 16;  // parts that are on their way at the same time
@@ -609,11 +620,11 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, typename KV, int HEAD_DIM, typename Mask>
+template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
-  const int smem_bytes =
-      p.config.num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
-  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM, Mask>, p.config.num_ctas, 32 * p.config.num_warps,
+  const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);
+  const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
+  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE>, p.config.num_ctas, 32 * num_warps,
                        smem_bytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
 }
 

@@ -16,11 +16,12 @@ struct PagedDecodeParams : AttentionParams {
   bool scales_of_tokens = false;      // both are (num_blocks, block_size, Hk)
   int32_t max_q_len = INT32_MAX;      // of longer sequences no result is given, another kernel has them
 
-  // Workspaces, not initialized, and not needed with one part. A CTA has at most two parts of rows whose other keys are
-  // with other CTAs: one that it ends, and one that others go on with; so there are 2 * num_ctas slots.
+  // Workspaces, not initialized, and not needed with one part of a head. A team has at most two parts of rows whose
+  // other keys are with other teams: one that it ends, and one that others go on with; so there are 2 * num_teams
+  // slots.
   float* partial_out = nullptr;   // (slots, 16, Dv) relative to the reference below
   float2* partial_sum = nullptr;  // (slots, 16): the rows' reference of exponentials (base 2), and sum
-  uint64_t* marks = nullptr;      // (num_ctas): launch_id once the second one is there; 0 again at the end
+  uint64_t* marks = nullptr;      // (num_teams): launch_id once the second one is there; 0 again at the end
 
   PagedDecodeConfig config = {};  // from paged_decode_config, with fits
 

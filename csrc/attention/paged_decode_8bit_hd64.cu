@@ -15,5 +15,13 @@ template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 64, TreeM
 template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 64, TreeMask>(const PagedDecodeParams&, cudaStream_t);
 template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 64, TreeMask>(const PagedDecodeParams&, cudaStream_t);
 template cudaError_t launch_paged_decode<__half, int8_t, 64, TreeMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 64, AttentionMask, true>(
+    const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 64, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                         cudaStream_t);
+template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 64, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                         cudaStream_t);
+template cudaError_t launch_paged_decode<__half, int8_t, 64, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                  cudaStream_t);
 
 }  // namespace fastattn

@@ -30,7 +30,8 @@ constexpr int paged_decode_warp_keys(bool is_8bit) { return is_8bit ? 32 : 16; }
 constexpr int paged_decode_stages(int head_dim) { return head_dim == 128 || head_dim == 256 ? 2 : 3; }
 
 // Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (72 KiB
-// is within the limit of sm_86); Hopper holds two of those an SM.
+// is within the limit of sm_86); Hopper holds two of those an SM. Beside prompts, which fit beside none, these two are
+// the teams of one CTA, so that the other SMs stay empty.
 constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
 
 struct PagedDecodeProblem {
@@ -41,21 +42,26 @@ struct PagedDecodeProblem {
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;  // capacity (max_blocks * block_size) of a paged cache: lengths are not known
   int64_t num_sms;
-  bool large_smem;       // 227 KiB of shared memory for a CTA, as on Hopper
-  bool is_8bit = false;  // K and V
+  bool large_smem;              // 227 KiB of shared memory for a CTA, as on Hopper
+  bool is_8bit = false;         // K and V
+  bool beside_prompts = false;  // which the Hopper kernel computes at the same time
 };
 
 struct PagedDecodeConfig {
   bool fits;      // whether the kernel can take the call
   int head_dim;   // compiled head dim
-  int num_warps;  // of a CTA
+  int num_warps;  // of a team: the warps that share a part
   int block_n;    // keys of a tile, of all warps; a power of two
   int block_n_log2;
   int64_t num_row_tiles;  // of a KV head
   int64_t num_columns;    // KV heads times row tiles
   int64_t max_tiles;      // of a column, where every cache is full
-  int64_t num_parts;      // CTAs of a column
+  int64_t num_parts;      // teams of a column
+  int64_t num_teams;
   int64_t num_ctas;
+  bool beside_prompts;    // then a CTA has two teams, else one; and num_parts and num_teams are at most
+  int64_t parts_of_head;  // num_parts where no sequence has more than one row tile; used beside prompts
+  int32_t most_teams;     // that all SMs hold
   int32_t few_tiles;  // where a part has no more, the call reads so little that it should leave the L2 cache as it is
 };
 
@@ -84,20 +90,32 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     while (1 << config.block_n_log2 < config.block_n) ++config.block_n_log2;
     config.max_tiles =
         problem.num_seqs * std::max<int64_t>(1, (problem.max_seqlen_k + config.block_n - 1) / config.block_n);
-    const int64_t ctas_at_once = problem.num_sms * max_warps / num_warps;
-    config.num_parts = std::min(config.max_tiles, std::max<int64_t>(1, ctas_at_once / config.num_columns));
-    config.num_ctas = config.num_parts * config.num_columns;
+    config.most_teams = static_cast<int32_t>(problem.num_sms * max_warps / num_warps);
+    config.num_parts = std::min(config.max_tiles, std::max<int64_t>(1, config.most_teams / config.num_columns));
+    config.num_teams = config.num_ctas = config.num_parts * config.num_columns;
+    config.parts_of_head = config.num_parts;
   };
   // Where a sequence has many parts, large CTAs mean fewer of them to add up. Small ones waste less at the ends of many
   // sequences, and leave fewer SMs empty where keys are few or the number of columns is unfortunate.
   use(max_warps);
-  const bool few_ctas = config.num_ctas * 10 < problem.num_sms * 9;
+  const bool few_ctas = config.num_teams * 10 < problem.num_sms * 9;
   const bool many_sequences = problem.num_seqs > kFewSequences && config.head_dim <= 128;
-  if (!problem.large_smem || few_ctas || many_sequences) use(max_warps / 2);
+  if (problem.beside_prompts) {
+    // Four SMs of five bring all that the memory has, unless they must also widen it.
+    use(max_warps / 2);
+    const int64_t kv_heads = problem.num_kv_heads, wanted = config.most_teams * (problem.is_8bit ? 19 : 16) / 20;
+    config.beside_prompts = true;
+    config.parts_of_head = std::max<int64_t>(1, std::min(config.max_tiles, (wanted + kv_heads / 2) / kv_heads));
+    config.num_teams = std::max(config.parts_of_head * kv_heads, config.num_columns);
+    config.num_parts = config.num_teams / config.num_columns;
+    config.num_ctas = (config.num_teams + 1) / 2;
+  } else if (!problem.large_smem || few_ctas || many_sequences) {
+    use(max_warps / 2);
+  }
 
   // Many row tiles are to find in the L2 cache what others have read a while ago.
   const int64_t tile_bytes = config.block_n * config.head_dim * (problem.is_8bit ? 2 : 4);
-  const int64_t num_readers = std::max<int64_t>(1, config.num_parts * problem.num_kv_heads);
+  const int64_t num_readers = std::max<int64_t>(1, config.parts_of_head * problem.num_kv_heads);
   if (few_rows) config.few_tiles = static_cast<int32_t>(kFewBytes / (tile_bytes * num_readers));
 
   // Tiles are counted in 32 bits.

@@ -9,5 +9,9 @@ template cudaError_t launch_paged_decode<__half, __half, 256, AttentionMask>(con
 template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 256, TreeMask>(const PagedDecodeParams&,
                                                                                       cudaStream_t);
 template cudaError_t launch_paged_decode<__half, __half, 256, TreeMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_bfloat16, 256, AttentionMask, true>(
+    const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<__half, __half, 256, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                   cudaStream_t);
 
 }  // namespace fastattn

@@ -10,7 +10,7 @@ struct AttentionMask;
 struct TreeMask;
 
 // T: of q and out. KV: of k and v.
-template <typename T, typename KV, int HEAD_DIM, typename Mask>
+template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE = false>
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -1,7 +1,8 @@
-// Which keys of which sequences a CTA of the decode kernel takes (paged_decode.cuh has the picture). Every warp finds
+// Which keys of which sequences a team of the decode kernel takes (paged_decode.cuh has the picture). Every warp finds
 // it from the lengths for itself.
 #pragma once
 
+#include "arch/mbarrier.cuh"
 #include "attention/mask.cuh"
 #include "attention/paged_decode.h"
 
@@ -50,9 +51,64 @@ struct DecodeSequence {
   }
 };
 
-// The tiles of a CTA, and where they begin; found by whole warps.
+// The warps that share a part: those of a CTA, or beside prompts half of them. By whole warps. Nothing is kept, since
+// registers are short; and of a shuffle the compiler knows that all lanes get the same.
+template <bool BESIDE>
+struct DecodeTeam {
+  const PagedDecodeParams& p;
+
+  __device__ __forceinline__ int32_t of_cta() const {
+    if (!BESIDE) return 0;
+    return __shfl_sync(0xffffffffu, static_cast<int32_t>(threadIdx.x / 32) >= p.config.num_warps ? 1 : 0, 0);
+  }
+  __device__ __forceinline__ int32_t of_grid() const { return BESIDE ? 2 * blockIdx.x + of_cta() : blockIdx.x; }
+  __device__ __forceinline__ int32_t first_warp() const { return of_cta() * p.config.num_warps; }  // of the CTA's
+  __device__ __forceinline__ int32_t warp_idx() const { return threadIdx.x / 32 - first_warp(); }
+  __device__ __forceinline__ int32_t thread_idx() const { return threadIdx.x - 32 * first_warp(); }
+  __device__ __forceinline__ int32_t num_threads() const { return BESIDE ? blockDim.x / 2 : blockDim.x; }
+  __device__ __forceinline__ void sync() const {
+    if constexpr (BESIDE) {
+      named_barrier_sync(1 + of_cta(), num_threads());
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+// Of a batch with prompts; found by whole warps.
+struct DecodeMixture {
+  int32_t longest = 0;       // query tokens of a sequence that is this kernel's
+  int32_t prompt_tiles = 0;  // tiles of keys that take this kernel as long as a KV head's prompts the other one
+
+  __device__ __forceinline__ explicit DecodeMixture(const PagedDecodeParams& p) {
+    // Pairs of a query row and a key that an SM computes while another one reads a key and its value.
+    constexpr float kPairsOfKey = 100.0f;
+    float pairs = 0.0f;
+#pragma unroll 1
+    for (int32_t seq = threadIdx.x % 32; seq < p.num_seqs; seq += 32) {
+      const int32_t q_len = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq];
+      if (q_len <= p.max_q_len) {
+        longest = max(longest, q_len);
+      } else {
+        const AttentionMask mask = {q_len, DecodeSequence<AttentionMask>::key_length(p, seq), p.window_left,
+                                    p.window_right};
+        const KeyRange first = mask.visible(0), last = mask.visible(q_len - 1);
+        const int32_t twice_mean = max(first.end - first.begin, 0) + max(last.end - last.begin, 0);
+        pairs += 0.5f * static_cast<float>(twice_mean) * static_cast<float>(q_len);
+      }
+    }
+    longest = __reduce_max_sync(0xffffffffu, longest);
+    constexpr float kMost = 1 << 25;  // so that 32 of them are an int
+    const float tiles =
+        pairs * static_cast<float>(p.group_size.divisor) / (kPairsOfKey * static_cast<float>(p.config.block_n));
+    prompt_tiles = __reduce_add_sync(0xffffffffu, static_cast<int32_t>(fminf(tiles, kMost)));
+  }
+};
+
+// The tiles of a team, and where they begin; found by whole warps.
 template <typename Mask>
 struct DecodePlan {
+  int32_t num_columns;
   int32_t column_idx, part_idx;
   int32_t kv_head_idx, first_row;
   int32_t tiles_per_part;
@@ -60,10 +116,24 @@ struct DecodePlan {
   int32_t seq_idx;    // that has begin_tile
   int32_t seq_begin;  // its first tile
 
-  __device__ __forceinline__ explicit DecodePlan(const PagedDecodeParams& p) {
+  template <bool BESIDE>
+  __device__ __forceinline__ DecodePlan(const PagedDecodeParams& p, const DecodeTeam<BESIDE>& team) {
     const int lane = threadIdx.x % 32;
-    part_idx = p.num_columns_div.divide(blockIdx.x);
-    column_idx = blockIdx.x - part_idx * p.num_columns_div.divisor;
+    const int32_t team_idx = team.of_grid();
+    int32_t num_parts = p.num_parts_div.divisor, prompt_tiles = 0;
+    num_columns = p.num_columns_div.divisor;
+    part_idx = p.num_columns_div.divide(team_idx);
+    if constexpr (BESIDE) {
+      const DecodeMixture mixture(p);
+      prompt_tiles = mixture.prompt_tiles;
+      // Mostly all have one token, though the host must expect more: teams of other row tiles would have nothing to do.
+      if (mixture.longest * p.group_size.divisor <= kPagedDecodeRows) {
+        num_parts = static_cast<int32_t>(p.config.parts_of_head);
+        num_columns = p.num_kv_heads;
+        part_idx = p.num_kv_heads_div.divide(team_idx);
+      }
+    }
+    column_idx = team_idx - part_idx * num_columns;
     const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
     kv_head_idx = column_idx - row_tile * p.num_kv_heads;
     first_row = row_tile * kPagedDecodeRows;
@@ -75,7 +145,19 @@ struct DecodePlan {
 #pragma unroll 1
     for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32) all_tiles += own = num_tiles(seq);
     all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
-    tiles_per_part = p.num_parts_div.divide(all_tiles + p.num_parts_div.divisor - 1);
+    if constexpr (BESIDE) {
+      // The other kernel takes the SMs that this one leaves, and never leaves one. So parts are as many as end when the
+      // prompts do, and a tenth of what is left, since the two disturb each other.
+      const float own = static_cast<float>(all_tiles) * static_cast<float>(num_columns);
+      const float others = static_cast<float>(prompt_tiles) * static_cast<float>(p.num_kv_heads);
+      const float share = (own + 0.1f * others) / (own + others);
+      const float wanted = share * static_cast<float>(p.config.most_teams) / static_cast<float>(num_columns);
+      num_parts = max(min(static_cast<int32_t>(wanted + 0.5f), num_parts), 1);
+      num_parts = __shfl_sync(0xffffffffu, num_parts, 0);  // for the compiler, as above
+      tiles_per_part = (all_tiles + num_parts - 1) / num_parts;
+    } else {
+      tiles_per_part = p.num_parts_div.divide(all_tiles + num_parts - 1);
+    }
     begin_tile = part_idx * tiles_per_part;
     end_tile = min(begin_tile + tiles_per_part, all_tiles);
     if (begin_tile >= end_tile) return;
@@ -107,12 +189,12 @@ struct DecodePlan {
   }
 };
 
-// Goes from sequence to sequence along a CTA's tiles.
+// Goes from sequence to sequence along a team's tiles.
 template <typename Mask>
 struct DecodeCursor {
   int32_t next_seq_idx;
-  int32_t seq_begin = 0, seq_end;  // tiles of the sequence, also those before and behind the CTA's
-  int32_t first_key = 0;           // of its first tile that is the CTA's
+  int32_t seq_begin = 0, seq_end;  // tiles of the sequence, also those before and behind the team's
+  int32_t first_key = 0;           // of its first tile that is the team's
 
   __device__ __forceinline__ explicit DecodeCursor(const DecodePlan<Mask>& plan)
       : next_seq_idx(plan.seq_idx), seq_end(plan.seq_begin) {}

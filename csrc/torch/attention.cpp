@@ -26,7 +26,7 @@ Results new_results(const AttentionCall& call) {
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                               std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k)});
+                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k), call.beside});
 }
 
 FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
@@ -53,7 +53,7 @@ bool for_sm90(const Checks& checks, const AttentionCall& call) {
 }
 
 cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
-  const int64_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0, num_slots = 2 * num_marks;
+  const int64_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0, num_slots = 2 * num_marks;
   Tensor partial_out = empty(q, {num_slots, kPagedDecodeRows, p.v_head_dim}, ScalarType::Float);
   Tensor partial_sum = empty(q, {num_slots, kPagedDecodeRows, 2}, ScalarType::Float);
   Tensor marks = empty(q, {num_marks}, ScalarType::Long);
@@ -131,13 +131,26 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
   }
 }
 
+Tensor new_tile_counter(const AttentionCall& call) { return empty(call.q, {1}, ScalarType::Int); }
+
+// Whether the prompts of a mixed batch share the SMs with the rest: they are bound by the tensor cores, and that by
+// memory. Not where there are trees, for a third kernel; where q is copied, between the two; or where keys are split,
+// which leaves something in the others' rows too and must come first. Over pages of 8 bits a prompt's tile takes half
+// as long as all the rest: there must be several for an SM, lest the last ones run alone.
+bool shares_sms(const AttentionCall& prompts) {
+  const FlashFwdSm90Config config = sm90_config_of(prompts);
+  const int64_t most_tokens = prompts.q.size(0) - prompts.num_seqs;
+  const bool many_tiles = most_tokens * config.tile_heads >= 2 * config.tile_tokens * num_sms_of(prompts.q);
+  return !prompts.tree_mask && rows_distinct(prompts.q) && config.num_splits == 1 &&
+         (!is_8bit(prompts.k) || many_tiles);
+}
+
 // On the Hopper kernel: there are some of q.
-void run_sm90(const char* op, const AttentionCall& call, const Results& results) {
+void run_sm90(const char* op, const AttentionCall& call, const Results& results, const Tensor& tile_counter) {
   const Tensor q = with_distinct_rows(call.q), k = with_distinct_rows(call.k), v = with_distinct_rows(call.v);
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
   const int64_t token = batch + 1, head = batch + 2;
   const auto& [out, lse] = results;
-  Tensor tile_counter = empty(q, {1}, ScalarType::Int);
   FlashFwdSm90Params p;
   fill_params(p, call);
   if (call.sinks) p.sinks = data<float>(*call.sinks);
@@ -198,6 +211,7 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results)
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
   p.min_q_len = static_cast<int32_t>(call.min_q_len);
+  p.beside = call.beside;
   check_launch(op, flash_fwd_sm90(p, stream_of(q)));
 }
 
@@ -206,7 +220,7 @@ std::tuple<Tensor, Tensor> run(const char* op, const Checks& checks, const Atten
   const OnDeviceOf guard(call.q);
   const Results results = new_results(call);
   if (for_sm90(checks, call)) {
-    run_sm90(op, call, results);
+    run_sm90(op, call, results, new_tile_counter(call));
   } else {
     run_portable(op, {}, call, results);
   }
@@ -275,10 +289,12 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   const bool mixed =
       sm90 && max_seqlen_q >= least_tokens && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
   const Results results = new_results(call);
-  if (sm90) {
-    AttentionCall long_call = call;
-    if (mixed) long_call.min_q_len = tree_mask ? least_tokens : few_tokens + 1;
-    run_sm90(op, long_call, results);  // first: where keys are split it leaves something in the others' rows too
+  AttentionCall long_call = call;
+  if (mixed) long_call.min_q_len = tree_mask ? least_tokens : few_tokens + 1;
+  const bool beside = mixed && shares_sms(long_call);
+  long_call.beside = beside;
+  if (sm90 && !beside) {
+    run_sm90(op, long_call, results, new_tile_counter(call));
     if (!mixed) return {results.out, results.lse};
   }
   AttentionParams p;
@@ -298,10 +314,18 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
     AttentionCall short_call = call;
     short_call.min_q_len = min_q_len;
     short_call.max_seqlen_q = short_call.max_q_len = max_q_len;
+    short_call.beside = beside;
     run_portable(op, p, short_call, results);
   };
   if (!mixed) {
     run_portable(op, p, call, results);
+  } else if (beside) {
+    // The decode kernel has some of the SMs, and leaves each when it has ended there; the other one begins with it, and
+    // takes all others, and then those. Nothing may come between the two.
+    Tensor tile_counter = new_tile_counter(call);
+    check_launch(op, cudaMemsetAsync(tile_counter.data_ptr(), 0, sizeof(int32_t), stream_of(q)));
+    run_lengths(0, few_tokens);
+    run_sm90(op, long_call, results, tile_counter);
   } else if (tree_mask && is_8bit(k_cache)) {
     run_lengths(0, kMaxTreeTokens);  // all on the decode kernel
   } else {

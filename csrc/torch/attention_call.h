@@ -35,6 +35,7 @@ struct AttentionCall {
   int64_t kernel = 0;
   // Packed only: results are wanted of sequences of so many query tokens.
   int64_t min_q_len = 0, max_q_len = INT32_MAX;
+  bool beside = false;  // and of the others by another kernel at the same time
 
   int64_t num_heads() const { return q.size(q.dim() - 2); }
   int64_t num_kv_heads() const { return v.size(v.dim() - 2); }

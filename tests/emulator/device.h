@@ -395,6 +395,7 @@ inline void sync_cluster() {
 // A value that others will change; a loop that waits for that goes through here.
 inline void poll() {
   if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
+  this_warp().steps_aside = true;  // who is waited for may be of the same CTA
   to_scheduler();
 }
 
@@ -476,10 +477,10 @@ inline int __reduce_add_sync(unsigned, int value) {
   for (int other : emulator::exchange(value)) sum += other;
   return sum;
 }
-inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-  unsigned largest = 0;
-  for (unsigned other : emulator::exchange(value)) largest = std::max(largest, other);
-  return largest;
+template <typename T>  // int or unsigned
+T __reduce_max_sync(unsigned, T value) {
+  const std::array<T, 32> values = emulator::exchange(value);
+  return *std::max_element(values.begin(), values.end());
 }
 
 template <typename T>

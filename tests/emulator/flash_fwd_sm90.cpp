@@ -114,7 +114,8 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   }
   choose_config(call, p);
   if (call.packed_q && one_in(4)) p.min_q_len = between(1, call.max_q_len() + 1);
-  int32_t tile_counter = -1;
+  p.beside = call.packed_q && p.config.num_splits == 1 && one_in(3);
+  int32_t tile_counter;
   p.tile_counter = &tile_counter;
   const size_t num_partials = p.config.num_splits > 1 ? p.config.num_splits : 0;
   std::vector<float> partial_out(num_partials * call.num_tokens * call.num_heads * call.v_head_dim, NAN);
@@ -124,9 +125,11 @@ void run_call(const FlashFwdSm90HeadDims& dims) {
   current_call += ": " + call.text() + "; " + std::to_string(p.config.tile.num_consumers) + " consumers, block_n " +
                   std::to_string(p.config.tile.block_n) + ", " + std::to_string(p.config.num_tiles) + " tiles, " +
                   std::to_string(p.config.num_splits) + " splits, " + std::to_string(p.config.num_ctas) +
-                  " CTAs, min_q_len " + std::to_string(p.min_q_len) + (p.config.packs ? ", packs" : "");
+                  " CTAs, min_q_len " + std::to_string(p.min_q_len) + (p.config.packs ? ", packs" : "") +
+                  (p.beside ? ", beside" : "");
 
   const auto launch = [&] {
+    tile_counter = p.beside ? 0 : -1;
     if (flash_fwd_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();

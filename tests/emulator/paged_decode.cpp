@@ -61,12 +61,14 @@ void run_call(int head_dim) {
   p.config = fastattn::paged_decode_config(
       {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
        std::min(call.max_q_len(), static_cast<int>(p.max_q_len)),
-       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2), sizeof(KV) == 1});
+       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2), sizeof(KV) == 1,
+       p.max_q_len < INT32_MAX && !call.has_tree && one_in(2)});
   current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
                   std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) +
-                  " CTAs, max_q_len " + std::to_string(p.max_q_len);
+                  " CTAs, max_q_len " + std::to_string(p.max_q_len) +
+                  (p.config.beside_prompts ? ", beside prompts" : "");
   if (!p.config.fits) fail("the kernel does not take the call");
-  const size_t num_marks = p.config.num_parts > 1 ? p.config.num_ctas : 0;
+  const size_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0;
   const size_t num_slot_rows = 2 * num_marks * fastattn::kPagedDecodeRows;
   std::vector<float> partial_out(num_slot_rows * call.v_head_dim, NAN);
   std::vector<float2> partial_sum(num_slot_rows, float2{NAN, NAN});

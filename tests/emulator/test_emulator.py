@@ -264,7 +264,7 @@ MUTANTS = [
     Mutant(
         "stages are loaded while other warps read results from them",
         DECODE,
-        "    __syncthreads();  // the stages are free again\n",
+        "    team.sync();  // the stages are free again\n",
         "",
         "paged_decode_hd64.cu",
         "64",

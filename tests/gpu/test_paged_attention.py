@@ -293,6 +293,37 @@ def test_one_graph_serves_every_length() -> None:
             check(q, cache, [1] * 4, lengths, out, lse, {"causal": True})
 
 
+def test_one_graph_serves_every_mixture() -> None:
+    """Prompts and short sequences share the SMs, whichever are which. What is read is overwritten right behind the call, and
+    what is written is read and overwritten there."""
+    rng = random.Random(3)
+    mixtures = [[512, *[1] * 17, 103, 8], [*[1] * 19, 621], [*[3] * 10, 300, *[1] * 8, 302]]
+    cache = Cache(rng, [900] * 20, 16, (32, 8, 128), torch.bfloat16)
+    q = torch.zeros(640, 32, 128, dtype=torch.bfloat16, device="cuda")
+    starts = starts_of(mixtures[0])
+    call = (q, cache.k_cache, cache.v_cache, starts, cache.lengths, cache.table, 640)
+    ops.paged_attention(*call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.paged_attention(*call)
+        kept = out.clone()
+        for tensor in (q, out):
+            tensor.fill_(math.nan)
+    results: dict[int, Tensor] = {}
+    for i in (0, 1, 2, 0, 2, 1):
+        runs = mixtures[i]
+        rng.seed(i)
+        lengths = [rng.randint(run, 900) for run in runs]
+        fresh = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(i), dtype=q.dtype, device="cuda")
+        q.copy_(fresh)
+        starts.copy_(starts_of(runs))
+        cache.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        check(fresh, cache, runs, lengths, kept, lse, {"causal": True})
+        assert torch.equal(kept, results.setdefault(i, kept.clone()))
+
+
 def test_one_graph_serves_every_tree() -> None:
     rng = random.Random(2)
     runs, capacity = [8, 8, 1], [900, 70, 300]

@@ -33,6 +33,7 @@ _PAGED: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any
     ("head dim 256", [1, 4], [33, 65], 4, 1, 256, 16, {}),
     ("head dim 128, blocks of 1", [2], [13], 8, 2, 128, 1, {}),
     ("lengths", [1] * len(LENGTHS), list(LENGTHS), 2, 1, 64, 16, {}),
+    ("prompt among tokens", [70, *[1] * 39], [90, *range(39)], 4, 2, 64, 16, {}),
 )
 
 

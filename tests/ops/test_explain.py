@@ -117,6 +117,32 @@ def test_decode_has_one_wave_of_ctas(
     assert large_smem or config["num_warps"] <= 4
 
 
+@given(
+    num_seqs=st.integers(1, 300),
+    kv_heads=st.integers(1, 300),
+    group=st.integers(1, 32),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    max_seqlen_k=st.integers(0, 100_000),
+)
+def test_decode_beside_prompts_leaves_them_sms(
+    num_seqs: int, kv_heads: int, group: int, head_dim: int, max_seqlen_k: int
+) -> None:
+    """One CTA of two teams an SM, and a team for each part of a column, with one row tile or as many as there may be."""
+    most = 32 // group
+    config = _runtime.paged_decode_config(
+        num_seqs, kv_heads * group, kv_heads, head_dim, most, max_seqlen_k, 132, True, beside_prompts=True
+    )
+    assert config["fits"]
+    assert config["num_warps"] == (4 if head_dim <= 128 else 2)
+    assert config["num_ctas"] == -(-config["num_teams"] // 2)
+    assert 1 <= config["parts_of_head"] <= config["max_tiles"]
+    assert config["num_parts"] >= 1
+    assert config["num_teams"] >= config["num_parts"] * config["num_columns"]
+    assert config["num_teams"] >= config["parts_of_head"] * kv_heads
+    if kv_heads <= 32:
+        assert config["num_ctas"] <= 132 * 9 // 10
+
+
 @pytest.mark.parametrize(
     ("dims", "compiled"),
     [
