@@ -94,8 +94,8 @@ inline FlashBwdSm90Config flash_bwd_sm90_config(const FlashBwdSm90Problem& probl
   // sections end as they began.
   const int64_t pairs_at_once = std::max<int64_t>(1, problem.num_sms / config.num_n_tiles);
   constexpr int64_t kCachedBytes = 40 << 20;  // of an L2 cache of 50 MiB
-  config.heads_last = problem.causal && !problem.packed && group > 1 && pairs_at_once * pair_bytes > kCachedBytes &&
-                      num_pairs % (2 * pairs_at_once) == 0;
+  config.heads_last =
+      problem.causal && group > 1 && pairs_at_once * pair_bytes > kCachedBytes && num_pairs % (2 * pairs_at_once) == 0;
   if (config.heads_last) pairs = pairs_at_once;
   config.order =
       SectionOrder::make(num_pairs, config.num_n_tiles, pairs, problem.causal && !config.heads_last, problem.num_sms);

@@ -119,7 +119,7 @@ def test_caches_of_8_bits(judges: tuple[Any, Any], kv_cache_dtype: str, most: fl
     """
     options = {"device": "cuda", "dtype": "bfloat16", "max_model_len": 2048, "num_kv_blocks": 2048, "quiet": True}
     llm = LLM("smollm2", kv_cache_dtype=kv_cache_dtype, use_cuda_graphs=graphs, **options)
-    prompts = [llm.tokenizer.encode(" ".join(PROMPTS[i:] + PROMPTS[:i])) for i in range(len(PROMPTS))]
+    prompts = [llm.tokenizer.encode(" ".join(PROMPTS[i:] + PROMPTS[:i]))[:400] for i in range(0, len(PROMPTS), 7)]
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     divergences = []
@@ -130,7 +130,7 @@ def test_caches_of_8_bits(judges: tuple[Any, Any], kv_cache_dtype: str, most: fl
         divergences.append((exact.softmax(-1) * (exact.log_softmax(-1) - ours.log_softmax(-1))).sum(-1))
         chosen = ours[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
         short = ours[len(prompt) - 1 : -1].amax(1) - chosen
-        assert float(short.max()) <= 4 * float((plain - exact).abs().max()), f"token {int(short.argmax())}"
+        assert float(short.max()) <= float((plain - exact).abs().max()), f"token {int(short.argmax())}"
     divergence = float(torch.cat(divergences).mean())
     assert divergence <= most, f"{divergence:.4f} nats"
     warnings.warn(f"{kv_cache_dtype}: {divergence:.5f} nats from fp32", stacklevel=2)
