@@ -107,8 +107,8 @@ Tensor without_strides(const Tensor& t) {
   return t;
 }
 
-// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one has no way to share
-// out the heads of a group where key blocks are few.
+// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one has no way to
+// share out the heads of a group where key blocks are few.
 bool for_sm90(const AttentionCall& call) {
   const bool any = call.q.numel() > 0 && call.k.numel() > 0 && call.max_seqlen_q > 0 && call.max_seqlen_k > 0;
   if (!any || call.kernel != 0) return any && call.kernel == 90;
