@@ -66,6 +66,7 @@ def paged_attention(
     k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by, positive: (Hk), or (num_blocks, block_size,
       Hk) for each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
       `torch.empty(num_blocks, Hk, block_size).transpose(1, 2)`, are read fastest. Ones if None, which int8 may not be.
+      On Hopper queries of 64 tokens and more are fp16 beside such a cache: from 2²⁰ on they are infinite.
     tree_mask: (T) int64, with causal: the queries of a sequence, whose keys are its last ones, are the nodes of a tree, as
       of guesses to verify (https://arxiv.org/abs/2305.09781). Bit j of a query's word says whether it sees its sequence's
       j-th query: its ancestors and itself do, which its highest bit is; all keys before the queries it sees. A word of

@@ -33,12 +33,19 @@ def late(*items: Any) -> Scripted:
     return answers
 
 
+async def open_late(answers: Scripted) -> None:
+    """Lets the next request go on when it has waited for ten times the shorter of the silences below."""
+    await until(lambda: answers.num_running == 1)
+    await asyncio.sleep(0.5)
+    answers.gate.set()
+
+
 def test_silence_between_chunks() -> None:
     sent: list[bytes] = []
 
     async def slow() -> Any:
         yield {"choices": [1]}
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(1.25)
         for _ in range(20):
             yield {"choices": [2]}
             await asyncio.sleep(0.01)
@@ -46,7 +53,7 @@ def test_silence_between_chunks() -> None:
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
 
-    wait(EventStream(slow(), {}, 1, 0.1, lambda _: None)({}, asyncio.Event().wait, send))  # type: ignore[arg-type]
+    wait(EventStream(slow(), {}, 1, 0.5, lambda _: None)({}, asyncio.Event().wait, send))  # type: ignore[arg-type]
     assert sent[2:4] == [COMMENT] * 2 and sent.count(COMMENT) == 2, "and none where something comes"
     assert sent[-1] == b"data: [DONE]\n\n"
 
@@ -56,13 +63,15 @@ def test_the_openai_client_waits_for_its_first_token() -> None:
 
     async def run() -> None:
         async with client_of(state_of(answers, 0.05)) as http:
-            asyncio.get_running_loop().call_later(0.3, answers.gate.set)
+            opening = asyncio.ensure_future(open_late(answers))
             client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
             stream = await client.chat.completions.create(**chat_body(stream=True))
             assert [c.choices[0].delta.content async for c in stream] == ["", "he", "llo", None]
+            await opening
             answers.gate.clear()
-            asyncio.get_running_loop().call_later(0.2, answers.gate.set)
+            opening = asyncio.ensure_future(open_late(answers))
             raw = await http.post("/v1/chat/completions", json=chat_body(stream=True))
+            await opening
             assert raw.content.startswith(COMMENT * 2) and raw.content.endswith(b"data: [DONE]\n\n")
 
     wait(run())
@@ -74,8 +83,9 @@ def test_an_error_has_its_status_as_long_as_that_is_possible(seconds: float, sta
 
     async def run() -> None:
         async with client_of(state_of(answers, seconds)) as http:
-            asyncio.get_running_loop().call_later(0.2, answers.gate.set)
+            opening = asyncio.ensure_future(open_late(answers))
             raw = await http.post("/v1/chat/completions", json=chat_body(stream=True))
+            await opening
             assert raw.status_code == status and b"the queue is full" in raw.content
 
     wait(run())
