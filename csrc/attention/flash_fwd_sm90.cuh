@@ -69,86 +69,11 @@
 #include "attention/flash_fwd_sm90_8bit.cuh"
 #include "attention/flash_fwd_sm90_fp8.cuh"
 #include "attention/flash_fwd_sm90_launch.h"
+#include "attention/flash_fwd_sm90_storage.cuh"
 #include "attention/flash_fwd_sm90_tiles.cuh"
 #include "attention/softmax.cuh"
 
 namespace fastattn {
-
-// ---------------------------------------------------------------------------------------------
-// Elements of a row that lie side by side in shared memory: 128 bytes, or 64.
-template <typename T, int HEAD_DIM>
-constexpr int kPanelOf = (HEAD_DIM * sizeof(T) % 128 == 0 ? 128 : 64) / sizeof(T);
-// With whole panels; the products leave out what a head dim of 80 is short of them.
-template <typename T, int HEAD_DIM>
-constexpr int kStoredDim = (HEAD_DIM + kPanelOf<T, HEAD_DIM> - 1) / kPanelOf<T, HEAD_DIM> * kPanelOf<T, HEAD_DIM>;
-
-// fp8 only: V as it comes, before it is turned around.
-template <typename T, int BYTES>
-struct FlashFwdSm90RawValues {};
-template <int BYTES>
-struct FlashFwdSm90RawValues<__nv_fp8_e4m3, BYTES> {
-  alignas(1024) unsigned char v_raw[2][BYTES];
-  MBarrier v_turned[2];
-};
-
-// Pages of 8 bits only: K and V as they come, in turns, before they are widened.
-template <int STAGES, int BYTES>
-struct FlashFwdSm90RawBlocks {
-  alignas(1024) unsigned char raw[STAGES][BYTES];
-};
-template <int BYTES>
-struct FlashFwdSm90RawBlocks<0, BYTES> {};
-
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
-struct FlashFwdSm90Sizes {
-  static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
-  static constexpr int kTileStages = 2;
-  static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
-  static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
-  static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
-  static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
-  static constexpr int kMostBytes = 224 * 1024;
-  static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
-  static constexpr int kStages = sizeof(T) == 2 && 2 * kBytesQ + 4 * (kBytesKv + kBytesRaw) <= kMostBytes ? 4 : 2;
-  static constexpr int kStagesRaw = !WIDENS                                                          ? 0
-                                    : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4
-                                                                                                     : 2;
-  static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
-};
-
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
-struct FlashFwdSm90Storage
-    : FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>,
-      FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM>,
-      FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
-                            BLOCK_N * HEAD_DIM> {
-  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
-  static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
-  static constexpr int BLOCK_M = Sizes::BLOCK_M, kStoredKeys = Sizes::kStoredKeys;
-
-  alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
-  alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
-  alignas(1024) T v[kStages][kStoredKeys * kStoredDim<T, V_HEAD_DIM>];
-  MBarrier q_full[kStagesQ], q_empty[kStagesQ];
-  MBarrier k_full[kStages], k_empty[kStages];
-  MBarrier v_full[kStages], v_empty[kStages];
-  MBarrier v_loaded[kStages];  // a V whose tail must be cleared, or that must be turned, before it is full
-  MBarrier tile_full[kTileStages], tile_empty[kTileStages];
-  FlashTile tile[kTileStages];
-};
-
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
-struct FlashFwdSm90WideningStorage : FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true> {
-  using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, true>;
-  MBarrier raw_full[Sizes::kStagesRaw], raw_empty[Sizes::kStagesRaw];
-  MBarrier q_loaded[Sizes::kStagesQ];  // queries that must become fp16 before they are full
-  FlashTokenFactors<Sizes::kStages, BLOCK_N> factors;
-};
-
-template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
-using FlashFwdSm90StorageOf =
-    std::conditional_t<WIDENS, FlashFwdSm90WideningStorage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N>,
-                       FlashFwdSm90Storage<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, false>>;
 
 // ---------------------------------------------------------------------------------------------
 // Kernel
@@ -196,6 +121,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const bool has_factors = WIDENS && p.k_scale.data != nullptr;  // of each token
+  const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
+  const bool has_softcap = EXTRAS && p.softcap > 0.0f;
+  const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
   const bool ends_inside = packed_k || p.seqused_k != nullptr;  // a paged cache has the latter
@@ -368,8 +296,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     } else if constexpr (WIDENS) {
       // ------------------------------------------------------------------------------ wideners
       const uint32_t widener = warp_idx - 1;
-      const bool capped = EXTRAS && (p.softcap > 0.0f || p.alibi_slopes != nullptr);  // find_max scales by the rest
-      const float unit_of_k = capped ? 1.0f : p.softmax_scale * kLog2E * QUERY_UNIT;
+      const float unit_of_k = never_plain ? 1.0f : p.softmax_scale * kLog2E * QUERY_UNIT;
       uint32_t num_blocks = 0;  // of the CTA, which go round so that each widener has as much to do
       const auto widen_block = [&](T* target, MBarrier& full, MBarrier& empty, uint32_t parity, int32_t num_keys,
                                    const auto& before_full) {
@@ -418,7 +345,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           const uint32_t stage = k_ring.stage();  // V's as well
           widen_block(smem.k[stage], smem.k_full[stage], smem.k_empty[stage], k_ring.parity(), BLOCK_N, [&] {
             if (has_factors) {
-              store_factors(smem.factors, factors, unit_of_k, reference, stage, k_ring.count % (STAGES + 1),
+              store_factors(smem.factors, factors, unit_of_k, reference, stage, smem.factors.slot_of(k_ring.count),
                             kFactorsOfWideners, widener, lane);
             }
           });
@@ -457,10 +384,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   take_registers<CONSUMER_REGISTERS>();
   const int consumer = group_idx - 1;
   const int lane_row = consumer * 64 + warp_idx % 4 * 16 + lane / 4;  // a lane has this row of the tile, and 8 below
-  const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
-  const bool has_softcap = EXTRAS && p.softcap > 0.0f;
-  const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
-  float softmax_scale = p.softmax_scale;              // with descales the tile's
+  float softmax_scale = p.softmax_scale;                              // with descales the tile's
   float scale_log2 = never_plain ? 1.0f : softmax_scale * kLog2E;
   FlashTileReader<Storage> tiles(smem);
   // Of the tile in hand, which else stays in shared memory, since registers are short.
@@ -734,7 +658,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto scale_probs = [&](bool first) {
     if constexpr (WIDENS) {
       if (!has_factors) return;
-      const uint32_t slot = (k_ring.count - 1) % (STAGES + 1);
+      const uint32_t slot = smem.factors.slot_of(k_ring.count - 1);
       const float reference = smem.factors.reference[slot];
       if (!first && reference > reference_of_v) {
         const float ratio = reference_of_v / reference;

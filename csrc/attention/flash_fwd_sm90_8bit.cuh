@@ -42,6 +42,8 @@ struct FlashTokenFactors {
   uint16_t of_v[kSlots][BLOCK_N];    // fp16, divided by
   float reference[kSlots];           // a power of two, at least the largest factor of this block and those before
   float largest[kSlots][kWideners];  // of what each warp has
+
+  __device__ __forceinline__ static uint32_t slot_of(uint32_t block) { return block % kSlots; }
 };
 
 // A lane's share of them, of one token or two: asked for far enough ahead that they are there when they are wanted.
@@ -112,8 +114,8 @@ __device__ __forceinline__ void store_factors(FlashTokenFactors<STAGES, BLOCK_N>
 template <typename KV, int BLOCK_N, int HEAD_DIM>
 __device__ __forceinline__ void widen_rows(const unsigned char* __restrict__ raw, __half* __restrict__ target,
                                            uint32_t first, uint32_t lane) {
-  constexpr uint32_t CHUNKS = HEAD_DIM / 16, ROWS = 32 / CHUNKS,
-                     PASSES = 8 / ROWS;  // of a row; that a warp reads at once
+  constexpr uint32_t CHUNKS = HEAD_DIM / 16;                 // of a row
+  constexpr uint32_t ROWS = 32 / CHUNKS, PASSES = 8 / ROWS;  // that a warp reads at once; of a group
   constexpr uint32_t RAW_PANEL = kRawPanel<HEAD_DIM>, PANEL = 128;
   constexpr uint32_t NUM_GROUPS = BLOCK_N / 8, MOST = (NUM_GROUPS + kWideners - 1) / kWideners;
   static_assert(HEAD_DIM % 64 == 0 && 8 % ROWS == 0 && BLOCK_N % 8 == 0);

@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "P is multiplied by the factors of another block",
         FWD,
-        "(k_ring.count - 1) % (STAGES + 1)",
-        "k_ring.count % (STAGES + 1)",
+        "slot_of(k_ring.count - 1)",
+        "slot_of(k_ring.count)",
         "flash_fwd_sm90_8bit_hd128.cu",
         "128",
         "expected",
