@@ -38,6 +38,7 @@ PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
 # batch, how many sequences have a chunk of a prompt and of how many tokens (the others have one), context with them
 MIXED = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096), (64, 1, 8192, 8192), (257, 1, 512, 1024))
 PREFILLS_8BIT = ((1, 8192, 32768), (4, 2048, 2048), (8, 512, 4096))
+MIXED_8BIT = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
@@ -289,10 +290,15 @@ PREFILL = Family(
     )
     + tuple(
         CaseSpec(
-            f"bf16_p16_mixed{batch}_t{chunk}{f'x{num_chunks}' if num_chunks > 1 else ''}_s{length}",
-            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk, num_chunks=num_chunks),
+            f"{name}_p16_mixed{batch}_t{chunk}{f'x{num_chunks}' if num_chunks > 1 else ''}_s{length}",
+            partial(paged, page=16, batch=batch, new=1, length=length, chunk=chunk, num_chunks=num_chunks, kv=kv),
         )
-        for batch, num_chunks, chunk, length in MIXED
+        for name, kv, cases in (
+            ("bf16", torch.bfloat16, MIXED),
+            ("fp8", torch.float8_e4m3fn, MIXED_8BIT),
+            ("int8", torch.int8, MIXED_8BIT),
+        )
+        for batch, num_chunks, chunk, length in cases
     )
     + tuple(
         CaseSpec(
