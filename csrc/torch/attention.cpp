@@ -12,15 +12,20 @@ struct Results {
   Tensor out, lse;
 };
 
-// Not written yet. out is like q, with V's head dim; lse is (B, H, Sq), packed (H, T).
-Results new_results(const AttentionCall& call) {
+// Not written yet: (B, H, Sq), packed (H, T).
+Tensor new_lse(const AttentionCall& call) {
   const Tensor& q = call.q;
   const int64_t batch = q.dim() - 4;  // where the batch dimension is; -1 if packed
-  std::vector<int64_t> out_shape = shape_of(q), lse_shape = {q.size(batch + 2), q.size(batch + 1)};
-  out_shape.back() = call.v_head_dim();
-  if (batch >= 0) lse_shape.insert(lse_shape.begin(), q.size(0));
-  return {empty(q, out_shape, is_fp8(q) ? ScalarType::BFloat16 : q.scalar_type()),
-          empty(q, lse_shape, ScalarType::Float)};
+  std::vector<int64_t> shape = {q.size(batch + 2), q.size(batch + 1)};
+  if (batch >= 0) shape.insert(shape.begin(), q.size(0));
+  return empty(q, shape, ScalarType::Float);
+}
+
+// Not written yet. out is like q, with V's head dim.
+Results new_results(const AttentionCall& call) {
+  std::vector<int64_t> shape = shape_of(call.q);
+  shape.back() = call.v_head_dim();
+  return {empty(call.q, shape, is_fp8(call.q) ? ScalarType::BFloat16 : call.q.scalar_type()), new_lse(call)};
 }
 
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
@@ -227,15 +232,12 @@ std::tuple<Tensor, Tensor> run(const char* op, const Checks& checks, const Atten
   return {results.out, results.lse};
 }
 
-std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& cu_seqlens_q, const Tensor& seqused_k,
-                                              const Tensor& block_table, const MaybeTensor& alibi_slopes,
-                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
-                                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask,
-                                              int64_t max_seqlen_q, double softmax_scale, bool causal,
-                                              int64_t window_left, int64_t window_right, double softcap) {
-  const char* const op = "paged_attention";
-  const Checks checks(op, "q", q);
+AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                            const Tensor& cu_seqlens_q, const Tensor& seqused_k, const Tensor& block_table,
+                            const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                            const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
+                            double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                            double softcap) {
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
   checks.caches(q, k_cache, v_cache, k_scale, v_scale);
   checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
@@ -272,8 +274,14 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   check_call(checks, call);
   checks.that(!is_8bit(k_cache) || q.numel() == 0 || decode_config_of(call).fits,
               "block_table has room for 2^30 tiles of keys or more");
+  return call;
+}
 
-  const OnDeviceOf guard(q);
+// Over pages, into results that are contiguous.
+void run_paged(const char* op, const Checks& checks, const AttentionCall& call, const Results& results) {
+  const Tensor &q = call.q, &k_cache = call.k, &v_cache = call.v, &block_table = *call.block_table;
+  const MaybeTensor& tree_mask = call.tree_mask;
+  const int64_t num_seqs = call.num_seqs, max_seqlen_q = call.max_seqlen_q;
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
   // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
   // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
@@ -288,14 +296,13 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
   const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
   const bool mixed =
       sm90 && max_seqlen_q >= least_tokens && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
-  const Results results = new_results(call);
   AttentionCall long_call = call;
   if (mixed) long_call.min_q_len = tree_mask ? least_tokens : few_tokens + 1;
   const bool beside = mixed && shares_sms(long_call);
   long_call.beside = beside;
   if (sm90 && !beside) {
     run_sm90(op, long_call, results, new_tile_counter(call));
-    if (!mixed) return {results.out, results.lse};
+    if (!mixed) return;
   }
   AttentionParams p;
   p.paged = true;
@@ -332,7 +339,44 @@ std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_c
     if (tree_mask) run_lengths(few_tokens + 1, kMaxTreeTokens);
     if (few_tokens > 0) run_lengths(0, few_tokens);
   }
+}
+
+std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& cu_seqlens_q, const Tensor& seqused_k,
+                                              const Tensor& block_table, const MaybeTensor& alibi_slopes,
+                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask,
+                                              int64_t max_seqlen_q, double softmax_scale, bool causal,
+                                              int64_t window_left, int64_t window_right, double softcap) {
+  const char* const op = "paged_attention";
+  const Checks checks(op, "q", q);
+  const AttentionCall call =
+      checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale,
+                    v_scale, tree_mask, max_seqlen_q, softmax_scale, causal, window_left, window_right, softcap);
+  const OnDeviceOf guard(q);
+  const Results results = new_results(call);
+  run_paged(op, checks, call, results);
   return {results.out, results.lse};
+}
+
+// The same into memory of the caller's.
+Tensor paged_attention_out_op(const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                              const Tensor& cu_seqlens_q, const Tensor& seqused_k, const Tensor& block_table,
+                              const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
+                              double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                              double softcap) {
+  const char* const op = "paged_attention";
+  const Checks checks(op, "q", q);
+  const AttentionCall call =
+      checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale,
+                    v_scale, tree_mask, max_seqlen_q, softmax_scale, causal, window_left, window_right, softcap);
+  checks.shape("out", out, {q.size(0), q.size(1), q.size(2)}).dtype("out", out, {q.scalar_type()});
+  checks.that(out.is_contiguous() && rows_aligned(out), "out is not contiguous from a multiple of 16 bytes on");
+  const OnDeviceOf guard(q);
+  const Results results = {out, new_lse(call)};
+  run_paged(op, checks, call, results);
+  return results.lse;
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_op(
@@ -411,6 +455,7 @@ std::tuple<Tensor, Tensor> batch_attention_op(const Tensor& q, const Tensor& k, 
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention_op));
+  m.impl("paged_attention_out", TORCH_BOX(&paged_attention_out_op));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention_op));
   m.impl("batch_attention", TORCH_BOX(&batch_attention_op));
 }

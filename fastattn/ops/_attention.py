@@ -14,6 +14,11 @@ from fastattn.reference import attention_backward as reference_backward
 _SCORES = "float softmax_scale, bool causal, int window_left, int window_right, float softcap"
 _SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
 _OPTIONAL = "Tensor? alibi_slopes, Tensor? sinks, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale"
+_PAGED = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, Tensor block_table, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, int max_seqlen_q, "
+    f"{_SCORES}"
+)
 _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 
 
@@ -26,11 +31,14 @@ def _fake_backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -
 
 
 paged_attention = define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, "
-    "Tensor block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, "
-    f"Tensor? tree_mask, int max_seqlen_q, {_SCORES}) -> (Tensor out, Tensor lse)",
+    f"paged_attention({_PAGED}) -> (Tensor out, Tensor lse)",
     reference.paged_attention,
     _fake,
+)
+paged_attention_out = define(
+    f"paged_attention_out(Tensor(a!) out, {_PAGED}) -> Tensor lse",
+    reference.paged_attention_out,
+    lambda _out, q, *_: reference.empty_results(q, q.shape[-1])[1],
 )
 batch_attention = define(
     f"batch_attention(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_SCORES}, bool deterministic, int kernel) "

@@ -60,6 +60,7 @@ check_paged_attention = compile_check(
     TensorArg("sinks", "H", LOGITS, optional=True),
     *scale_args(mutated=False),
     TensorArg("tree_mask", "T", INT64, optional=True),
+    TensorArg("out", "like q", "q", optional=True, mutated=True),
     AtLeast("max_seqlen_q", 0),
     *_SCALARS,
 )

@@ -45,6 +45,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to keys and values in pages (https://arxiv.org/abs/2309.06180). It has no backward.
 
@@ -72,6 +73,7 @@ def paged_attention(
       j-th query: its ancestors and itself do, which its highest bit is; all keys before the queries it sees. A word of
       bits 0 … i is query i's of a chain. Windows and ALiBi count distances along the tree's paths. A sequence of more
       than 64 queries is a chain, and its words may be anything.
+    out: (T, H, D) in q's dtype, contiguous, sharing no memory with q: written, and returned, instead of fresh memory.
 
     Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
     its sink.
@@ -83,12 +85,14 @@ def paged_attention(
     scale = default_scale(op, q) if softmax_scale is None else softmax_scale
     check_paged_attention(
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
-        max_seqlen_q, scale, causal, left, right, softcap,
+        out, max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
     check_heads(op, q, "k_cache", k_cache)
     check_cache(op, q, k_cache, k_scale, v_scale)
     if k_cache.shape[1] == 0:
         fail_value(op, f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1")
+    if out is not None and not out.is_contiguous():
+        fail_value(op, f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected it contiguous")
     if tree_mask is not None and not causal:
         fail_value(op, "causal is False and tree_mask is given, expected causal=True with a tree_mask")
     if values_readable(cu_seqlens_q):
@@ -97,11 +101,14 @@ def paged_attention(
         check_pages(k_cache, seqused_k, block_table)
         if tree_mask is not None:
             check_trees(op, tree_mask, starts)
-    sinks = None if sinks is None else sinks.float()
-    out, lse = operators.paged_attention(
-        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
+    call = (
+        q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes,
+        None if sinks is None else sinks.float(), k_scale, v_scale, tree_mask,
         max_seqlen_q, scale, causal, left, right, softcap,
     )  # fmt: skip
+    if out is not None:
+        return out, operators.paged_attention_out(out, *call)
+    out, lse = operators.paged_attention(*call)
     return out, lse
 
 

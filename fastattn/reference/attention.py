@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,6 +209,13 @@ def paged_attention(
         tree = None if tree_mask is None else Tree.make(tree_mask[own])
         _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks, tree)
     return out, lse
+
+
+def paged_attention_out(out: Tensor, *call: Any) -> Tensor:
+    """`paged_attention` into out. Returns lse."""
+    result, lse = paged_attention(*call)
+    out.copy_(result)
+    return lse
 
 
 def batch_attention(
