@@ -26,10 +26,19 @@ struct alignas(sizeof(T) * VEC) Pack {
 
 // `source` is aligned to VEC elements.
 template <int VEC, typename T>
-__device__ __forceinline__ void load_vec(const T* source, float (&values)[VEC]) {
-  const Pack<T, VEC> pack = *reinterpret_cast<const Pack<T, VEC>*>(source);
+__device__ __forceinline__ Pack<T, VEC> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T, VEC>*>(source);
+}
+
+template <int VEC, typename T>
+__device__ __forceinline__ void unpack(const Pack<T, VEC>& pack, float (&values)[VEC]) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) values[i] = to_float(pack.values[i]);
+}
+
+template <int VEC, typename T>
+__device__ __forceinline__ void load_vec(const T* source, float (&values)[VEC]) {
+  unpack(load_pack<VEC>(source), values);
 }
 
 // Rounds once; `target` is aligned to VEC elements.

@@ -15,7 +15,7 @@ namespace {
 
 template <Activation ACTIVATION>
 __device__ __forceinline__ float activate(float g) {
-  if constexpr (ACTIVATION == Activation::kSilu) return g / (1.0f + __expf(-g));
+  if constexpr (ACTIVATION == Activation::kSilu) return __fdividef(g, 1.0f + __expf(-g));
   // Phi through erfc: 1 + erf(g / sqrt(2)) would cancel for negative g.
   if constexpr (ACTIVATION == Activation::kGelu) return 0.5f * g * erfcf(-0.70710678118654752f * g);
   if constexpr (ACTIVATION == Activation::kGeluTanh) {

@@ -25,11 +25,14 @@ __global__ void __launch_bounds__(1024) quantize_int8_kernel(const __grid_consta
   const int64_t num_vecs = p.row_size / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   int8_t* const q = p.q + row_idx * p.row_size;
-  const auto load = [&](int64_t vec_idx, float (&values)[VEC]) { load_vec<VEC>(x + vec_idx * VEC, values); };
+  const auto load = [&](int64_t vec_idx) { return load_pack<VEC>(x + vec_idx * VEC); };
 
-  RowCache<VEC> row;
+  RowCache<T, VEC> row;
+  row.fill(num_vecs, load);
   uint32_t largest = 0;
-  row.fill(num_vecs, load, [&](const float (&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int, int64_t, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) largest = max(largest, __float_as_uint(fabsf(values[i])));
   });
@@ -38,7 +41,9 @@ __global__ void __launch_bounds__(1024) quantize_int8_kernel(const __grid_consta
   if (scale == 0.0f) scale = 1.0f;
   if (threadIdx.x == 0) p.scale[row_idx] = scale;
 
-  row.visit(num_vecs, load, [&](int64_t vec_idx, const float (&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int, int64_t vec_idx, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
     Pack<int8_t, VEC> rounded;
 #pragma unroll
     // A NaN becomes 0. A scale below the normal numbers is coarse: only then can a quotient round beyond 127.
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(1024) quantize_int8_kernel(const __grid_consta
 template <typename T, int VEC>
 cudaError_t launch(const QuantizeInt8Params& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<VEC>::kCached);
+  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<T, VEC>::kCached);
   quantize_int8_kernel<T, VEC><<<static_cast<unsigned>(p.num_rows), num_threads, 0, stream>>>(p);
   return cudaGetLastError();
 }

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       for (int32_t split = 0; split < num_splits; ++split) {
 #pragma unroll
         for (int part = 0; part < Storage::kParts; ++part) {
-          const float4 value = load_cluster(cluster_address(&smem.sums[part][row][tile_column], split));
+          const float4 value = load_cluster<float4>(cluster_address(&smem.sums[part][row][tile_column], split));
           sum.x += value.x;
           sum.y += value.y;
           sum.z += value.z;

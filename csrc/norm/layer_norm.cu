@@ -4,7 +4,7 @@
 //
 //   x, out (rows, N) bf16 or fp16   weight, bias (N)   fp32 arithmetic
 //
-// One CTA per row, the row in registers (norm/row_cache.cuh), two CTA sums: the mean first, then the squares of the
+// One CTA per row, the row, weight and bias in registers (norm/row_cache.cuh), two CTA sums: the mean first, then the squares of the
 // differences from it, which does not cancel where the mean is large. Memory bounds it.
 //
 //   load ──> sum ──> CTA sum ──> squares of (x - mean) ──> CTA sum ──> scale, shift, store
@@ -24,28 +24,39 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(const __grid_constant_
   const T* const weight = static_cast<const T*>(p.weight);
   const T* const bias = static_cast<const T*>(p.bias);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
-  const auto load = [&](int64_t vec_idx, float (&values)[VEC]) { load_vec<VEC>(x + vec_idx * VEC, values); };
+  const auto load_from = [](const T* row) {
+    return [row](int64_t vec_idx) { return load_pack<VEC>(row + vec_idx * VEC); };
+  };
+  const auto load = load_from(x);
+  RowCache<T, VEC> row, weights, shifts;
+  row.fill(num_vecs, load);
+  weights.fill(num_vecs, load_from(weight));
+  if (bias != nullptr) shifts.fill(num_vecs, load_from(bias));
 
-  RowCache<VEC> row;
   float sum = 0.0f;
-  row.fill(num_vecs, load, [&](const float (&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int, int64_t, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) sum += values[i];
   });
   const float mean = block_sum(sum) / static_cast<float>(p.row_size);
 
   float square_sum = 0.0f;
-  row.visit(num_vecs, load, [&](int64_t, const float (&values)[VEC]) {
+  row.visit(num_vecs, load, [&](int, int64_t, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) square_sum += (values[i] - mean) * (values[i] - mean);
   });
   const float scale = rsqrtf(block_sum(square_sum) / static_cast<float>(p.row_size) + p.eps);
 
-  row.visit(num_vecs, load, [&](int64_t vec_idx, const float (&values)[VEC]) {
-    float scaled[VEC];
+  row.visit(num_vecs, load, [&](int slot, int64_t vec_idx, const Pack<T, VEC>& vec) {
+    float values[VEC], scaled[VEC];
     float shift[VEC] = {};
-    load_vec<VEC>(weight + vec_idx * VEC, scaled);
-    if (bias != nullptr) load_vec<VEC>(bias + vec_idx * VEC, shift);
+    unpack(vec, values);
+    unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
+    if (bias != nullptr) unpack(shifts.at(slot, vec_idx, load_from(bias)), shift);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] = (values[i] - mean) * scale * scaled[i] + shift[i];
     store_vec<VEC>(out + vec_idx * VEC, scaled);
@@ -55,7 +66,7 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(const __grid_constant_
 template <typename T, int VEC>
 cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<VEC>::kCached);
+  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<T, VEC>::kCached);
   layer_norm_kernel<T, VEC><<<static_cast<unsigned>(p.num_rows), num_threads, 0, stream>>>(p);
   return cudaGetLastError();
 }

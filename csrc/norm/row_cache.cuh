@@ -1,49 +1,48 @@
 // One row of a matrix, spread over the threads of a CTA: read from memory once, visited as often as a norm needs.
 //
 //   vector i of thread t covers the elements from (i * blockDim.x + t) * VEC on
-//   i < kCached stays in registers; what a very long row has beyond that is read again at each visit
+//   i < kCached stays in registers, in 16 bits; what a very long row has beyond that is read again at each visit
 #pragma once
 
 #include "arch/vec.cuh"
 
 namespace fastattn {
 
-template <int VEC>
+template <typename T, int VEC>
 struct RowCache {
-  static constexpr int kCached = VEC == 1 ? 8 : 4;
-  float cached[kCached][VEC];
+  static constexpr int kCached = VEC == 1 ? 8 : 2;
+  using Vec = Pack<T, VEC>;
+  Vec cached[kCached];
 
-  // load(vec_idx, values) brings each vector for the first time, then use(values) sees it.
-  template <typename Load, typename Use>
-  __device__ __forceinline__ void fill(int64_t num_vecs, Load load, Use use) {
+  // load(vec_idx) brings what is to be cached; nothing waits for it yet.
+  template <typename Load>
+  __device__ __forceinline__ void fill(int64_t num_vecs, Load load) {
 #pragma unroll
     for (int i = 0; i < kCached; ++i) {
       const int64_t vec_idx = i * blockDim.x + threadIdx.x;
-      if (vec_idx < num_vecs) {
-        load(vec_idx, cached[i]);
-        use(cached[i]);
-      }
-    }
-    for (int64_t vec_idx = kCached * blockDim.x + threadIdx.x; vec_idx < num_vecs; vec_idx += blockDim.x) {
-      float values[VEC];
-      load(vec_idx, values);
-      use(values);
+      if (vec_idx < num_vecs) cached[i] = load(vec_idx);
     }
   }
 
-  // use(vec_idx, values) sees every vector again; reload(vec_idx, values) brings those that are not cached.
+  // use(slot, vec_idx, vector) sees every vector of the row, and may change those that stay; load(vec_idx) brings the
+  // others.
   template <typename Load, typename Use>
-  __device__ __forceinline__ void visit(int64_t num_vecs, Load reload, Use use) {
+  __device__ __forceinline__ void visit(int64_t num_vecs, Load load, Use use) {
 #pragma unroll
     for (int i = 0; i < kCached; ++i) {
       const int64_t vec_idx = i * blockDim.x + threadIdx.x;
-      if (vec_idx < num_vecs) use(vec_idx, cached[i]);
+      if (vec_idx < num_vecs) use(i, vec_idx, cached[i]);
     }
     for (int64_t vec_idx = kCached * blockDim.x + threadIdx.x; vec_idx < num_vecs; vec_idx += blockDim.x) {
-      float values[VEC];
-      reload(vec_idx, values);
-      use(vec_idx, values);
+      Vec vec = load(vec_idx);
+      use(kCached, vec_idx, vec);
     }
+  }
+
+  // The vector of that slot and index, in another row's visit.
+  template <typename Load>
+  __device__ __forceinline__ Vec at(int slot, int64_t vec_idx, Load load) const {
+    return slot < kCached ? cached[slot] : load(vec_idx);
   }
 };
 

@@ -21,6 +21,7 @@ struct SampleParams {
   int64_t logits_stride = 0;           // elements
   int64_t num_rows = 0;                // B
   int32_t vocab_size = 0;              // V
+  int32_t num_sms = 0;                 // on which the CTAs of a row are to run at a time; 0 where there are no clusters
   DType dtype = DType::kFloat32;
 };
 

@@ -47,10 +47,9 @@ __device__ void set_limits(Limited<T>& out, SampleStorage& smem, const SamplePar
   out.smallest = limit(out.row, smem, p.top_k[row_idx], p.top_p[row_idx]);
   out.min_p = p.min_p[row_idx];
   unsigned long long total = 0;
-  out.row.template each<kNumThreads>(threadIdx.x, out.row.vocab_size,
-                                     [&](int32_t, float x) { total += out.weight(x); });
-  out.scale = kProbabilityOne / static_cast<double>(block_sum(total));  // the peak is always kept
-  __syncthreads();                                                      // the list is the next row's from here on
+  out.row.each_id([&](int32_t, float x) { total += out.weight(x); });
+  out.scale = kProbabilityOne / static_cast<double>(out.row.team.sum(smem, total));  // the peak is always kept
+  __syncthreads();  // the list is the next row's from here on
   out.row.list_size = -1;
 }
 
@@ -64,13 +63,12 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     if (threadIdx.x == 0) p.out[row_idx] = token;
   };
   const auto row_of = [&](const void* logits, int64_t idx, int64_t stride) {
-    return Row<T>{
-        static_cast<const T*>(logits) + idx * stride, p.vocab_size, 0.0f, p.temperature[row_idx], smem.list, -1};
+    return Row<T>{static_cast<const T*>(logits) + idx * stride, p.vocab_size, p.temperature[row_idx], smem.list};
   };
 
   Limited<T> target;
   target.row = row_of(p.logits, row_idx, p.logits_stride);
-  const int32_t best_id = find_peak(target.row);
+  const int32_t best_id = find_peak(target.row, smem);
   if (best_id < 0 || target.row.temperature <= 0.0f) return answer(best_id);
   set_limits(target, smem, p, row_idx);
   const uint4 words = philox_words(p.seed[row_idx], p.position[row_idx]);
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   Limited<T> draft;
   if (is_drafted) {
     draft.row = row_of(params.draft_logits, draft_row, params.draft_stride);
-    is_drafted = find_peak(draft.row) >= 0;
+    is_drafted = find_peak(draft.row, smem) >= 0;
   }
   if (!is_drafted) return answer(draw(target.row, smem, words.x, target_weight));
   set_limits(draft, smem, p, row_idx);
@@ -97,8 +95,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     return ours > theirs ? ours - theirs : 0ull;
   };
   unsigned long long total = 0;
-  target.row.template each<kNumThreads>(threadIdx.x, p.vocab_size, [&](int32_t id, float x) { total += left(id, x); });
-  if (block_sum(total) == 0) return answer(draw(target.row, smem, words.z, target_weight));
+  target.row.each_id([&](int32_t id, float x) { total += left(id, x); });
+  if (target.row.team.sum(smem, total) == 0) return answer(draw(target.row, smem, words.z, target_weight));
   answer(draw(target.row, smem, words.z, left));
 }
 

@@ -99,6 +99,7 @@ Tensor sample_op(const Tensor& logits, const Tensor& temperature, const Tensor& 
 
   const OnDeviceOf guard(logits);
   p.out = static_cast<int32_t*>(out.data_ptr());
+  if (capability_of(logits) >= 90) p.num_sms = static_cast<int32_t>(num_sms_of(logits));
   check_launch("sample", sample(p, stream_of(logits)));
   return out;
 }

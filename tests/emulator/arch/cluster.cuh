@@ -12,10 +12,11 @@ inline void cluster_meet() { emulator::sync_cluster(); }
 
 inline uint32_t cluster_address(const void* pointer, uint32_t rank) { return rank << 24 | shared_address(pointer); }
 
-inline float4 load_cluster(uint32_t address) {
+template <typename V>
+inline V load_cluster(uint32_t address) {
   const int rank = static_cast<int>(address >> 24);
   emulator::require_running(rank);
-  float4 value;
+  V value;
   std::memcpy(&value, emulator::smem_of(rank) + (address & 0xffffff), sizeof(value));
   return value;
 }
