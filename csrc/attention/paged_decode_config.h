@@ -61,8 +61,9 @@ struct PagedDecodeConfig {
   int64_t num_ctas;
   bool beside_prompts;    // then a CTA has two teams, else one; and num_parts and num_teams are at most
   int64_t parts_of_head;  // num_parts where no sequence has more than one row tile; used beside prompts
-  int32_t most_teams;     // that all SMs hold
-  int32_t few_tiles;  // where a part has no more, the call reads so little that it should leave the L2 cache as it is
+  float pairs_of_key;  // of a prompt's row and a key, that an SM computes while another one reads a key and its value
+  int32_t most_teams;  // that all SMs hold
+  int32_t few_tiles;   // where a part has no more, the call reads so little that it should leave the L2 cache as it is
 };
 
 // A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
@@ -105,6 +106,7 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     use(max_warps / 2);
     const int64_t kv_heads = problem.num_kv_heads, wanted = config.most_teams * (problem.is_8bit ? 19 : 16) / 20;
     config.beside_prompts = true;
+    config.pairs_of_key = problem.is_8bit ? 55.0f : 100.0f;
     config.parts_of_head = std::max<int64_t>(1, std::min(config.max_tiles, (wanted + kv_heads / 2) / kv_heads));
     config.num_teams = std::max(config.parts_of_head * kv_heads, config.num_columns);
     config.num_parts = config.num_teams / config.num_columns;

@@ -81,8 +81,6 @@ struct DecodeMixture {
   int32_t prompt_tiles = 0;  // tiles of keys that take this kernel as long as a KV head's prompts the other one
 
   __device__ __forceinline__ explicit DecodeMixture(const PagedDecodeParams& p) {
-    // Pairs of a query row and a key that an SM computes while another one reads a key and its value.
-    constexpr float kPairsOfKey = 100.0f;
     float pairs = 0.0f;
 #pragma unroll 1
     for (int32_t seq = threadIdx.x % 32; seq < p.num_seqs; seq += 32) {
@@ -99,8 +97,8 @@ struct DecodeMixture {
     }
     longest = __reduce_max_sync(0xffffffffu, longest);
     constexpr float kMost = 1 << 25;  // so that 32 of them are an int
-    const float tiles =
-        pairs * static_cast<float>(p.group_size.divisor) / (kPairsOfKey * static_cast<float>(p.config.block_n));
+    const float tiles = pairs * static_cast<float>(p.group_size.divisor) /
+                        (p.config.pairs_of_key * static_cast<float>(p.config.block_n));
     prompt_tiles = __reduce_add_sync(0xffffffffu, static_cast<int32_t>(fminf(tiles, kMost)));
   }
 };

@@ -4,8 +4,8 @@
 //
 //   x, out (rows, N) bf16 or fp16   weight, bias (N)   fp32 arithmetic
 //
-// One CTA per row, the row, weight and bias in registers (norm/row_cache.cuh), two CTA sums: the mean first, then the squares of the
-// differences from it, which does not cancel where the mean is large. Memory bounds it.
+// One CTA per row, the row, weight and bias in registers (norm/row_cache.cuh), two CTA sums: the mean first, then the
+// squares of the differences from it, which does not cancel where the mean is large. Memory bounds it.
 //
 //   load ──> sum ──> CTA sum ──> squares of (x - mean) ──> CTA sum ──> scale, shift, store
 #include "arch/dispatch.h"

@@ -1,5 +1,5 @@
-// One row of logits as a distribution, for the CTAs of a cluster, of kNumThreads each: temperature, top-k, top-p, min-p,
-// and the draw, without a sort. sample.cu says how; speculative_sample.cu holds two of them against each other.
+// One row of logits as a distribution, for the CTAs of a cluster, of kNumThreads each: temperature, top-k, top-p,
+// min-p, and the draw, without a sort. sample.cu says how; speculative_sample.cu holds two of them against each other.
 #pragma once
 
 #include <cmath>
@@ -95,8 +95,8 @@ struct Team {
 
 // Finds the last of the bins [0 … NUM_BINS), all CTAs' together, that still has something of the first `bound` in it:
 // all bins before it hold less than bound. Leaves it in smem.chosen and what they hold in smem.before. If all bins
-// together hold less than bound, it is the last that is not empty. Two bins per thread; a barrier of the team before and
-// after.
+// together hold less than bound, it is the last that is not empty. Two bins per thread; a barrier of the team before
+// and after.
 template <int NUM_BINS>
 __device__ __forceinline__ void choose_bin(SampleStorage& smem, const Team& team, unsigned long long bound) {
   team.sync();

@@ -7,8 +7,8 @@
 //
 // Sums of integers do not depend on their order, so atomics are harmless here: the answer depends on the row alone.
 //
-// A row is shared by the CTAs of a cluster, 1 to 8, a run of ids each; what they add up meets in their shared memory, and
-// the token is the same however many they are. They read it a few times, from L2 after the first:
+// A row is shared by the CTAs of a cluster, 1 to 8, a run of ids each; what they add up meets in their shared memory,
+// and the token is the same however many they are. They read it a few times, from L2 after the first:
 //
 //   max, NaN? ──> greedy: done
 //     │           ┌ 2048 bins by distance from the max;     ┐
@@ -18,8 +18,8 @@
 //     └─ draw: 32 warps a CTA sum runs of ids, the run that holds the target is cut into 32 again, down to 32 ids
 //
 // The first bins are by distance, not by bits, because logits share their exponent: equal bins would queue up at one
-// atomic. Everything that comes after the first list reads the list (4096 logits a CTA, in shared memory) instead of the
-// row; where that many are not enough, the row. Instructions bound it, about 80 a logit.
+// atomic. Everything that comes after the first list reads the list (4096 logits a CTA, in shared memory) instead of
+// the row; where that many are not enough, the row. Instructions bound it, about 80 a logit.
 #include "arch/dispatch.h"
 #include "arch/launch.cuh"
 #include "sampling/philox.cuh"
@@ -29,7 +29,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMostCtas = 8;      // of a row: what every GPU with clusters can place
+constexpr int64_t kMostCtas = 8;     // of a row: what every GPU with clusters can place
 constexpr int64_t kLeastIds = 4096;  // of a CTA
 
 template <typename T>

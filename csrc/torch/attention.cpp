@@ -140,14 +140,9 @@ Tensor new_tile_counter(const AttentionCall& call) { return empty(call.q, {1}, S
 
 // Whether the prompts of a mixed batch share the SMs with the rest: they are bound by the tensor cores, and that by
 // memory. Not where there are trees, for a third kernel; where q is copied, between the two; or where keys are split,
-// which leaves something in the others' rows too and must come first. Over pages of 8 bits a prompt's tile takes half
-// as long as all the rest: there must be several for an SM, lest the last ones run alone.
+// which leaves something in the others' rows too and must come first.
 bool shares_sms(const AttentionCall& prompts) {
-  const FlashFwdSm90Config config = sm90_config_of(prompts);
-  const int64_t most_tokens = prompts.q.size(0) - prompts.num_seqs;
-  const bool many_tiles = most_tokens * config.tile_heads >= 2 * config.tile_tokens * num_sms_of(prompts.q);
-  return !prompts.tree_mask && rows_distinct(prompts.q) && config.num_splits == 1 &&
-         (!is_8bit(prompts.k) || many_tiles);
+  return !prompts.tree_mask && rows_distinct(prompts.q) && sm90_config_of(prompts).num_splits == 1;
 }
 
 // On the Hopper kernel: there are some of q.
