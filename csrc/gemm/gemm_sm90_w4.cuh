@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     __syncwarp();
   } else {
     // ------------------------------------------------------------------------------ consumers
-    grid_dependency_wait();
     const int row = warp_idx * 16 + lane / 4;  // and the one 8 below
+    GemmSm90W4Scales<Format>::prefetch(p, first_n + row, begin_step, end_step, lane);
+    grid_dependency_wait();
     const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128, select = byte_selector(lane);
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
     GemmSm90W4Scales<Format> scales;

@@ -10,12 +10,16 @@
 //   kSpan        columns that share a scale, as far as the kernel knows
 //   kSumFactor   by which sums of the products are too small
 //   Raw, load    what memory has for 64 columns of a row
+//   kLine        columns whose scales are 128 bytes, at most
+//   address      where those of a column are
 //   Scales, of   span `idx` of that for two rows, as T in the low and in the high half
 //   weight       two weights of the lower (HALF 0) or the upper row; select: `byte_selector` of the lane
 #pragma once
 
 #include "arch/e2m1.cuh"
 #include "arch/fragments.cuh"
+#include "arch/global_memory.cuh"
+#include "arch/vec.cuh"
 #include "gemm/gemm_sm90_w4.h"
 
 namespace fastattn {
@@ -46,15 +50,17 @@ __device__ __forceinline__ Pair<T> small_e2m1_pair(uint32_t word, uint32_t selec
 template <typename Element>
 struct Nvfp4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 16;
+  static constexpr int kSpan = 16, kLine = 128 * 16;
   static constexpr float kSumFactor = 128.0f;
   static constexpr float kScaleFactor = kIsHalf<T> ? 0x1p7f : 0x1p119f;
   using Raw = uint32_t;
   using Scales = uint32_t;
 
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 16;
+  }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const auto* const scales = static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 16;
-    return __ldg(reinterpret_cast<const uint32_t*>(scales));
+    return __ldg(reinterpret_cast<const uint32_t*>(address(p, row, column)));
   }
   __device__ static __forceinline__ Scales of(Raw low, Raw high, int idx) {
     return pack_pair<T>(from_e4m3<float>(static_cast<uint8_t>(low >> 8 * idx)) * kScaleFactor,
@@ -70,15 +76,17 @@ struct Nvfp4Sm90 {
 template <typename Element>
 struct Mxfp4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 32;
+  static constexpr int kSpan = 32, kLine = 128 * 32;
   static constexpr float kSumFactor = 1.0f;
   static constexpr uint32_t kFactor = kIsHalf<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126
   using Raw = uint16_t;
   using Scales = uint32_t;
 
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
+  }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const auto* const scales = static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
-    return __ldg(reinterpret_cast<const uint16_t*>(scales));
+    return __ldg(reinterpret_cast<const uint16_t*>(address(p, row, column)));
   }
   __device__ static __forceinline__ Scales of(Raw low, Raw high, int idx) {
     return pack_pair<T>(from_e8m0<float>(static_cast<uint8_t>(low >> 8 * idx)),
@@ -90,10 +98,13 @@ struct Mxfp4Sm90 {
   }
 };
 
+// A code in the upper half of a byte. In fp16 these are bits of the mantissa of 64, and 64 + code comes of it; in bf16
+// they would not fit there, but are the number code * 2^-129, which 2^127 makes a quarter of the code; the scale, which
+// must be below 2^126, makes up for it. The difference is exact, the product rounds once.
 template <typename Element>
 struct Int4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 64;
+  static constexpr int kSpan = 64, kLine = 64 * 64;
   static constexpr float kSumFactor = 1.0f;
   struct Raw {
     T scale;
@@ -101,26 +112,34 @@ struct Int4Sm90 {
   };
   struct Scales {
     uint32_t scale;
-    uint32_t zero;  // what stands for 0 among the numbers that codes become, exact in T
+    uint32_t zero;
   };
 
+  __device__ static __forceinline__ const T* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const T*>(p.weight_scale) + row * p.scale_stride + p.group_size.divide(column);
+  }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const int32_t group_idx = p.group_size.divide(column);
-    return {static_cast<const T*>(p.weight_scale)[row * p.scale_stride + group_idx],
-            p.zero_point != nullptr ? p.zero_point[row * p.zero_point_stride + group_idx] : int8_t{0}};
+    const int64_t zero_idx = row * p.zero_point_stride + p.group_size.divide(column);
+    return {*address(p, row, column), p.zero_point != nullptr ? p.zero_point[zero_idx] : int8_t{0}};
   }
   __device__ static __forceinline__ Scales of(const Raw& low, const Raw& high, int) {
-    constexpr int kZero = kUint4Base<T> + 8;
-    return {bits_of<T>(Pair<T>(low.scale, high.scale)),
-            pack_pair<T>(static_cast<float>(kZero + low.zero_point), static_cast<float>(kZero + high.zero_point))};
+    const float zeros[2] = {8.0f + low.zero_point, 8.0f + high.zero_point};
+    if constexpr (kIsHalf<T>) {
+      return {bits_of<T>(Pair<T>(low.scale, high.scale)), pack_pair<T>(64.0f + zeros[0], 64.0f + zeros[1])};
+    } else {
+      return {pack_pair<T>(4.0f * to_float(low.scale), 4.0f * to_float(high.scale)),
+              pack_pair<T>(-0.25f * zeros[0], -0.25f * zeros[1])};
+    }
   }
-  // The difference is exact, the product rounds once.
   template <int HALF>
   __device__ static __forceinline__ Pair<T> weight(uint32_t word, uint32_t select, const Scales& scales) {
-    constexpr uint32_t kBase = kIsHalf<T> ? 0x64006400u : 0x43004300u;
-    const uint32_t codes = __byte_perm(word, word >> 4, select);
-    return __hmul2(__hsub2(as_pair<T>((codes & 0x000f000fu) | kBase), half_of<HALF, T>(scales.zero)),
-                   half_of<HALF, T>(scales.scale));
+    const uint32_t codes = __byte_perm(word << 4, word, select) & 0x00f000f0u;
+    const Pair<T> zero = half_of<HALF, T>(scales.zero);
+    if constexpr (kIsHalf<T>) {
+      return __hmul2(__hsub2(as_pair<T>(codes | 0x54005400u), zero), half_of<HALF, T>(scales.scale));
+    } else {
+      return __hmul2(__hfma2(as_pair<T>(codes), as_pair<T>(0x7f007f00u), zero), half_of<HALF, T>(scales.scale));
+    }
   }
 };
 
@@ -141,6 +160,20 @@ struct GemmSm90W4Scales {
   typename Format::Raw next[2];
   typename Format::Scales own[kOwn];
 
+  // Asks for the scales of steps as far as the L2 cache, which is in order even before the kernel in front has ended.
+  __device__ __forceinline__ static void prefetch(const GemmSm90W4Params& p, int32_t row, int32_t begin_step,
+                                                  int32_t end_step, int lane) {
+    const int64_t end = min(int64_t{end_step} * kGemmSm90W4StageK, p.k);
+#pragma unroll 1
+    for (int64_t column = int64_t{begin_step} * kGemmSm90W4StageK + lane % 4 * Format::kLine; column < end;
+         column += 4 * Format::kLine) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t scale_row = min(row + i * 8, static_cast<int32_t>(p.n) - 1);
+        prefetch_l2(Format::address(p, scale_row, static_cast<int32_t>(column)));
+      }
+    }
+  }
   __device__ __forceinline__ void load(const GemmSm90W4Params& p, int32_t row, int32_t step, int lane) {
     const int32_t column = min(step * kGemmSm90W4StageK + lane % 4 * 64, static_cast<int32_t>(p.k) - 64);
 #pragma unroll
