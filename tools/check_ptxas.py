@@ -43,7 +43,6 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
         "a path has three values where a range has two; calls without trees have instances of their own",
     ),
     "Li256ENS_8TreeMaskELb0EEEvNS_17PagedDecodeParams": (490, "the same"),
-    "gemm_sm90_w4_kernel": (16, "a value of the epilogue, around the loop"),
     "rope_kv_write_kernel": (32, "on sm_80, around the division by a scale"),
 }
 

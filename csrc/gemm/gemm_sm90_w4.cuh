@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
   const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * BLOCK_M;
-  const int32_t all_steps = static_cast<int32_t>((p.k + STAGE_K - 1) / STAGE_K);
-  const int32_t begin_step = static_cast<int32_t>(int64_t{rank} * all_steps / num_splits);
-  const int32_t end_step = static_cast<int32_t>((int64_t{rank} + 1) * all_steps / num_splits);
+  const int32_t all_steps = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
+  const int32_t begin_step = rank * all_steps / num_splits;
+  const int32_t end_step = (rank + 1) * all_steps / num_splits;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 
   // ---- epilogue: a lane writes four columns
   const int32_t column = first_n + smem.sums.first_column(threadIdx.x);
-  if (warp_idx < NUM_WARPS && column < p.n) {
+  if (threadIdx.x < 32 * NUM_WARPS && column < p.n) {
     float bias[4] = {}, divisor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);
     if (p.global_scale != nullptr) {
