@@ -247,9 +247,8 @@ constexpr GemmSm90W4Instantiation kGemmSm90W4Of = {{BLOCK_M, BLOCK_N, CTAS_PER_S
 // Which exist, for every format: add a line here and in gemm_sm90_w4_config.h.
 template <typename Format>
 constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations[] = {
-    kGemmSm90W4Of<Format, 8, 128, 2>,   kGemmSm90W4Of<Format, 16, 128, 2>, kGemmSm90W4Of<Format, 32, 128, 2>,
-    kGemmSm90W4Of<Format, 64, 128, 2>,  kGemmSm90W4Of<Format, 64, 256, 1>, kGemmSm90W4Of<Format, 128, 128, 1>,
-    kGemmSm90W4Of<Format, 128, 192, 1>,
+    kGemmSm90W4Of<Format, 8, 128, 2>,  kGemmSm90W4Of<Format, 16, 128, 2>,  kGemmSm90W4Of<Format, 32, 128, 2>,
+    kGemmSm90W4Of<Format, 64, 128, 2>, kGemmSm90W4Of<Format, 128, 128, 1>, kGemmSm90W4Of<Format, 128, 192, 1>,
 };
 
 template <typename Format>

@@ -11,8 +11,8 @@ constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of w
 constexpr int64_t kGemmSm90W4MostRows = 256;
 
 // A CTA's tile: so many rows of x and of weight, 64 of those to a warp group.
-constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2}, {64, 128, 2},
-                                             {64, 256, 1}, {128, 128, 1}, {128, 192, 1}};
+constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
+                                             {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
 
 // In what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
 constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile) {
@@ -43,29 +43,27 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
   config.num_ctas = config.m_tiles * config.n_tiles * num_splits;
 }
 
-// Microseconds, about. The parts are those of gemm_sm90_time, and beside them what it takes to make 16 bits of 4.
+// Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
+constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
+
+// Microseconds, about: the constants are fitted to what an H200 takes, where conversion bounds the kernel. CTAs that
+// share an SM share its time, so that the SMs with the most of them decide.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
-  const double ctas_per_sm = config.tile.ctas_per_sm;
-  const double num_ctas = static_cast<double>(config.num_ctas), num_sms = static_cast<double>(problem.num_sms);
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
-  const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6 *
-                         (1.0 + 0.1 * std::max(0.0, 1.0 - num_ctas / num_sms));  // from few SMs a little less well
+  const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
 
-  // What bounds a step of a CTA: how much the copy engine has in flight, what an SM takes in, its tensor cores, or
-  // conversion at some ten cycles of a scheduler for 64 weights.
-  const double step_weights = kGemmSm90W4StageK * block_n;
-  const double step_bytes = 2.0 * kGemmSm90W4StageK * block_m + step_weights / 2.0;
-  const double at_once = std::min(ctas_per_sm, std::max(1.0, num_ctas / num_sms));  // CTAs of an SM
-  const double step_us = std::max({1.7 / (gemm_sm90_w4_stages(config.tile) - 1), at_once * step_bytes / 85e3,
-                                   at_once * 2.0 * block_m * step_weights / 6.5e6, at_once * step_weights / 42e3});
-  const double num_steps = static_cast<double>(ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), config.num_splits));
+  const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
+  const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
+  const int64_t at_once = on_sms * config.tile.ctas_per_sm;
+  const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
+  const double step_us = block_n / 128.0 * (0.88 + 0.0065 * block_m);  // of a CTA alone on its SM
+  const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
+  const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
   // Sums go to shared memory and come back from there, or from another SM's.
-  const double sums_us = block_m * block_n * (config.num_splits > 1 ? 2.0e-4 : 1.0e-4) + 0.3 * (config.num_splits - 1);
-  const double clusters_fit = config.num_splits <= 2 ? 1.0 : config.num_splits <= 4 ? 0.9 : 0.75;
-  const double num_waves = std::ceil(num_ctas / (num_sms * clusters_fit * ctas_per_sm));
-  const double l2_us = step_bytes * num_steps * num_ctas / 8.0e6;
-  return 8.0 + std::max({read_us, l2_us, num_waves * num_steps * step_us}) + (num_waves - 1.0) * sums_us + sums_us;
+  const double sums_us = 1.5e-4 * block_m * block_n + 0.1 * static_cast<double>(num_splits - 1);
+  const double more_waves = static_cast<double>(ceil_div(num_clusters, at_once) - 1);
+  return 9.2 + std::max(read_us, turns * step_us) + sums_us + more_waves * (1.5 + sums_us);
 }
 
 // The best by that measure, over all tiles and 1 to 8 splits.

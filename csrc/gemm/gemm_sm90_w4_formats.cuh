@@ -17,6 +17,7 @@
 #pragma once
 
 #include "arch/e2m1.cuh"
+#include "arch/e4m3.cuh"
 #include "arch/fragments.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/vec.cuh"
@@ -63,8 +64,16 @@ struct Nvfp4Sm90 {
     return __ldg(reinterpret_cast<const uint32_t*>(address(p, row, column)));
   }
   __device__ static __forceinline__ Scales of(Raw low, Raw high, int idx) {
-    return pack_pair<T>(from_e4m3<float>(static_cast<uint8_t>(low >> 8 * idx)) * kScaleFactor,
-                        from_e4m3<float>(static_cast<uint8_t>(high >> 8 * idx)) * kScaleFactor);
+    uint32_t pairs[2][2];
+    unpack_e4m3(pairs[0], low);
+    unpack_e4m3(pairs[1], high);
+    float scales[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 two = unpack_pair<__half>(pairs[i][idx / 2]);
+      scales[i] = (idx % 2 == 0 ? two.x : two.y) * kScaleFactor;
+    }
+    return pack_pair<T>(scales[0], scales[1]);
   }
   template <int HALF>
   __device__ static __forceinline__ Pair<T> weight(uint32_t word, uint32_t select, Scales scales) {
