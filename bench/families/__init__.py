@@ -9,6 +9,7 @@ from bench.families import (
     flash_fwd,
     flash_fwd_fp8,
     gemm_bf16,
+    gemm_fp4,
     paged,
     small_ops,
     speculation,
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         small_ops.FAMILY,
         gemm_bf16.FAMILY,
+        gemm_fp4.FAMILY,
         flash_fwd.FAMILY,
         flash_fwd_fp8.FAMILY,
         flash_bwd.FAMILY,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void pin_registers(uint32_t (&fragments)[NUM_TILES][4
 }
 
 // Products for one type and one N. SS: both operands K-major in shared memory. SS_MN: both MN-major. RS: A in
-// registers, B MN-major. scale_d 0 overwrites the accumulators.
+// registers, B MN-major. RS_K: A in registers, B K-major. scale_d 0 overwrites the accumulators.
 template <typename T, int N>
 struct Wgmma;
 
@@ -99,6 +99,15 @@ struct Wgmma;
                    ", 0;\n"                                                                                            \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, {" P0 ", " P1 ", " P2 \
                    ", " P3 "}, " P4 ", p, 1, 1, 1;\n}\n"                                                               \
+                   : ACCS                                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
+    }                                                                                                                  \
+    __device__ __forceinline__ static void rs_k(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,              \
+                                                int scale_d) {                                                         \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5                                                              \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS "}, {" P0 ", " P1 ", " P2 \
+                   ", " P3 "}, " P4 ", p, 1, 1, 0;\n}\n"                                                               \
                    : ACCS                                                                                              \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
     }                                                                                                                  \

@@ -6,6 +6,7 @@
 #include "attention/flash_sm80_config.h"
 #include "attention/paged_decode_config.h"
 #include "gemm/gemm_sm90_config.h"
+#include "gemm/gemm_sm90_w4_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
 #include "runtime/ngram_index.h"
@@ -167,6 +168,15 @@ void bind_kernel_configs(py::module_& m) {
                         "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
       },
       "m"_a, "n"_a, "k"_a, "num_sms"_a);
+  m.def(
+      "gemm_sm90_w4_config",
+      [](int64_t rows, int64_t n, int64_t k, double weight_bits, int64_t num_sms) {
+        const GemmSm90W4Config c = gemm_sm90_w4_config({rows, n, k, weight_bits, num_sms});
+        return py::dict("block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
+                        "ctas_per_sm"_a = c.tile.ctas_per_sm, "num_splits"_a = c.num_splits, "m_tiles"_a = c.m_tiles,
+                        "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
+      },
+      "m"_a, "n"_a, "k"_a, "weight_bits"_a, "num_sms"_a);
 }
 
 }  // namespace

@@ -1,13 +1,12 @@
 #include "elementwise/quantize_int8.h"
 #include "gemm/gemm_sm80.h"
+#include "gemm/gemm_sm90_w4.h"
 #include "torch/checks.h"
 
 namespace fastattn {
 namespace {
 
 using Launch = cudaError_t (*)(const GemmSm80Params&, cudaStream_t);
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned_bytes(const void* base, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_bytes % 16 == 0;
@@ -81,7 +80,7 @@ Tensor int8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weig
   return out;
 }
 
-// A quantized weight of 4 bits, and how it is laid out.
+// A quantized weight of 4 bits, how it is laid out, and the kernels for it.
 struct FourBitWeight {
   const char* op;
   const Tensor& packed;  // (N, ceil(K / per_element))
@@ -90,13 +89,63 @@ struct FourBitWeight {
   const Tensor& scale;  // (N, G)
   ScalarType scale_dtype;
   int64_t group_size;
-  int64_t span;  // the fast kernel takes groups that are multiples of it
+  int64_t span_sm80, span_sm90;  // the fast kernels take groups that are multiples of these
+  int64_t scale_alignment;       // of a row of scales, in scales, for sm_90
+  Launch sm80;
+  cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
 };
 
-// fill: sets what is particular to a format, after the shapes are known to fit.
-template <typename Fill>
-Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std::optional<Tensor>& bias, Launch launch,
-                       Fill fill) {
+// What only some formats have: (N, G) int8, and (N) fp32.
+struct FourBitExtras {
+  const int8_t* zero_point = nullptr;
+  int64_t zero_point_stride = 0;
+  const float* global_scale = nullptr;
+};
+
+// What both kernels want to know, of rows x.
+template <typename Params>
+Params params_of(const FourBitWeight& w, const FourBitExtras& extras, const Tensor& x,
+                 const std::optional<Tensor>& bias, int64_t group_size, Tensor& out) {
+  Params p;
+  p.x = x.data_ptr();
+  p.weight = w.packed.data_ptr();
+  p.weight_scale = w.scale.data_ptr();
+  p.bias = bias ? bias->data_ptr() : nullptr;
+  p.out = out.data_ptr();
+  p.zero_point = extras.zero_point;
+  p.zero_point_stride = extras.zero_point_stride;
+  p.global_scale = extras.global_scale;
+  p.m = num_rows_of(x);
+  p.n = w.packed.size(0);
+  p.k = shape_of(x).back();
+  p.x_stride = rows_of(x).inner_stride;
+  p.weight_stride = w.packed.stride(0) * (w.per_element / 2);
+  p.scale_stride = w.scale.stride(0);
+  p.group_size = FastDivide(static_cast<int32_t>(group_size));
+  p.dtype = dtype_of(x);
+  return p;
+}
+
+// Rows that the copy engine takes: aligned, apart, and fewer than 2^31.
+bool fits_copy_engine(const void* base, int64_t num_rows, int64_t row_bytes, int64_t stride_bytes) {
+  return aligned_bytes(base, stride_bytes) && (num_rows == 1 || stride_bytes >= row_bytes) && num_rows <= INT32_MAX;
+}
+
+// Whether the Hopper kernel takes the call, and is the faster one.
+bool takes_sm90(const FourBitWeight& w, const GemmSm90W4Params& p, int64_t num_groups, const Tensor& x) {
+  const bool whole_spans = p.group_size.divisor % w.span_sm90 == 0 || num_groups == 1;
+  const bool scales_aligned =
+      (reinterpret_cast<uintptr_t>(p.weight_scale) | w.scale.stride(0)) % w.scale_alignment == 0;
+  return capability_of(x) == 90 && p.m <= kGemmSm90W4MostRows && p.n % 8 == 0 && p.k > 0 && p.k % 64 == 0 &&
+         p.k <= INT32_MAX && whole_spans && scales_aligned && reinterpret_cast<uintptr_t>(p.bias) % 8 == 0 &&
+         fits_copy_engine(p.x, p.m, 2 * p.k, 2 * p.x_stride) &&
+         fits_copy_engine(p.weight, p.n, p.k / 2, p.weight_stride);
+}
+
+// extras: checks and gives what is particular to a format, after the shapes are known to fit.
+template <typename Extras>
+Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std::optional<Tensor>& bias,
+                       Extras extras) {
   const Checks checks(w.op, "x", x_given);
   checks.rows("x", x_given).dtype("x", x_given, kHalves);
   std::vector<int64_t> shape = shape_of(x_given);
@@ -109,61 +158,79 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const int64_t num_groups = ceil_div(k, group_size);
   checks.shape("weight_scale", w.scale, {n, num_groups}).dtype("weight_scale", w.scale, {w.scale_dtype});
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x_given.scalar_type()});
-  GemmSm80Params p;
-  fill(checks, p, n, num_groups);
+  const FourBitExtras found = extras(checks, n, num_groups);
   shape.back() = n;
   Tensor out = empty(x_given, shape, x_given.scalar_type());
   if (out.numel() == 0) return out;
 
   const OnDeviceOf guard(x_given);
-  // Rows in two runs (a slice of the middle dimension) are packed first: the kernel knows one stride.
+  // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride.
   const Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
-  p.x = x.data_ptr();
-  p.weight = w.packed.data_ptr();
-  p.weight_scale = w.scale.data_ptr();
-  p.bias = bias ? bias->data_ptr() : nullptr;
-  p.out = out.data_ptr();
-  p.m = num_rows_of(x);
-  p.n = n;
-  p.k = k;
-  p.x_stride = rows_of(x).inner_stride;
-  p.weight_stride = w.packed.stride(0) * (w.per_element / 2);
-  p.scale_stride = w.scale.stride(0);
-  p.group_size = FastDivide(static_cast<int32_t>(group_size));
-  p.dtype = dtype_of(x);
-  const bool whole_spans = group_size % w.span == 0 || num_groups == 1;
+  auto hopper = params_of<GemmSm90W4Params>(w, found, x, bias, group_size, out);
+  if (takes_sm90(w, hopper, num_groups, x)) {
+    const double weight_bits =
+        4.0 + 8.0 * static_cast<double>(w.scale.element_size()) / static_cast<double>(group_size);
+    hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x)});
+    check_launch(w.op, w.sm90(hopper, stream_of(x)));
+    return out;
+  }
+
+  auto p = params_of<GemmSm80Params>(w, found, x, bias, group_size, out);
+  const bool whole_spans = group_size % w.span_sm80 == 0 || num_groups == 1;
   const bool rows_aligned =
       aligned_bytes(p.x, 2 * p.x_stride) && aligned_bytes(p.weight, p.weight_stride) && k % 32 == 0 && whole_spans;
-  run_gemm(w.op, p, rows_aligned, k, ScalarType::Float, x, launch);
+  run_gemm(w.op, p, rows_aligned, k, ScalarType::Float, x, w.sm80);
   return out;
 }
 
 Tensor int4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
                       const std::optional<Tensor>& zero_point, int64_t group_size, const std::optional<Tensor>& bias) {
-  const FourBitWeight weight = {"int4_linear", weight_packed,   8,          ScalarType::Int,
-                                weight_scale,  x.scalar_type(), group_size, 32};
-  return four_bit_linear(
-      weight, x, bias, gemm_int4_sm80, [&](const Checks& checks, GemmSm80Params& p, int64_t n, int64_t num_groups) {
-        if (!zero_point) return;
-        checks.shape("zero_point", *zero_point, {n, num_groups}).dtype("zero_point", *zero_point, {ScalarType::Char});
-        p.zero_point = data<int8_t>(*zero_point);
-        p.zero_point_stride = zero_point->stride(0);
-      });
+  const FourBitWeight weight = {.op = "int4_linear",
+                                .packed = weight_packed,
+                                .per_element = 8,
+                                .packed_dtype = ScalarType::Int,
+                                .scale = weight_scale,
+                                .scale_dtype = x.scalar_type(),
+                                .group_size = group_size,
+                                .span_sm80 = 32,
+                                .span_sm90 = 64,
+                                .scale_alignment = 1,
+                                .sm80 = gemm_int4_sm80,
+                                .sm90 = gemm_int4_sm90};
+  return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t num_groups) {
+    FourBitExtras extras;
+    if (!zero_point) return extras;
+    checks.shape("zero_point", *zero_point, {n, num_groups}).dtype("zero_point", *zero_point, {ScalarType::Char});
+    extras.zero_point = data<int8_t>(*zero_point);
+    extras.zero_point_stride = zero_point->stride(0);
+    return extras;
+  });
 }
 
 Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
                      const std::optional<Tensor>& global_scale, int64_t group_size, const std::optional<Tensor>& bias) {
-  const FourBitWeight weight = {"fp4_linear", weight_packed,    2,          ScalarType::Byte,
-                                weight_scale, ScalarType::Byte, group_size, group_size};
-  return four_bit_linear(
-      weight, x, bias, group_size == 16 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
-      [&](const Checks& checks, GemmSm80Params& p, int64_t n, int64_t) {
-        checks.that(group_size == 16 || group_size == 32,
-                    "group_size is " + std::to_string(group_size) + ", expected 16 or 32");
-        if (!global_scale) return;
-        checks.shape("global_scale", *global_scale, {n}).dtype("global_scale", *global_scale, {ScalarType::Float});
-        p.global_scale = data<float>(*global_scale);
-      });
+  const bool nvfp4 = group_size == 16;
+  const FourBitWeight weight = {.op = "fp4_linear",
+                                .packed = weight_packed,
+                                .per_element = 2,
+                                .packed_dtype = ScalarType::Byte,
+                                .scale = weight_scale,
+                                .scale_dtype = ScalarType::Byte,
+                                .group_size = group_size,
+                                .span_sm80 = group_size,
+                                .span_sm90 = group_size,
+                                .scale_alignment = nvfp4 ? 4 : 2,
+                                .sm80 = nvfp4 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
+                                .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90};
+  return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t) {
+    checks.that(group_size == 16 || group_size == 32,
+                "group_size is " + std::to_string(group_size) + ", expected 16 or 32");
+    FourBitExtras extras;
+    if (!global_scale) return extras;
+    checks.shape("global_scale", *global_scale, {n}).dtype("global_scale", *global_scale, {ScalarType::Float});
+    extras.global_scale = data<float>(*global_scale);
+    return extras;
+  });
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import __main__ as command
-from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_bf16, paged, small_ops, smollm2
+from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_bf16, gemm_fp4, paged, small_ops, smollm2
 from bench.harness import accuracy, environment, formulas
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, Context
 from bench.harness.peers import PeerAbsentError
+from fastattn.reference.quantize import unpack_e2m1
 from tests.harness import formulas as loops
 from tests.harness.attention_calls import (
     batch_backward_calls,
@@ -40,6 +41,7 @@ CPU = torch.device("cpu")
 PAGED = {"heads": 4, "kv_heads": 2}
 CASES: dict[str, Callable[[Context], Case]] = {
     "gemm": partial(gemm_bf16.gemm, m=5, n=48, k=64),
+    **{f"gemm {name}": partial(gemm_fp4.gemm, name=name, m=5, n=48, k=128) for name in gemm_fp4.FORMATS},
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
@@ -67,6 +69,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
 # What each case can be measured beside when everything is installed, but for torch.compile.
 BESIDE = {
     "gemm": {"cublas"},
+    **{f"gemm {name}": {"marlin", "cublas"} for name in gemm_fp4.FORMATS},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
@@ -231,6 +234,35 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     def infer_sample(logits: Tensor, top_k: Tensor | int, top_p: Tensor | float) -> Tensor:
         return logits.argmax(-1).int()
 
+    def repack(words: Tensor, perm: Tensor, size_k: int, size_n: int, num_bits: int) -> Tensor:
+        assert (words.dtype, words.shape, perm.numel(), num_bits) == (torch.int32, (size_k // 8, size_n), 0, 4)
+        return words
+
+    def marlin_fp4(
+        x: Tensor, words: Tensor, scale: Tensor, whole: Tensor | None, workspace: Tensor, size_n: int, size_k: int
+    ) -> Tensor:
+        codes = words.t().contiguous().view(torch.uint8)
+        weight = unpack_e2m1(codes) * scale.float().t().repeat_interleave(size_k // len(scale), 1)
+        return F.linear(x.float(), weight * (1.0 if whole is None else whole)).to(x.dtype)
+
+    def marlin_int4(x: Tensor, words: Tensor, scale: Tensor, *none: Tensor | str | int, is_k_full: bool) -> Tensor:
+        assert is_k_full
+        assert none[-3:] == ("uint4b8", scale.shape[1], x.shape[1])
+        return loops.int4_linear(torch.float32, x, words.t(), scale.t(), x.shape[1] // len(scale))[0].to(x.dtype)
+
+    marlin = {
+        "marlin_make_workspace_new": lambda device: torch.zeros(1, device=device),
+        "marlin_make_empty_g_idx": lambda device: torch.zeros(0, dtype=torch.int32, device=device),
+        "marlin_permute_scales": lambda s, size_k, size_n, group_size: s,
+        "apply_gptq_marlin_linear": marlin_int4,
+    }
+    marlin_for_fp4 = {
+        "nvfp4_marlin_process_scales": lambda s: (s * 8, 8.0),
+        "nvfp4_marlin_process_global_scale": lambda s: s,
+        "mxfp4_marlin_process_scales": lambda s: s,
+        "apply_fp4_marlin_linear": marlin_fp4,
+    }
+    layers = "vllm.model_executor.layers.quantization.utils"
     sampler = {"apply_top_k_top_p": apply_top_k_top_p, "random_sample": lambda probs, generators: probs.argmax(-1)}
     for made in (
         module("vllm"),
@@ -240,7 +272,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             fused_add_rms_norm=fused_add_rms_norm,
             rotary_embedding=rotary_embedding,
             reshape_and_cache_flash=reshape_and_cache_flash,
+            gptq_marlin_repack=repack,
         ),
+        *(module(layers.rsplit(".", i)[0]) for i in range(4, 0, -1)),
+        module(layers),
+        module(f"{layers}.marlin_utils", **marlin),
+        module(f"{layers}.marlin_utils_fp4", **marlin_for_fp4),
+        module("vllm.scalar_type", scalar_types=SimpleNamespace(uint4b8="uint4b8")),
         module("vllm.vllm_flash_attn", flash_attn_varlen_func=vllm_varlen),
         *(module(f"vllm.{name}") for name in ("v1", "v1.sample", "v1.sample.ops")),
         module("vllm.v1.sample.ops.topk_topp_sampler", **sampler),
@@ -396,6 +434,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         },
         "paged_prefill": {".*": 21},
         "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
+        "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, ".*": 120},
         "small_ops": {".*": 29},
     }
     for family, matches in wanted.items():

@@ -535,3 +535,9 @@ inline float __log2f(float x) { return std::log2(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  const auto fma = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return static_cast<__nv_bfloat16>(std::fma(static_cast<float>(x), static_cast<float>(y), static_cast<float>(z)));
+  };
+  return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
+}

@@ -33,7 +33,8 @@ KERNELS = {
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
-    "gemm_sm90": sorted(CSRC.glob("gemm/gemm_sm90*.cu")),
+    "gemm_sm90": sorted({*CSRC.glob("gemm/gemm_sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+    "gemm_sm90_w4": sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
 
@@ -130,8 +131,9 @@ FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
 FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, SM80)}
-KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", MASK: "paged_decode"}
+W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
+KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -332,6 +334,37 @@ MUTANTS = [
         "gemm_sm90_few_rows.cu",
         "8",
         "CTA that has ended",
+    ),
+    Mutant(
+        "weights become numbers in registers that a product still reads",
+        W4,
+        """        wgmma_wait<1>();
+        pin_registers(fragments);""",
+        """        wgmma_wait<2>();
+        pin_registers(fragments);""",
+        "gemm_sm90_w4_nvfp4.cu",
+        "16",
+        "expected",
+    ),
+    Mutant(
+        "a stage is released while a product reads x there",
+        W4,
+        "if (chunk == 1 && position.count > 0",
+        "if (chunk == 0 && position.count > 0",
+        "gemm_sm90_w4_nvfp4.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "scales of the stage before are taken",
+        W4,
+        """      scales.take();
+      scales.load(p, first_n + row, min(step + 1, end_step - 1), lane);""",
+        """      scales.take();
+      scales.load(p, first_n + row, step, lane);""",
+        "gemm_sm90_w4_nvfp4.cu",
+        "16",
+        "expected",
     ),
 ]
 

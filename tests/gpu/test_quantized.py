@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fastattn import nn
+from fastattn import nn, ops
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.setup import EngineOptions, build_engine
 from fastattn.models.config import ModelConfig
@@ -16,6 +16,7 @@ from fastattn.models.loader import TensorInfo
 from fastattn.models.quantization import QuantizationConfig
 from fastattn.models.registry import build_meta, load_model
 from fastattn.reference import quantize as q
+from fastattn.reference import quantized as reference
 from tests.engine import tiny
 
 # Without a GPU the CPU stands in for it: then the test is of the source below, and of the CPU against itself.
@@ -98,6 +99,35 @@ def test_logits(name: str, dtype: torch.dtype, device: str) -> None:
     )
     logits = tiny.full_logits(load_model(source(name), torch.device(device), dtype, 64), IDS).cpu()
     assert float((logits - exact).abs().max()) <= 3 * float((plain - exact).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "int4 zero points", "nvfp4", "mxfp4"])
+def test_weights_are_exact(name: str, dtype: torch.dtype, device: str) -> None:
+    """Products with unit vectors are single weights: every code with every scale, to the bit, whichever kernel has the rows."""
+    rng = torch.Generator().manual_seed(3)
+    n, k, group = 200, 512, {"nvfp4": 16, "mxfp4": 32}.get(name, 128)
+
+    def draw(low: int, high: int, *size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=rng, dtype=dtype)
+
+    if "fp4" in name:
+        codes, scale = draw(0, 256, n, k // 2), draw(0, 127, n, k // group) | draw(0, 2, n, k // group) << 7
+        if name == "mxfp4":
+            scale = draw(20, 230, n, k // group) if dtype is torch.bfloat16 else draw(110, 132, n, k // group)
+        weight = reference.fp4_weight(codes, scale, group, k, dtype)
+        call = {"weight_packed": codes, "weight_scale": scale}
+    else:
+        words, scale = draw(-(2**31), 2**31, n, k // 8, dtype=torch.int32), torch.rand(n, k // group, generator=rng)
+        zero_point = draw(-8, 8, n, k // group, dtype=torch.int8) if "zero" in name else None
+        weight = reference.int4_weight(words, scale.to(dtype), zero_point, group, k)
+        call = {"weight_packed": words, "weight_scale": scale.to(dtype), "zero_point": zero_point}
+    call = {argument: None if t is None else t.to(device) for argument, t in call.items()}
+    op = ops.fp4_linear if "fp4" in name else ops.int4_linear
+    units = torch.eye(k, dtype=dtype, device=device)
+    for rows in (units[:1], units[:40], units[40:168], units[168:424], units):
+        columns = rows.argmax(1).cpu()
+        assert torch.equal(op(rows, group_size=group, **call).cpu(), weight.t()[columns])
 
 
 @pytest.mark.gpu

@@ -82,7 +82,7 @@ def int4_linear(
     zero_point: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> list[Tensor]:
-    columns = torch.arange(x.shape[-1])
+    columns = torch.arange(x.shape[-1], device=x.device)
     groups = columns // group_size
     zero = 8 if zero_point is None else 8 + zero_point.long()[:, groups]
     weight = (_nibbles(weight_packed, columns) - zero).to(c) * weight_scale.to(c)[:, groups]
@@ -98,14 +98,15 @@ def fp4_linear(
     global_scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> list[Tensor]:
-    columns = torch.arange(x.shape[-1])
+    columns = torch.arange(x.shape[-1], device=x.device)
     bits = weight_scale.long()
     if group_size == 16:  # a sign, four bits of exponent, three of mantissa
         exponent, mantissa = (bits >> 3) & 15, (bits & 7).double()
         scale = torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.double() - 10))
     else:
         scale = 2.0 ** (bits.double() - 127)
-    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=c)
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    numbers = torch.tensor(values, dtype=c, device=x.device)
     weight = numbers[_nibbles(weight_packed, columns)] * scale.to(c)[:, columns // group_size]
     out = linear(c, x, weight)[0]
     out = out if global_scale is None else out / global_scale.to(c)

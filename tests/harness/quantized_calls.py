@@ -25,6 +25,9 @@ _SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
     ((4,), 0, 8),
 )
 
+# Weights of 4 bits: also without leading dimensions, and with K to be shared out and rows beyond a tile of Hopper's kernel.
+_FOUR_BIT_SIZES = (*_SIZES, ((2, 3), 96, 20), ((), 64, 16), ((33,), 2048, 264), ((200,), 1088, 136))
+
 
 def quantize_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for rows, columns in ((3, 64), (1, 8), (0, 16), (65, 129), (7, 1), (4, 9000), (3, 0)):
@@ -100,9 +103,9 @@ def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: in
 
 
 def int4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    for index, (leading, k, n) in enumerate((*_SIZES, ((2, 3), 96, 20), ((), 64, 16))):
-        # 32 and 64 go through the fast kernel and 24 through the plain one; a group may be longer than K
-        group = (32, 64, 32, 32, 96, 128, 24, 3, 16, 1000, 24)[index]
+    for index, (leading, k, n) in enumerate(_FOUR_BIT_SIZES):
+        # 32 and 64 go through the fast kernels and 24 through the plain one; a group may be longer than K
+        group = (32, 64, 32, 32, 96, 128, 24, 3, 16, 1000, 24, 128, 64)[index]
         for with_zero, (name, call) in enumerate(_sized(gen, dtype, leading, k, n)):
             groups = -(-k // group)
             call |= {
@@ -137,7 +140,7 @@ def bad_int4(gen: Gen, base: Call) -> Bad:
 
 def fp4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for group in (16, 32):
-        for index, (leading, k, n) in enumerate((*_SIZES, ((2, 3), 96, 20), ((), 64, 16))):
+        for index, (leading, k, n) in enumerate(_FOUR_BIT_SIZES):
             for with_global, (name, call) in enumerate(_sized(gen, dtype, leading, k, n)):
                 groups = -(-k // group)
                 # every finite e4m3 from 0 to 448; powers of two that fp16 can hold with their products

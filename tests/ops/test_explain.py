@@ -243,3 +243,29 @@ def test_few_rows_fill_the_sms_in_one_wave() -> None:
             config = _runtime.gemm_sm90_config(m, n, k, 132)
             assert config["few_rows"]
             assert 60 <= config["num_ctas"] <= 132 * config["ctas_per_sm"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    m=st.integers(1, 600),
+    n=st.integers(1, 40_000).map(lambda n: 8 * n),
+    k=st.integers(1, 500).map(lambda k: 64 * k),
+    weight_bits=st.sampled_from((4.125, 4.25, 4.5)),
+    num_sms=st.sampled_from((1, 16, 114, 132)),
+)
+def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
+    m: int, n: int, k: int, weight_bits: float, num_sms: int
+) -> None:
+    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, num_sms)
+    assert (config["m_tiles"] - 1) * config["block_m"] < m <= config["m_tiles"] * config["block_m"]
+    assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
+    assert config["num_ctas"] == config["m_tiles"] * config["n_tiles"] * config["num_splits"]
+    assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
+
+
+def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave() -> None:
+    for n, k in ((6144, 4096), (4096, 14336), (8192, 8192), (1024, 8192)):
+        for m in (1, 16, 64):
+            config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
+            assert config["m_tiles"] == 1
+            assert 60 <= config["num_ctas"] <= 132 * config["ctas_per_sm"]

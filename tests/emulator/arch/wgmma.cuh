@@ -126,6 +126,9 @@ struct Wgmma {
   static void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) {
     emulator::products.add({emulator::compute_product<T, N, false, !kFp8>, d[0], a, 0, b, scale_d != 0});
   }
+  static void rs_k(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) {
+    emulator::products.add({emulator::compute_product<T, N, false, false>, d[0], a, 0, b, scale_d != 0});
+  }
 };
 
 }  // namespace fastattn

@@ -1,0 +1,106 @@
+"""Dense layers with weights of 4 bits beside Marlin, as vLLM ships it, and beside cuBLAS with the same weights in bf16."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.families.gemm_bf16 import WEIGHTS
+from bench.harness import formulas, peers
+from bench.harness.case import Case, CaseSpec, Context, Family, op_case
+from bench.harness.ceilings import Work
+from bench.harness.timing import Call
+from fastattn import ops
+from fastattn.reference import quantized as reference
+
+FORMATS = {"nvfp4": 16, "mxfp4": 32, "int4": 128}  # columns of a group
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+_QUICK = {(1, 6144, 4096), (64, 28672, 4096), (256, 6144, 4096)}
+_GLOBAL_SCALE = 64.0  # a power of two: dense weights hold its quotient
+
+
+def quantized_weight(context: Context, name: str, n: int, k: int) -> dict[str, Any]:
+    """Random codes and scales, as arguments of the operator; results of rows of ordinary size are about 1."""
+    rng, device = context.generator(), context.device
+    groups = (n, k // FORMATS[name])
+    if name == "int4":
+        words = torch.randint(-(2**31), 2**31, (n, k // 8), generator=rng, device=device, dtype=torch.int32)
+        scale = torch.rand(groups, generator=rng, device=device).to(torch.bfloat16) * (0.3 * k**-0.5)
+        return {"weight_packed": words, "weight_scale": scale, "group_size": FORMATS[name]}
+    codes = torch.randint(0, 256, (n, k // 2), generator=rng, device=device, dtype=torch.uint8)
+    low, high = (48, 64) if name == "nvfp4" else (117, 121)  # e4m3 from 0.5 to 1.9; powers of two
+    scale = torch.randint(low, high, groups, generator=rng, device=device, dtype=torch.uint8)
+    call = {"weight_packed": codes, "weight_scale": scale, "group_size": FORMATS[name]}
+    return call | ({"global_scale": torch.full((n,), _GLOBAL_SCALE, device=device)} if name == "nvfp4" else {})
+
+
+def dense_weight(name: str, call: dict[str, Any], k: int) -> Tensor:
+    """The same in bf16, which holds all of it."""
+    packed, scale, group = call["weight_packed"], call["weight_scale"], call["group_size"]
+    if name == "int4":
+        return reference.int4_weight(packed, scale, None, group, k)
+    weight = reference.fp4_weight(packed, scale, group, k, torch.bfloat16)
+    return weight / _GLOBAL_SCALE if name == "nvfp4" else weight
+
+
+def marlin(name: str, x: Tensor, call: dict[str, Any], n: int, k: int) -> Call:
+    """The same codes and scales, rearranged by vLLM's own functions."""
+    vllm = peers.vllm_ops()
+    folder = "vllm.model_executor.layers.quantization.utils"
+    utils, fp4 = (peers.require(f"{folder}.{module}") for module in ("marlin_utils", "marlin_utils_fp4"))
+    workspace, none = utils.marlin_make_workspace_new(x.device), utils.marlin_make_empty_g_idx(x.device)
+    words = call["weight_packed"].view(torch.int32).t().contiguous()
+    weight = vllm.gptq_marlin_repack(words, none, k, n, 4)
+    scale, group = call["weight_scale"], call["group_size"]
+    if name == "int4":
+        scale = utils.marlin_permute_scales(scale.t(), k, n, group)
+        kind = peers.require("vllm.scalar_type").scalar_types.uint4b8
+        return partial(
+            utils.apply_gptq_marlin_linear, x, weight, scale, none, none, none, workspace, kind, n, k, is_k_full=True
+        )
+    kind = torch.float8_e4m3fn if name == "nvfp4" else torch.float8_e8m0fnu
+    scale = utils.marlin_permute_scales(scale.view(kind).t().to(x.dtype), k, n, group)
+    if name == "nvfp4":
+        scale, factor = fp4.nvfp4_marlin_process_scales(scale)
+        whole = torch.tensor(1 / _GLOBAL_SCALE, device=x.device, dtype=x.dtype)
+        whole = fp4.nvfp4_marlin_process_global_scale(whole).float() / factor
+    else:
+        scale, whole = fp4.mxfp4_marlin_process_scales(scale), None
+    return partial(fp4.apply_fp4_marlin_linear, x, weight, scale, whole, workspace, n, k)
+
+
+def gemm(context: Context, name: str, m: int, n: int, k: int) -> Case:
+    x = torch.randn(m, k, generator=context.generator(m), device=context.device, dtype=torch.bfloat16)
+    weight = quantized_weight(context, name, n, k)
+
+    def cublas() -> Call:
+        dense = dense_weight(name, weight, k)
+        return lambda: F.linear(x, dense)
+
+    op, formula = (ops.int4_linear, formulas.int4_linear) if name == "int4" else (ops.fp4_linear, formulas.fp4_linear)
+    stored = sum(t.numel() * t.element_size() for t in weight.values() if isinstance(t, Tensor))
+    return op_case(
+        op,
+        {"x": x, **weight},
+        formula,
+        peers={"marlin": lambda: marlin(name, x, weight, n, k), "cublas": cublas},
+        work=Work(num_bytes=stored + 2 * (m * k + m * n), num_ops=2 * m * n * k),
+        config=f"x {m} × {k} in bf16, weight {n} × {k} in {name.upper()}",
+    )
+
+
+FAMILY = Family(
+    "gemm_fp4",
+    "cuda",
+    "int4_linear and fp4_linear beside Marlin and cuBLAS in bf16",
+    tuple(
+        CaseSpec(f"m{m}_n{n}_k{k}_{name}_w4a16", partial(gemm, name=name, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
+        for name in FORMATS
+        for n, k in WEIGHTS
+        for m in ROWS
+    ),
+)

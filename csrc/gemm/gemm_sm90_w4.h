@@ -1,0 +1,44 @@
+// out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 in registers, and few to some
+// hundred rows of x. The kernel is in gemm_sm90_w4.cuh; each format has a .cu with its table of instantiations.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "arch/dtype.h"
+#include "arch/fast_divide.h"
+#include "gemm/gemm_sm90_w4_config.h"
+
+namespace fastattn {
+
+// T: bf16 or fp16, as dtype says. Rows (the last dimension) are contiguous; those of x and weight 16-byte aligned.
+// G groups of group_size columns have a scale each, the last one may be shorter.
+struct GemmSm90W4Params {
+  const void* x = nullptr;       // (M, K) T
+  const void* weight = nullptr;  // (N, K / 2) bytes of two codes, the even column in the low half
+  const void* bias = nullptr;    // (N) T, 8-byte aligned, or nullptr
+  void* out = nullptr;           // (M, N) T, contiguous
+
+  const void* weight_scale =
+      nullptr;  // int4: (N, G) T; nvfp4: (N, G) e4m3, rows 4-byte aligned; mxfp4: (N, G) e8m0, 2-byte
+  const int8_t* zero_point = nullptr;   // int4: (N, G) or nullptr, -8 ... 7
+  const float* global_scale = nullptr;  // fp4: (N) or nullptr
+  int64_t scale_stride = 0;
+  int64_t zero_point_stride = 0;
+  FastDivide group_size = {};  // int4: a multiple of 64, or all of K
+
+  int64_t m = 0, n = 0, k = 0;  // each above 0 and below 2^31; n a multiple of 8, k of 64
+  int64_t x_stride = 0;         // elements
+  int64_t weight_stride = 0;    // bytes
+
+  DType dtype = DType::kBFloat16;
+  GemmSm90W4Config config = {};  // from gemm_sm90_w4_config
+};
+
+// Each enqueues the kernel. cudaErrorInvalidValue if no instantiation fits.
+cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 16, e4m3
+cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 32, e8m0
+
+}  // namespace fastattn

@@ -1,0 +1,91 @@
+// Tiles of the Hopper GEMM for weights of 4 bits and the heuristic that picks one. Plain C++: no CUDA call.
+#pragma once
+
+#include "gemm/gemm_sm90_config.h"
+
+namespace fastattn {
+
+constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of weight, four panels of x
+
+// Rows of x up to which the kernel is called; above, every tile of 128 rows makes 16 bits of the weight again.
+constexpr int64_t kGemmSm90W4MostRows = 256;
+
+// A CTA's tile: so many rows of x and of weight, 64 of those to a warp group.
+constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
+                                             {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
+
+// In what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
+constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile) {
+  return (227 * 1024 / tile.ctas_per_sm - 2048) / (2 * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
+}
+
+struct GemmSm90W4Problem {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  double weight_bits;  // of a weight, its share of the scales included
+  int64_t num_sms;
+};
+
+struct GemmSm90W4Config {
+  GemmSm90Tile tile;
+  int num_splits;  // CTAs of a cluster, which share the K of a tile
+  int64_t m_tiles;
+  int64_t n_tiles;
+  int64_t num_ctas;
+};
+
+// All that follows from the tile.
+inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Problem& problem, int num_splits) {
+  config.num_splits = num_splits;
+  config.m_tiles = ceil_div(problem.m, config.tile.block_m);
+  config.n_tiles = ceil_div(problem.n, config.tile.block_n);
+  config.num_ctas = config.m_tiles * config.n_tiles * num_splits;
+}
+
+// Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
+constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
+
+// Microseconds, about: the constants are fitted to what an H200 takes, where conversion bounds the kernel. CTAs that
+// share an SM share its time, so that the SMs with the most of them decide.
+inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
+  const double block_m = config.tile.block_m, block_n = config.tile.block_n;
+  const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
+  const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
+
+  const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
+  const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
+  const int64_t at_once = on_sms * config.tile.ctas_per_sm;
+  const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
+  const double step_us = block_n / 128.0 * (0.88 + 0.0065 * block_m);  // of a CTA alone on its SM
+  const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
+  const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
+  // Sums go to shared memory and come back from there, or from another SM's.
+  const double sums_us = 1.5e-4 * block_m * block_n + 0.1 * static_cast<double>(num_splits - 1);
+  const double more_waves = static_cast<double>(ceil_div(num_clusters, at_once) - 1);
+  return 9.2 + std::max(read_us, turns * step_us) + sums_us + more_waves * (1.5 + sums_us);
+}
+
+// The best by that measure, over all tiles and 1 to 8 splits.
+inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
+  GemmSm90W4Config best = {};
+  double best_us = 0.0;
+  const int64_t num_steps = ceil_div(problem.k, kGemmSm90W4StageK);
+  for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) {
+    const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
+    if (too_large || tile.block_m < std::min<int64_t>(problem.m, 64)) continue;
+    for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) {
+      GemmSm90W4Config config = {};
+      config.tile = tile;
+      set_gemm_sm90_w4_grid(config, problem, splits);
+      const double us = gemm_sm90_w4_time(config, problem);
+      if (best.num_ctas == 0 || us < best_us) {
+        best = config;
+        best_us = us;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace fastattn

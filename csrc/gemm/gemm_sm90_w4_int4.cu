@@ -1,0 +1,12 @@
+// bf16 or fp16 times INT4 weights: a scale and a zero point a group. See gemm_sm90_w4.cuh.
+#include "arch/dispatch.h"
+#include "gemm/gemm_sm90_w4.cuh"
+
+namespace fastattn {
+
+cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_w4<Int4Sm90<decltype(type)>>(params, stream); });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,12 @@
+// bf16 or fp16 times NVFP4 weights: E2M1, an e4m3 scale a group of 16, an fp32 scale a row. See gemm_sm90_w4.cuh.
+#include "arch/dispatch.h"
+#include "gemm/gemm_sm90_w4.cuh"
+
+namespace fastattn {
+
+cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_w4<Nvfp4Sm90<decltype(type)>>(params, stream); });
+}
+
+}  // namespace fastattn
