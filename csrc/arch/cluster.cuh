@@ -51,5 +51,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address) {
                : "memory");
   return value;
 }
+__device__ __forceinline__ int4 load_cluster_int4(uint32_t address) {
+  int4 value;
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
 
 }  // namespace fastattn

@@ -19,5 +19,11 @@ inline float4 load_cluster(uint32_t address) {
   std::memcpy(&value, emulator::smem_of(rank) + (address & 0xffffff), sizeof(value));
   return value;
 }
+inline int4 load_cluster_int4(uint32_t address) {
+  const float4 bits = load_cluster(address);
+  int4 value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 }  // namespace fastattn
