@@ -8,6 +8,7 @@ from bench.families import (
     flash_bwd,
     flash_fwd,
     flash_fwd_fp8,
+    gemm_8bit,
     gemm_bf16,
     paged,
     small_ops,
@@ -20,6 +21,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         small_ops.FAMILY,
         gemm_bf16.FAMILY,
+        gemm_8bit.INT8,
+        gemm_8bit.FP8,
         flash_fwd.FAMILY,
         flash_fwd_fp8.FAMILY,
         flash_bwd.FAMILY,

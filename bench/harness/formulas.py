@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.harness.formulas import add_rms_norm, layer_norm, linear, rms_norm, swiglu
+from tests.harness.formulas import add_rms_norm, fp8_linear, int8_linear, layer_norm, linear, rms_norm, swiglu
 
 __all__ = [
     "add_rms_norm",
@@ -21,6 +21,8 @@ __all__ = [
     "batch_attention_backward",
     "copy_blocks",
     "embedding",
+    "fp8_linear",
+    "int8_linear",
     "layer_norm",
     "linear",
     "merge_attention_states",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import __main__ as command
-from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_bf16, paged, small_ops, smollm2
+from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_8bit, gemm_bf16, paged, small_ops, smollm2
 from bench.harness import accuracy, environment, formulas
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, Context
@@ -40,6 +40,8 @@ CPU = torch.device("cpu")
 PAGED = {"heads": 4, "kv_heads": 2}
 CASES: dict[str, Callable[[Context], Case]] = {
     "gemm": partial(gemm_bf16.gemm, m=5, n=48, k=64),
+    "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
+    "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
@@ -67,6 +69,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
 # What each case can be measured beside when everything is installed, but for torch.compile.
 BESIDE = {
     "gemm": {"cublas"},
+    "gemm int8": {"int_mm", "vllm"},
+    "gemm fp8": {"scaled_mm", "vllm"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
@@ -146,6 +150,12 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             assert x.shape[-1] == head_size
             a, b = x.float().chunk(2, -1)
             x.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], -1))
+
+    def cutlass_scaled_mm(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
+    ) -> Tensor:
+        assert b.stride(0) == 1 and scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        return (a.double() @ b.double() * scale_a * scale_b).to(out_dtype)
 
     def reshape_and_cache_flash(
         key: Tensor,
@@ -240,6 +250,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             fused_add_rms_norm=fused_add_rms_norm,
             rotary_embedding=rotary_embedding,
             reshape_and_cache_flash=reshape_and_cache_flash,
+            cutlass_scaled_mm=cutlass_scaled_mm,
         ),
         module("vllm.vllm_flash_attn", flash_attn_varlen_func=vllm_varlen),
         *(module(f"vllm.{name}") for name in ("v1", "v1.sample", "v1.sample.ops")),
@@ -395,7 +406,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
             ".*": 56,
         },
         "paged_prefill": {".*": 21},
-        "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
+        **{name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44} for name in ("gemm_bf16", "gemm_int8", "gemm_fp8")},
         "small_ops": {".*": 29},
     }
     for family, matches in wanted.items():

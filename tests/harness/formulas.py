@@ -63,7 +63,7 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    out = (x.long() @ weight.long().t()).double() * x_scale.double()[:, None] * weight_scale.double()
+    out = (x.double() @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
     return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
 
 
