@@ -8,6 +8,7 @@ from bench.families import (
     flash_bwd,
     flash_fwd,
     flash_fwd_fp8,
+    gemm_8bit,
     gemm_bf16,
     gemm_fp4,
     paged,
@@ -21,6 +22,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         small_ops.FAMILY,
         gemm_bf16.FAMILY,
+        gemm_8bit.INT8,
+        gemm_8bit.FP8,
         gemm_fp4.FAMILY,
         flash_fwd.FAMILY,
         flash_fwd_fp8.FAMILY,

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.harness.formulas import add_rms_norm, fp4_linear, int4_linear, layer_norm, linear, rms_norm, swiglu
+from tests.harness.formulas import (
+    add_rms_norm,
+    fp4_linear,
+    fp8_linear,
+    int4_linear,
+    int8_linear,
+    layer_norm,
+    linear,
+    rms_norm,
+    swiglu,
+)
 
 __all__ = [
     "add_rms_norm",
@@ -22,7 +32,9 @@ __all__ = [
     "copy_blocks",
     "embedding",
     "fp4_linear",
+    "fp8_linear",
     "int4_linear",
+    "int8_linear",
     "layer_norm",
     "linear",
     "merge_attention_states",

@@ -12,9 +12,10 @@
 
 namespace fastattn {
 
-// Four dimensions of 16-bit elements or fp8, the contiguous one first; strides of the others in elements, multiples of
-// 16 bytes. One copy takes a box of `panel` x `rows` x `planes` elements: panels of 128 bytes are laid out with a
-// swizzle of 128 bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes zeros.
+// Four dimensions of 16-bit elements or 8-bit ones, the contiguous one first; strides of the others in elements,
+// multiples of 16 bytes. One copy takes a box of `panel` x `rows` x `planes` elements: panels of 128 bytes are laid out
+// with a swizzle of 128 bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes
+// zeros.
 struct TensorMapSpec {
   const void* base;  // 16-byte aligned
   DType dtype;
@@ -37,10 +38,10 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
 
-  const int element_bytes = spec.dtype == DType::kFloat8E4M3 ? 1 : 2;
-  const CUtensorMapDataType type = spec.dtype == DType::kFloat8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : spec.dtype == DType::kFloat16  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int element_bytes = spec.dtype == DType::kFloat8E4M3 || spec.dtype == DType::kInt8 ? 1 : 2;
+  const CUtensorMapDataType type = element_bytes == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : spec.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(spec.sizes[i]);
   // The stride of a dimension of one element may be anything, but must be valid.

@@ -1,5 +1,6 @@
 // Hopper's warpgroup matrix product: D (64, N) fp32 += A (64, 16) B (16, N), issued by 128 threads and run
-// asynchronously. A comes from shared memory or registers, B from shared memory; 16-bit elements.
+// asynchronously. A comes from shared memory or registers, B from shared memory; 16-bit elements, or 8-bit ones, 32 of
+// them a product.
 //
 // Accumulators: as in arch/mma_sm80.cuh, with warp w of the group on rows 16 w … 16 w + 15. Lane l holds,
 // of every eight columns, columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8. Two neighbouring tiles of
@@ -37,12 +38,12 @@ __device__ __forceinline__ void pin_registers(float (&acc)[NUM_TILES][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[tile][i])::"memory");
   }
 }
-template <int NUM_TILES>
-__device__ __forceinline__ void pin_registers(uint32_t (&fragments)[NUM_TILES][4]) {
+template <typename Word, int NUM_TILES>
+__device__ __forceinline__ void pin_registers(Word (&words)[NUM_TILES][4]) {
 #pragma unroll
   for (int tile = 0; tile < NUM_TILES; ++tile) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragments[tile][i])::"memory");
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[tile][i])::"memory");
   }
 }
 
@@ -184,13 +185,41 @@ FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
     }                                                                                                                  \
   };
+FA_WGMMA_FP8(8, "%4", "%5", "%6", "%7", "%8", "%9")
+FA_WGMMA_FP8(16, "%8", "%9", "%10", "%11", "%12", "%13")
+FA_WGMMA_FP8(32, "%16", "%17", "%18", "%19", "%20", "%21")
 FA_WGMMA_FP8(64, "%32", "%33", "%34", "%35", "%36", "%37")
 FA_WGMMA_FP8(96, "%48", "%49", "%50", "%51", "%52", "%53")
 FA_WGMMA_FP8(128, "%64", "%65", "%66", "%67", "%68", "%69")
 FA_WGMMA_FP8(160, "%80", "%81", "%82", "%83", "%84", "%85")
 FA_WGMMA_FP8(192, "%96", "%97", "%98", "%99", "%100", "%101")
+FA_WGMMA_FP8(224, "%112", "%113", "%114", "%115", "%116", "%117")
 FA_WGMMA_FP8(256, "%128", "%129", "%130", "%131", "%132", "%133")
 
+// int8: the same bytes, in sums that are exact. The lists of accumulators are now of integer registers.
+#undef FA_ACC
+#define FA_ACC(i) "+r"(d[i][0]), "+r"(d[i][1]), "+r"(d[i][2]), "+r"(d[i][3])
+#define FA_WGMMA_INT8(N, P0, P1, P2)                                                                                \
+  template <>                                                                                                       \
+  struct Wgmma<int8_t, N> {                                                                                         \
+    __device__ __forceinline__ static void ss(int32_t (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2                                                           \
+                   ", 0;\n"                                                                                         \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" FA_REGS##N "}, " P0 ", " P1 ", p;\n}\n" \
+                   : FA_ACCS##N                                                                                     \
+                   : "l"(a), "l"(b), "r"(scale_d));                                                                 \
+    }                                                                                                               \
+  };
+FA_WGMMA_INT8(8, "%4", "%5", "%6")
+FA_WGMMA_INT8(16, "%8", "%9", "%10")
+FA_WGMMA_INT8(32, "%16", "%17", "%18")
+FA_WGMMA_INT8(64, "%32", "%33", "%34")
+FA_WGMMA_INT8(128, "%64", "%65", "%66")
+FA_WGMMA_INT8(192, "%96", "%97", "%98")
+FA_WGMMA_INT8(224, "%112", "%113", "%114")
+FA_WGMMA_INT8(256, "%128", "%129", "%130")
+
+#undef FA_WGMMA_INT8
 #undef FA_WGMMA_FP8
 #undef FA_WGMMA_BOTH
 #undef FA_WGMMA

@@ -2,10 +2,11 @@
 //
 //   kind            x        weight                   a fragment of weight             sum     out
 //   DenseOperands   T        T                        ldmatrix                         fp32    sum + bias
-//   Int8Operands    int8     int8                     ldmatrix                         int32   sum * x_scale *
-//   weight_scale + bias Int4Operands    T        u4, 2 in a byte          bytes, (u - 8 - zero) * scale    fp32    sum
-//   + bias Nvfp4Operands   T        E2M1, 2 in a byte        bytes, value * scale             fp32    sum /
-//   global_scale + bias Mxfp4Operands   the same with other scales
+//   Int8Operands    int8     int8                     ldmatrix                         int32   sum * scales + bias
+//   Fp8Operands     e4m3     e4m3                     ldmatrix, then fp16              fp32    sum * scales + bias
+//   Int4Operands    T        u4, 2 in a byte          bytes, (u - 8 - zero) * scale    fp32    sum + bias
+//   Nvfp4Operands   T        E2M1, 2 in a byte        bytes, value * scale             fp32    sum / global_scale +
+//   bias Mxfp4Operands   the same with other scales
 //
 // The mainloop sees K in pieces of 16 bytes and steps of 32 bytes of x. Two int8 are as wide as one T, and mma.m16n8k32
 // for int8 lays its fragments out in bytes as mma.m16n8k16 does for T: so int8 differs from T in the instruction only.
@@ -28,7 +29,10 @@
 //   x_value, weight_value   one element, for the plain kernel
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "arch/e2m1.cuh"
+#include "arch/e4m3.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/swizzle.cuh"
 #include "arch/vec.cuh"
@@ -120,13 +124,13 @@ struct Int8Operands {
 
   struct Row {
     float scale;
-    __device__ __forceinline__ Row(const GemmSm80Params& p, int64_t row) : scale(p.x_scale[row]) {}
+    __device__ __forceinline__ Row(const GemmSm80Params& p, int64_t row) : scale(p.x_scale[row * p.x_scale_stride]) {}
   };
   struct Column {
     float scale;
     float bias;
     __device__ __forceinline__ Column(const GemmSm80Params& p, int64_t column)
-        : scale(column < p.n ? static_cast<const float*>(p.weight_scale)[column] : 0.0f),
+        : scale(column < p.n ? static_cast<const float*>(p.weight_scale)[column * p.weight_scale_stride] : 0.0f),
           bias(BiasColumn<T>(p, column).bias) {}
     __device__ __forceinline__ float apply(int32_t sum, const Row& row) const {
       return static_cast<float>(sum) * (row.scale * scale) + bias;
@@ -146,6 +150,42 @@ struct Int8Operands {
   }
   __device__ static __forceinline__ int32_t weight_value(const GemmSm80Params& p, int64_t row, int64_t column) {
     return static_cast<const int8_t*>(p.weight)[row * p.weight_stride + column];
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+
+// Fragments as int8's. Four bytes of e4m3 become four fp16 values, two of one product and two of another: which columns
+// of K a product takes is free, so long as x and weight agree.
+template <typename T>
+struct Fp8Operands : Int8Operands<T> {
+  using X = __nv_fp8_e4m3;
+  using Acc = float;
+  using Row = typename Int8Operands<T>::Row;
+
+  struct Column : Int8Operands<T>::Column {
+    using Int8Operands<T>::Column::Column;
+    __device__ __forceinline__ float apply(float sum, const Row& row) const {
+      return sum * (row.scale * this->scale) + this->bias;
+    }
+  };
+
+  __device__ static __forceinline__ void mma(float (&acc)[4], const uint32_t (&x)[4], uint32_t b0, uint32_t b1) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // of 32 columns
+      uint32_t rows[2][2], weight[2];
+      unpack_e4m3(rows[0], x[2 * half]);
+      unpack_e4m3(rows[1], x[2 * half + 1]);
+      unpack_e4m3(weight, half == 0 ? b0 : b1);
+      const uint32_t fragment[4] = {rows[0][0], rows[1][0], rows[0][1], rows[1][1]};
+      mma_m16n8k16<__half>(acc, fragment, weight[0], weight[1]);
+    }
+  }
+  __device__ static __forceinline__ float x_value(const GemmSm80Params& p, int64_t row, int64_t column) {
+    return static_cast<float>(static_cast<const X*>(p.x)[row * p.x_stride + column]);
+  }
+  __device__ static __forceinline__ float weight_value(const GemmSm80Params& p, int64_t row, int64_t column) {
+    return static_cast<float>(static_cast<const X*>(p.weight)[row * p.weight_stride + column]);
   }
 };
 

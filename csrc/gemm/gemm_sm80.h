@@ -12,21 +12,22 @@
 
 namespace fastattn {
 
-// T: bf16 or fp16, as dtype says. Strides count what the tensor is stored in: T, int8, or bytes of two 4-bit codes.
-// Rows (the last dimension) are contiguous. G groups of group_size columns have a scale each, the last one may be
-// shorter.
+// T: bf16 or fp16, as dtype says. Strides count what the tensor is stored in: T, int8, e4m3, or bytes of two 4-bit
+// codes. Rows (the last dimension) are contiguous. G groups of group_size columns have a scale each, the last one may
+// be shorter.
 struct GemmSm80Params {
-  const void* x = nullptr;  // (M, K) T; int8: int8
-  const void* weight =
-      nullptr;  // (N, K) T; int8: int8; int4, fp4: (N, K / 2 rounded up), the even column in the low half
-  const void* bias = nullptr;  // (N) T or nullptr
-  void* out = nullptr;         // (M, N) T, contiguous
-  void* workspace = nullptr;   // (splits, M, N) fp32, int8: int32, if config.num_splits > 1
+  const void* x = nullptr;       // (M, K) T; int8: int8; fp8: e4m3
+  const void* weight = nullptr;  // (N, K) T; int8: int8; fp8: e4m3; int4, fp4: (N, K / 2 rounded up), the even column
+                                 // in the low half
+  const void* bias = nullptr;    // (N) T or nullptr
+  void* out = nullptr;           // (M, N) T, contiguous
+  void* workspace = nullptr;     // (splits, M, N) fp32, int8: int32, if config.num_splits > 1
 
-  const float* x_scale = nullptr;       // int8: (M)
-  const void* weight_scale = nullptr;   // int8: (N) fp32; int4: (N, G) T; fp4: (N, G) e4m3 or e8m0
-  const int8_t* zero_point = nullptr;   // int4: (N, G) or nullptr, -8 ... 7
-  const float* global_scale = nullptr;  // fp4: (N) or nullptr
+  const float* x_scale = nullptr;                       // int8, fp8: (M)
+  const void* weight_scale = nullptr;                   // int8, fp8: (N) fp32; int4: (N, G) T; fp4: (N, G) e4m3 or e8m0
+  const int8_t* zero_point = nullptr;                   // int4: (N, G) or nullptr, -8 ... 7
+  const float* global_scale = nullptr;                  // fp4: (N) or nullptr
+  int64_t x_scale_stride = 1, weight_scale_stride = 1;  // int8, fp8: 0 where one scale is that of all rows
   int64_t scale_stride = 0;
   int64_t zero_point_stride = 0;
   FastDivide group_size = {};
@@ -43,6 +44,7 @@ struct GemmSm80Params {
 // cudaErrorInvalidValue for a dtype that is not bfloat16 or float16.
 cudaError_t gemm_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm80(const GemmSm80Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
+cudaError_t gemm_fp8_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_int4_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm80(const GemmSm80Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm80(const GemmSm80Params& params, cudaStream_t stream);  // groups of 32, e8m0

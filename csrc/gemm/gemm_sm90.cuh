@@ -1,9 +1,9 @@
 // The GEMM on Hopper's tensor cores and copy engine: pairs of CTAs that share a weight tile, one tile after the other.
 //
-//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
-//   x (M, K)   weight (N, K)   out (M, N)
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
+//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh
 //
-//                         weight tile (block_n x 64), half of it
+//                         weight tile (block_n x 128 bytes), half of it
 //                         loaded by each CTA of a cluster, for both
 //                        ┌───────────────────────────────────┐
 //              ┌─────┐   │                                   │
@@ -25,7 +25,8 @@
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, so that those that run at
 // the same time share x and weight in the L2 cache.
 //
-// Limits: 16-byte aligned rows, K and N multiples of 8. Rows past M or N and columns past K are zeros in shared memory.
+// Limits: 16-byte aligned rows, N a multiple of 8, K of 16 bytes. Rows past M or N and columns past K are zeros in
+// shared memory.
 #pragma once
 
 #include <algorithm>
@@ -35,26 +36,27 @@
 
 namespace fastattn {
 
-template <typename T, int BLOCK_N>
+template <typename Element, int BLOCK_N>
 struct GemmSm90Storage {
   static constexpr int BLOCK_M = 128;
-  static constexpr int kStages =
-      std::min(8, kGemmSm90SmemBytes / ((BLOCK_M + BLOCK_N) * kGemmSm90Panel * static_cast<int>(sizeof(T)) + 16));
+  static constexpr int kStages = std::min(8, kGemmSm90SmemBytes / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 16));
 
-  GemmSm90Ring<T, BLOCK_M, BLOCK_N, 1, kStages> ring;
+  GemmSm90Ring<Element, BLOCK_M, BLOCK_N, 1, kStages> ring;
   MBarrier full[kStages], empty[kStages];
 };
 
-template <typename T, int BLOCK_N>
+template <typename Operands, int BLOCK_N>
 __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = GemmSm90Storage<T, BLOCK_N>;
+  using T = typename Operands::Out;
+  using Storage = GemmSm90Storage<typename Operands::Element, BLOCK_N>;
+  constexpr int PANEL = decltype(Storage::ring)::kPanel;
   constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
   constexpr int HALF_N = BLOCK_N / 2;
   constexpr int NUM_CTAS = 2;  // of a cluster
   constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
-  constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * kGemmSm90Panel * sizeof(T);
+  constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes;
 
   Storage& smem = shared_storage<Storage>();
   const GemmSm90Params& p = args.p;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
   const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);  // of clusters
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
-  const int32_t num_steps = static_cast<int32_t>((p.k + kGemmSm90Panel - 1) / kGemmSm90Panel);
+  const int32_t num_steps = static_cast<int32_t>((p.k + PANEL - 1) / PANEL);
   struct Tile {
     int32_t first_m, first_n;
   };
@@ -103,12 +105,12 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
       for_each_tile([&](const Tile& tile) {
         for (int32_t step = 0; step < num_steps; ++step) {
           const uint32_t stage = position.stage();
-          const int32_t column = step * kGemmSm90Panel;
+          const int32_t column = step * PANEL;
           smem.empty[stage].wait(position.parity() ^ 1);
           smem.full[stage].arrive_expect_bytes(STAGE_BYTES);
           tma_load_4d(smem.ring.a[stage][0], args.x, smem.full[stage], column, tile.first_m, 0, 0);
-          tma_load_4d_multicast(smem.ring.b[stage][0] + rank * HALF_N * kGemmSm90Panel, args.weight, smem.full[stage],
-                                column, tile.first_n + static_cast<int32_t>(rank) * HALF_N, 0, 0, 3);
+          tma_load_4d_multicast(smem.ring.b[stage][0] + rank * HALF_N * PANEL, args.weight, smem.full[stage], column,
+                                tile.first_n + static_cast<int32_t>(rank) * HALF_N, 0, 0, 3);
           position.advance();
         }
       });
@@ -117,13 +119,21 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
   } else {
     // ------------------------------------------------------------------------------ consumers
     const int group = warp_idx / 4;
-    float acc[BLOCK_N / 8][4];
+    typename Operands::Sum acc[BLOCK_N / 8][4];
     const auto release = [&](uint32_t stage) {
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
     const T* const bias = static_cast<const T*>(p.bias);
     for_each_tile([&](const Tile& tile) {
-      multiply_stages<T, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
+      using Element = typename Operands::Element;
+      if constexpr (Operands::kTwoLevels) {
+        static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
+        constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
+        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
+                                                                release);
+      } else {
+        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
+      }
 
       // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
       const int32_t row = tile.first_m + group * 64 + warp_idx % 4 * 16 + lane / 4;
@@ -132,25 +142,40 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
       const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
       T* const out = static_cast<T*>(p.out) + row * p.n + column;
       T* const rows[2] = {out, out + 8 * p.n};
+      float row_scales[2] = {};
+      if constexpr (Operands::kScaled) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) row_scales[r] = row + 8 * r < p.m ? x_scale_of(p, row + 8 * r) : 0.0f;
+      }
 #pragma unroll
       for (int t = 0; t < BLOCK_N / 8; t += 4) {
-        if (bias != nullptr) {
+        float (&values)[4][4] = floats_of(acc, t);
+        const auto for_each_pair = [&](auto use) {  // of a lane's columns, that are inside
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int32_t bias_column = tile.first_n + (t + i) * 8 + lane % 4 * 2;
-            if (bias_column >= p.n) continue;
-            const float2 value = unpack_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + bias_column)));
-            acc[t + i][0] += value.x;
-            acc[t + i][1] += value.y;
-            acc[t + i][2] += value.x;
-            acc[t + i][3] += value.y;
+            const int32_t pair_column = tile.first_n + (t + i) * 8 + lane % 4 * 2;
+            if (pair_column < p.n) use(values[i], pair_column);
           }
+        };
+        if constexpr (Operands::kScaled) {
+          for_each_pair([&](float (&pairs)[4], int32_t pair_column) {
+            const float2 scales = weight_scales_of(p, pair_column);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pairs[j] *= row_scales[j / 2] * (j % 2 == 0 ? scales.x : scales.y);
+          });
+        }
+        if (bias != nullptr) {
+          for_each_pair([&](float (&pairs)[4], int32_t pair_column) {
+            const float2 value = unpack_pair<T>(__ldg(reinterpret_cast<const uint32_t*>(bias + pair_column)));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) pairs[j] += j % 2 == 0 ? value.x : value.y;
+          });
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           uint32_t w[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(acc[t + i][2 * r], acc[t + i][2 * r + 1]);
+          for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
           gather_columns(w, lane);
           if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
         }
@@ -164,14 +189,17 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int BLOCK_N>
+template <typename Operands, int BLOCK_N>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
+  using Storage = GemmSm90Storage<typename Operands::Element, BLOCK_N>;
   GemmSm90Args args = {p, {}, {}};
-  cudaError_t error = make_matrix_map(&args.x, p, p.x, p.m, p.x_stride, GemmSm90Storage<T, BLOCK_N>::BLOCK_M, true);
-  if (error == cudaSuccess) error = make_matrix_map(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
+  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, Storage::BLOCK_M, true);
+  if (error == cudaSuccess) {
+    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
+  }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_kernel<T, BLOCK_N>, p.config.num_ctas, 2, kGemmSm90Threads,
-                         sizeof(GemmSm90Storage<T, BLOCK_N>) + 1024, stream, args);
+  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N>, p.config.num_ctas, 2, kGemmSm90Threads,
+                         sizeof(Storage) + 1024, stream, args);
 }
 
 }  // namespace fastattn

@@ -1,5 +1,6 @@
-// out = x weight^T + bias in bf16 or fp16 for Hopper (wgmma, TMA). Two kernels: gemm_sm90.cuh, and for a few rows,
-// which is mostly a matter of reading the weight, gemm_sm90_few_rows.cuh. Which one, and its tile: gemm_sm90_config.h.
+// out = x weight^T + bias in bf16 or fp16 for Hopper (wgmma, TMA), of operands in 16 or 8 bits. Two kernels:
+// gemm_sm90.cuh, and for a few rows, which is mostly a matter of reading the weight, gemm_sm90_few_rows.cuh. Which one,
+// and its tile: gemm_sm90_config.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,13 +12,19 @@
 
 namespace fastattn {
 
-// T: bf16 or fp16, as dtype says. Strides count elements, multiples of 8; rows (the last dimension) are contiguous and
-// 16-byte aligned.
+// T: bf16 or fp16, as dtype says. E: the elements of x and weight, T, int8 or e4m3. Strides count elements, multiples
+// of 16 bytes; rows (the last dimension) are contiguous and 16-byte aligned.
 struct GemmSm90Params {
-  const void* x = nullptr;       // (M, K) T
-  const void* weight = nullptr;  // (N, K) T
-  const void* bias = nullptr;    // (N) T or nullptr
+  const void* x = nullptr;       // (M, K) E
+  const void* weight = nullptr;  // (N, K) E
+  const void* bias = nullptr;    // (N) T or nullptr, 8-byte aligned
   void* out = nullptr;           // (M, N) T, contiguous
+
+  // Of 8 bits. A stride is 1, or 0 where one scale is that of all rows.
+  const float* x_scale = nullptr;       // (M)
+  const float* weight_scale = nullptr;  // (N), 8-byte aligned
+  int64_t x_scale_stride = 1, weight_scale_stride = 1;
+  bool fast_accum = false;  // e4m3, many rows: sums may have the 14 bits of the tensor cores
 
   int64_t m = 0, n = 0, k = 0;  // each below 2^31; k > 0; n a multiple of 8
   int64_t x_stride = 0;
@@ -27,7 +34,9 @@ struct GemmSm90Params {
   GemmSm90Config config = {};  // from gemm_sm90_config
 };
 
-// Enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
+// Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
+cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

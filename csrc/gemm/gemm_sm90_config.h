@@ -13,14 +13,16 @@ struct GemmSm90Tile {
   int ctas_per_sm = 1;  // that share its memory
 };
 
-// Of gemm_sm90.cuh.
+// Of gemm_sm90.cuh. Sums in two levels (fp8) take more registers, which larger tiles do not have.
 constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128}, {128, 192}, {128, 224}, {128, 256}};
+constexpr int kGemmSm90TwoLevelsMaxN = 192;
 
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
 
-// Its stages, of so many panels of 64 columns, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
+// Its stages, of so many panels of 128 bytes of a row, in what a CTA has of 227 KiB, less 2 KiB for what is not in the
+// ring.
 struct GemmSm90FewRowsRing {
   int panels, num_stages;
 };
@@ -31,11 +33,17 @@ constexpr GemmSm90FewRowsRing gemm_sm90_few_rows_ring(const GemmSm90Tile& tile) 
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Operands of 8 bits have half the bytes, and tensor cores that are twice as fast: for a panel of 128 bytes everything
+// is as with 16 bits, and there are half as many.
 struct GemmSm90Problem {
   int64_t m;
   int64_t n;
   int64_t k;
   int64_t num_sms;
+  int64_t element_bytes = 2;  // of x and weight
+  bool two_levels = false;    // of sums
+
+  int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
@@ -62,18 +70,18 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
 inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem& problem) {
-  const double weight_us =
-      2.0 * static_cast<double>(problem.n) * static_cast<double>(problem.k) / 2.75e6;  // to read it
+  const double weight_us = static_cast<double>(problem.element_bytes) * static_cast<double>(problem.n) *
+                           static_cast<double>(problem.k) / 2.75e6;  // to read it
   const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
   if (!config.few_rows) {
     const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs());
     const double step_us = 0.07 + 0.0023 * static_cast<double>(block_n);
-    const double tile_us = 1.0 + static_cast<double>(ceil_div(problem.k, 64)) * step_us;
+    const double tile_us = 1.0 + static_cast<double>(problem.num_panels()) * step_us;
     return std::max(7.0 + static_cast<double>(num_waves) * tile_us + 0.22 * weight_us, 8.0 + weight_us);
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
-  const int64_t num_steps = ceil_div(ceil_div(problem.k, 64 * ring.panels), config.num_splits);
+  const int64_t num_steps = ceil_div(ceil_div(problem.num_panels(), ring.panels), config.num_splits);
   const bool in_cluster = config.num_splits > 1;
   const double num_ctas = static_cast<double>(config.num_ctas), num_sms = static_cast<double>(problem.num_sms);
   const double ctas_per_sm = static_cast<double>(config.tile.ctas_per_sm);
@@ -122,12 +130,14 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
     for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
       const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
       if (too_large || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
-      const int64_t num_steps = ceil_div(problem.k, 64 * gemm_sm90_few_rows_ring(tile).panels);
+      const int64_t num_steps = ceil_div(problem.num_panels(), gemm_sm90_few_rows_ring(tile).panels);
       for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
     }
   }
   if (problem.m > 64) {
-    for (const GemmSm90Tile& tile : kGemmSm90Tiles) consider(false, tile, 1);
+    for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
+      if (!problem.two_levels || tile.block_n <= kGemmSm90TwoLevelsMaxN) consider(false, tile, 1);
+    }
   }
   return best;
 }

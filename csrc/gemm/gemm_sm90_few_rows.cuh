@@ -1,7 +1,7 @@
 // The Hopper GEMM for a few rows of x: the weight streams by, and takes wgmma's 64 rows; rows of x are the columns.
 //
-//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
-//   x (M, K)   weight (N, K)   out (M, N)
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
+//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh
 //
 //                   K of CTA 0    CTA 1     CTA 2     CTA 3        The CTAs of a cluster, config.num_splits of them,
 //                 ┌───────────┬─────────┬─────────┬─────────┐      have a run of K each.
@@ -33,25 +33,27 @@
 
 namespace fastattn {
 
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
-  static constexpr int kParts = 64 * kGemmSm90Consumers / BLOCK_N;  // of a CTA's sums
-  // Rows are 4 floats apart modulo 16, so that the accumulators of a warp go to all banks.
+  static constexpr int kParts = 64 * kGemmSm90Consumers / BLOCK_N;              // of a CTA's sums
+  static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);  // of sums in two levels
+  // Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
   static constexpr int kSumsStride = BLOCK_N + 4;
 
   union {
-    GemmSm90Ring<T, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
-    float sums[kParts][BLOCK_M][kSumsStride];  // when the ring is no longer needed
+    GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
+    typename Operands::Sum sums[kParts][BLOCK_M][kSumsStride];  // when the ring is no longer needed
   };
   MBarrier full[kRing.num_stages], empty[kRing.num_stages];
 };
 
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Storage = GemmSm90FewRowsStorage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using T = typename Operands::Out;
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   using Ring = decltype(Storage::ring);
   constexpr int STAGES = Ring::kStages;
   constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   __syncthreads();
   grid_dependency_launch();
 
-  float acc[BLOCK_M / 8][4] = {};
+  typename Operands::Sum acc[BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       const uint64_t policy = evict_first_policy();
       const int32_t end_ahead = min(begin_step + STAGES, end_step);
       for (int32_t panel = begin_step * Ring::kPanels; panel < end_ahead * Ring::kPanels; ++panel) {
-        tma_prefetch_4d(args.weight, panel * kGemmSm90Panel, first_n, 0, 0, policy);
+        tma_prefetch_4d(args.weight, panel * Ring::kPanel, first_n, 0, 0, policy);
       }
       grid_dependency_wait();
       for (int32_t step = begin_step; step < end_step; ++step) {
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
         smem.empty[stage].wait(position.parity() ^ 1);
         smem.full[stage].arrive_expect_bytes(Ring::kBytesA + Ring::kBytesB);
         for (int panel = 0; panel < Ring::kPanels; ++panel) {
-          const int32_t column = step * Ring::kStageK + panel * kGemmSm90Panel;
+          const int32_t column = step * Ring::kStageK + panel * Ring::kPanel;
           if (m_tiles == 1) {
             tma_load_4d(smem.ring.a[stage][panel], args.weight, smem.full[stage], column, first_n, 0, 0, policy);
           } else {
@@ -112,9 +114,16 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();
     const int group = warp_idx / 4;
-    multiply_stages<T, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, [&](uint32_t stage) {
+    const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();
-    });
+    };
+    using Element = typename Operands::Element;
+    if constexpr (Operands::kTwoLevels) {
+      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(acc, smem.ring, smem.full, position,
+                                                                       end_step - begin_step, group, release);
+    } else {
+      multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release);
+    }
     named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
     const int part = Storage::kParts == 2 ? group : 0, column = (warp_idx * 16 + lane / 4) % BLOCK_N;
 #pragma unroll
@@ -131,7 +140,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   const int tile_column = lane % LANES_OF_ROW * 4;
   const int32_t column = first_n + tile_column;
   if (warp_idx < NUM_WARPS && column < p.n) {
-    float2 bias[2] = {};
+    float2 bias[2] = {}, scales[2] = {};
+    if constexpr (Operands::kScaled) {
+      scales[0] = weight_scales_of(p, column);
+      scales[1] = weight_scales_of(p, column + 2);
+    }
     if (p.bias != nullptr) {
       const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
       bias[0] = unpack_pair<T>(pairs.x);
@@ -139,20 +152,30 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     }
     const int32_t first_row = rank * ROWS_AT_ONCE + static_cast<int32_t>(threadIdx.x) / LANES_OF_ROW;
     for (int32_t row = first_row; row < num_rows; row += num_splits * ROWS_AT_ONCE) {
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      typename Operands::FourSums sum = {};
 #pragma unroll 4
       for (int32_t split = 0; split < num_splits; ++split) {
 #pragma unroll
         for (int part = 0; part < Storage::kParts; ++part) {
-          const float4 value = load_cluster<float4>(cluster_address(&smem.sums[part][row][tile_column], split));
+          const auto value =
+              load_cluster<typename Operands::FourSums>(cluster_address(&smem.sums[part][row][tile_column], split));
           sum.x += value.x;
           sum.y += value.y;
           sum.z += value.z;
           sum.w += value.w;
         }
       }
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + row) * p.n + column) = make_uint2(
-          pack_pair<T>(sum.x + bias[0].x, sum.y + bias[0].y), pack_pair<T>(sum.z + bias[1].x, sum.w + bias[1].y));
+      float4& value = floats_of(sum);
+      if constexpr (Operands::kScaled) {
+        const float row_scale = x_scale_of(p, first_m + row);
+        value.x *= row_scale * scales[0].x;
+        value.y *= row_scale * scales[0].y;
+        value.z *= row_scale * scales[1].x;
+        value.w *= row_scale * scales[1].y;
+      }
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + row) * p.n + column) =
+          make_uint2(pack_pair<T>(value.x + bias[0].x, value.y + bias[0].y),
+                     pack_pair<T>(value.z + bias[1].x, value.w + bias[1].y));
     }
   }
   __syncwarp();
@@ -163,18 +186,18 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90FewRowsStorage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
   GemmSm90Args args = {p, {}, {}};
-  cudaError_t error = make_matrix_map(&args.x, p, p.x, p.m, p.x_stride, BLOCK_M, false);
+  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, BLOCK_M, false);
   if (error == cudaSuccess) {
-    error = make_matrix_map(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
+    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_few_rows_kernel<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>, config.num_ctas,
+  return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>, config.num_ctas,
                          config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
 }
 

@@ -1,14 +1,15 @@
 // The launcher templates of the Hopper GEMMs: declared here for the dispatch table, defined in gemm_sm90.cuh and
-// gemm_sm90_few_rows.cuh, instantiated in gemm_sm90_*.cu, so that they compile in parallel.
+// gemm_sm90_few_rows.cuh, instantiated in gemm_*sm90_*_rows.cu, so that they compile in parallel.
 #pragma once
 
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_operands.cuh"
 
 namespace fastattn {
 
-template <typename T, int BLOCK_N>
+template <typename Operands, int BLOCK_N>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -34,7 +34,7 @@ struct GemmSm90Sums {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
       for (int32_t split = 0; split < num_splits; ++split) {
-        const float4 value = load_cluster(cluster_address(&values[row][column], split));
+        const float4 value = load_cluster<float4>(cluster_address(&values[row][column], split));
         sum.x += value.x;
         sum.y += value.y;
         sum.z += value.z;

@@ -10,6 +10,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_operands.cuh"
 
 namespace fastattn {
 
@@ -20,7 +21,7 @@ struct GemmSm90Args {
 
 constexpr int kGemmSm90Consumers = 2;                            // warp groups
 constexpr int kGemmSm90Threads = 128 * kGemmSm90Consumers + 32;  // and a warp that loads
-constexpr int kGemmSm90Panel = 64;                               // columns of K that lie together, 128 bytes
+constexpr int kGemmSm90PanelBytes = 128;                         // of a row, columns of K that lie together
 constexpr int kGemmSm90SmemBytes = 227 * 1024 - 1024;            // of a CTA; the rest is spent on alignment
 
 // A ring of stages, each PANELS panels of A_ROWS rows of the operand that fills wgmma's 64 rows, and of B_ROWS of the
@@ -29,40 +30,48 @@ template <typename T, int A_ROWS, int B_ROWS, int PANELS, int STAGES>
 struct GemmSm90Ring {
   static_assert(STAGES >= 2, "a stage is released while the next one is computed");
   static constexpr int kRowsA = A_ROWS, kPanels = PANELS, kStages = STAGES;
-  static constexpr int kStageK = PANELS * kGemmSm90Panel;
+  static constexpr int kPanel = kGemmSm90PanelBytes / sizeof(T), kStageK = PANELS * kPanel;  // columns
   static constexpr uint32_t kBytesA = A_ROWS * kStageK * sizeof(T), kBytesB = B_ROWS * kStageK * sizeof(T);
 
-  alignas(1024) T a[STAGES][PANELS][A_ROWS * kGemmSm90Panel];
-  alignas(1024) T b[STAGES][PANELS][B_ROWS * kGemmSm90Panel];
+  alignas(1024) T a[STAGES][PANELS][A_ROWS * kPanel];
+  alignas(1024) T b[STAGES][PANELS][B_ROWS * kPanel];
+};
+
+// Where a group finds its operands in the first stage.
+template <typename Ring>
+struct GemmSm90Descriptors {
+  static constexpr int kPanelsApart = Ring::kRowsA == 64 ? 2 : 1;
+  static constexpr uint32_t kPanelBytesA = Ring::kBytesA / Ring::kPanels, kPanelBytesB = Ring::kBytesB / Ring::kPanels;
+  WgmmaDescriptor a, b;
+
+  __device__ __forceinline__ GemmSm90Descriptors(const Ring& ring, int group)
+      : a(WgmmaDescriptor::make<128>(ring.a[0][0], 0).uniform_plus(group * 64 * kGemmSm90PanelBytes)),
+        b(WgmmaDescriptor::make<128>(ring.b[0][0], 0).uniform_plus(kPanelsApart == 2 ? group * kPanelBytesB : 0)) {}
 };
 
 // acc (64, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A; where there
 // are 64 only, every other panel of them, and two consumers have to add up what they get. A stage
 // is released when the products of the next one have been issued: the tensor cores always have some at hand.
-template <typename T, int B_ROWS, typename Ring, typename Release>
-__device__ __forceinline__ void multiply_stages(float (&acc)[B_ROWS / 8][4], const Ring& ring, MBarrier* full,
+template <typename T, int B_ROWS, typename Sum, typename Ring, typename Release>
+__device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const Ring& ring, MBarrier* full,
                                                 RingPosition<Ring::kStages>& position, int32_t num_stages, int group,
                                                 Release release) {
-  constexpr int PANELS_APART = Ring::kRowsA == 64 ? 2 : 1;
-  constexpr uint32_t PANEL_BYTES_A = Ring::kBytesA / Ring::kPanels, PANEL_BYTES_B = Ring::kBytesB / Ring::kPanels;
-  const WgmmaDescriptor a =
-      WgmmaDescriptor::make<128>(ring.a[0][0], 0).uniform_plus(group * 64 * kGemmSm90Panel * sizeof(T));
-  const WgmmaDescriptor b =
-      WgmmaDescriptor::make<128>(ring.b[0][0], 0).uniform_plus(PANELS_APART == 2 ? group * PANEL_BYTES_B : 0);
+  using Descriptors = GemmSm90Descriptors<Ring>;
+  const Descriptors first(ring, group);
   uint32_t before = 0;
 #pragma unroll 1
   for (int32_t i = 0; i < num_stages; ++i) {
     const uint32_t stage = position.stage();
     full[stage].wait(position.parity());
-    const WgmmaDescriptor stage_a = a.uniform_plus(stage * Ring::kBytesA);
-    const WgmmaDescriptor stage_b = b.uniform_plus(stage * Ring::kBytesB);
+    const WgmmaDescriptor stage_a = first.a.uniform_plus(stage * Ring::kBytesA);
+    const WgmmaDescriptor stage_b = first.b.uniform_plus(stage * Ring::kBytesB);
     wgmma_fence();
 #pragma unroll
-    for (int panel = 0; panel < Ring::kPanels; panel += PANELS_APART) {
+    for (int panel = 0; panel < Ring::kPanels; panel += Descriptors::kPanelsApart) {
 #pragma unroll
-      for (int kk = 0; kk < kGemmSm90Panel / 16; ++kk) {
-        Wgmma<T, B_ROWS>::ss(acc, stage_a.plus(panel * PANEL_BYTES_A + kk * 32),
-                             stage_b.plus(panel * PANEL_BYTES_B + kk * 32), i > 0 || panel > 0 || kk > 0);
+      for (int bytes = 0; bytes < kGemmSm90PanelBytes; bytes += 32) {
+        Wgmma<T, B_ROWS>::ss(acc, stage_a.plus(panel * Descriptors::kPanelBytesA + bytes),
+                             stage_b.plus(panel * Descriptors::kPanelBytesB + bytes), i > 0 || panel > 0 || bytes > 0);
       }
     }
     wgmma_commit();
@@ -78,11 +87,61 @@ __device__ __forceinline__ void multiply_stages(float (&acc)[B_ROWS / 8][4], con
   release(before);
 }
 
+// The same in two levels, for fp8: the tensor cores keep about 14 bits of a sum, so that they add up no more than a
+// panel, and registers the panels in fp32. They do so for PART_ROWS of B at a time, for want of registers; meanwhile
+// the other group's products run.
+template <typename T, int B_ROWS, int PART_ROWS, typename Ring, typename Release>
+__device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROWS / 8][4], const Ring& ring,
+                                                              MBarrier* full, RingPosition<Ring::kStages>& position,
+                                                              int32_t num_stages, int group, Release release) {
+  static_assert(B_ROWS % PART_ROWS == 0);
+  using Descriptors = GemmSm90Descriptors<Ring>;
+  const Descriptors first(ring, group);
+#pragma unroll
+  for (int tile = 0; tile < B_ROWS / 8; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[tile][i] = 0.0f;
+  }
+  float part[PART_ROWS / 8][4];
+#pragma unroll 1
+  for (int32_t i = 0; i < num_stages; ++i) {
+    const uint32_t stage = position.stage();
+    full[stage].wait(position.parity());
+    const WgmmaDescriptor stage_a = first.a.uniform_plus(stage * Ring::kBytesA);
+    const WgmmaDescriptor stage_b = first.b.uniform_plus(stage * Ring::kBytesB);
+#pragma unroll
+    for (int panel = 0; panel < Ring::kPanels; panel += Descriptors::kPanelsApart) {
+#pragma unroll
+      for (int row = 0; row < B_ROWS; row += PART_ROWS) {
+        wgmma_fence();
+#pragma unroll
+        for (int bytes = 0; bytes < kGemmSm90PanelBytes; bytes += 32) {
+          Wgmma<T, PART_ROWS>::ss(part, stage_a.plus(panel * Descriptors::kPanelBytesA + bytes),
+                                  stage_b.plus(panel * Descriptors::kPanelBytesB + row * kGemmSm90PanelBytes + bytes),
+                                  bytes > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin_registers(part);
+        if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);
+#pragma unroll
+        for (int tile = 0; tile < PART_ROWS / 8; ++tile) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) acc[row / 8 + tile][j] += part[tile][j];
+        }
+      }
+    }
+    position.advance();
+  }
+}
+
 // A matrix of so many rows as the copy engine sees it, in boxes of a panel of `box_rows` rows.
-inline cudaError_t make_matrix_map(CUtensorMap* map, const GemmSm90Params& p, const void* matrix, int64_t rows,
-                                   int64_t stride, int box_rows, bool reads_ahead) {
+template <typename Operands>
+cudaError_t make_matrix_map(CUtensorMap* map, const GemmSm90Params& p, const void* matrix, int64_t rows, int64_t stride,
+                            int box_rows, bool reads_ahead) {
+  constexpr int kPanel = kGemmSm90PanelBytes / sizeof(typename Operands::Element);
   return make_tensor_map(map,
-                         {matrix, p.dtype, {p.k, rows, 1, 1}, {stride, 0, 0}, kGemmSm90Panel, box_rows, reads_ahead});
+                         {matrix, Operands::kDType, {p.k, rows, 1, 1}, {stride, 0, 0}, kPanel, box_rows, reads_ahead});
 }
 
 }  // namespace fastattn

@@ -1,7 +1,5 @@
-#include "elementwise/quantize_int8.h"
-#include "gemm/gemm_sm80.h"
 #include "gemm/gemm_sm90_w4.h"
-#include "torch/checks.h"
+#include "torch/gemm_call.h"
 
 namespace fastattn {
 namespace {
@@ -10,74 +8,6 @@ using Launch = cudaError_t (*)(const GemmSm80Params&, cudaStream_t);
 
 bool aligned_bytes(const void* base, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_bytes % 16 == 0;
-}
-
-// Chooses the kernel and runs it on p, which is complete but for config and workspace. units: K in 16-bit units of x.
-void run_gemm(const char* op, GemmSm80Params& p, bool rows_aligned, int64_t units, ScalarType sum_dtype,
-              const Tensor& x, Launch launch) {
-  p.config = gemm_sm80_config({p.m, p.n, units, rows_aligned, num_sms_of(x)});
-  std::optional<Tensor> workspace;
-  if (p.config.num_splits > 1) {
-    workspace = empty(x, {p.config.num_splits, p.m, p.n}, sum_dtype);
-    p.workspace = workspace->data_ptr();
-  }
-  check_launch(op, launch(p, stream_of(x)));
-}
-
-std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x) {
-  const Checks checks("quantize_int8", "x", x);
-  checks.shape("x", x, {kAny, kAny}).dtype("x", x, kHalves);
-  Tensor q = empty(x, shape_of(x), ScalarType::Char);
-  Tensor scale = empty(x, {x.size(0)}, ScalarType::Float);
-  if (scale.numel() == 0) return {q, scale};
-
-  const OnDeviceOf guard(x);
-  QuantizeInt8Params p;
-  p.x = x.data_ptr();
-  p.q = static_cast<int8_t*>(q.data_ptr());
-  p.scale = static_cast<float*>(scale.data_ptr());
-  p.x_rows = rows_of(x);
-  p.num_rows = x.size(0);
-  p.row_size = x.size(1);
-  p.dtype = dtype_of(x);
-  check_launch("quantize_int8", quantize_int8(p, stream_of(x)));
-  return {q, scale};
-}
-
-Tensor int8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
-                      const std::optional<Tensor>& bias, ScalarType out_dtype) {
-  const Checks checks("int8_linear", "x", x);
-  checks.shape("x", x, {kAny, kAny}).dtype("x", x, {ScalarType::Char});
-  const int64_t m = x.size(0);
-  const int64_t k = x.size(1);
-  checks.shape("x_scale", x_scale, {m}).dtype("x_scale", x_scale, {ScalarType::Float});
-  checks.shape("weight", weight, {kAny, k}).dtype("weight", weight, {ScalarType::Char});
-  const int64_t n = weight.size(0);
-  checks.shape("weight_scale", weight_scale, {n}).dtype("weight_scale", weight_scale, {ScalarType::Float});
-  checks.that(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half,
-              "out_dtype is another dtype, expected bfloat16 or float16");
-  if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {out_dtype});
-  checks.that(k < (1 << 17), "x has K = " + std::to_string(k) + ", expected K < 2^17: longer sums leave int32");
-  Tensor out = empty(x, {m, n}, out_dtype);
-  if (out.numel() == 0) return out;
-
-  const OnDeviceOf guard(x);
-  GemmSm80Params p;
-  p.x = x.data_ptr();
-  p.weight = weight.data_ptr();
-  p.bias = bias ? bias->data_ptr() : nullptr;
-  p.out = out.data_ptr();
-  p.x_scale = data<float>(x_scale);
-  p.weight_scale = weight_scale.data_ptr();
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.x_stride = x.stride(0);
-  p.weight_stride = weight.stride(0);
-  p.dtype = dtype_of(out);
-  const bool rows_aligned = aligned_bytes(p.x, p.x_stride) && aligned_bytes(p.weight, p.weight_stride) && k % 16 == 0;
-  run_gemm("int8_linear", p, rows_aligned, ceil_div(k, 2), ScalarType::Int, x, gemm_int8_sm80);
-  return out;
 }
 
 // A quantized weight of 4 bits, how it is laid out, and the kernels for it.
@@ -179,7 +109,7 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const bool whole_spans = group_size % w.span_sm80 == 0 || num_groups == 1;
   const bool rows_aligned =
       aligned_bytes(p.x, 2 * p.x_stride) && aligned_bytes(p.weight, p.weight_stride) && k % 32 == 0 && whole_spans;
-  run_gemm(w.op, p, rows_aligned, k, ScalarType::Float, x, w.sm80);
+  run_gemm_sm80(w.op, p, rows_aligned, k, ScalarType::Float, x, w.sm80);
   return out;
 }
 
@@ -236,8 +166,6 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
-  m.impl("quantize_int8", TORCH_BOX(&quantize_int8_op));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear_op));
   m.impl("int4_linear", TORCH_BOX(&int4_linear_op));
   m.impl("fp4_linear", TORCH_BOX(&fp4_linear_op));
 }

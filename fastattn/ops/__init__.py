@@ -9,7 +9,7 @@ from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
-from fastattn.ops.quantized import fp4_linear, int4_linear, int8_linear, quantize_int8
+from fastattn.ops.quantized import fp4_linear, fp8_linear, int4_linear, int8_linear, quantize_fp8, quantize_int8
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
 
@@ -22,6 +22,7 @@ __all__ = [
     "copy_blocks",
     "embedding",
     "fp4_linear",
+    "fp8_linear",
     "geglu",
     "has_cuda_kernels",
     "int4_linear",
@@ -30,6 +31,7 @@ __all__ = [
     "linear",
     "merge_attention_states",
     "paged_attention",
+    "quantize_fp8",
     "quantize_int8",
     "rms_norm",
     "rope_kv_write",

@@ -23,6 +23,7 @@ FLOAT = Dtypes((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16, 
 FLOAT_OR_FP8 = Dtypes((*FLOAT.cpu, FP8), (*FLOAT.cuda, FP8))
 KV_CACHE = Dtypes((*FLOAT.cpu, FP8, torch.int8), (*FLOAT.cuda, FP8, torch.int8))
 LOGITS = Dtypes(FLOAT.cpu, FLOAT.cpu)
+E4M3 = Dtypes((FP8,), (FP8,))
 FP32 = Dtypes((torch.float32,), (torch.float32,))
 INT8 = Dtypes((torch.int8,), (torch.int8,))
 UINT8 = Dtypes((torch.uint8,), (torch.uint8,))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastattn.config import validate_inputs
 from fastattn.ops._args import (
+    E4M3,
     FLOAT,
     FLOAT_OR_FP8,
     FP8,
@@ -52,6 +53,7 @@ from fastattn.ops._explain import explain
 from fastattn.ops._library import has_cuda_kernel
 
 __all__ = [
+    "E4M3",
     "FLOAT",
     "FLOAT_OR_FP8",
     "FP8",

@@ -1,4 +1,4 @@
-"""Dense layers whose weights, and for INT8 activations too, are numbers of few bits."""
+"""Dense layers whose weights, and with 8 bits activations too, are numbers of few bits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from torch import Tensor
 
 from fastattn.ops._library import define
 from fastattn.ops.checks import (
+    E4M3,
     FLOAT,
+    FP8,
     FP32,
     INT8,
     INT32,
     UINT8,
     AtLeast,
+    Flag,
     TensorArg,
     compile_check,
     fail_type,
@@ -25,12 +28,18 @@ MAX_INT8_K = 2**17 - 1
 FP4_GROUPS = {16: "e4m3 (NVFP4)", 32: "e8m0 (MXFP4)"}
 
 
-def _fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+def _fake_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-def _fake_int8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+def _fake_8bit(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool = False,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
 
@@ -47,12 +56,23 @@ def _fake_fp4(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_quantize_int8 = define("quantize_int8(Tensor x) -> (Tensor, Tensor)", reference.quantize_int8, _fake_quantize)
+_quantize_int8 = define(
+    "quantize_int8(Tensor x) -> (Tensor, Tensor)", reference.quantize_int8, lambda x: _fake_quantize(x, torch.int8)
+)
+_quantize_fp8 = define(
+    "quantize_fp8(Tensor x) -> (Tensor, Tensor)", reference.quantize_fp8, lambda x: _fake_quantize(x, FP8)
+)
 _int8_linear = define(
     "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
     reference.int8_linear,
-    _fake_int8,
+    _fake_8bit,
+)
+_fp8_linear = define(
+    "fp8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype,"
+    " bool fast_accum) -> Tensor",
+    reference.fp8_linear,
+    _fake_8bit,
 )
 _int4_linear = define(
     "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? zero_point, int group_size, Tensor? bias)"
@@ -67,7 +87,8 @@ _fp4_linear = define(
     _fake_fp4,
 )
 
-_check_quantize = compile_check("quantize_int8", TensorArg("x", "M K", FLOAT))
+_check_quantize_int8 = compile_check("quantize_int8", TensorArg("x", "M K", FLOAT))
+_check_quantize_fp8 = compile_check("quantize_fp8", TensorArg("x", "M K", FLOAT))
 _check_int8 = compile_check(
     "int8_linear",
     TensorArg("x", "M K", INT8),
@@ -75,6 +96,15 @@ _check_int8 = compile_check(
     TensorArg("weight", "N K", INT8),
     TensorArg("weight_scale", "N", FP32),
     TensorArg("bias", "N", FLOAT, optional=True),
+)
+_check_fp8 = compile_check(
+    "fp8_linear",
+    TensorArg("x", "M K", E4M3),
+    TensorArg("x_scale", "Sx", FP32),
+    TensorArg("weight", "N K", E4M3),
+    TensorArg("weight_scale", "Sw", FP32),
+    TensorArg("bias", "N", FLOAT, optional=True),
+    Flag("fast_accum"),
 )
 _check_int4 = compile_check(
     "int4_linear",
@@ -111,6 +141,14 @@ def _check_packing(
             )
 
 
+def _check_out_dtype(op: str, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    allowed = FLOAT.cpu if x.is_cpu else FLOAT.cuda
+    if out_dtype not in allowed:
+        fail_type(op, f"out_dtype is {out_dtype!r}, expected {' or '.join(map(str, allowed))}")
+    if bias is not None and bias.dtype is not out_dtype:
+        fail_type(op, f"bias is {bias.dtype}, expected {out_dtype} as out_dtype")
+
+
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row in 8 bits: `scale = max|x| / 127`, `q = round(x / scale)`, ties to even.
 
@@ -120,8 +158,22 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     a NaN or an infinity has that as its scale, so that what is computed from it is NaN.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_quantize(x)
+    _check_quantize_int8(x)
     q, scale = _quantize_int8(x)
+    return q, scale
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in fp8: `scale = max|x| / 448`, `q = x / scale` rounded to e4m3, ties to even.
+
+    x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+
+    Returns q (M, K) float8_e4m3fn and scale (M) fp32, so that x ≈ q · scale. A row of zeros has scale 1. A row with a NaN
+    or an infinity has that as its scale, so that what is computed from it is NaN.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_quantize_fp8(x)
+    q, scale = _quantize_fp8(x)
     return q, scale
 
 
@@ -145,14 +197,44 @@ def int8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias)
-    allowed = FLOAT.cpu if x.is_cpu else FLOAT.cuda
-    if out_dtype not in allowed:
-        fail_type("int8_linear", f"out_dtype is {out_dtype!r}, expected {' or '.join(map(str, allowed))}")
-    if bias is not None and bias.dtype is not out_dtype:
-        fail_type("int8_linear", f"bias is {bias.dtype}, expected {out_dtype} as out_dtype")
+    _check_out_dtype("int8_linear", x, bias, out_dtype)
     if x.shape[1] > MAX_INT8_K:
         fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {MAX_INT8_K}: longer sums leave int32")
     out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+    return out
+
+
+def fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    fast_accum: bool = False,
+) -> Tensor:
+    """`(x @ weightᵀ) · x_scale · weight_scale + bias` in fp8; the sums in fp32, rounded once.
+
+    x: (M, K) float8_e4m3fn and x_scale: (M) fp32, from `quantize_fp8`, or (1), a scale for all rows.
+    weight: (N, K) float8_e4m3fn, weight_scale: (N) fp32, a scale a row, or (1).
+    bias: (N) in out_dtype.
+    out_dtype: bf16 or fp16, on the CPU also fp32.
+    fast_accum: sums may have the 14 bits that Hopper's tensor cores keep of them, where that is faster; otherwise such sums
+        are of 128 products, and fp32 from there on. As torch._scaled_mm's use_fast_accum.
+
+    Returns (M, N) in out_dtype, contiguous.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum)
+    for name, scale, rows, size in (("x_scale", x_scale, "M", x), ("weight_scale", weight_scale, "N", weight)):
+        if scale.shape[0] not in (1, size.shape[0]):
+            fail_value(
+                "fp8_linear",
+                f"{name} has shape {tuple(scale.shape)}, expected ({rows},) or (1,), with {rows} = {size.shape[0]}",
+            )
+    _check_out_dtype("fp8_linear", x, bias, out_dtype)
+    out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Products with weights of few bits: exact integers for INT8, weights made fp32 and rounded to x's dtype for 4 bits."""
+"""Products with weights of few bits: exact integers for INT8, e4m3 as it is, weights made fp32 and rounded to x's dtype for 4 bits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (M) fp32."""
+    values = x.float()
+    scale = values.abs().amax(1) / 448 if x.shape[1] else values.new_zeros(x.shape[0])
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def int8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -34,12 +42,33 @@ def int8_linear(
     return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype)
 
 
+def fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """x (M, K) e4m3, x_scale (M) or (1), weight (N, K) e4m3, weight_scale (N) or (1), bias (N) → (M, N)."""
+    sums = dense.linear(x.float(), weight.float(), None)
+    return scale_8bit_sums(sums, x_scale, weight_scale, bias, out_dtype)
+
+
 def scale_int8_sums(
     sums: list[Tensor], x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """Sums (M, N) of pieces of K, whole numbers in fp32, → (M, N)."""
     total = sums[0] if len(sums) == 1 else torch.stack([s.int() for s in sums]).sum(0, dtype=torch.int32).float()
-    out = total * (x_scale[:, None] * weight_scale)
+    return scale_8bit_sums(total, x_scale, weight_scale, bias, out_dtype)
+
+
+def scale_8bit_sums(
+    sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Sums (M, N) fp32 → (M, N)."""
+    out = sums * (x_scale[:, None] * weight_scale)
     return (out if bias is None else out + bias.float()).to(out_dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import __main__ as command
-from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_bf16, gemm_fp4, paged, small_ops, smollm2
+from bench.families import FAMILIES, flash_bwd, flash_fwd, gemm_8bit, gemm_bf16, gemm_fp4, paged, small_ops, smollm2
 from bench.harness import accuracy, environment, formulas
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, Context
@@ -42,6 +42,8 @@ PAGED = {"heads": 4, "kv_heads": 2}
 CASES: dict[str, Callable[[Context], Case]] = {
     "gemm": partial(gemm_bf16.gemm, m=5, n=48, k=64),
     **{f"gemm {name}": partial(gemm_fp4.gemm, name=name, m=5, n=48, k=128) for name in gemm_fp4.FORMATS},
+    "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
+    "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
@@ -70,6 +72,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
 BESIDE = {
     "gemm": {"cublas"},
     **{f"gemm {name}": {"marlin", "cublas"} for name in gemm_fp4.FORMATS},
+    "gemm int8": {"int_mm", "vllm"},
+    "gemm fp8": {"scaled_mm", "vllm"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
@@ -149,6 +153,12 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             assert x.shape[-1] == head_size
             a, b = x.float().chunk(2, -1)
             x.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], -1))
+
+    def cutlass_scaled_mm(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
+    ) -> Tensor:
+        assert b.stride(0) == 1 and scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        return (a.double() @ b.double() * scale_a * scale_b).to(out_dtype)
 
     def reshape_and_cache_flash(
         key: Tensor,
@@ -273,6 +283,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             rotary_embedding=rotary_embedding,
             reshape_and_cache_flash=reshape_and_cache_flash,
             gptq_marlin_repack=repack,
+            cutlass_scaled_mm=cutlass_scaled_mm,
         ),
         *(module(layers.rsplit(".", i)[0]) for i in range(4, 0, -1)),
         module(layers),
@@ -433,7 +444,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
             ".*": 56,
         },
         "paged_prefill": {".*": 21},
-        "gemm_bf16": {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44},
+        **{name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44} for name in ("gemm_bf16", "gemm_int8", "gemm_fp8")},
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, ".*": 120},
         "small_ops": {".*": 29},
     }

@@ -9,32 +9,50 @@ using namespace emulator;
 using fastattn::GemmSm90Config;
 using fastattn::GemmSm90Params;
 
-template <typename T>
-void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
+template <typename E, typename T>
+void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
+  constexpr int kUnit = 16 / sizeof(E);
+  constexpr bool kScaled = sizeof(E) == 1, kFp8 = std::is_same_v<E, __nv_fp8_e4m3>;
   GemmSm90Params p;
   p.dtype = TypeInfo<T>::kDType;
+  p.fast_accum = fast_accum;
   GemmSm90Config& config = p.config;
   config.few_rows = few_rows;
   config.tile = tile;
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 3 * tile.block_m)});
   p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
-  p.k = pick({8, 64, 8 * between(1, 40), 8 * between(40, 120)});
-  const int stage_k = 64 * (few_rows ? fastattn::gemm_sm90_few_rows_ring(tile).panels : 1);
+  p.k = pick({kUnit, 64, kUnit * between(1, 40), kUnit * between(40, 120)});
+  // Long sums of positive numbers, which 14 bits do not hold.
+  const bool one_sign = kFp8 && one_in(2);
+  if (one_sign && few_rows && tile.block_m == 8) p.k *= 8;
+  const int stage_k =
+      static_cast<int>(128 / sizeof(E)) * (few_rows ? fastattn::gemm_sm90_few_rows_ring(tile).panels : 1);
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
   set_gemm_sm90_grid(config, {p.m, p.n, p.k, pick<int64_t>({2, 4, 7, 132})}, num_splits);
   config.group_rows = pick({1, 2, 8});
 
-  const auto draw_matrix = [](int64_t rows, int64_t columns, int64_t& stride) {
-    stride = columns + 8 * pick({0, 0, 1, 5});
-    Tensor<T> matrix(rows * stride + 8);  // NaN between the rows
+  const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride) {
+    stride = columns + kUnit * pick({0, 0, 1, 5});
+    Tensor<E> matrix(rows * stride + kUnit);  // NaN, or -128, between the rows
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) matrix.set(row * stride + column, normal());
+      for (int64_t column = 0; column < columns; ++column) {
+        const float value = std::is_same_v<E, int8_t> ? static_cast<float>(between(-127, 127)) : normal();
+        matrix.set(row * stride + column, one_sign ? std::fabs(value) : value);
+      }
     }
     return matrix;
   };
-  const Tensor<T> x = draw_matrix(p.m, p.k, p.x_stride), weight = draw_matrix(p.n, p.k, p.weight_stride);
+  const Tensor<E> x = draw_matrix(p.m, p.k, p.x_stride), weight = draw_matrix(p.n, p.k, p.weight_stride);
+  const auto draw_scales = [](int64_t rows, float size, int64_t& stride) {
+    stride = one_in(4) ? 0 : 1;
+    std::vector<float> scales(stride == 0 ? 1 : rows);
+    for (float& scale : scales) scale = size * std::exp2(normal());
+    return scales;
+  };
+  const std::vector<float> x_scale = draw_scales(p.m, 0.003f, p.x_scale_stride);
+  const std::vector<float> weight_scale = draw_scales(p.n, 1.0f, p.weight_scale_stride);
   Tensor<T> bias(p.n);
   for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
   std::vector<T> out(p.m * p.n + kBehind, T(NAN));
@@ -42,29 +60,43 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   p.weight = weight.data.data();
   p.bias = one_in(2) ? bias.data.data() : nullptr;
   p.out = out.data();
-  current_call += std::string(": ") + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) +
-                  ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + ", " + std::to_string(config.num_splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+  if (kScaled) {
+    p.x_scale = x_scale.data();
+    p.weight_scale = weight_scale.data();
+  }
+  current_call += std::string(": ") + TypeInfo<E>::kName + (fast_accum ? " fast" : "") + " to " + TypeInfo<T>::kName +
+                  " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " + std::to_string(p.k) +
+                  "; block " + std::to_string(tile.block_m) + " x " + std::to_string(tile.block_n) + ", " +
+                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
-    if (gemm_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+    const cudaError_t error = kFp8      ? gemm_fp8_sm90(p, nullptr)
+                              : kScaled ? gemm_int8_sm90(p, nullptr)
+                                        : gemm_sm90(p, nullptr);
+    if (error != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
+  // Of the magnitudes' sum: what fp32 loses; for fp8, 2^-13 at each product of 32 columns, of which four are added up.
+  const int64_t num_products = fast_accum && !few_rows ? fastattn::ceil_div(p.k, 32) : 4;
+  const double lost = kFp8 ? 0x1p-13 * static_cast<double>(num_products) : std::is_same_v<E, int8_t> ? 0.0 : 0x1p-20;
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t n = 0; n < p.n; ++n) {
-      double sum = p.bias == nullptr ? 0.0 : bias.values[n], size = std::fabs(sum);
+      double sum = 0.0, size = 0.0;
       for (int64_t k = 0; k < p.k; ++k) {
         const double term = double{x.values[m * p.x_stride + k]} * weight.values[n * p.weight_stride + k];
         sum += term;
         size += std::fabs(term);
       }
+      const double scale =
+          kScaled ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride] : 1.0;
+      const double added = p.bias == nullptr ? 0.0 : bias.values[n], expected = sum * scale + added;
       const double got = static_cast<float>(out[m * p.n + n]);
       // Rounded once, from a sum in fp32.
-      const double allowed = std::fabs(sum) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) + size * 0x1p-20 + 1e-6;
-      if (!(std::fabs(got - sum) <= allowed)) {
+      const double allowed = std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
+                             size * scale * lost + (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20 + 1e-6;
+      if (!(std::fabs(got - expected) <= allowed)) {
         fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
-             std::to_string(sum));
+             std::to_string(expected));
       }
     }
   }
@@ -76,6 +108,20 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   std::fill(out.begin(), out.end(), T(NAN));
   launch();
   if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+}
+
+template <typename T>
+void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
+  switch (between(0, 3)) {
+    case 0:
+      return run_call<int8_t, T>(few_rows, tile, false);
+    case 1: {
+      const bool needs_fast = !few_rows && tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN;
+      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, needs_fast || one_in(3));
+    }
+    default:
+      return run_call<T, T>(few_rows, tile, false);
+  }
 }
 
 }  // namespace
@@ -93,9 +139,9 @@ int main(int argc, char** argv) {
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     if (one_in(2)) {
-      run_call<__half>(choice.few_rows, choice.tile);
+      run_call_of_any<__half>(choice.few_rows, choice.tile);
     } else {
-      run_call<__nv_bfloat16>(choice.few_rows, choice.tile);
+      run_call_of_any<__nv_bfloat16>(choice.few_rows, choice.tile);
     }
   });
 }

@@ -33,7 +33,7 @@ KERNELS = {
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
-    "gemm_sm90": sorted({*CSRC.glob("gemm/gemm_sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+    "gemm_sm90": sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
     "gemm_sm90_w4": sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
@@ -131,9 +131,11 @@ FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
 FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
+GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
+KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -364,6 +366,24 @@ MUTANTS = [
       scales.load(p, first_n + row, step, lane);""",
         "gemm_sm90_w4_nvfp4.cu",
         "16",
+        "expected",
+    ),
+    Mutant(
+        "the tensor cores add up all of K in fp8",
+        GEMM_OPERANDS,
+        "kTwoLevels = !FAST_ACCUM;",
+        "kTwoLevels = false;",
+        "gemm_fp8_sm90_few_rows.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "a stage is released before the second half of a tile has been multiplied",
+        GEMM_TILES,
+        "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);",
+        "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row == 0) release(stage);",
+        "gemm_fp8_sm90_few_rows.cu",
+        "128",
         "expected",
     ),
 ]

@@ -63,8 +63,24 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    out = (x.long() @ weight.long().t()).double() * x_scale.double()[:, None] * weight_scale.double()
+    out = (x.double() @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
     return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
+
+
+def fp8_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    fast_accum: bool = False,
+) -> list[Tensor]:
+    rows = x.double() * x_scale.double()[:, None]
+    columns = weight.double() * weight_scale.double()[:, None]
+    out = (rows @ columns.t()).to(c)
+    return [out if bias is None else out + bias.to(c)]
 
 
 def _nibbles(packed: Tensor, columns: Tensor) -> Tensor:

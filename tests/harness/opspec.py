@@ -111,7 +111,7 @@ def _tensor_cases(
         yield "sparse", t.to_sparse(), ValueError, (name, "sparse", "expected")
     if t.is_floating_point() and not role.grad:
         yield "requires grad", t.clone().requires_grad_(), ValueError, (name, "requires grad", "no backward")
-        derived = t.clone().requires_grad_() * 1
+        derived = t.clone().requires_grad_().view(t.shape)
         yield "derived from a leaf that requires grad", derived, ValueError, (name, "requires grad", "no backward")
     if t.is_cuda and len(spec.roles) > 1:  # alone it would be a valid call on the CPU
         yield "on the CPU", t.cpu(), ValueError, ("expected", "cpu")

@@ -42,19 +42,31 @@ def quantize_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     yield "hostile", {"x": hostile}
 
 
-def verify_quantize(call: Call, results: list[Tensor]) -> None:
+def verify_quantize_int8(call: Call, results: list[Tensor]) -> None:
+    _verify_quantize(call, results, torch.int8, 127)
+    q = results[0]
+    assert q.numel() == 0 or int(q.min()) >= -127
+    assert not bool(q[call["x"].isnan()].any())
+
+
+def verify_quantize_fp8(call: Call, results: list[Tensor]) -> None:
+    _verify_quantize(call, results, torch.float8_e4m3fn, 448)
+
+
+def _verify_quantize(call: Call, results: list[Tensor], dtype: torch.dtype, largest: int) -> None:
     """scale and q are those of their definition; a q is off by at most half a step, whichever way a tie went."""
     x, (q, scale) = call["x"].double(), results
     finite = x.isfinite().all(1)
     amax = x.abs().amax(1) if x.shape[1] else torch.zeros(x.shape[0], dtype=torch.float64)
-    expected = torch.where(amax == 0, 1.0, amax / 127)
-    assert q.dtype is torch.int8 and scale.dtype is torch.float32 and q.shape == x.shape and scale.shape == x.shape[:1]
+    expected = torch.where(amax == 0, 1.0, amax / largest)
+    assert q.dtype is dtype and scale.dtype is torch.float32 and q.shape == x.shape and scale.shape == x.shape[:1]
     assert not bool(scale[~finite].isfinite().any())
     torch.testing.assert_close(scale[finite].double(), expected[finite], rtol=1e-6, atol=2e-45)
-    off = (q.double() - x / scale.double()[:, None])[finite].abs()
-    assert off.numel() == 0 or float(off.max()) <= 0.5 + 1e-4
-    assert q.numel() == 0 or int(q.min()) >= -127
-    assert not bool(q[x.isnan()].any())
+    exact = (x / scale.double()[:, None])[finite]
+    # e4m3 has three bits behind the first one, and below 2^-6 steps of 2^-9.
+    half_step = 0.5 if dtype is torch.int8 else exact.abs().clamp(2**-6, largest).log2().floor().exp2() / 16
+    off = (q.double()[finite] - exact.clamp(-largest, largest)).abs()
+    assert bool((off <= half_step * (1 + 2e-4)).all())
 
 
 def bad_quantize(gen: Gen, base: Call) -> Bad:
@@ -93,6 +105,31 @@ def bad_int8(gen: Gen, base: Call) -> Bad:
     long = {name: base[name].new_zeros(1, 2**17) for name in ("x", "weight")}
     scales = {name: base[name][:1] for name in ("x_scale", "weight_scale", "bias")}
     yield "long sums", long | scales, ValueError, ("x has shape (1, 131072)", "K ≤ 131071")
+
+
+def fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for index, ((rows,), k, n) in enumerate(_SIZES):
+        call: Call = {
+            "x": (gen.randn(rows, k) * 64).to(torch.float8_e4m3fn),
+            "x_scale": gen.rand(1 if index % 4 == 1 else rows) * 0.02,
+            "weight": (gen.randn(n, k) * 64).to(torch.float8_e4m3fn),
+            "weight_scale": gen.rand(1 if index % 4 == 2 else n) * 0.01,
+            "out_dtype": dtype,
+        }
+        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n} no bias", call | {"bias": None}
+
+
+def bad_fp8(gen: Gen, base: Call) -> Bad:
+    for value in (torch.float8_e4m3fn, torch.float64, torch.int32, "float32", None, float):
+        yield f"out_dtype {value}", {"out_dtype": value}, TypeError, ("out_dtype is", "expected")
+    other = torch.float16 if base["out_dtype"] is not torch.float16 else torch.bfloat16
+    yield "bias of another dtype", {"bias": base["bias"].to(other)}, TypeError, ("bias is", "as out_dtype")
+    for name, rows in (("x_scale", len(base["x"])), ("weight_scale", len(base["weight"]))):
+        for size in (0, 2, rows - 1, rows + 1):
+            if size not in (1, rows):
+                says = (f"{name} has shape ({size},)", "or (1,)", f"= {rows}")
+                yield f"{name} of {size}", {name: torch.ones(size)}, ValueError, says
 
 
 def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: int) -> Iterator[tuple[str, Call]]:

@@ -44,14 +44,17 @@ from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
     bad_fp4,
+    bad_fp8,
     bad_int4,
     bad_int8,
     bad_quantize,
     fp4_calls,
+    fp8_calls,
     int4_calls,
     int8_calls,
     quantize_calls,
-    verify_quantize,
+    verify_quantize_fp8,
+    verify_quantize_int8,
 )
 from tests.harness.sampling_calls import (
     adjust_calls,
@@ -320,7 +323,16 @@ SPECS = (
         ops.quantize_int8,
         quantize_calls,
         {"x": Role()},
-        verify=verify_quantize,
+        verify=verify_quantize_int8,
+        bad=bad_quantize,
+        keeps_dtype=False,
+    ),
+    OpSpec(
+        "quantize_fp8",
+        ops.quantize_fp8,
+        quantize_calls,
+        {"x": Role()},
+        verify=verify_quantize_fp8,
         bad=bad_quantize,
         keeps_dtype=False,
     ),
@@ -337,6 +349,21 @@ SPECS = (
         },
         formulas.int8_linear,
         bad=bad_int8,
+    ),
+    OpSpec(
+        "fp8_linear",
+        ops.fp8_linear,
+        fp8_calls,
+        {
+            "x": Role((1,)),
+            "x_scale": Role((0,)),
+            "weight": Role((1,)),
+            "weight_scale": Role((0,)),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.fp8_linear,
+        scalars={"fast_accum": "flag"},
+        bad=bad_fp8,
     ),
     OpSpec(
         "int4_linear",

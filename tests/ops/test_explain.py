@@ -237,6 +237,16 @@ def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -
         assert config["num_ctas"] == 2 * min(tiles, max(1, num_sms // 2))
 
 
+@pytest.mark.parametrize("m", [1, 64, 128, 256, 512, 4096])
+def test_products_in_8_bits_have_the_tiles_of_half_as_many_columns(m: int) -> None:
+    for n, k in ((6144, 4096), (4096, 14336), (8192, 8192)):
+        config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1)
+        assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
+        # Two levels of sums take registers that larger tiles do not have.
+        config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True)
+        assert config["few_rows"] or config["block_n"] <= 192
+
+
 def test_few_rows_fill_the_sms_in_one_wave() -> None:
     for n, k in ((6144, 4096), (4096, 14336), (8192, 8192), (1024, 8192)):
         for m in (1, 16, 64, 128):

@@ -159,13 +159,15 @@ def test_valid_calls_take_the_fast_path(spec: OpSpec, device: str, monkeypatch: 
 @each_op
 def test_opcheck(spec: OpSpec, device: str) -> None:
     """torch's own checks of the schema, its mutation marks, the fake and AOT dispatch with dynamic shapes."""
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     dtypes = spec.device_dtypes(device)
     for index, (_, call) in enumerate(spec.calls(Gen(device, seed=6), dtypes[-1])):
         if index in (0, 2):
             with Recorder() as recorder:
                 spec.run(fresh(call))
             (op, args, kwargs) = recorder.calls[0]
+            tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+            if any(isinstance(arg, Tensor) and arg.dtype is torch.float8_e4m3fn for arg in args):
+                tests = tests[1:]  # it compares the arguments before and after, which torch cannot in fp8
             torch.library.opcheck(
                 op, args, kwargs, test_utils=(*tests, "test_aot_dispatch_dynamic") if not index else tests
             )

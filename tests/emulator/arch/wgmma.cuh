@@ -34,11 +34,26 @@ struct OperandInSmem {
 struct Product {
   // For the 16 rows of a warp, given what each of its lanes has issued.
   void (*compute)(const Product* const (&lanes)[32], int first_row);
-  float* acc;                      // (N / 8, 4)
+  void* acc;                       // (N / 8, 4) of SumOf
   const uint32_t* a_in_registers;  // (4) or nullptr
   uint64_t a, b;
   bool accumulates;
 };
+
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+
+// What is left of a sum: of fp8 14 bits, the rest cut off.
+template <typename T>
+SumOf<T> kept_of(SumOf<T> sum) {
+  if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {
+    uint32_t bits;
+    std::memcpy(&bits, &sum, sizeof(bits));
+    bits &= ~0x3ffu;
+    std::memcpy(&sum, &bits, sizeof(bits));
+  }
+  return sum;
+}
 
 inline WorkInGroups<Product> products("products");
 using ProductQueue = WorkInGroups<Product>::Queue;
@@ -46,7 +61,9 @@ using ProductQueue = WorkInGroups<Product>::Queue;
 template <typename T, int N, bool A_MN_MAJOR, bool B_MN_MAJOR>
 void compute_product(const Product* const (&lanes)[32], int first_row) {
   constexpr int K = 32 / sizeof(T);
-  float a[16][K], b[K][N], sums[16][N];
+  using Sum = SumOf<T>;
+  float a[16][K], b[K][N];
+  Sum sums[16][N];
   const OperandInSmem b_in_smem(lanes[0]->b);
   for (int k = 0; k < K; ++k) {
     for (int n = 0; n < N; ++n) b[k][n] = b_in_smem.at<T, B_MN_MAJOR>(n, k);
@@ -62,15 +79,15 @@ void compute_product(const Product* const (&lanes)[32], int first_row) {
       }
     }
   }
-  const auto acc = [&](int row, int n) -> float& {
-    return lanes[row % 8 * 4 + n % 8 / 2]->acc[n / 8 * 4 + row / 8 * 2 + n % 2];
+  const auto acc = [&](int row, int n) -> Sum& {
+    return static_cast<Sum*>(lanes[row % 8 * 4 + n % 8 / 2]->acc)[n / 8 * 4 + row / 8 * 2 + n % 2];
   };
   for (int row = 0; row < 16; ++row) {
-    for (int n = 0; n < N; ++n) sums[row][n] = lanes[0]->accumulates ? acc(row, n) : 0.0f;
+    for (int n = 0; n < N; ++n) sums[row][n] = lanes[0]->accumulates ? acc(row, n) : Sum();
     for (int k = 0; k < K; ++k) {
-      for (int n = 0; n < N; ++n) sums[row][n] += a[row][k] * b[k][n];
+      for (int n = 0; n < N; ++n) sums[row][n] += static_cast<Sum>(a[row][k] * b[k][n]);
     }
-    for (int n = 0; n < N; ++n) acc(row, n) = sums[row][n];
+    for (int n = 0; n < N; ++n) acc(row, n) = kept_of<T>(sums[row][n]);
   }
 }
 
@@ -117,7 +134,7 @@ template <typename T, int N>
 struct Wgmma {
   static constexpr bool kFp8 = sizeof(T) == 1;  // which has operands K-major only
 
-  static void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {
+  static void ss(emulator::SumOf<T> (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {
     emulator::products.add({emulator::compute_product<T, N, false, false>, d[0], nullptr, a, b, scale_d != 0});
   }
   static void ss_mn(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {

@@ -1,0 +1,94 @@
+"""Dense layers in 8 bits, with a scale a token and one an output channel, beside torch and vLLM's CUTLASS: the projections of gemm_bf16.
+
+Times are of the product alone: rows are quantized before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.families.gemm_bf16 import ROWS, WEIGHTS
+from bench.harness import accuracy, formulas
+from bench.harness.case import Case, CaseSpec, Checked, Context, Family, PeerBuilder, op_case
+from bench.harness.ceilings import Work
+from bench.harness.peers import vllm_ops
+from fastattn import ops
+
+BF16 = torch.bfloat16
+_QUICK = {(1, 6144, 4096), (64, 28672, 4096), (512, 6144, 4096), (4096, 4096, 14336)}
+
+
+def _case(
+    op: Callable[..., Tensor],
+    formula: Callable[..., list[Tensor]],
+    call: dict[str, Any],
+    peers: dict[str, PeerBuilder],
+    rate: str,
+) -> Case:
+    (m, k), n = call["x"].shape, len(call["weight"])
+
+    def judge(call: dict[str, Any], results: list[Tensor]) -> Checked:
+        """Sums in fp64, rounded once: the best there is."""
+        (exact,) = formula(torch.float64, **call)
+        return Checked(accuracy.check_results(op.__name__, results, [exact], [exact.to(BF16)]), exact)
+
+    return op_case(
+        op,
+        call | {"out_dtype": BF16},
+        formula,
+        peers={**peers, "vllm": lambda: _vllm(call)},
+        work=Work(num_bytes=m * k + n * k + 2 * m * n + 4 * (m + n), num_ops=2 * m * n * k, rate=rate),
+        config=f"x {m} × {k}, weight {n} × {k}, {call['x'].dtype}",
+        judge=judge,
+    )
+
+
+def _vllm(call: dict[str, Any]) -> Callable[[], Tensor]:
+    product, weight = vllm_ops().cutlass_scaled_mm, call["weight"].t()
+    scales = call["x_scale"][:, None], call["weight_scale"][None]
+    return lambda: product(call["x"], weight, *scales, BF16)
+
+
+def int8(context: Context, m: int, n: int, k: int) -> Case:
+    rng = context.generator(m)
+    x, weight = (
+        torch.randint(-127, 128, (rows, k), generator=rng, device=context.device, dtype=torch.int8) for rows in (m, n)
+    )
+    x_scale, weight_scale = (torch.rand(rows, generator=rng, device=context.device) * 0.01 for rows in (m, n))
+
+    def int_mm() -> Callable[[], Tensor]:
+        columns = weight.t()
+        return lambda: (torch._int_mm(x, columns) * x_scale[:, None] * weight_scale).to(BF16)
+
+    call = {"x": x, "x_scale": x_scale, "weight": weight, "weight_scale": weight_scale}
+    return _case(ops.int8_linear, formulas.int8_linear, call, {"int_mm": int_mm}, "int8_top_s")
+
+
+def fp8(context: Context, m: int, n: int, k: int) -> Case:
+    rng = context.generator(m)
+    quantized = [
+        ops.quantize_fp8(torch.randn(rows, k, generator=rng, device=context.device).to(BF16)) for rows in (m, n)
+    ]
+    (x, x_scale), (weight, weight_scale) = quantized
+
+    def scaled_mm() -> Callable[[], Tensor]:
+        columns, scales = weight.t(), (x_scale[:, None], weight_scale[None])
+        return lambda: torch._scaled_mm(x, columns, *scales, out_dtype=BF16, use_fast_accum=False)
+
+    call = {"x": x, "x_scale": x_scale, "weight": weight, "weight_scale": weight_scale}
+    return _case(ops.fp8_linear, formulas.fp8_linear, call, {"scaled_mm": scaled_mm}, "fp8_tflop_s")
+
+
+def _specs(build: Callable[..., Case]) -> Iterator[CaseSpec]:
+    for n, k in WEIGHTS:
+        for m in ROWS:
+            yield CaseSpec(f"m{m}_n{n}_k{k}", partial(build, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
+
+
+INT8 = Family("gemm_int8", "cuda", "int8_linear beside torch._int_mm and CUTLASS", tuple(_specs(int8)))
+FP8 = Family("gemm_fp8", "cuda", "fp8_linear beside torch._scaled_mm and CUTLASS", tuple(_specs(fp8)))

@@ -1,0 +1,26 @@
+// q = round(x / scale), scale = max|x| / (what q can hold) of each row, in int8 or e4m3. The kernel is in
+// quantize_rows.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "arch/dtype.h"
+#include "arch/rows.h"
+
+namespace fastattn {
+
+struct QuantizeRowsParams {
+  const void* x = nullptr;  // (rows, N), rows contiguous
+  void* q = nullptr;        // (rows, N) contiguous, int8 or e4m3 as q_dtype says
+  float* scale = nullptr;   // (rows)
+  Rows x_rows;
+  int64_t num_rows = 0;
+  int64_t row_size = 0;  // N
+  DType dtype = DType::kBFloat16;
+  DType q_dtype = DType::kInt8;
+};
+
+// Needs rows > 0; N may be 0. cudaErrorInvalidValue for an x that is not bf16 or fp16, a q that is not int8 or e4m3.
+cudaError_t quantize_rows(const QuantizeRowsParams& params, cudaStream_t stream);
+
+}  // namespace fastattn

@@ -1,0 +1,93 @@
+// What the Hopper GEMMs multiply, and what a sum is multiplied by: a type for each kind, the template argument of both
+// kernels.
+//
+//   kind           x, weight    sum                                  out
+//   GemmSm90Dense  T            fp32                                 sum + bias
+//   GemmSm90Int8   int8         int32, exact                         sum * (x_scale * weight_scale) + bias
+//   GemmSm90Fp8    e4m3         fp32, see multiply_stages            the same
+//
+// Each type has
+//   Element, Out   the elements of x and weight, of out and bias
+//   kDType         the former's
+//   Sum, FourSums  what sums are kept in, and four of them
+//   kScaled        whether there are scales
+//   kTwoLevels     whether sums of the tensor cores go into sums in fp32 registers, a panel of K at a time
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
+#include "arch/cluster.cuh"
+#include "gemm/gemm_sm90.h"
+
+namespace fastattn {
+
+template <typename T>
+struct GemmSm90Dense {
+  using Element = T;
+  using Out = T;
+  using Sum = float;
+  using FourSums = float4;
+  static constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+  static constexpr bool kScaled = false, kTwoLevels = false;
+};
+
+template <typename T>
+struct GemmSm90Int8 {
+  using Element = int8_t;
+  using Out = T;
+  using Sum = int32_t;
+  using FourSums = int4;
+  static constexpr DType kDType = DType::kInt8;
+  static constexpr bool kScaled = true, kTwoLevels = false;
+};
+
+// FAST_ACCUM: the tensor cores add up all of K.
+template <typename T, bool FAST_ACCUM>
+struct GemmSm90Fp8 {
+  using Element = __nv_fp8_e4m3;
+  using Out = T;
+  using Sum = float;
+  using FourSums = float4;
+  static constexpr DType kDType = DType::kFloat8E4M3;
+  static constexpr bool kScaled = true, kTwoLevels = !FAST_ACCUM;
+};
+
+// Four tiles of sums as floats, in their own registers: a copy costs some that large tiles do not have.
+template <int NUM_TILES>
+__device__ __forceinline__ auto floats_of(float (&sums)[NUM_TILES][4], int tile) -> float (&)[4][4] {
+  return reinterpret_cast<float (&)[4][4]>(sums[tile]);
+}
+template <int NUM_TILES>
+__device__ __forceinline__ auto floats_of(int32_t (&sums)[NUM_TILES][4], int tile) -> float (&)[4][4] {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    int32_t& sum = sums[tile + i / 4][i % 4];
+    sum = __float_as_int(static_cast<float>(sum));
+  }
+  return reinterpret_cast<float (&)[4][4]>(sums[tile]);
+}
+
+__device__ __forceinline__ float4& floats_of(float4& sums) { return sums; }
+__device__ __forceinline__ float4& floats_of(int4& sums) {
+  const float4 floats = make_float4(sums.x, sums.y, sums.z, sums.w);
+  return reinterpret_cast<float4&>(sums) = floats;
+}
+
+__device__ __forceinline__ float x_scale_of(const GemmSm90Params& p, int64_t row) {
+  return __ldg(p.x_scale + row * p.x_scale_stride);
+}
+
+// Of two columns of out, the first one even.
+__device__ __forceinline__ float2 weight_scales_of(const GemmSm90Params& p, int64_t column) {
+  if (p.weight_scale_stride == 0) {
+    const float scale = __ldg(p.weight_scale);
+    return make_float2(scale, scale);
+  }
+  return __ldg(reinterpret_cast<const float2*>(p.weight_scale + column));
+}
+
+}  // namespace fastattn
