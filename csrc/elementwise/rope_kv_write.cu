@@ -8,7 +8,9 @@
 //
 // Caches of 8 bits (e4m3, int8) take x / scale, rounded once: with a scale of each KV head that is given, or with one
 // of each token's head, which is made here: its largest magnitude / 448 or 127, or 1 for zeros. That takes another pass
-// over the head.
+// over the head, and in e4m3 one more: the relative step of such a number is 2^-3 above a power of two and 2^-4 below
+// it, so a scale up to twice as large is taken that brings the head's large numbers where steps are small. Of 8 in an
+// octave the best takes a quarter of the squared error away.
 //
 // Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
 // rotated part and VEC elements at a time of the rest, and gives on the elements that it read: q is rotated in place.
@@ -16,6 +18,7 @@
 #include <cuda_fp8.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "arch/dispatch.h"
 #include "arch/reduce.cuh"
@@ -116,6 +119,47 @@ __device__ __forceinline__ int8_t narrow<int8_t>(float value) {
   return static_cast<int8_t>(max(-127, min(127, __float2int_rn(value))));
 }
 
+// value as if e4m3 had no smallest exponent: 4 significant bits, rounded to nearest even (Dekker's splitting). Without
+// fp8 conversions, which sm_80 has not.
+__device__ __forceinline__ float round_to_4_bits(float value) {
+  const float high = __fmul_rn(value, 1048577.0f);  // 2^20 + 1
+  return __fsub_rn(high, __fsub_rn(high, value));
+}
+
+// 2^(i / 8)
+__constant__ const float kScaleChoices[8] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
+                                             1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+
+// Of the choices the factor of `scale` that leaves a head in e4m3 the smallest squared error; 1 if that is not a
+// number.
+template <typename Each>
+__device__ __forceinline__ float best_scale_choice(float scale, Each each) {
+  constexpr int CHOICES = sizeof(kScaleChoices) / sizeof(float);
+  float inverse[CHOICES], error[CHOICES] = {};
+#pragma unroll
+  for (int i = 0; i < CHOICES; ++i) inverse[i] = 1.0f / (scale * kScaleChoices[i]);
+  each([&](int, const auto& values) {
+    for (float value : values) {
+#pragma unroll
+      for (int i = 0; i < CHOICES; ++i) {
+        const float scaled = value * inverse[i];
+        const float wrong = (round_to_4_bits(scaled) - scaled) * kScaleChoices[i];
+        error[i] += wrong * wrong;
+      }
+    }
+  });
+  float best = 1.0f, smallest = INFINITY;
+#pragma unroll
+  for (int i = 0; i < CHOICES; ++i) {
+    const float sum = warp_reduce(error[i], [](float a, float b) { return a + b; });
+    if (sum < smallest) {
+      smallest = sum;
+      best = kScaleChoices[i];
+    }
+  }
+  return best;
+}
+
 // A head to a cache of 8 bits: each(put) calls put for all of a lane's elements, and does so again.
 template <typename KV, typename Each>
 __device__ __forceinline__ void write_8bit(KV* target, float* own_scale, bool make_scale, Each each) {
@@ -128,6 +172,7 @@ __device__ __forceinline__ void write_8bit(KV* target, float* own_scale, bool ma
     largest = warp_reduce(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
     scale = __uint_as_float(largest) / kLargest<KV>;
     if (scale == 0.0f) scale = 1.0f;
+    if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) scale *= best_scale_choice(scale, each);
     if (threadIdx.x % 32 == 0) *own_scale = scale;
   }
   each([&](int element, const auto& values) {

@@ -85,7 +85,17 @@ KvCacheDtype = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         metavar="DTYPE",
-        help="auto (the model's), fp8 or int8: 8 bits with a scale for each token's head.",
+        help="auto (the model's), fp8 or int8: 8 bits with scales.",
+        rich_help_panel=ENGINE,
+    ),
+]
+KvCacheScales = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-scales",
+        metavar="SCALES",
+        help="Scales of a KV cache of 8 bits: dynamic, one for each token's head; or one for each KV head: checkpoint (the "
+        "model's), calculate (calibrated on the first step's tokens) or a .safetensors file.",
         rich_help_panel=ENGINE,
     ),
 ]

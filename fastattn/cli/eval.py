@@ -29,6 +29,7 @@ def eval_(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     kv_cache_dtype: opt.KvCacheDtype = "auto",
+    kv_cache_scales: opt.KvCacheScales = "dynamic",
     as_json: copt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -39,7 +40,7 @@ def eval_(
     from fastattn.cli._compress_report import evaluation_lines, print_json
     from fastattn.compress import EvalOptions, evaluate
 
-    options = EvalOptions(tuple(text or ()), length, max_tokens, device, dtype, kv_cache_dtype)
+    options = EvalOptions(tuple(text or ()), length, max_tokens, device, dtype, kv_cache_dtype, kv_cache_scales)
     result = evaluate(model, against, options, show_progress=not quiet)
     if as_json:
         print_json(result.as_dict())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastattn.compress.sources import Model, opened
 from fastattn.compress.text import load_corpus, token_windows
 from fastattn.compress.walk import window_cache
 from fastattn.engine.device import choose_device, choose_dtype
+from fastattn.engine.kv_scales import check_kv_scales, load_kv_scales
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.registry import load_model
@@ -46,6 +47,7 @@ class Evaluation:
     kl_max: float | None = None
     top1: float | None = None
     kv_cache_dtype: str | None = None
+    kv_cache_scales: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -54,7 +56,8 @@ class Evaluation:
 @dataclass(frozen=True)
 class EvalOptions:
     """files: text; none is the held-out part of the built-in one. max_tokens: stop after so many; None: all of it.
-    kv_cache_dtype: as the engine's, of the model that is judged; the other's cache is in its own dtype."""
+    kv_cache_dtype, kv_cache_scales: as the engine's, of the model that is judged; the other's cache is in its own dtype. Scales
+    to "calculate" are of the first window."""
 
     files: tuple[str, ...] = ()
     length: int = 512
@@ -62,11 +65,12 @@ class EvalOptions:
     device: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str = "dynamic"
 
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(f"length is {self.length}, allowed is from 2")
-        nn.check_kv_cache_dtype(self.kv_cache_dtype)
+        nn.check_kv_cache_scales(self.kv_cache_scales, self.kv_cache_dtype)
         if self.max_tokens is not None and self.max_tokens < self.length:
             raise ValueError(f"max_tokens is {self.max_tokens}, allowed is from length = {self.length}")
 
@@ -89,9 +93,9 @@ def evaluate(
     tokens = token_windows(corpus, student.tokenizer(), options.length, count)
     if teacher is not None:
         check_same_vocabulary(student, teacher)
-    judged = [_load(student, options, options.kv_cache_dtype)]
+    judged = [_load(student, options, options.kv_cache_dtype, options.kv_cache_scales)]
     if teacher is not None:
-        judged.append(_load(teacher, options))
+        judged.append(_load(teacher, options, "auto", "dynamic"))
     sums = _Sums()
     for window in tqdm(tokens, desc="Evaluating", unit="window", disable=None if show_progress else True):
         sums.add_window(judged, window)
@@ -108,6 +112,7 @@ def evaluate(
         kl_max=None if teacher is None else sums.kl_max,
         top1=None if teacher is None else sums.mean(sums.agreed),
         kv_cache_dtype=None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
+        kv_cache_scales=None if options.kv_cache_dtype == "auto" else options.kv_cache_scales,
     )
 
 
@@ -126,17 +131,41 @@ def check_same_vocabulary(student: ModelSource, teacher: ModelSource) -> None:
         )
 
 
-def hidden_states(network: DecoderModel, tokens: Tensor, form: nn.KVCacheFormat | None = None) -> Tensor:
-    """tokens (n, length) → hidden states (n · length, hidden_size) after the final norm, in one pass. form: of the KV cache,
-    by default in the model's dtype."""
+def hidden_states(
+    network: DecoderModel,
+    tokens: Tensor,
+    form: nn.KVCacheFormat | None = None,
+    static_scales: Tensor | None = None,
+    calibrate: bool = False,
+) -> Tensor:
+    """tokens (n, length) → hidden states (n · length, hidden_size) after the final norm, in one pass.
+
+    form: of the KV cache, by default in the model's dtype. static_scales: the cache's (see `nn.KVMemory`), to be overwritten by
+    those of these tokens with ``calibrate``.
+    """
     config, weight = network.config, network.embed_tokens.weight
     count, length = tokens.shape
     form = form or nn.KVCacheFormat(weight.dtype)
     meta, caches = window_cache(
-        config.num_kv_heads, config.head_dim, count, length, weight.device, form, config.num_layers
+        config.num_kv_heads, config.head_dim, count, length, weight.device, form, config.num_layers, static_scales
     )
+    meta = replace(meta, calibrate=calibrate)
     hidden: Tensor = network(tokens.to(weight.device, torch.int32).flatten(), meta, caches)
     return hidden
+
+
+@dataclass
+class _Judged:
+    network: DecoderModel
+    form: nn.KVCacheFormat
+    static_scales: Tensor | None
+    calibrate: bool
+
+    def hidden(self, window: Tensor) -> Tensor:
+        """window (length) → hidden states (length - 1, hidden_size), which predict all tokens but the first."""
+        states = hidden_states(self.network, window[None], self.form, self.static_scales, self.calibrate)
+        self.calibrate = False
+        return states[:-1]
 
 
 class _Sums:
@@ -150,9 +179,9 @@ class _Sums:
         return total / self.count
 
     @torch.inference_mode()
-    def add_window(self, judged: Sequence[tuple[DecoderModel, nn.KVCacheFormat]], window: Tensor) -> None:
-        networks = [network for network, _ in judged]
-        hidden = [hidden_states(network, window[None], form)[:-1] for network, form in judged]
+    def add_window(self, judged: Sequence[_Judged], window: Tensor) -> None:
+        networks = [one.network for one in judged]
+        hidden = [one.hidden(window) for one in judged]
         targets = window[1:].to(hidden[0].device)
         for rows in _chunks(len(targets)):
             logs = [functional.log_softmax(n.logits(h[rows]), -1) for n, h in zip(networks, hidden, strict=True)]
@@ -174,12 +203,17 @@ def _chunks(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _LOGIT_ROWS, count))
 
 
-def _load(
-    source: ModelSource, options: EvalOptions, kv_cache_dtype: str = "auto"
-) -> tuple[DecoderModel, nn.KVCacheFormat]:
+def _load(source: ModelSource, options: EvalOptions, kv_cache_dtype: str, kv_cache_scales: str) -> _Judged:
     if options.length > source.config.max_position_embeddings:
         raise ValueError(f"length is {options.length}, allowed is up to {source.config.max_position_embeddings} here")
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    form = nn.kv_cache_format(kv_cache_dtype, dtype, source.config.head_dim)
-    return load_model(source, device, dtype, options.length), form
+    config = source.config
+    form = nn.kv_cache_format(kv_cache_dtype, dtype, config.head_dim, kv_cache_scales)
+    check_kv_scales(kv_cache_scales, kv_cache_dtype, source)
+    scales = load_kv_scales(kv_cache_scales, kv_cache_dtype, source)
+    calibrate = form.static_scales and scales is None
+    if calibrate:
+        scales = torch.ones(config.num_layers, 2, config.num_kv_heads)
+    network = load_model(source, device, dtype, options.length)
+    return _Judged(network, form, None if scales is None else scales.to(device), calibrate)

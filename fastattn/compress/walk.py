@@ -174,6 +174,7 @@ def window_cache(
     device: torch.device,
     form: nn.KVCacheFormat,
     num_layers: int,
+    static_scales: Tensor | None = None,
 ) -> tuple[nn.AttentionMetadata, list[nn.LayerCache]]:
     """A KV cache for ``count`` texts of ``length`` tokens that are computed in one pass, and where each token stands in it."""
     blocks = -(-length // _BLOCK)
@@ -191,4 +192,5 @@ def window_cache(
         block_table=ints(text[:, None] * blocks + torch.arange(blocks)),
         max_seqlen_q=length,
     )
-    return meta, nn.KVMemory(form, num_layers, count * blocks, _BLOCK, num_kv_heads, head_dim, device).layers
+    memory = nn.KVMemory(form, num_layers, count * blocks, _BLOCK, num_kv_heads, head_dim, device, static_scales)
+    return meta, memory.layers

@@ -16,6 +16,8 @@ class EngineConfig:
     tokens in a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256.
     num_kv_blocks: blocks in the pool. kv_cache_dtype: "auto", the model's; "fp8" (e4m3) or "int8", 8 bits with a scale
     for each token's head (vLLM's "fp8_e4m3", "fp8_per_token_head" and "int8_per_token_head" are the same).
+    kv_cache_scales: "dynamic", of each token's head; or static, of each KV head: "checkpoint", what the model's files have;
+    "calculate", calibrated on the first step's tokens and fixed then; or a .safetensors file with tensors as in a checkpoint.
     enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting requests: by arrival
     ("fcfs"), by priority, or "fair" to tenants, by what each was served. max_waiting_steps: after so many steps a
     request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without
@@ -29,6 +31,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str = "dynamic"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     policy: Policy = "fcfs"

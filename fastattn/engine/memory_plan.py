@@ -40,6 +40,7 @@ class PlanOptions:
     max_num_batched_tokens: int
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str = "dynamic"
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -146,13 +147,15 @@ def memory_plan(
         stored[_type_name(info.dtype)] = stored.get(_type_name(info.dtype), 0) + info.nbytes
     num_parameters, weights = _weight_bytes(config, options)
     activations, sampling = activation_bytes(config, options), sampling_bytes(config, options)
-    buffers = buffer_bytes(options)
+    buffers = buffer_bytes(options) + _static_scale_bytes(config, options)
     per_token = kv_bytes_per_token(config, options)
     draft_weights = draft_per_token = 0
     if draft is not None:
         own = draft[0]
         length = min(options.max_model_len, own.max_position_embeddings)
-        own_options = replace(options, max_model_len=length, speculative=None, tensor_parallel_size=1)
+        own_options = replace(
+            options, max_model_len=length, speculative=None, tensor_parallel_size=1, kv_cache_scales="dynamic"
+        )
         draft_weights = sum(_weight_bytes(own, own_options)[1].values())
         draft_per_token = kv_bytes_per_token(own, own_options)
         # The two models take turns, so their work space is the larger one's.
@@ -223,7 +226,12 @@ def kv_bytes_per_token(config: ModelConfig, options: PlanOptions) -> int:
 
 
 def _kv_format(config: ModelConfig, options: PlanOptions) -> KVCacheFormat:
-    return kv_cache_format(options.kv_cache_dtype, options.dtype, config.head_dim)
+    return kv_cache_format(options.kv_cache_dtype, options.dtype, config.head_dim, options.kv_cache_scales)
+
+
+def _static_scale_bytes(config: ModelConfig, options: PlanOptions) -> int:
+    kv_heads = _rank_sizes(config, options.tensor_parallel_size).kv_heads
+    return _kv_format(config, options).static_bytes(config.num_layers, kv_heads)
 
 
 def _budget(options: PlanOptions, free: int, total: int) -> int:
@@ -248,6 +256,8 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     # Residual stream, the previous layer's output and its norm live on through both phases.
     stream = 3 * c.hidden_size * item
     attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + part.heads * 4  # qkv, out, o_proj; lse
+    if options.kv_cache_scales == "calculate":  # in the first step: k and v as they would be kept, their magnitudes
+        attention = max(attention, (q_width + 2 * kv_width) * item + kv_width * (4 * item + 1))
     mlp = (3 * part.intermediate + c.hidden_size) * item  # gate and up, their product, down
     if options.device_type == "cuda":
         return tokens * (stream + max(attention, mlp)) + _quantized_bytes(config, options)
@@ -259,7 +269,7 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     keys, rows = options.max_model_len, min(tokens, _CPU_ATTENTION_ROWS)
     # k and v out of their pages, and in fp32, contiguous for the product; of 8 bits also without and with their scales.
     gathered = 2 * keys * kv_width * (item + 2 * 4)
-    if _kv_format(config, options).has_scales:
+    if _kv_format(config, options).is_8bit:
         gathered = 2 * keys * kv_width * (1 + 3 * 4)
         step += tokens * kv_width * 5 * 4  # what is written in fp32: as it is, its magnitudes, scaled, clamped, rounded
     scores = rows * (keys * (part.heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result

@@ -69,6 +69,7 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
 
     from fastattn.engine.config import EngineConfig
     from fastattn.engine.device import choose_device, choose_dtype, device_memory
+    from fastattn.engine.kv_scales import load_kv_scales
     from fastattn.engine.rank_link import LinkClosedError, SharedMemory, connect
     from fastattn.engine.runner import Runner
     from fastattn.models.loader import open_model
@@ -88,8 +89,11 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     options = EngineConfig(**settings)
     tp = connect(store_fd, rank, size, device, lambda: board.begin(rank))
     try:
-        network = load_model(open_model(setup["source"]), device, dtype, options.max_model_len, tp=tp)
-        runner = Runner(network, options, device, dtype, step_memory=SharedMemory(memory_fd).tensor(device))
+        source = open_model(setup["source"])
+        network = load_model(source, device, dtype, options.max_model_len, tp=tp)
+        kv_scales = load_kv_scales(options.kv_cache_scales, options.kv_cache_dtype, source, tp)
+        memory = SharedMemory(memory_fd).tensor(device)
+        runner = Runner(network, options, device, dtype, step_memory=memory, kv_scales=kv_scales)
         link.send(b"loaded")
         while True:
             message, _ = link.receive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.graphs import DecodeGraphs
 from fastattn.engine.kv_cache import BlockCopy
+from fastattn.engine.kv_scales import warn_of_ones
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
@@ -23,6 +25,11 @@ from fastattn.nn import KVMemory, kv_cache_format
 
 if TYPE_CHECKING:
     from fastattn.speculative.proposer import Drafts
+
+logger = logging.getLogger("fastattn.engine")
+
+# Static scales from fewer tokens are likely to be too small for what comes later.
+_FEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,24 @@ class Runner:
         *,
         step_memory: torch.Tensor | None = None,
         ranks: RankGroup | None = None,
+        kv_scales: torch.Tensor | None = None,
     ) -> None:
-        """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0."""
+        """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0. kv_scales: what
+        `load_kv_scales` gave; without them static scales are calibrated in the first step."""
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
         c = model.config
         self.kv_memory = KVMemory(
-            kv_cache_format(config.kv_cache_dtype, dtype, c.head_dim),
+            kv_cache_format(config.kv_cache_dtype, dtype, c.head_dim, config.kv_cache_scales),
             c.num_layers,
             config.num_kv_blocks,
             config.block_size,
             model.num_kv_heads,
             c.head_dim,
             device,
+            kv_scales,
         )
         self.kv_cache = self.kv_memory.layers
-        self._blocks = [cache for layer in self.kv_cache for cache in layer]  # all that a block consists of
+        self._calibrates = self.kv_memory.form.static_scales and kv_scales is None
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
         self.pooler = Pooler()
@@ -124,7 +134,10 @@ class Runner:
             assert self.graphs is not None
             graph = self.graphs.capture(step.shape, batch) if step.capture else self.graphs.get(step.shape)
             return Computed(graph.replay(), [], None)
-        hidden = self._hidden(batch)
+        if self._calibrates:
+            hidden = self._calibrate(batch)
+        else:
+            hidden = self._hidden(batch)
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
         return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
 
@@ -132,7 +145,7 @@ class Runner:
         pairs = [block for source, target, _ in copies for block in (source, target)]
         host = torch.tensor(pairs + [count for *_, count in copies], dtype=torch.int32)
         table = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
-        ops.copy_blocks(self._blocks, table[: len(pairs)].view(-1, 2), table[len(pairs) :])
+        ops.copy_blocks(self.kv_memory.paged, table[: len(pairs)].view(-1, 2), table[len(pairs) :])
 
     def _fill(self, scheduled: dict[Request, int]) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""
@@ -144,7 +157,7 @@ class Runner:
         return self.buffers.fill(sequences, num_tokens, shape)
 
     def _graph_shape(self, scheduled: dict[Request, int]) -> DecodeShape | None:
-        if self.graphs is None or not scheduled:
+        if self.graphs is None or not scheduled or self._calibrates:
             return None
         for r in scheduled:
             if r.num_pending_tokens != 1 or r.params.prompt_logprobs is not None or r.pooling is not None:
@@ -153,6 +166,21 @@ class Runner:
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache)
+        return hidden
+
+    def _calibrate(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the first step, which sets the static scales of the KV cache. If it fails, the next one does."""
+        hidden = self._hidden(replace(batch, attention=replace(batch.attention, calibrate=True)))
+        self._calibrates = False
+        if self.model.tp.rank == 0:
+            if batch.num_tokens < _FEW_TOKENS:
+                logger.warning(
+                    "the KV cache's scales were calibrated on %d tokens only, and are fixed now: "
+                    "let a longer text be the first, or use kv_cache_scales='dynamic'",
+                    batch.num_tokens,
+                )
+            assert self.kv_memory.scales is not None
+            warn_of_ones(self.kv_memory.scales, "calibrated on zeros")
         return hidden
 
     def _decode(self, batch: Batch, out: torch.Tensor | None) -> torch.Tensor:

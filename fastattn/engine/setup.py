@@ -11,13 +11,14 @@ from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.device import choose_device, choose_dtype, rank_memory
 from fastattn.engine.engine import Engine
+from fastattn.engine.kv_scales import check_kv_scales, load_kv_scales
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
-from fastattn.nn import kv_cache_format
+from fastattn.nn import TensorParallel, kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.setup import build_speculator, open_draft
 
@@ -41,6 +42,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str = "dynamic"
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -77,7 +79,8 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         raise ValueError(
             f"tensor_parallel_size is {options.tensor_parallel_size}, allowed is up to {most} for this model: its attention heads"
         )
-    kv_cache_format(options.kv_cache_dtype, dtype, config.head_dim)  # refused before anything is loaded
+    # Refused before anything is loaded.
+    kv_cache_format(options.kv_cache_dtype, dtype, config.head_dim, options.kv_cache_scales)
     on_gpu = device.type == "cuda"
     max_model_len = choose_model_len(config, options.max_model_len)
     max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
@@ -92,6 +95,7 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         max_num_batched_tokens=max(max_tokens, max_num_seqs),
         block_size=options.block_size,
         kv_cache_dtype=options.kv_cache_dtype,
+        kv_cache_scales=options.kv_cache_scales,
         num_kv_blocks=options.num_kv_blocks,
         gpu_memory_utilization=options.gpu_memory_utilization,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -107,6 +111,7 @@ def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         block_size=sizes.block_size,
         kv_cache_dtype=sizes.kv_cache_dtype,
+        kv_cache_scales=sizes.kv_cache_scales,
         enable_prefix_caching=options.enable_prefix_caching,
         enable_chunked_prefill=options.enable_chunked_prefill,
         policy=options.policy,
@@ -127,6 +132,9 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
     dtype = choose_dtype(options.dtype, device)
     sizes = plan_options(source.config, options, device, dtype)
     engine_config(options, sizes, options.num_kv_blocks or 1)  # what is out of range is said before what is too much
+    check_kv_scales(options.kv_cache_scales, options.kv_cache_dtype, source)
+    first = TensorParallel(0, options.tensor_parallel_size)
+    kv_scales = load_kv_scales(options.kv_cache_scales, options.kv_cache_dtype, source, first)
     draft = open_draft(options.speculative)
     with ExitStack() as on_error:
         ranks, memory = None, rank_memory(device, options.tensor_parallel_size)
@@ -150,12 +158,12 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
         if ranks is None:
             network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
-            runner = Runner(network, config, device, dtype)
+            runner = Runner(network, config, device, dtype, kv_scales=kv_scales)
         else:
             tp, step_memory = ranks.load(config, step_builder(config).nbytes)
             network = load_model(source, device, dtype, sizes.max_model_len, show_progress, tp)
             ranks.wait_until_loaded()
-            runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks)
+            runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks, kv_scales=kv_scales)
         engine = Engine(runner, config, tokenizer, speculator)
         on_error.pop_all()
     return engine

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.models.quantization import QuantizationConfig, quantization_from_hf
+from fastattn.models.quantization import QuantizationConfig, kv_cache_scheme_from_hf, quantization_from_hf
 
 SCALING_TYPES = ("default", "linear", "llama3")
 
@@ -92,7 +92,8 @@ class RopeConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only model. Sizes are counts; norm_plus_one: stored norm weights lack the 1 that Gemma adds to them.
-    quantization: which linear layers have weights of few bits."""
+    quantization: which linear layers have weights of few bits. kv_cache_scheme: the KV cache, "fp8" or "int8", that a
+    quantized checkpoint has static scales for."""
 
     architecture: str
     vocab_size: int
@@ -122,6 +123,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     quantization: QuantizationConfig | None = None
+    kv_cache_scheme: str | None = None
 
     def __post_init__(self) -> None:
         for name in _LIMITS:
@@ -263,6 +265,7 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         quantization=quantization_from_hf(raw),
+        kv_cache_scheme=kv_cache_scheme_from_hf(raw),
     )
 
 

@@ -89,14 +89,31 @@ def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
     return QuantizationConfig(tuple(parsed), ignore, tuple(unused), tuple(notes))
 
 
+def kv_cache_scheme_from_hf(raw: Mapping[str, Any]) -> str | None:
+    """For a KV cache of which dtype, "fp8" or "int8", a config.json says that the checkpoint has static scales; None if it says
+    nothing."""
+    config = raw.get("quantization_config", raw.get("compression_config"))
+    scheme = config.get("kv_cache_scheme") if isinstance(config, Mapping) else None
+    if scheme is None:
+        return None
+    if isinstance(scheme, Mapping):
+        values = (scheme.get("num_bits"), scheme.get("symmetric", True), scheme.get("dynamic", False))
+        kind = {"float": "fp8", "int": "int8"}.get(str(scheme.get("type")))
+        if kind is not None and values == (8, True, False) and scheme.get("strategy") in ("tensor", "attn_head"):
+            return kind
+    raise ValueError(
+        f"config.json: kv_cache_scheme is {scheme!r}, supported are 8 bits of type 'float' or 'int', symmetric, not dynamic, "
+        "with strategy 'tensor' or 'attn_head'"
+    )
+
+
 def _check_rest(config: Mapping[str, Any]) -> None:
     """What may stand beside the groups and would change the numbers."""
     status = config.get("quantization_status", "compressed")
     if status != "compressed":
         raise ValueError(f"config.json: quantization_status is {status!r}, supported is 'compressed'")
-    for name in ("kv_cache_scheme", "transform_config"):
-        if config.get(name):
-            raise ValueError(f"config.json: quantization_config has a {name}, which is not supported")
+    if config.get("transform_config"):
+        raise ValueError("config.json: quantization_config has a transform_config, which is not supported")
     sparsity = config.get("sparsity_config") or {}
     form = sparsity.get("format", "dense") if isinstance(sparsity, Mapping) else sparsity
     if form != "dense":

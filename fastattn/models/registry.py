@@ -13,6 +13,7 @@ from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.gemma3 import Gemma3ForCausalLM
 from fastattn.models.llama import LlamaForCausalLM
+from fastattn.models.loader.kv_scales import is_kv_scale
 
 if TYPE_CHECKING:
     from fastattn.models.loader import ModelSource
@@ -87,11 +88,11 @@ def load_model(
     """Builds the model of ``source`` and decodes each stored tensor, or this rank's part of it, straight into its place.
 
     Raises ValueError, before anything is allocated or read, if the file lacks a tensor that the model needs, has one of another shape,
-    or has one that the model does not know.
+    or has one that the model does not know. Scales of a KV cache are the cache's (`read_kv_scales`).
     """
     meta = build_meta(source.config, max_model_len, tp)
     wanted = {weight.name: weight for weight in meta.weights()}
-    stored = source.tensors()
+    stored = {name: info for name, info in source.tensors().items() if not is_kv_scale(name)}
     if source.config.tie_word_embeddings:
         # Some files repeat the tied matrix; it is the embedding's, and reading it twice would only cost time.
         stored = {name: info for name, info in stored.items() if name != "lm_head.weight"}

@@ -2,7 +2,14 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
-from fastattn.nn.kv_cache import KVCacheFormat, KVMemory, LayerCache, check_kv_cache_dtype, kv_cache_format
+from fastattn.nn.kv_cache import (
+    KVCacheFormat,
+    KVMemory,
+    LayerCache,
+    check_kv_cache_dtype,
+    check_kv_cache_scales,
+    kv_cache_format,
+)
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
@@ -36,6 +43,7 @@ __all__ = [
     "Weight",
     "Weights",
     "check_kv_cache_dtype",
+    "check_kv_cache_scales",
     "kv_cache_format",
     "rotary_table",
 ]

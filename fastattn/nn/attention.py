@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn import ops
+from fastattn.nn.kv_cache import calibrated_scale
 from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.module import Module
 from fastattn.nn.norm import RMSNorm
@@ -19,6 +20,7 @@ class AttentionMetadata:
     """Where the tokens of one step stand. All tensors are int32 on the model's device.
 
     positions, slot_mapping: (T,). cu_seqlens_q: (B + 1,). seqused_k: (B,). block_table: (B, max_blocks).
+    calibrate: static scales of the KV cache are set from the step's tokens, before these are written.
     """
 
     positions: torch.Tensor
@@ -27,6 +29,7 @@ class AttentionMetadata:
     seqused_k: torch.Tensor
     block_table: torch.Tensor
     max_seqlen_q: int
+    calibrate: bool = False
 
 
 class Attention(Module):
@@ -80,6 +83,9 @@ class Attention(Module):
         q = qkv[:, : self.num_heads]
         k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
         v = qkv[:, self.num_heads + self.num_kv_heads :]
+        if meta.calibrate:
+            assert k_scale is not None and v_scale is not None
+            self._calibrate(k, v, cos_sin, meta, k_cache.dtype, k_scale, v_scale)
         ops.rope_kv_write(
             q,
             k,
@@ -111,3 +117,30 @@ class Attention(Module):
             v_scale=v_scale,
         )
         return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1)))
+
+    def _calibrate(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos_sin: torch.Tensor,
+        meta: AttentionMetadata,
+        dtype: torch.dtype,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+    ) -> None:
+        """Sets the scales (Hk) of a cache in ``dtype`` from k and v (T, Hk, D), as a cache in their own dtype would hold them."""
+        count = k.shape[0]
+        pages = k.new_empty(2, count, 1, *k.shape[1:])
+        ops.rope_kv_write(
+            k[:, :0],  # no queries: those are rotated in place, and only once
+            k,
+            v,
+            cos_sin,
+            meta.positions,
+            torch.arange(count, dtype=torch.int32, device=k.device),
+            *pages,
+            k_norm_weight=self.k_norm.weight if self.k_norm is not None else None,
+            norm_eps=self.qk_norm_eps,
+        )
+        for scale, written in zip((k_scale, v_scale), pages, strict=True):
+            scale.copy_(calibrated_scale(written.squeeze(1), dtype))

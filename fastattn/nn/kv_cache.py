@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fastattn.reference.kv_8bit import LARGEST
+
 # What a layer reads and writes: k_cache, v_cache (num_blocks, block_size, num_kv_heads, head_dim) and, if they are of 8 bits,
-# k_scale, v_scale (num_blocks, block_size, num_kv_heads) fp32.
+# k_scale, v_scale fp32: (num_blocks, block_size, num_kv_heads), or (num_kv_heads) if they are static.
 LayerCache = tuple[torch.Tensor, ...]
 
 # vLLM's names; "auto" is the model's dtype.
@@ -20,20 +22,36 @@ _DTYPES = {
     "int8_per_token_head": torch.int8,
 }
 
+# By how much later tokens may exceed those that static scales were calibrated on. An e4m3 number keeps its 3 bits of mantissa
+# over 15 powers of two, so room costs it nothing; int8's steps grow with it.
+_HEAD_ROOM = {torch.float8_e4m3fn: 2.0, torch.int8: 1.25}
+
 
 @dataclass(frozen=True)
 class KVCacheFormat:
-    """dtype: the model's, or float8_e4m3fn or int8 with a scale for each token's head, which is written with it: so nothing is
-    calibrated, no token is out of range, and what a token leaves in the cache depends on that token alone."""
+    """dtype: the model's, or float8_e4m3fn or int8 with scales.
+
+    static_scales False: one for each token's head, which is written with it: so nothing is calibrated, no token is out of range,
+    and what a token leaves in the cache depends on that token alone. True: one for each KV head of a layer, fixed before
+    anything is written.
+    """
 
     dtype: torch.dtype
+    static_scales: bool = False
 
     @property
-    def has_scales(self) -> bool:
-        return self.dtype in (torch.float8_e4m3fn, torch.int8)
+    def is_8bit(self) -> bool:
+        return self.dtype in LARGEST
+
+    @property
+    def has_token_scales(self) -> bool:
+        return self.is_8bit and not self.static_scales
 
     def bytes_per_token(self, num_layers: int, num_kv_heads: int, head_dim: int) -> int:
-        return num_layers * 2 * num_kv_heads * (head_dim * self.dtype.itemsize + 4 * self.has_scales)
+        return num_layers * 2 * num_kv_heads * (head_dim * self.dtype.itemsize + 4 * self.has_token_scales)
+
+    def static_bytes(self, num_layers: int, num_kv_heads: int) -> int:
+        return num_layers * 2 * num_kv_heads * 4 * self.static_scales
 
 
 def check_kv_cache_dtype(name: str) -> None:
@@ -41,17 +59,45 @@ def check_kv_cache_dtype(name: str) -> None:
         raise ValueError(f"kv_cache_dtype is {name!r}, allowed are {', '.join(map(repr, _DTYPES))}")
 
 
-def kv_cache_format(name: str, dtype: torch.dtype, head_dim: int) -> KVCacheFormat:
-    """name: the option kv_cache_dtype. dtype, head_dim: the model's."""
+def check_kv_cache_scales(scales: str, name: str) -> None:
+    """scales, name: the options kv_cache_scales and kv_cache_dtype."""
     check_kv_cache_dtype(name)
-    form = KVCacheFormat(_DTYPES[name] or dtype)
-    if form.has_scales and head_dim % 16 != 0:
+    if scales in ("dynamic", "checkpoint", "calculate") or scales.endswith(".safetensors"):
+        if scales != "dynamic" and (name == "auto" or name.endswith("_per_token_head")):
+            raise ValueError(
+                f"kv_cache_scales is {scales!r} with kv_cache_dtype {name!r}, allowed is 'dynamic' there; "
+                "static scales are for kv_cache_dtype 'fp8' and 'int8'"
+            )
+        return
+    raise ValueError(
+        f"kv_cache_scales is {scales!r}, allowed are 'dynamic', 'checkpoint', 'calculate' and a file's name that ends in "
+        ".safetensors"
+    )
+
+
+def kv_cache_format(name: str, dtype: torch.dtype, head_dim: int, scales: str = "dynamic") -> KVCacheFormat:
+    """name, scales: the options kv_cache_dtype and kv_cache_scales. dtype, head_dim: the model's."""
+    check_kv_cache_scales(scales, name)
+    form = KVCacheFormat(_DTYPES[name] or dtype, static_scales=scales != "dynamic")
+    if form.is_8bit and head_dim % 16 != 0:
         raise ValueError(f"kv_cache_dtype is {name!r} with head_dim {head_dim}, allowed is head_dim a multiple of 16")
     return form
 
 
+def calibrated_scale(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The static scales, (Hk) fp32, of a cache in ``dtype`` for keys or values like those of seen (T, Hk, D): their largest
+    magnitude with head room; 1 for zeros. Numbers that are not finite are a broken request's and do not count."""
+    magnitudes = seen.abs()
+    largest = magnitudes.where(magnitudes.isfinite(), 0.0).amax((0, 2)).float()
+    return torch.where(largest == 0, 1.0, largest * (_HEAD_ROOM[dtype] / LARGEST[dtype]))
+
+
 class KVMemory:
-    """The cache of all layers. Uninitialized on purpose: no operator reads a slot that was not written."""
+    """The cache of all layers. Uninitialized on purpose: no operator reads a slot that was not written.
+
+    scales: fp32, of tokens (num_layers, 2, num_blocks, block_size, num_kv_heads), or static (num_layers, 2, num_kv_heads), ones
+    until they are known; None if there are none. paged: all that a block consists of.
+    """
 
     def __init__(
         self,
@@ -62,15 +108,26 @@ class KVMemory:
         num_kv_heads: int,
         head_dim: int,
         device: torch.device,
+        static_scales: torch.Tensor | None = None,
     ) -> None:
+        """static_scales: those to use, in place if they are on the device."""
+        self.form = form
         # Layout, here and nowhere else: (layer, k or v, block, token in block, KV head, head dim), scales without the last.
         slots = (num_layers, 2, num_blocks, block_size, num_kv_heads)
         self.values = torch.empty((*slots, head_dim), dtype=form.dtype, device=device)
-        self.scales = torch.empty(slots, dtype=torch.float32, device=device) if form.has_scales else None
+        self.scales: torch.Tensor | None = None
+        if form.static_scales:
+            known = torch.ones(num_layers, 2, num_kv_heads) if static_scales is None else static_scales
+            self.scales = known.to(device)
+        elif form.is_8bit:
+            self.scales = torch.empty(slots, dtype=torch.float32, device=device)
         self.layers: list[LayerCache] = [
             (*self.values[i], *(() if self.scales is None else self.scales[i])) for i in range(num_layers)
         ]
+        of_block = 4 if form.has_token_scales else 2
+        self.paged = [tensor for layer in self.layers for tensor in layer[:of_block]]
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Of the blocks."""
+        return sum(tensor.nbytes for tensor in self.paged)

@@ -79,7 +79,8 @@ def rope_kv_write(
     q_norm_weight, k_norm_weight: (D), q's dtype: each head is RMS-normalized, and rounded, before it is rotated.
     k_scale, v_scale: fp32, for caches of 8 bits, which take what is written divided by it, rounded once, and not beyond
       their largest number. (Hk): given, positive, ones if None, which int8 may not be. (num_blocks, block_size, Hk), of any strides:
-      changed in place, to the largest magnitude of the token's head / 448 (fp8) or / 127 (int8), or 1 for zeros.
+      changed in place, to the largest magnitude of the token's head / 127 (int8), or / 448 times the one of 2^(i / 8),
+      i = 0 … 7, that leaves the smallest squared error (fp8), or 1 for zeros.
     interleaved: pairs are (2i, 2i + 1) if True, (i, i + rotary_dim / 2) if False (GPT-NeoX, Hugging Face).
 
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.

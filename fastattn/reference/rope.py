@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.reference.kv_8bit import LARGEST, to_8bit
+from fastattn.reference.kv_8bit import LARGEST, to_8bit, token_scales
 from fastattn.reference.norm import rms_norm
 
 
@@ -32,8 +32,7 @@ def _write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None = No
         rows = rows.float()
         own = torch.ones(rows.shape[1]) if scale is None else scale
         if scale is not None and scale.dim() == 3:
-            own = rows.abs().amax(-1) / LARGEST[cache.dtype]  # (T, Hk)
-            own = torch.where(own == 0, 1.0, own)
+            own = token_scales(rows, cache.dtype)
             scale[slots // cache.shape[1], slots % cache.shape[1]] = own
         rows = to_8bit(rows / own.unsqueeze(-1), cache.dtype)
         cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)  # torch indexes no fp8

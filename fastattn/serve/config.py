@@ -59,6 +59,14 @@ class EngineSettings(BaseModel):
         Literal["auto", "fp8", "fp8_e4m3", "fp8_per_token_head", "int8", "int8_per_token_head"],
         Field(description="Numbers in the KV cache: auto is the model's dtype; fp8 and int8 are of 8 bits."),
     ] = "auto"
+    kv_cache_scales: Annotated[
+        str,
+        Field(
+            pattern=r"^(dynamic|checkpoint|calculate|.+\.safetensors)$",
+            description="Scales of a KV cache of 8 bits: dynamic, one for each token's head; or one for each KV head: checkpoint "
+            "(the model's), calculate (calibrated on the first step's tokens) or a .safetensors file.",
+        ),
+    ] = "dynamic"
     num_kv_blocks: Annotated[Size | None, Field(description="KV-cache blocks; as many as fit, if not given.")] = None
     gpu_memory_utilization: Annotated[
         float, Field(gt=0, le=1, description="Share of the GPU's memory to use at most.")
@@ -86,7 +94,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

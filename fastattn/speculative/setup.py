@@ -43,7 +43,13 @@ def build_speculator(
         proposer = NgramProposer(options.prompt_lookup_min, options.prompt_lookup_max)
     else:
         check_same_vocabulary(tokenizer, draft.tokenizer(), draft.name)
-        own = replace(config, speculative=None, max_model_len=draft_model_len(config.max_model_len, draft.config))
+        # Static scales are those of the target's heads.
+        own = replace(
+            config,
+            speculative=None,
+            max_model_len=draft_model_len(config.max_model_len, draft.config),
+            kv_cache_scales="dynamic",
+        )
         network = load_model(draft, device, dtype, own.max_model_len, show_progress)
         runner = Runner(network, own, device, dtype)
         proposer = DraftModelProposer(runner, target.vocab_size, options.is_probabilistic)
