@@ -1,6 +1,7 @@
-"""What a KV cache of 8 bits costs in quality, on SmolLM2 and real text: `python -m bench.kv_quality [DTYPE...]`.
+"""What a KV cache of 8 bits costs in quality, on SmolLM2 and real text: `python -m bench.kv_quality [CASE...]`.
 
-The model is compared with itself, its cache in its own dtype, on the part of Python's help texts that `fastattn eval` takes.
+A case is a kv_cache_dtype, with a scale for each token's head, or "static-" and one, with a scale for each KV head that the first
+window gives. The model is compared with itself, its cache in its own dtype, on the part of Python's help texts that `fastattn eval` takes.
 Writes bench/results/kv_quality.json, case by case.
 """
 
@@ -15,15 +16,22 @@ from fastattn.compress.receipt import versions
 
 MODEL = "smollm2"
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
-DTYPES = ("fp8", "int8")
+CASES = {
+    "fp8": ("fp8", "dynamic"),
+    "int8": ("int8", "dynamic"),
+    "static-fp8": ("fp8", "calculate"),
+    "static-int8": ("int8", "calculate"),
+}
 
 
 def main(names: list[str]) -> None:
     for name in names:
-        result = evaluate(MODEL, MODEL, EvalOptions(length=512, max_tokens=4096, kv_cache_dtype=name)).as_dict()
+        dtype, scales = CASES[name]
+        options = EvalOptions(length=512, max_tokens=4096, kv_cache_dtype=dtype, kv_cache_scales=scales)
+        result = evaluate(MODEL, MODEL, options).as_dict()
         found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cases": {}}
         cases = {**found["cases"], name: result}
-        order = [case for case in DTYPES if case in cases]
+        order = [case for case in CASES if case in cases]
         RESULTS.write_text(
             json.dumps({"versions": versions(), "cases": {case: cases[case] for case in order}}, indent=2) + "\n"
         )
@@ -32,6 +40,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if set(sys.argv[1:]) - set(DTYPES):
-        sys.exit(f"usage: python -m bench.kv_quality [{' | '.join(DTYPES)}]...")
-    main(sys.argv[1:] or list(DTYPES))
+    if set(sys.argv[1:]) - set(CASES):
+        sys.exit(f"usage: python -m bench.kv_quality [{' | '.join(CASES)}]...")
+    main(sys.argv[1:] or list(CASES))

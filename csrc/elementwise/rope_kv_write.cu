@@ -7,13 +7,15 @@
 //   rotary_dim) fp32
 //
 // Caches of 8 bits (e4m3, int8) take x / scale, rounded once: with a scale of each KV head that is given, or with one
-// of each token's head, which is made here: its largest magnitude / 448 or 127, or 1 for zeros. That takes another pass
-// over the head, and in e4m3 one more: the relative step of such a number is 2^-3 above a power of two and 2^-4 below
-// it, so a scale up to twice as large is taken that brings the head's large numbers where steps are small. Of 8 in an
-// octave the best takes a quarter of the squared error away.
+// of each token's head, which is made here: its largest magnitude / 448 or 127, or 1 for zeros. In e4m3 the relative
+// step of a number is 2^-3 above a power of two and 2^-4 below it, so a scale up to twice as large is taken that brings
+// the head's large numbers where steps are small. Of 8 in an octave the best takes a quarter of the squared error away.
+// On request heads of q and k are multiplied by a Hadamard matrix before (incoherent processing, FlashAttention-3): the
+// scores stay, and the error is no longer in the few dims where q and k are both large.
 //
 // Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
 // rotated part and VEC elements at a time of the rest, and gives on the elements that it read: q is rotated in place.
+// A head that goes into 8 bits, or is mixed, then lies in the warp's registers, elements lane + 32 i in each lane.
 // Memory bounds it.
 #include <cuda_fp8.h>
 
@@ -103,6 +105,61 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
   }
 }
 
+// A head: a lane's elements are lane + 32 i, zeros behind the last.
+using Head = float[kMaxHeadDim8Bit / 32];
+
+template <typename F>
+__device__ __forceinline__ void for_each_element(int head_dim, F f) {
+#pragma unroll
+  for (int i = 0; i < kMaxHeadDim8Bit / 32; ++i) {
+    const int element = threadIdx.x % 32 + 32 * i;
+    if (element < head_dim) f(i, element);
+  }
+}
+
+// Orthonormal Hadamard matrices along the head's diagonal, of the largest power of two that divides its dims: between
+// lanes, and then between a lane's own elements.
+__device__ __forceinline__ void hadamard(Head& x, int head_dim) {
+  const int lane = threadIdx.x % 32;
+  const int block = head_dim & -head_dim;
+#pragma unroll
+  for (int distance = 1; distance < kMaxHeadDim8Bit; distance *= 2) {
+    if (distance >= block) break;
+    if (distance < 32) {
+#pragma unroll
+      for (float& value : x) {
+        const float other = __shfl_xor_sync(0xffffffffu, value, distance);
+        value = lane & distance ? other - value : value + other;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMaxHeadDim8Bit / 32; ++i) {
+        const int pair = i ^ distance / 32;
+        if (pair < i) continue;
+        const float sum = x[i] + x[pair];
+        x[pair] = x[i] - x[pair];
+        x[i] = sum;
+      }
+    }
+  }
+  const float norm = rsqrtf(static_cast<float>(block));
+#pragma unroll
+  for (float& value : x) value *= norm;
+}
+
+// rotate_head, and the Hadamard matrices if they are wanted. row: the warp's memory, through which each element comes
+// to its lane whatever the rotation's order is.
+template <typename T, int VEC, bool INTERLEAVED>
+__device__ __forceinline__ void load_rotated(const T* source, const T* norm_weight, const float* cos, const float* sin,
+                                             const RopeKvWriteParams& p, float* row, Head& x) {
+  rotate_head<T, VEC, INTERLEAVED>(source, norm_weight, cos, sin, p, [=](int element, const auto& values) {
+    for (int i = 0; i < static_cast<int>(sizeof(values) / sizeof(float)); ++i) row[element + i] = values[i];
+  });
+  __syncwarp();
+  for_each_element(p.head_dim, [&](int i, int element) { x[i] = row[element]; });
+  if (p.hadamard) hadamard(x, p.head_dim);
+}
+
 // Of a number of 8 bits.
 template <typename KV>
 constexpr float kLargest = sizeof(KV) == 1 ? 127.0f : 0.0f;
@@ -132,56 +189,41 @@ __constant__ const float kScaleChoices[8] = {1.0f,        1.09050773f, 1.1892071
 
 // Of the choices the factor of `scale` that leaves a head in e4m3 the smallest squared error; 1 if that is not a
 // number.
-template <typename Each>
-__device__ __forceinline__ float best_scale_choice(float scale, Each each) {
-  constexpr int CHOICES = sizeof(kScaleChoices) / sizeof(float);
-  float inverse[CHOICES], error[CHOICES] = {};
-#pragma unroll
-  for (int i = 0; i < CHOICES; ++i) inverse[i] = 1.0f / (scale * kScaleChoices[i]);
-  each([&](int, const auto& values) {
-    for (float value : values) {
-#pragma unroll
-      for (int i = 0; i < CHOICES; ++i) {
-        const float scaled = value * inverse[i];
-        const float wrong = (round_to_4_bits(scaled) - scaled) * kScaleChoices[i];
-        error[i] += wrong * wrong;
-      }
-    }
-  });
+__device__ __forceinline__ float best_scale_choice(float scale, const Head& x) {
   float best = 1.0f, smallest = INFINITY;
 #pragma unroll
-  for (int i = 0; i < CHOICES; ++i) {
-    const float sum = warp_reduce(error[i], [](float a, float b) { return a + b; });
-    if (sum < smallest) {
-      smallest = sum;
-      best = kScaleChoices[i];
+  for (float choice : kScaleChoices) {
+    const float inverse = 1.0f / (scale * choice);
+    float error = 0.0f;
+#pragma unroll
+    for (float value : x) {
+      const float scaled = value * inverse;
+      const float wrong = (round_to_4_bits(scaled) - scaled) * choice;
+      error += wrong * wrong;
+    }
+    error = warp_reduce(error, [](float a, float b) { return a + b; });
+    if (error < smallest) {
+      smallest = error;
+      best = choice;
     }
   }
   return best;
 }
 
-// A head to a cache of 8 bits: each(put) calls put for all of a lane's elements, and does so again.
-template <typename KV, typename Each>
-__device__ __forceinline__ void write_8bit(KV* target, float* own_scale, bool make_scale, Each each) {
+template <typename KV>
+__device__ __forceinline__ void write_8bit(const Head& x, int head_dim, KV* target, float* own_scale, bool make_scale) {
   float scale = own_scale == nullptr ? 1.0f : *own_scale;
   if (make_scale) {
     uint32_t largest = 0;  // as bits: NaN is above infinity, and both above every number
-    each([&](int, const auto& values) {
-      for (float value : values) largest = max(largest, __float_as_uint(fabsf(value)));
-    });
+#pragma unroll
+    for (float value : x) largest = max(largest, __float_as_uint(fabsf(value)));
     largest = warp_reduce(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
     scale = __uint_as_float(largest) / kLargest<KV>;
     if (scale == 0.0f) scale = 1.0f;
-    if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) scale *= best_scale_choice(scale, each);
+    if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) scale *= best_scale_choice(scale, x);
     if (threadIdx.x % 32 == 0) *own_scale = scale;
   }
-  each([&](int element, const auto& values) {
-    constexpr int COUNT = sizeof(values) / sizeof(float);
-    Pack<KV, COUNT> pack;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) pack.values[i] = narrow<KV>(values[i] / scale);
-    *reinterpret_cast<Pack<KV, COUNT>*>(target + element) = pack;
-  });
+  for_each_element(head_dim, [&](int i, int element) { target[element] = narrow<KV>(x[i] / scale); });
 }
 
 template <typename T, typename KV, int VEC, bool INTERLEAVED>
@@ -198,9 +240,19 @@ __global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid
   const auto to_row = [](T* target) {
     return [=](int element, const auto& values) { store_vec(target + element, values); };
   };
+  constexpr bool IS_8BIT = sizeof(KV) == 1;
+  __shared__ float rows[IS_8BIT ? kWarps : 1][kMaxHeadDim8Bit];
+  float* const row = rows[IS_8BIT ? threadIdx.x / 32 : 0];
+  Head x = {};
   if (head_idx < p.num_heads) {
     T* const head = static_cast<T*>(p.q) + token_idx * p.q_token_stride + head_idx * p.q_head_stride;
-    rotate_head<T, VEC, INTERLEAVED>(head, static_cast<const T*>(p.q_norm_weight), cos, sin, p, to_row(head));
+    const T* const weight = static_cast<const T*>(p.q_norm_weight);
+    if (IS_8BIT && p.hadamard) {
+      load_rotated<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, row, x);
+      for_each_element(p.head_dim, [&](int i, int element) { head[element] = round_to<T>(x[i]); });
+    } else {
+      rotate_head<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, to_row(head));
+    }
     return;
   }
   head_idx -= p.num_heads;
@@ -218,35 +270,26 @@ __global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid
     const T* const head = static_cast<const T*>(p.k) + token_idx * p.k_token_stride + head_idx * p.k_head_stride;
     KV* const target = static_cast<KV*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
                        head_idx * p.k_cache_head_stride;
-    const auto each = [&](auto put) {
-      rotate_head<T, VEC, INTERLEAVED>(head, static_cast<const T*>(p.k_norm_weight), cos, sin, p, put);
-    };
-    if constexpr (sizeof(KV) == 1) {
-      write_8bit(target, scale_of(p.k_scale), p.scales_of_tokens, each);
+    const T* const weight = static_cast<const T*>(p.k_norm_weight);
+    if constexpr (IS_8BIT) {
+      load_rotated<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, row, x);
+      write_8bit(x, p.head_dim, target, scale_of(p.k_scale), p.scales_of_tokens);
     } else {
-      each(to_row(target));
+      rotate_head<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, to_row(target));
     }
   } else {
     head_idx -= p.num_kv_heads;
     const T* const head = static_cast<const T*>(p.v) + token_idx * p.v_token_stride + head_idx * p.v_head_stride;
     KV* const target = static_cast<KV*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
                        head_idx * p.v_cache_head_stride;
-    const auto each_element = [&](auto f) {
-      for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) f(element);
-    };
-    if constexpr (sizeof(KV) == 1) {
-      write_8bit(target, scale_of(p.v_scale), p.scales_of_tokens, [&](auto put) {
-        each_element([&](int element) {
-          float values[VEC];
-          load_vec<VEC>(head + element, values);
-          put(element, values);
-        });
-      });
+    if constexpr (IS_8BIT) {
+      for_each_element(p.head_dim, [&](int i, int element) { x[i] = to_float(head[element]); });
+      write_8bit(x, p.head_dim, target, scale_of(p.v_scale), p.scales_of_tokens);
     } else {
-      each_element([&](int element) {
+      for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) {
         // As it is, not through fp32: a NaN keeps its bits.
         *reinterpret_cast<Pack<T, VEC>*>(target + element) = *reinterpret_cast<const Pack<T, VEC>*>(head + element);
-      });
+      }
     }
   }
 }

@@ -11,6 +11,8 @@
 
 namespace fastattn {
 
+constexpr int32_t kMaxHeadDim8Bit = 256;  // with caches of 8 bits
+
 // Strides count elements; the last dimension is contiguous.
 struct RopeKvWriteParams {
   void* q = nullptr;                      // (T, H, D), changed in place
@@ -40,6 +42,7 @@ struct RopeKvWriteParams {
   int32_t block_size = 1;
   float norm_eps = 0.0f;
   bool interleaved = false;
+  bool hadamard = false;  // of q and k after the rotation, with caches of 8 bits
   DType dtype = DType::kBFloat16;
   DType cache_dtype = DType::kBFloat16;  // dtype, kFloat8E4M3 or kInt8
 

@@ -62,7 +62,7 @@ Tensor embedding_op(const Tensor& token_ids, const Tensor& weight, double scale)
 void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin, const Tensor& positions,
                       const Tensor& slot_mapping, const Tensor& k_cache, const Tensor& v_cache,
                       const MaybeTensor& q_norm_weight, const MaybeTensor& k_norm_weight, const MaybeTensor& k_scale,
-                      const MaybeTensor& v_scale, double norm_eps, bool interleaved) {
+                      const MaybeTensor& v_scale, double norm_eps, bool interleaved, bool hadamard) {
   const Checks checks("rope_kv_write", "q", q);
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
   const int64_t num_tokens = q.size(0);
@@ -86,6 +86,10 @@ void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
   if (k_norm_weight) {
     checks.shape("k_norm_weight", *k_norm_weight, {head_dim}).dtype("k_norm_weight", *k_norm_weight, {q.scalar_type()});
   }
+  checks.that(!is_8bit(k_cache) || head_dim <= kMaxHeadDim8Bit,
+              "q has D = " + std::to_string(head_dim) + ", expected at most " + std::to_string(kMaxHeadDim8Bit) +
+                  " with caches of 8 bits");
+  checks.that(!hadamard || is_8bit(k_cache), "hadamard is True, expected it with caches of float8_e4m3fn or int8 only");
   if (num_tokens == 0 || head_dim == 0 || q.size(1) + num_kv_heads == 0) return;
 
   const OnDeviceOf guard(q);
@@ -126,6 +130,7 @@ void rope_kv_write_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.block_size = static_cast<int32_t>(k_cache.size(1) > 0 ? k_cache.size(1) : 1);
   p.norm_eps = static_cast<float>(norm_eps);
   p.interleaved = interleaved;
+  p.hadamard = hadamard;
   p.dtype = dtype_of(q);
   p.cache_dtype = dtype_of(k_cache);
   check_launch("rope_kv_write", rope_kv_write(p, stream_of(q)));

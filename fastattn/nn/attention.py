@@ -100,6 +100,8 @@ class Attention(Module):
             k_scale=k_scale,
             v_scale=v_scale,
             norm_eps=self.qk_norm_eps,
+            # Static scales are for keys as they are.
+            hadamard=k_scale is not None and k_scale.dim() == 3,
         )
         out, _ = ops.paged_attention(
             q,

@@ -25,8 +25,11 @@ def scale_args(mutated: bool) -> tuple[TensorArg, TensorArg]:
 def check_cache(op: str, q: Tensor, k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
     """That the caches have q's dtype, or 8 bits, and then their scales one of the two shapes."""
     if k_cache.dtype is FP8 or k_cache.dtype is torch.int8:
-        if k_cache.shape[3] % 16 != 0:
-            fail_value(op, f"k_cache has shape {tuple(k_cache.shape)}, expected D a multiple of 16 in {k_cache.dtype}")
+        if k_cache.shape[3] % 16 != 0 or k_cache.shape[3] > 256:
+            fail_value(
+                op,
+                f"k_cache has shape {tuple(k_cache.shape)}, expected D a multiple of 16 up to 256 in {k_cache.dtype}",
+            )
         if k_cache.dtype is torch.int8 and k_scale is None and v_scale is None:
             fail_value(op, "k_scale is None and k_cache is torch.int8, expected its scales")
     elif k_cache.dtype is not q.dtype:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     pair = (torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin))
     turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+@lru_cache(maxsize=8)
+def _hadamard(dim: int) -> Tensor:
+    """(dim, dim) fp32, orthonormal: Sylvester's matrices along the diagonal, of the largest power of two that divides dim."""
+    block = torch.ones(1, 1)
+    while dim % (2 * block.shape[0]) == 0:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
+    return torch.block_diag(*[block / math.sqrt(block.shape[0])] * (dim // block.shape[0]))
 
 
 def _write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None = None) -> None:
@@ -58,13 +70,15 @@ def rope_kv_write(
     v_scale: Tensor | None,
     norm_eps: float,
     interleaved: bool,
+    hadamard: bool,
 ) -> None:
     """Rotate q in place; write rotated k and plain v to their slots, none for slot -1; and, of tokens, their scales."""
     if q.shape[0] == 0:
         return
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # (T, 1, rotary_dim / 2) each
     q_normed = q if q_norm_weight is None else rms_norm(q, q_norm_weight, norm_eps)
-    q.copy_(_rotate(q_normed, cos, sin, interleaved))
+    turned = _rotate(q_normed, cos, sin, interleaved)
+    q.copy_(turned @ _hadamard(q.shape[2]) if hadamard else turned)
 
     slots = slot_mapping.long()
     if int(slots.min()) < 0:
@@ -72,5 +86,7 @@ def rope_kv_write(
         slots, k, v, cos, sin = (t.index_select(0, written) for t in (slots, k, v, cos, sin))
     k_normed = k if k_norm_weight is None else rms_norm(k, k_norm_weight, norm_eps)
     rotated = _rotate(k_normed, cos, sin, interleaved)
+    if hadamard:
+        rotated = rotated @ _hadamard(k.shape[2])
     _write(k_cache, rotated if k_cache.dtype in LARGEST else rotated.to(k_cache.dtype), slots, k_scale)
     _write(v_cache, v, slots, v_scale)
