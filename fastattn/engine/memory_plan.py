@@ -272,6 +272,8 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     if _kv_format(config, options).is_8bit:
         gathered = 2 * keys * kv_width * (1 + 3 * 4)
         step += tokens * kv_width * 5 * 4  # what is written in fp32: as it is, its magnitudes, scaled, clamped, rounded
+    if _kv_format(config, options).has_token_scales:  # and in fp8 with 8 scales each, to choose one of them
+        step += tokens * kv_width * 8 * 3 * 4
     scores = rows * (keys * (part.heads * 2 * 4 + 3) + q_width * 3 * 4)  # scores twice, mask, grouped q and result
     return step + gathered + scores + max(_cpu_upcast_bytes(config, options), _quantized_bytes(config, options))
 

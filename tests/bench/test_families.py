@@ -391,6 +391,7 @@ UNUSED: dict[str, Any] = {
     "softcap": 0.0,
     "q_norm_weight": None,
     "interleaved": False,
+    "hadamard": False,
     **dict.fromkeys(("alibi_slopes", "sinks", "seqused_q", "q_descale", "k_descale", "v_descale", "dlse")),
 }
 

@@ -251,7 +251,7 @@ def test_the_same_memory_holds_more_tokens() -> None:
 )
 def test_names(name: str, dtype: torch.dtype) -> None:
     form = kv_cache_format(name, torch.bfloat16, 64)
-    assert (form.dtype, form.has_scales) == (dtype, name != "auto")
+    assert (form.dtype, form.has_token_scales) == (dtype, name != "auto")
 
 
 def test_what_is_refused() -> None:

@@ -155,6 +155,7 @@ def rope_kv_write(
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     interleaved: bool = False,
+    hadamard: bool = False,
 ) -> list[Tensor]:
     half = cos_sin.shape[1] // 2
 
@@ -167,8 +168,13 @@ def rope_kv_write(
         cos, sin = cos_sin[position, :half].to(c), cos_sin[position, half:].to(c)
         out[..., a] = x[..., a].to(c) * cos - x[..., b].to(c) * sin
         out[..., b] = x[..., b].to(c) * cos + x[..., a].to(c) * sin
-        return out
+        return out @ mix if hadamard else out
 
+    # Entry (i, j) within a block: minus if i and j have an odd number of bits in common.
+    dim = q.shape[2]
+    block = dim & -dim
+    signs = [[(-1) ** (i & j).bit_count() if i // block == j // block else 0 for j in range(dim)] for i in range(dim)]
+    mix = torch.tensor(signs, dtype=c, device=q.device) / block**0.5
     q_out, k_out, v_out = q.to(c), k_cache.to(c), v_cache.to(c)
     for t, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):
         q_out[t] = turn(q[t], q_norm_weight, position)

@@ -217,6 +217,7 @@ def rope_8bit_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
                 torch.full(shape, math.nan, device=gen.device) if of_tokens else 0.01 + 0.02 * gen.rand(*shape)
             )
         call["k"][:1] = 0  # a token of zeros
+        call["hadamard"] = index % 3 != 1
         index += 1
         yield f"{name} into {kind}", call
 
@@ -262,6 +263,7 @@ def verify_rope_8bit(call: Call, results: list[Tensor]) -> None:
 
 
 def bad_rope(gen: Gen, base: Call) -> Bad:
+    yield "hadamard in 16 bits", {"hadamard": True}, ValueError, ("hadamard is True", "expected it in 8 bits")
     for width in (15, 18, 32):
         yield f"rotary_dim {width}", {"cos_sin": gen.randn(97, width)}, ValueError, ("cos_sin has shape", "even", "16")
     weight = gen.randn(16).to(base["q"].dtype)
@@ -453,7 +455,7 @@ SPECS = (
         },
         verify=verify_rope_8bit,
         mutates=("q", "k_cache", "v_cache", "k_scale", "v_scale"),
-        scalars={"norm_eps": "nonnegative"},
+        scalars={"norm_eps": "nonnegative", "hadamard": "flag"},
         bad=bad_scales,
     ),
     OpSpec(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fastattn import LLM, SamplingParams, nn
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import open_model
-from fastattn.models.quantization import quantization_from_hf
+from fastattn.models.quantization import kv_cache_scheme_from_hf, quantization_from_hf
 from fastattn.models.registry import build_meta, load_model, loaded_bytes
 from tests.engine.tiny import full_logits
 from tests.models.quantized import FORMS, SMALL, Form, write
@@ -297,6 +297,20 @@ def test_targets() -> None:
     assert str(found) == "INT8 (W8A8), NVFP4 (W4A16), MXFP4 (W4A16)"
 
 
+@pytest.mark.parametrize("kind", ["float", "int"])
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_kv_cache_schemes(kind: str, strategy: str) -> None:
+    """Of a checkpoint whose weights are quantized or not; anything but static scales of heads is refused."""
+    scheme = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, "dynamic": False}
+    for raw in (config(kv_cache_scheme=scheme), config(kv_cache_scheme=scheme, config_groups={})):
+        assert kv_cache_scheme_from_hf(raw) == ("fp8" if kind == "float" else "int8")
+        quantization_from_hf(raw)
+    for change in ({"num_bits": 4}, {"symmetric": False}, {"dynamic": True}, {"strategy": "channel"}, {"type": "x"}):
+        with pytest.raises(ValueError, match=r"kv_cache_scheme is \{.*supported are 8 bits of type 'float' or 'int'"):
+            kv_cache_scheme_from_hf(config(kv_cache_scheme=scheme | change))
+    assert kv_cache_scheme_from_hf({}) is kv_cache_scheme_from_hf(config()) is None
+
+
 def test_not_quantized() -> None:
     assert quantization_from_hf({}) is None
     assert quantization_from_hf({"quantization_config": None}) is None
@@ -310,7 +324,6 @@ def test_not_quantized() -> None:
         (config(quant_method="gptq"), "quant_method is 'gptq', supported is 'compressed-tensors'"),
         (config(quant_method=None), "quant_method is None"),
         (config(quantization_status="frozen"), "quantization_status is 'frozen', supported is 'compressed'"),
-        (config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme, which is not supported"),
         (config(transform_config={"x": 1}), "transform_config, which is not supported"),
         (config(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask', supported is 'dense'"),
         (config(config_groups=[1]), "config_groups is [1], expected an object"),
