@@ -32,7 +32,7 @@ def _hadamard(dim: int) -> Tensor:
     block = torch.ones(1, 1)
     while dim % (2 * block.shape[0]) == 0:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
-    return torch.block_diag(*[block / math.sqrt(block.shape[0])] * (dim // block.shape[0]))
+    return torch.kron(torch.eye(dim // block.shape[0]), block / math.sqrt(block.shape[0]))
 
 
 def _write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None = None) -> None:

@@ -103,7 +103,7 @@ def test_scales_out_of_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert bool((scales_of(llm.engine) == 0.25).all())
     assert not caplog.records
     save_file({names(STYLES[0])[1][0]: torch.tensor(0.25)}, file)
-    with pytest.raises(ValueError, match="3 of 4 scales are missing, which int8 needs")::
+    with pytest.raises(ValueError, match="3 of 4 scales are missing, which int8 needs"):
         load_kv_scales(str(file), "int8", SOURCE)
 
 

@@ -198,10 +198,13 @@ def test_drawn_trees(seed: int) -> None:
     attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype, kind, trees=True)
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("dim", [80, 128, 256])
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
-def test_what_is_appended_is_attended_to(kind: torch.dtype) -> None:
-    """Keys and values that rope_kv_write makes of 8 bits, with their scales, and the same ones in 16 bits."""
-    tokens, heads, dim, page = 300, (8, 2), 128, 16
+def test_what_is_appended_is_attended_to(kind: torch.dtype, dim: int, hadamard: bool) -> None:
+    """Keys and values that rope_kv_write makes of 8 bits, with their scales, and the same ones in 16 bits. Where it mixes the
+    dims of keys it mixes those of queries."""
+    tokens, heads, page = 300, (8, 2), 16
     q, k, v = (torch.randn(tokens, n, dim, dtype=torch.bfloat16, device="cuda") for n in (heads[0], heads[1], heads[1]))
     angle = torch.rand(tokens, dim // 2, device="cuda") * 6
     order = torch.randperm(-(-tokens // page), device="cuda").int()
@@ -211,11 +214,14 @@ def test_what_is_appended_is_attended_to(kind: torch.dtype) -> None:
     for dtype in (torch.bfloat16, kind):
         pools = [torch.zeros(len(order), page, heads[1], dim, device="cuda").to(dtype) for _ in range(2)]
         scales: dict[str, Tensor] = {}
+        mixed = {"hadamard": hadamard} if dtype is kind else {}
         if dtype is kind:
             for name in ("k_scale", "v_scale"):
                 scales[name] = torch.zeros(len(order), heads[1], page, device="cuda").transpose(1, 2)
         rows = q.clone()
-        ops.rope_kv_write(rows, k, v, torch.cat([angle.cos(), angle.sin()], 1), position, slots.int(), *pools, **scales)
+        ops.rope_kv_write(
+            rows, k, v, torch.cat([angle.cos(), angle.sin()], 1), position, slots.int(), *pools, **scales, **mixed
+        )
         call = (rows, *pools, starts_of([tokens]), starts_of([tokens])[1:], order[None], tokens)
         outs.append(ops.paged_attention(*call, **scales)[0].float())
     error = float((outs[0] - outs[1]).abs().max())
