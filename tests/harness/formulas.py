@@ -170,10 +170,13 @@ def rope_kv_write(
         out[..., b] = x[..., b].to(c) * cos + x[..., a].to(c) * sin
         return out @ mix if hadamard else out
 
-    # Entry (i, j) within a block: minus if i and j have an odd number of bits in common.
+    # Entry (i, j) of a block: minus if i and j have an odd number of bits in common.
     dim = q.shape[2]
     block = dim & -dim
-    signs = [[(-1) ** (i & j).bit_count() if i // block == j // block else 0 for j in range(dim)] for i in range(dim)]
+    signs = [
+        [(-1) ** (i % block & j % block).bit_count() if i // block == j // block else 0 for j in range(dim)]
+        for i in range(dim)
+    ]
     mix = torch.tensor(signs, dtype=c, device=q.device) / block**0.5
     q_out, k_out, v_out = q.to(c), k_cache.to(c), v_cache.to(c)
     for t, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):

@@ -175,6 +175,8 @@ def rope_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         (6, 2, 2, 8, 4, 5, False, True),
         (130, 2, 1, 128, 128, 16, True, False),
         (3, 2, 2, 256, 64, 16, False, True),
+        (9, 4, 2, 80, 80, 4, False, False),
+        (4, 3, 1, 96, 48, 2, True, False),
     )
     for tokens, heads, kv_heads, dim, rotary, size, norm, interleaved in cases:
         num_blocks = tokens // size + 3
