@@ -15,7 +15,7 @@ from fastattn.models.loader.errors import ModelFileError
 from fastattn.models.loader.source import ModelSource
 from fastattn.nn import Shard
 
-# `self_attn.k_scale` of vLLM and llm-compressor, `k_proj.k_scale` of ModelOpt, `k_proj.output_scale` of AutoFP8 and Quark.
+# `self_attn.k_scale` of vLLM and llm-compressor, `k_proj.k_scale` of ModelOpt, `k_proj.output_scale` of Quark and older compressed-tensors.
 _NAME = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.self_attn\.(?:(?:attn\.)?(?P<a>[qkv])_scale|(?P<b>[qkv])_proj\.(?:(?P=b)_scale|output_scale))"
 )
