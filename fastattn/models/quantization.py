@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.nn import Fp4Scheme, Int4Scheme, Int8Scheme, Scheme
+from fastattn.nn import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, Scheme
 
 _SUPPORTED = (
-    "int-quantized (INT8 weights a channel, INT8 activations a token, dynamic), pack-quantized (INT4 weights, groups or channels), "
-    "nvfp4-pack-quantized and mxfp4-pack-quantized"
+    "int-quantized and float-quantized (INT8 or FP8 weights a channel, activations alike a token, dynamic), pack-quantized (INT4 "
+    "weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized"
 )
 
 
@@ -156,8 +156,11 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
         )
     if group.get("output_activations") is None and not weights.get("dynamic"):
         if form == "int-quantized" and (kind, bits, strategy, symmetric) == ("int", 8, "channel", True):
-            if inputs is not None and _is_per_token_int8(inputs):
+            if inputs is not None and _is_8bit_per_token(inputs, "int"):
                 return Int8Scheme()
+        elif form == "float-quantized" and (kind, bits, strategy, symmetric) == ("float", 8, "channel", True):
+            if inputs is not None and _is_8bit_per_token(inputs, "float"):
+                return Fp8Scheme()
         elif form == "pack-quantized" and (kind, bits) == ("int", 4) and inputs is None and isinstance(symmetric, bool):
             if strategy == "group" and isinstance(group_size, int) and 1 <= group_size < 2**31:
                 return Int4Scheme(group_size, symmetric)
@@ -180,6 +183,6 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
     )
 
 
-def _is_per_token_int8(inputs: Mapping[str, Any]) -> bool:
+def _is_8bit_per_token(inputs: Mapping[str, Any], kind: str) -> bool:
     values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"), inputs.get("dynamic"))
-    return values == (8, "int", "token", True) and inputs.get("symmetric", True) is True
+    return values == (8, kind, "token", True) and inputs.get("symmetric", True) is True

@@ -15,7 +15,7 @@ from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
-from fastattn.nn.quantized import Fp4Scheme, Int4Scheme, Int8Scheme, QuantizedWeight, Scheme
+from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
 
@@ -26,6 +26,7 @@ __all__ = [
     "CollectiveError",
     "Embedding",
     "Fp4Scheme",
+    "Fp8Scheme",
     "GatedMLP",
     "Int4Scheme",
     "Int8Scheme",

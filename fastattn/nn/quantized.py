@@ -160,6 +160,47 @@ class Int8Weight(QuantizedWeight):
 
 
 @dataclass(frozen=True)
+class Fp8Scheme:
+    """W8A8 in e4m3: weights with a scale a row; activations are rounded as they come, with a scale a token."""
+
+    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
+        return Fp8Weight(rows, columns)
+
+    def __str__(self) -> str:
+        return "FP8 (W8A8)"
+
+
+class Fp8Weight(QuantizedWeight):
+    fixed_dtypes = frozenset({"scale"})
+    packed_away = frozenset({"codes"})
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        self.codes = fixed_parameter(torch.uint8, rows, columns)  # the bits of e4m3
+        self.scale = fixed_parameter(torch.float32, rows)
+
+    def stored(self, piece: Piece) -> Weights:
+        yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("F8_E4M3",))
+        rows = piece.shard if piece.shard.dim == 0 else None
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, _FLOATS)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed_forward(x, bias)
+        q, scale = ops.quantize_fp8(x)
+        return ops.fp8_linear(q, scale, self.codes.view(q.dtype), self.scale, bias, out_dtype=x.dtype)
+
+    def dense_parts(self) -> list[torch.Tensor]:
+        return [self.codes.view(torch.float8_e4m3fn).float()]
+
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.packed is not None
+        q, scale = ops.quantize_fp8(x)
+        sums = dense.packed_linear(q.float(), self.packed[0], None)
+        return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)
+
+
+@dataclass(frozen=True)
 class Int4Scheme:
     """W4A16: INT4 weights with a scale, and a zero point unless symmetric, for each group_size columns (None: for the row)."""
 
@@ -298,4 +339,4 @@ class Fp4Weight(QuantizedWeight):
         return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)
 
 
-Scheme = Int8Scheme | Int4Scheme | Fp4Scheme
+Scheme = Int8Scheme | Fp8Scheme | Int4Scheme | Fp4Scheme

@@ -22,6 +22,7 @@ from tests.engine import tiny
 # Without a GPU the CPU stands in for it: then the test is of the source below, and of the CPU against itself.
 SCHEMES: Mapping[str, nn.Scheme] = {
     "int8": nn.Int8Scheme(),
+    "fp8": nn.Fp8Scheme(),
     "int4": nn.Int4Scheme(32, True),
     "int4 zero points": nn.Int4Scheme(32, False),
     "int4 rows": nn.Int4Scheme(None, True),
@@ -64,6 +65,9 @@ def stored(weight: torch.Tensor, scheme: nn.Scheme) -> dict[str, torch.Tensor]:
     if isinstance(scheme, nn.Int8Scheme):
         step = q.int_step(q.group_amax(weight, columns), 8)
         return {"weight": q.quantize_int(weight, step, 8), "weight_scale": step}
+    if isinstance(scheme, nn.Fp8Scheme):
+        codes, step = reference.quantize_fp8(weight)
+        return {"weight": codes.view(torch.uint8), "weight_scale": step[:, None]}
     if isinstance(scheme, nn.Int4Scheme):
         group = scheme.group_size or columns
         groups = weight.unflatten(1, (-1, group))

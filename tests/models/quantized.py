@@ -58,6 +58,7 @@ class Form:
 
 FORMS = {
     "int8": Form("W8A8", "int-quantized"),
+    "fp8": Form("FP8_DYNAMIC", "float-quantized"),
     "int4 groups of 32": Form("W4A16", "pack-quantized", 32),
     "int4 zero points": Form("W4A16_ASYM", "pack-quantized", 32),
     "int4 channel": Form("W4A16", "pack-quantized", channel=True),
@@ -86,7 +87,9 @@ def _compress(weight: torch.Tensor, form: Form) -> tuple[dict[str, torch.Tensor]
         state["weight_zero_point"] = zero.to(torch.int8)
     stored = compressor.compress(state, scheme)
     dense = compressor.decompress(stored, scheme)["weight"]
-    if dense.dtype is torch.bfloat16:  # as FP4's are given out; the numbers themselves need more bits
+    if form.format == "float-quantized":
+        dense = stored["weight"].float() * scale
+    elif dense.dtype is torch.bfloat16:  # as FP4's are given out; the numbers themselves need more bits
         step = scale / state.get("weight_global_scale", torch.ones(1))
         exact = quantize.unpack_e2m1(stored["weight_packed"]) * quantize.per_column(step, group, weight.shape[1])
         assert torch.equal(exact.bfloat16(), dense)
@@ -100,6 +103,16 @@ def _round_activations(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) 
     x = args[0].float()
     scale = x.abs().amax(-1, keepdim=True) / 127
     return ((x / scale).round() * scale).to(args[0].dtype)
+
+
+def _round_activations_to_fp8(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    x = args[0].float()
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(args[0].dtype)
+
+
+# Presets that round activations too.
+_ROUNDED = {"W8A8": _round_activations, "FP8_DYNAMIC": _round_activations_to_fp8}
 
 
 def write(folder: Path, form: Form, **config: Any) -> LlamaForCausalLM:
@@ -117,8 +130,8 @@ def write(folder: Path, form: Form, **config: Any) -> LlamaForCausalLM:
             stored, dense = _compress(parameter.detach(), form)
             tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
             parameter.copy_(dense)
-            if form.preset == "W8A8":
-                model.get_submodule(layer).register_forward_pre_hook(_round_activations)
+            if form.preset in _ROUNDED:
+                model.get_submodule(layer).register_forward_pre_hook(_ROUNDED[form.preset])
         else:
             tensors[name] = parameter.clone()
     folder.mkdir(exist_ok=True)

@@ -49,7 +49,7 @@ def test_logits_are_those_of_the_dense_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4 zero points", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4 zero points", "nvfp4", "mxfp4"])
 def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """At most three times the error that transformers makes with the same weights in that type."""
     dense = write(tmp_path, FORMS[name])
@@ -106,7 +106,7 @@ def test_pruned_models_are_dense(tmp_path: Path) -> None:
     torch.testing.assert_close(full_logits(load(tmp_path), IDS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 zero points", "int4 channel", "nvfp4", "mxfp4", "k_proj stays"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4 zero points", "int4 channel", "nvfp4", "mxfp4", "k_proj stays"])
 def test_planned_memory_is_what_is_taken(name: str, tmp_path: Path) -> None:
     dense = write(tmp_path, FORMS[name])
     meta = build_meta(open_model(tmp_path).config, 8)
@@ -132,7 +132,7 @@ def test_activations_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "name", ["int8", "int4 zero points", "int4 channel zero points", "nvfp4", "mxfp4", "k_proj stays"]
+    "name", ["int8", "fp8", "int4 zero points", "int4 channel zero points", "nvfp4", "mxfp4", "k_proj stays"]
 )
 def test_ranks_have_the_parts_of_the_whole(name: str, size: int, tmp_path: Path) -> None:
     """The dense values of all ranks' parts, put together, are those of the model on one rank. 3 KV heads on 2 ranks are uneven."""
@@ -201,6 +201,7 @@ LAYER = "model.layers.0.mlp.down_proj"
     [
         ("int8", "weight_scale", None, "1 tensors are missing, first '{name}'"),
         ("int8", "weight", lambda t: t.float(), "{name} is stored as F32, expected I8"),
+        ("fp8", "weight", lambda t: t.float(), "{name} is stored as F32, expected F8_E4M3"),
         ("int8", "weight_scale", lambda t: t[:, 0], "{name} has shape (96,), expected (96, 1)"),
         ("int8", "weight_scale", lambda t: t.to(torch.int32), "{name} is stored as I32, expected F32 or F16 or BF16"),
         ("int4 groups of 32", "weight_shape", lambda t: t - 1, "{name} is [95, 191], expected [96, 192]"),
