@@ -133,7 +133,7 @@ def bad_fp8(gen: Gen, base: Call) -> Bad:
         for size in (0, 2, rows - 1, rows + 1):
             if size not in (1, rows):
                 says = (f"{name} has shape ({size},)", "or (1,)", f"= {rows}")
-                yield f"{name} of {size}", {name: torch.ones(size)}, ValueError, says
+                yield f"{name} of {size}", {name: base["x_scale"].new_ones(size)}, ValueError, says
 
 
 def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: int) -> Iterator[tuple[str, Call]]:
