@@ -134,6 +134,17 @@ def sample_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     yield "flat top-p", sample_call(gen, logits(4, 2048, 0.1), 1.0, 0, 0.8)
     yield "min-p", sample_call(gen, logits(20, 129), 1.0, 0, 1.0, [0.0, 0.01, 0.3, 1.0] * 5)
     yield "no rows", sample_call(gen, logits(0, 16))
+    long = logits(7, 16_400)  # on Hopper the CTAs of a cluster share them
+    long[4, 16_399] = NAN
+    long[5] = -INF
+    long[6] = -INF
+    long[6, 9_000] = 1
+    yield (
+        "long rows",
+        sample_call(
+            gen, long, [0.0, 1.0, 0.7, 1.5, 1.0, 1.0, 1.0], [0, 50, 0, 5000, 0, 0, 0], [1, 1, 0.9] + [0.99] * 4
+        ),
+    )
     yield "one token", sample_call(gen, logits(3, 1), [0.0, 1.0, 1e-6])
     tied = torch.zeros(6, 64, dtype=dtype, device=gen.device)
     tied[:, 40:] = -1

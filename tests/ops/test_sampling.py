@@ -84,9 +84,10 @@ def test_distribution_of_limits(device: str) -> None:
         assert _chi_square(counts, left / left.sum()) < 50.0, limits
 
 
-def test_rows_are_independent_of_the_batch(device: str) -> None:
-    """The same row alone, in a batch, and in another place of it gives the same token."""
-    call = sample_call(Gen(device, seed=2), Gen(device, seed=3).randn(40, 500), 0.9, 20, 0.95, 0.01)
+@pytest.mark.parametrize("vocab", [500, 33_333])
+def test_rows_are_independent_of_the_batch(device: str, vocab: int) -> None:
+    """The same row alone, in a batch, and in another place of it gives the same token, however many CTAs share it."""
+    call = sample_call(Gen(device, seed=2), Gen(device, seed=3).randn(40, vocab), 0.9, 20, 0.95, 0.01)
     together = ops.sample(**call)
     for row in (0, 7, 39):
         assert ops.sample(**{k: v[row : row + 1].clone() for k, v in call.items()}).item() == together[row].item()
