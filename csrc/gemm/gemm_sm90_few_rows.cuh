@@ -29,6 +29,7 @@
 #include <algorithm>
 
 #include "gemm/gemm_sm90_launch.h"
+#include "gemm/gemm_sm90_sums.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
 namespace fastattn {
@@ -36,14 +37,11 @@ namespace fastattn {
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
-  static constexpr int kParts = 64 * kGemmSm90Consumers / BLOCK_N;              // of a CTA's sums
   static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);  // of sums in two levels
-  // Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
-  static constexpr int kSumsStride = BLOCK_N + 4;
 
   union {
     GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
-    typename Operands::Sum sums[kParts][BLOCK_M][kSumsStride];  // when the ring is no longer needed
+    GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers> sums;  // when it is no longer needed
   };
   MBarrier full[kRing.num_stages], empty[kRing.num_stages];
 };
@@ -125,20 +123,12 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release);
     }
     named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
-    const int part = Storage::kParts == 2 ? group : 0, column = (warp_idx * 16 + lane / 4) % BLOCK_N;
-#pragma unroll
-    for (int t = 0; t < BLOCK_M / 8; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) smem.sums[part][t * 8 + lane % 4 * 2 + i % 2][column + i / 2 * 8] = acc[t][i];
-    }
+    smem.sums.keep(acc, warp_idx, lane);
   }
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  constexpr int LANES_OF_ROW = BLOCK_N / 4, ROWS_AT_ONCE = 32 / LANES_OF_ROW * NUM_WARPS;
-  const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-  const int tile_column = lane % LANES_OF_ROW * 4;
-  const int32_t column = first_n + tile_column;
+  const int32_t column = first_n + smem.sums.first_column();
   if (warp_idx < NUM_WARPS && column < p.n) {
     float2 bias[2] = {}, scales[2] = {};
     if constexpr (Operands::kScaled) {
@@ -150,21 +140,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       bias[0] = unpack_pair<T>(pairs.x);
       bias[1] = unpack_pair<T>(pairs.y);
     }
-    const int32_t first_row = rank * ROWS_AT_ONCE + static_cast<int32_t>(threadIdx.x) / LANES_OF_ROW;
-    for (int32_t row = first_row; row < num_rows; row += num_splits * ROWS_AT_ONCE) {
-      typename Operands::FourSums sum = {};
-#pragma unroll 4
-      for (int32_t split = 0; split < num_splits; ++split) {
-#pragma unroll
-        for (int part = 0; part < Storage::kParts; ++part) {
-          const auto value =
-              load_cluster<typename Operands::FourSums>(cluster_address(&smem.sums[part][row][tile_column], split));
-          sum.x += value.x;
-          sum.y += value.y;
-          sum.z += value.z;
-          sum.w += value.w;
-        }
-      }
+    const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
+    smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t row, auto sum) {
       float4& value = floats_of(sum);
       if constexpr (Operands::kScaled) {
         const float row_scale = x_scale_of(p, first_m + row);
@@ -176,7 +153,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + row) * p.n + column) =
           make_uint2(pack_pair<T>(value.x + bias[0].x, value.y + bias[0].y),
                      pack_pair<T>(value.z + bias[1].x, value.w + bias[1].y));
-    }
+    });
   }
   __syncwarp();
   cluster_meet();  // the others may still read from this CTA

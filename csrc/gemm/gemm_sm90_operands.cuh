@@ -9,7 +9,7 @@
 // Each type has
 //   Element, Out   the elements of x and weight, of out and bias
 //   kDType         the former's
-//   Sum, FourSums  what sums are kept in, and four of them
+//   Sum            what sums are kept in
 //   kScaled        whether there are scales
 //   kTwoLevels     whether sums of the tensor cores go into sums in fp32 registers, a panel of K at a time
 #pragma once
@@ -20,7 +20,6 @@
 
 #include <type_traits>
 
-#include "arch/cluster.cuh"
 #include "gemm/gemm_sm90.h"
 
 namespace fastattn {
@@ -30,7 +29,6 @@ struct GemmSm90Dense {
   using Element = T;
   using Out = T;
   using Sum = float;
-  using FourSums = float4;
   static constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
   static constexpr bool kScaled = false, kTwoLevels = false;
 };
@@ -40,7 +38,6 @@ struct GemmSm90Int8 {
   using Element = int8_t;
   using Out = T;
   using Sum = int32_t;
-  using FourSums = int4;
   static constexpr DType kDType = DType::kInt8;
   static constexpr bool kScaled = true, kTwoLevels = false;
 };
@@ -51,7 +48,6 @@ struct GemmSm90Fp8 {
   using Element = __nv_fp8_e4m3;
   using Out = T;
   using Sum = float;
-  using FourSums = float4;
   static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr bool kScaled = true, kTwoLevels = !FAST_ACCUM;
 };

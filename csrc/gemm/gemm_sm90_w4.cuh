@@ -52,7 +52,7 @@ struct GemmSm90W4Storage {
   };
   union {
     Ring ring;
-    GemmSm90Sums<BLOCK_M, BLOCK_N, BLOCK_N / 16> sums;  // when the ring is no longer needed
+    GemmSm90Sums<float, BLOCK_M, BLOCK_N, BLOCK_N / 16> sums;  // when the ring is no longer needed
   };
   MBarrier full[kStages], empty[kStages];
 };
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  const int32_t column = first_n + smem.sums.first_column(threadIdx.x);
+  const int32_t column = first_n + smem.sums.first_column();
   if (threadIdx.x < 32 * NUM_WARPS && column < p.n) {
     float bias[4] = {}, divisor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);

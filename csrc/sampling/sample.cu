@@ -21,6 +21,7 @@
 // atomic. Everything that comes after the first list reads the list (4096 logits a CTA, in shared memory) instead of
 // the row; where that many are not enough, the row. Instructions bound it, about 80 a logit.
 #include "arch/dispatch.h"
+#include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "sampling/philox.cuh"
 #include "sampling/row.cuh"
@@ -52,6 +53,7 @@ __device__ void sample_row(const SampleParams& p, Row<T>& row, SampleStorage& sm
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
   __shared__ SampleStorage smem;
+  grid_dependency_wait();  // whoever makes the logits may let this kernel begin before it has ended
   const Team team = Team::of_cluster();
   const int64_t row_idx = blockIdx.x / team.num_ctas;
   Row<T> row = {static_cast<const T*>(p.logits) + row_idx * p.logits_stride, p.vocab_size, p.temperature[row_idx],

@@ -1,0 +1,138 @@
+"""Drawn cases of the GPU tests, other ones each time, on all cores for so many seconds; and runs that must be bitwise equal:
+
+    python -m tests.harness.soak grids 80      flash-attn's own grids (tests/integrations/test_flash_attn_api.py)
+    python -m tests.harness.soak pages 60      drawn calls over pages (tests/gpu/test_paged_attention.py)
+    python -m tests.harness.soak repeats 1000  so many runs each of seven forms of the forward
+
+Exit status 1 if a case failed or a run differed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_PROCESSES = 12
+Job = Callable[[], None]
+
+
+def grids(seed: int) -> Iterator[tuple[str, Job]]:
+    """A case of each family in turns, none twice."""
+    from tests.integrations import test_flash_attn_api
+    from tests.integrations.cases import FAMILIES, label, whole
+
+    rng = random.Random(seed)
+    assert test_flash_attn_api.FAMILIES is FAMILIES  # filled by the import
+    left = {name: list(whole(name)) for name in FAMILIES}
+    for cases in left.values():
+        rng.shuffle(cases)
+    while any(left.values()):
+        for name, cases in left.items():
+            if cases:
+                case = cases.pop()
+                yield f"{name} {label(case)}", lambda name=name, case=case: FAMILIES[name][1](case, "cuda")
+
+
+def pages(seed: int) -> Iterator[tuple[str, Job]]:
+    from tests.gpu import test_paged_attention
+
+    drawn = {name: check for name, check in vars(test_paged_attention).items() if name.startswith("test_drawn")}
+    while True:
+        for name, check in drawn.items():
+            seed += 1
+            yield f"{name} {seed}", lambda check=check, seed=seed: check(seed)
+
+
+def work(jobs: Callable[[int], Iterator[tuple[str, Job]]], seed: int, seconds: float, results: Any) -> None:
+    torch.cuda.set_per_process_memory_fraction(1 / (NUM_PROCESSES + 2))
+    end, total, failed = time.time() + seconds, 0, []
+    for name, job in jobs(seed):
+        if time.time() > end:
+            break
+        try:
+            job()
+        except torch.OutOfMemoryError:  # of this process' share: a case that is too large for it
+            torch.cuda.empty_cache()
+            continue
+        except Exception as error:
+            failed.append(f"{name}: {error}"[:400])
+        total += 1
+    results.put((total, failed))
+
+
+def on_all_cores(jobs: Callable[[int], Iterator[tuple[str, Job]]], seconds: float) -> int:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    seeds = [int.from_bytes(os.urandom(4), "little") for _ in range(NUM_PROCESSES)]
+    processes = [context.Process(target=work, args=(jobs, seed, seconds, results)) for seed in seeds]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    failed = [line for _, lines in found for line in lines]
+    print(f"{sum(total for total, _ in found)} cases, {len(failed)} failed", *failed[:20], sep="\n")
+    return 1 if failed else 0
+
+
+def forms() -> dict[str, Callable[[], Tensor]]:
+    import fastattn
+    from fastattn import fa3
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    def batch(q: tuple[int, ...], kv: tuple[int, ...], **options: Any) -> Callable[[], Tensor]:
+        inputs = normal(*q), normal(*kv), normal(*kv)
+        return lambda: fastattn.flash_attn_func(*inputs, **options)
+
+    cu = torch.tensor([0, 13, 500, 1300, 1301, 2000], device="cuda", dtype=torch.int32)
+    packed = normal(2000, 16, 128), normal(2000, 4, 128), normal(2000, 4, 128)
+    eight = [normal(2, 1500, heads, 128, dtype=torch.float8_e4m3fn) for heads in (16, 4, 4)]
+    scale = torch.rand(2, 4, device="cuda") + 0.5
+    return {
+        "GQA, causal": batch((2, 1111, 32, 128), (2, 1111, 8, 128), causal=True),
+        "head dim 64": batch((3, 777, 12, 64), (3, 777, 12, 64)),
+        "head dim 256, causal": batch((2, 600, 8, 256), (2, 600, 2, 256), causal=True),
+        "window, softcap": batch((2, 900, 8, 96), (2, 900, 8, 96), window_size=(100, 0), softcap=20.0),
+        "few rows, packed groups": batch((4, 17, 32, 192), (4, 3000, 4, 192)),
+        "packed sequences": lambda: fastattn.flash_attn_varlen_func(*packed, cu, cu, 800, 800, causal=True),
+        "fp8": lambda: fa3.flash_attn_func(
+            *eight, causal=True, q_descale=scale, k_descale=scale, v_descale=scale
+        ),
+    }  # fmt: skip
+
+
+def repeats(count: float) -> int:
+    worst = 0
+    for name, call in forms().items():
+        first = call().clone()
+        different = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(int(count)):
+            different += (call().view(torch.int16) != first.view(torch.int16)).any()
+        print(f"{name}: {int(different)} of {int(count)} runs differ")
+        worst = max(worst, int(different))
+    return 1 if worst else 0
+
+
+def main(arguments: list[str]) -> int:
+    parts: dict[str, Callable[[float], int]] = {
+        "grids": lambda seconds: on_all_cores(grids, seconds),
+        "pages": lambda seconds: on_all_cores(pages, seconds),
+        "repeats": repeats,
+    }
+    if len(arguments) != 2 or arguments[0] not in parts:
+        raise SystemExit(__doc__)
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
+    return parts[arguments[0]](float(arguments[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
