@@ -136,7 +136,9 @@ def run_child(part: str, folder: str, backend: str) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "out.json")
         command = [sys.executable, "-m", "bench.vllm_backend", "--child", part, folder, backend, str(out)]
+        start = time.perf_counter()
         done = subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True, check=False)
+        print(f"{part} with {backend}: {time.perf_counter() - start:.0f} s", flush=True)
         log = done.stdout + done.stderr
         if done.returncode or not out.is_file():
             sys.exit(f"{part} with {backend} failed:\n{log[-3000:]}")
