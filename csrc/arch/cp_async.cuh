@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "arch/cache_policy.cuh"
 #include "arch/mma_sm80.cuh"
 
 namespace fastattn {
@@ -26,20 +27,7 @@ __device__ __forceinline__ void cp_async_4(void* destination, const void* source
                : "memory");
 }
 
-// Policies for the L2 cache. What comes in as the first to go takes the place of its like, and leaves what others wrote
-// there, which costs the memory a write for each line that has to go, and what they will read again.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t evict_normal_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
-}
-
-// cp_async_16 with one of these.
+// cp_async_16 with a policy of arch/cache_policy.cuh.
 __device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(destination)),
                "l"(source), "r"(valid ? 16 : 0), "l"(policy)

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "arch/cache_policy.cuh"
 #include "arch/mbarrier.cuh"
 
 namespace fastattn {
@@ -30,13 +31,6 @@ __device__ __forceinline__ void tma_load_4d_multicast(void* destination, const C
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(destination)),
       "l"(&map), "r"(shared_address(&barrier.state)), "r"(x), "r"(y), "r"(z), "r"(w), "h"(cta_mask)
       : "memory");
-}
-
-// What is read once leaves the L2 cache before anything else does.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
 }
 
 // tma_load_4d with a policy for the L2 cache; and only as far as there, which is in order even before the kernel in

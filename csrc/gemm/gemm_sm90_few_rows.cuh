@@ -80,6 +80,26 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   __syncthreads();
   grid_dependency_launch();
 
+  // What a lane multiplies its four columns by and adds to them, and the first of its rows.
+  const int32_t column = first_n + smem.sums.first_column(), row = smem.sums.first_row(rank);
+  const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
+  float2 bias[2] = {}, scales[2] = {};
+  float row_scale = 0.0f;
+  const auto load_factors = [&] {
+    if (column >= p.n) return;
+    if constexpr (Operands::kScaled) {
+      scales[0] = weight_scales_of(p, column);
+      scales[1] = weight_scales_of(p, column + 2);
+      if (row < num_rows) row_scale = x_scale_of(p, first_m + row);
+    }
+    if (p.bias != nullptr) {
+      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
+      bias[0] = unpack_pair<T>(pairs.x);
+      bias[1] = unpack_pair<T>(pairs.y);
+    }
+  };
+  constexpr bool EARLY = BLOCK_M <= 64;  // others have no registers to keep them in
+
   typename Operands::Sum acc[BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
@@ -111,6 +131,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   } else {
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();
+    if constexpr (EARLY) load_factors();  // they are here when products have ended
     const int group = warp_idx / 4;
     const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();
@@ -128,29 +149,18 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  const int32_t column = first_n + smem.sums.first_column();
   if (warp_idx < NUM_WARPS && column < p.n) {
-    float2 bias[2] = {}, scales[2] = {};
-    if constexpr (Operands::kScaled) {
-      scales[0] = weight_scales_of(p, column);
-      scales[1] = weight_scales_of(p, column + 2);
-    }
-    if (p.bias != nullptr) {
-      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
-      bias[0] = unpack_pair<T>(pairs.x);
-      bias[1] = unpack_pair<T>(pairs.y);
-    }
-    const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-    smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t row, auto sum) {
+    if constexpr (!EARLY) load_factors();
+    smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t sum_row, auto sum) {
       float4& value = floats_of(sum);
       if constexpr (Operands::kScaled) {
-        const float row_scale = x_scale_of(p, first_m + row);
+        if (sum_row != row) row_scale = x_scale_of(p, first_m + sum_row);
         value.x *= row_scale * scales[0].x;
         value.y *= row_scale * scales[0].y;
         value.z *= row_scale * scales[1].x;
         value.w *= row_scale * scales[1].y;
       }
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + row) * p.n + column) =
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * p.n + column) =
           make_uint2(pack_pair<T>(value.x + bias[0].x, value.y + bias[0].y),
                      pack_pair<T>(value.z + bias[1].x, value.w + bias[1].y));
     });

@@ -33,14 +33,18 @@ struct GemmSm90Sums {
   // The first of the four columns that a thread adds up.
   __device__ __forceinline__ static int first_column() { return static_cast<int>(threadIdx.x % kLanesOfRow) * 4; }
 
+  // And of so many rows at once, which the CTAs take in turns, its first.
+  static constexpr int kRowsAtOnce = 32 * NUM_WARPS / kLanesOfRow;
+  __device__ __forceinline__ static int32_t first_row(int32_t rank) {
+    return rank * kRowsAtOnce + static_cast<int32_t>(threadIdx.x) / kLanesOfRow;
+  }
+
   // Behind the cluster's barrier: adds up what all CTAs have, in their order, for this one's share of the rows:
   // store(row, sums).
   template <typename Store>
   __device__ __forceinline__ void add_up(int32_t num_rows, int32_t rank, int32_t num_splits, Store store) {
-    constexpr int ROWS_AT_ONCE = 32 * NUM_WARPS / kLanesOfRow;
     const int column = first_column();
-    const int32_t first_row = rank * ROWS_AT_ONCE + static_cast<int32_t>(threadIdx.x) / kLanesOfRow;
-    for (int32_t row = first_row; row < num_rows; row += num_splits * ROWS_AT_ONCE) {
+    for (int32_t row = first_row(rank); row < num_rows; row += num_splits * kRowsAtOnce) {
       Four sum = {};
 #pragma unroll 4
       for (int32_t split = 0; split < num_splits; ++split) {

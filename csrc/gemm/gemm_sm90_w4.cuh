@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
   const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * BLOCK_M;
+  const int32_t column = first_n + smem.sums.first_column();  // which a lane writes, with the next three
   const int32_t all_steps = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
   const int32_t begin_step = rank * all_steps / num_splits;
   const int32_t end_step = (rank + 1) * all_steps / num_splits;
@@ -144,6 +145,10 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     // ------------------------------------------------------------------------------ consumers
     const int row = warp_idx * 16 + lane / 4;  // and the one 8 below
     GemmSm90W4Scales<Format>::prefetch(p, first_n + row, begin_step, end_step, lane);
+    if (column < p.n) {
+      if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
+      if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
+    }
     grid_dependency_wait();
     const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128, select = byte_selector(lane);
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
@@ -188,7 +193,6 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  const int32_t column = first_n + smem.sums.first_column();
   if (threadIdx.x < 32 * NUM_WARPS && column < p.n) {
     float bias[4] = {}, divisor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);

@@ -1,6 +1,7 @@
 // cp.async: what the target held is gone when a copy is asked for, and what it brings is there when it is waited for.
 #pragma once
 
+#include "arch/cache_policy.cuh"
 #include "arch/mma_sm80.cuh"
 
 namespace emulator {
@@ -34,8 +35,6 @@ inline void copy(void* destination, const void* source, size_t num_bytes, bool v
 
 namespace fastattn {
 
-inline uint64_t evict_first_policy() { return 0; }
-inline uint64_t evict_normal_policy() { return 0; }
 inline void cp_async_16(void* destination, const void* source, bool valid, uint64_t = 0) {
   emulator::copy(destination, source, 16, valid);
 }

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "arch/cache_policy.cuh"
 #include "arch/mbarrier.cuh"
 #include "tensor_map.h"
 
@@ -11,7 +12,6 @@ namespace fastattn {
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
 inline void tma_prefetch_4d(const CUtensorMap&, int32_t, int32_t, int32_t, int32_t, uint64_t) {}
-inline uint64_t evict_first_policy() { return 0; }
 
 inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y,
                                   int32_t z, int32_t w, uint16_t cta_mask) {
