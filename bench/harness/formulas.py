@@ -18,8 +18,10 @@ from tests.harness.formulas import (
     int4_linear,
     int8_linear,
     layer_norm,
+    layer_norm_linear,
     linear,
     rms_norm,
+    rms_norm_linear,
     swiglu,
 )
 
@@ -36,10 +38,12 @@ __all__ = [
     "int4_linear",
     "int8_linear",
     "layer_norm",
+    "layer_norm_linear",
     "linear",
     "merge_attention_states",
     "paged_attention",
     "rms_norm",
+    "rms_norm_linear",
     "rope_kv_write",
     "swiglu",
     "token_logprobs",

@@ -58,6 +58,18 @@ cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) { return launch<GemmSm90Dense<decltype(type)>>(params, stream); });
 }
 
+cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    return launch<GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>>(params, stream);
+  });
+}
+
+cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    return launch<GemmSm90Normed<decltype(type), GemmSm90Norm::kLayer>>(params, stream);
+  });
+}
+
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) { return launch<GemmSm90Int8<decltype(type)>>(params, stream); });
 }

@@ -1,7 +1,7 @@
 // The GEMM on Hopper's tensor cores and copy engine: pairs of CTAs that share a weight tile, one tile after the other.
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
-//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh
+//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh, of norms: gemm_sm90_norm.cuh
 //
 //                         weight tile (block_n x 128 bytes), half of it
 //                         loaded by each CTA of a cluster, for both
@@ -34,6 +34,7 @@
 
 #include "arch/cp_async.cuh"
 #include "gemm/gemm_sm90_launch.h"
+#include "gemm/gemm_sm90_norm.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
 namespace fastattn {
@@ -41,17 +42,20 @@ namespace fastattn {
 // Of a tile's columns, which lie at `first` and on.
 template <typename Operands, int BLOCK_N>
 struct GemmSm90Columns {
-  float scales[Operands::kScaled ? BLOCK_N : 1];
-  uint32_t bias[BLOCK_N / 2];  // pairs
+  static constexpr bool kHasFactors = Operands::kScaled || Operands::kNorm == GemmSm90Norm::kLayer;
+  float factors[kHasFactors ? BLOCK_N : 1];  // weight_scale, or LayerNorm's weight_sum
+  uint32_t bias[BLOCK_N / 2];                // pairs
 
   // By the 128 threads of a group: asks for them.
   __device__ __forceinline__ void fetch(const GemmSm90Params& p, int32_t first) {
     const int32_t thread = static_cast<int32_t>(threadIdx.x) % 128;
-    if constexpr (Operands::kScaled) {
+    if constexpr (kHasFactors) {
+      const float* const source = Operands::kScaled ? p.weight_scale : p.weight_sum;
+      const int64_t stride = Operands::kScaled ? p.weight_scale_stride : 1;
 #pragma unroll
       for (int32_t i = thread; i < BLOCK_N; i += 128) {
         const bool inside = first + i < p.n;
-        cp_async_4(&scales[i], p.weight_scale + (inside ? (first + i) * p.weight_scale_stride : 0), inside);
+        cp_async_4(&factors[i], source + (inside ? (first + i) * stride : 0), inside);
       }
     }
     if (p.bias != nullptr && thread < BLOCK_N / 2) {
@@ -153,6 +157,13 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
     const auto release = [&](uint32_t stage) {
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
+    constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
+    GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
+    const auto add_moments = [&](uint32_t stage, int32_t step) {
+      if constexpr (kNormed) {
+        moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, static_cast<int32_t>(p.k) - step * PANEL, lane);
+      }
+    };
     int buffer = 0;
     for_each_tile([&](const Tile& tile) {
       using Element = typename Operands::Element;
@@ -167,13 +178,14 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
 #pragma unroll
         for (int r = 0; r < 2; ++r) row_scales[r] = row + 8 * r < p.m ? x_scale_of(p, row + 8 * r) : 0.0f;
       }
+      if constexpr (kNormed) moments.begin(p, tile.first_m + warp_idx * 16, lane);
       if constexpr (Operands::kTwoLevels) {
         static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
         multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
                                                                 release);
       } else {
-        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
+        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release, add_moments);
       }
       cp_async_wait<0>();
       named_barrier_sync(1 + group, 128);  // what the group asked for is here; nobody reads that of the tile before
@@ -183,15 +195,36 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
       const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
       T* const out = static_cast<T*>(p.out) + row * p.n + column;
       T* const rows[2] = {out, out + 8 * p.n};
+      GemmSm90RowNorm row_norms[2];
+      if constexpr (kNormed) {
+        moments.finish();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) row_norms[r] = row_norm_of<Operands::kNorm>(p, moments.of[r], moments.first[r]);
+      }
 #pragma unroll
       for (int t = 0; t < BLOCK_N / 8; t += 4) {
         float (&values)[4][4] = floats_of(acc, t);
         if constexpr (Operands::kScaled) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float2 scales = reinterpret_cast<const float2*>(columns.scales)[(t + i) * 4 + lane % 4];
+            const float2 scales = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) values[i][j] *= row_scales[j / 2] * (j % 2 == 0 ? scales.x : scales.y);
+          }
+        }
+        if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 sums = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values[i][j] -= row_norms[j / 2].mean * (j % 2 == 0 ? sums.x : sums.y);
+          }
+        }
+        if constexpr (kNormed) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) values[i][j] *= row_norms[j / 2].scale;
           }
         }
         if (p.bias != nullptr) {

@@ -32,11 +32,17 @@ struct GemmSm90Params {
 
   DType dtype = DType::kBFloat16;
   GemmSm90Config config = {};  // from gemm_sm90_config
+
+  // Of norms, whose weight and bias are in `weight` and `bias`.
+  float eps = 0.0f;
+  const float* weight_sum = nullptr;  // (N), 8-byte aligned, of each row of weight: LayerNorm
 };
 
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);    // of x's rows, normalized
+cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
 
 }  // namespace fastattn

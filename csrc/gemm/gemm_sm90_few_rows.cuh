@@ -1,7 +1,7 @@
 // The Hopper GEMM for a few rows of x: the weight streams by, and takes wgmma's 64 rows; rows of x are the columns.
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
-//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh
+//   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh, of norms: gemm_sm90_norm.cuh
 //
 //                   K of CTA 0    CTA 1     CTA 2     CTA 3        The CTAs of a cluster, config.num_splits of them,
 //                 ┌───────────┬─────────┬─────────┬─────────┐      have a run of K each.
@@ -29,6 +29,7 @@
 #include <algorithm>
 
 #include "gemm/gemm_sm90_launch.h"
+#include "gemm/gemm_sm90_norm.cuh"
 #include "gemm/gemm_sm90_sums.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
@@ -39,11 +40,18 @@ struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
   static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);  // of sums in two levels
 
+  using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers>;
+  // Times eight rows whose moments a warp has.
+  static constexpr int kNumEights = std::max(1, BLOCK_M* Sums::kParts / (8 * 4 * kGemmSm90Consumers));
+  using Moments = std::conditional_t<Operands::kNorm == GemmSm90Norm::kNone, GemmSm90NoOthers,
+                                     GemmSm90SharedMoments<Sums::kParts, BLOCK_M>>;
+
   union {
     GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
-    GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers> sums;  // when it is no longer needed
+    Sums sums;  // when it is no longer needed
   };
   MBarrier full[kRing.num_stages], empty[kRing.num_stages];
+  Moments moments;
 };
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
@@ -55,6 +63,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   using Ring = decltype(Storage::ring);
   constexpr int STAGES = Ring::kStages;
   constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+  constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
+  constexpr bool kCentred = Operands::kNorm == GemmSm90Norm::kLayer;
 
   Storage& smem = shared_storage<Storage>();
   const GemmSm90Params& p = args.p;
@@ -83,14 +93,19 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   // What a lane multiplies its four columns by and adds to them, and the first of its rows.
   const int32_t column = first_n + smem.sums.first_column(), row = smem.sums.first_row(rank);
   const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-  float2 bias[2] = {}, scales[2] = {};
-  float row_scale = 0.0f;
+  float2 bias[2] = {}, scales[2] = {}, weight_sums[2] = {};
+  float row_scale = 0.0f, row_first = 0.0f;
   const auto load_factors = [&] {
     if (column >= p.n) return;
     if constexpr (Operands::kScaled) {
       scales[0] = weight_scales_of(p, column);
       scales[1] = weight_scales_of(p, column + 2);
       if (row < num_rows) row_scale = x_scale_of(p, first_m + row);
+    }
+    if constexpr (kCentred) {
+      weight_sums[0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + column));
+      weight_sums[1] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + column + 2));
+      if (row < num_rows) row_first = first_of_row<T>(p, first_m + row);
     }
     if (p.bias != nullptr) {
       const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
@@ -136,12 +151,35 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();
     };
+    // Of norms, the groups look at the panels that they multiply, or share the rows of the only one.
+    constexpr int PARTS = Storage::Sums::kParts;
+    constexpr int NUM_EIGHTS = Storage::kNumEights;
+    const int part = PARTS == 2 ? group : 0;
+    const int first_row = (PARTS == 2 ? warp_idx % 4 : warp_idx) * 8 * NUM_EIGHTS;
+    const bool has_rows = first_row < BLOCK_M;
+    GemmSm90RowMoments<T, Operands::kNorm, NUM_EIGHTS> moments;
+    if constexpr (kNormed) moments.begin(p, first_m + first_row, lane);
+    const auto add_moments = [&](uint32_t stage, int32_t step) {
+      if constexpr (kNormed) {
+        const int32_t first_k = (begin_step + step) * Ring::kStageK + part * Ring::kPanel;
+        if (has_rows) {
+          moments.add(smem.ring.b[stage][part] + first_row * Ring::kPanel, static_cast<int32_t>(p.k) - first_k, lane);
+        }
+      }
+    };
     using Element = typename Operands::Element;
     if constexpr (Operands::kTwoLevels) {
       multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(acc, smem.ring, smem.full, position,
                                                                        end_step - begin_step, group, release);
     } else {
-      multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release);
+      multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release,
+                                        add_moments);
+    }
+    if constexpr (kNormed) {
+      if (has_rows) {
+        moments.finish();
+        smem.moments.keep(moments, part, first_row, lane);
+      }
     }
     named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
     smem.sums.keep(acc, warp_idx, lane);
@@ -151,8 +189,16 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   // ---- epilogue: a lane writes four columns
   if (warp_idx < NUM_WARPS && column < p.n) {
     if constexpr (!EARLY) load_factors();
-    smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t sum_row, auto sum) {
+    smem.sums.add_up(num_rows, rank, num_splits, smem.moments, [&](int32_t sum_row, auto sum, const auto& total) {
       float4& value = floats_of(sum);
+      if constexpr (kNormed) {
+        if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
+        const GemmSm90RowNorm norm = row_norm_of<Operands::kNorm>(p, total, row_first);
+        value.x = (value.x - norm.mean * weight_sums[0].x) * norm.scale;
+        value.y = (value.y - norm.mean * weight_sums[0].y) * norm.scale;
+        value.z = (value.z - norm.mean * weight_sums[1].x) * norm.scale;
+        value.w = (value.w - norm.mean * weight_sums[1].y) * norm.scale;
+      }
       if constexpr (Operands::kScaled) {
         if (sum_row != row) row_scale = x_scale_of(p, first_m + sum_row);
         value.x *= row_scale * scales[0].x;

@@ -5,6 +5,7 @@
 //   GemmSm90Dense  T            fp32                                 sum + bias
 //   GemmSm90Int8   int8         int32, exact                         sum * (x_scale * weight_scale) + bias
 //   GemmSm90Fp8    e4m3         fp32, see multiply_stages            the same
+//   GemmSm90Normed T            fp32                                 of a norm of x: gemm_sm90_norm.cuh
 //
 // Each type has
 //   Element, Out   the elements of x and weight, of out and bias
@@ -12,6 +13,7 @@
 //   Sum            what sums are kept in
 //   kScaled        whether there are scales
 //   kTwoLevels     whether sums of the tensor cores go into sums in fp32 registers, a panel of K at a time
+//   kNorm          what is done to x's rows before
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,6 +26,8 @@
 
 namespace fastattn {
 
+enum class GemmSm90Norm { kNone, kRms, kLayer };
+
 template <typename T>
 struct GemmSm90Dense {
   using Element = T;
@@ -31,6 +35,12 @@ struct GemmSm90Dense {
   using Sum = float;
   static constexpr DType kDType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
   static constexpr bool kScaled = false, kTwoLevels = false;
+  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
+};
+
+template <typename T, GemmSm90Norm NORM>
+struct GemmSm90Normed : GemmSm90Dense<T> {
+  static constexpr GemmSm90Norm kNorm = NORM;
 };
 
 template <typename T>
@@ -40,6 +50,7 @@ struct GemmSm90Int8 {
   using Sum = int32_t;
   static constexpr DType kDType = DType::kInt8;
   static constexpr bool kScaled = true, kTwoLevels = false;
+  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
 };
 
 // FAST_ACCUM: the tensor cores add up all of K.
@@ -50,6 +61,7 @@ struct GemmSm90Fp8 {
   using Sum = float;
   static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr bool kScaled = true, kTwoLevels = !FAST_ACCUM;
+  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
 };
 
 // Four tiles of sums as floats, in their own registers: a copy costs some that large tiles do not have.

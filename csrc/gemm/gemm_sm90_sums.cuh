@@ -8,6 +8,12 @@
 
 namespace fastattn {
 
+// Nothing beside the sums.
+struct GemmSm90NoOthers {
+  struct Total {};
+  __device__ __forceinline__ void add_to(Total&, int, int32_t, int32_t) const {}
+};
+
 // Sums, floats or int32, of ROWS rows of x for COLUMNS rows of weight, of NUM_WARPS warps that have 16 of the latter
 // each; where these are more than there are, several parts of each sum.
 template <typename Sum, int ROWS, int COLUMNS, int NUM_WARPS>
@@ -40,12 +46,14 @@ struct GemmSm90Sums {
   }
 
   // Behind the cluster's barrier: adds up what all CTAs have, in their order, for this one's share of the rows:
-  // store(row, sums).
-  template <typename Store>
-  __device__ __forceinline__ void add_up(int32_t num_rows, int32_t rank, int32_t num_splits, Store store) {
+  // store(row, sums, total), the latter of what else there is of each row: others.add_to(total, part, row, split).
+  template <typename Store, typename Others>
+  __device__ __forceinline__ void add_up(int32_t num_rows, int32_t rank, int32_t num_splits, const Others& others,
+                                         Store store) {
     const int column = first_column();
     for (int32_t row = first_row(rank); row < num_rows; row += num_splits * kRowsAtOnce) {
       Four sum = {};
+      typename Others::Total total;
 #pragma unroll 4
       for (int32_t split = 0; split < num_splits; ++split) {
 #pragma unroll
@@ -55,9 +63,10 @@ struct GemmSm90Sums {
           sum.y += value.y;
           sum.z += value.z;
           sum.w += value.w;
+          others.add_to(total, part, row, split);
         }
       }
-      store(row, sum);
+      store(row, sum, total);
     }
   }
 };

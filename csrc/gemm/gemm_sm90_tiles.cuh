@@ -52,10 +52,11 @@ struct GemmSm90Descriptors {
 // acc (64, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A; where there
 // are 64 only, every other panel of them, and two consumers have to add up what they get. A stage
 // is released when the products of the next one have been issued: the tensor cores always have some at hand.
-template <typename T, int B_ROWS, typename Sum, typename Ring, typename Release>
+// look_at(stage, i): what else is to be done with stage i, while its products run.
+template <typename T, int B_ROWS, typename Sum, typename Ring, typename Release, typename LookAt>
 __device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const Ring& ring, MBarrier* full,
                                                 RingPosition<Ring::kStages>& position, int32_t num_stages, int group,
-                                                Release release) {
+                                                Release release, LookAt look_at) {
   using Descriptors = GemmSm90Descriptors<Ring>;
   const Descriptors first(ring, group);
   uint32_t before = 0;
@@ -79,6 +80,7 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const
       wgmma_wait<1>();
       release(before);
     }
+    look_at(stage, i);
     before = stage;
     position.advance();
   }

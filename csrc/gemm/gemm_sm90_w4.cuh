@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       for (int i = 0; i < 4; ++i) divisor[i] = __ldg(p.global_scale + column + i);
     }
     const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-    smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t row, const float4& sum) {
+    smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4& sum, auto) {
       const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
       float values[4];
 #pragma unroll

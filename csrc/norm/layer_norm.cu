@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(const __grid_constant_
   const auto load = load_from(x);
   RowCache<T, VEC> row, weights, shifts;
   row.fill(num_vecs, load);
-  weights.fill(num_vecs, load_from(weight));
+  if (weight != nullptr) weights.fill(num_vecs, load_from(weight));
   if (bias != nullptr) shifts.fill(num_vecs, load_from(bias));
 
   float sum = 0.0f;
@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(const __grid_constant_
     float values[VEC], scaled[VEC];
     float shift[VEC] = {};
     unpack(vec, values);
-    unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) scaled[i] = 1.0f;
+    if (weight != nullptr) unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
     if (bias != nullptr) unpack(shifts.at(slot, vec_idx, load_from(bias)), shift);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] = (values[i] - mean) * scale * scaled[i] + shift[i];

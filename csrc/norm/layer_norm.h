@@ -11,7 +11,7 @@ namespace fastattn {
 // Rows (the last dimension) are contiguous.
 struct LayerNormParams {
   const void* x = nullptr;       // (rows, N)
-  const void* weight = nullptr;  // (N)
+  const void* weight = nullptr;  // (N) or nullptr: ones
   const void* bias = nullptr;    // (N) or nullptr
   void* out = nullptr;           // (rows, N) contiguous
   Rows x_rows;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const __grid_constant__ 
   RowCache<T, VEC> row, old, weights;
   row.fill(num_vecs, load_from(x));
   if constexpr (ADD) old.fill(num_vecs, load_from(residual));
-  weights.fill(num_vecs, load_from(weight));
+  if (weight != nullptr) weights.fill(num_vecs, load_from(weight));
 
   float square_sum = 0.0f;
   row.visit(num_vecs, load_from(x), [&](int slot, int64_t vec_idx, Pack<T, VEC>& vec) {
@@ -59,7 +59,9 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const __grid_constant__ 
   row.visit(num_vecs, load_from(ADD ? residual : x), [&](int slot, int64_t vec_idx, const Pack<T, VEC>& vec) {
     float values[VEC], scaled[VEC];
     unpack(vec, values);
-    unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) scaled[i] = 1.0f;
+    if (weight != nullptr) unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] *= values[i] * scale;
     store_vec<VEC>(out + vec_idx * VEC, scaled);

@@ -12,7 +12,7 @@ namespace fastattn {
 struct RmsNormParams {
   const void* x = nullptr;       // (rows, N)
   void* residual = nullptr;      // (rows, N), changed in place; nullptr: the plain norm
-  const void* weight = nullptr;  // (N)
+  const void* weight = nullptr;  // (N) or nullptr: ones
   void* out = nullptr;           // (rows, N) contiguous
   Rows x_rows, residual_rows;
   int64_t num_rows = 0;

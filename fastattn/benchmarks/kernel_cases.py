@@ -119,6 +119,20 @@ def _linears(s: Shapes, rand: Callable[..., Tensor], size: int) -> Iterator[Case
         m = s.num_tokens
         yield Case("linear", f"{m} × {k} → {n}", build, (m * k + n * k + m * n) * size, 2 * m * n * k)
 
+    m, k, n = s.num_tokens, s.hidden_size, 2 * s.intermediate_size
+
+    def rms_norm_linear() -> Call:
+        x, weight = rand(m, k), rand(n, k)
+        return lambda: ops.rms_norm_linear(x, weight)
+
+    def layer_norm_linear() -> Call:
+        x, weight = rand(m, k), rand(n, k)
+        weight_sum = weight.sum(1, dtype=torch.float32)
+        return lambda: ops.layer_norm_linear(x, weight, weight_sum)
+
+    for name, normed in (("rms_norm_linear", rms_norm_linear), ("layer_norm_linear", layer_norm_linear)):
+        yield Case(name, f"{m} × {k} → {n}", normed, (m * k + n * k + m * n) * size, 2 * m * n * k)
+
 
 def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size: int) -> Iterator[Case]:
     """Products with weights of 8 and 4 bits, at the largest place in a layer."""

@@ -14,10 +14,12 @@ from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
+from fastattn.nn.norm_linear import NormLinear
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
 from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
+from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm
 
 __all__ = [
     "ALONE",
@@ -36,6 +38,7 @@ __all__ = [
     "Linear",
     "MergedLinear",
     "Module",
+    "NormLinear",
     "QuantizedWeight",
     "RMSNorm",
     "Scheme",
@@ -45,6 +48,8 @@ __all__ = [
     "Weights",
     "check_kv_cache_dtype",
     "check_kv_cache_scales",
+    "fold_layer_norm",
+    "fold_rms_norm",
     "kv_cache_format",
     "rotary_table",
 ]

@@ -9,6 +9,7 @@ from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
 from fastattn.ops.quantized import fp4_linear, fp8_linear, int4_linear, int8_linear, quantize_fp8, quantize_int8
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
@@ -28,12 +29,14 @@ __all__ = [
     "int4_linear",
     "int8_linear",
     "layer_norm",
+    "layer_norm_linear",
     "linear",
     "merge_attention_states",
     "paged_attention",
     "quantize_fp8",
     "quantize_int8",
     "rms_norm",
+    "rms_norm_linear",
     "rope_kv_write",
     "sample",
     "speculative_sample",

@@ -483,6 +483,8 @@ T __reduce_max_sync(unsigned, T value) {
   return *std::max_element(values.begin(), values.end());
 }
 
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;

@@ -1,6 +1,8 @@
 // Draws calls of the Hopper GEMMs and holds their results against a reference.
 #include "gemm/gemm_sm90.h"
 
+#include <numeric>
+
 #include "drawn_call.h"
 
 namespace {
@@ -9,8 +11,10 @@ using namespace emulator;
 using fastattn::GemmSm90Config;
 using fastattn::GemmSm90Params;
 
+enum class Norm { kNone, kRms, kLayer };
+
 template <typename E, typename T>
-void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum) {
+void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum, Norm norm = Norm::kNone) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   constexpr int kUnit = 16 / sizeof(E);
   constexpr bool kScaled = sizeof(E) == 1, kFp8 = std::is_same_v<E, __nv_fp8_e4m3>;
@@ -33,18 +37,20 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   set_gemm_sm90_grid(config, {p.m, p.n, p.k, pick<int64_t>({2, 4, 7, 132})}, num_splits);
   config.group_rows = pick({1, 2, 8});
 
-  const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride) {
+  const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean) {
     stride = columns + kUnit * pick({0, 0, 1, 5});
     Tensor<E> matrix(rows * stride + kUnit);  // NaN, or -128, between the rows
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column) {
-        const float value = std::is_same_v<E, int8_t> ? static_cast<float>(between(-127, 127)) : normal();
+        const float value = std::is_same_v<E, int8_t> ? static_cast<float>(between(-127, 127)) : mean + normal();
         matrix.set(row * stride + column, one_sign ? std::fabs(value) : value);
       }
     }
     return matrix;
   };
-  const Tensor<E> x = draw_matrix(p.m, p.k, p.x_stride), weight = draw_matrix(p.n, p.k, p.weight_stride);
+  // A mean that squares in fp32 would leave little of the variance of.
+  const float x_mean = norm == Norm::kLayer ? pick({0.0f, -3.0f, 100.0f, 1000.0f}) : 0.0f;
+  const Tensor<E> x = draw_matrix(p.m, p.k, p.x_stride, x_mean), weight = draw_matrix(p.n, p.k, p.weight_stride, 0.0f);
   const auto draw_scales = [](int64_t rows, float size, int64_t& stride) {
     stride = one_in(4) ? 0 : 1;
     std::vector<float> scales(stride == 0 ? 1 : rows);
@@ -64,15 +70,26 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     p.x_scale = x_scale.data();
     p.weight_scale = weight_scale.data();
   }
-  current_call += std::string(": ") + TypeInfo<E>::kName + (fast_accum ? " fast" : "") + " to " + TypeInfo<T>::kName +
-                  " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " + std::to_string(p.k) +
-                  "; block " + std::to_string(tile.block_m) + " x " + std::to_string(tile.block_n) + ", " +
-                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
+  p.eps = pick({1e-6f, 0.5f});
+  std::vector<float> weight_sum(p.n);
+  for (int64_t n = 0; n < p.n; ++n) {
+    const float* const row = weight.values.data() + n * p.weight_stride;
+    weight_sum[n] = static_cast<float>(std::accumulate(row, row + p.k, 0.0));
+  }
+  if (norm == Norm::kLayer) p.weight_sum = weight_sum.data();
+  const char* const norm_name = norm == Norm::kRms ? "RMSNorm of " : norm == Norm::kLayer ? "LayerNorm of " : "";
+  current_call += std::string(": ") + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") + " to " +
+                  TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
+                  std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
+                  std::to_string(tile.block_n) + ", " + std::to_string(config.num_splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
-    const cudaError_t error = kFp8      ? gemm_fp8_sm90(p, nullptr)
-                              : kScaled ? gemm_int8_sm90(p, nullptr)
-                                        : gemm_sm90(p, nullptr);
+    const cudaError_t error = kFp8                   ? gemm_fp8_sm90(p, nullptr)
+                              : kScaled              ? gemm_int8_sm90(p, nullptr)
+                              : norm == Norm::kRms   ? gemm_rms_norm_sm90(p, nullptr)
+                              : norm == Norm::kLayer ? gemm_layer_norm_sm90(p, nullptr)
+                                                     : gemm_sm90(p, nullptr);
     if (error != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
@@ -80,15 +97,21 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int64_t num_products = fast_accum && !few_rows ? fastattn::ceil_div(p.k, 32) : 4;
   const double lost = kFp8 ? 0x1p-13 * static_cast<double>(num_products) : std::is_same_v<E, int8_t> ? 0.0 : 0x1p-20;
   for (int64_t m = 0; m < p.m; ++m) {
+    const float* const row = x.values.data() + m * p.x_stride;
+    const double num_columns = static_cast<double>(p.k);
+    const double mean = norm == Norm::kLayer ? std::accumulate(row, row + p.k, 0.0) / num_columns : 0.0;
+    double squares = 0.0;
+    for (int64_t k = 0; k < p.k; ++k) squares += (row[k] - mean) * (row[k] - mean);
+    const double norm_scale = norm == Norm::kNone ? 1.0 : 1.0 / std::sqrt(squares / num_columns + p.eps);
     for (int64_t n = 0; n < p.n; ++n) {
       double sum = 0.0, size = 0.0;
       for (int64_t k = 0; k < p.k; ++k) {
-        const double term = double{x.values[m * p.x_stride + k]} * weight.values[n * p.weight_stride + k];
-        sum += term;
-        size += std::fabs(term);
+        const double column = weight.values[n * p.weight_stride + k];
+        sum += (row[k] - mean) * column;
+        size += std::fabs(row[k] * column);
       }
       const double scale =
-          kScaled ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride] : 1.0;
+          kScaled ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride] : norm_scale;
       const double added = p.bias == nullptr ? 0.0 : bias.values[n], expected = sum * scale + added;
       const double got = static_cast<float>(out[m * p.n + n]);
       // Rounded once, from a sum in fp32.
@@ -119,6 +142,8 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
       const bool needs_fast = !few_rows && tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN;
       return run_call<__nv_fp8_e4m3, T>(few_rows, tile, needs_fast || one_in(3));
     }
+    case 2:
+      return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
     default:
       return run_call<T, T>(few_rows, tile, false);
   }

@@ -132,10 +132,11 @@ FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
+GEMM_NORM = "gemm/gemm_sm90_norm.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
-KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90"}
+KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -383,6 +384,33 @@ MUTANTS = [
         "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);",
         "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row == 0) release(stage);",
         "gemm_fp8_sm90_few_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "the squares of half of the columns are left out",
+        FEW_ROWS,
+        "const int part = PARTS == 2 ? group : 0;",
+        "const int part = 0;",
+        "gemm_rms_norm_sm90_few_rows.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "zeros behind the end of a row are counted as its elements",
+        GEMM_NORM,
+        "(lane % 4 * 2 + chunk) * 8 < columns_left ? first[i] : 0.0f;",
+        "first[i];",
+        "gemm_layer_norm_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "a variance is the difference of two large numbers",
+        GEMM_NORM,
+        "return row < p.m ? to_float(static_cast<const T*>(p.x)[row * p.x_stride]) : 0.0f;",
+        "return 0.0f;",
+        "gemm_layer_norm_sm90_many_rows.cu",
         "128",
         "expected",
     ),

@@ -54,6 +54,18 @@ def linear(c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None
     return [F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))]
 
 
+def rms_norm_linear(
+    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
+) -> list[Tensor]:
+    return linear(c, rms_norm(c, x, torch.ones_like(x[..., :1]), eps)[0], weight, bias)
+
+
+def layer_norm_linear(
+    c: torch.dtype, x: Tensor, weight: Tensor, weight_sum: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> list[Tensor]:
+    return linear(c, layer_norm(c, x, torch.ones_like(x[..., :1]), None, eps)[0], weight, bias)
+
+
 def int8_linear(
     c: torch.dtype,
     x: Tensor,

@@ -152,6 +152,27 @@ def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         yield f"{leading} {k} {n} no bias", call | {"bias": None}
 
 
+def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in linear_calls(gen, dtype):
+        yield name, call | {"eps": 1e-6}
+    for rows, k, n in ((3, 64, 48), (130, 136, 264)):
+        call = {"weight": gen.randn(n, k, dtype=dtype), "bias": None}
+        yield f"tiny {rows}", call | {"x": gen.randn(rows, k, dtype=dtype, scale=1e-3), "eps": 1e-5}
+        yield f"large {rows}", call | {"x": gen.randn(rows, k, dtype=dtype, scale=50.0), "eps": 0.0}
+
+
+def layer_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    def with_sum(call: Call) -> Call:
+        return call | {"weight_sum": call["weight"].double().sum(1).float(), "eps": 1e-5}
+
+    for name, call in rms_norm_linear_calls(gen, dtype):
+        yield name, with_sum(call)
+    for rows, k, n in ((5, 520, 72), (130, 136, 264)):
+        call = {"weight": gen.randn(n, k, dtype=dtype), "bias": None}
+        mean = 10.0 * gen.randn(rows, 1)
+        yield f"{rows} rows off 0", with_sum(call | {"x": (gen.randn(rows, k) + mean).to(dtype)})
+
+
 def embedding_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for tokens, vocab, width in ((5, 11, 64), (0, 3, 8), (1, 1, 1), (129, 257, 576)):
         call = {"token_ids": gen.ints(0, vocab, tokens), "weight": gen.randn(vocab, width, dtype=dtype)}
@@ -339,6 +360,22 @@ SPECS = (
         linear_calls,
         {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
         formulas.linear,
+    ),
+    OpSpec(
+        "rms_norm_linear",
+        ops.rms_norm_linear,
+        rms_norm_linear_calls,
+        {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
+        formulas.rms_norm_linear,
+        scalars={"eps": "nonnegative"},
+    ),
+    OpSpec(
+        "layer_norm_linear",
+        ops.layer_norm_linear,
+        layer_norm_linear_calls,
+        {"x": Role((-1,)), "weight": Role((0, 1)), "weight_sum": Role((0,)), "bias": Role((0,), optional=True)},
+        formulas.layer_norm_linear,
+        scalars={"eps": "nonnegative"},
     ),
     OpSpec(
         "quantize_int8",

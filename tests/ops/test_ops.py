@@ -17,7 +17,8 @@ from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with_gaps
 from tests.harness.specs import SPECS
 
-PRODUCTS = ("linear", "int4_linear", "fp4_linear", *(spec.name for spec in SPECS if "_attention" in spec.name))
+DENSE = ("linear", "rms_norm_linear", "layer_norm_linear", "int4_linear", "fp4_linear")
+PRODUCTS = (*DENSE, *(spec.name for spec in SPECS if "_attention" in spec.name))
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 

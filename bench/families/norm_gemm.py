@@ -1,0 +1,54 @@
+"""A norm and the dense layer behind it in one kernel, beside cuBLAS's product alone: what the norm costs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from bench.families.gemm_bf16 import WEIGHTS
+from bench.harness import formulas
+from bench.harness.case import Case, CaseSpec, Context, Family, op_case
+from bench.harness.ceilings import Work
+from fastattn import ops
+
+ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+_QUICK = {(1, 6144, 4096), (64, 28672, 4096), (512, 6144, 4096), (4096, 4096, 14336)}
+
+
+def norm_gemm(context: Context, m: int, n: int, k: int, norm: str) -> Case:
+    rng = context.generator(m)
+    x = torch.randn(m, k, generator=rng, device=context.device, dtype=torch.bfloat16)
+    weight = torch.randn(n, k, generator=rng, device=context.device, dtype=torch.bfloat16) * k**-0.5
+    call = {"x": x, "weight": weight}
+    if norm == "layer":
+        call["weight_sum"] = weight.sum(1, dtype=torch.float64).float()
+
+    def gemm_alone() -> None:  # its result is another one: there is nothing to compare
+        F.linear(x, weight)
+
+    def torch_norm(x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (k,), eps=1e-6) if norm == "rms" else F.layer_norm(x, (k,))
+
+    return op_case(
+        ops.rms_norm_linear if norm == "rms" else ops.layer_norm_linear,
+        call,
+        formulas.rms_norm_linear if norm == "rms" else formulas.layer_norm_linear,
+        peers={"cublas": lambda: gemm_alone, "torch": lambda: lambda: F.linear(torch_norm(x), weight)},
+        work=Work(num_bytes=2 * (m * k + n * k + m * n), num_ops=2 * m * n * k),
+        config=f"x {m} × {k}, weight {n} × {k}, bf16; cublas without the norm",
+    )
+
+
+FAMILY = Family(
+    "norm_gemm",
+    "cuda",
+    "rms_norm_linear and layer_norm_linear beside cuBLAS's product alone",
+    tuple(
+        CaseSpec(f"m{m}_n{n}_k{k}_{norm}", partial(norm_gemm, m=m, n=n, k=k, norm=norm), quick=(m, n, k) in _QUICK)
+        for norm in ("rms", "layer")
+        for n, k in WEIGHTS
+        for m in ROWS
+    ),
+)

@@ -1,0 +1,83 @@
+"""NormLinear: made from torch's layers, as accurate as these in a row, and back from its state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastattn.nn import NormLinear
+from tests.harness.compare import assert_as_accurate
+from tests.harness.generators import Gen
+
+NORMS = {
+    "RMSNorm": lambda k: nn.RMSNorm(k, eps=1e-5),
+    "RMSNorm of ones": lambda k: nn.RMSNorm(k, elementwise_affine=False),
+    "LayerNorm": lambda k: nn.LayerNorm(k),
+    "LayerNorm without bias": lambda k: nn.LayerNorm(k, bias=False),
+    "LayerNorm of ones": lambda k: nn.LayerNorm(k, elementwise_affine=False),
+}
+each_norm = pytest.mark.parametrize("name", NORMS)
+
+
+def layers(gen: Gen, name: str, n: int, k: int, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Linear]:
+    """With weights whose rows do not add up to 0, which a mean shows in."""
+    norm, linear = NORMS[name](k), nn.Linear(k, n, bias=bias)
+    for tensor, mean in ((norm.weight, 1.0), (getattr(norm, "bias", None), 0.1), (linear.bias, 0.0)):
+        if tensor is not None:
+            tensor.data = gen.randn(*tensor.shape, scale=0.3) + mean
+    linear.weight.data = (gen.randn(n, k) + 0.5) * k**-0.5
+    return norm.to(gen.device, dtype), linear.to(gen.device, dtype)
+
+
+@torch.no_grad()
+def check(norm: nn.Module, linear: nn.Linear, x: Tensor, what: str) -> None:
+    out = NormLinear.from_float(norm, linear)(x)
+    plain = linear(norm(x))
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    wide = type(norm)(norm.normalized_shape, eps, norm.weight is not None).to(x.device, torch.float64)
+    wide.load_state_dict({name: t.double() for name, t in norm.state_dict().items()}, strict=False)
+    exact = nn.functional.linear(
+        wide(x.double()), linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    )
+    assert out.dtype is x.dtype and out.is_contiguous()
+    assert_as_accurate(out, exact, plain, what)
+
+
+@each_norm
+@pytest.mark.parametrize("bias", [True, False])
+def test_as_accurate_as_two_layers(name: str, bias: bool, device: str) -> None:
+    """Rows of any mean, and the sizes of both Hopper kernels and of none."""
+    gen = Gen(device, seed=5)
+    dtypes = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
+        for m, n, k in ((3, 48, 72), (300, 264, 520), (17, 65, 130), (0, 8, 8)):
+            norm, linear = layers(gen, name, n, k, bias, dtype)
+            means = (0.0, -2.0, 30.0) if name.startswith("LayerNorm") else (0.0,)
+            for mean in means:
+                x = (gen.randn(m, k) + mean).to(dtype)
+                check(norm, linear, x, f"{name} {dtype} {m} × {k} → {n}, mean {mean}")
+
+
+@each_norm
+def test_state(name: str) -> None:
+    norm, linear = layers(Gen(), name, 16, 24, True, torch.float32)
+    made = NormLinear.from_float(norm, linear)
+    again = NormLinear(24, 16, made.norm, bias=True, eps=made.eps)
+    again.load_state_dict(made.state_dict())
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(made(x), again(x))
+    assert not any(p.requires_grad for p in made.parameters())
+    assert repr(made).startswith(f"NormLinear(in_features=24, out_features=16, norm='{made.norm}', bias=True")
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="norm is 'batch_norm', expected one of 'rms_norm', 'layer_norm'"):
+        NormLinear(8, 8, "batch_norm")
+    with pytest.raises(TypeError, match=r"norm is a Linear, expected torch\.nn\.RMSNorm or LayerNorm"):
+        NormLinear.from_float(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"linear is a Identity, expected torch\.nn\.Linear"):
+        NormLinear.from_float(nn.RMSNorm(8), nn.Identity())
+    for norm in (nn.RMSNorm(9), nn.LayerNorm((4, 8))):
+        with pytest.raises(ValueError, match=r"norm is over \((9,|4, 8)\), expected \(8,\), linear's in_features"):
+            NormLinear.from_float(norm, nn.Linear(8, 8))
