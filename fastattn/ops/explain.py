@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import _runtime
+from fastattn.ops._args import MAX_LEADING_DIMS
 from fastattn.ops.checks import MAX_HEAD_DIM, fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)
@@ -60,18 +63,99 @@ class FlashForward:
         )
 
 
-def explain(
-    what: str, q: Tensor | Shape, k: Tensor | Shape, *, causal: bool = False, kernel: str = "auto"
-) -> FlashForward:
-    """The configuration that `batch_attention(q, k, k, causal=causal, kernel=kernel)` gets, and its floor; print it.
+@dataclass(frozen=True)
+class DenseLayer:
+    """How `linear`, or a norm and it, would run. block_m × block_n: rows of x and of weight of a CTA's tile, None on the
+    portable kernel. num_splits: CTAs of a cluster that share the columns of a tile. fuses_norm: there is a norm, and it has no
+    kernel of its own. num_ops, num_bytes: what any kernel must compute and move."""
 
-    what: "flash_fwd". q: (B, Sq, H, D), k: (B, Sk, Hk, D), 16-bit tensors or their shapes. For tensors on a GPU it is that
-    GPU's, for others an H100's. Raises ValueError for what does not fit.
+    op: str
+    kernel: str
+    m: int
+    n: int
+    k: int
+    block_m: int | None
+    block_n: int | None
+    num_splits: int
+    num_ctas: int | None
+    fuses_norm: bool
+    num_ops: int
+    num_bytes: int
+
+    def floor_us(self, tflops: float = _TFLOPS, tb_s: float = _TB_S) -> float:
+        """Microseconds that it takes at least, at these rates of the matrix units and the memory."""
+        return max(self.num_ops / tflops, self.num_bytes / tb_s) / 1e6
+
+    def __str__(self) -> str:
+        bound = "matrix units" if self.num_ops / _TFLOPS > self.num_bytes / _TB_S else "memory"
+        tiles = "tiles as its own heuristic has them"
+        if self.block_m is not None:
+            split = f", the columns of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
+            tiles = f"tiles of {self.block_m} rows of x and {self.block_n} of weight{split}; {self.num_ctas} CTAs"
+        norm = (
+            ", the norm inside" if self.fuses_norm else "" if self.op == "linear" else ", behind a kernel for the norm"
+        )
+        return (
+            f"{self.op} on {self.kernel}: {self.m} × {self.k} → {self.n}{norm}\n"
+            f"  {tiles}\n"
+            f"  {self.num_ops / 1e9:.4g} GFLOP, {self.num_bytes / 1e6:.4g} MB: at least {self.floor_us():.3g} µs on an H100, "
+            f"bound by its {bound}"
+        )
+
+
+Dense = Literal["linear", "rms_norm_linear", "layer_norm_linear"]
+_DENSE = ("linear", "rms_norm_linear", "layer_norm_linear")
+
+
+@overload
+def explain(
+    what: Literal["flash_fwd"], q: Tensor | Shape, k: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
+) -> FlashForward: ...
+@overload
+def explain(what: Dense, x: Tensor | Shape, weight: Tensor | Shape, /) -> DenseLayer: ...
+def explain(
+    what: str, first: Tensor | Shape, second: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
+) -> FlashForward | DenseLayer:
+    """The configuration that a call gets, and its floor; print it.
+
+    `explain("flash_fwd", q, k)` is of `batch_attention(q, k, k, causal=causal, kernel=kernel)`: q (B, Sq, H, D), k (B, Sk, Hk,
+    D). `explain("linear", x, weight)`, and "rms_norm_linear" or "layer_norm_linear", is of that operator: x (…, K), weight
+    (N, K). 16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
+    for others an H100's. Raises ValueError for what does not fit.
     """
+    shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (first, second)]
+    capability, num_sms = (9, 0), _HOPPER_SMS
+    if isinstance(first, Tensor) and first.is_cuda:
+        capability = torch.cuda.get_device_capability(first.device)
+        num_sms = torch.cuda.get_device_properties(first.device).multi_processor_count
+    if what == "flash_fwd":
+        return _flash_forward(shapes, causal, kernel, capability, num_sms)
+    if what not in _DENSE:
+        fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, ('flash_fwd', *_DENSE)))}")
+    return _dense(what, shapes, capability, num_sms)
+
+
+def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int], num_sms: int) -> DenseLayer:
+    x, weight = shapes
+    if not 1 <= len(x) <= MAX_LEADING_DIMS:
+        fail_value("explain", f"x has shape {x}, expected 1 to {MAX_LEADING_DIMS} dimensions")
+    k = x[-1]
+    if len(weight) != 2 or weight[1] != k:
+        fail_value("explain", f"weight has shape {weight}, expected (N, {k}) as x is {x}")
+    m, n = math.prod(x[:-1]), weight[0]
+    work = {"num_ops": 2 * m * n * k, "num_bytes": 2 * (m * k + n * k + m * n)}
+    if capability != (9, 0) or n % 8 != 0 or k % 8 != 0 or 0 in (m, n, k):
+        return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, **work)
+    config = _runtime.gemm_sm90_config(m, n, k, num_sms)
+    kernel = "sm90, few rows" if config["few_rows"] else "sm90"
+    tile = config["block_m"], config["block_n"], config["num_splits"], config["num_ctas"]
+    return DenseLayer(what, kernel, m, n, k, *tile, what != "linear", **work)
+
+
+def _flash_forward(
+    shapes: list[tuple[int, ...]], causal: bool, kernel: str, capability: tuple[int, int], num_sms: int
+) -> FlashForward:
     op = "explain"
-    if what != "flash_fwd":
-        fail_value(op, f"what is {what!r}, expected 'flash_fwd'")
-    shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (q, k)]
     for name, shape in zip("qk", shapes, strict=True):
         if len(shape) != 4:
             fail_value(op, f"{name} has shape {shape}, expected four dimensions")
@@ -83,10 +167,6 @@ def explain(
             op,
             f"q is {shapes[0]} and k {shapes[1]}, expected D a multiple of 8 up to {MAX_HEAD_DIM}, and Hk to divide H",
         )
-    capability, num_sms = (9, 0), _HOPPER_SMS
-    if isinstance(q, Tensor) and q.is_cuda:
-        capability = torch.cuda.get_device_capability(q.device)
-        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     problem = (batch, heads, kv_heads, dim, seqlen_q, seqlen_k)
     if kernel not in ("auto", "sm80", "sm90") or (kernel == "sm90" and capability != (9, 0)):
         fail_value(op, f"kernel is {kernel!r}, expected 'auto', 'sm80', or 'sm90' for a GPU of capability 9.0")

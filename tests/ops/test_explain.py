@@ -201,7 +201,9 @@ def test_work_and_floor() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd'"),
+        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd', 'linear'"),
+        (("linear", (1, 2, 3, 64), (64, 64)), {}, r"x has shape \(1, 2, 3, 64\), expected 1 to 3 dimensions"),
+        (("linear", (2, 64), (64, 72)), {}, r"weight has shape \(64, 72\), expected \(N, 64\) as x is \(2, 64\)"),
         (("flash_fwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
         (("flash_fwd", (1, 1, 1, 64), (2, 1, 1, 64)), {}, r"k has shape \(2, 1, 1, 64\), expected \(1, Sk, Hk, 64\)"),
         (("flash_fwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),
@@ -212,6 +214,20 @@ def test_work_and_floor() -> None:
 def test_what_does_not_fit_is_named(arguments: tuple, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fastattn.explain(*arguments, **options)
+
+
+def test_dense_layers() -> None:
+    few = fastattn.explain("rms_norm_linear", (2, 8, 4096), (6144, 4096))
+    assert (few.kernel, few.m, few.block_m, few.fuses_norm) == ("sm90, few rows", 16, 16, True)
+    assert few.num_bytes == 2 * (16 * 4096 + 6144 * 4096 + 16 * 6144)
+    assert "16 × 4096 → 6144, the norm inside" in str(few) and "bound by its memory" in str(few)
+    many = fastattn.explain("linear", torch.empty(8192, 4096, device="meta"), (6144, 4096))
+    assert (many.kernel, many.num_splits, many.num_ctas, many.fuses_norm) == ("sm90", 1, 132, False)
+    assert "tiles of 128 rows of x and" in str(many) and "bound by its matrix units" in str(many)
+    for odd in (((3, 4096), (6143, 4096)), ((3, 4092), (6144, 4092)), ((0, 64), (64, 64))):
+        portable = fastattn.explain("layer_norm_linear", *odd)
+        assert (portable.kernel, portable.block_m, portable.fuses_norm) == ("sm80", None, False)
+        assert "behind a kernel for the norm" in str(portable)
 
 
 @settings(max_examples=400, deadline=None)
