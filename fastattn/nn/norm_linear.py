@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastattn import ops
-from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm
+from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm, sum_of_rows
 
 _NORMS = {"rms_norm": 1e-6, "layer_norm": 1e-5}  # and their eps
 
@@ -88,6 +91,13 @@ class NormLinear(torch.nn.Module):
         if self.weight_sum is not None:
             return ops.layer_norm_linear(x, self.weight, self.weight_sum, self.bias, self.eps)
         return ops.rms_norm_linear(x, self.weight, self.bias, self.eps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """To another device or dtype: weight_sum stays fp32, and is that of the weight as it then is."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_sum is not None and self.weight_sum.dtype is not torch.float32:
+            self.weight_sum = sum_of_rows(self.weight)
+        return self
 
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape

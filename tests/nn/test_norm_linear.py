@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import NormLinear
+from fastattn.nn import NormLinear, fold_layer_norm, fold_rms_norm
 from tests.harness.compare import assert_as_accurate
 from tests.harness.generators import Gen
 
@@ -71,6 +71,16 @@ def test_state(name: str) -> None:
     assert repr(made).startswith(f"NormLinear(in_features=24, out_features=16, norm='{made.norm}', bias=True")
 
 
+@torch.no_grad()
+def test_in_another_dtype() -> None:
+    """What corrects the mean fits the weight as it is rounded now."""
+    norm, linear = layers(Gen(), "LayerNorm", 48, 72, True, torch.float32)
+    made = NormLinear.from_float(norm, linear).to(torch.bfloat16)
+    assert made.weight_sum is not None and made.weight_sum.dtype is torch.float32
+    assert torch.equal(made.weight_sum, made.weight.double().sum(1).float())
+    assert made(torch.randn(3, 72, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="norm is 'batch_norm', expected one of 'rms_norm', 'layer_norm'"):
         NormLinear(8, 8, "batch_norm")
@@ -78,6 +88,15 @@ def test_mistakes_are_named() -> None:
         NormLinear.from_float(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(TypeError, match=r"linear is a Identity, expected torch\.nn\.Linear"):
         NormLinear.from_float(nn.RMSNorm(8), nn.Identity())
+    weight = torch.ones(8, 16)
+    with pytest.raises(ValueError, match=r"fold_rms_norm: norm_weight has shape \(1,\), expected \(16,\) as weight is"):
+        fold_rms_norm(torch.ones(1), weight)
+    with pytest.raises(
+        ValueError, match=r"fold_layer_norm: bias has shape \(16,\), expected \(8,\) as weight is \(8, 16\)"
+    ):
+        fold_layer_norm(None, None, weight, torch.ones(16))
+    with pytest.raises(ValueError, match=r"fold_rms_norm: weight has shape \(16,\), expected \(N, K\)"):
+        fold_rms_norm(None, torch.ones(16))
     for norm in (nn.RMSNorm(9), nn.LayerNorm((4, 8))):
         with pytest.raises(ValueError, match=r"norm is over \((9,|4, 8)\), expected \(8,\), linear's in_features"):
             NormLinear.from_float(norm, nn.Linear(8, 8))
