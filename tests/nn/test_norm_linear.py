@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastattn
 from fastattn.nn import NormLinear, fold_layer_norm, fold_rms_norm
 from tests.harness.compare import assert_as_accurate
 from tests.harness.generators import Gen
@@ -57,6 +58,39 @@ def test_as_accurate_as_two_layers(name: str, bias: bool, device: str) -> None:
             for mean in means:
                 x = (gen.randn(m, k) + mean).to(dtype)
                 check(norm, linear, x, f"{name} {dtype} {m} × {k} → {n}, mean {mean}")
+
+
+# M, N, K → block_m, block_n on an H100: both kernels, clusters of one to three CTAs, all tiles of many rows.
+TILES = {
+    (130, 4096, 4104): (256, 128),
+    (9, 1024, 1032): (16, 64),
+    (100, 1024, 1032): (128, 64),
+    (100, 4096, 264): (128, 128),
+    (200, 4096, 1032): (128, 128),
+    (300, 6144, 1032): (128, 192),
+    (100, 14336, 1032): (128, 224),
+    (300, 8192, 1032): (128, 256),
+}
+
+
+@pytest.mark.parametrize("size", TILES)
+def test_sizes_are_of_these_tiles(size: tuple[int, int, int]) -> None:
+    m, n, k = size
+    config = fastattn.explain("rms_norm_linear", (m, k), (n, k))
+    assert (config.block_m, config.block_n) == TILES[size]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", TILES)
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_every_tile(name: str, size: tuple[int, int, int]) -> None:
+    gen, (m, n, k) = Gen("cuda", seed=6), size
+    for dtype in (torch.bfloat16, torch.float16):
+        norm, linear = layers(gen, name, n, k, True, dtype)
+        x = (gen.randn(m, k) + (3.0 if name == "LayerNorm" else 0.0)).to(dtype)
+        check(norm, linear, x, f"{name} {dtype} {m} × {k} → {n}")
+        made = NormLinear.from_float(norm, linear)
+        assert torch.equal(made(x), made(x)), "two runs differ"
 
 
 @each_norm
