@@ -134,7 +134,12 @@ GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
-KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
+KERNEL_OF |= {
+    FWD_8BIT: "flash_fwd_sm90",
+    FEW_ROWS: "gemm_sm90",
+    W4_FORMATS: "gemm_sm90_w4",
+    MASK: "paged_decode",
+}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90"}
 MUTANTS = [
     Mutant(
@@ -254,6 +259,15 @@ MUTANTS = [
         "",
         "flash_bwd_sm90_hd128.cu",
         "128",
+        "expected",
+    ),
+    Mutant(
+        "a split goes on with the sums of the one before",
+        DECODE,
+        "    begin_sums();\n  }\n",
+        "    if (!p.config.batch_invariant) begin_sums();\n  }\n",
+        "paged_decode_hd64.cu",
+        "64",
         "expected",
     ),
     Mutant(
