@@ -92,7 +92,14 @@ class NgramIndex:
     def __len__(self) -> int: ...
 
 def flash_sm80_config(
-    num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, max_seqlen_q: int, max_seqlen_k: int, num_sms: int
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_sms: int,
+    batch_invariant: bool = ...,
 ) -> dict[str, int]: ...
 def paged_decode_config(
     num_seqs: int,
@@ -104,6 +111,8 @@ def paged_decode_config(
     num_sms: int,
     large_smem: bool,
     beside_prompts: bool = ...,
+    is_8bit: bool = ...,
+    batch_invariant: bool = ...,
 ) -> dict[str, int]: ...
 def flash_fwd_sm90_config(
     num_seqs: int,
@@ -116,6 +125,7 @@ def flash_fwd_sm90_config(
     causal: bool,
     num_sms: int,
     packed_tokens: int = ...,
+    batch_invariant: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_config(m: int, n: int, k: int, num_sms: int) -> dict[str, int]: ...
 def gemm_sm90_w4_config(m: int, n: int, k: int, weight_bits: float, num_sms: int) -> dict[str, int]: ...

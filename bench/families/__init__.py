@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         flash_bwd.FAMILY,
         paged.DECODE,
         paged.PREFILL,
+        paged.INVARIANT,
         engine_cpu.FAMILY,
         engine_gpu.FAMILY,
         speculation.CPU,

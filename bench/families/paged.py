@@ -39,6 +39,8 @@ PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
 MIXED = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096), (64, 1, 8192, 8192), (257, 1, 512, 1024))
 PREFILLS_8BIT = ((1, 8192, 32768), (4, 2048, 2048), (8, 512, 4096))
 MIXED_8BIT = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096))
+# batch, context; once as ever and once batch-invariant
+INVARIANT_DECODES = ((1, 1024), (8, 4096), (64, 4096), (256, 1024))
 _QUICK_DECODES = {(1, 1024), (8, 4096), (128, 1024)}
 
 
@@ -56,6 +58,7 @@ def paged(
     chunk: int | None = None,
     num_chunks: int = 1,
     tree: bool = False,
+    batch_invariant: bool = False,
 ) -> Case:
     """`new` tokens (the first `num_chunks`: `chunk`; or as many nodes of a binary tree) each of `batch` sequences that are `length`
     tokens long with them, or lognormal up to that; pages in random order, in fp8 with a scale for each KV head, in int8 with
@@ -220,6 +223,7 @@ def paged(
             "block_table": table,
             "max_seqlen_q": max(all_new),
             "causal": True,
+            "batch_invariant": batch_invariant,
             **scales,
             **trees,
         },
@@ -234,7 +238,7 @@ def paged(
         work=Work(num_bytes=num_keys * kv_heads * key_bytes + 2 * q.nbytes, num_ops=4 * pairs * heads * dim),
         config=(f"{num_chunks} × {chunk} and {batch - num_chunks}" if chunk else f"{batch}")
         + f" × {new}{' (trees)' if tree else ''} of {what} tokens, {heads}/{kv_heads} heads of {dim}, pages of {page}, "
-        f"{str(kv).removeprefix('torch.')}",
+        f"{str(kv).removeprefix('torch.')}{', batch-invariant' if batch_invariant else ''}",
     )
 
 
@@ -306,5 +310,24 @@ PREFILL = Family(
         )
         for name, kv in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8))
         for batch, new, length in PREFILLS_8BIT
+    ),
+)
+INVARIANT = Family(
+    "paged_invariant",
+    "cuda",
+    "paged_attention as ever, and batch-invariant",
+    tuple(
+        CaseSpec(f"{name}_{mode}", partial(case, batch_invariant=mode == "invariant"), quick=name == "bf16_b8_s4096")
+        for name, case in (
+            *(
+                (f"{kind}_b{batch}_s{length}", partial(paged, page=16, batch=batch, new=1, length=length, kv=kv))
+                for kind, kv in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn))
+                for batch, length in INVARIANT_DECODES
+            ),
+            ("bf16_ragged64_s8192", partial(paged, page=16, batch=64, new=1, length=8192, ragged=True)),
+            ("bf16_mixed64_t2048_s4096", partial(paged, page=16, batch=64, new=1, length=4096, chunk=2048)),
+            ("bf16_b1_t512_s4096", partial(paged, page=16, batch=1, new=512, length=4096)),
+        )
+        for mode in ("usual", "invariant")
     ),
 )

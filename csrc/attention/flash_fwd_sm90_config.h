@@ -67,6 +67,8 @@ struct FlashFwdSm90Problem {
   bool fp8 = false;
   bool widens = false;  // flash_fwd_sm90_widens
   bool mixed = false;   // short sequences are another kernel's
+  // A sequence's result does not depend on the others: nor may its tile, the heads in it, or how its keys are split.
+  bool batch_invariant = false;
 };
 
 // Tiles are in the order of section_order.h: pairs are of a sequence and a head that has tiles of its own, levels go
@@ -122,7 +124,8 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
     config.tile = flash_fwd_sm90_tile_widened(dims.v);
   } else {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims);
-    config.tile = flash_fwd_sm90_tile(dims.v, problem.max_seqlen_q <= 1024 && !problem.extras);
+    config.tile =
+        flash_fwd_sm90_tile(dims.v, problem.max_seqlen_q <= 1024 && !problem.extras && !problem.batch_invariant);
     // Few rows of each head leave most of a tile empty. Packed they must save a fourth: positions of rows then take
     // divisions, and the tiles of long sequences are well filled anyway.
     const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
@@ -132,7 +135,8 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
       const int64_t tokens = packed_tile.block_m() / group, block_m = config.tile.block_m();
       const double packed = cost(packed_dims, flash_fwd_sm90_rows(problem, tokens, packed_tile.block_m()));
       const double plain = cost(dims, flash_fwd_sm90_rows(problem, block_m, block_m)) * static_cast<double>(group);
-      config.packs = packed <= 0.75 * plain;
+      // Batch-invariant, only where no decode kernel has the short ones.
+      config.packs = problem.batch_invariant ? group > 32 : packed <= 0.75 * plain;
     }
     if (config.packs) {
       dims = packed_dims;
@@ -158,7 +162,7 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   config.num_splits = 1;
   double best = 0.0;
   for (int64_t splits = 1; splits <= std::min(kMaxSplits, std::max<int64_t>(1, num_steps / 4)); ++splits) {
-    if (splits > 1 && num_whole >= problem.num_sms) break;
+    if (splits > 1 && (num_whole >= problem.num_sms || problem.batch_invariant)) break;
     const int64_t num_waves = (num_whole * splits + problem.num_sms - 1) / problem.num_sms;
     const double time = static_cast<double>(num_waves) / static_cast<double>(splits) + (splits > 1 ? 0.05 : 0.0);
     if (splits == 1 || time < best) {

@@ -176,9 +176,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   const int32_t num_rows = q_len * group_size;
   const int32_t first_row = m_tile * BLOCK_M;
   if (first_row >= all_q_len * group_size) return;
-  if constexpr (std::is_same_v<Mask, TreeMask>) {
-    if (all_q_len < p.min_q_len || all_q_len > p.max_q_len) return;
-  }
+  if (all_q_len < p.min_q_len || all_q_len > p.max_q_len) return;
 
   // ---- where the results go
   const int32_t v_chunks = p.v_head_dim / 8;

@@ -10,7 +10,7 @@
 namespace fastattn {
 
 struct FlashSm80Params : AttentionParams {
-  // With a tree mask only: of sequences of other lengths no result is given, other kernels have them.
+  // Packed only: of sequences of other lengths no result is given, other kernels have them.
   int32_t min_q_len = 0, max_q_len = INT32_MAX;
 
   // Workspaces if config.num_splits > 1: (splits, T, H, Dv) and (splits, *shape of lse).

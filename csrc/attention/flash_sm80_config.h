@@ -33,6 +33,7 @@ struct FlashSm80Problem {
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;  // capacity (max_blocks * block_size) of a paged cache: lengths are not known
   int64_t num_sms;
+  bool batch_invariant = false;  // a sequence's result does not depend on the others: keys are not split
 };
 
 struct FlashSm80Config {
@@ -60,7 +61,7 @@ inline FlashSm80Config flash_sm80_config(const FlashSm80Problem& problem) {
   // some steps of work at full length.
   const int64_t num_ctas = config.num_m_tiles * problem.num_kv_heads * problem.num_seqs;
   int64_t num_splits = 1;
-  if (num_ctas > 0 && num_ctas < problem.num_sms) {
+  if (num_ctas > 0 && num_ctas < problem.num_sms && !problem.batch_invariant) {
     const int64_t keys_per_split = kMinStepsPerSplit * config.tile.block_n;
     num_splits = std::min(
         {2 * problem.num_sms / num_ctas, kMaxSplits, (problem.max_seqlen_k + keys_per_split - 1) / keys_per_split});

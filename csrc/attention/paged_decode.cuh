@@ -40,6 +40,18 @@
 // Which parts there are, and the order of all sums, follows from the lengths and the number of teams: two runs are
 // bitwise equal. A sequence's result depends on the others in the call, by where its parts are cut.
 //
+// Not so where batch_invariant asks for it: then a sequence is cut into splits, by its own length only, of a whole
+// number of tiles, and a part is a number of whole splits:
+//
+//     sequences    │            0            │  1  │2│        3        │
+//     splits       │       │       │       │ │     │ │       │       │ │
+//     parts        └────── 0 ──────┴────────── 1 ──────────┴──── 2 ────┘
+//
+// Where a split ends, its result goes to the workspace, and the warps begin anew, while the ring runs on. Who ends the
+// sequence adds up its splits in their order, four at a time, and which four follows from the keys' positions. A row
+// that sees nothing of a split adds zero to it. So a row's result follows from its own keys and the splits, whoever has
+// them, and whichever other rows its sequence has; with scales of tokens also from those rows, by V's largest.
+//
 // K and V of 8 bits become fp16 in registers, where they are exact, and so does Q, each row times a power of two that
 // brings its largest value to 1 … 2 (bf16 has the larger range). A warp takes 32 keys of a tile, so that a stage is as
 // large. A scale of the head is left to the scores and to O; those of the tokens are copied with their rows: K's
@@ -279,7 +291,8 @@ struct DecodePartial {
   float row_sum = 0.0f;
   float sums[4] = {};
 
-  // All of N more at once; the order of additions is theirs.
+  // All of N more at once; the order of additions is theirs. One that has seen nothing changes no bit. What is rounded
+  // when is explicit: this is compiled in several places, and which of them adds up a sequence depends on the batch.
   template <int N>
   __device__ __forceinline__ void add(const float2 (&others)[N], const float4 (&other_sums)[N]) {
     float new_max = row_max;
@@ -287,17 +300,17 @@ struct DecodePartial {
     for (int i = 0; i < N; ++i) new_max = fmaxf(new_max, others[i].x);
     const float correction = exp2_approx(row_max - finite_max(new_max));
     row_max = new_max;
-    row_sum *= correction;
+    row_sum = __fmul_rn(row_sum, correction);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] *= correction;
+    for (int i = 0; i < 4; ++i) sums[i] = __fmul_rn(sums[i], correction);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float weight = exp2_approx(others[i].x - finite_max(new_max));
-      row_sum += weight * others[i].y;
-      sums[0] += weight * other_sums[i].x;
-      sums[1] += weight * other_sums[i].y;
-      sums[2] += weight * other_sums[i].z;
-      sums[3] += weight * other_sums[i].w;
+      row_sum = __fmaf_rn(weight, others[i].y, row_sum);
+      sums[0] = __fmaf_rn(weight, other_sums[i].x, sums[0]);
+      sums[1] = __fmaf_rn(weight, other_sums[i].y, sums[1]);
+      sums[2] = __fmaf_rn(weight, other_sums[i].z, sums[2]);
+      sums[3] = __fmaf_rn(weight, other_sums[i].w, sums[3]);
     }
   }
 };
@@ -376,7 +389,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
   const float softmax_scale = general ? 1.0f : score_scale.pre;
 
-  const auto partial_row = [&](int64_t slot, int32_t row) { return slot * kPagedDecodeRows + row; };
+  const auto partial_row = [&](int64_t slot, int32_t row) { return slot * p.config.rows_of_slot + row; };
   const auto partial_out = [&](int64_t slot_row, int group) {
     return reinterpret_cast<float4*>(p.partial_out + slot_row * p.v_head_dim + group * 4);
   };
@@ -391,6 +404,33 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const auto team_of = [&](int32_t part) { return part * plan.num_columns + plan.column_idx; };
   const auto handed_slot = [&](int32_t part) { return 2 * team_of(part); };
   const int32_t ended_slot = handed_slot(plan.part_idx) + 1;
+  // Batch-invariant: that of the first split of a sequence that begins with this tile.
+  const auto first_slot = [&](int32_t seq_begin, bool is_shared) {
+    const int32_t part = seq_begin / plan.tiles_per_part;
+    return (2 * team_of(part) + (is_shared ? 0 : 1)) * p.config.slots_of_area;
+  };
+  // Adds up the slots of a sequence's splits, BATCH of which are on their way at the same time.
+  constexpr int ADDENDS = 4;
+  const auto add_splits = [&](auto batch, const DecodeSplits& splits, int32_t slot, int32_t row, int group) {
+    constexpr int BATCH = decltype(batch)::value;
+    DecodePartial result;
+#pragma unroll 1
+    for (int32_t split = splits.first() / BATCH * BATCH; split <= splits.last(); split += BATCH) {
+      float2 sums[BATCH / ADDENDS][ADDENDS];
+      float4 outs[BATCH / ADDENDS][ADDENDS];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int32_t existing = min(max(split + i, splits.first()), splits.last());
+        const int64_t slot_row = partial_row(slot + existing - splits.first(), row);
+        sums[i / ADDENDS][i % ADDENDS] = __ldcg(p.partial_sum + slot_row);
+        outs[i / ADDENDS][i % ADDENDS] = __ldcg(partial_out(slot_row, group));
+        if (split + i != existing) sums[i / ADDENDS][i % ADDENDS].x = -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH / ADDENDS; ++i) result.add(sums[i], outs[i]);
+    }
+    return result;
+  };
 
   // ---- tiles
   DecodeCursor<Mask> cursor(plan);
@@ -407,7 +447,21 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     return plan.first_row + max(min(half * 8 + lane / 4, sequence.num_rows - 1), 0);
   };
 
+  const auto begin_sums = [&] {
+    if (K_8BIT && p.scales_of_tokens) value_scale = kLeastScale;
+    softmax = OnlineSoftmax<1>();
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] = 0.0f;
+  };
+  // Batch-invariant, of the sequence in hand, once first_key is that of the next tile; made anew, since registers are
+  // short.
+  const auto splits_now = [&](int32_t tile) {
+    const int32_t tile_of_all = (first_key >> p.config.block_n_log2) - 1;
+    return DecodeSplits(p, tile_of_all - (tile - cursor.seq_begin), cursor.seq_end - cursor.seq_begin);
+  };
+
   int stage = 0;
+  begin_sums();
   // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
@@ -435,10 +489,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
           }
         }
       }
-      if constexpr (K_8BIT) value_scale = p.scales_of_tokens ? kLeastScale : scale_of_head(p.v_scale, plan.kv_head_idx);
-      softmax = OnlineSoftmax<1>();
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] = 0.0f;
+      if constexpr (K_8BIT) {
+        if (!p.scales_of_tokens) value_scale = scale_of_head(p.v_scale, plan.kv_head_idx);
+      }
     }
     cp_async_wait<STAGES - 2>();
     __syncwarp();  // the other lanes' copies are here, and all are done with the stage before, which is loaded next
@@ -522,9 +575,14 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
       warp_gemm_registers<T, 3>(acc, scores, WarpOperandB<HEAD_DIM, true>(now.v, 0));
     }
     first_key += p.config.block_n;
-    if (tile + 1 < min(cursor.seq_end, plan.end_tile)) continue;
+    if (tile + 1 < min(cursor.seq_end, plan.end_tile)) {
+      if (!p.config.batch_invariant) continue;
+      const int32_t in_sequence = tile - cursor.seq_begin;
+      if (splits_now(tile).end_behind(in_sequence) != in_sequence + 1) continue;
+    }
 
-    // ---- the end of a sequence, or of the team's part of it: the warps' results go to the stages consumed last
+    // ---- the end of a sequence, or of the team's part of it, or of a split: the warps' results go to the stages
+    // consumed last
     softmax.finish(softmax_scale);
     __syncwarp();
 #pragma unroll
@@ -554,6 +612,13 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
     const DecodeOutput<T, Mask> output(p, plan, sequence, cursor.next_seq_idx - 1);
     const int first_warp = team.first_warp();
+    bool whole = begins_here && ends_here;
+    int32_t slot = ends_here ? ended_slot : handed_slot(plan.part_idx);
+    if (p.config.batch_invariant) {
+      const DecodeSplits splits = splits_now(tile);
+      slot = first_slot(cursor.seq_begin, !whole) + splits.of(tile - cursor.seq_begin) - splits.first();
+      whole = splits.first() == splits.last();
+    }
     each_group(sequence.all_rows, [&](int32_t row, int group) {
       DecodePartial result;
       if (row < sequence.num_rows) {
@@ -572,12 +637,22 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
           result.add(sums, outs);
         }
       }
-      if (begins_here && ends_here) return output.store(row, group, result);
-      const int64_t slot_row = partial_row(ends_here ? ended_slot : handed_slot(plan.part_idx), row);
+      if (whole) return output.store(row, group, result);
+      const int64_t slot_row = partial_row(slot, row);
       *partial_out(slot_row, group) = make_float4(result.sums[0], result.sums[1], result.sums[2], result.sums[3]);
       if (group == 0) p.partial_sum[slot_row] = make_float2(result.row_max, result.row_sum);
     });
     team.sync();  // the stages are free again
+    if (p.config.batch_invariant && tile + 1 == cursor.seq_end && cursor.seq_begin >= plan.begin_tile) {
+      const DecodeSplits splits = splits_now(tile);
+      const int32_t first = first_slot(cursor.seq_begin, false);
+      if (!whole) {
+        each_group(sequence.all_rows, [&](int32_t row, int group) {
+          output.store(row, group, add_splits(std::integral_constant<int, ADDENDS>(), splits, first, row, group));
+        });
+      }
+    }
+    begin_sums();
   }
 
   // ---- what is handed on is there: this thread has seen that all have written
@@ -588,15 +663,31 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   // ---- the sequence that the team has ended, but not begun
   const DecodeSequence<Mask> ended(p, plan.seq_idx, plan.first_row);
   if (plan.seq_begin >= plan.begin_tile || plan.seq_begin + ended.num_tiles(p) > plan.end_tile) return;
-  const int32_t first_part = plan.seq_begin / plan.tiles_per_part;
-  for (int32_t part = first_part + team.thread_idx(); part < plan.part_idx; part += team.num_threads()) {
+  const auto wait_for = [&](int32_t part) {
     uint64_t* const mark = p.marks + team_of(part);
     while (load_acquire(mark) != p.launch_id) {
     }
     *mark = 0;
-  }
-  team.sync();
+  };
   const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);
+  if (p.config.batch_invariant) {
+    const DecodeSplits splits(p, ended.first_tile(p), ended.num_tiles(p));
+    const auto part_of = [&](int32_t split) { return (plan.seq_begin + splits.begin_of(split)) / plan.tiles_per_part; };
+    for (int32_t split = splits.first() + team.thread_idx(); split < splits.last(); split += team.num_threads()) {
+      // A part that has several marks them once; and where splits are long, there are parts without any.
+      const int32_t part = part_of(split);
+      if (part < plan.part_idx && part != part_of(split + 1)) wait_for(part);
+    }
+    team.sync();
+    const int32_t slot = first_slot(plan.seq_begin, true);
+    each_group(ended.all_rows, [&](int32_t row, int group) {
+      output.store(row, group, add_splits(std::integral_constant<int, 16>(), splits, slot, row, group));
+    });
+    return;
+  }
+  const int32_t first_part = plan.seq_begin / plan.tiles_per_part;
+  for (int32_t part = first_part + team.thread_idx(); part < plan.part_idx; part += team.num_threads()) wait_for(part);
+  team.sync();
   each_group(ended.all_rows, [&](int32_t row, int group) {
     constexpr int BATCH = 16;  // parts that are on their way at the same time
     DecodePartial result;

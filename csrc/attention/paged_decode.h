@@ -16,12 +16,13 @@ struct PagedDecodeParams : AttentionParams {
   bool scales_of_tokens = false;      // both are (num_blocks, block_size, Hk)
   int32_t max_q_len = INT32_MAX;      // of longer sequences no result is given, another kernel has them
 
-  // Workspaces, not initialized, and not needed with one part of a head. A team has at most two parts of rows whose
-  // other keys are with other teams: one that it ends, and one that others go on with; so there are 2 * num_teams
-  // slots.
-  float* partial_out = nullptr;   // (slots, 16, Dv) relative to the reference below
-  float2* partial_sum = nullptr;  // (slots, 16): the rows' reference of exponentials (base 2), and sum
-  uint64_t* marks = nullptr;      // (num_teams): launch_id once the second one is there; 0 again at the end
+  // Workspaces, not initialized; 2 * num_teams areas of config.slots_of_area slots each. A team has at most two parts
+  // of rows whose other keys are with other teams: one that it ends, and one that others go on with, an area for each.
+  // Batch-invariant, the first is for a sequence that the team begins and others go on with, with a slot for each
+  // split, whoever has it, and the second for those that it has alone.
+  float* partial_out = nullptr;   // (slots, rows_of_slot, Dv) relative to the reference below
+  float2* partial_sum = nullptr;  // (slots, rows_of_slot): the rows' reference of exponentials (base 2), and sum
+  uint64_t* marks = nullptr;      // (num_teams): launch_id once what others wait for is there; 0 again at the end
 
   PagedDecodeConfig config = {};  // from paged_decode_config, with fits
 

@@ -34,6 +34,11 @@ constexpr int paged_decode_stages(int head_dim) { return head_dim == 128 || head
 // the teams of one CTA, so that the other SMs stay empty.
 constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
 
+// Batch-invariant: keys of a split, the unit that a part takes whole. Longer sequences than so many splits hold have
+// splits of twice as many keys, and so on: who ends one has to add them all up, from a workspace that holds them.
+constexpr int paged_decode_split_keys(bool is_8bit) { return 16 * paged_decode_warp_keys(is_8bit); }
+constexpr int kPagedDecodeMostSplits = 32;
+
 struct PagedDecodeProblem {
   int64_t num_seqs;
   int64_t num_heads;
@@ -42,9 +47,10 @@ struct PagedDecodeProblem {
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;  // capacity (max_blocks * block_size) of a paged cache: lengths are not known
   int64_t num_sms;
-  bool large_smem;              // 227 KiB of shared memory for a CTA, as on Hopper
-  bool is_8bit = false;         // K and V
-  bool beside_prompts = false;  // which the Hopper kernel computes at the same time
+  bool large_smem;               // 227 KiB of shared memory for a CTA, as on Hopper
+  bool is_8bit = false;          // K and V
+  bool beside_prompts = false;   // which the Hopper kernel computes at the same time
+  bool batch_invariant = false;  // a sequence's result does not depend on the others
 };
 
 struct PagedDecodeConfig {
@@ -64,6 +70,11 @@ struct PagedDecodeConfig {
   float pairs_of_key;  // of a prompt's row and a key, that an SM computes while another one reads a key and its value
   int32_t most_teams;  // that all SMs hold
   int32_t few_tiles;   // where a part has no more, the call reads so little that it should leave the L2 cache as it is
+  bool batch_invariant;
+  int32_t split_tiles_log2;  // batch-invariant: of the shortest split
+  // A team has two areas of so many slots in the workspace, a slot for results of so many rows.
+  int32_t slots_of_area;
+  int32_t rows_of_slot;
 };
 
 // A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
@@ -96,6 +107,7 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     config.num_teams = config.num_ctas = config.num_parts * config.num_columns;
     config.parts_of_head = config.num_parts;
   };
+  // Batch-invariant, the tile is that of small CTAs, which every GPU and every batch can have.
   // Where a sequence has many parts, large CTAs mean fewer of them to add up. Small ones waste less at the ends of many
   // sequences, and leave fewer SMs empty where keys are few or the number of columns is unfortunate.
   use(max_warps);
@@ -111,8 +123,21 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     config.num_teams = std::max(config.parts_of_head * kv_heads, config.num_columns);
     config.num_parts = config.num_teams / config.num_columns;
     config.num_ctas = (config.num_teams + 1) / 2;
-  } else if (!problem.large_smem || few_ctas || many_sequences) {
+  } else if (!problem.large_smem || few_ctas || many_sequences || problem.batch_invariant) {
     use(max_warps / 2);
+  }
+
+  config.rows_of_slot = kPagedDecodeRows;
+  config.slots_of_area = config.parts_of_head > 1 ? 1 : 0;
+  if (problem.batch_invariant) {
+    const int64_t split_tiles = paged_decode_split_keys(problem.is_8bit) / config.block_n;
+    while (1 << config.split_tiles_log2 < split_tiles) ++config.split_tiles_log2;
+    // One more, since a window may begin within one.
+    const int64_t num_splits = (config.max_tiles / problem.num_seqs + split_tiles - 1) / split_tiles;
+    config.batch_invariant = true;
+    config.rows_of_slot = static_cast<int32_t>(std::min<int64_t>(rows, kPagedDecodeRows));
+    config.slots_of_area =
+        num_splits > 1 ? static_cast<int32_t>(std::min<int64_t>(num_splits, kPagedDecodeMostSplits)) + 1 : 0;
   }
 
   // Many row tiles are to find in the L2 cache what others have read a while ago.
@@ -120,8 +145,9 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
   const int64_t num_readers = std::max<int64_t>(1, config.parts_of_head * problem.num_kv_heads);
   if (few_rows) config.few_tiles = static_cast<int32_t>(kFewBytes / (tile_bytes * num_readers));
 
-  // Tiles are counted in 32 bits.
-  config.fits = config.max_tiles < INT32_MAX / 2 && config.num_ctas < INT32_MAX / 2;
+  // Tiles and slots are counted in 32 bits.
+  config.fits = config.max_tiles < INT32_MAX / 2 && config.num_ctas < INT32_MAX / 2 &&
+                2 * config.num_teams * config.slots_of_area < INT32_MAX;
   return config;
 }
 

@@ -51,6 +51,30 @@ struct DecodeSequence {
   }
 };
 
+// Batch-invariant: how a sequence's tiles are cut into splits, of a power of two of tiles each. It follows from their
+// number, and where cuts are, from the keys' positions: so with a window the first and the last one may be shorter.
+struct DecodeSplits {
+  int32_t first_tile;  // among all of the sequence's keys
+  int32_t num_tiles;
+  int32_t tiles_log2;  // of a split
+
+  __device__ __forceinline__ DecodeSplits(const PagedDecodeParams& p, int32_t first, int32_t num)
+      : first_tile(first), num_tiles(num), tiles_log2(p.config.split_tiles_log2) {
+    while (num_tiles > kPagedDecodeMostSplits << tiles_log2) ++tiles_log2;
+  }
+  // Counted as keys are, from the first one of the sequence's on, which some may not see.
+  __device__ __forceinline__ int32_t of(int32_t tile) const { return (first_tile + tile) >> tiles_log2; }
+  __device__ __forceinline__ int32_t first() const { return of(0); }
+  __device__ __forceinline__ int32_t last() const { return of(num_tiles - 1); }
+  // Of the sequence's tiles, which are seen.
+  __device__ __forceinline__ int32_t begin_of(int32_t split) const {
+    return max((split << tiles_log2) - first_tile, 0);
+  }
+  __device__ __forceinline__ int32_t end_behind(int32_t tile) const {
+    return min(((of(tile) + 1) << tiles_log2) - first_tile, num_tiles);
+  }
+};
+
 // The warps that share a part: those of a CTA, or beside prompts half of them. By whole warps. Nothing is kept, since
 // registers are short; and of a shuffle the compiler knows that all lanes get the same.
 template <bool BESIDE>
@@ -160,24 +184,46 @@ struct DecodePlan {
     end_tile = min(begin_tile + tiles_per_part, all_tiles);
     if (begin_tile >= end_tile) return;
 
-    seq_begin = 0;
+    // The sequence that has a tile, and its first one.
+    const auto find = [&](int32_t tile) {
+      seq_begin = 0;
 #pragma unroll 1
-    for (seq_idx = 0;; seq_idx += 32) {
-      if (p.num_seqs > 32) own = num_tiles(seq_idx + lane);
-      int32_t end = own;
+      for (seq_idx = 0;; seq_idx += 32) {
+        if (p.num_seqs > 32) own = num_tiles(seq_idx + lane);
+        int32_t end = own;
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int32_t below = __shfl_up_sync(0xffffffffu, end, distance);
-        if (lane >= distance) end += below;
+        for (int distance = 1; distance < 32; distance *= 2) {
+          const int32_t below = __shfl_up_sync(0xffffffffu, end, distance);
+          if (lane >= distance) end += below;
+        }
+        const uint32_t ends_behind = __ballot_sync(0xffffffffu, tile < seq_begin + end);
+        if (ends_behind != 0) {
+          const int found = __ffs(ends_behind) - 1;
+          seq_idx += found;
+          seq_begin += __shfl_sync(0xffffffffu, end - own, found);
+          return;
+        }
+        seq_begin += __shfl_sync(0xffffffffu, end, 31);
       }
-      const uint32_t ends_behind = __ballot_sync(0xffffffffu, begin_tile < seq_begin + end);
-      if (ends_behind != 0) {
-        const int found = __ffs(ends_behind) - 1;
-        seq_idx += found;
-        seq_begin += __shfl_sync(0xffffffffu, end - own, found);
-        return;
+    };
+    // Batch-invariant, a split is the part's that has its first tile.
+    int32_t seq_end = 0;
+    const auto end_of_split = [&](int32_t tile) {
+      find(tile);
+      const DecodeSequence<Mask> sequence(p, seq_idx, first_row);
+      const DecodeSplits splits(p, sequence.first_tile(p), sequence.num_tiles(p));
+      seq_end = seq_begin + splits.num_tiles;
+      return seq_begin + splits.end_behind(tile - seq_begin);
+    };
+    if (p.config.batch_invariant) end_tile = end_of_split(end_tile - 1);
+    if (p.config.batch_invariant && begin_tile > 0) {
+      begin_tile = end_of_split(begin_tile - 1);
+      if (begin_tile == seq_end) {
+        ++seq_idx;
+        seq_begin = seq_end;
       }
-      seq_begin += __shfl_sync(0xffffffffu, end, 31);
+    } else {
+      find(begin_tile);
     }
   }
 

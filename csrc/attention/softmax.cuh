@@ -50,7 +50,7 @@ struct RowResult {
 __device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, float sink) {
   const float origin = finite_max(fmaxf(row_max, sink));
   const float weight = exp2_approx(row_max - origin);
-  const float sum = row_sum * weight + exp2_approx(sink - origin);
+  const float sum = __fmaf_rn(row_sum, weight, exp2_approx(sink - origin));
   return {sum == 0.0f ? 0.0f : weight / sum, log_sum_exp(origin, sum)};
 }
 

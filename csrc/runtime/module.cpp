@@ -123,33 +123,39 @@ void bind_kernel_configs(py::module_& m) {
   m.def(
       "flash_sm80_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
-         int64_t max_seqlen_k, int64_t num_sms) {
-        const FlashSm80Config c =
-            flash_sm80_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms});
+         int64_t max_seqlen_k, int64_t num_sms, bool batch_invariant) {
+        const FlashSm80Config c = flash_sm80_config(
+            {num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms, batch_invariant});
         return py::dict("head_dim"_a = c.head_dim, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
                         "num_m_tiles"_a = c.num_m_tiles, "num_splits"_a = c.num_splits);
       },
-      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a);
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a,
+      "batch_invariant"_a = false);
   m.def(
       "paged_decode_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
-         int64_t max_seqlen_k, int64_t num_sms, bool large_smem, bool beside_prompts) {
-        const PagedDecodeConfig c = paged_decode_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q,
-                                                         max_seqlen_k, num_sms, large_smem, false, beside_prompts});
+         int64_t max_seqlen_k, int64_t num_sms, bool large_smem, bool beside_prompts, bool is_8bit,
+         bool batch_invariant) {
+        const PagedDecodeConfig c =
+            paged_decode_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms,
+                                 large_smem, is_8bit, beside_prompts, batch_invariant});
         return py::dict("fits"_a = c.fits, "head_dim"_a = c.head_dim, "block_m"_a = kPagedDecodeRows,
                         "block_n"_a = c.block_n, "num_warps"_a = c.num_warps, "num_columns"_a = c.num_columns,
                         "max_tiles"_a = c.max_tiles, "num_parts"_a = c.num_parts, "num_teams"_a = c.num_teams,
-                        "num_ctas"_a = c.num_ctas, "parts_of_head"_a = c.parts_of_head);
+                        "num_ctas"_a = c.num_ctas, "parts_of_head"_a = c.parts_of_head,
+                        "split_tiles"_a = c.batch_invariant ? 1 << c.split_tiles_log2 : 0,
+                        "slots_of_area"_a = c.slots_of_area, "rows_of_slot"_a = c.rows_of_slot);
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a,
-      "large_smem"_a, "beside_prompts"_a = false);
+      "large_smem"_a, "beside_prompts"_a = false, "is_8bit"_a = false, "batch_invariant"_a = false);
   m.def(
       "flash_fwd_sm90_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,
-         int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, int64_t num_sms, int64_t packed_tokens) {
+         int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, int64_t num_sms, int64_t packed_tokens,
+         bool batch_invariant) {
         const FlashFwdSm90Config c =
             flash_fwd_sm90_config({num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_seqlen_q, max_seqlen_k,
-                                   causal, num_sms, packed_tokens});
+                                   causal, num_sms, packed_tokens, false, false, false, false, batch_invariant});
         return py::dict("head_dim"_a = c.head_dim, "v_head_dim"_a = c.v_head_dim, "block_m"_a = c.tile.block_m(),
                         "block_n"_a = c.tile.block_n, "packs"_a = c.packs, "tile_tokens"_a = c.tile_tokens,
                         "num_m_tiles"_a = c.num_m_tiles, "pairs_per_section"_a = c.order.pairs_per_section,
@@ -158,7 +164,7 @@ void bind_kernel_configs(py::module_& m) {
                         "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas);
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "v_head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
-      "causal"_a, "num_sms"_a, "packed_tokens"_a = -1);
+      "causal"_a, "num_sms"_a, "packed_tokens"_a = -1, "batch_invariant"_a = false);
   m.def(
       "gemm_sm90_config",
       [](int64_t rows, int64_t n, int64_t k, int64_t num_sms, int64_t element_bytes, bool two_levels) {

@@ -31,7 +31,8 @@ Results new_results(const AttentionCall& call) {
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                               std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k), call.beside});
+                              num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k), call.beside,
+                              call.batch_invariant});
 }
 
 FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
@@ -40,7 +41,7 @@ FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
                                 call.v_head_dim(), call.max_seqlen_q, call.max_seqlen_k,
                                 call.causal || call.window_right == 0, num_sms_of(call.q),
                                 call.q.dim() == 3 ? call.q.size(0) : -1, extras, is_fp8(call.q),
-                                !is_fp8(call.q) && is_8bit(call.k), call.min_q_len > 0});
+                                !is_fp8(call.q) && is_8bit(call.k), call.min_q_len > 0, call.batch_invariant});
 }
 
 // Whether a call goes to the Hopper kernel, which needs some of q. If it does not say: that one takes 64 rows of one
@@ -58,9 +59,10 @@ bool for_sm90(const Checks& checks, const AttentionCall& call) {
 }
 
 cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
-  const int64_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0, num_slots = 2 * num_marks;
-  Tensor partial_out = empty(q, {num_slots, kPagedDecodeRows, p.v_head_dim}, ScalarType::Float);
-  Tensor partial_sum = empty(q, {num_slots, kPagedDecodeRows, 2}, ScalarType::Float);
+  const int64_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0;
+  const int64_t num_slots = 2 * p.config.num_teams * p.config.slots_of_area;
+  Tensor partial_out = empty(q, {num_slots, p.config.rows_of_slot, p.v_head_dim}, ScalarType::Float);
+  Tensor partial_sum = empty(q, {num_slots, p.config.rows_of_slot, 2}, ScalarType::Float);
   Tensor marks = empty(q, {num_marks}, ScalarType::Long);
   p.partial_out = static_cast<float*>(partial_out.data_ptr());
   p.partial_sum = static_cast<float2*>(partial_sum.data_ptr());
@@ -127,7 +129,7 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
     static_cast<AttentionParams&>(own) = p;
     own.config = flash_sm80_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                                     std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
-                                    num_sms_of(call.q)});
+                                    num_sms_of(call.q), call.batch_invariant});
     own.min_q_len = static_cast<int32_t>(call.min_q_len);
     own.max_q_len = static_cast<int32_t>(call.max_q_len);
     // Who adds up splits writes all rows, also those that another kernel has written.
@@ -232,7 +234,7 @@ AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor&
                             const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
                             const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
                             double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                            double softcap) {
+                            double softcap, bool batch_invariant) {
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
   checks.caches(q, k_cache, v_cache, k_scale, v_scale);
   checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
@@ -265,7 +267,8 @@ AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor&
                               .causal = causal,
                               .window_left = window_left,
                               .window_right = window_right,
-                              .softcap = softcap};
+                              .softcap = softcap,
+                              .batch_invariant = batch_invariant};
   check_call(checks, call);
   checks.that(!is_8bit(k_cache) || q.numel() == 0 || decode_config_of(call).fits,
               "block_table has room for 2^30 tiles of keys or more");
@@ -282,13 +285,16 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
   // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
   // single token would take as many: those are left to the decode kernel. It has no trees: sequences that may be one
   // and are too long for the decode kernel are flash_sm80's.
+  // Batch-invariant, who has a sequence follows from its own number of tokens.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
-  const int64_t least_tokens = tree_mask ? kMaxTreeTokens + 1 : 64;  // of a prompt
+  const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
+  const int64_t least_tokens = tree_mask              ? kMaxTreeTokens + 1
+                               : call.batch_invariant ? few_tokens + 1
+                                                      : 64;  // of a prompt
   const bool many_rows = !tree_mask && max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
   const bool long_ones = max_seqlen_q >= least_tokens || (many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
-  const int64_t few_tokens = paged_decode_most_tokens(call.num_heads() / call.num_kv_heads());
   const bool mixed =
       sm90 && max_seqlen_q >= least_tokens && (few_tokens > 0 || tree_mask) && q.size(0) < num_seqs * max_seqlen_q;
   AttentionCall long_call = call;
@@ -319,7 +325,10 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
     short_call.beside = beside;
     run_portable(op, p, short_call, results);
   };
-  if (!mixed) {
+  if (!mixed && call.batch_invariant && !is_8bit(k_cache) && max_seqlen_q > few_tokens) {
+    run_lengths(few_tokens + 1, max_seqlen_q);
+    if (few_tokens > 0) run_lengths(0, few_tokens);
+  } else if (!mixed) {
     run_portable(op, p, call, results);
   } else if (beside) {
     // The decode kernel has some of the SMs, and leaves each when it has ended there; the other one begins with it, and
@@ -336,18 +345,16 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
   }
 }
 
-std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                              const Tensor& cu_seqlens_q, const Tensor& seqused_k,
-                                              const Tensor& block_table, const MaybeTensor& alibi_slopes,
-                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
-                                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask,
-                                              int64_t max_seqlen_q, double softmax_scale, bool causal,
-                                              int64_t window_left, int64_t window_right, double softcap) {
+std::tuple<Tensor, Tensor> paged_attention_op(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cu_seqlens_q, const Tensor& seqused_k,
+    const Tensor& block_table, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
+    const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap, bool batch_invariant) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
-  const AttentionCall call =
-      checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale,
-                    v_scale, tree_mask, max_seqlen_q, softmax_scale, causal, window_left, window_right, softcap);
+  const AttentionCall call = checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table,
+                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, max_seqlen_q,
+                                           softmax_scale, causal, window_left, window_right, softcap, batch_invariant);
   const OnDeviceOf guard(q);
   const Results results = new_results(call);
   run_paged(op, checks, call, results);
@@ -360,12 +367,12 @@ Tensor paged_attention_out_op(const Tensor& out, const Tensor& q, const Tensor& 
                               const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
                               const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
                               double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                              double softcap) {
+                              double softcap, bool batch_invariant) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
-  const AttentionCall call =
-      checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale,
-                    v_scale, tree_mask, max_seqlen_q, softmax_scale, causal, window_left, window_right, softcap);
+  const AttentionCall call = checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table,
+                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, max_seqlen_q,
+                                           softmax_scale, causal, window_left, window_right, softcap, batch_invariant);
   checks.shape("out", out, {q.size(0), q.size(1), q.size(2)}).dtype("out", out, {q.scalar_type()});
   checks.that(out.is_contiguous() && rows_aligned(out), "out is not contiguous from a multiple of 16 bytes on");
   const OnDeviceOf guard(q);

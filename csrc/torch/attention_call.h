@@ -35,7 +35,8 @@ struct AttentionCall {
   int64_t kernel = 0;
   // Packed only: results are wanted of sequences of so many query tokens.
   int64_t min_q_len = 0, max_q_len = INT32_MAX;
-  bool beside = false;  // and of the others by another kernel at the same time
+  bool beside = false;           // and of the others by another kernel at the same time
+  bool batch_invariant = false;  // pages only: a sequence's result does not depend on the others
 
   int64_t num_heads() const { return q.size(q.dim() - 2); }
   int64_t num_kv_heads() const { return v.size(v.dim() - 2); }

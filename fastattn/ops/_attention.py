@@ -17,7 +17,7 @@ _OPTIONAL = "Tensor? alibi_slopes, Tensor? sinks, Tensor? q_descale, Tensor? k_d
 _PAGED = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, Tensor block_table, "
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, int max_seqlen_q, "
-    f"{_SCORES}"
+    f"{_SCORES}, bool batch_invariant"
 )
 _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 

@@ -63,6 +63,7 @@ check_paged_attention = compile_check(
     TensorArg("out", "like q", "q", optional=True, mutated=True),
     AtLeast("max_seqlen_q", 0),
     *_SCALARS,
+    Flag("batch_invariant"),
 )
 check_batch_attention = compile_check(
     "batch_attention",

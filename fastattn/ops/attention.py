@@ -45,6 +45,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to keys and values in pages (https://arxiv.org/abs/2309.06180). It has no backward.
@@ -67,12 +68,17 @@ def paged_attention(
     k_scale, v_scale: fp32, what keys and values of 8 bits are multiplied by, positive: (Hk), or (num_blocks, block_size,
       Hk) for each token's, of any strides; those of pages whose tokens are neighbours in memory, as in
       `torch.empty(num_blocks, Hk, block_size).transpose(1, 2)`, are read fastest. Ones if None, which int8 may not be.
-      On Hopper queries of 64 tokens and more are fp16 beside such a cache: from 2²⁰ on they are infinite.
+      On Hopper queries of 64 tokens and more (batch_invariant: of more than 32 · Hk / H) are fp16 beside such a cache: from
+      2²⁰ on they are infinite.
     tree_mask: (T) int64, with causal: the queries of a sequence, whose keys are its last ones, are the nodes of a tree, as
       of guesses to verify (https://arxiv.org/abs/2305.09781). Bit j of a query's word says whether it sees its sequence's
       j-th query: its ancestors and itself do, which its highest bit is; all keys before the queries it sees. A word of
       bits 0 … i is query i's of a chain. Windows and ALiBi count distances along the tree's paths. A sequence of more
       than 64 queries is a chain, and its words may be anything.
+    batch_invariant: a sequence's results are the same bits whatever else is in the batch, in which order, and wherever its
+      pages lie. On the same GPU, of the same queries and keys, dtypes, strides of a page and options; not whether the
+      queries come in one call or in several, for which docs/design/paged_decode.md has what holds. It takes more
+      time where sequences are few.
     out: (T, H, D) in q's dtype, contiguous, sharing no memory with q: written, and returned, instead of fresh memory.
 
     Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
@@ -85,7 +91,7 @@ def paged_attention(
     scale = default_scale(op, q) if softmax_scale is None else softmax_scale
     check_paged_attention(
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
-        out, max_seqlen_q, scale, causal, left, right, softcap,
+        out, max_seqlen_q, scale, causal, left, right, softcap, batch_invariant,
     )  # fmt: skip
     check_heads(op, q, "k_cache", k_cache)
     check_cache(op, q, k_cache, k_scale, v_scale)
@@ -104,7 +110,7 @@ def paged_attention(
     call = (
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes,
         None if sinks is None else sinks.float(), k_scale, v_scale, tree_mask,
-        max_seqlen_q, scale, causal, left, right, softcap,
+        max_seqlen_q, scale, causal, left, right, softcap, batch_invariant,
     )  # fmt: skip
     if out is not None:
         return out, operators.paged_attention_out(out, *call)

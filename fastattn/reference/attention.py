@@ -185,15 +185,19 @@ def paged_attention(
     window_left: int,
     window_right: int,
     softcap: float,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b]."""
+    """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b].
+
+    batch_invariant: one after the other, and none in a product that is padded to another's length.
+    """
     out, lse = empty_results(q, q.shape[-1])
     scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     block_size = k_cache.shape[1]
     starts, lengths = tuple(cu_seqlens_q.tolist()), tuple(seqused_k.tolist())
     done: set[int] = set()
     plain = softcap == 0 and alibi_slopes is None and sinks is None and k_cache.dtype is q.dtype
-    if plain and len(lengths) > 1 and max(lengths) > 0:
+    if plain and not batch_invariant and len(lengths) > 1 and max(lengths) > 0:
         used = block_table[:, : -(-max(lengths) // block_size)]
         for group in _groups(starts, lengths, used.numpy().tobytes(), block_size, window_left):
             if group.rows.numel() > 1:

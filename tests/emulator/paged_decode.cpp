@@ -8,6 +8,30 @@ namespace {
 using namespace emulator;
 using fastattn::PagedDecodeParams;
 
+// Shorter splits than the kernel's heuristic makes, so that few keys have many of them.
+void set_split(PagedDecodeParams& p, int tiles_log2, int max_k_len) {
+  const int keys = p.config.block_n << tiles_log2, num_splits = (max_k_len + keys - 1) / keys;
+  p.config.split_tiles_log2 = tiles_log2;
+  p.config.slots_of_area = num_splits > 1 ? std::min(num_splits, fastattn::kPagedDecodeMostSplits) + 1 : 0;
+}
+
+struct Workspace {
+  std::vector<float> partial_out;
+  std::vector<float2> partial_sum;
+  std::vector<uint64_t> marks;
+
+  explicit Workspace(PagedDecodeParams& p) {
+    const size_t num_rows = size_t{2} * p.config.num_teams * p.config.slots_of_area * p.config.rows_of_slot;
+    partial_out.assign(num_rows * p.v_head_dim, NAN);
+    partial_sum.assign(num_rows, float2{NAN, NAN});
+    marks.resize(p.config.parts_of_head > 1 ? p.config.num_teams : 0);
+    for (uint64_t& mark : marks) mark = draws();
+    p.partial_out = partial_out.data();
+    p.partial_sum = partial_sum.data();
+    p.marks = marks.data();
+  }
+};
+
 template <typename T, typename KV>
 AttentionCall<T, KV> draw_call(int head_dim) {
   constexpr bool kIs8Bit = sizeof(KV) == 1;
@@ -26,7 +50,7 @@ AttentionCall<T, KV> draw_call(int head_dim) {
 
   call.has_tree = paged && one_in(2);
   const int most_q = between(1, std::max(1, (kIs8Bit ? pick({50, 90}) : 32) / call.group));
-  const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400});
+  const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400, num_seqs < 3 ? 1000 : 400});
   const bool has_seqused_q = one_in(4), has_seqused_k = paged || one_in(2);
   for (int seq = 0; seq < num_seqs; ++seq) {
     call.q_lens.push_back(call.packed_q && seq > 0 ? between(0, most_q) : most_q);
@@ -38,6 +62,52 @@ AttentionCall<T, KV> draw_call(int head_dim) {
   call.draw_extras();
   call.make_tensors();
   return call;
+}
+
+// Batch-invariant: some of the query tokens of a sequence, alone on another GPU, have the bits that they have in
+// `call`, whose result is there.
+template <typename T, typename KV>
+void check_alone(AttentionCall<T, KV>& call, PagedDecodeParams p, int seq) {
+  const int q_len = call.q_lens[seq], first = call.cu_seqlens_q[seq];
+  if (q_len == 0 || q_len > p.max_q_len) return;
+  const int num_sms = pick({1, 2, 50});
+  const bool large_smem = one_in(2);
+  const int splits_hold = (fastattn::kPagedDecodeMostSplits << p.config.split_tiles_log2) * p.config.block_n;
+  // The last tokens of a chain see what they see, however many are before them; V's scales of tokens see the others'.
+  const bool any_tokens = call.causal && !call.has_tree && call.seqused_q.empty() && !call.scales_of_tokens &&
+                          call.k_lens[seq] <= splits_hold;
+  const int num_tokens = any_tokens ? between(1, q_len) : q_len, from = q_len - num_tokens;
+  const int split_tiles_log2 = p.config.split_tiles_log2;
+  p.config = fastattn::paged_decode_config(
+      {1, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim), num_tokens,
+       std::max(call.k_lens[seq], 1), num_sms, large_smem, sizeof(KV) == 1, false, true});
+  set_split(p, split_tiles_log2, std::max(call.k_lens[seq], 1));
+  current_call += "; alone: the last " + std::to_string(num_tokens) + " of sequence " + std::to_string(seq);
+  const std::vector<int> cu_seqlens_q = {0, num_tokens};
+  std::vector<typename AttentionCall<T, KV>::Out> out(num_tokens * call.num_heads * call.v_head_dim);
+  std::vector<float> lse(num_tokens * call.num_heads);
+  p.q = call.q.data.data() + (first + from) * p.q_token_stride;
+  p.out = out.data();
+  p.lse = lse.data();
+  p.cu_seqlens_q = cu_seqlens_q.data();
+  p.block_table += seq * p.block_table_stride;
+  p.num_seqs = 1;
+  p.num_tokens = num_tokens;
+  if (p.seqused_q != nullptr) p.seqused_q += seq;
+  p.seqused_k += seq;
+  if (p.tree_mask != nullptr) p.tree_mask += first;
+  const Workspace workspace(p);
+  if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  const size_t token_size = call.num_heads * call.v_head_dim;
+  if (std::memcmp(out.data(), &call.out[(first + from) * token_size], out.size() * sizeof(out[0])) != 0) {
+    fail("batch-invariant, the output of a sequence alone differs");
+  }
+  for (int head = 0; head < call.num_heads; ++head) {
+    const float* const in_batch = &call.lse[static_cast<size_t>(head) * call.num_tokens + first + from];
+    if (std::memcmp(&lse[head * num_tokens], in_batch, num_tokens * sizeof(float)) != 0) {
+      fail("batch-invariant, the LSE of a sequence alone differs");
+    }
+  }
 }
 
 template <typename T, typename KV = T>
@@ -58,25 +128,20 @@ void run_call(int head_dim) {
   }
   if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
   const int num_sms = pick({1, 3, 8, 30});
-  p.config = fastattn::paged_decode_config(
-      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
-       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)),
-       paged ? call.max_blocks * call.page_size : call.max_k_len(), num_sms, one_in(2), sizeof(KV) == 1,
-       p.max_q_len < INT32_MAX && !call.has_tree && one_in(2)});
+  const int max_k_len = paged ? call.max_blocks * call.page_size : call.max_k_len();
+  const bool beside = p.max_q_len < INT32_MAX && !call.has_tree && one_in(2), batch_invariant = paged && one_in(2);
+  p.config = fastattn::paged_decode_config({call.num_seqs, call.num_heads, call.num_kv_heads,
+                                            std::max(call.head_dim, call.v_head_dim),
+                                            std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len,
+                                            num_sms, one_in(2), sizeof(KV) == 1, beside, batch_invariant});
+  if (batch_invariant) set_split(p, pick({p.config.split_tiles_log2, 0, 1}), max_k_len);
   current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
                   std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) +
                   " CTAs, max_q_len " + std::to_string(p.max_q_len) +
                   (p.config.beside_prompts ? ", beside prompts" : "");
+  if (batch_invariant) current_call += ", splits of 2^" + std::to_string(p.config.split_tiles_log2) + " tiles";
   if (!p.config.fits) fail("the kernel does not take the call");
-  const size_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0;
-  const size_t num_slot_rows = 2 * num_marks * fastattn::kPagedDecodeRows;
-  std::vector<float> partial_out(num_slot_rows * call.v_head_dim, NAN);
-  std::vector<float2> partial_sum(num_slot_rows, float2{NAN, NAN});
-  std::vector<uint64_t> marks(num_marks);
-  for (uint64_t& mark : marks) mark = draws();
-  p.partial_out = partial_out.data();
-  p.partial_sum = partial_sum.data();
-  p.marks = marks.data();
+  const Workspace workspace(p);
 
   const auto launch = [&] {
     if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
@@ -84,6 +149,7 @@ void run_call(int head_dim) {
   launch();
   call.check(0, p.max_q_len);
   call.check_again(launch);
+  if (batch_invariant) check_alone(call, p, between(0, call.num_seqs - 1));
 }
 
 }  // namespace

@@ -258,6 +258,15 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "a split goes on with the sums of the one before",
+        DECODE,
+        "    begin_sums();\n  }\n",
+        "    if (!p.config.batch_invariant) begin_sums();\n  }\n",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
         "a copy is not waited for",
         DECODE,
         "cp_async_wait<STAGES - 2>();",

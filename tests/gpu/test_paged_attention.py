@@ -144,8 +144,9 @@ def attend_twice(
     if trees:
         options |= {"causal": True, "tree_mask": draw_trees(rng, runs)}
     call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
-    out, lse = ops.paged_attention(*call, **options, **cache.scales)
-    again, lse_again = ops.paged_attention(*call, **options, **cache.scales)
+    mode = cache.scales | {"batch_invariant": rng.random() < 0.3}
+    out, lse = ops.paged_attention(*call, **options, **mode)
+    again, lse_again = ops.paged_attention(*call, **options, **mode)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
     of_tokens = kind is not None and cache.scales["k_scale"].dim() == 3

@@ -314,6 +314,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     size = k_cache.shape[1]

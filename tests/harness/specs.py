@@ -527,7 +527,7 @@ SPECS = (
             "v_scale": Role((0, 1, 2), optional=True, layout=False),
         },
         formulas.paged_attention,
-        scalars=_SCALE | {"max_seqlen_q": "count"},
+        scalars=_SCALE | {"max_seqlen_q": "count", "batch_invariant": "flag"},
         bad=bad_scales,
     ),
     OpSpec(
@@ -546,7 +546,7 @@ SPECS = (
             "tree_mask": Role((0,), optional=True),
         },
         formulas.paged_attention,
-        scalars=_SCALE | {"max_seqlen_q": "count"},
+        scalars=_SCALE | {"max_seqlen_q": "count", "batch_invariant": "flag"},
         bad=bad_paged,
     ),
     OpSpec(

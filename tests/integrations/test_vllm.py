@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastattn.integrations.vllm as plugin
+from fastattn import ops
 from tests.integrations import vllm_interface
 from tests.integrations.vllm_interface import AttentionType, CUDAGraphMode, DeviceCapability, installed
 
@@ -288,6 +289,31 @@ def test_what_it_cannot_do_is_said_with_the_value(monkeypatch: pytest.MonkeyPatc
             step.impl.forward(
                 step.layer, step.q, None, None, step.cache, None, output=step.out, output_scale=torch.ones(1)
             )
+
+
+def test_batch_invariance_is_asked_for_by_vllms_switch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed() as backend:
+        assert not backend.FastattnImpl(8, 64, 1.0).batch_invariant
+    with installed(batch_invariant=True) as backend:
+        assert backend.FastattnBackend.supports_batch_invariance()
+        for option in ("chunked_prefill", "prefix_caching"):
+            with pytest.raises(NotImplementedError, match=f"enable_{option} is True.*expected False"):
+                builder_of(backend, **{"chunked_prefill": False, "prefix_caching": False, option: True})
+        step = Step(CASES[0], backend, device)
+        step.write(new=False)
+        step.write(new=True)
+        asked: list[bool] = []
+
+        def attend(*call: Any, batch_invariant: bool, **options: Any) -> Any:
+            asked.append(batch_invariant)
+            return ops.paged_attention(*call, batch_invariant=batch_invariant, **options)
+
+        monkeypatch.setattr(backend, "paged_attention", attend)
+        builder = builder_of(backend, CASES[0].page, chunked_prefill=False, prefix_caching=False)
+        metadata = builder.build(0, step.common())
+        step.impl.forward(step.layer, step.q, None, None, step.cache, metadata, output=step.out)
+    assert asked == [True]
+    torch.testing.assert_close(step.out[: sum(QUERIES)].float(), step.expected(), rtol=0.02, atol=0.02)
 
 
 def test_entry_point_leads_to_register() -> None:

@@ -125,12 +125,14 @@ def _module(name: str, **content: Any) -> ModuleType:
 
 
 @contextmanager
-def installed(layout: str = "NHD") -> Iterator[Any]:
+def installed(layout: str = "NHD", batch_invariant: bool = False) -> Iterator[Any]:
     """`fastattn.integrations.vllm.backend` on this stand-in, as one module for the block."""
     custom_ops = _module("vllm._custom_ops", reshape_and_cache_flash=reshape_and_cache_flash)
     here = {name: value for name, value in globals().items() if not name.startswith("_")}
+    envs = _module("vllm.envs", VLLM_BATCH_INVARIANT=batch_invariant)
     modules = {
-        "vllm": _module("vllm", _custom_ops=custom_ops, __path__=[]),
+        "vllm": _module("vllm", _custom_ops=custom_ops, envs=envs, __path__=[]),
+        "vllm.envs": envs,
         "vllm._custom_ops": custom_ops,
         "vllm.config": _module("vllm.config", CUDAGraphMode=CUDAGraphMode),
         "vllm.v1": _module("vllm.v1", __path__=[]),
@@ -156,8 +158,16 @@ def installed(layout: str = "NHD") -> Iterator[Any]:
         sys.modules.update(before)
 
 
-def config(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE, rswa_window: int | None = None) -> SimpleNamespace:
+def config(
+    mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+    rswa_window: int | None = None,
+    chunked_prefill: bool = True,
+    prefix_caching: bool = True,
+) -> SimpleNamespace:
     """As much of a VllmConfig as a builder reads."""
     return SimpleNamespace(
-        model_config=SimpleNamespace(rswa_window=rswa_window), compilation_config=SimpleNamespace(cudagraph_mode=mode)
+        model_config=SimpleNamespace(rswa_window=rswa_window),
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked_prefill),
+        cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching),
     )

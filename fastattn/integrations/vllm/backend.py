@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
+from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -90,6 +91,10 @@ class FastattnBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True  # VLLM_BATCH_INVARIANT=1; where prompts are not cut by the batch, which the builder sees to
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -161,6 +166,17 @@ class FastattnMetadataBuilder(AttentionMetadataBuilder[FastattnMetadata]):
         window = vllm_config.model_config.rswa_window
         if window is not None:
             raise NotImplementedError(f"fastattn: rswa_window is {window}, expected None: prefixes outside a window")
+        if envs.VLLM_BATCH_INVARIANT:
+            # How many tokens of a prompt come in a step says which kernel takes them, and how its rows lie in tiles.
+            for part, option in (
+                ("scheduler_config", "enable_chunked_prefill"),
+                ("cache_config", "enable_prefix_caching"),
+            ):
+                if getattr(getattr(vllm_config, part), option):
+                    raise NotImplementedError(
+                        f"fastattn: {option} is True with VLLM_BATCH_INVARIANT=1, expected False: a prompt's bits depend on "
+                        "where it is cut"
+                    )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -230,6 +246,7 @@ class FastattnImpl(AttentionImpl[FastattnMetadata]):
         self.softcap = logits_soft_cap or 0.0
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
         self._fp32_sinks: Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -279,6 +296,7 @@ class FastattnImpl(AttentionImpl[FastattnMetadata]):
             sinks=self.sinks if self._fp32_sinks is None else self._fp32_sinks,
             k_scale=k_scale,
             v_scale=v_scale,
+            batch_invariant=self.batch_invariant,
             out=output[:num_tokens],
         )
         return output
