@@ -30,10 +30,11 @@ __global__ void __launch_bounds__(kNumThreads)
   const int64_t begin = max(p.indptr[row_idx], 0);
   const int64_t end = min(static_cast<int64_t>(p.indptr[row_idx + 1]), p.nnz);
   const int32_t first = ctas_per_row.remainder(blockIdx.x) * kNumThreads + threadIdx.x;
+#pragma unroll 1
   for (int64_t i = begin + first; i < end; i += kNumThreads * ctas_per_row.divisor) {
-    const int32_t token = __ldg(p.token_ids + i);
-    const int32_t count = __ldg(p.counts + i);
-    const float bias = __ldg(p.bias + i);
+    const int32_t token = p.token_ids[i];
+    const int32_t count = p.counts[i];
+    const float bias = p.bias[i];
     if (token < 0 || token >= p.vocab_size) continue;
     float logit = logits[token];
     if (count >= 0) {
