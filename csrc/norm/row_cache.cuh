@@ -24,7 +24,7 @@ template <typename Element, int VEC_SIZE, bool LONG>
 struct RowCache {
   using T = Element;
   static constexpr int VEC = VEC_SIZE;
-  static constexpr int kCached = VEC == 1 ? 8 : 2;
+  static constexpr int kCached = VEC == 1 ? 4 : 2;
   static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads
   using Vec = Pack<T, VEC>;
   using Index = std::conditional_t<LONG, int64_t, int32_t>;  // of a vector of the row
