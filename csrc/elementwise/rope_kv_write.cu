@@ -77,8 +77,15 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
 
 #pragma unroll 1
   for (int pair = lane * VEC; pair < half; pair += LANES * VEC) {
-    float both[2 * VEC];  // a, then b
-    float c[VEC], s[VEC];
+    float both[2 * VEC];   // a, then b
+    float c[VEC], s[VEC];  // asked for before the elements, which are waited for first
+    if (cos == nullptr) {  // no such position
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) c[i] = s[i] = NAN;
+    } else {
+      load_vec<VEC>(cos + pair, c);
+      load_vec<VEC>(sin + pair, s);
+    }
     if constexpr (INTERLEAVED) {
       float alternating[2 * VEC];
       load(2 * pair, alternating);
@@ -89,13 +96,6 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
       float (&b)[VEC] = reinterpret_cast<float (&)[VEC]>(both[VEC]);
       load(pair, a);
       load(half + pair, b);
-    }
-    if (cos == nullptr) {  // no such position
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) c[i] = s[i] = NAN;
-    } else {
-      load_vec<VEC>(cos + pair, c);
-      load_vec<VEC>(sin + pair, s);
     }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
