@@ -23,6 +23,7 @@ template <typename T, int VEC>
 __global__ void __launch_bounds__(kMaxThreads)
     embedding_kernel(const __grid_constant__ EmbeddingParams p, FastDivide pieces_per_token) {
   grid_dependency_wait();
+  grid_dependency_launch();
   const int32_t token_idx = pieces_per_token.divide(blockIdx.x);
   const int32_t piece = blockIdx.x - token_idx * pieces_per_token.divisor;
   const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   using Index = typename Cache::Index;
   constexpr int VEC = Cache::VEC;
   grid_dependency_wait();
+  grid_dependency_launch();
   const int32_t row_idx = blockIdx.x;
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);

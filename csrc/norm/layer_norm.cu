@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   Cache::prefetch(weight, num_vecs);
   if (bias != nullptr) Cache::prefetch(bias, num_vecs);
   grid_dependency_wait();
+  grid_dependency_launch();
 
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const T* const weight = static_cast<const T*>(p.weight);
   Cache::prefetch(weight, num_vecs);
   grid_dependency_wait();
+  grid_dependency_launch();
 
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   T* const residual = ADD ? static_cast<T*>(p.residual) + p.residual_rows.offset(row_idx) : nullptr;

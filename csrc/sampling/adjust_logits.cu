@@ -22,6 +22,7 @@ constexpr int kNumThreads = 256;
 __global__ void __launch_bounds__(kNumThreads)
     adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, FastDivide ctas_per_row) {
   grid_dependency_wait();
+  grid_dependency_launch();
   const int64_t row_idx = ctas_per_row.divide(blockIdx.x);
   float* const logits = p.logits + row_idx * p.logits_stride;
   const float repetition = p.repetition_penalty[row_idx];

@@ -26,6 +26,7 @@ constexpr int64_t kTokensPerCta = kNumThreads * kTokensPerThread;
 __global__ void __launch_bounds__(kNumThreads)
     apply_token_bitmask_kernel(const __grid_constant__ ApplyTokenBitmaskParams p, FastDivide pieces_per_mask) {
   grid_dependency_wait();
+  grid_dependency_launch();
   const int64_t mask_idx = pieces_per_mask.divide(blockIdx.x);
   const int64_t first = pieces_per_mask.remainder(blockIdx.x) * kTokensPerCta + threadIdx.x;
   const int32_t num_left = static_cast<int32_t>(min(p.vocab_size - first, kTokensPerCta));
