@@ -1,5 +1,7 @@
 // Kernels of a stream that begin before the one in front has ended (programmatic dependent launch): their CTAs take the
-// places that become free, set themselves up, and wait.
+// places that become free, set themselves up, and wait. A short kernel lets the one behind begin as soon as its own
+// wait is over: the products then bring their weights' first tiles into L2 while it runs. Not sooner, so that they do
+// not take bandwidth from the kernel in front of it.
 #pragma once
 
 namespace fastattn {

@@ -47,10 +47,19 @@ cudaError_t launch_clusters(void (*kernel)(Params...), int64_t num_ctas, int clu
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// Whether kernels of the current device can begin so.
+inline bool has_grid_dependencies() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+// Where they cannot, it begins when the kernel in front has ended.
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel_behind(void (*kernel)(Params...), int64_t num_ctas, int num_threads, int smem_bytes,
                                  cudaStream_t stream, const Args&... args) {
-  return launch_clusters(kernel, num_ctas, 0, num_threads, smem_bytes, stream, args...);
+  return has_grid_dependencies() ? launch_clusters(kernel, num_ctas, 0, num_threads, smem_bytes, stream, args...)
+                                 : launch_kernel(kernel, num_ctas, num_threads, smem_bytes, stream, args...);
 }
 
 }  // namespace fastattn

@@ -1,23 +1,31 @@
 // Where the rows of a tensor of up to three dimensions begin: all strides but the last are free.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "arch/fast_divide.h"
 
 namespace fastattn {
 
-// Row r begins at (r / inner) * outer_stride + (r % inner) * inner_stride elements. Rows in one run have inner = how
-// many there are, and take no division.
+// Row r begins at (r / inner) * outer_stride + (r % inner) * inner_stride elements; rows in one run have inner = how
+// many there are.
 struct Rows {
   int64_t inner = 1;
   int64_t outer_stride = 0;
   int64_t inner_stride = 0;
+  FastDivide inner_div;
 
-  FASTATTN_HOST_DEVICE int64_t offset(int64_t row) const {
-    if (row < inner) return row * inner_stride;
-    const int64_t outer = row / inner;
-    return outer * outer_stride + (row - outer * inner) * inner_stride;
+  Rows() = default;
+  Rows(int64_t num_inner, int64_t outer_stride_, int64_t inner_stride_)
+      : inner(num_inner),
+        outer_stride(outer_stride_),
+        inner_stride(inner_stride_),
+        inner_div(static_cast<int32_t>(std::clamp<int64_t>(num_inner, 1, INT32_MAX))) {}
+
+  FASTATTN_HOST_DEVICE int64_t offset(int32_t row) const {
+    const int32_t outer = inner_div.divide(row);
+    return outer * outer_stride + (row - outer * inner_div.divisor) * inner_stride;
   }
 };
 

@@ -5,21 +5,28 @@
 //   token_ids (T) int32   weight (V, N), out (T, N) bf16 or fp16
 //
 // Grid: one CTA per (token, piece of up to 128 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
+#include <algorithm>
+
 #include "arch/dispatch.h"
+#include "arch/fast_divide.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/vec.cuh"
 #include "elementwise/embedding.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int kMaxThreads = 128;
+constexpr int64_t kMaxThreads = 128;
 
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kMaxThreads)
-    embedding_kernel(const __grid_constant__ EmbeddingParams p, int32_t pieces_per_token) {
-  const int64_t token_idx = blockIdx.x / pieces_per_token;
-  const int64_t piece = blockIdx.x % pieces_per_token;
-  const int64_t column = (piece * blockDim.x + threadIdx.x) * VEC;
+    embedding_kernel(const __grid_constant__ EmbeddingParams p, FastDivide pieces_per_token) {
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t token_idx = pieces_per_token.divide(blockIdx.x);
+  const int32_t piece = blockIdx.x - token_idx * pieces_per_token.divisor;
+  const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;
   if (column >= p.width) return;
   const int64_t token = p.token_ids[token_idx];
   float values[VEC] = {};
@@ -34,12 +41,11 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T, int VEC>
 cudaError_t launch(const EmbeddingParams& p, cudaStream_t stream) {
   const int64_t num_vecs = p.width / VEC;
-  const unsigned num_threads = num_vecs >= kMaxThreads ? kMaxThreads : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
+  const int64_t num_threads = std::min<int64_t>((num_vecs + 31) / 32 * 32, kMaxThreads);
   const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
-  if (p.num_tokens * pieces > INT32_MAX) return cudaErrorInvalidConfiguration;
-  embedding_kernel<T, VEC>
-      <<<static_cast<unsigned>(p.num_tokens * pieces), num_threads, 0, stream>>>(p, static_cast<int32_t>(pieces));
-  return cudaGetLastError();
+  if (p.num_tokens > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
+  return launch_kernel_behind(embedding_kernel<T, VEC>, p.num_tokens * pieces, static_cast<int>(num_threads), 0, stream,
+                              p, FastDivide(static_cast<int32_t>(pieces)));
 }
 
 }  // namespace

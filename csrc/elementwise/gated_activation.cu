@@ -6,12 +6,19 @@
 //   x (rows, 2N), out (rows, N) bf16 or fp16, fp32 arithmetic
 //
 // Grid: one CTA per (row, piece of up to 256 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
+#include <algorithm>
+
 #include "arch/dispatch.h"
+#include "arch/fast_divide.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/vec.cuh"
 #include "elementwise/gated_activation.h"
 
 namespace fastattn {
 namespace {
+
+constexpr int64_t kMaxThreads = 256;
 
 template <Activation ACTIVATION>
 __device__ __forceinline__ float activate(float g) {
@@ -24,17 +31,19 @@ __device__ __forceinline__ float activate(float g) {
 }
 
 template <typename T, int VEC, Activation ACTIVATION>
-__global__ void __launch_bounds__(256)
-    gated_activation_kernel(const __grid_constant__ GatedActivationParams p, int32_t pieces_per_row) {
-  const int64_t row_idx = blockIdx.x / pieces_per_row;
-  const int64_t piece = blockIdx.x % pieces_per_row;
-  const int64_t column = (piece * blockDim.x + threadIdx.x) * VEC;
+__global__ void __launch_bounds__(kMaxThreads)
+    gated_activation_kernel(const __grid_constant__ GatedActivationParams p, FastDivide pieces_per_row) {
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t row_idx = pieces_per_row.divide(blockIdx.x);
+  const int32_t piece = blockIdx.x - row_idx * pieces_per_row.divisor;
+  const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;
   if (column >= p.width) return;
   const T* const gate = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx) + column;
-  float gates[VEC];
-  float ups[VEC];
-  load_vec<VEC>(gate, gates);
-  load_vec<VEC>(gate + p.width, ups);
+  const Pack<T, VEC> gate_pack = load_pack_early<VEC>(gate), up_pack = load_pack_early<VEC>(gate + p.width);
+  float gates[VEC], ups[VEC];
+  unpack(gate_pack, gates);
+  unpack(up_pack, ups);
 #pragma unroll
   for (int i = 0; i < VEC; ++i) ups[i] *= activate<ACTIVATION>(gates[i]);
   store_vec<VEC>(static_cast<T*>(p.out) + row_idx * p.width + column, ups);
@@ -43,14 +52,14 @@ __global__ void __launch_bounds__(256)
 template <typename T, int VEC>
 cudaError_t launch(const GatedActivationParams& p, cudaStream_t stream) {
   const int64_t num_vecs = p.width / VEC;
-  const unsigned num_threads = num_vecs >= 256 ? 256 : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
+  const int64_t num_threads = std::min<int64_t>((num_vecs + 31) / 32 * 32, kMaxThreads);
   const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
-  if (p.num_rows * pieces > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (p.num_rows > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
   const auto kernel = p.activation == Activation::kSilu       ? gated_activation_kernel<T, VEC, Activation::kSilu>
                       : p.activation == Activation::kGeluTanh ? gated_activation_kernel<T, VEC, Activation::kGeluTanh>
                                                               : gated_activation_kernel<T, VEC, Activation::kGelu>;
-  kernel<<<static_cast<unsigned>(p.num_rows * pieces), num_threads, 0, stream>>>(p, static_cast<int32_t>(pieces));
-  return cudaGetLastError();
+  return launch_kernel_behind(kernel, p.num_rows * pieces, static_cast<int>(num_threads), 0, stream, p,
+                              FastDivide(static_cast<int32_t>(pieces)));
 }
 
 }  // namespace

@@ -15,6 +15,8 @@
 #include <cuda_fp8.h>
 
 #include "arch/dispatch.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "elementwise/quantize_rows.h"
 #include "norm/row_cache.cuh"
@@ -41,18 +43,24 @@ struct Code<__nv_fp8_e4m3> {
   __device__ static __forceinline__ __nv_fp8_e4m3 of(float x) { return __nv_fp8_e4m3(x); }
 };
 
-template <typename T, typename Q, int VEC>
-__global__ void __launch_bounds__(1024) quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
-  const int64_t row_idx = blockIdx.x;
-  const int64_t num_vecs = p.row_size / VEC;
+template <typename Cache, typename Q>
+__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+    quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
+  using T = typename Cache::T;
+  using Index = typename Cache::Index;
+  constexpr int VEC = Cache::VEC;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t row_idx = blockIdx.x;
+  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
-  const auto load = [&](int64_t vec_idx) { return load_pack<VEC>(x + vec_idx * VEC); };
+  const auto load = [&](Index vec_idx) { return load_pack_early<VEC>(x + vec_idx * VEC); };
 
-  RowCache<T, VEC> row;
+  Cache row;
   row.fill(num_vecs, load);
   uint32_t largest = 0;
-  row.visit(num_vecs, load, [&](int, int64_t, const Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) {
     float values[VEC];
     unpack(vec, values);
 #pragma unroll
@@ -63,30 +71,24 @@ __global__ void __launch_bounds__(1024) quantize_rows_kernel(const __grid_consta
   if (scale == 0.0f) scale = 1.0f;
   if (threadIdx.x == 0) p.scale[row_idx] = scale;
 
-  row.visit(num_vecs, load, [&](int, int64_t vec_idx, const Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
     float values[VEC];
     unpack(vec, values);
     Pack<Q, VEC> rounded;
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) rounded.values[i] = Code<Q>::of(values[i] / scale);
-    *reinterpret_cast<Pack<Q, VEC>*>(q + vec_idx * VEC) = rounded;
+    for (int i = 0; i < VEC; ++i) rounded.words[i] = Code<Q>::of(values[i] / scale);
+    store_pack<VEC>(q + vec_idx * VEC, rounded);
   });
-}
-
-template <typename T, typename Q, int VEC>
-cudaError_t launch(const QuantizeRowsParams& p, cudaStream_t stream) {
-  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<T, VEC>::kCached);
-  quantize_rows_kernel<T, Q, VEC><<<static_cast<unsigned>(p.num_rows), num_threads, 0, stream>>>(p);
-  return cudaGetLastError();
 }
 
 template <typename Q>
 cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   const bool vectors = p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
   return dispatch_half(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    return vectors ? launch<T, Q, 8>(p, stream) : launch<T, Q, 1>(p, stream);
+    return with_row_cache<decltype(element)>(p.row_size, vectors, [&](auto cache, int num_threads) {
+      return launch_kernel_behind(quantize_rows_kernel<decltype(cache), Q>, p.num_rows, num_threads, 0, stream, p);
+    });
   });
 }
 

@@ -13,16 +13,18 @@
 // On request heads of q and k are multiplied by a Hadamard matrix before (incoherent processing, FlashAttention-3): the
 // scores stay, and the error is no longer in the few dims where q and k are both large.
 //
-// Grid: (token, group of 8 heads); a warp per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
+// Grid: (token, group of heads); LANES lanes per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
 // rotated part and VEC elements at a time of the rest, and gives on the elements that it read: q is rotated in place.
-// A head that goes into 8 bits, or is mixed, then lies in the warp's registers, elements lane + 32 i in each lane.
-// Memory bounds it.
+// 8 lanes have 16 bytes each of both halves of a head of 128, which is how caches of 16 bits are written. Into 8 bits,
+// or mixed, a head has a warp, and then lies in its registers, elements lane + 32 i in each lane. Memory bounds it.
 #include <cuda_fp8.h>
 
 #include <cmath>
 #include <type_traits>
 
 #include "arch/dispatch.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "arch/vec.cuh"
 #include "elementwise/rope_kv_write.h"
@@ -32,21 +34,34 @@ namespace {
 
 constexpr int kWarps = 8;
 
+// Over the LANES lanes of a head, each of which gets it.
+template <int LANES>
+__device__ __forceinline__ float lanes_sum(float value) {
+  constexpr uint32_t kHead = LANES == 32 ? 0xffffffffu : (1u << LANES % 32) - 1;
+  const uint32_t lanes = kHead << (threadIdx.x % 32 / LANES * LANES);  // of one warp that has heads of q and of v
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(lanes, value, distance);
+  return value;
+}
+
 // Head `source` normalized (norm_weight may be nullptr) and rotated by angles cos, sin (rotary_dim / 2 each):
 // put(element, values) for neighbouring elements from `element` on.
-template <typename T, int VEC, bool INTERLEAVED, typename Put>
+template <typename T, int VEC, int LANES, bool INTERLEAVED, typename Put>
 __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weight, const float* cos, const float* sin,
                                             const RopeKvWriteParams& p, Put put) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % LANES;
   const int half = p.rotary_dim / 2;
   float scale = 1.0f;
   if (norm_weight != nullptr) {
     float square_sum = 0.0f;
-    for (int i = lane; i < p.head_dim; i += 32) {
-      const float value = to_float(source[i]);
-      square_sum += value * value;
+#pragma unroll 1
+    for (int i = lane * VEC; i < p.head_dim; i += LANES * VEC) {
+      float values[VEC];
+      load_vec<VEC>(source + i, values);
+#pragma unroll
+      for (float value : values) square_sum += value * value;
     }
-    square_sum = warp_reduce(square_sum, [](float a, float b) { return a + b; });
+    square_sum = lanes_sum<LANES>(square_sum);
     scale = rsqrtf(square_sum / static_cast<float>(p.head_dim) + p.norm_eps);
   }
   const auto load = [&](int element, auto& values) {
@@ -60,9 +75,17 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
     }
   };
 
-  for (int pair = lane * VEC; pair < half; pair += 32 * VEC) {
-    float both[2 * VEC];  // a, then b
-    float c[VEC], s[VEC];
+#pragma unroll 1
+  for (int pair = lane * VEC; pair < half; pair += LANES * VEC) {
+    float both[2 * VEC];   // a, then b
+    float c[VEC], s[VEC];  // asked for before the elements, which are waited for first
+    if (cos == nullptr) {  // no such position
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) c[i] = s[i] = NAN;
+    } else {
+      load_vec<VEC>(cos + pair, c);
+      load_vec<VEC>(sin + pair, s);
+    }
     if constexpr (INTERLEAVED) {
       float alternating[2 * VEC];
       load(2 * pair, alternating);
@@ -73,13 +96,6 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
       float (&b)[VEC] = reinterpret_cast<float (&)[VEC]>(both[VEC]);
       load(pair, a);
       load(half + pair, b);
-    }
-    if (cos == nullptr) {  // no such position
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) c[i] = s[i] = NAN;
-    } else {
-      load_vec<VEC>(cos + pair, c);
-      load_vec<VEC>(sin + pair, s);
     }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
@@ -98,7 +114,8 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
       put(half + pair, reinterpret_cast<float (&)[VEC]>(both[VEC]));
     }
   }
-  for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += 32 * VEC) {
+#pragma unroll 1
+  for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += LANES * VEC) {
     float values[VEC];
     load(element, values);
     put(element, values);
@@ -152,7 +169,7 @@ __device__ __forceinline__ void hadamard(Head& x, int head_dim) {
 template <typename T, int VEC, bool INTERLEAVED>
 __device__ __forceinline__ void load_rotated(const T* source, const T* norm_weight, const float* cos, const float* sin,
                                              const RopeKvWriteParams& p, float* row, Head& x) {
-  rotate_head<T, VEC, INTERLEAVED>(source, norm_weight, cos, sin, p, [=](int element, const auto& values) {
+  rotate_head<T, VEC, 32, INTERLEAVED>(source, norm_weight, cos, sin, p, [=](int element, const auto& values) {
     for (int i = 0; i < static_cast<int>(sizeof(values) / sizeof(float)); ++i) row[element + i] = values[i];
   });
   __syncwarp();
@@ -226,94 +243,118 @@ __device__ __forceinline__ void write_8bit(const Head& x, int head_dim, KV* targ
   for_each_element(head_dim, [&](int i, int element) { target[element] = narrow<KV>(x[i] / scale); });
 }
 
-template <typename T, typename KV, int VEC, bool INTERLEAVED>
-__global__ void __launch_bounds__(32 * kWarps) rope_kv_write_kernel(const __grid_constant__ RopeKvWriteParams p) {
-  const int64_t token_idx = blockIdx.x;
-  int32_t head_idx = blockIdx.y * kWarps + threadIdx.x / 32;
+template <typename T, typename KV, int VEC, int LANES, bool INTERLEAVED>
+__global__ void __launch_bounds__(32 * kWarps, 4)
+    rope_kv_write_kernel(const __grid_constant__ RopeKvWriteParams p, FastDivide groups_per_token) {
+  constexpr bool IS_8BIT = sizeof(KV) == 1;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int64_t token_idx = groups_per_token.divide(blockIdx.x);
+  const int32_t group = groups_per_token.remainder(blockIdx.x);
+  int32_t head_idx = (group * blockDim.x + threadIdx.x) / LANES;
   if (head_idx >= p.num_heads + 2 * p.num_kv_heads) return;
+  const bool is_query = head_idx < p.num_heads;
+  if (!is_query) head_idx -= p.num_heads;
+  const bool is_key = !is_query && head_idx < p.num_kv_heads;
+  if (!is_query && !is_key) head_idx -= p.num_kv_heads;
 
   const int32_t position = p.positions[token_idx];
   const bool known = position >= 0 && position < p.max_position;
   const float* const cos = known ? p.cos_sin + position * p.cos_sin_stride : nullptr;
   const float* const sin = known ? cos + p.rotary_dim / 2 : nullptr;
 
-  const auto to_row = [](T* target) {
-    return [=](int element, const auto& values) { store_vec(target + element, values); };
-  };
-  constexpr bool IS_8BIT = sizeof(KV) == 1;
-  __shared__ float rows[IS_8BIT ? kWarps : 1][kMaxHeadDim8Bit];
-  float* const row = rows[IS_8BIT ? threadIdx.x / 32 : 0];
-  Head x = {};
-  if (head_idx < p.num_heads) {
-    T* const head = static_cast<T*>(p.q) + token_idx * p.q_token_stride + head_idx * p.q_head_stride;
-    const T* const weight = static_cast<const T*>(p.q_norm_weight);
-    if (IS_8BIT && p.hadamard) {
-      load_rotated<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, row, x);
-      for_each_element(p.head_dim, [&](int i, int element) { head[element] = round_to<T>(x[i]); });
+  // The head, where it goes, and the scale that is beside it there.
+  T* const q = static_cast<T*>(p.q) + token_idx * p.q_token_stride + head_idx * p.q_head_stride;
+  const T* source = q;
+  const T* weight = static_cast<const T*>(p.q_norm_weight);
+  KV* target = nullptr;
+  float* scale = nullptr;
+  if (!is_query) {
+    const int32_t slot = p.slot_mapping[token_idx];
+    if (slot < 0) return;
+    const int32_t block = p.block_size_div.divide(slot);
+    const int32_t offset = slot - block * p.block_size;
+    if (block >= p.num_blocks) return;
+    const auto scale_of = [&](const KvScale& s) {
+      if (s.data == nullptr) return s.data;
+      return s.data + block * s.block_stride + offset * s.token_stride + head_idx * s.head_stride;
+    };
+    if (is_key) {
+      source = static_cast<const T*>(p.k) + token_idx * p.k_token_stride + head_idx * p.k_head_stride;
+      weight = static_cast<const T*>(p.k_norm_weight);
+      target = static_cast<KV*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
+               head_idx * p.k_cache_head_stride;
+      scale = scale_of(p.k_scale);
     } else {
-      rotate_head<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, to_row(head));
+      source = static_cast<const T*>(p.v) + token_idx * p.v_token_stride + head_idx * p.v_head_stride;
+      target = static_cast<KV*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
+               head_idx * p.v_cache_head_stride;
+      scale = scale_of(p.v_scale);
     }
-    return;
   }
-  head_idx -= p.num_heads;
 
-  const int32_t slot = p.slot_mapping[token_idx];
-  if (slot < 0) return;
-  const int32_t block = p.block_size_div.divide(slot);
-  const int32_t offset = slot - block * p.block_size;
-  if (block >= p.num_blocks) return;
-  const auto scale_of = [&](const KvScale& scale) {
-    if (scale.data == nullptr) return scale.data;
-    return scale.data + block * scale.block_stride + offset * scale.token_stride + head_idx * scale.head_stride;
+  const auto rotate_to = [&](T* to) {
+    rotate_head<T, VEC, LANES, INTERLEAVED>(source, weight, cos, sin, p,
+                                            [=](int element, const auto& values) { store_vec(to + element, values); });
   };
-  if (head_idx < p.num_kv_heads) {
-    const T* const head = static_cast<const T*>(p.k) + token_idx * p.k_token_stride + head_idx * p.k_head_stride;
-    KV* const target = static_cast<KV*>(p.k_cache) + block * p.k_block_stride + offset * p.k_slot_stride +
-                       head_idx * p.k_cache_head_stride;
-    const T* const weight = static_cast<const T*>(p.k_norm_weight);
-    if constexpr (IS_8BIT) {
-      load_rotated<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, row, x);
-      write_8bit(x, p.head_dim, target, scale_of(p.k_scale), p.scales_of_tokens);
+  if constexpr (!IS_8BIT) {
+    if (is_query || is_key) {
+      rotate_to(is_query ? q : target);
     } else {
-      rotate_head<T, VEC, INTERLEAVED>(head, weight, cos, sin, p, to_row(target));
-    }
-  } else {
-    head_idx -= p.num_kv_heads;
-    const T* const head = static_cast<const T*>(p.v) + token_idx * p.v_token_stride + head_idx * p.v_head_stride;
-    KV* const target = static_cast<KV*>(p.v_cache) + block * p.v_block_stride + offset * p.v_slot_stride +
-                       head_idx * p.v_cache_head_stride;
-    if constexpr (IS_8BIT) {
-      for_each_element(p.head_dim, [&](int i, int element) { x[i] = to_float(head[element]); });
-      write_8bit(x, p.head_dim, target, scale_of(p.v_scale), p.scales_of_tokens);
-    } else {
-      for (int element = threadIdx.x % 32 * VEC; element < p.head_dim; element += 32 * VEC) {
+#pragma unroll 1
+      for (int element = threadIdx.x % LANES * VEC; element < p.head_dim; element += LANES * VEC) {
         // As it is, not through fp32: a NaN keeps its bits.
-        *reinterpret_cast<Pack<T, VEC>*>(target + element) = *reinterpret_cast<const Pack<T, VEC>*>(head + element);
+        store_pack<VEC>(target + element, load_pack<VEC>(source + element));
       }
     }
+  } else {
+    if (is_query && !p.hadamard) return rotate_to(q);
+    __shared__ float rows[kWarps][kMaxHeadDim8Bit];
+    Head x = {};
+    if (is_query || is_key) {
+      load_rotated<T, VEC, INTERLEAVED>(source, weight, cos, sin, p, rows[threadIdx.x / 32], x);
+    } else {
+      for_each_element(p.head_dim, [&](int i, int element) { x[i] = to_float(source[element]); });
+    }
+    if (is_query) {
+      for_each_element(p.head_dim, [&](int i, int element) { q[element] = round_to<T>(x[i]); });
+    } else {
+      write_8bit(x, p.head_dim, target, scale, p.scales_of_tokens);
+    }
   }
 }
 
-template <typename T, typename KV, int VEC>
+template <typename T, typename KV, int VEC, int LANES, bool INTERLEAVED>
 cudaError_t launch(const RopeKvWriteParams& p, cudaStream_t stream) {
-  const int32_t num_heads = p.num_heads + 2 * p.num_kv_heads;
-  const int64_t groups = (num_heads + kWarps - 1) / kWarps;
-  if (p.num_tokens > INT32_MAX || groups > 65535) return cudaErrorInvalidConfiguration;
-  const auto kernel = p.interleaved ? rope_kv_write_kernel<T, KV, VEC, true> : rope_kv_write_kernel<T, KV, VEC, false>;
-  const dim3 grid(static_cast<unsigned>(p.num_tokens), static_cast<unsigned>(groups));
-  kernel<<<grid, 32 * kWarps, 0, stream>>>(p);
-  return cudaGetLastError();
+  constexpr int64_t kMostHeads = 32 * kWarps / LANES;  // of a group
+  const int64_t num_heads = p.num_heads + 2 * p.num_kv_heads;
+  const int64_t groups = (num_heads + kMostHeads - 1) / kMostHeads;
+  if (p.num_tokens > INT32_MAX / groups) return cudaErrorInvalidConfiguration;
+  const int64_t heads = (num_heads + groups - 1) / groups;
+  const int num_threads = static_cast<int>((heads * LANES + 31) / 32 * 32);
+  return launch_kernel_behind(rope_kv_write_kernel<T, KV, VEC, LANES, INTERLEAVED>, p.num_tokens * groups, num_threads,
+                              0, stream, p, FastDivide(static_cast<int32_t>(groups)));
 }
 
-// Pairs of elements, and of angles, can be loaded at once.
-bool even_rows(const RopeKvWriteParams& p) {
-  const auto even = [](auto... strides) { return ((strides % 4 == 0) && ...); };
-  const auto aligned = [](auto... pointers) { return ((reinterpret_cast<uintptr_t>(pointers) % 8 == 0) && ...); };
-  return p.rotary_dim % 4 == 0 &&
-         even(p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride, p.v_token_stride, p.v_head_stride,
+// Whether `vec` elements, pairs of them, and their angles can be loaded at once.
+bool even_rows(const RopeKvWriteParams& p, int vec) {
+  const auto even = [=](auto... counts) { return ((counts % (2 * vec) == 0) && ...); };
+  const auto aligned = [=](auto... pointers) {
+    return ((reinterpret_cast<uintptr_t>(pointers) % (4 * vec) == 0) && ...);
+  };
+  return even(p.q_token_stride, p.q_head_stride, p.k_token_stride, p.k_head_stride, p.v_token_stride, p.v_head_stride,
               p.k_block_stride, p.k_slot_stride, p.k_cache_head_stride, p.v_block_stride, p.v_slot_stride,
-              p.v_cache_head_stride, p.cos_sin_stride, static_cast<int64_t>(p.head_dim)) &&
+              p.v_cache_head_stride, p.cos_sin_stride, p.head_dim, p.rotary_dim) &&
          aligned(p.q, p.k, p.v, p.k_cache, p.v_cache, p.cos_sin, p.q_norm_weight, p.k_norm_weight);
+}
+
+template <typename T, typename KV>
+cudaError_t launch_to(const RopeKvWriteParams& p, cudaStream_t stream) {
+  if (sizeof(KV) == sizeof(T) && !p.interleaved && even_rows(p, 8)) return launch<T, T, 8, 8, false>(p, stream);
+  if (even_rows(p, 2)) {
+    return p.interleaved ? launch<T, KV, 2, 32, true>(p, stream) : launch<T, KV, 2, 32, false>(p, stream);
+  }
+  return p.interleaved ? launch<T, KV, 1, 32, true>(p, stream) : launch<T, KV, 1, 32, false>(p, stream);
 }
 
 }  // namespace
@@ -323,12 +364,8 @@ cudaError_t rope_kv_write(const RopeKvWriteParams& params, cudaStream_t stream) 
   p.block_size_div = FastDivide(p.block_size);
   return dispatch_half(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto launch_to = [&](auto cache_element) {
-      using KV = decltype(cache_element);
-      return even_rows(p) ? launch<T, KV, 2>(p, stream) : launch<T, KV, 1>(p, stream);
-    };
-    if (p.cache_dtype == DType::kFloat8E4M3) return launch_to(__nv_fp8_e4m3());
-    return p.cache_dtype == DType::kInt8 ? launch_to(int8_t()) : launch_to(element);
+    if (p.cache_dtype == DType::kFloat8E4M3) return launch_to<T, __nv_fp8_e4m3>(p, stream);
+    return p.cache_dtype == DType::kInt8 ? launch_to<T, int8_t>(p, stream) : launch_to<T, T>(p, stream);
   });
 }
 

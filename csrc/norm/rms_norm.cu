@@ -8,12 +8,14 @@
 // One CTA per row. Memory bounds it: each element is read once and written once.
 //
 //   load 16 bytes a thread ──> add, round, store residual ──> sum of squares ──> CTA sum ──> scale, store
-//          └─────────── the row and the weight stay in registers (norm/row_cache.cuh) ──────┘
+//          └────────────── the row stays in registers (norm/row_cache.cuh) ──────────────┘
 //
-// All loads are asked for before the first is used: one latency of memory, not three.
+// All loads of the row are asked for before the first is used: one latency of memory, not two.
 //
 // Rows that are not 16-byte aligned, or not a multiple of 8 long, take VEC = 1.
 #include "arch/dispatch.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "norm/rms_norm.h"
 #include "norm/row_cache.cuh"
@@ -21,70 +23,72 @@
 namespace fastattn {
 namespace {
 
-template <typename T, int VEC, bool ADD>
-__global__ void __launch_bounds__(1024) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
-  const int64_t row_idx = blockIdx.x;
-  const int64_t num_vecs = p.row_size / VEC;
+template <typename Cache, bool ADD>
+__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+    rms_norm_kernel(const __grid_constant__ RmsNormParams p, float inverse_size) {
+  using T = typename Cache::T;
+  using Index = typename Cache::Index;
+  constexpr int VEC = Cache::VEC;
+  const int32_t row_idx = blockIdx.x;
+  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
+  const T* const weight = static_cast<const T*>(p.weight);
+  if (weight != nullptr) Cache::prefetch(weight, num_vecs);
+  grid_dependency_wait();
+  grid_dependency_launch();
+
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   T* const residual = ADD ? static_cast<T*>(p.residual) + p.residual_rows.offset(row_idx) : nullptr;
-  const T* const weight = static_cast<const T*>(p.weight);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
-
   const auto load_from = [](const T* row) {
-    return [row](int64_t vec_idx) { return load_pack<VEC>(row + vec_idx * VEC); };
+    return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
   };
-  RowCache<T, VEC> row, old, weights;
+  Cache row, old;
   row.fill(num_vecs, load_from(x));
   if constexpr (ADD) old.fill(num_vecs, load_from(residual));
-  if (weight != nullptr) weights.fill(num_vecs, load_from(weight));
 
   float square_sum = 0.0f;
-  row.visit(num_vecs, load_from(x), [&](int slot, int64_t vec_idx, Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load_from(x), [&](int slot, Index vec_idx, Pack<T, VEC>& vec) {
     float values[VEC];
     unpack(vec, values);
     if constexpr (ADD) {
       float before[VEC];
       unpack(old.at(slot, vec_idx, load_from(residual)), before);
 #pragma unroll
-      // Rounded here, so that the norm reads what later layers will read.
-      for (int i = 0; i < VEC; ++i) vec.values[i] = round_to<T>(values[i] + before[i]);
-      *reinterpret_cast<Pack<T, VEC>*>(residual + vec_idx * VEC) = vec;
-      unpack(vec, values);
+      for (int i = 0; i < VEC; ++i) values[i] += before[i];
+      vec = packed<T>(values);
+      store_pack<VEC>(residual + vec_idx * VEC, vec);
+      unpack(vec, values);  // rounded, so that the norm reads what later layers will read
     }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) square_sum += values[i] * values[i];
   });
-  const float scale = rsqrtf(block_sum(square_sum) / static_cast<float>(p.row_size) + p.eps);
+  const float scale = rsqrtf(block_sum(square_sum) * inverse_size + p.eps);
 
-  row.visit(num_vecs, load_from(ADD ? residual : x), [&](int slot, int64_t vec_idx, const Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load_from(ADD ? residual : x), [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
     float values[VEC], scaled[VEC];
     unpack(vec, values);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) scaled[i] = 1.0f;
-    if (weight != nullptr) unpack(weights.at(slot, vec_idx, load_from(weight)), scaled);
+    for (float& factor : scaled) factor = 1.0f;
+    if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] *= values[i] * scale;
     store_vec<VEC>(out + vec_idx * VEC, scaled);
   });
 }
 
-template <typename T, int VEC>
-cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
-  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const unsigned num_threads = row_cache_threads(p.row_size / VEC, RowCache<T, VEC>::kCached);
-  const auto kernel = p.residual != nullptr ? rms_norm_kernel<T, VEC, true> : rms_norm_kernel<T, VEC, false>;
-  kernel<<<static_cast<unsigned>(p.num_rows), num_threads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   const bool vectors = p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.out) &&
                        aligned_rows(p.weight) && aligned_rows(p.residual, p.residual_rows);
   return dispatch_half(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    return vectors ? launch<T, 8>(p, stream) : launch<T, 1>(p, stream);
+    return with_row_cache<decltype(element)>(p.row_size, vectors, [&](auto cache, int num_threads) {
+      using Cache = decltype(cache);
+      const auto kernel = p.residual != nullptr ? rms_norm_kernel<Cache, true> : rms_norm_kernel<Cache, false>;
+      const float inverse_size = 1.0f / static_cast<float>(p.row_size);
+      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p, inverse_size);
+    });
   });
 }
 

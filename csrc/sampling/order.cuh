@@ -16,6 +16,11 @@ __device__ __forceinline__ uint64_t ranked(float x, int32_t id) {
   return static_cast<uint64_t>(ordered(x)) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
 
+__device__ __forceinline__ float ranked_value(uint64_t rank) {
+  const uint32_t key = static_cast<uint32_t>(rank >> 32);
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 __device__ __forceinline__ int32_t ranked_id(uint64_t rank) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
 }

@@ -284,26 +284,46 @@ __device__ int32_t draw(Row<T>& row, SampleStorage& smem, uint32_t u, Kept kept)
   return begin + __ffs(__ballot_sync(0xffffffffu, inclusive > target)) - 1;
 }
 
+// The larger, and NaN if either is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 // The largest logit's first id; -1 for a row with a NaN or without a finite logit. Sets the row's peak. All threads get
-// it.
+// it. Memory bounds this pass: what is not there reads as -inf, which changes nothing, so that loads alone look where
+// the row ends.
 template <typename T>
 __device__ int32_t find_peak(Row<T>& row, SampleStorage& smem) {
-  unsigned long long best = 0;
-  bool is_nan = false;
-  bool is_finite = false;
-  row.each_id([&](int32_t id, float x) {
-    is_nan |= x != x;
-    is_finite |= fabsf(x) < INFINITY;
-    const unsigned long long rank = ranked(x, id);
-    best = rank > best ? rank : best;
-  });
-  best = row.team.reduce(smem, best, 0, [](unsigned long long a, unsigned long long b) { return a > b ? a : b; });
-  const auto any = [](unsigned long long a, unsigned long long b) { return a | b; };
-  const unsigned long long found = row.team.reduce(smem, (is_nan ? 2u : 0u) | (is_finite ? 1u : 0u), 0, any);
-  if (found != 1) return -1;
-  const int32_t best_id = ranked_id(best);
-  row.peak = row.logit(best_id);
-  return best_id;
+  constexpr int kLoads = 12;
+  float best = -INFINITY, least_magnitude = INFINITY;
+  int32_t best_id = -1;  // this thread's; it meets its ids in ascending order
+  for (int32_t first = row.begin + static_cast<int32_t>(threadIdx.x); first < row.end; first += kLoads * kNumThreads) {
+    float x[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t id = first + i * kNumThreads;
+      x[i] = id < row.end ? row.logit(id) : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (x[i] > best) best_id = first + i * kNumThreads;
+      best = max_or_nan(best, x[i]);
+      least_magnitude = fminf(least_magnitude, fabsf(x[i]));
+    }
+  }
+  const auto larger = [](unsigned long long a, unsigned long long b) { return a > b ? a : b; };
+  const bool has_any = best_id >= 0 || best != best;
+  const unsigned long long rank = row.team.reduce(smem, has_any ? ranked(best, best_id) : 0, 0, larger);
+  const float peak = ranked_value(rank);
+  if (rank == 0 || peak != peak) return -1;
+  if (peak == INFINITY) {  // the others may be so too, or -inf
+    const auto any = [](unsigned long long a, unsigned long long b) { return a | b; };
+    if (row.team.reduce(smem, least_magnitude < INFINITY, 0, any) == 0) return -1;
+  }
+  row.peak = peak;
+  return ranked_id(rank);
 }
 
 // The smallest logit, as ordered(x), that top-k and top-p keep; 0 where both are off. Needs the peak.
