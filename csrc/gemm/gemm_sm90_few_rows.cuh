@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     if constexpr (Operands::kScaled) {
       scales[0] = weight_scales_of(p, column);
       scales[1] = weight_scales_of(p, column + 2);
-      if (row < num_rows) row_scale = x_scale_of(p, first_m + row);
+      if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
     }
     if (p.bias != nullptr) {
       const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     smem.sums.add_up(num_rows, rank, num_splits, [&](int32_t sum_row, auto sum) {
       float4& value = floats_of(sum);
       if constexpr (Operands::kScaled) {
-        if (sum_row != row) row_scale = x_scale_of(p, first_m + sum_row);
+        if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
         value.x *= row_scale * scales[0].x;
         value.y *= row_scale * scales[0].y;
         value.z *= row_scale * scales[1].x;

@@ -10,7 +10,10 @@
 //   Element, Out   the elements of x and weight, of out and bias
 //   kDType         the former's
 //   Sum            what sums are kept in
-//   kScaled        whether there are scales
+//   kScaled        whether there are scales, then also
+//   row_scale      what a row's sums are multiplied by
+//   column_scales, column_stride   where memory has the columns', or nullptr
+//   column_factor  what a column's sums are multiplied by, given what memory has
 //   kTwoLevels     whether sums of the tensor cores go into sums in fp32 registers, a panel of K at a time
 #pragma once
 
@@ -33,23 +36,33 @@ struct GemmSm90Dense {
   static constexpr bool kScaled = false, kTwoLevels = false;
 };
 
+struct GemmSm90EightBit {
+  static constexpr bool kScaled = true;
+  __device__ static __forceinline__ float row_scale(const GemmSm90Params& p, int64_t row) {
+    return __ldg(p.x_scale + row * p.x_scale_stride);
+  }
+  __device__ static __forceinline__ const float* column_scales(const GemmSm90Params& p) { return p.weight_scale; }
+  __device__ static __forceinline__ int64_t column_stride(const GemmSm90Params& p) { return p.weight_scale_stride; }
+  __device__ static __forceinline__ float column_factor(const GemmSm90Params&, float stored) { return stored; }
+};
+
 template <typename T>
-struct GemmSm90Int8 {
+struct GemmSm90Int8 : GemmSm90EightBit {
   using Element = int8_t;
   using Out = T;
   using Sum = int32_t;
   static constexpr DType kDType = DType::kInt8;
-  static constexpr bool kScaled = true, kTwoLevels = false;
+  static constexpr bool kTwoLevels = false;
 };
 
 // FAST_ACCUM: the tensor cores add up all of K.
 template <typename T, bool FAST_ACCUM>
-struct GemmSm90Fp8 {
+struct GemmSm90Fp8 : GemmSm90EightBit {
   using Element = __nv_fp8_e4m3;
   using Out = T;
   using Sum = float;
   static constexpr DType kDType = DType::kFloat8E4M3;
-  static constexpr bool kScaled = true, kTwoLevels = !FAST_ACCUM;
+  static constexpr bool kTwoLevels = !FAST_ACCUM;
 };
 
 // Four tiles of sums as floats, in their own registers: a copy costs some that large tiles do not have.
@@ -71,10 +84,6 @@ __device__ __forceinline__ float4& floats_of(float4& sums) { return sums; }
 __device__ __forceinline__ float4& floats_of(int4& sums) {
   const float4 floats = make_float4(sums.x, sums.y, sums.z, sums.w);
   return reinterpret_cast<float4&>(sums) = floats;
-}
-
-__device__ __forceinline__ float x_scale_of(const GemmSm90Params& p, int64_t row) {
-  return __ldg(p.x_scale + row * p.x_scale_stride);
 }
 
 // Of two columns of out, the first one even.

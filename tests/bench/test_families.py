@@ -42,6 +42,7 @@ PAGED = {"heads": 4, "kv_heads": 2}
 CASES: dict[str, Callable[[Context], Case]] = {
     "gemm": partial(gemm_bf16.gemm, m=5, n=48, k=64),
     **{f"gemm {name}": partial(gemm_fp4.gemm, name=name, m=5, n=48, k=128) for name in gemm_fp4.FORMATS},
+    **{f"gemm {name} fp8": partial(gemm_fp4.gemm_fp8, name=name, m=5, n=48, k=128) for name in ("nvfp4", "mxfp4")},
     "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
     "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
@@ -72,6 +73,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
 BESIDE = {
     "gemm": {"cublas"},
     **{f"gemm {name}": {"marlin", "cublas"} for name in gemm_fp4.FORMATS},
+    "gemm nvfp4 fp8": {"cublas"},
+    "gemm mxfp4 fp8": {"cublas"},
     "gemm int8": {"int_mm", "vllm"},
     "gemm fp8": {"scaled_mm", "vllm"},
     "gradients full": {"fa2"},
