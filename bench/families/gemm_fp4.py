@@ -1,4 +1,7 @@
-"""Dense layers with weights of 4 bits beside Marlin, as vLLM ships it, and beside cuBLAS with the same weights in bf16."""
+"""Dense layers with weights of 4 bits beside Marlin, as vLLM ships it, and beside cuBLAS with the same weights in bf16.
+
+w4a8: x in fp8, quantized before the measured call as in gemm_fp8; the peer is cuBLAS with all in bf16.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.families.gemm_bf16 import WEIGHTS
-from bench.harness import formulas, peers
-from bench.harness.case import Case, CaseSpec, Context, Family, op_case
+from bench.harness import accuracy, formulas, peers
+from bench.harness.case import Case, CaseSpec, Checked, Context, Family, op_case
 from bench.harness.ceilings import Work
 from bench.harness.timing import Call
 from fastattn import ops
 from fastattn.reference import quantized as reference
 
 FORMATS = {"nvfp4": 16, "mxfp4": 32, "int4": 128}  # columns of a group
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-_QUICK = {(1, 6144, 4096), (64, 28672, 4096), (256, 6144, 4096)}
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+FP8_ROWS = (1, 64, 256, 512, 1024, 4096, 8192)
+_QUICK = {(1, 6144, 4096), (64, 28672, 4096), (256, 6144, 4096), (1024, 28672, 4096)}
 _GLOBAL_SCALE = 64.0  # a power of two: dense weights hold its quotient
 
 
@@ -93,14 +97,47 @@ def gemm(context: Context, name: str, m: int, n: int, k: int) -> Case:
     )
 
 
+def gemm_fp8(context: Context, name: str, m: int, n: int, k: int) -> Case:
+    x = torch.randn(m, k, generator=context.generator(m), device=context.device, dtype=torch.bfloat16)
+    q, x_scale = ops.quantize_fp8(x)
+    weight = quantized_weight(context, name, n, k)
+    call = {"x": q, "x_scale": x_scale, **weight, "out_dtype": torch.bfloat16}
+
+    def cublas() -> Call:
+        dense = dense_weight(name, weight, k)
+        return lambda: F.linear(x, dense)
+
+    def judge(call: dict[str, Any], results: list[Tensor]) -> Checked:
+        """The same weights in e4m3, sums in fp64, rounded once."""
+        (exact,) = formulas.fp4_fp8_linear(torch.float64, **call)
+        return Checked(accuracy.check_results("fp4_fp8_linear", results, [exact], [exact.to(torch.bfloat16)]), exact)
+
+    stored = sum(t.numel() * t.element_size() for t in weight.values() if isinstance(t, Tensor))
+    return op_case(
+        ops.fp4_fp8_linear,
+        call | {"fast_accum": context.device.type == "cuda"},
+        formulas.fp4_fp8_linear,
+        peers={"cublas": cublas},
+        work=Work(num_bytes=stored + m * k + 2 * m * n + 4 * m, num_ops=2 * m * n * k, rate="fp8_tflop_s"),
+        config=f"x {m} × {k} in e4m3, weight {n} × {k} in {name.upper()}",
+        judge=judge,
+    )
+
+
 FAMILY = Family(
     "gemm_fp4",
     "cuda",
-    "int4_linear and fp4_linear beside Marlin and cuBLAS in bf16",
+    "int4_linear, fp4_linear and fp4_fp8_linear beside Marlin and cuBLAS in bf16",
     tuple(
         CaseSpec(f"m{m}_n{n}_k{k}_{name}_w4a16", partial(gemm, name=name, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
         for name in FORMATS
         for n, k in WEIGHTS
         for m in ROWS
+    )
+    + tuple(
+        CaseSpec(f"w4a8_m{m}_n{n}_k{k}_{name}", partial(gemm_fp8, name=name, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
+        for name in ("nvfp4", "mxfp4")
+        for n, k in WEIGHTS
+        for m in FP8_ROWS
     ),
 )

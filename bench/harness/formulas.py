@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.harness.formulas import (
     add_rms_norm,
+    fp4_fp8_linear,
     fp4_linear,
     fp8_linear,
     int4_linear,
@@ -33,6 +34,7 @@ __all__ = [
     "batch_attention_backward",
     "copy_blocks",
     "embedding",
+    "fp4_fp8_linear",
     "fp4_linear",
     "fp8_linear",
     "int4_linear",

@@ -92,11 +92,12 @@ inline FlashBwdSm80Config flash_bwd_sm80_config(const FlashBwdSm80Problem& probl
   config.num_n_blocks = blocks(problem.max_seqlen_k, config.tile.block_n);
   config.num_dq_m_blocks = blocks(problem.max_seqlen_q, config.dq_tile.block_m);
 
-  // Split the heads of a group where there are less than two CTAs an SM.
+  // Split the heads of a group where there are less than two CTAs an SM; and no CTA has more than four, since with a
+  // causal mask CTAs fall out of step, and what each of them reads would no longer be in the L2 cache for the others.
   const int64_t group_size = problem.num_heads / problem.num_kv_heads;
   const int64_t num_ctas = config.num_n_blocks * problem.num_kv_heads * problem.num_seqs;
   const int64_t wanted = num_ctas > 0 ? std::min(blocks(2 * problem.num_sms, num_ctas), group_size) : 1;
-  config.heads_per_split = static_cast<int32_t>(blocks(group_size, wanted));
+  config.heads_per_split = static_cast<int32_t>(std::min<int64_t>(blocks(group_size, wanted), 4));
   config.num_splits = static_cast<int32_t>(blocks(group_size, config.heads_per_split));
   config.pairs_per_section = 16;
 

@@ -30,54 +30,11 @@
 // shared memory.
 #pragma once
 
-#include <algorithm>
-
-#include "arch/cp_async.cuh"
 #include "gemm/gemm_sm90_launch.h"
 #include "gemm/gemm_sm90_norm.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
 namespace fastattn {
-
-// Of a tile's columns, which lie at `first` and on.
-template <typename Operands, int BLOCK_N>
-struct GemmSm90Columns {
-  static constexpr bool kHasFactors = Operands::kScaled || Operands::kNorm == GemmSm90Norm::kLayer;
-  float factors[kHasFactors ? BLOCK_N : 1];  // weight_scale, or LayerNorm's weight_sum
-  uint32_t bias[BLOCK_N / 2];                // pairs
-
-  // By the 128 threads of a group: asks for them.
-  __device__ __forceinline__ void fetch(const GemmSm90Params& p, int32_t first) {
-    const int32_t thread = static_cast<int32_t>(threadIdx.x) % 128;
-    if constexpr (kHasFactors) {
-      const float* const source = Operands::kScaled ? p.weight_scale : p.weight_sum;
-      const int64_t stride = Operands::kScaled ? p.weight_scale_stride : 1;
-#pragma unroll
-      for (int32_t i = thread; i < BLOCK_N; i += 128) {
-        const bool inside = first + i < p.n;
-        cp_async_4(&factors[i], source + (inside ? (first + i) * stride : 0), inside);
-      }
-    }
-    if (p.bias != nullptr && thread < BLOCK_N / 2) {
-      const bool inside = first + 2 * thread < p.n;
-      cp_async_4(&bias[thread], static_cast<const uint32_t*>(p.bias) + (inside ? first / 2 + thread : 0), inside);
-    }
-    cp_async_commit();
-  }
-};
-
-template <typename Operands, int BLOCK_N>
-struct GemmSm90Storage {
-  static constexpr int BLOCK_M = 128;
-  using Columns = GemmSm90Columns<Operands, BLOCK_N>;
-  static constexpr int kColumnsBytes = 2 * kGemmSm90Consumers * sizeof(Columns);
-  static constexpr int kStages = std::min<int>(
-      8, (kGemmSm90SmemBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
-
-  GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages> ring;
-  Columns columns[2][kGemmSm90Consumers];  // of this tile and the next, by group
-  MBarrier full[kStages], empty[kStages];
-};
 
 template <typename Operands, int BLOCK_N>
 __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
@@ -171,14 +128,10 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
       buffer ^= 1;
       columns.fetch(p, tile.first_n);
 
-      // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
-      const int32_t row = tile.first_m + group * 64 + warp_idx % 4 * 16 + lane / 4;
-      float row_scales[2] = {};
-      if constexpr (Operands::kScaled) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) row_scales[r] = row + 8 * r < p.m ? x_scale_of(p, row + 8 * r) : 0.0f;
-      }
-      if constexpr (kNormed) moments.begin(p, tile.first_m + warp_idx * 16, lane);
+      const int32_t first_row = tile.first_m + group * 64 + warp_idx % 4 * 16;
+      GemmSm90RowFactors of_rows;
+      load_row_scales<Operands>(of_rows, p, first_row, lane);
+      if constexpr (kNormed) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
         static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
@@ -187,63 +140,17 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
       } else {
         multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release, add_moments);
       }
-      cp_async_wait<0>();
-      named_barrier_sync(1 + group, 128);  // what the group asked for is here; nobody reads that of the tile before
-
-      const int32_t column = tile.first_n + lane % 4 * 8;
-      const int32_t end = static_cast<int32_t>(p.n) - column;
-      const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
-      T* const out = static_cast<T*>(p.out) + row * p.n + column;
-      T* const rows[2] = {out, out + 8 * p.n};
-      GemmSm90RowNorm row_norms[2];
       if constexpr (kNormed) {
         moments.finish();
 #pragma unroll
-        for (int r = 0; r < 2; ++r) row_norms[r] = row_norm_of<Operands::kNorm>(p, moments.of[r], moments.first[r]);
-      }
-#pragma unroll
-      for (int t = 0; t < BLOCK_N / 8; t += 4) {
-        float (&values)[4][4] = floats_of(acc, t);
-        if constexpr (Operands::kScaled) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 scales = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i][j] *= row_scales[j / 2] * (j % 2 == 0 ? scales.x : scales.y);
-          }
-        }
-        if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 sums = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i][j] -= row_norms[j / 2].mean * (j % 2 == 0 ? sums.x : sums.y);
-          }
-        }
-        if constexpr (kNormed) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i][j] *= row_norms[j / 2].scale;
-          }
-        }
-        if (p.bias != nullptr) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 value = unpack_pair<T>(columns.bias[(t + i) * 4 + lane % 4]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
-          }
-        }
-#pragma unroll
         for (int r = 0; r < 2; ++r) {
-          uint32_t w[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
-          gather_columns(w, lane);
-          if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+          const GemmSm90RowNorm norm = row_norm_of<Operands::kNorm>(p, moments.of[r], moments.first[r]);
+          of_rows.scale[r] = norm.scale;
+          of_rows.mean[r] = norm.mean;
         }
       }
+      columns.arrive(p, 1 + group);
+      store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
     });
   }
   cluster_meet();  // the other CTA may still write to this one

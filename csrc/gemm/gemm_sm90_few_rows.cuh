@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     if constexpr (Operands::kScaled) {
       scales[0] = weight_scales_of(p, column);
       scales[1] = weight_scales_of(p, column + 2);
-      if (row < num_rows) row_scale = x_scale_of(p, first_m + row);
+      if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
     }
     if constexpr (kCentred) {
       weight_sums[0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + column));
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
         value.w = (value.w - norm.mean * weight_sums[1].y) * norm.scale;
       }
       if constexpr (Operands::kScaled) {
-        if (sum_row != row) row_scale = x_scale_of(p, first_m + sum_row);
+        if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
         value.x *= row_scale * scales[0].x;
         value.y *= row_scale * scales[0].y;
         value.z *= row_scale * scales[1].x;

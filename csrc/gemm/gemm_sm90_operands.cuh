@@ -11,7 +11,10 @@
 //   Element, Out   the elements of x and weight, of out and bias
 //   kDType         the former's
 //   Sum            what sums are kept in
-//   kScaled        whether there are scales
+//   kScaled        whether there are scales, then also
+//   row_scale      what a row's sums are multiplied by
+//   column_factors, column_stride   where memory has the columns', or nullptr
+//   column_factor  what a column's sums are multiplied by, given what memory has; with LayerNorm what a row's mean is
 //   kTwoLevels     whether sums of the tensor cores go into sums in fp32 registers, a panel of K at a time
 //   kNorm          what is done to x's rows before
 #pragma once
@@ -41,27 +44,39 @@ struct GemmSm90Dense {
 template <typename T, GemmSm90Norm NORM>
 struct GemmSm90Normed : GemmSm90Dense<T> {
   static constexpr GemmSm90Norm kNorm = NORM;
+  __device__ static __forceinline__ const float* column_factors(const GemmSm90Params& p) { return p.weight_sum; }
+  __device__ static __forceinline__ int64_t column_stride(const GemmSm90Params&) { return 1; }
+  __device__ static __forceinline__ float column_factor(const GemmSm90Params&, float stored) { return stored; }
+};
+
+struct GemmSm90EightBit {
+  static constexpr bool kScaled = true;
+  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
+  __device__ static __forceinline__ float row_scale(const GemmSm90Params& p, int64_t row) {
+    return __ldg(p.x_scale + row * p.x_scale_stride);
+  }
+  __device__ static __forceinline__ const float* column_factors(const GemmSm90Params& p) { return p.weight_scale; }
+  __device__ static __forceinline__ int64_t column_stride(const GemmSm90Params& p) { return p.weight_scale_stride; }
+  __device__ static __forceinline__ float column_factor(const GemmSm90Params&, float stored) { return stored; }
 };
 
 template <typename T>
-struct GemmSm90Int8 {
+struct GemmSm90Int8 : GemmSm90EightBit {
   using Element = int8_t;
   using Out = T;
   using Sum = int32_t;
   static constexpr DType kDType = DType::kInt8;
-  static constexpr bool kScaled = true, kTwoLevels = false;
-  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
+  static constexpr bool kTwoLevels = false;
 };
 
 // FAST_ACCUM: the tensor cores add up all of K.
 template <typename T, bool FAST_ACCUM>
-struct GemmSm90Fp8 {
+struct GemmSm90Fp8 : GemmSm90EightBit {
   using Element = __nv_fp8_e4m3;
   using Out = T;
   using Sum = float;
   static constexpr DType kDType = DType::kFloat8E4M3;
-  static constexpr bool kScaled = true, kTwoLevels = !FAST_ACCUM;
-  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
+  static constexpr bool kTwoLevels = !FAST_ACCUM;
 };
 
 // Four tiles of sums as floats, in their own registers: a copy costs some that large tiles do not have.
@@ -83,10 +98,6 @@ __device__ __forceinline__ float4& floats_of(float4& sums) { return sums; }
 __device__ __forceinline__ float4& floats_of(int4& sums) {
   const float4 floats = make_float4(sums.x, sums.y, sums.z, sums.w);
   return reinterpret_cast<float4&>(sums) = floats;
-}
-
-__device__ __forceinline__ float x_scale_of(const GemmSm90Params& p, int64_t row) {
-  return __ldg(p.x_scale + row * p.x_scale_stride);
 }
 
 // Of two columns of out, the first one even.

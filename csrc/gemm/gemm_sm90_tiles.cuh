@@ -1,6 +1,10 @@
-// What the two Hopper GEMMs share: tiles in shared memory, a consumer's walk over K, and the tensors' maps.
+// What the Hopper GEMMs share: tiles in shared memory, a consumer's walk over K, how rows leave for memory, and the
+// tensors' maps.
 #pragma once
 
+#include <algorithm>
+
+#include "arch/cp_async.cuh"
 #include "arch/fragments.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -35,6 +39,63 @@ struct GemmSm90Ring {
 
   alignas(1024) T a[STAGES][PANELS][A_ROWS * kPanel];
   alignas(1024) T b[STAGES][PANELS][B_ROWS * kPanel];
+};
+
+// Of a tile's columns in the kernels for many rows, which lie at `first` and on.
+template <typename Operands, int BLOCK_N>
+struct GemmSm90Columns {
+  using T = typename Operands::Out;
+  static constexpr bool kHasFactors = Operands::kScaled || Operands::kNorm == GemmSm90Norm::kLayer;
+  float factors[kHasFactors ? BLOCK_N : 1];
+  uint32_t bias[BLOCK_N / 2];  // pairs
+
+  // By the 128 threads of a group: asks for them.
+  template <typename Params>
+  __device__ __forceinline__ void fetch(const Params& p, int32_t first) {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x) % 128;
+    if constexpr (kHasFactors) {
+      const float* const source = Operands::column_factors(p);
+      if (source != nullptr) {
+#pragma unroll
+        for (int32_t i = thread; i < BLOCK_N; i += 128) {
+          const bool inside = first + i < p.n;
+          cp_async_4(&factors[i], source + (inside ? (first + i) * Operands::column_stride(p) : 0), inside);
+        }
+      }
+    }
+    if (p.bias != nullptr && thread < BLOCK_N / 2) {
+      const bool inside = first + 2 * thread < p.n;
+      cp_async_4(&bias[thread], static_cast<const uint32_t*>(p.bias) + (inside ? first / 2 + thread : 0), inside);
+    }
+    cp_async_commit();
+  }
+
+  // By the same: until what they have asked for is here, and nobody reads that of the tile before.
+  template <typename Params>
+  __device__ __forceinline__ void arrive(const Params& p, int barrier) {
+    cp_async_wait<0>();
+    if constexpr (kHasFactors) {
+#pragma unroll
+      for (int32_t i = static_cast<int32_t>(threadIdx.x) % 128; i < BLOCK_N; i += 128) {
+        factors[i] = Operands::column_factor(p, factors[i]);
+      }
+    }
+    named_barrier_sync(barrier, 128);
+  }
+};
+
+// What a CTA of theirs has in shared memory.
+template <typename Operands, int BLOCK_N>
+struct GemmSm90Storage {
+  static constexpr int BLOCK_M = 128;
+  using Columns = GemmSm90Columns<Operands, BLOCK_N>;
+  static constexpr int kColumnsBytes = 2 * kGemmSm90Consumers * sizeof(Columns);
+  static constexpr int kStages = std::min<int>(
+      8, (kGemmSm90SmemBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
+
+  GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages> ring;
+  Columns columns[2][kGemmSm90Consumers];  // of this tile and the next, by group
+  MBarrier full[kStages], empty[kStages];
 };
 
 // Where a group finds its operands in the first stage.
@@ -134,6 +195,72 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
       }
     }
     position.advance();
+  }
+}
+
+// What becomes of the sums of a lane's two rows, 8 apart, of a warp's 16: (sum - mean * column's factor) * scale with a
+// norm, else sum * scale * column's factor.
+struct GemmSm90RowFactors {
+  float scale[2] = {}, mean[2] = {};
+};
+
+template <typename Operands, typename Params>
+__device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, const Params& p, int32_t first_row,
+                                                int lane) {
+  if constexpr (Operands::kScaled) {
+    const int32_t row = first_row + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) of_rows.scale[r] = row + 8 * r < p.m ? Operands::row_scale(p, row + 8 * r) : 0.0f;
+  }
+}
+
+// What a warp has of a tile, 16 rows of it, scaled, with the bias added, to memory.
+template <int BLOCK_N, typename Operands, typename Sum, typename Params>
+__device__ __forceinline__ void store_rows(Sum (&acc)[BLOCK_N / 8][4],
+                                           const GemmSm90Columns<Operands, BLOCK_N>& columns,
+                                           const GemmSm90RowFactors& of_rows, const Params& p, int32_t first_row,
+                                           int32_t first_n, int lane) {
+  using T = typename Operands::Out;
+  // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
+  const int32_t row = first_row + lane / 4;
+  const int32_t column = first_n + lane % 4 * 8;
+  const int32_t end = static_cast<int32_t>(p.n) - column;
+  const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
+  T* const out = static_cast<T*>(p.out) + row * p.n + column;
+  T* const rows[2] = {out, out + 8 * p.n};
+#pragma unroll
+  for (int t = 0; t < BLOCK_N / 8; t += 4) {
+    float (&values)[4][4] = floats_of(acc, t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 factors = {};
+      if constexpr (GemmSm90Columns<Operands, BLOCK_N>::kHasFactors) {
+        factors = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float factor = j % 2 == 0 ? factors.x : factors.y;
+        if constexpr (Operands::kScaled) values[i][j] *= of_rows.scale[j / 2] * factor;
+        if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) values[i][j] -= of_rows.mean[j / 2] * factor;
+        if constexpr (Operands::kNorm != GemmSm90Norm::kNone) values[i][j] *= of_rows.scale[j / 2];
+      }
+    }
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 value = unpack_pair<T>(columns.bias[(t + i) * 4 + lane % 4]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
+      gather_columns(w, lane);
+      if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
   }
 }
 

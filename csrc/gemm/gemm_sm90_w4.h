@@ -1,5 +1,6 @@
-// out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 in registers, and few to some
-// hundred rows of x. The kernel is in gemm_sm90_w4.cuh; each format has a .cu with its table of instantiations.
+// out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 on their way to the tensor
+// cores: in registers (gemm_sm90_w4.cuh), or for many rows of x in shared memory (gemm_sm90_w4_many_rows.cuh). Which,
+// and its tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,10 +13,10 @@
 
 namespace fastattn {
 
-// T: bf16 or fp16, as dtype says. Rows (the last dimension) are contiguous; those of x and weight 16-byte aligned.
-// G groups of group_size columns have a scale each, the last one may be shorter.
+// T: bf16 or fp16, as dtype says. X: T, or e4m3 for those that say so. Rows (the last dimension) are contiguous; those
+// of x and weight 16-byte aligned. G groups of group_size columns have a scale each, the last one may be shorter.
 struct GemmSm90W4Params {
-  const void* x = nullptr;       // (M, K) T
+  const void* x = nullptr;       // (M, K) X
   const void* weight = nullptr;  // (N, K / 2) bytes of two codes, the even column in the low half
   const void* bias = nullptr;    // (N) T, 8-byte aligned, or nullptr
   void* out = nullptr;           // (M, N) T, contiguous
@@ -26,9 +27,16 @@ struct GemmSm90W4Params {
   const float* global_scale = nullptr;  // fp4: (N) or nullptr
   int64_t scale_stride = 0;
   int64_t zero_point_stride = 0;
-  FastDivide group_size = {};  // int4: a multiple of 64, or all of K
 
-  int64_t m = 0, n = 0, k = 0;  // each above 0 and below 2^31; n a multiple of 8, k of 64
+  // With x in e4m3.
+  const float* x_scale = nullptr;  // (M), or one with stride 0
+  int64_t x_scale_stride = 1;
+  const uint8_t* row_exponent = nullptr;  // mxfp4: (N), the largest of a row's scales, and what multiplies its sums,
+  const float* row_scale = nullptr;       // as gemm/fp4_to_fp8.h finds them
+  bool fast_accum = false;                // sums may have the 14 bits of the tensor cores
+  FastDivide group_size = {};             // int4: a multiple of 64, or all of K
+
+  int64_t m = 0, n = 0, k = 0;  // each above 0 and below 2^31; n a multiple of 8, k of 64, or 32 with x in e4m3
   int64_t x_stride = 0;         // elements
   int64_t weight_stride = 0;    // bytes
 
@@ -40,5 +48,14 @@ struct GemmSm90W4Params {
 cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 32, e8m0
+
+// The same with x in e4m3, config.many_rows and scales of nvfp4 2-byte aligned.
+cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_mxfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
+
+// Of the first three the kernels for many rows, which they call where config says so.
+cudaError_t gemm_int4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_nvfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_mxfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

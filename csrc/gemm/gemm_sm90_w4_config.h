@@ -7,14 +7,14 @@ namespace fastattn {
 
 constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of weight, four panels of x
 
-// Rows of x up to which the kernel is called; above, every tile of 128 rows makes 16 bits of the weight again.
-constexpr int64_t kGemmSm90W4MostRows = 256;
-
-// A CTA's tile: so many rows of x and of weight, 64 of those to a warp group.
+// A CTA's tile in gemm_sm90_w4.cuh: so many rows of x and of weight, 64 of those to a warp group.
 constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
                                              {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
 
-// In what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
+// And in gemm_sm90_w4_many_rows.cuh.
+constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 128}, {128, 192}, {128, 256}};
+
+// Stages of the former, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
 constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile) {
   return (227 * 1024 / tile.ctas_per_sm - 2048) / (2 * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
 }
@@ -25,13 +25,17 @@ struct GemmSm90W4Problem {
   int64_t k;
   double weight_bits;  // of a weight, its share of the scales included
   int64_t num_sms;
+  int64_t x_bytes = 2;      // of an element of x; 1: always the kernel for many rows
+  bool two_levels = false;  // of sums
 };
 
 struct GemmSm90W4Config {
+  bool many_rows;  // which kernel
   GemmSm90Tile tile;
-  int num_splits;  // CTAs of a cluster, which share the K of a tile
+  int num_splits;  // CTAs of a cluster, which share the K of a tile; of many rows 1
   int64_t m_tiles;
   int64_t n_tiles;
+  int group_rows;  // many rows: tiles are taken column by column in groups of so many rows of tiles
   int64_t num_ctas;
 };
 
@@ -40,18 +44,27 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
   config.num_splits = num_splits;
   config.m_tiles = ceil_div(problem.m, config.tile.block_m);
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
-  config.num_ctas = config.m_tiles * config.n_tiles * num_splits;
+  config.group_rows = 8;
+  const int64_t num_tiles = config.m_tiles * config.n_tiles;
+  config.num_ctas = config.many_rows ? std::min(num_tiles, problem.num_sms) : num_tiles * num_splits;
 }
 
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
 constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
-// Microseconds, about: the constants are fitted to what an H200 takes, where conversion bounds the kernel. CTAs that
-// share an SM share its time, so that the SMs with the most of them decide.
+// Microseconds, about. Of few rows the constants are fitted to what an H200 takes, where conversion bounds the kernel.
+// CTAs that share an SM share its time, so that the SMs with the most of them decide. Of many rows they are those of
+// gemm_sm90_time: converters keep up with the tensor cores, and less comes out of the L2 cache than in 16 bits.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
   const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
+  if (config.many_rows) {
+    const double num_panels = static_cast<double>(ceil_div(problem.x_bytes * problem.k, 128));
+    const double tile_us = 1.0 + num_panels * (0.07 + 0.0023 * block_n);
+    const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_sms));
+    return std::max(7.0 + waves * tile_us + 0.22 * read_us, 8.0 + read_us);
+  }
 
   const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
   const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
@@ -70,20 +83,26 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
 inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   GemmSm90W4Config best = {};
   double best_us = 0.0;
+  const auto consider = [&](bool many_rows, const GemmSm90Tile& tile, int num_splits) {
+    GemmSm90W4Config config = {};
+    config.many_rows = many_rows;
+    config.tile = tile;
+    set_gemm_sm90_w4_grid(config, problem, num_splits);
+    const double us = gemm_sm90_w4_time(config, problem);
+    if (best.num_ctas == 0 || us < best_us) {
+      best = config;
+      best_us = us;
+    }
+  };
   const int64_t num_steps = ceil_div(problem.k, kGemmSm90W4StageK);
   for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) {
     const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
-    if (too_large || tile.block_m < std::min<int64_t>(problem.m, 64)) continue;
-    for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) {
-      GemmSm90W4Config config = {};
-      config.tile = tile;
-      set_gemm_sm90_w4_grid(config, problem, splits);
-      const double us = gemm_sm90_w4_time(config, problem);
-      if (best.num_ctas == 0 || us < best_us) {
-        best = config;
-        best_us = us;
-      }
-    }
+    if (problem.x_bytes == 1 || too_large || tile.block_m < std::min<int64_t>(problem.m, 64)) continue;
+    for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(false, tile, splits);
+  }
+  for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
+    const bool takes_registers = problem.two_levels && tile.block_n > kGemmSm90TwoLevelsMaxN;
+    if ((problem.x_bytes == 1 || problem.m > 128) && !takes_registers) consider(true, tile, 1);
   }
   return best;
 }

@@ -9,6 +9,7 @@
 //   T            the elements of x
 //   kSpan        columns that share a scale, as far as the kernel knows
 //   kSumFactor   by which sums of the products are too small
+//   kHasGlobalScale   whether a row's sums may be divided by a number
 //   Raw, load    what memory has for 64 columns of a row
 //   kLine        columns whose scales are 128 bytes, at most
 //   address      where those of a column are
@@ -53,6 +54,7 @@ struct Nvfp4Sm90 {
   using T = Element;
   static constexpr int kSpan = 16, kLine = 128 * 16;
   static constexpr float kSumFactor = 128.0f;
+  static constexpr bool kHasGlobalScale = true;
   static constexpr float kScaleFactor = kIsHalf<T> ? 0x1p7f : 0x1p119f;
   using Raw = uint32_t;
   using Scales = uint32_t;
@@ -87,6 +89,7 @@ struct Mxfp4Sm90 {
   using T = Element;
   static constexpr int kSpan = 32, kLine = 128 * 32;
   static constexpr float kSumFactor = 1.0f;
+  static constexpr bool kHasGlobalScale = true;
   static constexpr uint32_t kFactor = kIsHalf<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126
   using Raw = uint16_t;
   using Scales = uint32_t;
@@ -115,6 +118,7 @@ struct Int4Sm90 {
   using T = Element;
   static constexpr int kSpan = 64, kLine = 64 * 64;
   static constexpr float kSumFactor = 1.0f;
+  static constexpr bool kHasGlobalScale = false;
   struct Raw {
     T scale;
     int8_t zero_point;

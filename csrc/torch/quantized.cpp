@@ -61,13 +61,13 @@ bool fits_copy_engine(const void* base, int64_t num_rows, int64_t row_bytes, int
   return aligned_bytes(base, stride_bytes) && (num_rows == 1 || stride_bytes >= row_bytes) && num_rows <= INT32_MAX;
 }
 
-// Whether the Hopper kernel takes the call, and is the faster one.
+// Whether the Hopper kernels take the call.
 bool takes_sm90(const FourBitWeight& w, const GemmSm90W4Params& p, int64_t num_groups, const Tensor& x) {
   const bool whole_spans = p.group_size.divisor % w.span_sm90 == 0 || num_groups == 1;
   const bool scales_aligned =
       (reinterpret_cast<uintptr_t>(p.weight_scale) | w.scale.stride(0)) % w.scale_alignment == 0;
-  return capability_of(x) == 90 && p.m <= kGemmSm90W4MostRows && p.n % 8 == 0 && p.k > 0 && p.k % 64 == 0 &&
-         p.k <= INT32_MAX && whole_spans && scales_aligned && reinterpret_cast<uintptr_t>(p.bias) % 8 == 0 &&
+  return capability_of(x) == 90 && p.n % 8 == 0 && p.k > 0 && p.k % 64 == 0 && p.k <= INT32_MAX && whole_spans &&
+         scales_aligned && reinterpret_cast<uintptr_t>(p.bias) % 8 == 0 &&
          fits_copy_engine(p.x, p.m, 2 * p.k, 2 * p.x_stride) &&
          fits_copy_engine(p.weight, p.n, p.k / 2, p.weight_stride);
 }

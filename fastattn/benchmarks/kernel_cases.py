@@ -172,6 +172,12 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         rows = torch.ones(n, device=device)
         return lambda: ops.fp4_linear(x, weight, scale, group_size=16, global_scale=rows)
 
+    def fp4_fp8_linear() -> Call:
+        x, x_scale = ops.quantize_fp8(rand(m, k))
+        weight, scale = bits(n, -(-k // 2)), bits(n, -(-k // 32), low=117, high=121)  # from 2⁻¹⁰ to 2⁻⁷
+        out_dtype = rand(1).dtype
+        return lambda: ops.fp4_fp8_linear(x, x_scale, weight, scale, group_size=32, out_dtype=out_dtype)
+
     yield Case("quantize_int8", f"{m} × {k}", quantize_int8, m * k * (size + 1))
     yield Case("quantize_fp8", f"{m} × {k}", quantize_fp8, m * k * (size + 1))
     for name, build, weight_bytes, x_size in (
@@ -179,6 +185,7 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         ("fp8_linear", fp8_linear, n * k, 1),
         ("int4_linear", int4_linear, n * k // 2 + n * -(-k // 128) * size, size),
         ("fp4_linear", fp4_linear, n * k // 2 + n * -(-k // 16), size),
+        ("fp4_fp8_linear", fp4_fp8_linear, n * k // 2 + n * -(-k // 32), 1),
     ):
         moved = weight_bytes + m * k * x_size + m * n * size
         yield Case(name, f"{m} × {k} → {n}", build, moved, 2 * m * n * k)

@@ -12,7 +12,7 @@ from fastattn.nn import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, Scheme
 
 _SUPPORTED = (
     "int-quantized and float-quantized (INT8 or FP8 weights a channel, activations alike a token, dynamic), pack-quantized (INT4 "
-    "weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized"
+    "weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized (activations in 16 bits, or FP8 a token, dynamic)"
 )
 
 
@@ -82,7 +82,7 @@ def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
         targets = _targets(f"targets of {name!r}", group.get("targets"))
         scheme = _scheme(name, group, group.get("format") or config.get("format"))
         parsed.append((targets, scheme))
-        if isinstance(scheme, Fp4Scheme) and group.get("input_activations") is not None:
+        if isinstance(scheme, Fp4Scheme) and not scheme.fp8_activations and group.get("input_activations") is not None:
             unused.append(".input_global_scale")
             notes.append(f"activations stay in 16 bits, where the checkpoint would round them to 4 ({name}, {scheme})")
     ignore = _targets("ignore", config.get("ignore") or [])
@@ -167,9 +167,9 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
             if strategy == "channel":
                 return Int4Scheme(None, symmetric)
         elif (form, kind, bits, group_size, symmetric) == ("nvfp4-pack-quantized", "float", 4, 16, True):
-            return Fp4Scheme(16)
+            return Fp4Scheme(16, inputs is not None and _is_8bit_per_token(inputs, "float"))
         elif (form, kind, bits, group_size, symmetric) == ("mxfp4-pack-quantized", "float", 4, 32, True):
-            return Fp4Scheme(32)
+            return Fp4Scheme(32, inputs is not None and _is_8bit_per_token(inputs, "float"))
     described = ", ".join(
         f"{key} {weights[key]!r}"
         for key in ("num_bits", "type", "strategy", "group_size", "symmetric")

@@ -275,16 +275,18 @@ class Int4Weight(QuantizedWeight):
 
 @dataclass(frozen=True)
 class Fp4Scheme:
-    """W4A16: E2M1 weights with a scale for each group_size columns: 16 is NVFP4 (e4m3, and an fp32 scale for the whole matrix), 32 is
-    MXFP4 (powers of two)."""
+    """E2M1 weights with a scale for each group_size columns: 16 is NVFP4 (e4m3, and an fp32 scale for the whole matrix), 32 is
+    MXFP4 (powers of two). Activations stay as they are (W4A16), or are rounded to e4m3 as they come, with a scale a token (W4A8)."""
 
     group_size: int
+    fp8_activations: bool = False
 
     def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
         return Fp4Weight(rows, columns, pieces, self)
 
     def __str__(self) -> str:
-        return "NVFP4 (W4A16)" if self.group_size == quantize.NVFP4_GROUP else "MXFP4 (W4A16)"
+        name = "NVFP4" if self.group_size == quantize.NVFP4_GROUP else "MXFP4"
+        return f"{name} ({'W4A8' if self.fp8_activations else 'W4A16'})"
 
 
 class Fp4Weight(QuantizedWeight):
@@ -293,13 +295,14 @@ class Fp4Weight(QuantizedWeight):
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp4Scheme) -> None:
         super().__init__(rows, columns)
-        self.group_size = scheme.group_size
+        self.group_size, self.fp8_activations = scheme.group_size, scheme.fp8_activations
         self.scale_types = ("F8_E4M3",) if self.group_size == quantize.NVFP4_GROUP else ("U8", "F8_E8M0")
         self.codes = fixed_parameter(torch.uint8, rows, -(-columns // 2))
         self.scale = fixed_parameter(torch.uint8, rows, -(-columns // self.group_size))
         # One for a matrix of the checkpoint; a row of ours each, because several of them may stand here.
         self.global_scale: torch.nn.Parameter | None = None
         self.stored_global_scale: torch.nn.Parameter | None = None
+        self.row_factor: torch.Tensor | None = None  # of what `pack` has made, with activations in fp8
         if self.group_size == quantize.NVFP4_GROUP:
             self.global_scale = fixed_parameter(torch.float32, rows)
             self.stored_global_scale = fixed_parameter(torch.float32, len(pieces))
@@ -327,14 +330,29 @@ class Fp4Weight(QuantizedWeight):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.packed is not None:
             return self.packed_forward(x, bias)
-        return ops.fp4_linear(x, self.codes, self.scale, self.group_size, self.global_scale, bias)
+        weight = self.codes, self.scale, self.group_size, self.global_scale, bias
+        if not self.fp8_activations:
+            return ops.fp4_linear(x, *weight)
+        q, scale = ops.quantize_fp8(x)
+        return ops.fp4_fp8_linear(q, scale, *weight, out_dtype=x.dtype)
 
     def dense_parts(self) -> list[torch.Tensor]:
+        if self.fp8_activations:
+            codes, factor = reference.fp4_as_fp8(
+                self.codes, self.scale, self.global_scale, self.group_size, self.columns
+            )
+            self.row_factor = factor
+            return [codes.float()]
         # fp32 holds every product of a number and a scale, as x's dtype need not: the result is the same or nearer.
         return [reference.fp4_weight(self.codes, self.scale, self.group_size, self.columns, torch.float32)]
 
     def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert self.packed is not None
+        if self.fp8_activations:
+            assert self.row_factor is not None
+            q, scale = ops.quantize_fp8(x)
+            sums = dense.packed_linear(q.float(), self.packed[0], None)
+            return reference.scale_8bit_sums(sums, scale, self.row_factor, bias, x.dtype)
         out = dense.packed_linear(x.float(), self.packed[0], None)
         return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)
 

@@ -10,7 +10,15 @@ from fastattn.ops.embedding import embedding
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
-from fastattn.ops.quantized import fp4_linear, fp8_linear, int4_linear, int8_linear, quantize_fp8, quantize_int8
+from fastattn.ops.quantized import (
+    fp4_fp8_linear,
+    fp4_linear,
+    fp8_linear,
+    int4_linear,
+    int8_linear,
+    quantize_fp8,
+    quantize_int8,
+)
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
 
@@ -22,6 +30,7 @@ __all__ = [
     "batch_attention_backward",
     "copy_blocks",
     "embedding",
+    "fp4_fp8_linear",
     "fp4_linear",
     "fp8_linear",
     "geglu",

@@ -56,6 +56,20 @@ def _fake_fp4(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_fp4_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
 _quantize_int8 = define(
     "quantize_int8(Tensor x) -> (Tensor, Tensor)", reference.quantize_int8, lambda x: _fake_quantize(x, torch.int8)
 )
@@ -85,6 +99,12 @@ _fp4_linear = define(
     " -> Tensor",
     reference.fp4_linear,
     _fake_fp4,
+)
+_fp4_fp8_linear = define(
+    "fp4_fp8_linear(Tensor x, Tensor x_scale, Tensor weight_packed, Tensor weight_scale, Tensor? global_scale, int group_size,"
+    " Tensor? bias, ScalarType out_dtype, bool fast_accum) -> Tensor",
+    reference.fp4_fp8_linear,
+    _fake_fp4_fp8,
 )
 
 _check_quantize_int8 = compile_check("quantize_int8", TensorArg("x", "M K", FLOAT))
@@ -125,6 +145,18 @@ _check_fp4 = compile_check(
     TensorArg("bias", "N", "x", optional=True),
 )
 
+_check_fp4_fp8 = compile_check(
+    "fp4_fp8_linear",
+    TensorArg("x", "M K", E4M3),
+    TensorArg("x_scale", "Sx", FP32),
+    TensorArg("weight_packed", "N W", UINT8),
+    TensorArg("weight_scale", "N G", UINT8),
+    TensorArg("global_scale", "N", FP32, optional=True),
+    AtLeast("group_size", 1),
+    TensorArg("bias", "N", FLOAT, optional=True),
+    Flag("fast_accum"),
+)
+
 
 def _check_packing(
     op: str, x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_size: int, per_word: int
@@ -139,6 +171,18 @@ def _check_packing(
                 f"{name} has shape {tuple(t.shape)}, expected (N, {expected}): {each} columns to an element, "
                 f"with K = {columns} from x {tuple(x.shape)}",
             )
+
+
+def _check_fp4_group(op: str, group_size: int) -> None:
+    if group_size not in FP4_GROUPS:
+        allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
+        fail_value(op, f"group_size is {group_size}, expected {allowed}")
+
+
+def _check_may_be_one(op: str, name: str, scale: Tensor, letter: str, rows: int) -> None:
+    """A scale for each of the rows, or one for all."""
+    if scale.shape[0] not in (1, rows):
+        fail_value(op, f"{name} has shape {tuple(scale.shape)}, expected ({letter},) or (1,), with {letter} = {rows}")
 
 
 def _check_out_dtype(op: str, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -227,12 +271,8 @@ def fp8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum)
-    for name, scale, rows, size in (("x_scale", x_scale, "M", x), ("weight_scale", weight_scale, "N", weight)):
-        if scale.shape[0] not in (1, size.shape[0]):
-            fail_value(
-                "fp8_linear",
-                f"{name} has shape {tuple(scale.shape)}, expected ({rows},) or (1,), with {rows} = {size.shape[0]}",
-            )
+    _check_may_be_one("fp8_linear", "x_scale", x_scale, "M", x.shape[0])
+    _check_may_be_one("fp8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     _check_out_dtype("fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum)
     return out
@@ -287,9 +327,49 @@ def fp4_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_fp4(x, weight_packed, weight_scale, global_scale, group_size, bias)
-    if group_size not in FP4_GROUPS:
-        allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
-        fail_value("fp4_linear", f"group_size is {group_size}, expected {allowed}")
+    _check_fp4_group("fp4_linear", group_size)
     _check_packing("fp4_linear", x, weight_packed, weight_scale, group_size, 2)
     out: Tensor = _fp4_linear(x, weight_packed, weight_scale, global_scale, group_size, bias)
+    return out
+
+
+def fp4_fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """`(x @ weightᵀ) · x_scale + bias` in fp8, with FP4 weights that become fp8 (W4A8); the sums in fp32, rounded once.
+
+    With scales that are powers of two (MXFP4), a weight E2M1 · 2^(scale − 127) is exact where its scale is at least 2⁻¹⁴ of the
+    largest one of its row, and else a multiple of 2⁻¹⁵ of that, rounded. With e4m3 scales (NVFP4), E2M1 · scale is rounded to e4m3's
+    three bits behind the first: an error of at most 2⁻⁴ of the weight, or 2⁻⁷ of global_scale's unit where that is more.
+
+    x: (M, K) float8_e4m3fn and x_scale: (M) fp32, from `quantize_fp8`, or (1), a scale for all rows.
+    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i.
+    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns.
+    group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
+    global_scale: (N) fp32, one a row, which weights are divided by.
+    bias: (N) in out_dtype.
+    out_dtype: bf16 or fp16, on the CPU also fp32.
+    fast_accum: sums may have the 14 bits that Hopper's tensor cores keep of them, where that is faster: an error of 2e-3 beside
+        the 2e-2 of x in fp8. False: such sums are of 128 products, and fp32 from there on.
+
+    Returns (M, N) in out_dtype, contiguous.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_fp4_fp8(x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, fast_accum)
+    _check_fp4_group("fp4_fp8_linear", group_size)
+    _check_packing("fp4_fp8_linear", x, weight_packed, weight_scale, group_size, 2)
+    _check_may_be_one("fp4_fp8_linear", "x_scale", x_scale, "M", x.shape[0])
+    _check_out_dtype("fp4_fp8_linear", x, bias, out_dtype)
+    out: Tensor = _fp4_fp8_linear(
+        x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, out_dtype, fast_accum
+    )
     return out

@@ -104,6 +104,43 @@ def fp4_linear(
     return scale_fp4_sums(dense.linear(x.float(), weight.float(), None), global_scale, bias, x.dtype)
 
 
+def fp4_as_fp8(
+    packed: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, num_columns: int
+) -> tuple[Tensor, Tensor]:
+    """(N, num_columns) float8_e4m3fn and (N) fp32, a factor a row, whose product is about the weight.
+
+    NVFP4 (groups of 16): e4m3(E2M1 · scale / 8), and 8 / global_scale. MXFP4 (32): e4m3(E2M1 · 2^(6 + scale − the row's largest)),
+    which is exact for scales down to 2⁻¹⁴ of the largest, and 2^(largest − 127 − 6) / global_scale.
+    """
+    if group_size == 16:
+        step = scale.view(torch.float8_e4m3fn).float() / 8
+        factor = torch.full((len(scale),), 8.0, device=scale.device)
+    else:
+        is_nan = scale == 255
+        exponent = scale.int().masked_fill(is_nan, 0)
+        largest = exponent.amax(1) if scale.shape[1] else exponent.new_zeros(len(scale))
+        step = torch.exp2((exponent - largest[:, None] + 6).float()).masked_fill(is_nan, torch.nan)
+        factor = quantize.e8m0_step(largest.to(torch.uint8)) / 64
+    values = quantize.unpack_e2m1(packed)[:, :num_columns] * quantize.per_column(step, group_size, num_columns)
+    return values.to(torch.float8_e4m3fn), factor if global_scale is None else factor / global_scale
+
+
+def fp4_fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """x (M, K) e4m3, x_scale (M) or (1), packed (N, ⌈K/2⌉), scale (N, G), global_scale and bias (N) → (M, N)."""
+    weight, factor = fp4_as_fp8(packed, scale, global_scale, group_size, x.shape[1])
+    return fp8_linear(x, x_scale, weight, factor, bias, out_dtype, fast_accum)
+
+
 def scale_fp4_sums(sums: Tensor, global_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """sums (…, N) fp32 → (…, N) in dtype."""
     out = sums if global_scale is None else sums / global_scale

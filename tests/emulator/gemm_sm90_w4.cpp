@@ -1,8 +1,11 @@
 // Draws calls of the Hopper GEMMs for weights of 4 bits and holds their results against a reference.
 #include "gemm/gemm_sm90_w4.h"
 
+#include <algorithm>
+
 #include "arch/e2m1.cuh"
 #include "drawn_call.h"
+#include "gemm/fp4_to_fp8.h"
 
 namespace {
 
@@ -25,18 +28,20 @@ float e2m1_value(int code) {
 }
 
 template <typename T>
-void run_call(const Format& format, const fastattn::GemmSm90Tile& tile) {
+void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile& tile) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
   GemmSm90W4Config& config = p.config;
+  config.many_rows = many_rows;
   config.tile = tile;
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
   p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
   p.k = 64 * pick({1, 4, between(1, 12), between(12, 40)});
   const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
-  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, 132},
-                        static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))));
+  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 132}) : 132},
+                        many_rows ? 1 : static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))));
+  config.group_rows = pick({1, 2, 8});
 
   p.x_stride = p.k + 8 * pick({0, 0, 1, 5});
   Tensor<T> x(p.m * p.x_stride + 8);  // NaN between the rows
@@ -90,8 +95,8 @@ void run_call(const Format& format, const fastattn::GemmSm90Tile& tile) {
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
                   (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + ", " + std::to_string(config.num_splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(tile.block_n) + (many_rows ? " of many rows" : "") + ", " +
+                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
@@ -138,20 +143,159 @@ void run_call(const Format& format, const fastattn::GemmSm90Tile& tile) {
   if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
 }
 
+// With x in e4m3, by the formulas of gemm_sm90_w4_operands.cuh; of MXFP4 first what the kernel wants to know of a row.
+template <typename T>
+void run_fp8_call(int group, const fastattn::GemmSm90Tile& tile) {
+  GemmSm90W4Params p;
+  p.dtype = TypeInfo<T>::kDType;
+  p.fast_accum = tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN || one_in(2);
+  GemmSm90W4Config& config = p.config;
+  config.many_rows = true;
+  config.tile = tile;
+  p.m = pick({1, between(1, tile.block_m), between(1, 2 * tile.block_m)});
+  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
+  p.k = 32 * pick({1, 4, between(1, 12), between(12, 40)});
+  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, pick<int64_t>({1, 2, 132}), 1, !p.fast_accum}, 1);
+  config.group_rows = pick({1, 2, 8});
+
+  p.x_stride = p.k + 16 * pick({0, 0, 1, 5});
+  Tensor<__nv_fp8_e4m3> x(p.m * p.x_stride + 16);  // NaN between the rows
+  const bool units = one_in(3);                    // rows of x, which make single weights, exact ones
+  for (int64_t m = 0; m < p.m; ++m) {
+    const int64_t unit = between(0, static_cast<int>(p.k) - 1);
+    for (int64_t k = 0; k < p.k; ++k) x.set(m * p.x_stride + k, units ? static_cast<float>(k == unit) : normal());
+  }
+  p.weight_stride = p.k / 2 + 16 * pick({0, 0, 1, 3});
+  std::vector<uint8_t> codes(p.n * p.weight_stride + 16);
+  for (uint8_t& byte : codes) byte = static_cast<uint8_t>(between(0, 255));
+  const int64_t num_groups = p.k / group;
+  p.scale_stride = num_groups + 2 * pick({0, 0, 1});
+  std::vector<uint8_t> scales(p.n * p.scale_stride, group == 16 ? 0x7f : 0xff);  // NaN between the rows
+  const int first = std::is_same_v<T, __half> ? between(95, 110) : between(60, 150), spread = pick({3, 14, 40});
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int bits = group == 16 ? between(0, 126) | between(0, 1) << 7 : between(first, first + spread);
+      scales[n * p.scale_stride + g] = static_cast<uint8_t>(bits);
+    }
+  }
+  std::vector<float> global_scales(p.n), x_scales(p.m), row_scales(p.n, NAN);
+  for (float& scale : global_scales) scale = 50.0f + static_cast<float>(between(0, 1000));
+  for (float& scale : x_scales) scale = units ? 1.0f : std::exp2(normal());
+  std::vector<uint8_t> exponents(p.n);
+  Tensor<T> bias(p.n);
+  for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
+  std::vector<T> out(p.m * p.n, T(NAN));
+  p.x = x.data.data();
+  p.weight = codes.data();
+  p.weight_scale = scales.data();
+  p.global_scale = !units && one_in(2) ? global_scales.data() : nullptr;
+  p.bias = !units && one_in(2) ? bias.data.data() : nullptr;
+  p.x_scale = x_scales.data();
+  p.x_scale_stride = one_in(4) ? 0 : 1;
+  p.out = out.data();
+  current_call += std::string(": e4m3 with groups of ") + std::to_string(group) + (p.fast_accum ? " fast" : "") +
+                  " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
+                  std::to_string(p.k) + "; block_n " + std::to_string(tile.block_n) + ", " +
+                  std::to_string(config.num_ctas) + " CTAs" + (units ? ", units" : "");
+
+  // The same weight in e4m3, by the kernel that makes it in memory, and by the formula.
+  std::vector<uint8_t> q(p.n * p.k);
+  fastattn::Fp4ToFp8Params convert;
+  convert.packed = codes.data();
+  convert.scale = scales.data();
+  convert.global_scale = p.global_scale;
+  convert.packed_stride = p.weight_stride;
+  convert.scale_stride = p.scale_stride;
+  convert.group_size = group;
+  convert.n = p.n;
+  convert.k = p.k;
+  convert.q = q.data();
+  convert.q_stride = p.k;
+  convert.weight_scale = row_scales.data();
+  convert.row_exponent = exponents.data();
+  if (fp4_to_fp8(convert, nullptr) != cudaSuccess) fail("no kernel takes the weight");
+  std::vector<double> weight(p.n * p.k), factors(p.n);
+  for (int64_t n = 0; n < p.n; ++n) {
+    const uint8_t* const row = &scales[n * p.scale_stride];
+    const int largest = *std::max_element(row, row + num_groups);
+    const double divisor = p.global_scale == nullptr ? 1.0 : global_scales[n];
+    factors[n] = (group == 16 ? 8.0 : std::exp2(largest - 127 - 6)) / divisor;
+    if (group == 32 && exponents[n] != largest) fail("another scale is said to be the largest");
+    if (!(std::fabs(row_scales[n] - factors[n]) <= factors[n] * 0x1p-23)) fail("a row's factor is another one");
+    for (int64_t k = 0; k < p.k; ++k) {
+      const double step =
+          group == 16 ? fastattn::from_e4m3<float>(row[k / 16]) / 8.0 : std::exp2(6 + row[k / 32] - largest);
+      const double value = e2m1_value(codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15) * step;
+      const __nv_fp8_e4m3 rounded(static_cast<float>(value));
+      weight[n * p.k + k] = static_cast<float>(rounded);
+      if (q[n * p.k + k] != rounded.__x) fail("a weight in memory is another one");
+    }
+  }
+  p.row_scale = row_scales.data();
+  p.row_exponent = exponents.data();
+
+  const auto launch = [&] {
+    const cudaError_t error = group == 16 ? gemm_nvfp4_fp8_sm90(p, nullptr) : gemm_mxfp4_fp8_sm90(p, nullptr);
+    if (error != cudaSuccess) fail("no instantiation takes the call");
+  };
+  launch();
+  const double lost = 0x1p-13 * static_cast<double>(p.fast_accum ? fastattn::ceil_div(p.k, 32) : 4);
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t k = 0; k < p.k; ++k) {
+        const double term = double{x.values[m * p.x_stride + k]} * weight[n * p.k + k];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double scale = x_scales[m * p.x_scale_stride] * factors[n],
+                   added = p.bias == nullptr ? 0.0 : bias.values[n];
+      const double expected = sum * scale + added, got = static_cast<float>(out[m * p.n + n]);
+      // fp16 holds multiples of 2^-24, and nothing beyond 65504.
+      const double rounding = std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7;
+      const double smallest = std::is_same_v<T, __half> ? 0x1p-25 : 1e-38;
+      const double allowed = units ? (std::is_same_v<T, __half> ? smallest : 0.0)
+                                   : std::fabs(expected) * rounding + size * scale * lost +
+                                         (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20 + smallest;
+      if (std::is_same_v<T, __half> && std::fabs(expected) + allowed > 65000.0) continue;
+      if (!(std::fabs(got - expected) <= allowed)) {
+        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
+             std::to_string(expected));
+      }
+    }
+  }
+  if (!one_in(3)) return;
+  const std::vector<T> first_out = out;
+  std::fill(out.begin(), out.end(), T(NAN));
+  launch();
+  if (std::memcmp(first_out.data(), out.data(), out.size() * sizeof(T)) != 0) fail("two runs differ");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int seed, int size) {
-    std::vector<fastattn::GemmSm90Tile> tiles;
+    struct Choice {
+      bool many_rows;
+      fastattn::GemmSm90Tile tile;
+    };
+    std::vector<Choice> choices;
     for (const auto& tile : fastattn::kGemmSm90W4Tiles) {
-      if (size == 0 || tile.block_m == size) tiles.push_back(tile);
+      if (size == 0 || tile.block_m == size) choices.push_back({false, tile});
     }
-    const auto& tile = tiles[seed % tiles.size()];
+    for (const auto& tile : fastattn::kGemmSm90W4ManyRowsTiles) {
+      if (size == 0 || tile.block_n == size) choices.push_back({true, tile});
+    }
+    const Choice& choice = choices[seed % choices.size()];
+    if (choice.many_rows && one_in(2)) {
+      const int group = pick({16, 32});
+      return one_in(2) ? run_fp8_call<__half>(group, choice.tile) : run_fp8_call<__nv_bfloat16>(group, choice.tile);
+    }
     const Format& format = kFormats[between(0, 2)];
     if (one_in(2)) {
-      run_call<__half>(format, tile);
+      run_call<__half>(format, choice.many_rows, choice.tile);
     } else {
-      run_call<__nv_bfloat16>(format, tile);
+      run_call<__nv_bfloat16>(format, choice.many_rows, choice.tile);
     }
   });
 }

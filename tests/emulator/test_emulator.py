@@ -34,7 +34,7 @@ KERNELS = {
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
-    "gemm_sm90_w4": sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
+    "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
 
@@ -134,9 +134,11 @@ GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
 GEMM_NORM = "gemm/gemm_sm90_norm.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
+W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90"}
+KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -376,6 +378,42 @@ MUTANTS = [
       scales.load(p, first_n + row, step, lane);""",
         "gemm_sm90_w4_nvfp4.cu",
         "16",
+        "expected",
+    ),
+    Mutant(
+        "a weight is made where a product still reads the one before",
+        W4_MANY,
+        "        smem.empty[stage].wait(position.parity() ^ 1);\n",
+        "",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "192",
+        "in the call: seed",
+    ),
+    Mutant(
+        "a stage is full before the last warp has made its part",
+        W4_MANY,
+        "init(1 + CONVERTERS / 32);",
+        "init(CONVERTERS / 32);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "256",
+        "in the call: seed",
+    ),
+    Mutant(
+        "codes of the panel before are taken",
+        W4_MANY,
+        "min((step + 1) * PANEL + lane_column,",
+        "min(step * PANEL + lane_column,",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "192",
+        "expected",
+    ),
+    Mutant(
+        "half of a panel's scales are the other half's",
+        W4_OPERANDS,
+        "tables[1] = e4m3_table(both<__half>(scales.y));",
+        "tables[1] = tables[0];",
+        "gemm_sm90_w4_nvfp4_fp8.cu",
+        "192",
         "expected",
     ),
     Mutant(

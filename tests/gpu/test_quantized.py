@@ -28,6 +28,8 @@ SCHEMES: Mapping[str, nn.Scheme] = {
     "int4 rows": nn.Int4Scheme(None, True),
     "nvfp4": nn.Fp4Scheme(16),
     "mxfp4": nn.Fp4Scheme(32),
+    "nvfp4 fp8": nn.Fp4Scheme(16, fp8_activations=True),
+    "mxfp4 fp8": nn.Fp4Scheme(32, fp8_activations=True),
 }
 CONFIG = replace(tiny.CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
 IDS = [7, 12, 90, 33, 50, 2, 11, 11, 64]
@@ -105,12 +107,10 @@ def test_logits(name: str, dtype: torch.dtype, device: str) -> None:
     assert float((logits - exact).abs().max()) <= 3 * float((plain - exact).abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4 zero points", "nvfp4", "mxfp4"])
-def test_weights_are_exact(name: str, dtype: torch.dtype, device: str) -> None:
-    """Products with unit vectors are single weights: every code with every scale, to the bit, whichever kernel has the rows."""
+def draw_weight(name: str, n: int, k: int, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
+    """Arguments of the operator, with every code and scale, and the weight (n, k) that they are, to the bit."""
     rng = torch.Generator().manual_seed(3)
-    n, k, group = 200, 512, {"nvfp4": 16, "mxfp4": 32}.get(name, 128)
+    group = {"nvfp4": 16, "mxfp4": 32}.get(name, 128)
 
     def draw(low: int, high: int, *size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.randint(low, high, size, generator=rng, dtype=dtype)
@@ -119,19 +119,96 @@ def test_weights_are_exact(name: str, dtype: torch.dtype, device: str) -> None:
         codes, scale = draw(0, 256, n, k // 2), draw(0, 127, n, k // group) | draw(0, 2, n, k // group) << 7
         if name == "mxfp4":
             scale = draw(20, 230, n, k // group) if dtype is torch.bfloat16 else draw(110, 132, n, k // group)
-        weight = reference.fp4_weight(codes, scale, group, k, dtype)
-        call = {"weight_packed": codes, "weight_scale": scale}
-    else:
-        words, scale = draw(-(2**31), 2**31, n, k // 8, dtype=torch.int32), torch.rand(n, k // group, generator=rng)
-        zero_point = draw(-8, 8, n, k // group, dtype=torch.int8) if "zero" in name else None
-        weight = reference.int4_weight(words, scale.to(dtype), zero_point, group, k)
-        call = {"weight_packed": words, "weight_scale": scale.to(dtype), "zero_point": zero_point}
-    call = {argument: None if t is None else t.to(device) for argument, t in call.items()}
+        return {"weight_packed": codes, "weight_scale": scale}, reference.fp4_weight(codes, scale, group, k, dtype)
+    words, scale = draw(-(2**31), 2**31, n, k // 8, dtype=torch.int32), torch.rand(n, k // group, generator=rng)
+    zero_point = draw(-8, 8, n, k // group, dtype=torch.int8) if "zero" in name else None
+    weight = reference.int4_weight(words, scale.to(dtype), zero_point, group, k)
+    return {"weight_packed": words, "weight_scale": scale.to(dtype), "zero_point": zero_point}, weight
+
+
+def four_bit_linear(name: str, x: torch.Tensor, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    on_device = {argument: None if t is None else t.to(x.device) for argument, t in call.items()}
     op = ops.fp4_linear if "fp4" in name else ops.int4_linear
+    return op(x, group_size={"nvfp4": 16, "mxfp4": 32}.get(name, 128), **on_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "int4 zero points", "nvfp4", "mxfp4"])
+def test_weights_are_exact(name: str, dtype: torch.dtype, device: str) -> None:
+    """Products with unit vectors are single weights: every code with every scale, to the bit, whichever kernel has the rows."""
+    k = 512
+    call, weight = draw_weight(name, 200, k, dtype)
     units = torch.eye(k, dtype=dtype, device=device)
     for rows in (units[:1], units[:40], units[40:168], units[168:424], units):
         columns = rows.argmax(1).cpu()
-        assert torch.equal(op(rows, group_size=group, **call).cpu(), weight.t()[columns])
+        assert torch.equal(four_bit_linear(name, rows, call).cpu(), weight.t()[columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["int4", "int4 zero points", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("m", "n", "k"), [(257, 328, 1152), (300, 1544, 128), (512, 4104, 384), (1021, 264, 2048)])
+def test_many_rows(m: int, n: int, k: int, name: str, dtype: torch.dtype, device: str) -> None:
+    """Also of a matrix with NaN between its rows; and twice the same bits."""
+    call, weight = draw_weight(name, n, k, dtype)
+    gapped = torch.full((m, k + 8), torch.nan, dtype=dtype)
+    gapped[:, :k] = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) * 0.05
+    gapped = gapped.to(device)
+    out = four_bit_linear(name, gapped[:, :k], call)
+    assert torch.equal(out, four_bit_linear(name, gapped[:, :k].contiguous(), call))
+    x = gapped[:, :k].cpu().double()
+    exact, size = x @ weight.double().t(), x.abs() @ weight.double().abs().t()
+    kind = torch.finfo(dtype)
+    allowed = exact.abs() * kind.eps + kind.smallest_normal * kind.eps + size * 2**-18
+    assert bool(((out.cpu().double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 72, 4096), (257, 328, 1120), (300, 1544, 128), (512, 4104, 384)])
+def test_fp8_activations(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: str) -> None:
+    """Also of a matrix with NaN between its rows; twice the same bits; sums of 14 bits and of 128 products."""
+    rng = torch.Generator().manual_seed(m)
+    name = "nvfp4" if group_size == 16 else "mxfp4"
+    codes = torch.randint(0, 256, (n, k // 2), generator=rng, dtype=torch.uint8)
+    low, high = (1, 127) if name == "nvfp4" else (80, 121)
+    scale = torch.randint(low, high, (n, k // group_size), generator=rng, dtype=torch.uint8)
+    gapped = torch.full((m, k + 16), torch.nan).to(torch.float8_e4m3fn)
+    gapped[:, :k] = (torch.randn(m, k, generator=rng) * 8).to(torch.float8_e4m3fn)
+    x_scale = torch.rand(m, generator=rng) * 2**-14
+    weight, factor = (t.double() for t in reference.fp4_as_fp8(codes, scale, None, group_size, k))
+    x = gapped[:, :k].double() * x_scale.double()[:, None]
+    exact, size = (x @ weight.t()) * factor, (x.abs() @ weight.abs().t()) * factor
+    on_device = [t.to(device) for t in (gapped, x_scale, codes, scale)]
+    for fast_accum in (False, True):
+        outs = [
+            ops.fp4_fp8_linear(q[:, :k], *on_device[1:], group_size, out_dtype=dtype, fast_accum=fast_accum)
+            for q in (on_device[0], on_device[0][:, :k].contiguous().view(m, k))
+        ]
+        assert torch.equal(*outs)
+        kind, lost = torch.finfo(dtype), 2**-13 * (k / 32 if fast_accum else 4) + 2**-18
+        allowed = exact.abs() * kind.eps + kind.smallest_normal * kind.eps + size * lost
+        assert bool(((outs[0].cpu().double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_weights_in_fp8(group_size: int, device: str) -> None:
+    """Products with unit vectors are single weights in e4m3, to the bit; how far those are from the weights."""
+    k = 512
+    rng = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (256, k // 2), generator=rng, dtype=torch.uint8)
+    low, high = (
+        (8, 127) if group_size == 16 else (113, 128)
+    )  # e4m3's normal numbers; 14 powers of two below the largest
+    scale = torch.randint(low, high, (256, k // group_size), generator=rng, dtype=torch.uint8)
+    weight, factor = reference.fp4_as_fp8(codes, scale, None, group_size, k)
+    units = torch.eye(k).to(torch.float8_e4m3fn).to(device)
+    ones = torch.ones(1, device=device)
+    out = ops.fp4_fp8_linear(units, ones, codes.to(device), scale.to(device), group_size, out_dtype=torch.bfloat16)
+    assert torch.equal(out.t().float().cpu(), weight.float() * factor[:, None])
+    exact = reference.fp4_weight(codes, scale, group_size, k, torch.float32)
+    off = (weight.float() * factor[:, None] - exact).abs()
+    allowed = torch.zeros_like(off) if group_size == 32 else (exact.abs() / 16).clamp(min=2**-7)
+    assert bool((off <= allowed).all())
 
 
 @pytest.mark.gpu

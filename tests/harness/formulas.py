@@ -117,6 +117,12 @@ def int4_linear(
     return linear(c, x, weight, bias)
 
 
+def _e4m3(bits: Tensor) -> Tensor:
+    """A sign, four bits of exponent, three of mantissa; the sign is left out."""
+    exponent, mantissa = (bits >> 3) & 15, (bits & 7).double()
+    return torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.double() - 10))
+
+
 def fp4_linear(
     c: torch.dtype,
     x: Tensor,
@@ -128,16 +134,43 @@ def fp4_linear(
 ) -> list[Tensor]:
     columns = torch.arange(x.shape[-1], device=x.device)
     bits = weight_scale.long()
-    if group_size == 16:  # a sign, four bits of exponent, three of mantissa
-        exponent, mantissa = (bits >> 3) & 15, (bits & 7).double()
-        scale = torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.double() - 10))
-    else:
-        scale = 2.0 ** (bits.double() - 127)
+    scale = _e4m3(bits) if group_size == 16 else 2.0 ** (bits.double() - 127)
     values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
     numbers = torch.tensor(values, dtype=c, device=x.device)
     weight = numbers[_nibbles(weight_packed, columns)] * scale.to(c)[:, columns // group_size]
     out = linear(c, x, weight)[0]
     out = out if global_scale is None else out / global_scale.to(c)
+    return [out if bias is None else out + bias.to(c)]
+
+
+def fp4_fp8_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    group_size: int,
+    global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    fast_accum: bool = True,
+) -> list[Tensor]:
+    columns = torch.arange(x.shape[-1], device=x.device)
+    bits = weight_scale.long()
+    if group_size == 16:
+        scale, factor = _e4m3(bits) / 8, torch.full((len(bits),), 8.0, dtype=torch.float64, device=x.device)
+    else:
+        largest = bits.amax(1, keepdim=True) if bits.shape[1] else bits.new_zeros(len(bits), 1)
+        scale, factor = 2.0 ** (bits - largest + 6).double(), 2.0 ** (largest[:, 0] - 133).double()
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
+    weight = numbers[_nibbles(weight_packed, columns)] * scale[:, columns // group_size]
+    # Three bits behind the first; below 2^-6 multiples of 2^-9. torch rounds ties to even, as e4m3 does.
+    unit = 2.0 ** (weight.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    weight = (weight / unit).round() * unit * factor[:, None]
+    if global_scale is not None:
+        weight = weight / global_scale.double()[:, None]
+    out = ((x.double() * x_scale.double()[:, None]) @ weight.t()).to(c)
     return [out if bias is None else out + bias.to(c)]
 
 

@@ -25,8 +25,17 @@ _SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (
     ((4,), 0, 8),
 )
 
-# Weights of 4 bits: also without leading dimensions, and with K to be shared out and rows beyond a tile of Hopper's kernel.
-_FOUR_BIT_SIZES = (*_SIZES, ((2, 3), 96, 20), ((), 64, 16), ((33,), 2048, 264), ((200,), 1088, 136))
+# Weights of 4 bits: also without leading dimensions, with K to be shared out and rows beyond a tile of Hopper's kernel for few
+# rows, and with the rows of its kernel for many.
+_FOUR_BIT_SIZES = (
+    *_SIZES,
+    ((2, 3), 96, 20),
+    ((), 64, 16),
+    ((33,), 2048, 264),
+    ((200,), 1088, 136),
+    ((257,), 192, 72),
+    ((521,), 640, 328),
+)
 
 
 # In 8 bits also more rows than a kernel for few of them has.
@@ -146,7 +155,7 @@ def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: in
 def int4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for index, (leading, k, n) in enumerate(_FOUR_BIT_SIZES):
         # 32 and 64 go through the fast kernels and 24 through the plain one; a group may be longer than K
-        group = (32, 64, 32, 32, 96, 128, 24, 3, 16, 1000, 24, 128, 64)[index]
+        group = (32, 64, 32, 32, 96, 128, 24, 3, 16, 1000, 24, 128, 64, 64, 128)[index]
         for with_zero, (name, call) in enumerate(_sized(gen, dtype, leading, k, n)):
             groups = -(-k // group)
             call |= {
@@ -201,6 +210,42 @@ def fp4_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
 
 def bad_fp4(gen: Gen, base: Call) -> Bad:
     yield from _bad_packed(base, 2)
+    for size in (1, 8, 64, 128, 576):
+        yield f"group_size {size}", {"group_size": size}, ValueError, (f"group_size is {size}", "16", "32")
+    yield "the other group_size", {"group_size": 48 - base["group_size"]}, ValueError, ()
+
+
+def fp4_fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for group in (16, 32):
+        for index, ((rows,), k, n) in enumerate(_SIZES_8BIT):
+            groups = -(-k // group)
+            # e4m3 from 0.25 to 7.5; powers of two, some far below the others
+            low, high = (40, 80) if group == 16 else (101, 121)
+            call: Call = {
+                "x": (gen.randn(rows, k) * 64).to(torch.float8_e4m3fn),
+                "x_scale": gen.rand(1 if index % 4 == 1 else rows) * 0.02,
+                "weight_packed": gen.ints(0, 256, n, -(-k // 2), dtype=torch.uint8),
+                "weight_scale": gen.ints(low, high, n, groups).to(torch.uint8),
+                "group_size": group,
+                "global_scale": gen.rand(n) * 10 + 5 if index % 2 == 0 else None,
+                "out_dtype": dtype,
+                "fast_accum": index % 3 == 0,
+            }
+            yield f"{rows} {k} {n} groups of {group}", call | {"bias": gen.randn(n, dtype=dtype)}
+            yield f"{rows} {k} {n} groups of {group} no bias", call | {"bias": None}
+
+
+def bad_fp4_fp8(gen: Gen, base: Call) -> Bad:
+    yield from _bad_packed(base, 2)
+    for value in (torch.float8_e4m3fn, torch.float64, torch.int32, "float32", None, float):
+        yield f"out_dtype {value}", {"out_dtype": value}, TypeError, ("out_dtype is", "expected")
+    other = torch.float16 if base["out_dtype"] is not torch.float16 else torch.bfloat16
+    yield "bias of another dtype", {"bias": base["bias"].to(other)}, TypeError, ("bias is", "as out_dtype")
+    rows = len(base["x"])
+    for size in (0, 2, rows - 1, rows + 1):
+        if size not in (1, rows):
+            says = (f"x_scale has shape ({size},)", "or (1,)", f"= {rows}")
+            yield f"x_scale of {size}", {"x_scale": base["x_scale"].new_ones(size)}, ValueError, says
     for size in (1, 8, 64, 128, 576):
         yield f"group_size {size}", {"group_size": size}, ValueError, (f"group_size is {size}", "16", "32")
     yield "the other group_size", {"group_size": 48 - base["group_size"]}, ValueError, ()

@@ -44,11 +44,13 @@ from tests.harness.generators import Gen
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
     bad_fp4,
+    bad_fp4_fp8,
     bad_fp8,
     bad_int4,
     bad_int8,
     bad_quantize,
     fp4_calls,
+    fp4_fp8_calls,
     fp8_calls,
     int4_calls,
     int8_calls,
@@ -453,6 +455,22 @@ SPECS = (
         formulas.fp4_linear,
         scalars={"group_size": "size"},
         bad=bad_fp4,
+    ),
+    OpSpec(
+        "fp4_fp8_linear",
+        ops.fp4_fp8_linear,
+        fp4_fp8_calls,
+        {
+            "x": Role(),
+            "x_scale": Role((0,)),
+            "weight_packed": Role((0, 1)),
+            "weight_scale": Role((0, 1)),
+            "global_scale": Role((0,), optional=True),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.fp4_fp8_linear,
+        scalars={"group_size": "size", "fast_accum": "flag"},
+        bad=bad_fp4_fp8,
     ),
     OpSpec(
         "embedding",

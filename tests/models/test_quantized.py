@@ -276,6 +276,18 @@ def config(form: str = "int-quantized", weights: Any = WEIGHTS, inputs: Any = TO
     return {"quantization_config": base | other}
 
 
+@pytest.mark.parametrize(("form", "group_size"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
+def test_activations_of_fp4_weights(form: str, group_size: int) -> None:
+    """In fp8 a token they are rounded; in 4 bits they are not, and a note says so."""
+    weights = {"num_bits": 4, "type": "float", "group_size": group_size, "strategy": "group", "symmetric": True}
+    for inputs, fp8 in ((None, False), (TOKENS | {"type": "float"}, True), (TOKENS | {"num_bits": 4}, False)):
+        found = quantization_from_hf(config(form, weights, inputs))
+        assert found is not None
+        assert found.scheme("model.layers.0.mlp.up_proj") == nn.Fp4Scheme(group_size, fp8)
+        assert bool(found.notes) == (inputs is not None and not fp8)
+        assert str(found).endswith("(W4A8)" if fp8 else "(W4A16)")
+
+
 def test_targets() -> None:
     """A name counts more than a pattern, a pattern more than a class; ignore counts most."""
     base = config()["quantization_config"]

@@ -273,20 +273,38 @@ def test_few_rows_fill_the_sms_in_one_wave() -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    m=st.integers(1, 600),
+    m=st.one_of(st.integers(1, 600), st.integers(1, 300_000)),
     n=st.integers(1, 40_000).map(lambda n: 8 * n),
     k=st.integers(1, 500).map(lambda k: 64 * k),
     weight_bits=st.sampled_from((4.125, 4.25, 4.5)),
     num_sms=st.sampled_from((1, 16, 114, 132)),
+    x_bytes=st.sampled_from((1, 2)),
+    two_levels=st.booleans(),
 )
 def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
-    m: int, n: int, k: int, weight_bits: float, num_sms: int
+    m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int, two_levels: bool
 ) -> None:
-    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, num_sms)
+    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, num_sms, x_bytes, two_levels)
     assert (config["m_tiles"] - 1) * config["block_m"] < m <= config["m_tiles"] * config["block_m"]
     assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
-    assert config["num_ctas"] == config["m_tiles"] * config["n_tiles"] * config["num_splits"]
-    assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
+    tiles = config["m_tiles"] * config["n_tiles"]
+    if config["many_rows"]:
+        assert (x_bytes == 1 or m > 128) and config["num_splits"] == 1
+        assert config["num_ctas"] == min(tiles, num_sms)
+        assert not two_levels or config["block_n"] <= 192
+    else:
+        assert x_bytes == 2
+        assert config["num_ctas"] == tiles * config["num_splits"]
+        assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
+
+
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)])
+def test_many_rows_with_weights_of_4_bits_become_numbers_in_shared_memory(n: int, k: int) -> None:
+    for m in (512, 1000, 1024, 4096, 8192):
+        config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
+        assert config["many_rows"], m
+    for m in (1, 64, 128):
+        assert not _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)["many_rows"], m
 
 
 def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave() -> None:

@@ -14,6 +14,14 @@ inline uint32_t pack_e4m3(float a, float b, float c, float d) {
   return packed;
 }
 
+inline uint32_t pack_e4m3_pairs(uint32_t low, uint32_t high) {
+  const uint16_t halves[4] = {static_cast<uint16_t>(low), static_cast<uint16_t>(low >> 16), static_cast<uint16_t>(high),
+                              static_cast<uint16_t>(high >> 16)};
+  float values[4];
+  for (int i = 0; i < 4; ++i) values[i] = emulator::value_at<__half>(halves + i);
+  return pack_e4m3(values[0], values[1], values[2], values[3]);
+}
+
 inline void unpack_e4m3(uint32_t (&pairs)[2], uint32_t four) {
   for (int i = 0; i < 4; ++i) {
     const __half value(emulator::value_at<__nv_fp8_e4m3>(reinterpret_cast<const char*>(&four) + i));

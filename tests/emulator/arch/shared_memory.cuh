@@ -35,6 +35,11 @@ inline uint4 load_shared_16_bytes(uint32_t address) {
   return value;
 }
 
+inline void store_shared_16_bytes(uint32_t address, const uint4& value) {
+  if (address % 16 != 0) emulator::fail("16 bytes to an address that is not a multiple of 16");
+  std::memcpy(emulator::smem_of(emulator::this_rank()) + address, &value, sizeof(value));
+}
+
 inline void store_shared(uint32_t address, uint32_t value) {
   std::memcpy(emulator::smem_of(emulator::this_rank()) + address, &value, sizeof(value));
 }
