@@ -32,6 +32,9 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const int32_t row_idx = blockIdx.x;
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const weight = static_cast<const T*>(p.weight);
+  const auto load_from = [](const T* row) {
+    return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
+  };
   if (weight != nullptr) Cache::prefetch(weight, num_vecs);
   grid_dependency_wait();
   grid_dependency_launch();
@@ -39,12 +42,13 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   T* const residual = ADD ? static_cast<T*>(p.residual) + p.residual_rows.offset(row_idx) : nullptr;
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
-  const auto load_from = [](const T* row) {
-    return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
-  };
-  Cache row, old;
+  Cache row, old, gain;
   row.fill(num_vecs, load_from(x));
-  if constexpr (ADD) old.fill(num_vecs, load_from(residual));
+  if constexpr (ADD) {
+    old.fill(num_vecs, load_from(residual));
+  } else {
+    if (weight != nullptr) gain.fill(num_vecs, load_from(weight));  // beside two rows there are no registers for it
+  }
 
   float square_sum = 0.0f;
   row.visit(num_vecs, load_from(x), [&](int slot, Index vec_idx, Pack<T, VEC>& vec) {
@@ -64,12 +68,18 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   });
   const float scale = rsqrtf(block_sum(square_sum) * inverse_size + p.eps);
 
-  row.visit(num_vecs, load_from(ADD ? residual : x), [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load_from(ADD ? residual : x), [&](int slot, Index vec_idx, const Pack<T, VEC>& vec) {
     float values[VEC], scaled[VEC];
     unpack(vec, values);
 #pragma unroll
     for (float& factor : scaled) factor = 1.0f;
-    if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
+    if (weight != nullptr) {
+      if constexpr (ADD) {
+        load_vec<VEC>(weight + vec_idx * VEC, scaled);
+      } else {
+        unpack(gain.at(slot, vec_idx, load_from(weight)), scaled);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] *= values[i] * scale;
     store_vec<VEC>(out + vec_idx * VEC, scaled);
