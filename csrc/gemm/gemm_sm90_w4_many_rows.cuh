@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(kGemmSm90W4ManyRowsThreads<BLOCK_N>, 1)
         multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
                                                                 release);
       } else {
-        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release);
+        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release,
+                                          [](uint32_t, int32_t) {});
       }
       columns.arrive(p, 1 + group);
       store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
