@@ -19,7 +19,7 @@ namespace fastattn {
 namespace {
 
 template <typename Cache>
-__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+__global__ void __launch_bounds__(1024, 1)
     layer_norm_kernel(const __grid_constant__ LayerNormParams p, float inverse_size) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -28,16 +28,20 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const weight = static_cast<const T*>(p.weight);
   const T* const bias = static_cast<const T*>(p.bias);
-  if (weight != nullptr) Cache::prefetch(weight, num_vecs);
-  if (bias != nullptr) Cache::prefetch(bias, num_vecs);
   grid_dependency_wait();
   grid_dependency_launch();
 
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
-  const auto load = [&](Index vec_idx) { return load_pack_early<VEC>(x + vec_idx * VEC); };
-  Cache row;
+  const auto load_from = [](const T* row) {
+    return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
+  };
+  const auto load = load_from(x);
+  Cache row, gain;
   row.fill(num_vecs, load);
+  if constexpr (!Cache::kLong) {
+    if (weight != nullptr) gain.fill(num_vecs, load_from(weight));
+  }
 
   float sum = 0.0f;
   row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) {
@@ -57,13 +61,17 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   });
   const float scale = rsqrtf(block_sum(square_sum) * inverse_size + p.eps);
 
-  row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
+  row.visit(num_vecs, load, [&](int slot, Index vec_idx, const Pack<T, VEC>& vec) {
     float values[VEC], scaled[VEC];
     float shift[VEC] = {};
     unpack(vec, values);
 #pragma unroll
     for (float& factor : scaled) factor = 1.0f;
-    if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
+    if constexpr (Cache::kLong) {
+      if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
+    } else {
+      if (weight != nullptr) unpack(gain.cached[slot], scaled);
+    }
     if (bias != nullptr) load_vec<VEC>(bias + vec_idx * VEC, shift);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] = (values[i] - mean) * scale * scaled[i] + shift[i];

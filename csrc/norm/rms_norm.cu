@@ -24,7 +24,7 @@ namespace fastattn {
 namespace {
 
 template <typename Cache, bool ADD>
-__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+__global__ void __launch_bounds__(1024, 1)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p, float inverse_size) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const auto load_from = [](const T* row) {
     return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
   };
-  if (weight != nullptr) Cache::prefetch(weight, num_vecs);
   grid_dependency_wait();
   grid_dependency_launch();
 
@@ -44,10 +43,9 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
   Cache row, old, gain;
   row.fill(num_vecs, load_from(x));
-  if constexpr (ADD) {
-    old.fill(num_vecs, load_from(residual));
-  } else {
-    if (weight != nullptr) gain.fill(num_vecs, load_from(weight));  // beside two rows there are no registers for it
+  if constexpr (ADD) old.fill(num_vecs, load_from(residual));
+  if constexpr (!Cache::kLong) {
+    if (weight != nullptr) gain.fill(num_vecs, load_from(weight));
   }
 
   float square_sum = 0.0f;
@@ -73,12 +71,10 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
     unpack(vec, values);
 #pragma unroll
     for (float& factor : scaled) factor = 1.0f;
-    if (weight != nullptr) {
-      if constexpr (ADD) {
-        load_vec<VEC>(weight + vec_idx * VEC, scaled);
-      } else {
-        unpack(gain.at(slot, vec_idx, load_from(weight)), scaled);
-      }
+    if constexpr (Cache::kLong) {
+      if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
+    } else {
+      if (weight != nullptr) unpack(gain.cached[slot], scaled);
     }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) scaled[i] *= values[i] * scale;

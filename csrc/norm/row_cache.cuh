@@ -3,10 +3,8 @@
 //   vector i of thread t covers the elements from (i * blockDim.x + t) * VEC on
 //   i < kCached stays in registers, in 16 bits; what a LONG row has beyond that is read again at each visit
 //
-// Unless rows are LONG, kernels have 32 registers a thread, so that an SM is full of threads whatever the row's length
-// is: rows of other CTAs are on their way while one is added up. Weights, the same for all rows, are not kept but asked
-// for: into L2 at the beginning, from there when they are used. Where no row is LONG there is no loop: a few rows take
-// as long as their code takes to arrive.
+// Weights come with the row, unless it is LONG: asked for only when they are used they are a second trip to memory, or
+// to L2. Where no row is LONG there is no loop: a few rows take as long as their code takes to arrive.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +13,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "arch/global_memory.cuh"
 #include "arch/vec.cuh"
 
 namespace fastattn {
@@ -24,8 +21,9 @@ template <typename Element, int VEC_SIZE, bool LONG>
 struct RowCache {
   using T = Element;
   static constexpr int VEC = VEC_SIZE;
+  static constexpr bool kLong = LONG;
   static constexpr int kCached = VEC == 1 ? 4 : 2;
-  static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads
+  static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads, of kernels that keep nothing but the row
   using Vec = Pack<T, VEC>;
   using Index = std::conditional_t<LONG, int64_t, int32_t>;  // of a vector of the row
   Vec cached[kCached];
@@ -61,14 +59,6 @@ struct RowCache {
   template <typename Load>
   __device__ __forceinline__ Vec at(int slot, Index vec_idx, Load load) const {
     return !LONG || slot < kCached ? cached[slot] : load(vec_idx);
-  }
-
-  // Asks for what a visit will find at `values`, the same for all rows.
-  __device__ __forceinline__ static void prefetch(const T* values, Index num_vecs) {
-    for (int i = 0; i < kCached; ++i) {
-      const Index vec_idx = i * blockDim.x + threadIdx.x;
-      if (vec_idx < num_vecs) prefetch_l2(values + vec_idx * VEC);
-    }
   }
 };
 

@@ -165,9 +165,8 @@ def fp4_fp8_linear(
     values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
     numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
     weight = numbers[_nibbles(weight_packed, columns)] * scale[:, columns // group_size]
-    # Three bits behind the first; below 2^-6 multiples of 2^-9. torch rounds ties to even, as e4m3 does.
-    unit = 2.0 ** (weight.abs().clamp(min=2.0**-6).log2().floor() - 3)
-    weight = (weight / unit).round() * unit * factor[:, None]
+    # By torch's cast, not by powers of two: on a GPU pow(2, n) is off by a bit, and ties would not go to even.
+    weight = weight.float().to(torch.float8_e4m3fn).double() * factor[:, None]
     if global_scale is not None:
         weight = weight / global_scale.double()[:, None]
     out = ((x.double() * x_scale.double()[:, None]) @ weight.t()).to(c)
