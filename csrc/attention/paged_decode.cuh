@@ -351,7 +351,7 @@ struct DecodeOutput {
 // Kernel
 
 // T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t. Mask: AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
-template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
+template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE, bool INVARIANT>
 __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   }
 
   if constexpr (BESIDE) grid_dependency_launch();
-  const DecodePlan<Mask> plan(p, team);
+  const DecodePlan<Mask> plan(p, team, std::bool_constant<INVARIANT>());
   if (plan.begin_tile >= plan.end_tile) return;
   DecodeLoader<KV, HEAD_DIM, Mask, Team> loader(p, plan);
 
@@ -576,7 +576,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     }
     first_key += p.config.block_n;
     if (tile + 1 < min(cursor.seq_end, plan.end_tile)) {
-      if (!p.config.batch_invariant) continue;
+      if constexpr (!INVARIANT) continue;
       const int32_t in_sequence = tile - cursor.seq_begin;
       if (splits_now(tile).end_behind(in_sequence) != in_sequence + 1) continue;
     }
@@ -614,7 +614,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     const int first_warp = team.first_warp();
     bool whole = begins_here && ends_here;
     int32_t slot = ends_here ? ended_slot : handed_slot(plan.part_idx);
-    if (p.config.batch_invariant) {
+    if constexpr (INVARIANT) {
       const DecodeSplits splits = splits_now(tile);
       slot = first_slot(cursor.seq_begin, !whole) + splits.of(tile - cursor.seq_begin) - splits.first();
       whole = splits.first() == splits.last();
@@ -643,10 +643,10 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
       if (group == 0) p.partial_sum[slot_row] = make_float2(result.row_max, result.row_sum);
     });
     team.sync();  // the stages are free again
-    if (p.config.batch_invariant && tile + 1 == cursor.seq_end && cursor.seq_begin >= plan.begin_tile) {
-      const DecodeSplits splits = splits_now(tile);
-      const int32_t first = first_slot(cursor.seq_begin, false);
-      if (!whole) {
+    if constexpr (INVARIANT) {
+      if (!whole && tile + 1 == cursor.seq_end && begins_here) {
+        const DecodeSplits splits = splits_now(tile);
+        const int32_t first = first_slot(cursor.seq_begin, false);
         each_group(sequence.all_rows, [&](int32_t row, int group) {
           output.store(row, group, add_splits(std::integral_constant<int, ADDENDS>(), splits, first, row, group));
         });
@@ -670,7 +670,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     *mark = 0;
   };
   const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);
-  if (p.config.batch_invariant) {
+  if constexpr (INVARIANT) {
     const DecodeSplits splits(p, ended.first_tile(p), ended.num_tiles(p));
     const auto part_of = [&](int32_t split) { return (plan.seq_begin + splits.begin_of(split)) / plan.tiles_per_part; };
     for (int32_t split = splits.first() + team.thread_idx(); split < splits.last(); split += team.num_threads()) {
@@ -715,8 +715,10 @@ template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
   const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);
   const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
-  return launch_kernel(paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE>, p.config.num_ctas, 32 * num_warps,
-                       smem_bytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
+  const auto kernel = p.config.batch_invariant ? paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, true>
+                                               : paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, false>;
+  return launch_kernel(kernel, p.config.num_ctas, 32 * num_warps, smem_bytes, stream, p,
+                       ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

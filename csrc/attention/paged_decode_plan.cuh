@@ -138,8 +138,9 @@ struct DecodePlan {
   int32_t seq_idx;    // that has begin_tile
   int32_t seq_begin;  // its first tile
 
-  template <bool BESIDE>
-  __device__ __forceinline__ DecodePlan(const PagedDecodeParams& p, const DecodeTeam<BESIDE>& team) {
+  template <bool BESIDE, bool INVARIANT>
+  __device__ __forceinline__ DecodePlan(const PagedDecodeParams& p, const DecodeTeam<BESIDE>& team,
+                                        std::bool_constant<INVARIANT>) {
     const int lane = threadIdx.x % 32;
     const int32_t team_idx = team.of_grid();
     int32_t num_parts = p.num_parts_div.divisor, prompt_tiles = 0;
@@ -206,25 +207,27 @@ struct DecodePlan {
         seq_begin += __shfl_sync(0xffffffffu, end, 31);
       }
     };
-    // Batch-invariant, a split is the part's that has its first tile.
-    int32_t seq_end = 0;
-    const auto end_of_split = [&](int32_t tile) {
-      find(tile);
-      const DecodeSequence<Mask> sequence(p, seq_idx, first_row);
-      const DecodeSplits splits(p, sequence.first_tile(p), sequence.num_tiles(p));
-      seq_end = seq_begin + splits.num_tiles;
-      return seq_begin + splits.end_behind(tile - seq_begin);
-    };
-    if (p.config.batch_invariant) end_tile = end_of_split(end_tile - 1);
-    if (p.config.batch_invariant && begin_tile > 0) {
-      begin_tile = end_of_split(begin_tile - 1);
-      if (begin_tile == seq_end) {
-        ++seq_idx;
-        seq_begin = seq_end;
+    if constexpr (INVARIANT) {
+      // A split is the part's that has its first tile.
+      int32_t seq_end = 0;
+      const auto end_of_split = [&](int32_t tile) {
+        find(tile);
+        const DecodeSequence<Mask> sequence(p, seq_idx, first_row);
+        const DecodeSplits splits(p, sequence.first_tile(p), sequence.num_tiles(p));
+        seq_end = seq_begin + splits.num_tiles;
+        return seq_begin + splits.end_behind(tile - seq_begin);
+      };
+      end_tile = end_of_split(end_tile - 1);
+      if (begin_tile > 0) {
+        begin_tile = end_of_split(begin_tile - 1);
+        if (begin_tile == seq_end) {
+          ++seq_idx;
+          seq_begin = seq_end;
+        }
+        return;
       }
-    } else {
-      find(begin_tile);
     }
+    find(begin_tile);
   }
 
   // Of a row of the KV head.
