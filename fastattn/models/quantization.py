@@ -1,18 +1,19 @@
-"""Which layers of a checkpoint have weights of few bits, and how they are stored: `quantization_config` of a config.json, in
-compressed-tensors' form. What we do not run is refused by name."""
+"""Which layers of a checkpoint have weights of few bits, and how they are stored: `quantization_config` of a config.json, in the form
+of compressed-tensors, of GPTQ's tools (AutoGPTQ, GPTQModel) or of AWQ's (AutoAWQ). What we do not run is refused by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.nn import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, Scheme
+from fastattn.nn import AwqScheme, Fp4Scheme, Fp8Scheme, GptqScheme, Int4Scheme, Int8Scheme, Scheme
 
 _SUPPORTED = (
-    "int-quantized and float-quantized (INT8 or FP8 weights a channel, activations alike a token, dynamic), pack-quantized (INT4 "
-    "weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized (activations in 16 bits, or FP8 a token, dynamic)"
+    "int-quantized (INT8 weights a channel, activations alike a token, dynamic), float-quantized (FP8 weights a channel or a tensor, "
+    "activations alike), pack-quantized (INT4 weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized "
+    "(activations in 16 bits, or FP8 a token, dynamic)"
 )
 
 
@@ -67,8 +68,12 @@ def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json: quantization_config is {config!r}, expected an object")
     method = config.get("quant_method")
-    if method != "compressed-tensors":
-        raise ValueError(f"config.json: quant_method is {method!r}, supported is 'compressed-tensors'")
+    if method not in _METHODS:
+        raise ValueError(f"config.json: quant_method is {method!r}, supported are {', '.join(map(repr, _METHODS))}")
+    return _METHODS[method](config)
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> QuantizationConfig | None:
     _check_rest(config)
     groups = config.get("config_groups") or {}
     if not isinstance(groups, Mapping):
@@ -85,8 +90,66 @@ def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
         if isinstance(scheme, Fp4Scheme) and not scheme.fp8_activations and group.get("input_activations") is not None:
             unused.append(".input_global_scale")
             notes.append(f"activations stay in 16 bits, where the checkpoint would round them to 4 ({name}, {scheme})")
+        if isinstance(scheme, Fp8Scheme) and group["input_activations"].get("strategy") == "tensor":
+            unused.append(".input_scale")
+            notes.append(f"activations have a scale a token, where the checkpoint has one for all ({name}, {scheme})")
     ignore = _targets("ignore", config.get("ignore") or [])
     return QuantizationConfig(tuple(parsed), ignore, tuple(unused), tuple(notes))
+
+
+def _gptq(config: Mapping[str, Any]) -> QuantizationConfig:
+    group_size = _int4_groups("gptq", config)
+    symmetric, ordered = _flag(config, "sym", True), _flag(config, "desc_act", False)
+    form = config.get("checkpoint_format", "gptq")
+    if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        raise ValueError(f"config.json: checkpoint_format is {form!r}, supported are 'gptq' and 'gptq_v2' (gptq)")
+    for name in ("dynamic", "modules_in_block_to_quantize", "modules_to_not_convert"):
+        if config.get(name):
+            raise ValueError(
+                f"config.json: {name} is {config[name]!r}, supported are models of one kind of layer (gptq)"
+            )
+    scheme = GptqScheme(
+        group_size, symmetric, zero_minus_one=form == "gptq", ordered=ordered and group_size is not None
+    )
+    return QuantizationConfig(((("Linear",), scheme),), () if _flag(config, "lm_head", False) else ("lm_head",))
+
+
+def _awq(config: Mapping[str, Any]) -> QuantizationConfig:
+    group_size = _int4_groups("awq", config)
+    version = config.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise ValueError(f"config.json: version is {version!r}, supported is 'gemm' (awq)")
+    if not _flag(config, "zero_point", True):
+        raise ValueError("config.json: zero_point is False, supported is True (awq)")
+    kept = _targets("modules_to_not_convert", config.get("modules_to_not_convert") or [])
+    ignore = [f"re:.*{re.escape(part)}" for part in kept]  # AutoAWQ looks for them anywhere in a name
+    return QuantizationConfig(((("Linear",), AwqScheme(group_size, False)),), (*ignore, "lm_head"))
+
+
+def _int4_groups(method: str, config: Mapping[str, Any]) -> int | None:
+    """Columns to a group, None for all of a row, of weights that must be of 4 bits."""
+    bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    if bits != 4:
+        raise ValueError(f"config.json: bits is {bits!r}, supported is 4 ({method})")
+    if group_size == -1:
+        return None
+    if not isinstance(group_size, int) or not 1 <= group_size < 2**31:
+        raise ValueError(f"config.json: group_size is {group_size!r}, expected a positive number or -1 ({method})")
+    return group_size
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {name} is {value!r}, expected true or false")
+    return value
+
+
+_METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig | None]] = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+}
 
 
 def kv_cache_scheme_from_hf(raw: Mapping[str, Any]) -> str | None:
@@ -158,9 +221,11 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
         if form == "int-quantized" and (kind, bits, strategy, symmetric) == ("int", 8, "channel", True):
             if inputs is not None and _is_8bit_per_token(inputs, "int"):
                 return Int8Scheme()
-        elif form == "float-quantized" and (kind, bits, strategy, symmetric) == ("float", 8, "channel", True):
-            if inputs is not None and _is_8bit_per_token(inputs, "float"):
-                return Fp8Scheme()
+        elif form == "float-quantized" and (kind, bits, symmetric) == ("float", 8, True):
+            # Of activations with one scale for all we take one a token, which is nearer.
+            rounds = inputs is not None and (_is_8bit_per_token(inputs, "float") or _is_fp8_per_tensor(inputs))
+            if strategy in ("channel", "tensor") and rounds:
+                return Fp8Scheme(one_scale=strategy == "tensor")
         elif form == "pack-quantized" and (kind, bits) == ("int", 4) and inputs is None and isinstance(symmetric, bool):
             if strategy == "group" and isinstance(group_size, int) and 1 <= group_size < 2**31:
                 return Int4Scheme(group_size, symmetric)
@@ -186,3 +251,8 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
 def _is_8bit_per_token(inputs: Mapping[str, Any], kind: str) -> bool:
     values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"), inputs.get("dynamic"))
     return values == (8, kind, "token", True) and inputs.get("symmetric", True) is True
+
+
+def _is_fp8_per_tensor(inputs: Mapping[str, Any]) -> bool:
+    values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"))
+    return values == (8, "float", "tensor") and inputs.get("symmetric", True) is True

@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
+from fastattn.nn.int4 import AwqScheme, GptqScheme, Int4Scheme
 from fastattn.nn.kv_cache import (
     KVCacheFormat,
     KVMemory,
@@ -16,7 +17,7 @@ from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.norm_linear import NormLinear
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
-from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int4Scheme, Int8Scheme, QuantizedWeight, Scheme
+from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
 from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm
@@ -25,11 +26,13 @@ __all__ = [
     "ALONE",
     "Attention",
     "AttentionMetadata",
+    "AwqScheme",
     "CollectiveError",
     "Embedding",
     "Fp4Scheme",
     "Fp8Scheme",
     "GatedMLP",
+    "GptqScheme",
     "Int4Scheme",
     "Int8Scheme",
     "KVCacheFormat",

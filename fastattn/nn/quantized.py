@@ -10,17 +10,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from fastattn import ops
-from fastattn.nn.module import Module, Weight, Weights, empty_parameter, fixed_parameter
+from fastattn.nn.module import Module, Weight, Weights, fixed_parameter
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize
 from fastattn.reference import quantized as reference
 
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,20 @@ def _packs(device_type: str) -> bool:
     return device_type == "cpu" and torch._C._has_mkldnn
 
 
+def set_rows(of_rows: torch.Tensor, of_pieces: torch.Tensor, pieces: Sequence[Piece], name: str) -> None:
+    """Gives the rows of each piece the one scale ``name`` that the checkpoint has for it."""
+    for piece, value in zip(pieces, of_pieces.tolist(), strict=True):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{piece.name}.{name} is {value}, expected a finite number above 0")
+        of_rows[piece.rows] = value
+
+
+class Scheme(Protocol):
+    """How a weight is stored: a value, equal to another of the same kind. str() of it names it for users."""
+
+    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight: ...
+
+
 @dataclass(frozen=True)
 class Int8Scheme:
     """W8A8: int8 weights with a scale a row; activations are rounded to int8 as they come, with a scale a token."""
@@ -140,7 +155,7 @@ class Int8Weight(QuantizedWeight):
     def stored(self, piece: Piece) -> Weights:
         yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("I8",))
         rows = piece.shard if piece.shard.dim == 0 else None
-        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, _FLOATS)
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, FLOATS)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.packed is not None:
@@ -161,28 +176,42 @@ class Int8Weight(QuantizedWeight):
 
 @dataclass(frozen=True)
 class Fp8Scheme:
-    """W8A8 in e4m3: weights with a scale a row; activations are rounded as they come, with a scale a token."""
+    """W8A8 in e4m3: weights with a scale a row, or one for a matrix; activations are rounded as they come, with a scale a token."""
+
+    one_scale: bool = False
 
     def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
-        return Fp8Weight(rows, columns)
+        return Fp8Weight(rows, columns, pieces, self)
 
     def __str__(self) -> str:
         return "FP8 (W8A8)"
 
 
 class Fp8Weight(QuantizedWeight):
-    fixed_dtypes = frozenset({"scale"})
+    fixed_dtypes = frozenset({"scale", "stored_scale"})
+    staged = frozenset({"stored_scale"})
     packed_away = frozenset({"codes"})
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp8Scheme) -> None:
         super().__init__(rows, columns)
         self.codes = fixed_parameter(torch.uint8, rows, columns)  # the bits of e4m3
         self.scale = fixed_parameter(torch.float32, rows)
+        # One for a matrix of the checkpoint, of which several may stand here.
+        self.stored_scale = fixed_parameter(torch.float32, len(pieces)) if scheme.one_scale else None
 
     def stored(self, piece: Piece) -> Weights:
         yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("F8_E4M3",))
+        if self.stored_scale is not None:
+            own = self.stored_scale[piece.index : piece.index + 1]
+            yield Weight(f"{piece.name}.weight_scale", own, None, FLOATS)
+            return
         rows = piece.shard if piece.shard.dim == 0 else None
-        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, _FLOATS)
+        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, FLOATS)
+
+    def finish(self, pieces: Sequence[Piece]) -> None:
+        if self.stored_scale is not None:
+            set_rows(self.scale, self.stored_scale, pieces, "weight_scale")
+            self.stored_scale = None
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.packed is not None:
@@ -198,79 +227,6 @@ class Fp8Weight(QuantizedWeight):
         q, scale = ops.quantize_fp8(x)
         sums = dense.packed_linear(q.float(), self.packed[0], None)
         return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)
-
-
-@dataclass(frozen=True)
-class Int4Scheme:
-    """W4A16: INT4 weights with a scale, and a zero point unless symmetric, for each group_size columns (None: for the row)."""
-
-    group_size: int | None
-    symmetric: bool
-
-    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
-        return Int4Weight(rows, columns, pieces, self)
-
-    def __str__(self) -> str:
-        groups = "rows" if self.group_size is None else f"groups of {self.group_size}"
-        return f"INT4 (W4A16), {groups}{'' if self.symmetric else ', zero points'}"
-
-
-class Int4Weight(QuantizedWeight):
-    staged = frozenset({"shapes"})
-    packed_away = frozenset({"codes", "scale", "zero_point"})
-
-    def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Int4Scheme) -> None:
-        super().__init__(rows, columns)
-        self.group_size = scheme.group_size or max(columns, 1)
-        self.is_grouped = scheme.group_size is not None
-        num_groups = -(-columns // self.group_size)
-        self.codes = fixed_parameter(torch.int32, rows, -(-columns // 8))
-        self.scale = empty_parameter(rows, num_groups)
-        self.zero_point = None if scheme.symmetric else fixed_parameter(torch.int8, rows, num_groups)
-        # What the checkpoint has beside, read whole and gone after `finish`: shapes, and zero points packed along the rows.
-        self.shapes: torch.nn.Parameter | None = fixed_parameter(torch.int64, len(pieces), 2)
-        words = [] if scheme.symmetric else [-(-piece.num_rows // 8) for piece in pieces]
-        self.packed_zero_points = torch.nn.ParameterList(fixed_parameter(torch.int32, n, num_groups) for n in words)
-
-    def stored(self, piece: Piece) -> Weights:
-        yield Weight(
-            f"{piece.name}.weight_packed", self.codes[piece.rows], piece.columns(8, "codes to a word"), ("I32",)
-        )
-        groups = piece.columns(self.group_size, "a group") if self.is_grouped or piece.shard.dim == 0 else None
-        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows], groups, _FLOATS)
-        assert self.shapes is not None
-        yield Weight(f"{piece.name}.weight_shape", self.shapes[piece.index], None, ("I64", "I32"))
-        if self.zero_point is None:
-            return
-        shard = groups if piece.shard.dim == 1 else piece.packed_rows(8, "zero points to a word")
-        yield Weight(f"{piece.name}.weight_zero_point", self.packed_zero_points[piece.index], shard, ("I32",))
-
-    def finish(self, pieces: Sequence[Piece]) -> None:
-        assert self.shapes is not None
-        for piece, shape in zip(pieces, self.shapes.tolist(), strict=True):
-            total = piece.shard.total
-            expected = [total, self.columns] if piece.shard.dim == 0 else [piece.num_rows, total]
-            if shape != expected:
-                raise ValueError(f"{piece.name}.weight_shape is {shape}, expected {expected}")
-        if self.zero_point is not None:
-            for piece in pieces:
-                words = self.packed_zero_points[piece.index]
-                self.zero_point[piece.rows] = quantize.unpack_int4_zero_points(words, piece.num_rows)
-        self.shapes, self.packed_zero_points = None, torch.nn.ParameterList()
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.packed is not None:
-            return self.packed_forward(x, bias)
-        return ops.int4_linear(x, self.codes, self.scale, self.group_size, self.zero_point, bias)
-
-    def dense_parts(self) -> list[torch.Tensor]:
-        weight = reference.int4_weight(self.codes, self.scale, self.zero_point, self.group_size, self.columns)
-        return [weight.float()]
-
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.packed is not None
-        out = dense.packed_linear(x.float(), self.packed[0], None if bias is None else bias.float())
-        return out.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -321,10 +277,7 @@ class Fp4Weight(QuantizedWeight):
         if self.stored_global_scale is None:
             return
         assert self.global_scale is not None
-        for piece, value in zip(pieces, self.stored_global_scale.tolist(), strict=True):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{piece.name}.weight_global_scale is {value}, expected a finite number above 0")
-            self.global_scale[piece.rows] = value
+        set_rows(self.global_scale, self.stored_global_scale, pieces, "weight_global_scale")
         self.stored_global_scale = None
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -355,6 +308,3 @@ class Fp4Weight(QuantizedWeight):
             return reference.scale_8bit_sums(sums, scale, self.row_factor, bias, x.dtype)
         out = dense.packed_linear(x.float(), self.packed[0], None)
         return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)
-
-
-Scheme = Int8Scheme | Fp8Scheme | Int4Scheme | Fp4Scheme

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastattn.reference import quantize
+from tests.models.int4_layouts import TOOL_FORMS, ToolForm
 
 VOCAB = 64
 # Widths that groups of 32 and 64 divide; 3 KV heads, so that ranks have uneven parts.
@@ -38,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Form:
-    """A format, by the preset it starts from, and what differs from that."""
+    """A format of compressed-tensors, by the preset it starts from, and what differs from that."""
 
     preset: str
     format: str
@@ -55,10 +56,51 @@ class Form:
         scheme.weights = scheme.weights.model_copy(update=changes)
         return scheme
 
+    def quantization_config(self) -> dict[str, Any]:
+        groups = {"group_0": self.scheme()}
+        config = QuantizationConfig(
+            config_groups=groups, format=self.format, ignore=list(self.ignore), quantization_status="compressed"
+        )
+        found: dict[str, Any] = config.to_dict()
+        return found
 
-FORMS = {
+    def compress(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A weight as the checkpoint has it, and as it comes out of there."""
+        scheme, compressor = self.scheme(), BaseCompressor.get_value_from_registry(self.format)
+        args = scheme.weights
+        assert args is not None
+        group = args.group_size or weight.shape[1]
+        groups = weight.unflatten(1, (-1, group))
+        low, high = groups.amin(-1), groups.amax(-1)
+        if args.strategy == "tensor":
+            low, high = weight.amin().view(1), weight.amax().view(1)
+        state: dict[str, torch.Tensor] = {"weight": weight}
+        if self.preset.startswith("NVFP4"):
+            state["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
+        scale, zero = calculate_qparams(low, high, args, state.get("weight_global_scale"))
+        state["weight_scale"] = scale
+        if not args.symmetric:
+            state["weight_zero_point"] = zero.to(torch.int8)
+        stored = compressor.compress(state, scheme)
+        dense = compressor.decompress(stored, scheme)["weight"]
+        if self.format == "float-quantized":
+            dense = stored["weight"].float() * scale
+        elif dense.dtype is torch.bfloat16:  # as FP4's are given out; the numbers themselves need more bits
+            step = scale / state.get("weight_global_scale", torch.ones(1))
+            exact = quantize.unpack_e2m1(stored["weight_packed"]) * quantize.per_column(step, group, weight.shape[1])
+            assert torch.equal(exact.bfloat16(), dense)
+            dense = exact
+        if scheme.input_activations is not None and self.preset == "NVFP4":
+            stored["input_global_scale"] = torch.tensor([3.0])
+        if self.preset == "FP8":
+            stored["input_scale"] = torch.tensor([0.1])
+        return {name: t.contiguous() for name, t in stored.items()}, dense
+
+
+FORMS: dict[str, Form | ToolForm] = {
     "int8": Form("W8A8", "int-quantized"),
     "fp8": Form("FP8_DYNAMIC", "float-quantized"),
+    "fp8 tensor": Form("FP8", "float-quantized"),
     "int4 groups of 32": Form("W4A16", "pack-quantized", 32),
     "int4 zero points": Form("W4A16_ASYM", "pack-quantized", 32),
     "int4 channel": Form("W4A16", "pack-quantized", channel=True),
@@ -66,37 +108,9 @@ FORMS = {
     "nvfp4": Form("NVFP4A16", "nvfp4-pack-quantized"),
     "nvfp4 activations too": Form("NVFP4", "nvfp4-pack-quantized"),
     "mxfp4": Form("MXFP4A16", "mxfp4-pack-quantized"),
+    **TOOL_FORMS,
     "k_proj stays": Form("NVFP4A16", "nvfp4-pack-quantized", ignore=("lm_head", "re:.*k_proj$")),
 }
-
-
-def _compress(weight: torch.Tensor, form: Form) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A weight as the checkpoint has it, and as it comes out of there."""
-    scheme, compressor = form.scheme(), BaseCompressor.get_value_from_registry(form.format)
-    args = scheme.weights
-    assert args is not None
-    group = args.group_size or weight.shape[1]
-    groups = weight.unflatten(1, (-1, group))
-    low, high = groups.amin(-1), groups.amax(-1)
-    state: dict[str, torch.Tensor] = {"weight": weight}
-    if form.preset.startswith("NVFP4"):
-        state["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
-    scale, zero = calculate_qparams(low, high, args, state.get("weight_global_scale"))
-    state["weight_scale"] = scale
-    if not args.symmetric:
-        state["weight_zero_point"] = zero.to(torch.int8)
-    stored = compressor.compress(state, scheme)
-    dense = compressor.decompress(stored, scheme)["weight"]
-    if form.format == "float-quantized":
-        dense = stored["weight"].float() * scale
-    elif dense.dtype is torch.bfloat16:  # as FP4's are given out; the numbers themselves need more bits
-        step = scale / state.get("weight_global_scale", torch.ones(1))
-        exact = quantize.unpack_e2m1(stored["weight_packed"]) * quantize.per_column(step, group, weight.shape[1])
-        assert torch.equal(exact.bfloat16(), dense)
-        dense = exact
-    if scheme.input_activations is not None and form.preset == "NVFP4":
-        stored["input_global_scale"] = torch.tensor([3.0])
-    return {name: t.contiguous() for name, t in stored.items()}, dense
 
 
 def _round_activations(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -112,10 +126,14 @@ def _round_activations_to_fp8(module: torch.nn.Module, args: tuple[torch.Tensor,
 
 
 # Presets that round activations too.
-_ROUNDED = {"W8A8": _round_activations, "FP8_DYNAMIC": _round_activations_to_fp8}
+_ROUNDED = {
+    "W8A8": _round_activations,
+    "FP8_DYNAMIC": _round_activations_to_fp8,
+    "FP8": _round_activations_to_fp8,
+}
 
 
-def write(folder: Path, form: Form, **config: Any) -> LlamaForCausalLM:
+def write(folder: Path, form: Form | ToolForm, **config: Any) -> LlamaForCausalLM:
     """Writes the checkpoint, and returns transformers' model with the weights that it stands for, fp32."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL | config)).eval().float()
@@ -127,20 +145,16 @@ def write(folder: Path, form: Form, **config: Any) -> LlamaForCausalLM:
         is_linear = isinstance(model.get_submodule(layer), torch.nn.Linear) and kind == "weight"
         kept = any(re.match(target.removeprefix("re:"), layer) for target in form.ignore)
         if is_linear and not kept:
-            stored, dense = _compress(parameter.detach(), form)
+            stored, dense = form.compress(parameter.detach())
             tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
             parameter.copy_(dense)
-            if form.preset in _ROUNDED:
+            if isinstance(form, Form) and form.preset in _ROUNDED:
                 model.get_submodule(layer).register_forward_pre_hook(_ROUNDED[form.preset])
         else:
             tensors[name] = parameter.clone()
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    groups = {"group_0": form.scheme()}
-    quantization = QuantizationConfig(
-        config_groups=groups, format=form.format, ignore=list(form.ignore), quantization_status="compressed"
-    )
-    raw = model.config.to_dict() | {"quantization_config": quantization.to_dict()}
+    raw = model.config.to_dict() | {"quantization_config": form.quantization_config()}
     (folder / "config.json").write_text(json.dumps(raw, default=str))
     vocab = {f"w{i}": i for i in range(VOCAB)}
     Tokenizer(WordLevel(vocab, unk_token="w0")).save(str(folder / "tokenizer.json"))

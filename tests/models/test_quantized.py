@@ -106,7 +106,13 @@ def test_pruned_models_are_dense(tmp_path: Path) -> None:
     torch.testing.assert_close(full_logits(load(tmp_path), IDS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4 zero points", "int4 channel", "nvfp4", "mxfp4", "k_proj stays"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int8", "fp8", "fp8 tensor", "int4 zero points", "int4 channel", "gptq", "gptq ordered", "awq"),
+        *("nvfp4", "mxfp4", "k_proj stays"),
+    ],
+)
 def test_planned_memory_is_what_is_taken(name: str, tmp_path: Path) -> None:
     dense = write(tmp_path, FORMS[name])
     meta = build_meta(open_model(tmp_path).config, 8)
@@ -132,7 +138,20 @@ def test_activations_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "name", ["int8", "fp8", "int4 zero points", "int4 channel zero points", "nvfp4", "mxfp4", "k_proj stays"]
+    "name",
+    [
+        *(
+            "int8",
+            "fp8",
+            "fp8 tensor",
+            "int4 zero points",
+            "int4 channel zero points",
+            "gptq zero points",
+            "gptq rows",
+            "awq",
+        ),
+        *("nvfp4", "mxfp4", "k_proj stays"),
+    ],
 )
 def test_ranks_have_the_parts_of_the_whole(name: str, size: int, tmp_path: Path) -> None:
     """The dense values of all ranks' parts, put together, are those of the model on one rank. 3 KV heads on 2 ranks are uneven."""
@@ -165,6 +184,12 @@ def dense_value(layer: nn.Linear) -> torch.Tensor:
     value = torch.cat(layer.quantized.dense_parts(), 1)
     scale = getattr(layer.quantized, "global_scale", None)
     return value if scale is None else value / scale[:, None]
+
+
+def test_columns_in_an_order_are_not_cut(tmp_path: Path) -> None:
+    write(tmp_path, FORMS["gptq ordered"])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj: its columns are in the order of g_idx"):
+        load(tmp_path, tp=nn.TensorParallel(0, 3))
 
 
 def test_cuts_within_a_group_are_refused(tmp_path: Path) -> None:
@@ -214,6 +239,12 @@ LAYER = "model.layers.0.mlp.down_proj"
         ("nvfp4", "weight_scale", lambda t: t.view(torch.uint8), "{name} is stored as U8, expected F8_E4M3"),
         ("nvfp4", "weight_packed", lambda t: t.to(torch.int8), "{name} is stored as I8, expected U8"),
         ("mxfp4", "weight_scale", lambda t: t.float(), "{name} is stored as F32, expected U8 or F8_E8M0"),
+        ("fp8 tensor", "weight_scale", lambda t: -t, "expected a finite number above 0"),
+        ("gptq", "g_idx", lambda t: t.flip(0), "{name} is not in order, expected column / group_size without desc_act"),
+        ("gptq", "qzeros", lambda t: t + 1, "{name} has zero points other than 8"),
+        ("gptq", "qweight", lambda t: t.t(), "{name} has shape (96, 24), expected (24, 96)"),
+        ("gptq ordered", "g_idx", lambda t: t * 0, "{name} does not give each group 32 columns"),
+        ("awq", "scales", None, "1 tensors are missing, first '{name}'"),
     ],
 )
 def test_damage_is_named(
@@ -276,6 +307,18 @@ def config(form: str = "int-quantized", weights: Any = WEIGHTS, inputs: Any = TO
     return {"quantization_config": base | other}
 
 
+def tool(method: str, **other: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 128} | other}
+
+
+def test_layers_that_awq_keeps() -> None:
+    """Named by any part of their name, as AutoAWQ does."""
+    found = quantization_from_hf(tool("awq", modules_to_not_convert=["self_attn.v_proj"], version="GEMM"))
+    assert found is not None
+    assert found.scheme("model.layers.7.self_attn.v_proj") is found.scheme("lm_head") is None
+    assert found.scheme("model.layers.7.self_attn.q_proj") == nn.AwqScheme(128, False)
+
+
 @pytest.mark.parametrize(("form", "group_size"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
 def test_activations_of_fp4_weights(form: str, group_size: int) -> None:
     """In fp8 a token they are rounded; in 4 bits they are not, and a note says so."""
@@ -334,7 +377,21 @@ def test_not_quantized() -> None:
     ("raw", "says"),
     [
         ({"quantization_config": 3}, "quantization_config is 3, expected an object"),
-        (config(quant_method="gptq"), "quant_method is 'gptq', supported is 'compressed-tensors'"),
+        (
+            config(quant_method="bitsandbytes"),
+            "quant_method is 'bitsandbytes', supported are 'compressed-tensors', 'gptq', 'awq'",
+        ),
+        (tool("gptq", bits=8), "bits is 8, supported is 4 (gptq)"),
+        (tool("gptq", group_size=0), "group_size is 0, expected a positive number or -1 (gptq)"),
+        (tool("gptq", checkpoint_format="marlin"), "checkpoint_format is 'marlin', supported are 'gptq' and 'gptq_v2'"),
+        (tool("gptq", dynamic={"-:.*": {}}), "dynamic is {'-:.*': {}}"),
+        (tool("gptq", sym="yes"), "sym is 'yes', expected true or false"),
+        (tool("awq", version="gemv"), "version is 'gemv', supported is 'gemm' (awq)"),
+        (tool("awq", zero_point=False), "zero_point is False, supported is True (awq)"),
+        (
+            tool("awq", modules_to_not_convert="lm_head"),
+            "modules_to_not_convert is 'lm_head', expected a list of strings",
+        ),
         (config(quant_method=None), "quant_method is None"),
         (config(quantization_status="frozen"), "quantization_status is 'frozen', supported is 'compressed'"),
         (config(transform_config={"x": 1}), "transform_config, which is not supported"),
