@@ -29,7 +29,7 @@
 #include "arch/vec.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90_sums.cuh"
-#include "gemm/gemm_sm90_w4_formats.cuh"
+#include "gemm/gemm_sm90_w4_products.cuh"
 
 namespace fastattn {
 
@@ -57,28 +57,6 @@ struct GemmSm90W4Storage {
   MBarrier full[kStages], empty[kStages];
 };
 
-// The codes of 32 columns of a lane's two rows.
-struct GemmSm90W4Codes {
-  uint4 low, high;
-};
-
-// `rows`: where the first of them begins in a stage's weight, whose chunks of 16 bytes change places within eight rows.
-__device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, int lane) {
-  const uint32_t address = rows + (chunk ^ lane / 4) * 16;
-  return {load_shared_16_bytes(address), load_shared_16_bytes(address + 8 * 128)};
-}
-
-// 16 columns of two rows as an A fragment.
-template <typename Format>
-__device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t low0, uint32_t low1, uint32_t high0,
-                                              uint32_t high1, uint32_t select, const typename Format::Scales& scales) {
-  using T = typename Format::T;
-  a[0] = bits_of<T>(Format::template weight<0>(low0, select, scales));
-  a[1] = bits_of<T>(Format::template weight<1>(high0, select, scales));
-  a[2] = bits_of<T>(Format::template weight<0>(low1, select, scales));
-  a[3] = bits_of<T>(Format::template weight<1>(high1, select, scales));
-}
-
 template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     gemm_sm90_w4_kernel(const __grid_constant__ GemmSm90W4Args args) {
@@ -87,7 +65,6 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   using Storage = GemmSm90W4Storage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   constexpr int STAGES = Storage::kStages;
   constexpr int STAGE_K = kGemmSm90W4StageK;
-  constexpr int CHUNKS = STAGE_K / 32;
   constexpr int NUM_WARPS = BLOCK_N / 16;
 
   Storage& smem = shared_storage<Storage>();
@@ -150,7 +127,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
     }
     grid_dependency_wait();
-    const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128, select = byte_selector(lane);
+    const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128;
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
     GemmSm90W4Scales<Format> scales;
     scales.load(p, first_n + row, begin_step, lane);
@@ -164,23 +141,13 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       smem.full[stage].wait(position.parity());
       const uint32_t rows = first_rows + stage * Storage::kWeightBytes;
       const WgmmaDescriptor stage_x = x.uniform_plus(stage * Storage::kXBytes);
-#pragma unroll
-      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        uint32_t (&fragments)[2][4] = a[chunk % 2];
-        const GemmSm90W4Codes codes = load_codes(rows, chunk, lane);
-        wgmma_wait<1>();
-        pin_registers(fragments);
-        if (chunk == 1 && position.count > 0 && lane == 0) smem.empty[(position.count - 1) % STAGES].arrive();
-        make_fragment<Format>(fragments[0], codes.low.x, codes.low.y, codes.high.x, codes.high.y, select,
-                              scales.at(chunk * 32, lane));
-        make_fragment<Format>(fragments[1], codes.low.z, codes.low.w, codes.high.z, codes.high.w, select,
-                              scales.at(chunk * 32 + 16, lane));
-        const uint32_t columns = chunk / 2 * Storage::kPanelBytes + chunk % 2 * 64;
-        wgmma_fence();
-        Wgmma<T, BLOCK_M>::rs_k(acc, fragments[0], stage_x.plus(columns), 1);
-        Wgmma<T, BLOCK_M>::rs_k(acc, fragments[1], stage_x.plus(columns + 32), 1);
-        wgmma_commit();
-      }
+      const auto release = [&](int i) {
+        if (i == 1 && position.count > 0 && lane == 0) smem.empty[(position.count - 1) % STAGES].arrive();
+      };
+      const auto x_of = [&](int i) {
+        return WgmmaDescriptor{stage_x.low + i / 2 * Storage::kPanelBytes / 16, stage_x.high};
+      };
+      multiply_w4_stage<GemmSm90W4A16<Format>, BLOCK_M>(acc, a, rows, scales, false, lane, release, x_of);
       position.advance();
     }
     wgmma_wait<0>();

@@ -54,6 +54,13 @@ inline void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
   emulator::move_matrices(address, copy, true, false);
 }
 
+inline uint32_t transpose_matrix(uint32_t pair) {
+  const std::array<uint32_t, 32> rows = emulator::exchange(pair);
+  const int lane = emulator::this_lane();
+  const auto element = [&](int row, int column) { return rows[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
+  return element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
+}
+
 template <typename T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulator::FragmentsOfProduct own = {c, a, {b0, b1}};
