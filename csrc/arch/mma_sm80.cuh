@@ -45,12 +45,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
   ldmatrix_x4_trans(r, shared_address(row));
 }
 
-// A tile of 8 x 8 elements of 16 bits whose rows and columns change places: a lane has columns 2t and 2t + 1 of row g.
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(pair));
-  return pair;
-}
-
 // c (16 x 8, fp32) += a (16 x 16) * b (16 x 8); one overload per operand type.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -90,6 +84,12 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], const uint32_t 
 __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(fragments[0]),
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+               : "memory");
+}
+// The same with every tile transposed: lane l has the address of column l % 8 of tile l / 8, which becomes a row.
+__device__ __forceinline__ void store_matrices_trans(uint32_t address, const uint32_t (&fragments)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
 }
 

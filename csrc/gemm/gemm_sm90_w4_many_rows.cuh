@@ -20,8 +20,8 @@
 //   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …       (in a stage: gemm_sm90_w4_products.cuh)
 //   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //
-// A group's sums have rows of weight in lanes and rows of x in registers. Tiles of 8 x 8 are transposed once they are
-// rounded, and 16 columns of a row of out leave at a time. A column's factor and bias are a lane's own.
+// A group's sums have rows of weight in lanes and rows of x in registers: a column's factor and bias are a lane's own.
+// Rounded they go through shared memory, tiles of 8 x 8 being transposed, and leave by 128 bytes of a row of out.
 //
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, as in gemm_sm90.cuh.
 //
@@ -31,7 +31,6 @@
 
 #include <algorithm>
 
-#include "arch/fragments.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/mma_sm80.cuh"
@@ -50,61 +49,89 @@ struct GemmSm90W4ManyRowsArgs {
 constexpr int kGemmSm90W4Consumers = 2;                               // warp groups
 constexpr int kGemmSm90W4Threads = 128 * (kGemmSm90W4Consumers + 1);  // and one of which a warp loads
 constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of weight
+constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
 constexpr int kGemmSm90W4ConsumerRegisters = 240, kGemmSm90W4ProducerRegisters = 24;
 
-template <int BLOCK_M>
+// Of a group's tile: what its rows of x are multiplied by, and 64 rows of out at a time, rounded, on their way to memory.
+template <typename Operands, int BLOCK_M>
+struct GemmSm90W4Rows {
+  using T = typename Operands::Out;
+  static constexpr int kRows = 64;
+  static constexpr bool kScaled = sizeof(typename Operands::Element) == 1;
+  alignas(128) unsigned char staged[kRows][128];  // in each row chunks of 16 bytes change places
+  float x_scales[kScaled ? BLOCK_M : 1];
+
+  // By the threads of the group, before the first store.
+  __device__ __forceinline__ void fetch(const GemmSm90W4Params& p, int32_t first_m) {
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int row = static_cast<int>(threadIdx.x) % 128; row < BLOCK_M; row += 128) {
+        x_scales[row] = first_m + row < p.m ? Operands::x_scale(p, first_m + row) : 0.0f;
+      }
+    }
+  }
+
+  // By the same: 64 columns of out. A warp has 16 of them, a lane the sums of two, 8 apart, with `factors` and `bias`.
+  __device__ __forceinline__ void store(const float (&acc)[BLOCK_M / 8][4], const float (&factors)[2],
+                                        const float (&bias)[2], const GemmSm90W4Params& p, int32_t first_m,
+                                        int32_t first_n, int barrier) {
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+    // Of four tiles of 8 x 8, two of the one column and two of the next, a lane stores a row of the one; of the rows
+    // eight lanes write one.
+    const uint32_t base = shared_address(staged);
+    const uint32_t target = base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+    const int32_t row = thread / 8, column = first_n + thread % 8 * 8;
+    const uint32_t source = base + row * 128 + (thread % 8 ^ row % 8) * 16;
+    const int32_t num_rows = column < p.n ? static_cast<int32_t>(p.m) - first_m : 0;
+    T* const out = static_cast<T*>(p.out) + (first_m + row) * p.n + column;
+#pragma unroll
+    for (int first = 0; first < BLOCK_M; first += kRows) {
+      named_barrier_sync(barrier, 128);  // what was here has been read
+#pragma unroll
+      for (int t = 0; t < kRows / 8; t += 2) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int tile = first / 8 + t + i / 2, half = i % 2;
+          float2 scales = {1.0f, 1.0f};
+          if constexpr (kScaled) scales = *reinterpret_cast<const float2*>(&x_scales[tile * 8 + lane % 4 * 2]);
+          w[i] = pack_pair<T>(acc[tile][2 * half] * (scales.x * factors[half]) + bias[half],
+                              acc[tile][2 * half + 1] * (scales.y * factors[half]) + bias[half]);
+        }
+        store_matrices_trans(target + t * 8 * 128, w);
+      }
+      named_barrier_sync(barrier, 128);
+#pragma unroll
+      for (int i = 0; i < kRows; i += 16) {
+        if (first + i + row < num_rows) {
+          *reinterpret_cast<uint4*>(out + (first + i) * p.n) = load_shared_16_bytes(source + i * 128);
+        }
+      }
+    }
+  }
+};
+
+template <typename Operands, int BLOCK_M>
 struct GemmSm90W4ManyRowsStorage {
+  using Rows = GemmSm90W4Rows<Operands, BLOCK_M>;
   static constexpr uint32_t kXBytes = BLOCK_M * 128, kWeightBytes = kGemmSm90W4CtaN * kGemmSm90W4StageK / 2;
   static constexpr int kWeightStages = 3;
-  static constexpr int kBytes = 227 * 1024 - 1024 - kWeightStages * (kWeightBytes + 2 * sizeof(MBarrier));
+  static constexpr int kBytes = kGemmSm90W4SmemBytes - kGemmSm90W4Consumers * sizeof(Rows) -
+                                kWeightStages * (kWeightBytes + 2 * sizeof(MBarrier));
   static constexpr int kXStages = std::min<int>(8, kBytes / (kXBytes + 2 * sizeof(MBarrier)));
 
   alignas(1024) unsigned char weight[kWeightStages][kWeightBytes];
   alignas(1024) unsigned char x[kXStages][kXBytes];
+  Rows rows[kGemmSm90W4Consumers];
   MBarrier full[kXStages], empty[kXStages], weight_full[kWeightStages], weight_empty[kWeightStages];
 };
-
-// What a warp has of a tile, 16 columns of out, to memory; factors, bias: of a lane's two columns, 8 apart.
-template <typename Operands, int BLOCK_M>
-__device__ __forceinline__ void store_w4_columns(const float (&acc)[BLOCK_M / 8][4], const float (&factors)[2],
-                                                 const float (&bias)[2], const GemmSm90W4Params& p, int32_t first_m,
-                                                 int32_t first_n, int lane) {
-  using T = typename Operands::Out;
-  const int32_t num_rows = static_cast<int32_t>(p.m) - first_m;
-  const int32_t column = first_n + lane % 2 * 8, row = lane / 2 % 2 * 8 + lane / 4;  // that it writes, and row + 16 …
-  T* const out = static_cast<T*>(p.out) + (first_m + row) * p.n + column;
-#pragma unroll
-  for (int t = 0; t < BLOCK_M / 8; t += 2) {
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float scales[2] = {1.0f, 1.0f};
-      if constexpr (sizeof(typename Operands::Element) == 1) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          scales[j] = Operands::x_scale(p, first_m + min((t + i) * 8 + lane % 4 * 2 + j, num_rows - 1));
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float first = acc[t + i][2 * half] * (scales[0] * factors[half]) + bias[half];
-        const float second = acc[t + i][2 * half + 1] * (scales[1] * factors[half]) + bias[half];
-        w[2 * i + half] = transpose_matrix(pack_pair<T>(first, second));
-      }
-    }
-    gather_columns(w, lane);
-    if (t * 8 + row < num_rows && column < p.n) {
-      *reinterpret_cast<uint4*>(out + t * 8 * p.n) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-}
 
 template <typename Operands, int BLOCK_M>
 __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     gemm_sm90_w4_many_rows_kernel(const __grid_constant__ GemmSm90W4ManyRowsArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
-  using Storage = GemmSm90W4ManyRowsStorage<BLOCK_M>;
+  using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
   constexpr int STAGES = Storage::kXStages, WEIGHT_STAGES = Storage::kWeightStages;
   constexpr int STAGE_K = kGemmSm90W4StageK;
   constexpr int PANEL = 128 / sizeof(typename Operands::Element);  // columns of x
@@ -186,7 +213,8 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   } else {
     // ------------------------------------------------------------------------------ consumers
     take_registers<kGemmSm90W4ConsumerRegisters>();
-    const int32_t n_of_warp = warp_idx * 16, n_of_lane = n_of_warp + lane / 4;  // of a tile, and the one 8 below
+    const int group = warp_idx / 4;
+    const int32_t n_of_lane = warp_idx * 16 + lane / 4;  // of a tile, and the one 8 below
     const uint32_t first_rows = shared_address(smem.weight[0]) + n_of_lane * 128;
     const WgmmaDescriptor first_x = WgmmaDescriptor::make<128>(smem.x[0], 0);
     const auto release = [&](uint32_t count) {
@@ -202,6 +230,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
 #pragma unroll 1
     for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
       const Tile tile = tile_of(idx);
+      smem.rows[group].fetch(p, tile.first_m);
       float factors[2], bias[2] = {};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -240,7 +269,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       release(position.count - 1);
       release_weight(weight_position.count - 1);
       scales.load(p, tile_of(min(idx + num_clusters, num_tiles - 1)).first_n + n_of_lane, 0, lane);
-      store_w4_columns<Operands, BLOCK_M>(acc, factors, bias, p, tile.first_m, tile.first_n + n_of_warp, lane);
+      smem.rows[group].store(acc, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
     }
   }
   cluster_meet();  // the other CTA may still write to this one
@@ -252,8 +281,8 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
 
 template <typename Operands, int BLOCK_M>
 cudaError_t launch_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90W4ManyRowsStorage<BLOCK_M>;
-  static_assert(sizeof(Storage) <= 226 * 1024);
+  using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
+  static_assert(sizeof(Storage) <= kGemmSm90W4SmemBytes);
   constexpr int kPanel = 128 / sizeof(typename Operands::Element);
   GemmSm90W4ManyRowsArgs args = {p, {}, {}};
   cudaError_t error =

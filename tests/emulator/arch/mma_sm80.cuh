@@ -21,7 +21,7 @@ inline void move_matrices(uint32_t address, uint32_t (&fragments)[4], bool store
       for (int i = 0; i < 8; ++i) {
         const int matrix = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
         unsigned char* const element =
-            smem_bytes + lanes[matrix * 8 + (transposed ? column : row)]->address + (transposed ? row : column) * 2;
+            smem_of(this_rank()) + lanes[matrix * 8 + (transposed ? column : row)]->address + (transposed ? row : column) * 2;
         char* const in_register = reinterpret_cast<char*>(lanes[lane]->fragments + matrix) + i % 2 * 2;
         if (store) {
           std::memcpy(element, in_register, 2);
@@ -53,12 +53,9 @@ inline void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
   uint32_t copy[4] = {fragments[0], fragments[1], fragments[2], fragments[3]};
   emulator::move_matrices(address, copy, true, false);
 }
-
-inline uint32_t transpose_matrix(uint32_t pair) {
-  const std::array<uint32_t, 32> rows = emulator::exchange(pair);
-  const int lane = emulator::this_lane();
-  const auto element = [&](int row, int column) { return rows[row * 4 + column / 2] >> column % 2 * 16 & 0xffff; };
-  return element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
+inline void store_matrices_trans(uint32_t address, const uint32_t (&fragments)[4]) {
+  uint32_t copy[4] = {fragments[0], fragments[1], fragments[2], fragments[3]};
+  emulator::move_matrices(address, copy, true, true);
 }
 
 template <typename T>
