@@ -1,6 +1,6 @@
 // out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 on their way to the tensor
-// cores: in registers (gemm_sm90_w4.cuh), or for many rows of x in shared memory (gemm_sm90_w4_many_rows.cuh). Which,
-// and its tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
+// cores, in registers: for few rows of x (gemm_sm90_w4.cuh) and for many (gemm_sm90_w4_many_rows.cuh). Which, and its
+// tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
 #pragma once
 
 #include <cuda_runtime_api.h>

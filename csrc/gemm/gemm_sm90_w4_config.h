@@ -11,8 +11,8 @@ constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of w
 constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
                                              {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
 
-// And of a pair of CTAs in gemm_sm90_w4_many_rows.cuh, which share the rows of weight. Sums in two levels take twice the
-// registers.
+// And of a pair of CTAs in gemm_sm90_w4_many_rows.cuh, which share the rows of weight. Sums in two levels take twice
+// the registers.
 constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {256, 256}};
 constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
@@ -50,8 +50,7 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
   config.group_rows = 4;
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
-  config.num_ctas =
-      config.many_rows ? 2 * std::min(num_tiles, problem.num_pairs()) : num_tiles * num_splits;
+  config.num_ctas = config.many_rows ? 2 * std::min(num_tiles, problem.num_pairs()) : num_tiles * num_splits;
 }
 
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
@@ -59,15 +58,16 @@ constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
 // Microseconds, about. Of few rows the constants are fitted to what an H200 takes, where conversion bounds the kernel.
 // CTAs that share an SM share its time, so that the SMs with the most of them decide. Of many rows they are those of
-// gemm_sm90_time, for the same products: the conversion takes less time than they do, and less comes out of the L2 cache
-// than in 16 bits.
+// gemm_sm90_time, for the same products, unless the conversion takes longer; less comes out of the L2 cache than in 16
+// bits.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
   const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
   if (config.many_rows) {
     const double num_panels = static_cast<double>(ceil_div(problem.x_bytes * problem.k, 128));
-    const double tile_us = 1.0 + num_panels * (0.07 + 0.0023 * block_m);
+    const double convert_us = problem.x_bytes == 1 ? 0.45 : 0.24;  // a panel of weight, at 0.8 instructions a cycle
+    const double tile_us = 1.0 + num_panels * std::max(0.07 + 0.0023 * block_m, convert_us);
     const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
     return std::max(7.0 + waves * tile_us + 0.22 * read_us, 8.0 + read_us);
   }

@@ -52,7 +52,8 @@ constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of
 constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
 constexpr int kGemmSm90W4ConsumerRegisters = 240, kGemmSm90W4ProducerRegisters = 24;
 
-// Of a group's tile: what its rows of x are multiplied by, and 64 rows of out at a time, rounded, on their way to memory.
+// Of a group's tile: what its rows of x are multiplied by, and 64 rows of out at a time, rounded, on their way to
+// memory.
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4Rows {
   using T = typename Operands::Out;
@@ -79,7 +80,8 @@ struct GemmSm90W4Rows {
     // Of four tiles of 8 x 8, two of the one column and two of the next, a lane stores a row of the one; of the rows
     // eight lanes write one.
     const uint32_t base = shared_address(staged);
-    const uint32_t target = base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+    const uint32_t target =
+        base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
     const int32_t row = thread / 8, column = first_n + thread % 8 * 8;
     const uint32_t source = base + row * 128 + (thread % 8 ^ row % 8) * 16;
     const int32_t num_rows = column < p.n ? static_cast<int32_t>(p.m) - first_m : 0;

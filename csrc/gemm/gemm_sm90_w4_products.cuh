@@ -17,7 +17,8 @@ __device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, 
 // acc (64, BLOCK_M) += the products of a stage's weight, at `rows`, and of x, in two sets of two fragments that live
 // from one stage to the next.
 //
-//   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments, where those of i - 2 were │ x_of(i) │ products
+//   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments, where those of i - 2 were │ x_of(i) │
+//   products
 //                ◄─────────────────────── the products of i - 1 run ───────────────────────►
 //
 // i counts two products, 64 bytes of a row of x. released(i): what the products up to i - 2 have read is free. x_of(i):
@@ -43,7 +44,8 @@ __device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], 
     released(i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      Operands::make_fragment(fragments[j], codes[j * CODES / 2], j, select, scales, i * COLUMNS + j * COLUMNS / 2, lane);
+      Operands::make_fragment(fragments[j], codes[j * CODES / 2], j, select, scales, i * COLUMNS + j * COLUMNS / 2,
+                              lane);
     }
     const WgmmaDescriptor x = x_of(i);
     wgmma_fence();
