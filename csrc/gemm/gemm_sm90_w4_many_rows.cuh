@@ -77,8 +77,8 @@ struct GemmSm90W4Rows {
                                         const float (&bias)[2], const GemmSm90W4Params& p, int32_t first_m,
                                         int32_t first_n, int barrier) {
     const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
-    // Of four tiles of 8 x 8, two of the one column and two of the next, a lane stores a row of the one; of the rows
-    // eight lanes write one.
+    // A warp stores four tiles of 8 x 8 at once, both halves of its 16 columns for 16 rows; a lane says where one of
+    // the 8 rows of one of them goes. Of what lies there then, eight lanes write a row.
     const uint32_t base = shared_address(staged);
     const uint32_t target =
         base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;

@@ -1,11 +1,10 @@
 // What the tensor cores multiply in the Hopper GEMMs for weights of 4 bits: a type for each kind, the template argument
 // of gemm_sm90_w4_products.cuh and gemm_sm90_w4_many_rows.cuh.
 //
-//   kind                    x      A fragment                                    out
-//   GemmSm90W4A16<Format>   T      T, as Format has it                           sum * (kSumFactor / global_scale) +
-//   bias GemmSm90W4A8 of NVFP4   e4m3   e4m3(E2M1 * scale / 8)                        sum * x_scale * (8 /
-//   global_scale) + bias GemmSm90W4A8 of MXFP4   e4m3   e4m3(E2M1 * 2^(6 + scale - largest of a row)) the same with
-//   2^(largest - 6)
+//   kind                    x      A fragment                                     sums are multiplied by
+//   GemmSm90W4A16<Format>   T      T, as Format has it                            kSumFactor / global_scale
+//   GemmSm90W4A8 of NVFP4   e4m3   e4m3(E2M1 * scale / 8)                         x_scale * 8 / global_scale
+//   GemmSm90W4A8 of MXFP4   e4m3   e4m3(E2M1 * 2^(6 + scale - largest of a row))  x_scale * 2^(largest - 133) / it
 //
 // Each type has
 //   Element, Out    the elements of x, of out and bias
