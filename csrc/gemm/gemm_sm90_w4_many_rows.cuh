@@ -103,11 +103,13 @@ struct GemmSm90W4Rows {
         store_matrices_trans(target + t * 8 * 128, w);
       }
       named_barrier_sync(barrier, 128);
+      uint4 chunks[kRows / 16];
 #pragma unroll
-      for (int i = 0; i < kRows; i += 16) {
-        if (first + i + row < num_rows) {
-          *reinterpret_cast<uint4*>(out + (first + i) * p.n) = load_shared_16_bytes(source + i * 128);
-        }
+      for (int i = 0; i < kRows / 16; ++i) chunks[i] = load_shared_16_bytes(source + i * 16 * 128);
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) {
+        const int32_t place = first + i * 16;
+        if (place + row < num_rows) *reinterpret_cast<uint4*>(out + place * p.n) = chunks[i];
       }
     }
   }
@@ -226,12 +228,14 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       if (lane == 0) smem.weight_empty[count % WEIGHT_STAGES].arrive();
     };
     GemmSm90W4Scales<typename Operands::Format> scales;
-    scales.load(p, tile_of(first_tile).first_n + n_of_lane, 0, lane);
+    Tile next = tile_of(first_tile);
+    scales.load(p, next.first_n + n_of_lane, 0, lane);
     float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];
 #pragma unroll 1
     for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
-      const Tile tile = tile_of(idx);
+      const Tile tile = next;
+      next = tile_of(min(idx + num_clusters, num_tiles - 1));
       smem.rows[group].fetch(p, tile.first_m);
       float factors[2], bias[2] = {};
 #pragma unroll
@@ -243,7 +247,8 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
 #pragma unroll 1
       for (int32_t i = 0; i < num_stages; ++i) {
         scales.take();
-        scales.load(p, tile.first_n + n_of_lane, min(i + 1, num_stages - 1), lane);
+        const bool is_last = i == num_stages - 1;
+        scales.load(p, (is_last ? next : tile).first_n + n_of_lane, is_last ? 0 : i + 1, lane);
         smem.weight_full[weight_position.stage()].wait(weight_position.parity());
         const uint32_t rows = first_rows + weight_position.stage() * Storage::kWeightBytes;
         WgmmaDescriptor x;
@@ -270,7 +275,6 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       pin_registers(acc);
       release(position.count - 1);
       release_weight(weight_position.count - 1);
-      scales.load(p, tile_of(min(idx + num_clusters, num_tiles - 1)).first_n + n_of_lane, 0, lane);
       smem.rows[group].store(acc, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
     }
   }

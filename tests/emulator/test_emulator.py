@@ -406,8 +406,8 @@ MUTANTS = [
     Mutant(
         "the next tile begins with scales of this one",
         W4_MANY,
-        "scales.load(p, tile_of(min(idx + num_clusters, num_tiles - 1)).first_n + n_of_lane, 0, lane);",
-        "scales.load(p, tile.first_n + n_of_lane, 0, lane);",
+        "scales.load(p, (is_last ? next : tile).first_n + n_of_lane,",
+        "scales.load(p, tile.first_n + n_of_lane,",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1192",
         "expected",
