@@ -16,9 +16,8 @@
 // that share a row of A read the same 16 bytes at once, 32 columns, and keep what is theirs (gemm_sm90_w4_formats.cuh).
 // Scales go from memory to registers.
 //
-// Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64, N of 8, groups
-// as GemmSm90W4Params has them. Rows past M or N and columns past
-// K are zeros in shared memory.
+// Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64 (of 32 with x in 8 bits), N of 8, groups
+// as GemmSm90W4Params has them. Rows past M or N and columns past K are zeros in shared memory.
 #pragma once
 
 #include "arch/grid_dependency.cuh"
@@ -38,17 +37,17 @@ struct GemmSm90W4Args {
   CUtensorMap x, weight;
 };
 
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Element, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 struct GemmSm90W4Storage {
-  static constexpr int kStages = gemm_sm90_w4_stages({BLOCK_M, BLOCK_N, CTAS_PER_SM});
+  static constexpr int kStages = gemm_sm90_w4_stages({BLOCK_M, BLOCK_N, CTAS_PER_SM}, sizeof(Element));
   static_assert(kStages >= 2, "a stage is released while the next one is computed");
-  static constexpr int kPanels = kGemmSm90W4StageK / 64;  // of x
+  static constexpr int kPanel = 128 / sizeof(Element), kPanels = kGemmSm90W4StageK / kPanel;  // of x
   static constexpr uint32_t kWeightBytes = BLOCK_N * kGemmSm90W4StageK / 2;
   static constexpr uint32_t kPanelBytes = BLOCK_M * 128, kXBytes = kPanels * kPanelBytes;
 
   struct Ring {
     alignas(1024) unsigned char weight[kStages][kWeightBytes];
-    alignas(1024) T x[kStages][kPanels][BLOCK_M * 64];
+    alignas(1024) Element x[kStages][kPanels][BLOCK_M * kPanel];
   };
   union {
     Ring ring;
@@ -57,12 +56,13 @@ struct GemmSm90W4Storage {
   MBarrier full[kStages], empty[kStages];
 };
 
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     gemm_sm90_w4_kernel(const __grid_constant__ GemmSm90W4Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using T = typename Format::T;
-  using Storage = GemmSm90W4Storage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using T = typename Operands::Out;
+  using Scales = GemmSm90W4Scales<typename Operands::Format>;
+  using Storage = GemmSm90W4Storage<typename Operands::Element, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   constexpr int STAGES = Storage::kStages;
   constexpr int STAGE_K = kGemmSm90W4StageK;
   constexpr int NUM_WARPS = BLOCK_N / 16;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
           tma_load_4d(smem.ring.weight[stage], args.weight, full, step * (STAGE_K / 2), first_n, 0, 0);
         }
         for (int panel = 0; panel < Storage::kPanels; ++panel) {
-          tma_load_4d(smem.ring.x[stage][panel], args.x, full, step * STAGE_K + panel * 64, first_m, 0, 0);
+          tma_load_4d(smem.ring.x[stage][panel], args.x, full, step * STAGE_K + panel * Storage::kPanel, first_m, 0, 0);
         }
         position.advance();
       }
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   } else {
     // ------------------------------------------------------------------------------ consumers
     const int row = warp_idx * 16 + lane / 4;  // and the one 8 below
-    GemmSm90W4Scales<Format>::prefetch(p, first_n + row, begin_step, end_step, lane);
+    Scales::prefetch(p, first_n + row, begin_step, end_step, lane);
     if (column < p.n) {
       if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
       if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     grid_dependency_wait();
     const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128;
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
-    GemmSm90W4Scales<Format> scales;
+    Scales scales;
     scales.load(p, first_n + row, begin_step, lane);
     float acc[BLOCK_M / 8][4] = {};
     uint32_t a[2][2][4];  // two sets of two fragments
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       const auto x_of = [&](int i) {
         return WgmmaDescriptor{stage_x.low + i / 2 * Storage::kPanelBytes / 16, stage_x.high};
       };
-      multiply_w4_stage<GemmSm90W4A16<Format>, BLOCK_M>(acc, a, rows, scales, false, lane, release, x_of);
+      multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, false, lane, release, x_of);
       position.advance();
     }
     wgmma_wait<0>();
@@ -161,18 +161,16 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 
   // ---- epilogue: a lane writes four columns
   if (threadIdx.x < 32 * NUM_WARPS && column < p.n) {
-    float bias[4] = {}, divisor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    float bias[4] = {}, factors[4];
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);
-    if (p.global_scale != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) divisor[i] = __ldg(p.global_scale + column + i);
-    }
+    for (int i = 0; i < 4; ++i) factors[i] = Operands::column_factor(p, column + i);
     const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
     smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4& sum, auto) {
-      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+      const float sums[4] = {sum.x, sum.y, sum.z, sum.w}, scale = Operands::x_scale(p, first_m + row);
       float values[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = sums[i] * Format::kSumFactor / divisor[i] + bias[i];
+      for (int i = 0; i < 4; ++i) values[i] = sums[i] * (scale * factors[i]) + bias[i];
       store_vec<4>(static_cast<T*>(p.out) + (first_m + row) * p.n + column, values);
     });
   }
@@ -184,13 +182,13 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 cudaError_t launch_gemm_sm90_w4(const GemmSm90W4Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90W4Storage<typename Format::T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Storage = GemmSm90W4Storage<typename Operands::Element, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   static_assert(sizeof(Storage) <= 227 * 1024 / CTAS_PER_SM - 1024);
   GemmSm90W4Args args = {p, {}, {}};
-  cudaError_t error =
-      make_tensor_map(&args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M, false});
+  cudaError_t error = make_tensor_map(
+      &args.x, {p.x, Operands::kDType, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, Storage::kPanel, BLOCK_M, false});
   if (error == cudaSuccess) {
     // Bytes, whatever they mean.
     error = make_tensor_map(&args.weight, {p.weight,
@@ -202,7 +200,7 @@ cudaError_t launch_gemm_sm90_w4(const GemmSm90W4Params& p, cudaStream_t stream) 
                                            false});
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_w4_kernel<Format, BLOCK_M, BLOCK_N, CTAS_PER_SM>, p.config.num_ctas,
+  return launch_clusters(gemm_sm90_w4_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>, p.config.num_ctas,
                          p.config.num_splits, 2 * BLOCK_N + 32, sizeof(Storage) + 1024, stream, args);
 }
 
@@ -211,21 +209,27 @@ struct GemmSm90W4Instantiation {
   cudaError_t (*launch)(const GemmSm90W4Params&, cudaStream_t);
 };
 
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 constexpr GemmSm90W4Instantiation kGemmSm90W4Of = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
-                                                   launch_gemm_sm90_w4<Format, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
+                                                   launch_gemm_sm90_w4<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
 
-// Which exist, for every format: add a line here and in gemm_sm90_w4_config.h.
-template <typename Format>
+// Which exist, for every format, and with x in e4m3: add a line here and in gemm_sm90_w4_config.h.
+template <typename Operands>
 constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations[] = {
-    kGemmSm90W4Of<Format, 8, 128, 2>,  kGemmSm90W4Of<Format, 16, 128, 2>,  kGemmSm90W4Of<Format, 32, 128, 2>,
-    kGemmSm90W4Of<Format, 64, 128, 2>, kGemmSm90W4Of<Format, 128, 128, 1>, kGemmSm90W4Of<Format, 128, 192, 1>,
+    kGemmSm90W4Of<Operands, 8, 128, 2>,  kGemmSm90W4Of<Operands, 16, 128, 2>,  kGemmSm90W4Of<Operands, 32, 128, 2>,
+    kGemmSm90W4Of<Operands, 64, 128, 2>, kGemmSm90W4Of<Operands, 128, 128, 1>, kGemmSm90W4Of<Operands, 128, 192, 1>,
+};
+template <typename T, int GROUP>
+constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations<GemmSm90W4A8<T, GROUP, true>>[] = {
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 16, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 64, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 128, 128, 1>,
 };
 
-template <typename Format>
+template <typename Operands>
 cudaError_t run_gemm_sm90_w4(const GemmSm90W4Params& params, cudaStream_t stream) {
   const GemmSm90Tile& wanted = params.config.tile;
-  for (const GemmSm90W4Instantiation& entry : kGemmSm90W4Instantiations<Format>) {
+  for (const GemmSm90W4Instantiation& entry : kGemmSm90W4Instantiations<Operands>) {
     if (entry.tile.block_m == wanted.block_m && entry.tile.block_n == wanted.block_n &&
         entry.tile.ctas_per_sm == wanted.ctas_per_sm) {
       return entry.launch(params, stream);

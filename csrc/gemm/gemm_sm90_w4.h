@@ -49,7 +49,7 @@ cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 32, e8m0
 
-// The same with x in e4m3, config.many_rows and scales of nvfp4 2-byte aligned.
+// The same with x in e4m3 and scales of nvfp4 2-byte aligned; few rows with fast_accum only.
 cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 

@@ -10,6 +10,7 @@ constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of w
 // A CTA's tile in gemm_sm90_w4.cuh: so many rows of x and of weight, 64 of those to a warp group.
 constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
                                              {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
+constexpr GemmSm90Tile kGemmSm90W4Fp8Tiles[] = {{16, 128, 2}, {64, 128, 2}, {128, 128, 1}};  // with x in e4m3
 
 // And of a pair of CTAs in gemm_sm90_w4_many_rows.cuh, which share the rows of weight. Sums in two levels take twice
 // the registers.
@@ -17,8 +18,8 @@ constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {25
 constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
 // Stages of the former, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
-constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile) {
-  return (227 * 1024 / tile.ctas_per_sm - 2048) / (2 * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
+constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile, int x_bytes) {
+  return (227 * 1024 / tile.ctas_per_sm - 2048) / (x_bytes * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
 }
 
 struct GemmSm90W4Problem {
@@ -27,8 +28,8 @@ struct GemmSm90W4Problem {
   int64_t k;
   double weight_bits;  // of a weight, its share of the scales included
   int64_t num_sms;
-  int64_t x_bytes = 2;      // of an element of x; 1: always the kernel for many rows
-  bool two_levels = false;  // of sums
+  int64_t x_bytes = 2;      // of an element of x
+  bool two_levels = false;  // of sums: always the kernel for many rows
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
@@ -76,7 +77,8 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
   const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
   const int64_t at_once = on_sms * config.tile.ctas_per_sm;
   const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
-  const double step_us = block_n / 128.0 * (0.88 + 0.0065 * block_m);  // of a CTA alone on its SM
+  const double products_us = 0.00325 * static_cast<double>(problem.x_bytes) * block_m;
+  const double step_us = block_n / 128.0 * (0.88 + products_us);  // of a CTA alone on its SM
   const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
   const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
   // Sums go to shared memory and come back from there, or from another SM's.
@@ -101,10 +103,17 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
     }
   };
   const int64_t num_steps = ceil_div(problem.k, kGemmSm90W4StageK);
-  for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) {
-    const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
-    if (problem.x_bytes == 1 || too_large || tile.block_m < std::min<int64_t>(problem.m, 64)) continue;
+  int64_t smaller = 0;  // the tile before it, which does for as many rows
+  const auto consider_few_rows = [&](const GemmSm90Tile& tile) {
+    if (tile.block_m > smaller && smaller >= problem.m) return;
+    smaller = tile.block_m > smaller ? tile.block_m : smaller;
+    if (tile.block_m < std::min<int64_t>(problem.m, 64)) return;
     for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(false, tile, splits);
+  };
+  if (problem.x_bytes == 2) {
+    for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) consider_few_rows(tile);
+  } else if (!problem.two_levels) {
+    for (const GemmSm90Tile& tile : kGemmSm90W4Fp8Tiles) consider_few_rows(tile);
   }
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
     const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;

@@ -165,14 +165,16 @@ __device__ __forceinline__ int32_t second_half_of(const GemmSm90W4Params& p, int
 
 struct Nvfp4ToFp8Sm90 {
   using T = __half;
-  static constexpr int kSpan = 16, kLoad = 32;
+  static constexpr int kSpan = 16, kLine = 128 * 16, kLoad = 32;
   using Raw = uint32_t;
   using Scales = uint32_t;
 
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 16;
+  }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const uint8_t* const scales = static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride;
-    const Raw low = __ldg(reinterpret_cast<const uint16_t*>(scales + column / 16));
-    return low | Raw{__ldg(reinterpret_cast<const uint16_t*>(scales + second_half_of(p, column) / 16))} << 16;
+    const Raw low = __ldg(reinterpret_cast<const uint16_t*>(address(p, row, column)));
+    return low | Raw{__ldg(reinterpret_cast<const uint16_t*>(address(p, row, second_half_of(p, column))))} << 16;
   }
   __device__ static __forceinline__ Scales of(Raw low, Raw high, int idx) {
     uint32_t pairs[2][2];
@@ -185,15 +187,18 @@ struct Nvfp4ToFp8Sm90 {
 
 struct Mxfp4ToFp8Sm90 {
   using T = __half;
-  static constexpr int kSpan = 32, kLoad = 32;
+  static constexpr int kSpan = 32, kLine = 128 * 32, kLoad = 32;
   struct Raw {
     uint8_t scales[2], largest;
   };
   using Scales = uint32_t;
 
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
+  }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const uint8_t* const scales = static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride;
-    return {{__ldg(scales + column / 32), __ldg(scales + second_half_of(p, column) / 32)}, __ldg(p.row_exponent + row)};
+    return {{__ldg(address(p, row, column)), __ldg(address(p, row, second_half_of(p, column)))},
+            __ldg(p.row_exponent + row)};
   }
   __device__ static __forceinline__ Scales of(const Raw& low, const Raw& high, int idx) {
     return bits(low, idx) | bits(high, idx) << 16;
