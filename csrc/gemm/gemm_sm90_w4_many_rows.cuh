@@ -52,30 +52,31 @@ constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of
 constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
 constexpr int kGemmSm90W4ConsumerRegisters = 240, kGemmSm90W4ProducerRegisters = 24;
 
-// Of a group's tile: what its rows of x are multiplied by, and 64 rows of out at a time, rounded, on their way to
-// memory.
+// Of a group's tile 64 rows of out at a time, rounded, on their way to memory, and what they are multiplied by.
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4Rows {
   using T = typename Operands::Out;
   static constexpr int kRows = 64;
   static constexpr bool kScaled = sizeof(typename Operands::Element) == 1;
   alignas(128) unsigned char staged[kRows][128];  // in each row chunks of 16 bytes change places
-  float x_scales[kScaled ? BLOCK_M : 1];
+  float x_scales[kScaled ? kRows : 1];
 
-  // By the threads of the group, before the first store.
-  __device__ __forceinline__ void fetch(const GemmSm90W4Params& p, int32_t first_m) {
+  // What a thread of the group is to have of the rows' scales.
+  using OwnScales = float[2];
+  __device__ __forceinline__ static void fetch(OwnScales& own, const GemmSm90W4Params& p, int32_t first_m) {
     if constexpr (kScaled) {
 #pragma unroll
-      for (int row = static_cast<int>(threadIdx.x) % 128; row < BLOCK_M; row += 128) {
-        x_scales[row] = first_m + row < p.m ? Operands::x_scale(p, first_m + row) : 0.0f;
+      for (int i = 0; i < 2; ++i) {
+        const int32_t row = first_m + i * 128 + static_cast<int32_t>(threadIdx.x) % 128;
+        own[i] = row < p.m ? Operands::x_scale(p, row) : 0.0f;
       }
     }
   }
 
   // By the same: 64 columns of out. A warp has 16 of them, a lane the sums of two, 8 apart, with `factors` and `bias`.
-  __device__ __forceinline__ void store(const float (&acc)[BLOCK_M / 8][4], const float (&factors)[2],
-                                        const float (&bias)[2], const GemmSm90W4Params& p, int32_t first_m,
-                                        int32_t first_n, int barrier) {
+  __device__ __forceinline__ void store(const float (&acc)[BLOCK_M / 8][4], const OwnScales& own,
+                                        const float (&factors)[2], const float (&bias)[2], const GemmSm90W4Params& p,
+                                        int32_t first_m, int32_t first_n, int barrier) {
     const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
     // A warp stores four tiles of 8 x 8 at once, both halves of its 16 columns for 16 rows; a lane says where one of
     // the 8 rows of one of them goes. Of what lies there then, eight lanes write a row.
@@ -88,15 +89,18 @@ struct GemmSm90W4Rows {
     T* const out = static_cast<T*>(p.out) + (first_m + row) * p.n + column;
 #pragma unroll
     for (int first = 0; first < BLOCK_M; first += kRows) {
-      named_barrier_sync(barrier, 128);  // what was here has been read
+      if constexpr (kScaled) {
+        if (thread / kRows == first / kRows % 2) x_scales[thread % kRows] = own[first / 128];
+      }
+      named_barrier_sync(barrier, 128);  // what was staged has been read
 #pragma unroll
       for (int t = 0; t < kRows / 8; t += 2) {
         uint32_t w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int tile = first / 8 + t + i / 2, half = i % 2;
+          const int tile = first / 8 + t + i / 2, half = i % 2, row_of_lane = (t + i / 2) * 8 + lane % 4 * 2;
           float2 scales = {1.0f, 1.0f};
-          if constexpr (kScaled) scales = *reinterpret_cast<const float2*>(&x_scales[tile * 8 + lane % 4 * 2]);
+          if constexpr (kScaled) scales = *reinterpret_cast<const float2*>(&x_scales[row_of_lane]);
           w[i] = pack_pair<T>(acc[tile][2 * half] * (scales.x * factors[half]) + bias[half],
                               acc[tile][2 * half + 1] * (scales.y * factors[half]) + bias[half]);
         }
@@ -236,8 +240,9 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
       const Tile tile = next;
       next = tile_of(min(idx + num_clusters, num_tiles - 1));
-      smem.rows[group].fetch(p, tile.first_m);
       float factors[2], bias[2] = {};
+      typename Storage::Rows::OwnScales x_scales;
+      Storage::Rows::fetch(x_scales, p, tile.first_m);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t row = min(tile.first_n + n_of_lane + i * 8, static_cast<int32_t>(p.n) - 1);
@@ -275,7 +280,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       pin_registers(acc);
       release(position.count - 1);
       release_weight(weight_position.count - 1);
-      smem.rows[group].store(acc, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
+      smem.rows[group].store(acc, x_scales, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
     }
   }
   cluster_meet();  // the other CTA may still write to this one

@@ -415,7 +415,7 @@ MUTANTS = [
     Mutant(
         "rows of out are written over before they have left",
         W4_MANY,
-        "      named_barrier_sync(barrier, 128);  // what was here has been read\n",
+        "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
         "",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
