@@ -1,16 +1,13 @@
 // The Hopper GEMM for weights of 4 bits: the weight streams by packed, and becomes wgmma's left operand in registers.
 //
-//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
-//   x (M, K)   weight (N, K / 2) bytes of two codes        out (M, N)
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; types and scales:
+//   x (M, K)   weight (N, K / 2) bytes of two codes        gemm_sm90_w4_operands.cuh      out (M, N)
 //
 //   Operands are swapped as in gemm_sm90_few_rows.cuh, and the K of a tile is shared out over the CTAs of a cluster as
 //   there. A CTA has block_n / 64 groups, each with 64 rows of weight.
 //
 //   a warp     weight (block_n x 128 bytes), x (block_m x 256), one stage after the other, by the copy engine
-//   a group    for 32 columns at a time, i:
-//
-//       codes of i │ wait for the products of i - 2 │ A fragments, in the registers that i - 2 had │ products of i
-//       ◄───────────────────────── the products of i - 1 run ─────────────────────────►
+//   a group    the products of a stage (gemm_sm90_w4_products.cuh), one after the other
 //
 // The codes stay as checkpoints have them: rows are fetched in swizzled panels of 128 bytes, of which the four lanes
 // that share a row of A read the same 16 bytes at once, 32 columns, and keep what is theirs (gemm_sm90_w4_formats.cuh).

@@ -1,12 +1,12 @@
-// Weights of 4 bits on their way to wgmma's left operand: a type for each format, the template argument of
-// gemm_sm90_w4.cuh.
+// Weights of 4 bits on their way to wgmma's left operand: a type for each format, which the types of
+// gemm_sm90_w4_operands.cuh have as theirs.
 //
 // Of the eight codes of a word, neighbouring columns of a row, lane 4 g + t needs byte t: columns 2 t and 2 t + 1, a
 // register of the fragment. One byte permute of the word and the same shifted by 4 bits brings the two codes to the
 // register's halves; from there it is as in arch/e2m1.cuh.
 //
 // Each type has
-//   T            the elements of x
+//   T            what scales become, and weights, unless those become e4m3
 //   kSpan        columns that share a scale, as far as the kernel knows
 //   kSumFactor   by which sums of the products are too small
 //   kHasGlobalScale   whether a row's sums may be divided by a number

@@ -17,9 +17,8 @@ __device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, 
 // acc (64, BLOCK_M) += the products of a stage's weight, at `rows`, and of x, in two sets of two fragments that live
 // from one stage to the next.
 //
-//   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments, where those of i - 2 were │ x_of(i) │
-//   products
-//                ◄─────────────────────── the products of i - 1 run ───────────────────────►
+//   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments in their place │ x_of(i) │ products of i
+//   ◄──────────────────────────── the products of i - 1 run ────────────────────────────►
 //
 // i counts two products, 64 bytes of a row of x. released(i): what the products up to i - 2 have read is free. x_of(i):
 // where the panel of x is, 128 bytes a row, that i has half of. is_first: acc has nothing yet.
