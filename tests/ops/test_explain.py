@@ -290,26 +290,28 @@ def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
     tiles = config["m_tiles"] * config["n_tiles"]
     if config["many_rows"]:
         assert (x_bytes == 1 or m > 128) and config["num_splits"] == 1
-        assert config["num_ctas"] == min(tiles, num_sms)
-        assert not two_levels or config["block_n"] <= 192
+        assert config["num_ctas"] == 2 * min(tiles, max(1, num_sms // 2))  # pairs
+        assert not two_levels or config["block_m"] == 128
     else:
-        assert x_bytes == 2
+        assert x_bytes == 2 or not two_levels
         assert config["num_ctas"] == tiles * config["num_splits"]
         assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)])
-def test_many_rows_with_weights_of_4_bits_become_numbers_in_shared_memory(n: int, k: int) -> None:
-    for m in (512, 1000, 1024, 4096, 8192):
+def test_of_many_rows_256_share_a_weight_that_was_converted(n: int, k: int) -> None:
+    for m in (512, 1000, 1024, 2048, 4096, 8192):
         config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
         assert config["many_rows"], m
+        assert m < 2048 or config["block_m"] == 256, m
     for m in (1, 64, 128):
         assert not _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)["many_rows"], m
 
 
-def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave() -> None:
+@pytest.mark.parametrize("x_bytes", [1, 2])
+def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave(x_bytes: int) -> None:
     for n, k in ((6144, 4096), (4096, 14336), (8192, 8192), (1024, 8192)):
         for m in (1, 16, 64):
-            config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
+            config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132, x_bytes)
             assert config["m_tiles"] == 1
             assert 60 <= config["num_ctas"] <= 132 * config["ctas_per_sm"]
