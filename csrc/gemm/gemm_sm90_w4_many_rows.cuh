@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kGemmSm90W4ManyRowsThreads<BLOCK_N>, 1)
     if constexpr (MOVES_REGISTERS) take_registers<kGemmSm90W4ConsumerRegisters>();
     grid_dependency_wait();
     const int group = warp_idx / 4;
-    float acc[BLOCK_N / 8][4];
+    float acc[1][BLOCK_N / 8][4];
     const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();
     };
@@ -167,18 +167,18 @@ __global__ void __launch_bounds__(kGemmSm90W4ManyRowsThreads<BLOCK_N>, 1)
       buffer ^= 1;
       columns.fetch(p, tile.first_n);
       const int32_t first_row = tile.first_m + group * 64 + warp_idx % 4 * 16;
-      GemmSm90RowFactors of_rows;
-      load_row_scales<Weights>(of_rows, p, first_row, lane);
+      GemmSm90RowFactors of_rows[1];
+      load_row_scales<Weights>(of_rows[0], p, first_row, lane);
       if constexpr (Weights::kTwoLevels) {
         static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers");
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
-        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
-                                                                release);
+        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, num_steps,
+                                                                group, release, GemmSm90Turns<false>{group});
       } else {
         multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release,
                                           [](uint32_t, int32_t) {});
       }
-      columns.arrive(p, 1 + group);
+      columns.arrive(p, kGemmSm90GroupBarrier + group);
       store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
     });
   }
