@@ -11,18 +11,23 @@ struct Instantiation {
   cudaError_t (*launch)(const GemmSm90Params&, cudaStream_t);
 };
 
-template <typename Operands, int BLOCK_N>
-constexpr Instantiation kManyRows = {{128, BLOCK_N}, launch_gemm_sm90<Operands, BLOCK_N>};
+template <typename Operands, int BLOCK_N, bool TURNS = false>
+constexpr Instantiation kManyRows = {{128, BLOCK_N, 1, TURNS}, launch_gemm_sm90<Operands, BLOCK_N, TURNS>};
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 constexpr Instantiation kFewRows = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
                                     launch_gemm_sm90_few_rows<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
 
 // Which exist: add a line here, in gemm_sm90_config.h, and its instantiation in gemm_*sm90_*_rows.cu.
 template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>, kManyRows<Operands, 224>,
-                                          kManyRows<Operands, 256>};
+constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>, kManyRows<Operands, 224>,
+                                           kManyRows<Operands, 256>};
 template <typename Operands>
-constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>};
+constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128>,       kManyRows<Operands, 192>,
+                                          kManyRows<Operands, 224>,       kManyRows<Operands, 256>,
+                                          kManyRows<Operands, 128, true>, kManyRows<Operands, 192, true>};
+template <typename Operands>
+constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>,
+                                                kManyRows<Operands, 192, true>, kManyRows<Operands, 256, true>};
 template <typename Operands>
 constexpr Instantiation kAllFewRows[] = {
     kFewRows<Operands, 8, 64, 2>,    kFewRows<Operands, 16, 64, 2>,   kFewRows<Operands, 32, 64, 2>,
@@ -35,7 +40,7 @@ cudaError_t launch_of(const Instantiation (&table)[N], const GemmSm90Params& par
   const GemmSm90Tile& wanted = params.config.tile;
   for (const Instantiation& entry : table) {
     if (entry.tile.block_m == wanted.block_m && entry.tile.block_n == wanted.block_n &&
-        entry.tile.ctas_per_sm == wanted.ctas_per_sm) {
+        entry.tile.ctas_per_sm == wanted.ctas_per_sm && entry.tile.turns == wanted.turns) {
       return entry.launch(params, stream);
     }
   }
@@ -47,6 +52,8 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
   if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands>, params, stream);
   if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (ManyRowsOperands::kNorm != GemmSm90Norm::kNone) {
+    return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
   }

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   };
   constexpr bool EARLY = BLOCK_M <= 64;  // others have no registers to keep them in
 
-  typename Operands::Sum acc[BLOCK_M / 8][4] = {};
+  typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     };
     using Element = typename Operands::Element;
     if constexpr (Operands::kTwoLevels) {
-      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(acc, smem.ring, smem.full, position,
-                                                                       end_step - begin_step, group, release);
+      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(
+          acc[0], smem.ring, smem.full, position, end_step - begin_step, group, release, GemmSm90Turns<false>{group});
     } else {
       multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release,
                                         add_moments);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       }
     }
     named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
-    smem.sums.keep(acc, warp_idx, lane);
+    smem.sums.keep(acc[0], warp_idx, lane);
   }
   cluster_sync();
 

@@ -7,7 +7,7 @@
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_N>
+template <typename Operands, int BLOCK_N, bool TURNS = false>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& params, cudaStream_t stream);

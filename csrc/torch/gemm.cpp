@@ -35,7 +35,7 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     auto p = gemm_params_of<GemmSm90Params>(matrix_of_x(), columns, bias, out);
     p.eps = static_cast<float>(eps);
     if (weight_sum) p.weight_sum = data<float>(*weight_sum);
-    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x)});
+    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x), 2, false, kind.norm != nullptr});
     check_launch(kind.op, kind.sm90(p, stream_of(x)));
     return out;
   }

@@ -146,7 +146,7 @@ def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int]
     work = {"num_ops": 2 * m * n * k, "num_bytes": 2 * (m * k + n * k + m * n)}
     if capability != (9, 0) or n % 8 != 0 or k % 8 != 0 or 0 in (m, n, k):
         return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, **work)
-    config = _runtime.gemm_sm90_config(m, n, k, num_sms)
+    config = _runtime.gemm_sm90_config(m, n, k, num_sms, norm=what != "linear")
     kernel = "sm90, few rows" if config["few_rows"] else "sm90"
     tile = config["block_m"], config["block_n"], config["num_splits"], config["num_ctas"]
     return DenseLayer(what, kernel, m, n, k, *tile, what != "linear", **work)

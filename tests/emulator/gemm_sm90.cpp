@@ -25,7 +25,7 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   config.few_rows = few_rows;
   config.tile = tile;
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 3 * tile.block_m)});
-  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
+  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3) + (tile.turns ? tile.block_n : 0);  // tiles enough for turns
   p.k = pick({kUnit, 64, kUnit * between(1, 40), kUnit * between(40, 120)});
   // Long sums of positive numbers, which 14 bits do not hold.
   const bool one_sign = kFp8 && one_in(2);
@@ -34,7 +34,8 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
       static_cast<int>(128 / sizeof(E)) * (few_rows ? fastattn::gemm_sm90_few_rows_ring(tile).panels : 1);
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
-  set_gemm_sm90_grid(config, {p.m, p.n, p.k, pick<int64_t>({2, 4, 7, 132})}, num_splits);
+  const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
+  set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms}, num_splits);
   config.group_rows = pick({1, 2, 8});
 
   const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean) {
@@ -81,8 +82,8 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   current_call += std::string(": ") + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") + " to " +
                   TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + ", " + std::to_string(config.num_splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
     const cudaError_t error = kFp8                   ? gemm_fp8_sm90(p, nullptr)
@@ -135,15 +136,17 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
 
 template <typename T>
 void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
-  switch (between(0, 3)) {
+  const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
+  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
+  const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
+  switch (has_one_level ? between(0, 3) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
-    case 1: {
-      const bool needs_fast = !few_rows && tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN;
-      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, needs_fast || one_in(3));
-    }
+    case 1:
+      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
     case 2:
-      return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
+      if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
+      [[fallthrough]];
     default:
       return run_call<T, T>(few_rows, tile, false);
   }
@@ -160,7 +163,10 @@ int main(int argc, char** argv) {
     std::vector<Choice> choices;
     for (const auto& tile : fastattn::kGemmSm90Tiles) choices.push_back({false, tile});
     for (const auto& tile : fastattn::kGemmSm90FewRowsTiles) choices.push_back({true, tile});
-    const auto has_other_size = [&](const Choice& choice) { return size != 0 && choice.tile.block_m != size; };
+    constexpr int kTurns = 1;  // in place of a tile's rows: those with turns
+    const auto has_other_size = [&](const Choice& choice) {
+      return size != 0 && (choice.tile.turns ? kTurns : choice.tile.block_m) != size;
+    };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     if (one_in(2)) {

@@ -124,7 +124,7 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    size: str  # of the calls: a head dim, or rows of a tile
+    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns
     finds: str  # what the report says, at least
 
 
@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "a stage is free when one of the two CTAs is done with it",
         GEMM,
-        "smem.empty[i].init(NUM_CTAS * NUM_WARPS);",
-        "smem.empty[i].init(NUM_WARPS);",
+        "smem.empty[i].init(NUM_CTAS * NUM_WARPS / HALVES);",
+        "smem.empty[i].init(NUM_WARPS / HALVES);",
         "gemm_sm90_many_rows.cu",
         "128",
         "deadlock",
@@ -332,6 +332,25 @@ MUTANTS = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
+    ),
+    # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
+    Mutant(
+        "a group looks for its stages before its turn",
+        GEMM,
+        "        if constexpr (OWN_TILES) turns.take();\n",
+        "",
+        "gemm_sm90_many_rows.cu",
+        "1",
+        "in the call: seed",
+    ),
+    Mutant(
+        "a group goes on in the stages of the other's tile",
+        GEMM,
+        "        if constexpr (OWN_TILES) position.count += num_steps;  // the other's\n",
+        "",
+        "gemm_sm90_many_rows.cu",
+        "1",
+        "in the call: seed",
     ),
     Mutant(
         "sums are written where the other group still reads operands",

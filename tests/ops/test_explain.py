@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -260,7 +263,23 @@ def test_products_in_8_bits_have_the_tiles_of_half_as_many_columns(m: int) -> No
         assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
         # Two levels of sums take registers that larger tiles do not have.
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True)
-        assert config["few_rows"] or config["block_n"] <= 192
+        assert config["few_rows"] or config["turns"] or config["block_n"] <= 192
+
+
+def test_turns_are_chosen_where_their_tiles_exist() -> None:
+    with_turns = set()
+    for m, n, k in itertools.product((256, 1024, 4096), (6144, 28672), (4096, 14336)):
+        for levels in (1, 2):
+            config_of = functools.partial(_runtime.gemm_sm90_config, m, n, k, 132, 1, two_levels=levels == 2)
+            assert not config_of(chooses_turns=False)["turns"]
+            assert not config_of(norm=True, chooses_turns=True)["turns"]
+            config = config_of(chooses_turns=True)
+            if config["turns"]:
+                # All rows of a tile in one group leave no registers for 256 columns; parts of a step do.
+                assert config["block_n"] in ((128, 192) if levels == 1 else (192, 256))
+                assert config["num_ctas"] == 2 * min(config["m_tiles"] * config["n_tiles"], 66)
+                with_turns.add(levels)
+    assert with_turns == {1, 2}
 
 
 def test_few_rows_fill_the_sms_in_one_wave() -> None:
