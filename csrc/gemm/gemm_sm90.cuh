@@ -2,6 +2,7 @@
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
 //   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh, of norms: gemm_sm90_norm.cuh
+//                                                          of gates: gemm_sm90_epilogue.cuh
 //
 //                         weight tile (block_n x 128 bytes), half of it
 //                         loaded by each CTA of a cluster, for both
@@ -50,7 +51,7 @@ template <bool TURNS>
 constexpr int kGemmSm90ManyRowsThreads = TURNS ? 128 * (kGemmSm90Consumers + 1) : kGemmSm90Threads;
 constexpr int kGemmSm90TurnsConsumerRegisters = 240, kGemmSm90TurnsProducerRegisters = 24;
 
-template <typename Operands, int BLOCK_N, bool TURNS>
+template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
 __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
         }
       }
       columns.arrive(p, kGemmSm90GroupBarrier + group);
-      store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
+      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
     });
   }
   cluster_meet();  // the other CTA may still write to this one
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Operands, int BLOCK_N, bool TURNS>
+template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
   using Storage = GemmSm90Storage<Operands, BLOCK_N>;
   GemmSm90Args args = {p, {}, {}};
@@ -202,7 +203,7 @@ cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N, TURNS>, p.config.num_ctas, 2,
+  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
                          kGemmSm90ManyRowsThreads<TURNS>, sizeof(Storage) + 1024, stream, args);
 }
 

@@ -22,9 +22,10 @@ constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},     
 constexpr bool kGemmSm90ChoosesTurns = false;
 
 // Which of them there are. Sums in two levels (fp8) take more registers, and so do all rows of a tile in one group; no
-// norm has turns.
+// norm and no gates have turns, and of gates half of the columns are stored, 32 at a time.
 constexpr int kGemmSm90TwoLevelsMaxN = 192;  // without turns
-constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm) {
+constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false) {
+  if (gated) return !tile.turns && tile.block_n % 64 == 0;
   if (!tile.turns) return !two_levels || tile.block_n <= kGemmSm90TwoLevelsMaxN;
   return !norm && (two_levels ? tile.block_n >= 192 : tile.block_n <= 192);
 }
@@ -55,6 +56,7 @@ struct GemmSm90Problem {
   int64_t element_bytes = 2;  // of x and weight
   bool two_levels = false;    // of sums
   bool norm = false;          // of x's rows
+  bool gated = false;         // rows of weight are those of gates and ups by eights
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -152,7 +154,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem, bool choo
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      const bool exists = gemm_sm90_has_tile(tile, problem.two_levels, problem.norm);
+      const bool exists = gemm_sm90_has_tile(tile, problem.two_levels, problem.norm, problem.gated);
       if (exists && (chooses_turns || !tile.turns)) consider(false, tile, 1);
     }
   }

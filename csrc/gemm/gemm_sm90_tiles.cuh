@@ -14,6 +14,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_epilogue.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
 
 namespace fastattn {
@@ -240,17 +241,21 @@ __device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, con
   }
 }
 
-// What a warp has of a tile, 16 rows of each half of it, scaled, with the bias added, to memory.
-template <int BLOCK_N, int HALVES, typename Operands, typename Sum, typename Params>
+// What a warp has of a tile, 16 rows of each half of it, scaled, with the bias added, and what the epilogue makes of
+// that, to memory.
+template <int BLOCK_N, typename Epilogue = GemmSm90Plain, int HALVES, typename Operands, typename Sum, typename Params>
 __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
                                            const GemmSm90Columns<Operands, BLOCK_N>& columns,
                                            const GemmSm90RowFactors (&of_rows)[HALVES], const Params& p,
                                            int32_t first_row, int32_t first_n, int lane) {
   using T = typename Operands::Out;
   // A lane has rows `row` and + 8 of a half, and after gather_columns 8 columns of 32 of each.
+  constexpr int PER_COLUMN = Epilogue::kRows;
+  static_assert(BLOCK_N / PER_COLUMN % 32 == 0, "a lane has 8 columns of 32 of out");
   const int32_t row = first_row + lane / 4;
-  const int32_t column = first_n + lane % 4 * 8;
-  const int32_t end = static_cast<int32_t>(p.n) - column;
+  const int32_t column = first_n / PER_COLUMN + lane % 4 * 8;
+  const int64_t width = p.n / PER_COLUMN;  // of out
+  const int32_t end = static_cast<int32_t>(width) - column;
   int32_t ends[HALVES][2];
   T* rows[HALVES][2];
 #pragma unroll
@@ -258,9 +263,10 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
     const int32_t half_row = row + half * 64;
     ends[half][0] = half_row < p.m ? end : 0;
     ends[half][1] = half_row + 8 < p.m ? end : 0;
-    rows[half][0] = static_cast<T*>(p.out) + half_row * p.n + column;
-    rows[half][1] = rows[half][0] + 8 * p.n;
+    rows[half][0] = static_cast<T*>(p.out) + half_row * width + column;
+    rows[half][1] = rows[half][0] + 8 * width;
   }
+  uint32_t words[HALVES][2][4];  // of 32 columns of out
 #pragma unroll
   for (int t = 0; t < BLOCK_N / 8; t += 4) {
 #pragma unroll
@@ -290,13 +296,27 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t w[4];
+      for (int i = 0; i < 4; i += PER_COLUMN) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
+        for (int j = 0; j < 4; ++j) {
+          float sums[PER_COLUMN];
+#pragma unroll
+          for (int which = 0; which < PER_COLUMN; ++which) sums[which] = values[i + which][j];
+          values[i][j] = Epilogue::apply(p, sums);
+        }
+      }
+      const int out_t = t / PER_COLUMN, first = out_t / 4 * 32;  // tiles of out, and its first column of these 32
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t (&w)[4] = words[half][r];
+#pragma unroll
+        for (int i = 0; i < 4; i += PER_COLUMN) {
+          w[out_t % 4 + i / PER_COLUMN] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
+        }
+        if ((t + 4) / PER_COLUMN % 4 != 0) continue;
         gather_columns(w, lane);
-        if (t * 8 < ends[half][r]) {
-          *reinterpret_cast<uint4*>(rows[half][r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+        if (first < ends[half][r]) {
+          *reinterpret_cast<uint4*>(rows[half][r] + first) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
     }

@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 #pragma unroll
     for (int i = 0; i < 4; ++i) factors[i] = Operands::column_factor(p, column + i);
     const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-    smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4& sum, auto) {
-      const float sums[4] = {sum.x, sum.y, sum.z, sum.w}, scale = Operands::x_scale(p, first_m + row);
+    smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4(&sum)[1], auto) {
+      const float sums[4] = {sum[0].x, sum[0].y, sum[0].z, sum[0].w}, scale = Operands::x_scale(p, first_m + row);
       float values[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] = sums[i] * (scale * factors[i]) + bias[i];

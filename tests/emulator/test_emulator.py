@@ -133,13 +133,13 @@ FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
-GEMM_NORM = "gemm/gemm_sm90_norm.cuh"
+GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
-KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90"}
+KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
@@ -493,6 +493,24 @@ MUTANTS = [
         "return 0.0f;",
         "gemm_layer_norm_sm90_many_rows.cu",
         "128",
+        "expected",
+    ),
+    Mutant(
+        "columns of out take the place of those eight before",
+        GEMM_TILES,
+        "w[out_t % 4 + i / PER_COLUMN]",
+        "w[i / PER_COLUMN]",
+        "gemm_gated_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "sums of ups lie where those of the next gates do",
+        GEMM_SUMS,
+        "PER_COLUMN == 1 ? 8 : kOutColumns;",
+        "8;",
+        "gemm_gated_sm90_few_rows.cu",
+        "8",
         "expected",
     ),
 ]
