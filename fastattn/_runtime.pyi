@@ -135,6 +135,7 @@ def gemm_sm90_config(
     element_bytes: int = ...,
     two_levels: bool = ...,
     norm: bool = ...,
+    gated: bool = ...,
     chooses_turns: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(

@@ -206,6 +206,7 @@ def test_work_and_floor() -> None:
     [
         (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd', 'linear'"),
         (("linear", (1, 2, 3, 64), (64, 64)), {}, r"x has shape \(1, 2, 3, 64\), expected 1 to 3 dimensions"),
+        (("gated_linear", (2, 64), (63, 64)), {}, r"weight has shape \(63, 64\), expected \(2N, 64\), as many rows"),
         (("linear", (2, 64), (64, 72)), {}, r"weight has shape \(64, 72\), expected \(N, 64\) as x is \(2, 64\)"),
         (("flash_fwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
         (("flash_fwd", (1, 1, 1, 64), (2, 1, 1, 64)), {}, r"k has shape \(2, 1, 1, 64\), expected \(1, Sk, Hk, 64\)"),
@@ -231,6 +232,13 @@ def test_dense_layers() -> None:
         portable = fastattn.explain("layer_norm_linear", *odd)
         assert (portable.kernel, portable.block_m, portable.fuses_norm) == ("sm80", None, False)
         assert "behind a kernel for the norm" in str(portable)
+    gated = fastattn.explain("rms_norm_gated_linear", (16, 4096), (28672, 4096))
+    assert (gated.kernel, gated.fuses_norm, gated.fuses_gates) == ("sm90, few rows", True, True)
+    assert gated.num_bytes == 2 * (16 * 4096 + 28672 * 4096 + 16 * 14336)
+    assert "→ 28672, the norm inside, the gates inside" in str(gated)
+    assert fastattn.explain("linear", (100, 1032), (14336, 1032)).block_n == 224
+    assert fastattn.explain("gated_linear", (100, 1032), (14336, 1032)).block_n % 64 == 0
+    assert "before a kernel for the gates" in str(fastattn.explain("gated_linear", (16, 4096), (6136, 4096)))
 
 
 @settings(max_examples=400, deadline=None)
