@@ -160,13 +160,13 @@ def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int]
     per_column = 2 if gated else 1  # rows of weight for a column of the result
     if n % per_column != 0:
         fail_value("explain", f"weight has shape {weight}, expected (2N, {k}), as many rows of gates as of ups")
-    work = {"num_ops": 2 * m * n * k, "num_bytes": 2 * (m * k + n * k + m * n // per_column)}
+    work = 2 * m * n * k, 2 * (m * k + n * k + m * n // per_column)
     if capability != (9, 0) or n % (8 * per_column) != 0 or k % 8 != 0 or 0 in (m, n, k):
-        return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, **work)
+        return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, *work)
     config = _runtime.gemm_sm90_config(m, n, k, num_sms, norm="norm" in what, gated=gated)
     kernel = "sm90, few rows" if config["few_rows"] else "sm90"
     tile = config["block_m"], config["block_n"], config["num_splits"], config["num_ctas"]
-    return DenseLayer(what, kernel, m, n, k, *tile, "norm" in what, work["num_ops"], work["num_bytes"], gated)
+    return DenseLayer(what, kernel, m, n, k, *tile, "norm" in what, *work, gated)
 
 
 def _flash_forward(
