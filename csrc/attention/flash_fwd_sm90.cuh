@@ -5,7 +5,8 @@
 //          then - alibi_slope[h] * |i + Sk - Sq - j|,  then masked;  sinks: exp(sink[h]) is one more term of the sum
 //
 //   q (B, Sq, H, D)   k (B, Sk, Hk, D)   v (B, Sk, Hk, Dv)   G = H / Hk   out (B, Sq, H, Dv)   lse (B, H, Sq) fp32
-//   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says
+//   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says; with out_scale, out is e4m3,
+//                            of what it would be divided by that
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out; beside the decode
@@ -56,6 +57,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "arch/e4m3.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -78,7 +80,7 @@ namespace fastattn {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
+// EXTRAS: softcap, ALiBi, sinks, seqused_q and out_scale, whose code the others should not have to fetch.
 template <typename Input, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const bool has_factors = WIDENS && p.k_scale.data != nullptr;  // of each token
   const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
   const bool has_softcap = EXTRAS && p.softcap > 0.0f;
+  const bool in_e4m3 = EXTRAS && !FP8 && HEAD_DIM == V_HEAD_DIM && p.out_scale != nullptr;  // out
   const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
@@ -694,6 +697,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       bool counts, exists;
       float* lse;
       Out* out;        // whole
+      uint8_t* bytes;  // the same of e4m3, which is packed
       float* partial;  // otherwise
     } result;
     const int32_t row = token_of_lane(done, r);
@@ -707,6 +711,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                  batch_idx * p.lse_batch_stride + head_of_lane(done, r) * p.lse_head_stride + token;
     result.out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + token * p.out_token_stride +
                  head_of_lane(done, r) * p.out_head_stride;
+    if (in_e4m3) {
+      result.bytes =
+          static_cast<uint8_t*>(p.out) + token * p.out_token_stride + head_of_lane(done, r) * p.out_head_stride;
+    }
     result.partial = p.partial_out + ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads +
                                       head_of_lane(done, r)) *
                                          p.v_head_dim;
@@ -760,16 +768,21 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       } else if (whole) {
         Out* const out = row.out + lane % 4 * 8;
+        if (in_e4m3) inverse = __fdividef(inverse, *p.out_scale);
         const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
           uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
-            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+            const float low = acc[t + i][2 * r] * inverse, high = acc[t + i][2 * r + 1] * inverse;
+            w[i] = in_e4m3 ? pack_e4m3(low, high) : pack_pair<Out>(low, high);
           }
           gather_columns(w, lane);
-          if (t * 8 < num_columns) {
+          if (t * 8 < num_columns && in_e4m3) {
+            *reinterpret_cast<uint2*>(row.bytes + lane % 4 * 8 + t * 8) =
+                row.counts ? make_uint2(w[0] | w[1] << 16, w[2] | w[3] << 16) : make_uint2(0, 0);
+          } else if (t * 8 < num_columns) {
             *reinterpret_cast<uint4*>(out + t * 8) =
                 !EXTRAS || row.counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
           }
@@ -797,7 +810,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       const int32_t num_columns = whole ? (row.exists ? p.v_head_dim : 0) : (row.counts ? p.v_head_dim : 0);
 #pragma unroll 1
       for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
-        if (whole) {
+        if (whole && in_e4m3) {
+          *reinterpret_cast<uint2*>(row.bytes + column) = make_uint2(0, 0);
+        } else if (whole) {
           *reinterpret_cast<uint4*>(row.out + column) = make_uint4(0, 0, 0, 0);
         } else if (has_sink(done)) {  // else the LSE is enough
           *reinterpret_cast<float4*>(row.partial + column) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -1077,7 +1092,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                 : launch_kernel(kernel, config.num_ctas, num_threads, kSmemBytes, stream, args);
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
-                        p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype},
+                        p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype, p.out_scale},
                        stream);
 }
 
