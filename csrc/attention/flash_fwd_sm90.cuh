@@ -697,7 +697,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       bool counts, exists;
       float* lse;
       Out* out;        // whole
-      uint8_t* bytes;  // the same of e4m3, which is packed
       float* partial;  // otherwise
     } result;
     const int32_t row = token_of_lane(done, r);
@@ -711,14 +710,14 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                  batch_idx * p.lse_batch_stride + head_of_lane(done, r) * p.lse_head_stride + token;
     result.out = static_cast<Out*>(p.out) + batch_idx * p.out_batch_stride + token * p.out_token_stride +
                  head_of_lane(done, r) * p.out_head_stride;
-    if (in_e4m3) {
-      result.bytes =
-          static_cast<uint8_t*>(p.out) + token * p.out_token_stride + head_of_lane(done, r) * p.out_head_stride;
-    }
     result.partial = p.partial_out + ((done.split_idx * p.num_tokens + batch_idx * p.q_tokens + token) * p.num_heads +
                                       head_of_lane(done, r)) *
                                          p.v_head_dim;
     return result;
+  };
+  const auto bytes_of = [&](const FlashTile& done, int r) {  // the same place in e4m3, of pages
+    return static_cast<uint8_t*>(p.out) + (done.q_start + token_of_lane(done, r)) * p.out_token_stride +
+           head_of_lane(done, r) * p.out_head_stride;
   };
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
@@ -766,23 +765,30 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             *reinterpret_cast<float4*>(row.partial + first + t * 8) = make_float4(x[0], x[1], x[2], x[3]);
           }
         }
+      } else if (in_e4m3 && whole) {
+        // Two bytes at a time: a form with gather_columns spills registers.
+        uint8_t* const out = bytes_of(done, r) + lane % 4 * 2;
+        inverse = __fdividef(inverse, *p.out_scale);
+        const int32_t num_columns = row.counts ? p.v_head_dim : 0;  // without seqused_q those that exist
+#pragma unroll
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+          if (t * 8 < num_columns) {
+            *reinterpret_cast<uint16_t*>(out + t * 8) =
+                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse));
+          }
+        }
       } else if (whole) {
         Out* const out = row.out + lane % 4 * 8;
-        if (in_e4m3) inverse = __fdividef(inverse, *p.out_scale);
         const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 4) {
           uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
-            const float low = acc[t + i][2 * r] * inverse, high = acc[t + i][2 * r + 1] * inverse;
-            w[i] = in_e4m3 ? pack_e4m3(low, high) : pack_pair<Out>(low, high);
+            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
           }
           gather_columns(w, lane);
-          if (t * 8 < num_columns && in_e4m3) {
-            *reinterpret_cast<uint2*>(row.bytes + lane % 4 * 8 + t * 8) =
-                row.counts ? make_uint2(w[0] | w[1] << 16, w[2] | w[3] << 16) : make_uint2(0, 0);
-          } else if (t * 8 < num_columns) {
+          if (t * 8 < num_columns) {
             *reinterpret_cast<uint4*>(out + t * 8) =
                 !EXTRAS || row.counts ? make_uint4(w[0], w[1], w[2], w[3]) : make_uint4(0, 0, 0, 0);
           }
@@ -811,7 +817,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 #pragma unroll 1
       for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
         if (whole && in_e4m3) {
-          *reinterpret_cast<uint2*>(row.bytes + column) = make_uint2(0, 0);
+          *reinterpret_cast<uint2*>(bytes_of(done, r) + column) = make_uint2(0, 0);
         } else if (whole) {
           *reinterpret_cast<uint4*>(row.out + column) = make_uint4(0, 0, 0, 0);
         } else if (has_sink(done)) {  // else the LSE is enough

@@ -43,7 +43,7 @@ struct FlashFwdSm90Params {
   const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
   int64_t alibi_batch_stride = 0;       // 0: (H)
   const float* sinks = nullptr;         // (H): a further logit of each row, without a value
-  const float* out_scale = nullptr;     // (1), paged only: what out in e4m3 is divided by
+  const float* out_scale = nullptr;     // (1), paged and without seqused_q only: what out in e4m3 is divided by
 
   FlashDescale q_descale, k_descale, v_descale;  // out is bf16 of fp8 inputs
   KvScale k_scale, v_scale;                      // of each token of a cache of 8 bits, or no data
