@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
       }
       if (row > last_row) continue;
       if (lane % 4 == 0) lse[lse_offset(row)] = result.lse;
-      if (partial_out != nullptr) {
+      if (num_splits > 1 || in_e4m3) {
         float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
 #pragma unroll
         for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
