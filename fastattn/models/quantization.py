@@ -68,7 +68,7 @@ def quantization_from_hf(raw: Mapping[str, Any]) -> QuantizationConfig | None:
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json: quantization_config is {config!r}, expected an object")
     method = config.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"config.json: quant_method is {method!r}, supported are {', '.join(map(repr, _METHODS))}")
     return _METHODS[method](config)
 

@@ -21,6 +21,17 @@ from fastattn.models.registry import build_meta, load_model, loaded_bytes
 from tests.engine.tiny import full_logits
 from tests.models.quantized import FORMS, SMALL, Form, write
 
+ONE_OF_EACH = (
+    "int8",
+    "fp8",
+    "fp8 tensor",
+    "int4 zero points",
+    "gptq zero points",
+    "awq",
+    "nvfp4",
+    "mxfp4",
+    "k_proj stays",
+)
 IDS = [1, 5, 9, 33, 2, 61, 17, 8, 40, 40, 3]
 CPU = torch.device("cpu")
 
@@ -106,13 +117,7 @@ def test_pruned_models_are_dense(tmp_path: Path) -> None:
     torch.testing.assert_close(full_logits(load(tmp_path), IDS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("int8", "fp8", "fp8 tensor", "int4 zero points", "int4 channel", "gptq", "gptq ordered", "awq"),
-        *("nvfp4", "mxfp4", "k_proj stays"),
-    ],
-)
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "int4 channel", "gptq ordered"])
 def test_planned_memory_is_what_is_taken(name: str, tmp_path: Path) -> None:
     dense = write(tmp_path, FORMS[name])
     meta = build_meta(open_model(tmp_path).config, 8)
@@ -137,22 +142,7 @@ def test_activations_that_stay_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "int8",
-            "fp8",
-            "fp8 tensor",
-            "int4 zero points",
-            "int4 channel zero points",
-            "gptq zero points",
-            "gptq rows",
-            "awq",
-        ),
-        *("nvfp4", "mxfp4", "k_proj stays"),
-    ],
-)
+@pytest.mark.parametrize("name", [*ONE_OF_EACH, "int4 channel zero points", "gptq rows"])
 def test_ranks_have_the_parts_of_the_whole(name: str, size: int, tmp_path: Path) -> None:
     """The dense values of all ranks' parts, put together, are those of the model on one rank. 3 KV heads on 2 ranks are uneven."""
     write(tmp_path, FORMS[name])
@@ -393,6 +383,7 @@ def test_not_quantized() -> None:
             "modules_to_not_convert is 'lm_head', expected a list of strings",
         ),
         (config(quant_method=None), "quant_method is None"),
+        (config(quant_method=["gptq"]), "quant_method is ['gptq'], supported are"),
         (config(quantization_status="frozen"), "quantization_status is 'frozen', supported is 'compressed'"),
         (config(transform_config={"x": 1}), "transform_config, which is not supported"),
         (config(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask', supported is 'dense'"),
