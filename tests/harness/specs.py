@@ -175,6 +175,41 @@ def layer_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str,
         yield f"{rows} rows off 0", with_sum(call | {"x": (gen.randn(rows, k) + mean).to(dtype)})
 
 
+def gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """N of whole blocks and not; gates open, shut and between."""
+    sizes = (
+        ((3,), 64, 24),
+        ((), 64, 8),
+        ((0,), 16, 8),
+        ((2, 5), 129, 33),
+        ((64,), 256, 63),
+        ((9,), 520, 136),
+        ((70,), 136, 264),
+        ((3,), 0, 5),
+        ((2,), 8, 0),
+    )
+    for index, (leading, k, n) in enumerate(sizes):
+        call = {
+            "x": gen.randn(*leading, k, dtype=dtype),
+            "weight": gen.randn(2 * n, k, dtype=dtype, scale=max(k, 1) ** -0.5 * (4.0 if index % 3 == 2 else 1.0)),
+            "activation": ("silu", "gelu_tanh", "gelu")[index % 3],
+        }
+        yield f"{leading} {k} {n}", call | {"bias": gen.randn(2 * n, dtype=dtype)}
+        yield f"{leading} {k} {n} no bias", call | {"bias": None, "activation": ("gelu_tanh", "silu")[index % 2]}
+
+
+def rms_norm_gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in gated_linear_calls(gen, dtype):
+        yield name, call | {"eps": 1e-6}
+
+
+def bad_gated_linear(gen: Gen, base: Call) -> Bad:
+    for value in ("SiLU", "", "relu", "tanh", None, 1):
+        yield f"activation {value}", {"activation": value}, ValueError, ("activation is", repr(value), "'gelu_tanh'")
+    odd = base["weight"][:-1].clone()
+    yield "a gate without its up", {"weight": odd, "bias": None}, ValueError, ("weight has shape", "2N", "even")
+
+
 def embedding_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for tokens, vocab, width in ((5, 11, 64), (0, 3, 8), (1, 1, 1), (129, 257, 576)):
         call = {"token_ids": gen.ints(0, vocab, tokens), "weight": gen.randn(vocab, width, dtype=dtype)}
@@ -370,6 +405,23 @@ SPECS = (
         {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
         formulas.rms_norm_linear,
         scalars={"eps": "nonnegative"},
+    ),
+    OpSpec(
+        "gated_linear",
+        ops.gated_linear,
+        gated_linear_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
+        formulas.gated_linear,
+        bad=bad_gated_linear,
+    ),
+    OpSpec(
+        "rms_norm_gated_linear",
+        ops.rms_norm_gated_linear,
+        rms_norm_gated_linear_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
+        formulas.rms_norm_gated_linear,
+        scalars={"eps": "nonnegative"},
+        bad=bad_gated_linear,
     ),
     OpSpec(
         "layer_norm_linear",

@@ -18,7 +18,8 @@ from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with
 from tests.harness.specs import SPECS
 
 DENSE = ("linear", "rms_norm_linear", "layer_norm_linear", "int4_linear", "fp4_linear")
-PRODUCTS = (*DENSE, *(spec.name for spec in SPECS if "_attention" in spec.name))
+GATED = ("gated_linear", "rms_norm_gated_linear")
+PRODUCTS = (*DENSE, *GATED, *(spec.name for spec in SPECS if "_attention" in spec.name))
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
