@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import _runtime
 from fastattn.ops._args import MAX_LEADING_DIMS
+from fastattn.ops._explain_paged import InvariantAttention, explain_invariant
 from fastattn.ops.checks import MAX_HEAD_DIM, fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)
@@ -125,15 +126,40 @@ def explain(
     what: Literal["flash_fwd"], q: Tensor | Shape, k: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
 ) -> FlashForward: ...
 @overload
+def explain(
+    what: Literal["paged_attention"],
+    q: Tensor | Shape,
+    k_cache: Tensor | Shape,
+    /,
+    *,
+    seqlen_k: int,
+    batch_invariant: Literal[True],
+    tree: bool = False,
+) -> InvariantAttention: ...
+@overload
 def explain(what: Dense, x: Tensor | Shape, weight: Tensor | Shape, /) -> DenseLayer: ...
 def explain(
-    what: str, first: Tensor | Shape, second: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
-) -> FlashForward | DenseLayer:
+    what: str,
+    first: Tensor | Shape,
+    second: Tensor | Shape,
+    /,
+    *,
+    causal: bool = False,
+    kernel: str = "auto",
+    seqlen_k: int | None = None,
+    batch_invariant: bool = False,
+    tree: bool = False,
+) -> FlashForward | InvariantAttention | DenseLayer:
     """The configuration that a call gets, and its floor; print it.
 
     `explain("flash_fwd", q, k)` is of `batch_attention(q, k, k, causal=causal, kernel=kernel)`: q (B, Sq, H, D), k (B, Sk, Hk,
-    D). `explain("linear", x, weight)`, and "rms_norm_linear", "layer_norm_linear", "gated_linear" or "rms_norm_gated_linear",
-    is of that operator: x (…, K), weight (N, K), with gates (2N, K) and the activation "silu" or "gelu_tanh". 16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
+    D). `explain("paged_attention", q, k_cache, seqlen_k=…, batch_invariant=True)` is of one sequence of such a call, with or
+    without a tree_mask (tree): q (Sq, H, D), its queries, seqlen_k, its keys, and k_cache (num_blocks, block_size, Hk, D), a
+    tensor if it is of 8 bits; without batch_invariant it depends on the whole batch, and is not told.
+    `explain("linear", x, weight)`, and "rms_norm_linear", "layer_norm_linear", "gated_linear" or "rms_norm_gated_linear", is of
+    that operator: x (…, K), weight (N, K), with gates (2N, K) and the activation "silu" or "gelu_tanh".
+
+    16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
     for others an H100's. Raises ValueError for what does not fit.
     """
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (first, second)]
@@ -143,8 +169,16 @@ def explain(
         num_sms = torch.cuda.get_device_properties(first.device).multi_processor_count
     if what == "flash_fwd":
         return _flash_forward(shapes, causal, kernel, capability, num_sms)
+    if what == "paged_attention":
+        if not batch_invariant:
+            fail_value(
+                "explain", "batch_invariant is False, expected True: else what runs follows from the whole batch"
+            )
+        is_8bit = isinstance(second, Tensor) and second.itemsize == 1
+        return explain_invariant(shapes[0], shapes[1], seqlen_k, tree, is_8bit, capability, num_sms)
     if what not in _DENSE:
-        fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, ('flash_fwd', *_DENSE)))}")
+        allowed = ("flash_fwd", "paged_attention", *_DENSE)
+        fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, allowed))}")
     return _dense(what, shapes, capability, num_sms)
 
 

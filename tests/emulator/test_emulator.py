@@ -272,6 +272,15 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "splits are added up into 16 bits where the output has 8",
+        DECODE,
+        "if (__builtin_expect(p.out_scale != nullptr, 0)) {",
+        "if (__builtin_expect(p.out_scale != nullptr && plan.seq_begin >= plan.begin_tile, 0)) {",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
         "a copy is not waited for",
         DECODE,
         "cp_async_wait<STAGES - 2>();",

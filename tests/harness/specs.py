@@ -16,6 +16,7 @@ from tests.harness.attention_calls import (
     bad_batch,
     bad_batch_backward,
     bad_merge,
+    bad_out_scale,
     bad_paged,
     bad_scales,
     bad_varlen,
@@ -25,8 +26,10 @@ from tests.harness.attention_calls import (
     merge_calls,
     paged_8bit_calls,
     paged_calls,
+    paged_e4m3_calls,
     varlen_backward_calls,
     varlen_calls,
+    verify_e4m3,
 )
 from tests.harness.block_calls import (
     COPIED,
@@ -618,6 +621,16 @@ SPECS = (
         formulas.paged_attention,
         scalars=_SCALE | {"max_seqlen_q": "count", "batch_invariant": "flag"},
         bad=bad_paged,
+    ),
+    OpSpec(
+        "paged_attention",
+        ops.paged_attention,
+        paged_e4m3_calls,
+        {"q": Role((2,)), "out_scale": Role((0,), optional=True, layout=False)},
+        verify=verify_e4m3,
+        scalars=_SCALE | {"max_seqlen_q": "count"},
+        bad=bad_out_scale,
+        keeps_dtype=False,
     ),
     OpSpec(
         "batch_attention",

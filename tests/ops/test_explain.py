@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,44 @@ def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled:
     assert (config["head_dim"], config["v_head_dim"]) == compiled
 
 
+def test_batch_invariant_attention_of_a_sequence_is_told() -> None:
+    def explain(
+        tokens: int, keys: int = 9000, page: int = 16, tree: bool = False, heads: int = 32, bits: int = 16
+    ) -> Any:
+        dtype = torch.int8 if bits == 8 else torch.bfloat16
+        cache = torch.empty(100, page, 8, 128, dtype=dtype, device="meta")
+        return fastattn.explain(
+            "paged_attention", (tokens, heads, 128), cache, seqlen_k=keys, batch_invariant=True, tree=tree
+        )
+
+    splits = {keys: explain(1, keys) for keys in (0, 256, 257, 8192, 8193, 20_000)}
+    assert [(e.num_splits, e.split_keys) for e in splits.values()] == [
+        (1, 256), (1, 256), (2, 256), (32, 256), (17, 512), (20, 1024),
+    ]  # fmt: skip
+    assert "keys in 2 splits of 256" in str(splits[257]) and "not split" in str(splits[256])
+    assert (explain(1, 1000, bits=8).split_keys, explain(1, 1000, bits=8).num_splits) == (512, 2)
+    kernels = {
+        "paged_decode": [(8,), (8, 9000, 5, True), (9, 9000, 5, False, 32, 8), (40, 9000, 16, True, 32, 8)],
+        "sm90": [(9,), (65, 9000, 16, True), (1, 9000, 16, False, 33 * 8), (9, 9000, 8, False, 32, 8)],
+        "sm80": [(9, 9000, 5), (9, 9000, 16, True), (64, 9000, 16, True)],
+    }
+    for kernel, calls in kernels.items():
+        for call in calls:
+            assert explain(*call).kernel == kernel, call
+    assert "32 rows a KV head (8 tokens × 4 heads of a group): up to 32" in explain(8).why
+    assert "pages of 5 tokens are no multiple of 8" in explain(9, page=5).why
+    assert explain(9).num_ops == 4 * 32 * 128 * sum(range(8992, 9001))
+    cache = (100, 16, 8, 128)
+    for (q, k, options), message in {
+        ((1, 32, 128), cache, ()): "batch_invariant is False, expected True",
+        ((1, 32), cache, (("batch_invariant", True),)): r"q has shape \(1, 32\), expected 3",
+        ((1, 12, 128), cache, (("batch_invariant", True),)): "Hk to divide H",
+        ((1, 32, 128), cache, (("batch_invariant", True), ("seqlen_k", -1))): "seqlen_k is -1, expected",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            fastattn.explain("paged_attention", q, k, **dict(options))  # type: ignore[call-overload]
+
+
 def test_few_rows_of_a_group_are_packed() -> None:
     def packs(seqlen_q: int, heads: int, kv_heads: int = 8, head_dim: int = 128) -> bool:
         return bool(
@@ -204,7 +243,11 @@ def test_work_and_floor() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd', 'linear'"),
+        (
+            ("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)),
+            {},
+            "what is 'flash_bwd', expected 'flash_fwd', 'paged_attention', 'linear'",
+        ),
         (("linear", (1, 2, 3, 64), (64, 64)), {}, r"x has shape \(1, 2, 3, 64\), expected 1 to 3 dimensions"),
         (("gated_linear", (2, 64), (63, 64)), {}, r"weight has shape \(63, 64\), expected \(2N, 64\), as many rows"),
         (("linear", (2, 64), (64, 72)), {}, r"weight has shape \(64, 72\), expected \(N, 64\) as x is \(2, 64\)"),
