@@ -470,12 +470,13 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   };
 
   int stage = 0;
-  begin_sums();
+  if constexpr (INVARIANT) begin_sums();
   // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
   for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
     if (tile == next_begin) {
+      if constexpr (!INVARIANT) begin_sums();
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
@@ -661,7 +662,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         });
       }
     }
-    begin_sums();
+    if constexpr (INVARIANT) begin_sums();
   }
 
   // ---- what is handed on is there: this thread has seen that all have written
