@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from fastattn.integrations.flash_attn import flash_attn_with_kvcache as flash_attn_with_kvcache
     from fastattn.integrations.sdpa import replace_sdpa as replace_sdpa
     from fastattn.integrations.sdpa import sdpa as sdpa
+    from fastattn.nn.gated_mlp import GatedMLP as GatedMLP
+    from fastattn.nn.linear import Linear as Linear
+    from fastattn.nn.norm_linear import NormLinear as NormLinear
     from fastattn.ops.attention_merge import merge_attention_states as merge_attention_states
     from fastattn.ops.explain import explain as explain
 
@@ -43,6 +46,9 @@ _LAZY = {
     "RequestOutput": "fastattn.engine.outputs",
     "CompletionOutput": "fastattn.engine.outputs",
     "explain": "fastattn.ops.explain",
+    "Linear": "fastattn.nn.linear",
+    "NormLinear": "fastattn.nn.norm_linear",
+    "GatedMLP": "fastattn.nn.gated_mlp",
     "merge_attention_states": "fastattn.ops.attention_merge",
     "sdpa": "fastattn.integrations.sdpa",
     "replace_sdpa": "fastattn.integrations.sdpa",

@@ -127,7 +127,17 @@ def flash_fwd_sm90_config(
     packed_tokens: int = ...,
     batch_invariant: bool = ...,
 ) -> dict[str, int]: ...
-def gemm_sm90_config(m: int, n: int, k: int, num_sms: int) -> dict[str, int]: ...
+def gemm_sm90_config(
+    m: int,
+    n: int,
+    k: int,
+    num_sms: int,
+    element_bytes: int = ...,
+    two_levels: bool = ...,
+    norm: bool = ...,
+    gated: bool = ...,
+    chooses_turns: bool = ...,
+) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
     m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int = 2, two_levels: bool = False
 ) -> dict[str, int]: ...

@@ -28,11 +28,6 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
         "outside the loop of the groups that compute; a few values of the others",
     ),
     "flash_bwd_sm90_kernel": (450, "the producer, which has 24 registers and time, and five loads in the loop"),
-    "gemm_sm90_w4_many_rows_kernelINS_13GemmSm90W4A16INS_8Int4Sm90": (
-        40,
-        "a few values of the tile where one warp group converts",
-    ),
-    "gemm_sm90_w4_many_rows_kernelINS_12GemmSm90W4A8": (140, "the same; of MXFP4 also rows' largest scales"),
     "flash_sm80_kernel": (80, "a few values that do not change in the loop"),
     "paged_decode_kernelI13__nv_bfloat16S1_Li256": (48, "the same, on sm_80"),
     "paged_decode_kernelI6__halfS1_Li256": (48, "the same"),
@@ -50,7 +45,6 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "Li256ENS_8TreeMaskELb0ELb0EEEvNS_17PagedDecodeParams": (490, "the same"),
     "Li256ENS_8TreeMaskELb0ELb1EEEvNS_17PagedDecodeParams": (600, "batch-invariant: where splits are"),
     "Li256ENS_13AttentionMaskELb0ELb1EEEvNS_17PagedDecodeParams": (560, "the same"),
-    "ELi128ELi192ELi1EEEvNS_14GemmSm90W4Args": (16, "the tile's place, around the loop"),
     "rope_kv_write_kernel": (32, "on sm_80, around the division by a scale"),
     "quantize_rows_kernel": (16, "the same"),
 }

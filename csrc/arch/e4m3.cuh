@@ -5,10 +5,26 @@
 
 #include <cstdint>
 
+#include "arch/e4m3_round.cuh"
+
 namespace fastattn {
+
+// Two values in the lower half, the lowest byte first; above 448 they become 448.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b) {
+#if __CUDA_ARCH__ < 890
+  return round_e4m3(a) | round_e4m3(b) << 8;
+#else
+  uint16_t half;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;\n" : "=h"(half) : "f"(a), "f"(b));
+  return half;
+#endif
+}
 
 // Four values, the lowest byte first; above 448 they become 448.
 __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+#if __CUDA_ARCH__ < 890
+  return round_e4m3(a) | round_e4m3(b) << 8 | round_e4m3(c) << 16 | round_e4m3(d) << 24;
+#else
   uint32_t word;  // in one statement: the second conversion then fills the half that the first has left
   asm("{\n"
       ".reg .b16 low, high;\n"
@@ -19,6 +35,7 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
       : "=r"(word)
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return word;
+#endif
 }
 
 // The same of four in fp16, two of them a register.

@@ -86,5 +86,11 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
                : "memory");
 }
+// The same with every tile transposed: lane l has the address of column l % 8 of tile l / 8, which becomes a row.
+__device__ __forceinline__ void store_matrices_trans(uint32_t address, const uint32_t (&fragments)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+               : "memory");
+}
 
 }  // namespace fastattn

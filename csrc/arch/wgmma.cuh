@@ -184,6 +184,10 @@ FA_WGMMA_BOTH(256, "%128", "%129", "%130", "%131", "%132", "%133")
                    : FA_ACCS##N                                                                                        \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d));                                \
     }                                                                                                                  \
+    __device__ __forceinline__ static void rs_k(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,              \
+                                                int scale_d) {                                                         \
+      rs(d, a, b, scale_d);                                                                                            \
+    }                                                                                                                  \
   };
 FA_WGMMA_FP8(8, "%4", "%5", "%6", "%7", "%8", "%9")
 FA_WGMMA_FP8(16, "%8", "%9", "%10", "%11", "%12", "%13")

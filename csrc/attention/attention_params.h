@@ -19,7 +19,7 @@ struct AttentionParams {
   const void* q = nullptr;  // (T, H, D)
   const void* k = nullptr;  // (Tk, Hk, D), or pages (num_blocks, block_size, Hk, D)
   const void* v = nullptr;  // like k, with Dv; in pages Dv = D
-  void* out = nullptr;      // (T, H, Dv) contiguous
+  void* out = nullptr;      // (T, H, Dv) contiguous, of dtype; or with out_scale e4m3
   float* lse = nullptr;     // (H, T), or (B, H, batch_q_len), natural log; -inf (or the sink) where a row sees no key
 
   const int32_t* cu_seqlens_q = nullptr;  // (B + 1), ascending from 0 to T; or nullptr: all are batch_q_len long
@@ -37,6 +37,7 @@ struct AttentionParams {
   const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
   int64_t alibi_batch_stride = 0;       // 0: (H)
   const float* sinks = nullptr;         // (H): a further logit of each row, without a value
+  const float* out_scale = nullptr;     // (1), pages only: what out in e4m3 is divided by
 
   int64_t num_tokens = 0;  // T
   int32_t batch_q_len = 0, batch_k_len = 0;

@@ -1,6 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
+#include "arch/e4m3.cuh"
 #include "arch/fragments.cuh"
 #include "arch/launch.cuh"
 #include "attention/flash_combine.h"
@@ -15,6 +17,7 @@ __global__ void __launch_bounds__(128)
     flash_combine_kernel(const float* __restrict__ partial_out,  // (splits, T, H, D)
                          const float* __restrict__ partial_lse,  // (splits, T / n, H, n)
                          T* __restrict__ out,                    // (T, H, D)
+                         const float* __restrict__ out_scale,    // (1), of e4m3
                          float* __restrict__ lse,                // (T / n, H, n)
                          int32_t num_splits, int64_t num_tokens, int64_t lse_tokens, int32_t num_heads,
                          int32_t head_dim) {
@@ -36,7 +39,8 @@ __global__ void __launch_bounds__(128)
   for (int s = 0; s < num_splits; ++s) sum += __expf(partial_lse[s * num_rows + lse_idx] - origin);
   if (lane == 0) lse[lse_idx] = sum == 0.0f ? -INFINITY : origin + logf(sum);
 
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  if constexpr (sizeof(T) == 1) inverse /= *out_scale;
   for (int dim = lane * 4; dim < head_dim; dim += 128) {
     float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int s = 0; s < num_splits; ++s) {
@@ -49,8 +53,12 @@ __global__ void __launch_bounds__(128)
       acc.z += weight * part.z;
       acc.w += weight * part.w;
     }
-    *reinterpret_cast<uint2*>(out + row * head_dim + dim) =
-        make_uint2(pack_pair<T>(acc.x, acc.y), pack_pair<T>(acc.z, acc.w));
+    if constexpr (sizeof(T) == 1) {
+      *reinterpret_cast<uint32_t*>(out + row * head_dim + dim) = pack_e4m3(acc.x, acc.y, acc.z, acc.w);
+    } else {
+      *reinterpret_cast<uint2*>(out + row * head_dim + dim) =
+          make_uint2(pack_pair<T>(acc.x, acc.y), pack_pair<T>(acc.z, acc.w));
+    }
   }
 }
 
@@ -58,13 +66,14 @@ template <typename T>
 cudaError_t launch(const FlashCombineParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (p.num_tokens * p.num_heads + 3) / 4;
   return launch_kernel(flash_combine_kernel<T>, num_ctas, 128, 0, stream, p.partial_out, p.partial_lse,
-                       static_cast<T*>(p.out), p.lse, p.num_splits, p.num_tokens, p.lse_tokens, p.num_heads,
-                       p.head_dim);
+                       static_cast<T*>(p.out), p.out_scale, p.lse, p.num_splits, p.num_tokens, p.lse_tokens,
+                       p.num_heads, p.head_dim);
 }
 
 }  // namespace
 
 cudaError_t flash_combine(const FlashCombineParams& params, cudaStream_t stream) {
+  if (params.out_scale != nullptr) return launch<__nv_fp8_e4m3>(params, stream);
   return params.dtype == DType::kFloat16 ? launch<__half>(params, stream) : launch<__nv_bfloat16>(params, stream);
 }
 

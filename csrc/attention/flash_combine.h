@@ -20,7 +20,8 @@ struct FlashCombineParams {
   int64_t num_tokens;        // T
   int64_t lse_tokens;        // n: T for packed sequences, their length for a batch
   int32_t num_splits, num_heads, head_dim;
-  DType dtype;  // of out
+  DType dtype;                       // of out, but
+  const float* out_scale = nullptr;  // with it (1) out is e4m3, of what it would be divided by that
 };
 
 cudaError_t flash_combine(const FlashCombineParams& params, cudaStream_t stream);

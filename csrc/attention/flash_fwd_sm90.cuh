@@ -5,7 +5,8 @@
 //          then - alibi_slope[h] * |i + Sk - Sq - j|,  then masked;  sinks: exp(sink[h]) is one more term of the sum
 //
 //   q (B, Sq, H, D)   k (B, Sk, Hk, D)   v (B, Sk, Hk, Dv)   G = H / Hk   out (B, Sq, H, Dv)   lse (B, H, Sq) fp32
-//   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says
+//   packed: no B      paged: k and v (pages, page size, Hk, D), where a block table says; with out_scale, out is e4m3,
+//                            of what it would be divided by that
 //
 // A CTA on each SM takes tile after tile of BLOCK_M = 64 * NUM_CONSUMERS query rows of one head, and walks over the key
 // blocks that they see from the last to the first. A counter in device memory hands the tiles out; beside the decode
@@ -56,6 +57,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "arch/e4m3.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -78,7 +80,7 @@ namespace fastattn {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// EXTRAS: softcap, ALiBi, sinks and seqused_q, whose code the others should not have to fetch.
+// EXTRAS: softcap, ALiBi, sinks, seqused_q and out_scale, whose code the others should not have to fetch.
 template <typename Input, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
           bool PACKS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const bool has_factors = WIDENS && p.k_scale.data != nullptr;  // of each token
   const bool has_alibi = EXTRAS && p.alibi_slopes != nullptr;
   const bool has_softcap = EXTRAS && p.softcap > 0.0f;
+  const bool in_e4m3 = EXTRAS && !FP8 && HEAD_DIM == V_HEAD_DIM && p.out_scale != nullptr;  // out
   const bool never_plain = has_softcap || has_alibi;  // find_max must see every block, and scales what it sees
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   // Keys behind a sequence's end belong to another, or are unused. Behind the tensor's end the copy engine gives zeros.
@@ -712,6 +715,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
                                          p.v_head_dim;
     return result;
   };
+  const auto bytes_of = [&](const FlashTile& done, int r) {  // the same place in e4m3, of pages
+    return static_cast<uint8_t*>(p.out) + (done.q_start + token_of_lane(done, r)) * p.out_token_stride +
+           head_of_lane(done, r) * p.out_head_stride;
+  };
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
   };
@@ -758,6 +765,18 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             *reinterpret_cast<float4*>(row.partial + first + t * 8) = make_float4(x[0], x[1], x[2], x[3]);
           }
         }
+      } else if (in_e4m3 && whole) {
+        // Two bytes at a time: a form with gather_columns spills registers.
+        uint8_t* const out = bytes_of(done, r) + lane % 4 * 2;
+        inverse = __fdividef(inverse, *p.out_scale);
+        const int32_t num_columns = row.counts ? p.v_head_dim : 0;  // without seqused_q those that exist
+#pragma unroll
+        for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
+          if (t * 8 < num_columns) {
+            *reinterpret_cast<uint16_t*>(out + t * 8) =
+                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse));
+          }
+        }
       } else if (whole) {
         Out* const out = row.out + lane % 4 * 8;
         const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
@@ -797,7 +816,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       const int32_t num_columns = whole ? (row.exists ? p.v_head_dim : 0) : (row.counts ? p.v_head_dim : 0);
 #pragma unroll 1
       for (int32_t column = lane % 4 * 8; column < num_columns; column += 32) {
-        if (whole) {
+        if (whole && in_e4m3) {
+          *reinterpret_cast<uint2*>(bytes_of(done, r) + column) = make_uint2(0, 0);
+        } else if (whole) {
           *reinterpret_cast<uint4*>(row.out + column) = make_uint4(0, 0, 0, 0);
         } else if (has_sink(done)) {  // else the LSE is enough
           *reinterpret_cast<float4*>(row.partial + column) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -1077,7 +1098,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                 : launch_kernel(kernel, config.num_ctas, num_threads, kSmemBytes, stream, args);
   if (error != cudaSuccess || config.num_splits == 1) return error;
   return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens, p.q_tokens, config.num_splits,
-                        p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype},
+                        p.num_heads, p.v_head_dim, sizeof(T) == 1 ? DType::kBFloat16 : p.dtype, p.out_scale},
                        stream);
 }
 

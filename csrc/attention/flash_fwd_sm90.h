@@ -24,7 +24,7 @@ struct FlashFwdSm90Params {
   const void* q = nullptr;  // (B, Sq, H, D), packed (T, H, D)
   const void* k = nullptr;  // (B, Sk, Hk, D), packed (Tk, Hk, D), paged (num_pages, page size, Hk, D)
   const void* v = nullptr;  // like k
-  void* out = nullptr;      // like q
+  void* out = nullptr;      // like q, of its dtype; or with out_scale e4m3
   float* lse = nullptr;     // (B, H, Sq), packed (H, T); natural log, -inf where a row sees no key
 
   // Workspaces if config.num_splits > 1: (splits, T, H, D) and splits times what lse holds; out is contiguous then.
@@ -43,6 +43,7 @@ struct FlashFwdSm90Params {
   const float* alibi_slopes = nullptr;  // (H) or (B, H): score -= slope * |i + Sk - Sq - j|, after the softcap
   int64_t alibi_batch_stride = 0;       // 0: (H)
   const float* sinks = nullptr;         // (H): a further logit of each row, without a value
+  const float* out_scale = nullptr;     // (1), paged and without seqused_q only: what out in e4m3 is divided by
 
   FlashDescale q_descale, k_descale, v_descale;  // out is bf16 of fp8 inputs
   KvScale k_scale, v_scale;                      // of each token of a cache of 8 bits, or no data
@@ -81,7 +82,8 @@ struct FlashFwdSm90Params {
 
 // Whether a call needs what the plain kernel is compiled without.
 inline bool flash_fwd_sm90_extras(const FlashFwdSm90Params& p) {
-  return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.sinks != nullptr || p.seqused_q != nullptr;
+  return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.sinks != nullptr || p.seqused_q != nullptr ||
+         p.out_scale != nullptr;
 }
 
 // Whether K and V are of 8 bits and q is not.

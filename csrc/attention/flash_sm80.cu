@@ -71,7 +71,7 @@ cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t strea
     if (error != cudaSuccess || p.config.num_splits == 1) return error;
     return flash_combine({p.partial_out, p.partial_lse, p.out, p.lse, p.num_tokens,
                           p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len, p.config.num_splits, p.num_heads,
-                          p.v_head_dim, p.dtype},
+                          p.v_head_dim, p.dtype, p.out_scale},
                          stream);
   }
   return cudaErrorInvalidValue;

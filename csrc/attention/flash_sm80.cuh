@@ -6,6 +6,7 @@
 //
 //   q (T, H, D)   k (Tk, Hk, D)   v (Tk, Hk, Dv), or k, v in pages (num_blocks, block_size, Hk, D)   G = H / Hk
 //   out (T, H, Dv)   lse (H, T) fp32   or all with a batch dimension in front
+//   with out_scale, out is e4m3, of what it would be divided by that
 //
 // Grid: one CTA per (sequence, KV head, split of the keys, tile of rows). A tile's rows are the
 // pairs (query token, head of the group) of one KV head, row r = token r / G, head r % G, so that a
@@ -28,7 +29,9 @@
 //
 // Splits: CTA s of S takes the s-th part of the visible steps, writes a normalized fp32 O and an LSE
 // to the workspace, and flash_combine adds them in split order: two runs are bitwise equal. S
-// depends on the sizes of the call, not on the lengths. Split 0 has the sink.
+// depends on the sizes of the call, not on the lengths. Split 0 has the sink. With out_scale and no splits O goes to
+// the workspace too, and each warp rounds its rows from there: in registers that would be the conversion's many
+// instructions (before sm_89) once for each element.
 //
 // Poison: no key outside the union of the ranges that the tile's rows see is read, and no entry of
 // the block table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number
@@ -44,6 +47,7 @@
 
 #include <type_traits>
 
+#include "arch/e4m3.cuh"
 #include "arch/launch.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/recompute.cuh"
@@ -186,8 +190,9 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
     return packed_q ? static_cast<int64_t>(p.cu_seqlens_q[seq_idx]) : recompute(seq_idx) * of_batch;
   };
   T* const out = static_cast<T*>(p.out);
+  const bool in_e4m3 = !KvLoader::kContiguous && p.out_scale != nullptr;
   float* const partial_out =
-      num_splits > 1 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.v_head_dim : nullptr;
+      num_splits > 1 || in_e4m3 ? p.partial_out + split_idx * p.num_tokens * p.num_heads * p.v_head_dim : nullptr;
   float* const lse = num_splits > 1 ? p.partial_lse + split_idx * p.num_tokens * p.num_heads : p.lse;
 
   const auto row_head = [&](int32_t row) { return kv_head_idx * group_size + p.group_size.remainder(row); };
@@ -221,6 +226,8 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
         if (num_splits > 1) {
           float4* const row_out = reinterpret_cast<float4*>(partial_out + out_offset(row) + chunk * 8);
           row_out[0] = row_out[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        } else if (in_e4m3) {
+          *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.out) + out_offset(row) + chunk * 8) = make_uint2(0, 0);
         } else {
           *reinterpret_cast<uint4*>(out + out_offset(row) + chunk * 8) = make_uint4(0, 0, 0, 0);
         }
@@ -387,7 +394,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
       }
       if (row > last_row) continue;
       if (lane % 4 == 0) lse[lse_offset(row)] = result.lse;
-      if (num_splits > 1) {
+      if (num_splits > 1 || in_e4m3) {
         float* const row_out = partial_out + out_offset(row) + 2 * (lane % 4);
 #pragma unroll
         for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
@@ -398,7 +405,20 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
       }
     }
   }
-  if (num_splits == 1) {
+  if (num_splits > 1) return;
+  if (in_e4m3) {
+    __syncwarp();  // the other lanes' parts of the rows are there
+    const float inverse = 1.0f / *p.out_scale;
+#pragma unroll 1
+    for (int i = lane; i < WARP_M * HEAD_DIM / 4; i += 32) {
+      const int32_t row = first_row + warp_row + i / (HEAD_DIM / 4), dim = i % (HEAD_DIM / 4) * 4;
+      if (row > last_row || dim >= p.v_head_dim) continue;
+      const int64_t element = out_offset(row) + dim;
+      const float4 x = *reinterpret_cast<const float4*>(partial_out + element);
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
+          pack_e4m3(x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse);
+    }
+  } else {
     // Through the warp's own rows of Q, so that global stores are whole rows.
     WarpResult<HEAD_DIM>(smem.q, warp_row, 0).template store_all<T>(acc, 1.0f);
     __syncwarp();

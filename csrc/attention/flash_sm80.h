@@ -13,7 +13,7 @@ struct FlashSm80Params : AttentionParams {
   // Packed only: of sequences of other lengths no result is given, other kernels have them.
   int32_t min_q_len = 0, max_q_len = INT32_MAX;
 
-  // Workspaces if config.num_splits > 1: (splits, T, H, Dv) and (splits, *shape of lse).
+  // Workspaces: (splits, T, H, Dv) if config.num_splits > 1 or with out_scale, and (splits, *shape of lse) if > 1.
   float* partial_out = nullptr;
   float* partial_lse = nullptr;
 

@@ -8,6 +8,7 @@
 //
 //   q (T, H, D)   k (Tk, Hk, D)   v (Tk, Hk, Dv), or k, v in pages (num_blocks, block_size, Hk, D)   G = H / Hk
 //   out (T, H, Dv)   lse (H, T) fp32   or all with a batch dimension in front
+//   with out_scale, out is e4m3, of what it would be divided by that
 //
 //   k, v in pages may be of 8 bits (e4m3 or int8), times k_scale and v_scale of the KV head or of each of its tokens
 //
@@ -71,6 +72,7 @@
 #include <type_traits>
 
 #include "arch/cp_async.cuh"
+#include "arch/e4m3.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -338,9 +340,16 @@ struct DecodeOutput {
     const float sink = p.sinks == nullptr || row >= num_rows ? -INFINITY : p.sinks[head] * kLog2E;
     const RowResult final = finish_row(result.row_max, result.row_sum, sink);
     const float (&sums)[4] = result.sums;
-    T* const out = static_cast<T*>(p.out) + ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack_pair<T>(sums[0] * final.inverse, sums[1] * final.inverse),
-                                                pack_pair<T>(sums[2] * final.inverse, sums[3] * final.inverse));
+    const int64_t element = ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
+    if (__builtin_expect(p.out_scale != nullptr, 0)) {
+      const float inverse = __fdividef(final.inverse, *p.out_scale);
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
+          pack_e4m3(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
+    } else {
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + element) =
+          make_uint2(pack_pair<T>(sums[0] * final.inverse, sums[1] * final.inverse),
+                     pack_pair<T>(sums[2] * final.inverse, sums[3] * final.inverse));
+    }
     if (group == 0) {
       p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
     }
@@ -461,12 +470,13 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   };
 
   int stage = 0;
-  begin_sums();
+  if constexpr (INVARIANT) begin_sums();
   // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
   for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
     if (tile == next_begin) {
+      if constexpr (!INVARIANT) begin_sums();
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
@@ -652,7 +662,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         });
       }
     }
-    begin_sums();
+    if constexpr (INVARIANT) begin_sums();
   }
 
   // ---- what is handed on is there: this thread has seen that all have written

@@ -1,6 +1,6 @@
 // Gated activations (https://arxiv.org/abs/2002.05202): SwiGLU and GeGLU.
 //
-//   out[r, j] = round(act(x[r, j]) * x[r, N + j])
+//   out[r, j] = round(act(x[r, j]) * x[r, N + j])    or, interleaved by eights, of x[r, 16 (j / 8) + j % 8] and + 8
 //   silu(g) = g / (1 + e^-g)   gelu(g) = g * Phi(g)   gelu_tanh(g) = g/2 * (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3)))
 //
 //   x (rows, 2N), out (rows, N) bf16 or fp16, fp32 arithmetic
@@ -39,8 +39,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int32_t piece = blockIdx.x - row_idx * pieces_per_row.divisor;
   const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;
   if (column >= p.width) return;
-  const T* const gate = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx) + column;
-  const Pack<T, VEC> gate_pack = load_pack_early<VEC>(gate), up_pack = load_pack_early<VEC>(gate + p.width);
+  const T* gate = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx) + column;
+  int64_t up_distance = p.width;
+  if (p.interleaved) {
+    const int64_t first = column / 8 * 8;  // of eight
+    gate += first;
+    up_distance = min(int64_t{8}, p.width - first);
+  }
+  const Pack<T, VEC> gate_pack = load_pack_early<VEC>(gate), up_pack = load_pack_early<VEC>(gate + up_distance);
   float gates[VEC], ups[VEC];
   unpack(gate_pack, gates);
   unpack(up_pack, ups);

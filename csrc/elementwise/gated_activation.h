@@ -1,4 +1,4 @@
-// out = act(gate) * up with gate and up side by side. The kernel is in gated_activation.cu.
+// out = act(gate) * up with gate and up side by side, or in turns. The kernel is in gated_activation.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,12 +11,14 @@ namespace fastattn {
 enum class Activation : int32_t { kSilu, kGeluTanh, kGelu };
 
 struct GatedActivationParams {
-  const void* x = nullptr;  // (rows, 2N): gate, then up; rows contiguous
+  const void* x = nullptr;  // (rows, 2N): gate, then up; interleaved: eight gates, their eight ups, and so on (the last
+                            // may be fewer, of each as many); rows contiguous
   void* out = nullptr;      // (rows, N) contiguous
   Rows x_rows;
   int64_t num_rows = 0;
   int64_t width = 0;  // N
   Activation activation = Activation::kSilu;
+  bool interleaved = false;
   DType dtype = DType::kBFloat16;
 };
 

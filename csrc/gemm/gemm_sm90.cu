@@ -11,23 +11,33 @@ struct Instantiation {
   cudaError_t (*launch)(const GemmSm90Params&, cudaStream_t);
 };
 
-template <typename Operands, int BLOCK_N>
-constexpr Instantiation kManyRows = {{128, BLOCK_N}, launch_gemm_sm90<Operands, BLOCK_N>};
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
+constexpr Instantiation kManyRows = {{128, BLOCK_N, 1, TURNS}, launch_gemm_sm90<Operands, BLOCK_N, TURNS, Epilogue>};
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 constexpr Instantiation kFewRows = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
-                                    launch_gemm_sm90_few_rows<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
+                                    launch_gemm_sm90_few_rows<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>};
 
 // Which exist: add a line here, in gemm_sm90_config.h, and its instantiation in gemm_*sm90_*_rows.cu.
 template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>, kManyRows<Operands, 224>,
-                                          kManyRows<Operands, 256>};
+constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>, kManyRows<Operands, 224>,
+                                           kManyRows<Operands, 256>};
 template <typename Operands>
-constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>};
+constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128>,       kManyRows<Operands, 192>,
+                                          kManyRows<Operands, 224>,       kManyRows<Operands, 256>,
+                                          kManyRows<Operands, 128, true>, kManyRows<Operands, 192, true>};
 template <typename Operands>
+constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>,
+                                                kManyRows<Operands, 192, true>, kManyRows<Operands, 256, true>};
+template <typename Operands>
+constexpr Instantiation kGatedManyRows[] = {kManyRows<Operands, 128, false, GemmSm90Gated>,
+                                            kManyRows<Operands, 192, false, GemmSm90Gated>,
+                                            kManyRows<Operands, 256, false, GemmSm90Gated>};
+template <typename Operands, typename Epilogue>
 constexpr Instantiation kAllFewRows[] = {
-    kFewRows<Operands, 8, 64, 2>,    kFewRows<Operands, 16, 64, 2>,   kFewRows<Operands, 32, 64, 2>,
-    kFewRows<Operands, 64, 64, 2>,   kFewRows<Operands, 64, 64, 1>,   kFewRows<Operands, 128, 64, 1>,
-    kFewRows<Operands, 128, 128, 2>, kFewRows<Operands, 256, 128, 1>,
+    kFewRows<Operands, 8, 64, 2, Epilogue>,    kFewRows<Operands, 16, 64, 2, Epilogue>,
+    kFewRows<Operands, 32, 64, 2, Epilogue>,   kFewRows<Operands, 64, 64, 2, Epilogue>,
+    kFewRows<Operands, 64, 64, 1, Epilogue>,   kFewRows<Operands, 128, 64, 1, Epilogue>,
+    kFewRows<Operands, 128, 128, 2, Epilogue>, kFewRows<Operands, 256, 128, 1, Epilogue>,
 };
 
 template <int N>
@@ -35,18 +45,22 @@ cudaError_t launch_of(const Instantiation (&table)[N], const GemmSm90Params& par
   const GemmSm90Tile& wanted = params.config.tile;
   for (const Instantiation& entry : table) {
     if (entry.tile.block_m == wanted.block_m && entry.tile.block_n == wanted.block_n &&
-        entry.tile.ctas_per_sm == wanted.ctas_per_sm) {
+        entry.tile.ctas_per_sm == wanted.ctas_per_sm && entry.tile.turns == wanted.turns) {
       return entry.launch(params, stream);
     }
   }
   return cudaErrorInvalidValue;
 }
 
-template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands>
+template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands, typename Epilogue = GemmSm90Plain>
 cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
-  if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands>, params, stream);
-  if constexpr (ManyRowsOperands::kTwoLevels) {
+  if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands, Epilogue>, params, stream);
+  if constexpr (Epilogue::kRows == 2) {
+    return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (ManyRowsOperands::kNorm != GemmSm90Norm::kNone) {
+    return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
   }
@@ -61,6 +75,20 @@ cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
     return launch<GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>>(params, stream);
+  });
+}
+
+cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    using Operands = GemmSm90Dense<decltype(type)>;
+    return launch<Operands, Operands, GemmSm90Gated>(params, stream);
+  });
+}
+
+cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    using Operands = GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>;
+    return launch<Operands, Operands, GemmSm90Gated>(params, stream);
   });
 }
 

@@ -2,6 +2,7 @@
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
 //   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh, of norms: gemm_sm90_norm.cuh
+//                                                          of gates: gemm_sm90_epilogue.cuh
 //
 //                         weight tile (block_n x 128 bytes), half of it
 //                         loaded by each CTA of a cluster, for both
@@ -17,6 +18,15 @@
 //   a warp               x(k) ─► half of weight(k) for both CTAs ─► x(k+1) ─► … from one tile on to the next
 //   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
+//
+// With turns, a group has every other tile for itself, all 128 rows, and writes while the other multiplies:
+//
+//   group 0              k=0 │ 1 │ … │ K-1 │ write               │ k=0 │ 1 │ … │ K-1 │ write
+//   group 1              write             │ k=0 │ 1 │ … │ K-1 │ write               │ k=0 │ 1 │ …
+//
+// Its turn ends when it has issued its last products. The other looks at no stage before: a barrier that is two phases
+// behind cannot be told from one whose phase is over. Sums in two levels leave no registers for all rows: groups share
+// a tile, and a turn is a part of a step.
 //
 // A stage is free when the groups of both CTAs are done with it, since both halves of its weight tile are overwritten
 // by one of them each. Rows are written straight from registers, 64 bytes at a time, while the next tile's stages
@@ -36,8 +46,14 @@
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_N>
-__global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
+// In turns, groups need more registers than threads begin with, and have those of a third one, which loads.
+template <bool TURNS>
+constexpr int kGemmSm90ManyRowsThreads = TURNS ? 128 * (kGemmSm90Consumers + 1) : kGemmSm90Threads;
+constexpr int kGemmSm90TurnsConsumerRegisters = 240, kGemmSm90TurnsProducerRegisters = 24;
+
+template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
+__global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
+    gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90Storage<Operands, BLOCK_N>;
@@ -47,6 +63,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
   constexpr int HALF_N = BLOCK_N / 2;
   constexpr int NUM_CTAS = 2;  // of a cluster
   constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+  constexpr bool OWN_TILES = TURNS && !Operands::kTwoLevels;  // whether a group has tiles for itself
+  constexpr int HALVES = OWN_TILES ? 2 : 1;                   // of 64 rows, which a group has of a tile
   constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes;
 
   Storage& smem = shared_storage<Storage>();
@@ -60,7 +78,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
     tma_prefetch_map(args.weight);
     for (int i = 0; i < STAGES; ++i) {
       smem.full[i].init(1);
-      smem.empty[i].init(NUM_CTAS * NUM_WARPS);
+      smem.empty[i].init(NUM_CTAS * NUM_WARPS / HALVES);
     }
     fence_barrier_init();
   }
@@ -77,8 +95,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
   struct Tile {
     int32_t first_m, first_n;
   };
-  const auto for_each_tile = [&](auto use) {
-    for (int32_t idx = static_cast<int32_t>(blockIdx.x) / NUM_CTAS; idx < m_tiles * n_tiles; idx += num_clusters) {
+  const auto for_each_tile = [&](int32_t first, int32_t apart, auto use) {  // of this CTA's
+    for (int32_t idx = static_cast<int32_t>(blockIdx.x) / NUM_CTAS + first * num_clusters; idx < m_tiles * n_tiles;
+         idx += apart * num_clusters) {
       const int32_t group_rows = p.config.group_rows;
       const int32_t group = idx / (group_rows * n_tiles);
       const int32_t in_group = idx - group * group_rows * n_tiles;
@@ -90,10 +109,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
   };
 
   RingPosition<STAGES> position;
-  if (warp_idx == NUM_WARPS) {
+  if (warp_idx >= NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
-    if (lane == 0) {
-      for_each_tile([&](const Tile& tile) {
+    if constexpr (TURNS) give_registers<kGemmSm90TurnsProducerRegisters>();
+    if (warp_idx == NUM_WARPS && lane == 0) {
+      for_each_tile(0, 1, [&](const Tile& tile) {
         for (int32_t step = 0; step < num_steps; ++step) {
           const uint32_t stage = position.stage();
           const int32_t column = step * PANEL;
@@ -109,48 +129,62 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
     __syncwarp();
   } else {
     // ------------------------------------------------------------------------------ consumers
+    if constexpr (TURNS) take_registers<kGemmSm90TurnsConsumerRegisters>();
     const int group = warp_idx / 4;
-    typename Operands::Sum acc[BLOCK_N / 8][4];
+    const GemmSm90Turns<TURNS> turns = {group};
+    if (group == 1) turns.end();
+    if constexpr (OWN_TILES) position.count = group * num_steps;
+    typename Operands::Sum acc[HALVES][BLOCK_N / 8][4];
     const auto release = [&](uint32_t stage) {
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
     constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
+    static_assert(!kNormed || !OWN_TILES, "a warp looks at 16 rows");
     GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
-    const auto add_moments = [&](uint32_t stage, int32_t step) {
+    const auto beside_products = [&](uint32_t stage, int32_t step) {
       if constexpr (kNormed) {
         moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, static_cast<int32_t>(p.k) - step * PANEL, lane);
       }
+      if constexpr (OWN_TILES) {
+        if (step == num_steps - 1) turns.end();  // the other's products queue up behind the last ones
+      }
     };
     int buffer = 0;
-    for_each_tile([&](const Tile& tile) {
+    for_each_tile(OWN_TILES ? group : 0, OWN_TILES ? 2 : 1, [&](const Tile& tile) {
       using Element = typename Operands::Element;
       auto& columns = smem.columns[buffer][group];
       buffer ^= 1;
       columns.fetch(p, tile.first_n);
 
-      const int32_t first_row = tile.first_m + group * 64 + warp_idx % 4 * 16;
-      GemmSm90RowFactors of_rows;
-      load_row_scales<Operands>(of_rows, p, first_row, lane);
+      const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
+      GemmSm90RowFactors of_rows[HALVES];
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        load_row_scales<Operands>(of_rows[half], p, first_row + half * 64, lane);
+      }
       if constexpr (kNormed) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
-        static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
+        static_assert(TURNS || BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
-        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
-                                                                release);
+        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, num_steps,
+                                                                group, release, turns);
       } else {
-        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release, add_moments);
+        if constexpr (OWN_TILES) turns.take();
+        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, OWN_TILES ? 0 : group,
+                                          release, beside_products);
+        if constexpr (OWN_TILES) position.count += num_steps;  // the other's
       }
       if constexpr (kNormed) {
         moments.finish();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const GemmSm90RowNorm norm = row_norm_of<Operands::kNorm>(p, moments.of[r], moments.first[r]);
-          of_rows.scale[r] = norm.scale;
-          of_rows.mean[r] = norm.mean;
+          of_rows[0].scale[r] = norm.scale;
+          of_rows[0].mean[r] = norm.mean;
         }
       }
-      columns.arrive(p, 1 + group);
-      store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
+      columns.arrive(p, kGemmSm90GroupBarrier + group);
+      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
     });
   }
   cluster_meet();  // the other CTA may still write to this one
@@ -160,7 +194,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, 1) gemm_sm90_kernel(const __
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Operands, int BLOCK_N>
+template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
   using Storage = GemmSm90Storage<Operands, BLOCK_N>;
   GemmSm90Args args = {p, {}, {}};
@@ -169,8 +203,8 @@ cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N>, p.config.num_ctas, 2, kGemmSm90Threads,
-                         sizeof(Storage) + 1024, stream, args);
+  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
+                         kGemmSm90ManyRowsThreads<TURNS>, sizeof(Storage) + 1024, stream, args);
 }
 
 }  // namespace fastattn

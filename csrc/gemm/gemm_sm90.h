@@ -36,7 +36,21 @@ struct GemmSm90Params {
   // Of norms, whose weight and bias are in `weight` and `bias`.
   float eps = 0.0f;
   const float* weight_sum = nullptr;  // (N), 8-byte aligned, of each row of weight: LayerNorm
+
+  // Of gates: out is (M, N / 2), N a multiple of 16, rows of weight as gemm_sm90_epilogue.cuh says;
+  // act(g) = g / (1 + 2^-(gate_linear g + gate_cubic g^3)).
+  float gate_linear = 0.0f, gate_cubic = 0.0f;
 };
+
+// What makes it SiLU, and GeLU in its tanh form.
+inline void set_silu_gate(GemmSm90Params& params) {
+  params.gate_linear = 1.4426950408889634f;  // log2(e)
+  params.gate_cubic = 0.0f;
+}
+inline void set_gelu_tanh_gate(GemmSm90Params& params) {
+  params.gate_linear = 2.3022081981444355f;  // 2 sqrt(2/pi) log2(e)
+  params.gate_cubic = 0.10294323958002842f;  // times 0.044715
+}
 
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
@@ -44,5 +58,7 @@ cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);    // of x's rows, normalized
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
+cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -11,11 +11,24 @@ namespace fastattn {
 struct GemmSm90Tile {
   int block_m, block_n;
   int ctas_per_sm = 1;  // that share its memory
+  bool turns = false;   // whether its groups have the tensor cores in turns
 };
 
-// Of gemm_sm90.cuh. Sums in two levels (fp8) take more registers, which larger tiles do not have.
-constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128}, {128, 192}, {128, 224}, {128, 256}};
-constexpr int kGemmSm90TwoLevelsMaxN = 192;
+// Of gemm_sm90.cuh.
+constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},          {128, 224},         {128, 256},
+                                           {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}};
+
+// Whether those with turns are chosen: not before they have been measured.
+constexpr bool kGemmSm90ChoosesTurns = false;
+
+// Which of them there are. Sums in two levels (fp8) take more registers, and so do all rows of a tile in one group; no
+// norm and no gates have turns, and of gates half of the columns are stored, 32 at a time.
+constexpr int kGemmSm90TwoLevelsMaxN = 192;  // without turns
+constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false) {
+  if (gated) return !tile.turns && tile.block_n % 64 == 0;
+  if (!tile.turns) return !two_levels || tile.block_n <= kGemmSm90TwoLevelsMaxN;
+  return !norm && (two_levels ? tile.block_n >= 192 : tile.block_n <= 192);
+}
 
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
@@ -42,6 +55,8 @@ struct GemmSm90Problem {
   int64_t num_sms;
   int64_t element_bytes = 2;  // of x and weight
   bool two_levels = false;    // of sums
+  bool norm = false;          // of x's rows
+  bool gated = false;         // rows of weight are those of gates and ups by eights
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -76,8 +91,11 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   if (!config.few_rows) {
     const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs());
     const double step_us = 0.07 + 0.0023 * static_cast<double>(block_n);
-    const double tile_us = 1.0 + static_cast<double>(problem.num_panels()) * step_us;
-    return std::max(7.0 + static_cast<double>(num_waves) * tile_us + 0.22 * weight_us, 8.0 + weight_us);
+    const double products_us = static_cast<double>(num_waves * problem.num_panels()) * step_us;
+    // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
+    // write at the same time.
+    const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : static_cast<double>(num_waves);
+    return std::max(7.0 + products_us + 1.0 * num_epilogues + 0.22 * weight_us, 8.0 + weight_us);
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
@@ -111,7 +129,7 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
 
 // The best by that measure. A row's result depends on M (tile and splits), so that it is not bitwise independent of its
 // batch.
-inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
+inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem, bool chooses_turns = kGemmSm90ChoosesTurns) {
   GemmSm90Config best = {};
   double best_us = 0.0;
   const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits) {
@@ -136,7 +154,8 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      if (!problem.two_levels || tile.block_n <= kGemmSm90TwoLevelsMaxN) consider(false, tile, 1);
+      const bool exists = gemm_sm90_has_tile(tile, problem.two_levels, problem.norm, problem.gated);
+      if (exists && (chooses_turns || !tile.turns)) consider(false, tile, 1);
     }
   }
   return best;

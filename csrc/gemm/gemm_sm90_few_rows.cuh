@@ -2,6 +2,7 @@
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; what there is for
 //   x (M, K)   weight (N, K)   out (M, N)                  8 bits: gemm_sm90_operands.cuh, of norms: gemm_sm90_norm.cuh
+//                                                          of gates: gemm_sm90_epilogue.cuh
 //
 //                   K of CTA 0    CTA 1     CTA 2     CTA 3        The CTAs of a cluster, config.num_splits of them,
 //                 ┌───────────┬─────────┬─────────┬─────────┐      have a run of K each.
@@ -35,12 +36,12 @@
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
   static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);  // of sums in two levels
 
-  using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers>;
+  using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers, Epilogue::kRows>;
   // Times eight rows whose moments a warp has.
   static constexpr int kNumEights = std::max(1, BLOCK_M* Sums::kParts / (8 * 4 * kGemmSm90Consumers));
   using Moments = std::conditional_t<Operands::kNorm == GemmSm90Norm::kNone, GemmSm90NoOthers,
@@ -54,12 +55,12 @@ struct GemmSm90FewRowsStorage {
   Moments moments;
 };
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
-  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
   using Ring = decltype(Storage::ring);
   constexpr int STAGES = Ring::kStages;
   constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
@@ -90,32 +91,40 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   __syncthreads();
   grid_dependency_launch();
 
-  // What a lane multiplies its four columns by and adds to them, and the first of its rows.
-  const int32_t column = first_n + smem.sums.first_column(), row = smem.sums.first_row(rank);
+  // What a lane multiplies the sums of its four columns by and adds to them, and the first of its rows.
+  constexpr int PER_COLUMN = Epilogue::kRows;
+  const int64_t width = p.n / PER_COLUMN;  // of out
+  const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
   const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-  float2 bias[2] = {}, scales[2] = {}, weight_sums[2] = {};
+  float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   float row_scale = 0.0f, row_first = 0.0f;
   const auto load_factors = [&] {
-    if (column >= p.n) return;
+    if (column >= width) return;
+#pragma unroll
+    for (int i = 0; i < PER_COLUMN; ++i) {
+      const int32_t weight_row = weight_row_of<Epilogue>(column, i);
+      if constexpr (Operands::kScaled) {
+        scales[i][0] = weight_scales_of(p, weight_row);
+        scales[i][1] = weight_scales_of(p, weight_row + 2);
+      }
+      if constexpr (kCentred) {
+        weight_sums[i][0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + weight_row));
+        weight_sums[i][1] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + weight_row + 2));
+      }
+      if (p.bias != nullptr) {
+        const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + weight_row);
+        bias[i][0] = unpack_pair<T>(pairs.x);
+        bias[i][1] = unpack_pair<T>(pairs.y);
+      }
+    }
     if constexpr (Operands::kScaled) {
-      scales[0] = weight_scales_of(p, column);
-      scales[1] = weight_scales_of(p, column + 2);
       if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
     }
-    if constexpr (kCentred) {
-      weight_sums[0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + column));
-      weight_sums[1] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + column + 2));
-      if (row < num_rows) row_first = first_of_row<T>(p, first_m + row);
-    }
-    if (p.bias != nullptr) {
-      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + column);
-      bias[0] = unpack_pair<T>(pairs.x);
-      bias[1] = unpack_pair<T>(pairs.y);
-    }
+    if (kCentred && row < num_rows) row_first = first_of_row<T>(p, first_m + row);
   };
   constexpr bool EARLY = BLOCK_M <= 64;  // others have no registers to keep them in
 
-  typename Operands::Sum acc[BLOCK_M / 8][4] = {};
+  typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
@@ -169,8 +178,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     };
     using Element = typename Operands::Element;
     if constexpr (Operands::kTwoLevels) {
-      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(acc, smem.ring, smem.full, position,
-                                                                       end_step - begin_step, group, release);
+      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(
+          acc[0], smem.ring, smem.full, position, end_step - begin_step, group, release, GemmSm90Turns<false>{group});
     } else {
       multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release,
                                         add_moments);
@@ -182,33 +191,48 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       }
     }
     named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
-    smem.sums.keep(acc, warp_idx, lane);
+    smem.sums.keep(acc[0], warp_idx, lane);
   }
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  if (warp_idx < NUM_WARPS && column < p.n) {
+  if (warp_idx < NUM_WARPS && column < width) {
     if constexpr (!EARLY) load_factors();
-    smem.sums.add_up(num_rows, rank, num_splits, smem.moments, [&](int32_t sum_row, auto sum, const auto& total) {
-      float4& value = floats_of(sum);
+    smem.sums.add_up(num_rows, rank, num_splits, smem.moments, [&](int32_t sum_row, auto& sums, const auto& total) {
+      GemmSm90RowNorm norm;
       if constexpr (kNormed) {
         if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
-        const GemmSm90RowNorm norm = row_norm_of<Operands::kNorm>(p, total, row_first);
-        value.x = (value.x - norm.mean * weight_sums[0].x) * norm.scale;
-        value.y = (value.y - norm.mean * weight_sums[0].y) * norm.scale;
-        value.z = (value.z - norm.mean * weight_sums[1].x) * norm.scale;
-        value.w = (value.w - norm.mean * weight_sums[1].y) * norm.scale;
+        norm = row_norm_of<Operands::kNorm>(p, total, row_first);
       }
       if constexpr (Operands::kScaled) {
         if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
-        value.x *= row_scale * scales[0].x;
-        value.y *= row_scale * scales[0].y;
-        value.z *= row_scale * scales[1].x;
-        value.w *= row_scale * scales[1].y;
       }
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * p.n + column) =
-          make_uint2(pack_pair<T>(value.x + bias[0].x, value.y + bias[0].y),
-                     pack_pair<T>(value.z + bias[1].x, value.w + bias[1].y));
+      float of_columns[4][PER_COLUMN];
+#pragma unroll
+      for (int i = 0; i < PER_COLUMN; ++i) {
+        float4& value = floats_of(sums[i]);
+        if constexpr (kNormed) {
+          value.x = (value.x - norm.mean * weight_sums[i][0].x) * norm.scale;
+          value.y = (value.y - norm.mean * weight_sums[i][0].y) * norm.scale;
+          value.z = (value.z - norm.mean * weight_sums[i][1].x) * norm.scale;
+          value.w = (value.w - norm.mean * weight_sums[i][1].y) * norm.scale;
+        }
+        if constexpr (Operands::kScaled) {
+          value.x *= row_scale * scales[i][0].x;
+          value.y *= row_scale * scales[i][0].y;
+          value.z *= row_scale * scales[i][1].x;
+          value.w *= row_scale * scales[i][1].y;
+        }
+        of_columns[0][i] = value.x + bias[i][0].x;
+        of_columns[1][i] = value.y + bias[i][0].y;
+        of_columns[2][i] = value.z + bias[i][1].x;
+        of_columns[3][i] = value.w + bias[i][1].y;
+      }
+      float out[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] = Epilogue::apply(p, of_columns[i]);
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) =
+          make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3]));
     });
   }
   __syncwarp();
@@ -219,9 +243,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
   GemmSm90Args args = {p, {}, {}};
@@ -230,7 +254,7 @@ cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stre
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>, config.num_ctas,
+  return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>, config.num_ctas,
                          config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
 }
 

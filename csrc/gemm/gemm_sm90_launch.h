@@ -3,13 +3,14 @@
 #pragma once
 
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_epilogue.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_N>
+template <typename Operands, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue = GemmSm90Plain>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

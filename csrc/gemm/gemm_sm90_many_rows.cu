@@ -10,5 +10,9 @@ template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128>(const GemmSm90
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 256>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, true>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 192, true>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, true>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 192, true>(const GemmSm90Params&, cudaStream_t);
 
 }  // namespace fastattn

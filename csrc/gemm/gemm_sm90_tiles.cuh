@@ -14,6 +14,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_epilogue.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
 
 namespace fastattn {
@@ -27,6 +28,22 @@ constexpr int kGemmSm90Consumers = 2;                            // warp groups
 constexpr int kGemmSm90Threads = 128 * kGemmSm90Consumers + 32;  // and a warp that loads
 constexpr int kGemmSm90PanelBytes = 128;                         // of a row, columns of K that lie together
 constexpr int kGemmSm90SmemBytes = 227 * 1024 - 1024;            // of a CTA; the rest is spent on alignment
+
+// Barriers of the SM; 0 is __syncthreads'. Of consumers, the first of two neighbours each.
+enum GemmSm90Barrier { kGemmSm90GroupBarrier = 1, kGemmSm90TurnBarrier = 3 };
+
+// Whose products the tensor cores get: a group takes a turn when the other one has ended its own. To begin with, group
+// 1 ends one. Without TURNS, whoever comes.
+template <bool TURNS>
+struct GemmSm90Turns {
+  int group;
+  __device__ __forceinline__ void take() const {
+    if constexpr (TURNS) named_barrier_sync(kGemmSm90TurnBarrier + group, 128 * kGemmSm90Consumers);
+  }
+  __device__ __forceinline__ void end() const {
+    if constexpr (TURNS) named_barrier_arrive(kGemmSm90TurnBarrier + 1 - group, 128 * kGemmSm90Consumers);
+  }
+};
 
 // A ring of stages, each PANELS panels of A_ROWS rows of the operand that fills wgmma's 64 rows, and of B_ROWS of the
 // other.
@@ -110,12 +127,12 @@ struct GemmSm90Descriptors {
         b(WgmmaDescriptor::make<128>(ring.b[0][0], 0).uniform_plus(kPanelsApart == 2 ? group * kPanelBytesB : 0)) {}
 };
 
-// acc (64, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A; where there
-// are 64 only, every other panel of them, and two consumers have to add up what they get. A stage
-// is released when the products of the next one have been issued: the tensor cores always have some at hand.
+// acc (64 HALVES, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A;
+// where there are 64 only, every other panel of them, and two consumers have to add up what they get. A stage is
+// released when the products of the next one have been issued: the tensor cores always have some at hand.
 // look_at(stage, i): what else is to be done with stage i, while its products run.
-template <typename T, int B_ROWS, typename Sum, typename Ring, typename Release, typename LookAt>
-__device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const Ring& ring, MBarrier* full,
+template <typename T, int B_ROWS, int HALVES, typename Sum, typename Ring, typename Release, typename LookAt>
+__device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4], const Ring& ring, MBarrier* full,
                                                 RingPosition<Ring::kStages>& position, int32_t num_stages, int group,
                                                 Release release, LookAt look_at) {
   using Descriptors = GemmSm90Descriptors<Ring>;
@@ -132,8 +149,13 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const
     for (int panel = 0; panel < Ring::kPanels; panel += Descriptors::kPanelsApart) {
 #pragma unroll
       for (int bytes = 0; bytes < kGemmSm90PanelBytes; bytes += 32) {
-        Wgmma<T, B_ROWS>::ss(acc, stage_a.plus(panel * Descriptors::kPanelBytesA + bytes),
-                             stage_b.plus(panel * Descriptors::kPanelBytesB + bytes), i > 0 || panel > 0 || bytes > 0);
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+          const int offset_a = panel * Descriptors::kPanelBytesA + half * 64 * kGemmSm90PanelBytes + bytes;
+          Wgmma<T, B_ROWS>::ss(acc[half], stage_a.plus(offset_a),
+                               stage_b.plus(panel * Descriptors::kPanelBytesB + bytes),
+                               i > 0 || panel > 0 || bytes > 0);
+        }
       }
     }
     wgmma_commit();
@@ -146,17 +168,20 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[B_ROWS / 8][4], const
     position.advance();
   }
   wgmma_wait<0>();
-  pin_registers(acc);
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) pin_registers(acc[half]);
   release(before);
 }
 
 // The same in two levels, for fp8: the tensor cores keep about 14 bits of a sum, so that they add up no more than a
 // panel, and registers the panels in fp32. They do so for PART_ROWS of B at a time, for want of registers; meanwhile
-// the other group's products run.
-template <typename T, int B_ROWS, int PART_ROWS, typename Ring, typename Release>
+// the other group's products run. With turns, which are of a part each, they surely do: groups whose products run at
+// the same time also add at the same time.
+template <typename T, int B_ROWS, int PART_ROWS, bool TURNS, typename Ring, typename Release>
 __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROWS / 8][4], const Ring& ring,
                                                               MBarrier* full, RingPosition<Ring::kStages>& position,
-                                                              int32_t num_stages, int group, Release release) {
+                                                              int32_t num_stages, int group, Release release,
+                                                              const GemmSm90Turns<TURNS>& turns) {
   static_assert(B_ROWS % PART_ROWS == 0);
   using Descriptors = GemmSm90Descriptors<Ring>;
   const Descriptors first(ring, group);
@@ -176,6 +201,7 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
     for (int panel = 0; panel < Ring::kPanels; panel += Descriptors::kPanelsApart) {
 #pragma unroll
       for (int row = 0; row < B_ROWS; row += PART_ROWS) {
+        turns.take();
         wgmma_fence();
 #pragma unroll
         for (int bytes = 0; bytes < kGemmSm90PanelBytes; bytes += 32) {
@@ -184,6 +210,7 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
                                   bytes > 0);
         }
         wgmma_commit();
+        turns.end();
         wgmma_wait<0>();
         pin_registers(part);
         if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);
@@ -214,52 +241,84 @@ __device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, con
   }
 }
 
-// What a warp has of a tile, 16 rows of it, scaled, with the bias added, to memory.
-template <int BLOCK_N, typename Operands, typename Sum, typename Params>
-__device__ __forceinline__ void store_rows(Sum (&acc)[BLOCK_N / 8][4],
+// What a warp has of a tile, 16 rows of each half of it, scaled, with the bias added, and what the epilogue makes of
+// that, to memory.
+template <int BLOCK_N, typename Epilogue = GemmSm90Plain, int HALVES, typename Operands, typename Sum, typename Params>
+__device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
                                            const GemmSm90Columns<Operands, BLOCK_N>& columns,
-                                           const GemmSm90RowFactors& of_rows, const Params& p, int32_t first_row,
-                                           int32_t first_n, int lane) {
+                                           const GemmSm90RowFactors (&of_rows)[HALVES], const Params& p,
+                                           int32_t first_row, int32_t first_n, int lane) {
   using T = typename Operands::Out;
-  // A lane has rows `row` and + 8, and after gather_columns 8 columns of 32 of each.
+  // A lane has rows `row` and + 8 of a half, and after gather_columns 8 columns of 32 of each.
+  constexpr int PER_COLUMN = Epilogue::kRows;
+  static_assert(BLOCK_N / PER_COLUMN % 32 == 0, "a lane has 8 columns of 32 of out");
   const int32_t row = first_row + lane / 4;
-  const int32_t column = first_n + lane % 4 * 8;
-  const int32_t end = static_cast<int32_t>(p.n) - column;
-  const int32_t ends[2] = {row < p.m ? end : 0, row + 8 < p.m ? end : 0};
-  T* const out = static_cast<T*>(p.out) + row * p.n + column;
-  T* const rows[2] = {out, out + 8 * p.n};
+  const int32_t column = first_n / PER_COLUMN + lane % 4 * 8;
+  const int64_t width = p.n / PER_COLUMN;  // of out
+  const int32_t end = static_cast<int32_t>(width) - column;
+  int32_t ends[HALVES][2];
+  T* rows[HALVES][2];
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+    const int32_t half_row = row + half * 64;
+    ends[half][0] = half_row < p.m ? end : 0;
+    ends[half][1] = half_row + 8 < p.m ? end : 0;
+    rows[half][0] = static_cast<T*>(p.out) + half_row * width + column;
+    rows[half][1] = rows[half][0] + 8 * width;
+  }
+  uint32_t words[HALVES][2][4];  // of 32 columns of out
 #pragma unroll
   for (int t = 0; t < BLOCK_N / 8; t += 4) {
-    float (&values)[4][4] = floats_of(acc, t);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 factors = {};
-      if constexpr (GemmSm90Columns<Operands, BLOCK_N>::kHasFactors) {
-        factors = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float factor = j % 2 == 0 ? factors.x : factors.y;
-        if constexpr (Operands::kScaled) values[i][j] *= of_rows.scale[j / 2] * factor;
-        if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) values[i][j] -= of_rows.mean[j / 2] * factor;
-        if constexpr (Operands::kNorm != GemmSm90Norm::kNone) values[i][j] *= of_rows.scale[j / 2];
-      }
-    }
-    if (p.bias != nullptr) {
+    for (int half = 0; half < HALVES; ++half) {
+      float (&values)[4][4] = floats_of(acc[half], t);
+      const GemmSm90RowFactors& of_row = of_rows[half];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 value = unpack_pair<T>(columns.bias[(t + i) * 4 + lane % 4]);
+        float2 factors = {};
+        if constexpr (GemmSm90Columns<Operands, BLOCK_N>::kHasFactors) {
+          factors = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
+        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
+        for (int j = 0; j < 4; ++j) {
+          const float factor = j % 2 == 0 ? factors.x : factors.y;
+          if constexpr (Operands::kScaled) values[i][j] *= of_row.scale[j / 2] * factor;
+          if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) values[i][j] -= of_row.mean[j / 2] * factor;
+          if constexpr (Operands::kNorm != GemmSm90Norm::kNone) values[i][j] *= of_row.scale[j / 2];
+        }
       }
-    }
+      if (p.bias != nullptr) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t w[4];
+        for (int i = 0; i < 4; ++i) {
+          const float2 value = unpack_pair<T>(columns.bias[(t + i) * 4 + lane % 4]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
-      gather_columns(w, lane);
-      if (t * 8 < ends[r]) *reinterpret_cast<uint4*>(rows[r] + t * 8) = make_uint4(w[0], w[1], w[2], w[3]);
+          for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i += PER_COLUMN) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float sums[PER_COLUMN];
+#pragma unroll
+          for (int which = 0; which < PER_COLUMN; ++which) sums[which] = values[i + which][j];
+          values[i][j] = Epilogue::apply(p, sums);
+        }
+      }
+      const int out_t = t / PER_COLUMN, first = out_t / 4 * 32;  // tiles of out, and its first column of these 32
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t (&w)[4] = words[half][r];
+#pragma unroll
+        for (int i = 0; i < 4; i += PER_COLUMN) {
+          w[out_t % 4 + i / PER_COLUMN] = pack_pair<T>(values[i][2 * r], values[i][2 * r + 1]);
+        }
+        if ((t + 4) / PER_COLUMN % 4 != 0) continue;
+        gather_columns(w, lane);
+        if (first < ends[half][r]) {
+          *reinterpret_cast<uint4*>(rows[half][r] + first) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
     }
   }
 }

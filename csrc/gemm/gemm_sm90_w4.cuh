@@ -1,24 +1,20 @@
 // The Hopper GEMM for weights of 4 bits: the weight streams by packed, and becomes wgmma's left operand in registers.
 //
-//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
-//   x (M, K)   weight (N, K / 2) bytes of two codes        out (M, N)
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; types and scales:
+//   x (M, K)   weight (N, K / 2) bytes of two codes        gemm_sm90_w4_operands.cuh      out (M, N)
 //
 //   Operands are swapped as in gemm_sm90_few_rows.cuh, and the K of a tile is shared out over the CTAs of a cluster as
 //   there. A CTA has block_n / 64 groups, each with 64 rows of weight.
 //
 //   a warp     weight (block_n x 128 bytes), x (block_m x 256), one stage after the other, by the copy engine
-//   a group    for 32 columns at a time, i:
-//
-//       codes of i │ wait for the products of i - 2 │ A fragments, in the registers that i - 2 had │ products of i
-//       ◄───────────────────────── the products of i - 1 run ─────────────────────────►
+//   a group    the products of a stage (gemm_sm90_w4_products.cuh), one after the other
 //
 // The codes stay as checkpoints have them: rows are fetched in swizzled panels of 128 bytes, of which the four lanes
 // that share a row of A read the same 16 bytes at once, 32 columns, and keep what is theirs (gemm_sm90_w4_formats.cuh).
 // Scales go from memory to registers.
 //
-// Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64, N of 8, groups
-// as GemmSm90W4Params has them. Rows past M or N and columns past
-// K are zeros in shared memory.
+// Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64 (of 32 with x in 8 bits), N of 8, groups
+// as GemmSm90W4Params has them. Rows past M or N and columns past K are zeros in shared memory.
 #pragma once
 
 #include "arch/grid_dependency.cuh"
@@ -29,7 +25,7 @@
 #include "arch/vec.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90_sums.cuh"
-#include "gemm/gemm_sm90_w4_formats.cuh"
+#include "gemm/gemm_sm90_w4_products.cuh"
 
 namespace fastattn {
 
@@ -38,17 +34,17 @@ struct GemmSm90W4Args {
   CUtensorMap x, weight;
 };
 
-template <typename T, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Element, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 struct GemmSm90W4Storage {
-  static constexpr int kStages = gemm_sm90_w4_stages({BLOCK_M, BLOCK_N, CTAS_PER_SM});
+  static constexpr int kStages = gemm_sm90_w4_stages({BLOCK_M, BLOCK_N, CTAS_PER_SM}, sizeof(Element));
   static_assert(kStages >= 2, "a stage is released while the next one is computed");
-  static constexpr int kPanels = kGemmSm90W4StageK / 64;  // of x
+  static constexpr int kPanel = 128 / sizeof(Element), kPanels = kGemmSm90W4StageK / kPanel;  // of x
   static constexpr uint32_t kWeightBytes = BLOCK_N * kGemmSm90W4StageK / 2;
   static constexpr uint32_t kPanelBytes = BLOCK_M * 128, kXBytes = kPanels * kPanelBytes;
 
   struct Ring {
     alignas(1024) unsigned char weight[kStages][kWeightBytes];
-    alignas(1024) T x[kStages][kPanels][BLOCK_M * 64];
+    alignas(1024) Element x[kStages][kPanels][BLOCK_M * kPanel];
   };
   union {
     Ring ring;
@@ -57,37 +53,15 @@ struct GemmSm90W4Storage {
   MBarrier full[kStages], empty[kStages];
 };
 
-// The codes of 32 columns of a lane's two rows.
-struct GemmSm90W4Codes {
-  uint4 low, high;
-};
-
-// `rows`: where the first of them begins in a stage's weight, whose chunks of 16 bytes change places within eight rows.
-__device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, int lane) {
-  const uint32_t address = rows + (chunk ^ lane / 4) * 16;
-  return {load_shared_16_bytes(address), load_shared_16_bytes(address + 8 * 128)};
-}
-
-// 16 columns of two rows as an A fragment.
-template <typename Format>
-__device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t low0, uint32_t low1, uint32_t high0,
-                                              uint32_t high1, uint32_t select, const typename Format::Scales& scales) {
-  using T = typename Format::T;
-  a[0] = bits_of<T>(Format::template weight<0>(low0, select, scales));
-  a[1] = bits_of<T>(Format::template weight<1>(high0, select, scales));
-  a[2] = bits_of<T>(Format::template weight<0>(low1, select, scales));
-  a[3] = bits_of<T>(Format::template weight<1>(high1, select, scales));
-}
-
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     gemm_sm90_w4_kernel(const __grid_constant__ GemmSm90W4Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using T = typename Format::T;
-  using Storage = GemmSm90W4Storage<T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using T = typename Operands::Out;
+  using Scales = GemmSm90W4Scales<typename Operands::Format>;
+  using Storage = GemmSm90W4Storage<typename Operands::Element, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   constexpr int STAGES = Storage::kStages;
   constexpr int STAGE_K = kGemmSm90W4StageK;
-  constexpr int CHUNKS = STAGE_K / 32;
   constexpr int NUM_WARPS = BLOCK_N / 16;
 
   Storage& smem = shared_storage<Storage>();
@@ -135,7 +109,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
           tma_load_4d(smem.ring.weight[stage], args.weight, full, step * (STAGE_K / 2), first_n, 0, 0);
         }
         for (int panel = 0; panel < Storage::kPanels; ++panel) {
-          tma_load_4d(smem.ring.x[stage][panel], args.x, full, step * STAGE_K + panel * 64, first_m, 0, 0);
+          tma_load_4d(smem.ring.x[stage][panel], args.x, full, step * STAGE_K + panel * Storage::kPanel, first_m, 0, 0);
         }
         position.advance();
       }
@@ -144,15 +118,15 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
   } else {
     // ------------------------------------------------------------------------------ consumers
     const int row = warp_idx * 16 + lane / 4;  // and the one 8 below
-    GemmSm90W4Scales<Format>::prefetch(p, first_n + row, begin_step, end_step, lane);
+    Scales::prefetch(p, first_n + row, begin_step, end_step, lane);
     if (column < p.n) {
       if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
       if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
     }
     grid_dependency_wait();
-    const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128, select = byte_selector(lane);
+    const uint32_t first_rows = shared_address(smem.ring.weight[0]) + row * 128;
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
-    GemmSm90W4Scales<Format> scales;
+    Scales scales;
     scales.load(p, first_n + row, begin_step, lane);
     float acc[BLOCK_M / 8][4] = {};
     uint32_t a[2][2][4];  // two sets of two fragments
@@ -164,23 +138,13 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       smem.full[stage].wait(position.parity());
       const uint32_t rows = first_rows + stage * Storage::kWeightBytes;
       const WgmmaDescriptor stage_x = x.uniform_plus(stage * Storage::kXBytes);
-#pragma unroll
-      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        uint32_t (&fragments)[2][4] = a[chunk % 2];
-        const GemmSm90W4Codes codes = load_codes(rows, chunk, lane);
-        wgmma_wait<1>();
-        pin_registers(fragments);
-        if (chunk == 1 && position.count > 0 && lane == 0) smem.empty[(position.count - 1) % STAGES].arrive();
-        make_fragment<Format>(fragments[0], codes.low.x, codes.low.y, codes.high.x, codes.high.y, select,
-                              scales.at(chunk * 32, lane));
-        make_fragment<Format>(fragments[1], codes.low.z, codes.low.w, codes.high.z, codes.high.w, select,
-                              scales.at(chunk * 32 + 16, lane));
-        const uint32_t columns = chunk / 2 * Storage::kPanelBytes + chunk % 2 * 64;
-        wgmma_fence();
-        Wgmma<T, BLOCK_M>::rs_k(acc, fragments[0], stage_x.plus(columns), 1);
-        Wgmma<T, BLOCK_M>::rs_k(acc, fragments[1], stage_x.plus(columns + 32), 1);
-        wgmma_commit();
-      }
+      const auto release = [&](int i) {
+        if (i == 1 && position.count > 0 && lane == 0) smem.empty[(position.count - 1) % STAGES].arrive();
+      };
+      const auto x_of = [&](int i) {
+        return WgmmaDescriptor{stage_x.low + i / 2 * Storage::kPanelBytes / 16, stage_x.high};
+      };
+      multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, false, lane, release, x_of);
       position.advance();
     }
     wgmma_wait<0>();
@@ -194,18 +158,16 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 
   // ---- epilogue: a lane writes four columns
   if (threadIdx.x < 32 * NUM_WARPS && column < p.n) {
-    float bias[4] = {}, divisor[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    float bias[4] = {}, factors[4];
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);
-    if (p.global_scale != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) divisor[i] = __ldg(p.global_scale + column + i);
-    }
+    for (int i = 0; i < 4; ++i) factors[i] = Operands::column_factor(p, column + i);
     const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
-    smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4& sum, auto) {
-      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+    smem.sums.add_up(num_rows, rank, num_splits, GemmSm90NoOthers(), [&](int32_t row, const float4(&sum)[1], auto) {
+      const float sums[4] = {sum[0].x, sum[0].y, sum[0].z, sum[0].w}, scale = Operands::x_scale(p, first_m + row);
       float values[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = sums[i] * Format::kSumFactor / divisor[i] + bias[i];
+      for (int i = 0; i < 4; ++i) values[i] = sums[i] * (scale * factors[i]) + bias[i];
       store_vec<4>(static_cast<T*>(p.out) + (first_m + row) * p.n + column, values);
     });
   }
@@ -217,13 +179,13 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 cudaError_t launch_gemm_sm90_w4(const GemmSm90W4Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90W4Storage<typename Format::T, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
+  using Storage = GemmSm90W4Storage<typename Operands::Element, BLOCK_M, BLOCK_N, CTAS_PER_SM>;
   static_assert(sizeof(Storage) <= 227 * 1024 / CTAS_PER_SM - 1024);
   GemmSm90W4Args args = {p, {}, {}};
-  cudaError_t error =
-      make_tensor_map(&args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M, false});
+  cudaError_t error = make_tensor_map(
+      &args.x, {p.x, Operands::kDType, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, Storage::kPanel, BLOCK_M, false});
   if (error == cudaSuccess) {
     // Bytes, whatever they mean.
     error = make_tensor_map(&args.weight, {p.weight,
@@ -235,7 +197,7 @@ cudaError_t launch_gemm_sm90_w4(const GemmSm90W4Params& p, cudaStream_t stream) 
                                            false});
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_w4_kernel<Format, BLOCK_M, BLOCK_N, CTAS_PER_SM>, p.config.num_ctas,
+  return launch_clusters(gemm_sm90_w4_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>, p.config.num_ctas,
                          p.config.num_splits, 2 * BLOCK_N + 32, sizeof(Storage) + 1024, stream, args);
 }
 
@@ -244,21 +206,27 @@ struct GemmSm90W4Instantiation {
   cudaError_t (*launch)(const GemmSm90W4Params&, cudaStream_t);
 };
 
-template <typename Format, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM>
 constexpr GemmSm90W4Instantiation kGemmSm90W4Of = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
-                                                   launch_gemm_sm90_w4<Format, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
+                                                   launch_gemm_sm90_w4<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM>};
 
-// Which exist, for every format: add a line here and in gemm_sm90_w4_config.h.
-template <typename Format>
+// Which exist, for every format, and with x in e4m3: add a line here and in gemm_sm90_w4_config.h.
+template <typename Operands>
 constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations[] = {
-    kGemmSm90W4Of<Format, 8, 128, 2>,  kGemmSm90W4Of<Format, 16, 128, 2>,  kGemmSm90W4Of<Format, 32, 128, 2>,
-    kGemmSm90W4Of<Format, 64, 128, 2>, kGemmSm90W4Of<Format, 128, 128, 1>, kGemmSm90W4Of<Format, 128, 192, 1>,
+    kGemmSm90W4Of<Operands, 8, 128, 2>,  kGemmSm90W4Of<Operands, 16, 128, 2>,  kGemmSm90W4Of<Operands, 32, 128, 2>,
+    kGemmSm90W4Of<Operands, 64, 128, 2>, kGemmSm90W4Of<Operands, 128, 128, 1>, kGemmSm90W4Of<Operands, 128, 192, 1>,
+};
+template <typename T, int GROUP>
+constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations<GemmSm90W4A8<T, GROUP, true>>[] = {
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 16, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 64, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 128, 128, 1>,
 };
 
-template <typename Format>
+template <typename Operands>
 cudaError_t run_gemm_sm90_w4(const GemmSm90W4Params& params, cudaStream_t stream) {
   const GemmSm90Tile& wanted = params.config.tile;
-  for (const GemmSm90W4Instantiation& entry : kGemmSm90W4Instantiations<Format>) {
+  for (const GemmSm90W4Instantiation& entry : kGemmSm90W4Instantiations<Operands>) {
     if (entry.tile.block_m == wanted.block_m && entry.tile.block_n == wanted.block_n &&
         entry.tile.ctas_per_sm == wanted.ctas_per_sm) {
       return entry.launch(params, stream);

@@ -1,6 +1,6 @@
 // out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 on their way to the tensor
-// cores: in registers (gemm_sm90_w4.cuh), or for many rows of x in shared memory (gemm_sm90_w4_many_rows.cuh). Which,
-// and its tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
+// cores, in registers: for few rows of x (gemm_sm90_w4.cuh) and for many (gemm_sm90_w4_many_rows.cuh). Which, and its
+// tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -49,7 +49,7 @@ cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 32, e8m0
 
-// The same with x in e4m3, config.many_rows and scales of nvfp4 2-byte aligned.
+// The same with x in e4m3 and scales of nvfp4 2-byte aligned; few rows with fast_accum only.
 cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 

@@ -10,13 +10,16 @@ constexpr int kGemmSm90W4StageK = 256;  // columns of K: 128 bytes of a row of w
 // A CTA's tile in gemm_sm90_w4.cuh: so many rows of x and of weight, 64 of those to a warp group.
 constexpr GemmSm90Tile kGemmSm90W4Tiles[] = {{8, 128, 2},  {16, 128, 2},  {32, 128, 2},
                                              {64, 128, 2}, {128, 128, 1}, {128, 192, 1}};
+constexpr GemmSm90Tile kGemmSm90W4Fp8Tiles[] = {{16, 128, 2}, {64, 128, 2}, {128, 128, 1}};  // with x in e4m3
 
-// And in gemm_sm90_w4_many_rows.cuh.
-constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 128}, {128, 192}, {128, 256}};
+// And of a pair of CTAs in gemm_sm90_w4_many_rows.cuh, which share the rows of weight. Sums in two levels take twice
+// the registers.
+constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {256, 256}};
+constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
 // Stages of the former, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
-constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile) {
-  return (227 * 1024 / tile.ctas_per_sm - 2048) / (2 * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
+constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile, int x_bytes) {
+  return (227 * 1024 / tile.ctas_per_sm - 2048) / (x_bytes * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
 }
 
 struct GemmSm90W4Problem {
@@ -25,8 +28,10 @@ struct GemmSm90W4Problem {
   int64_t k;
   double weight_bits;  // of a weight, its share of the scales included
   int64_t num_sms;
-  int64_t x_bytes = 2;      // of an element of x; 1: always the kernel for many rows
-  bool two_levels = false;  // of sums
+  int64_t x_bytes = 2;      // of an element of x
+  bool two_levels = false;  // of sums: always the kernel for many rows
+
+  int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
 
 struct GemmSm90W4Config {
@@ -44,9 +49,9 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
   config.num_splits = num_splits;
   config.m_tiles = ceil_div(problem.m, config.tile.block_m);
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
-  config.group_rows = 8;
+  config.group_rows = 4;
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
-  config.num_ctas = config.many_rows ? std::min(num_tiles, problem.num_sms) : num_tiles * num_splits;
+  config.num_ctas = config.many_rows ? 2 * std::min(num_tiles, problem.num_pairs()) : num_tiles * num_splits;
 }
 
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
@@ -54,15 +59,17 @@ constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
 // Microseconds, about. Of few rows the constants are fitted to what an H200 takes, where conversion bounds the kernel.
 // CTAs that share an SM share its time, so that the SMs with the most of them decide. Of many rows they are those of
-// gemm_sm90_time: converters keep up with the tensor cores, and less comes out of the L2 cache than in 16 bits.
+// gemm_sm90_time, for the same products, unless the conversion takes longer; less comes out of the L2 cache than in 16
+// bits.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
   const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
   if (config.many_rows) {
     const double num_panels = static_cast<double>(ceil_div(problem.x_bytes * problem.k, 128));
-    const double tile_us = 1.0 + num_panels * (0.07 + 0.0023 * block_n);
-    const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_sms));
+    const double convert_us = problem.x_bytes == 1 ? 0.45 : 0.24;  // a panel of weight, at 0.8 instructions a cycle
+    const double tile_us = 1.0 + num_panels * std::max(0.07 + 0.0023 * block_m, convert_us);
+    const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
     return std::max(7.0 + waves * tile_us + 0.22 * read_us, 8.0 + read_us);
   }
 
@@ -70,7 +77,8 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
   const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
   const int64_t at_once = on_sms * config.tile.ctas_per_sm;
   const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
-  const double step_us = block_n / 128.0 * (0.88 + 0.0065 * block_m);  // of a CTA alone on its SM
+  const double products_us = 0.00325 * static_cast<double>(problem.x_bytes) * block_m;
+  const double step_us = block_n / 128.0 * (0.88 + products_us);  // of a CTA alone on its SM
   const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
   const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
   // Sums go to shared memory and come back from there, or from another SM's.
@@ -95,13 +103,20 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
     }
   };
   const int64_t num_steps = ceil_div(problem.k, kGemmSm90W4StageK);
-  for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) {
-    const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
-    if (problem.x_bytes == 1 || too_large || tile.block_m < std::min<int64_t>(problem.m, 64)) continue;
+  int64_t smaller = 0;  // the tile before it, which does for as many rows
+  const auto consider_few_rows = [&](const GemmSm90Tile& tile) {
+    if (tile.block_m > smaller && smaller >= problem.m) return;
+    smaller = tile.block_m > smaller ? tile.block_m : smaller;
+    if (tile.block_m < std::min<int64_t>(problem.m, 64)) return;
     for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(false, tile, splits);
+  };
+  if (problem.x_bytes == 2) {
+    for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) consider_few_rows(tile);
+  } else if (!problem.two_levels) {
+    for (const GemmSm90Tile& tile : kGemmSm90W4Fp8Tiles) consider_few_rows(tile);
   }
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
-    const bool takes_registers = problem.two_levels && tile.block_n > kGemmSm90TwoLevelsMaxN;
+    const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;
     if ((problem.x_bytes == 1 || problem.m > 128) && !takes_registers) consider(true, tile, 1);
   }
   return best;

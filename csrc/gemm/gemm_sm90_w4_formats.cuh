@@ -1,17 +1,18 @@
-// Weights of 4 bits on their way to wgmma's left operand: a type for each format, the template argument of
-// gemm_sm90_w4.cuh.
+// Weights of 4 bits on their way to wgmma's left operand: a type for each format, which the types of
+// gemm_sm90_w4_operands.cuh have as theirs.
 //
 // Of the eight codes of a word, neighbouring columns of a row, lane 4 g + t needs byte t: columns 2 t and 2 t + 1, a
 // register of the fragment. One byte permute of the word and the same shifted by 4 bits brings the two codes to the
 // register's halves; from there it is as in arch/e2m1.cuh.
 //
 // Each type has
-//   T            the elements of x
+//   T            what scales become, and weights, unless those become e4m3
 //   kSpan        columns that share a scale, as far as the kernel knows
 //   kSumFactor   by which sums of the products are too small
 //   kHasGlobalScale   whether a row's sums may be divided by a number
 //   Raw, load    what memory has for 64 columns of a row
 //   kLine        columns whose scales are 128 bytes, at most
+//   kLoad        of how many columns, all of them in the row, `load` is sure to read
 //   address      where those of a column are
 //   Scales, of   span `idx` of that for two rows, as T in the low and in the high half
 //   weight       two weights of the lower (HALF 0) or the upper row; select: `byte_selector` of the lane
@@ -52,7 +53,7 @@ __device__ __forceinline__ Pair<T> small_e2m1_pair(uint32_t word, uint32_t selec
 template <typename Element>
 struct Nvfp4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 16, kLine = 128 * 16;
+  static constexpr int kSpan = 16, kLine = 128 * 16, kLoad = 64;
   static constexpr float kSumFactor = 128.0f;
   static constexpr bool kHasGlobalScale = true;
   static constexpr float kScaleFactor = kIsHalf<T> ? 0x1p7f : 0x1p119f;
@@ -87,7 +88,7 @@ struct Nvfp4Sm90 {
 template <typename Element>
 struct Mxfp4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 32, kLine = 128 * 32;
+  static constexpr int kSpan = 32, kLine = 128 * 32, kLoad = 64;
   static constexpr float kSumFactor = 1.0f;
   static constexpr bool kHasGlobalScale = true;
   static constexpr uint32_t kFactor = kIsHalf<T> ? 0x74007400u : 0x7e807e80u;  // 2^14, 2^126
@@ -116,7 +117,7 @@ struct Mxfp4Sm90 {
 template <typename Element>
 struct Int4Sm90 {
   using T = Element;
-  static constexpr int kSpan = 64, kLine = 64 * 64;
+  static constexpr int kSpan = 64, kLine = 64 * 64, kLoad = 64;
   static constexpr float kSumFactor = 1.0f;
   static constexpr bool kHasGlobalScale = false;
   struct Raw {
@@ -156,6 +157,61 @@ struct Int4Sm90 {
   }
 };
 
+// Scales of weights that become e4m3, in fp16; K is a multiple of 32. `column`, too: of the 64 columns there may be the
+// first 32 only.
+__device__ __forceinline__ int32_t second_half_of(const GemmSm90W4Params& p, int32_t column) {
+  return min(column + 32, static_cast<int32_t>(p.k) - 32);
+}
+
+struct Nvfp4ToFp8Sm90 {
+  using T = __half;
+  static constexpr int kSpan = 16, kLine = 128 * 16, kLoad = 32;
+  using Raw = uint32_t;
+  using Scales = uint32_t;
+
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 16;
+  }
+  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    const Raw low = __ldg(reinterpret_cast<const uint16_t*>(address(p, row, column)));
+    return low | Raw{__ldg(reinterpret_cast<const uint16_t*>(address(p, row, second_half_of(p, column))))} << 16;
+  }
+  __device__ static __forceinline__ Scales of(Raw low, Raw high, int idx) {
+    uint32_t pairs[2][2];
+    unpack_e4m3(pairs[0], low);
+    unpack_e4m3(pairs[1], high);
+    const uint32_t scales = __byte_perm(pairs[0][idx / 2], pairs[1][idx / 2], idx % 2 == 0 ? 0x5410 : 0x7632);
+    return bits_of<T>(__hmul2(as_pair<T>(scales), as_pair<T>(0x30003000u)));  // 1 / 8
+  }
+};
+
+struct Mxfp4ToFp8Sm90 {
+  using T = __half;
+  static constexpr int kSpan = 32, kLine = 128 * 32, kLoad = 32;
+  struct Raw {
+    uint8_t scales[2], largest;
+  };
+  using Scales = uint32_t;
+
+  __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
+  }
+  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
+    return {{__ldg(address(p, row, column)), __ldg(address(p, row, second_half_of(p, column)))},
+            __ldg(p.row_exponent + row)};
+  }
+  __device__ static __forceinline__ Scales of(const Raw& low, const Raw& high, int idx) {
+    return bits(low, idx) | bits(high, idx) << 16;
+  }
+
+ private:
+  // Below fp16's normal numbers nothing is left of it in e4m3.
+  __device__ static __forceinline__ uint32_t bits(const Raw& raw, int idx) {
+    const int scale = raw.scales[idx];
+    return scale == 255 ? 0x7e00u : static_cast<uint32_t>(max(scale - raw.largest + 6 + 15, 0)) << 10;
+  }
+};
+
 __device__ __forceinline__ uint32_t shuffle_scales(uint32_t scales, int lane) {
   return __shfl_sync(0xffffffffu, scales, lane);
 }
@@ -188,7 +244,7 @@ struct GemmSm90W4Scales {
     }
   }
   __device__ __forceinline__ void load(const GemmSm90W4Params& p, int32_t row, int32_t step, int lane) {
-    const int32_t column = min(step * kGemmSm90W4StageK + lane % 4 * 64, static_cast<int32_t>(p.k) - 64);
+    const int32_t column = min(step * kGemmSm90W4StageK + lane % 4 * 64, static_cast<int32_t>(p.k) - Format::kLoad);
 #pragma unroll
     for (int i = 0; i < 2; ++i) next[i] = Format::load(p, min(row + i * 8, static_cast<int32_t>(p.n) - 1), column);
   }

@@ -1,215 +1,328 @@
-// The Hopper GEMM for weights of 4 bits and many rows of x: warps beside those that multiply make numbers of the weight
-// in shared memory, once for 128 rows.
+// The Hopper GEMM for weights of 4 bits and many rows of x: as for few rows the weight becomes wgmma's left operand in
+// registers, and what is made is multiplied by up to 256 rows of x, so that the tensor cores have longer to do than it
+// takes.
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; scales:
-//   gemm_sm90_w4_operands.cuh x (M, K)   weight (N, K / 2) bytes of two codes        out (M, N)
+//   x (M, K)   weight (N, K / 2) bytes of two codes        gemm_sm90_w4_operands.cuh      out (M, N)
 //
-//   a CTA takes 128 rows of x and block_n of weight, one tile after the other; stages are those of gemm_sm90.cuh,
-//   panels of 128 bytes of a row:
+//                         x tile (block_m x 128 bytes), half of it
+//                         loaded by each CTA of a cluster, for both
+//                        ┌───────────────────────────────────┐
+//              ┌─────┐   │                                   │
+//   cluster    │  w  │   │ group 0: 64 x block_m             │   CTA 0       two rings in shared memory:
+//   of two:    │ 128 │   │ group 1: 64 x block_m             │               x, panels of 128 bytes of a row;
+//   256 rows   ├─────┤   ├───────────────────────────────────┤               weight, of 256 columns of codes
+//   of weight  │  w  │   │ group 0                           │   CTA 1
+//              │ 128 │   │ group 1                           │
+//              └─────┘   └───────────────────────────────────┘
 //
-//   converters   codes(k+1) to registers │ wait for a free stage │ x(k) by the copy engine │ weight(k): numbers │ full
-//   group 0      k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
-//   group 1      k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
+//   a warp               weight(k) ─► halves of x(k), x(k) + 1, … for both CTAs ─► weight(k+1) ─► … on to the next tile
+//   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …       (in a stage: gemm_sm90_w4_products.cuh)
+//   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //
-// Four lanes share a row of a panel, 32 bytes each: of 16 bits these are 16 columns, of 8 bits 32. Their codes are next
-// to each other in memory, as checkpoints have them, so that a warp reads whole sectors; eight lanes that write 16
-// bytes meet each bank once. A stage is full when x has come and every converting warp has arrived.
+// A group's sums have rows of weight in lanes and rows of x in registers: a column's factor and bias are a lane's own.
+// Rounded they go through shared memory, tiles of 8 x 8 being transposed, and leave by 128 bytes of a row of out.
 //
-// There is no cluster: what a CTA reads of the weight is a quarter of what it makes of it, less than half of a tile in
-// 16 bits.
+// Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, as in gemm_sm90.cuh.
 //
 // Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64 (of 32 with x in 8 bits), N of 8, groups
-// as GemmSm90W4Params has them.
-// Of x, rows past M and columns past K are zeros in shared memory; of the weight the last ones that there are stand in.
+// as GemmSm90W4Params has them. Rows past M or N and columns past K are zeros in shared memory.
 #pragma once
 
-#include "gemm/gemm_sm90_tiles.cuh"
-#include "gemm/gemm_sm90_w4_operands.cuh"
+#include <algorithm>
+
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
+#include "arch/mma_sm80.cuh"
+#include "arch/registers.cuh"
+#include "arch/tensor_map.h"
+#include "arch/tma.cuh"
+#include "gemm/gemm_sm90_w4_products.cuh"
 
 namespace fastattn {
 
 struct GemmSm90W4ManyRowsArgs {
   GemmSm90W4Params p;
-  CUtensorMap x;
+  CUtensorMap x, weight;
 };
 
-// Threads that convert. Products of 64 x 256 want 154 registers of a thread when it begins, which four warp groups have
-// not; three have 168 each, as those that multiply get of four.
-template <int BLOCK_N>
-constexpr int kGemmSm90W4Converters = BLOCK_N == 256 ? 128 : 256;
-template <int BLOCK_N>
-constexpr int kGemmSm90W4ManyRowsThreads = 128 * kGemmSm90Consumers + kGemmSm90W4Converters<BLOCK_N>;
-constexpr int kGemmSm90W4ConsumerRegisters = 168, kGemmSm90W4ConverterRegisters = 88;
+constexpr int kGemmSm90W4Consumers = 2;                               // warp groups
+constexpr int kGemmSm90W4Threads = 128 * (kGemmSm90W4Consumers + 1);  // and one of which a warp loads
+constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of weight
+constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
+constexpr int kGemmSm90W4ConsumerRegisters = 240, kGemmSm90W4ProducerRegisters = 24;
 
-template <typename Weights, int BLOCK_N>
-__global__ void __launch_bounds__(kGemmSm90W4ManyRowsThreads<BLOCK_N>, 1)
+// Of a group's tile 64 rows of out at a time, rounded, on their way to memory, and what they are multiplied by.
+template <typename Operands, int BLOCK_M>
+struct GemmSm90W4Rows {
+  using T = typename Operands::Out;
+  static constexpr int kRows = 64;
+  static constexpr bool kScaled = sizeof(typename Operands::Element) == 1;
+  alignas(128) unsigned char staged[kRows][128];  // in each row chunks of 16 bytes change places
+  float x_scales[kScaled ? kRows : 1];
+
+  // What a thread of the group is to have of the rows' scales.
+  using OwnScales = float[2];
+  __device__ __forceinline__ static void fetch(OwnScales& own, const GemmSm90W4Params& p, int32_t first_m) {
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t row = first_m + i * 128 + static_cast<int32_t>(threadIdx.x) % 128;
+        own[i] = row < p.m ? Operands::x_scale(p, row) : 0.0f;
+      }
+    }
+  }
+
+  // By the same: 64 columns of out. A warp has 16 of them, a lane the sums of two, 8 apart, with `factors` and `bias`.
+  __device__ __forceinline__ void store(const float (&acc)[BLOCK_M / 8][4], const OwnScales& own,
+                                        const float (&factors)[2], const float (&bias)[2], const GemmSm90W4Params& p,
+                                        int32_t first_m, int32_t first_n, int barrier) {
+    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+    // A warp stores four tiles of 8 x 8 at once, both halves of its 16 columns for 16 rows; a lane says where one of
+    // the 8 rows of one of them goes. Of what lies there then, eight lanes write a row.
+    const uint32_t base = shared_address(staged);
+    const uint32_t target =
+        base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+    const int32_t row = thread / 8, column = first_n + thread % 8 * 8;
+    const uint32_t source = base + row * 128 + (thread % 8 ^ row % 8) * 16;
+    const int32_t num_rows = column < p.n ? static_cast<int32_t>(p.m) - first_m : 0;
+    T* const out = static_cast<T*>(p.out) + (first_m + row) * p.n + column;
+#pragma unroll
+    for (int first = 0; first < BLOCK_M; first += kRows) {
+      if constexpr (kScaled) {
+        if (thread / kRows == first / kRows % 2) x_scales[thread % kRows] = own[first / 128];
+      }
+      named_barrier_sync(barrier, 128);  // what was staged has been read
+#pragma unroll
+      for (int t = 0; t < kRows / 8; t += 2) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int tile = first / 8 + t + i / 2, half = i % 2, row_of_lane = (t + i / 2) * 8 + lane % 4 * 2;
+          float2 scales = {1.0f, 1.0f};
+          if constexpr (kScaled) scales = *reinterpret_cast<const float2*>(&x_scales[row_of_lane]);
+          w[i] = pack_pair<T>(acc[tile][2 * half] * (scales.x * factors[half]) + bias[half],
+                              acc[tile][2 * half + 1] * (scales.y * factors[half]) + bias[half]);
+        }
+        store_matrices_trans(target + t * 8 * 128, w);
+      }
+      named_barrier_sync(barrier, 128);
+      uint4 chunks[kRows / 16];
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) chunks[i] = load_shared_16_bytes(source + i * 16 * 128);
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) {
+        const int32_t place = first + i * 16;
+        if (place + row < num_rows) *reinterpret_cast<uint4*>(out + place * p.n) = chunks[i];
+      }
+    }
+  }
+};
+
+template <typename Operands, int BLOCK_M>
+struct GemmSm90W4ManyRowsStorage {
+  using Rows = GemmSm90W4Rows<Operands, BLOCK_M>;
+  static constexpr uint32_t kXBytes = BLOCK_M * 128, kWeightBytes = kGemmSm90W4CtaN * kGemmSm90W4StageK / 2;
+  static constexpr int kWeightStages = 3;
+  static constexpr int kBytes = kGemmSm90W4SmemBytes - kGemmSm90W4Consumers * sizeof(Rows) -
+                                kWeightStages * (kWeightBytes + 2 * sizeof(MBarrier));
+  static constexpr int kXStages = std::min<int>(8, kBytes / (kXBytes + 2 * sizeof(MBarrier)));
+
+  alignas(1024) unsigned char weight[kWeightStages][kWeightBytes];
+  alignas(1024) unsigned char x[kXStages][kXBytes];
+  Rows rows[kGemmSm90W4Consumers];
+  MBarrier full[kXStages], empty[kXStages], weight_full[kWeightStages], weight_empty[kWeightStages];
+};
+
+template <typename Operands, int BLOCK_M>
+__global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     gemm_sm90_w4_many_rows_kernel(const __grid_constant__ GemmSm90W4ManyRowsArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Element = typename Weights::Element;
-  using Storage = GemmSm90Storage<Weights, BLOCK_N>;
-  constexpr int PANEL = decltype(Storage::ring)::kPanel;
-  constexpr int BLOCK_M = Storage::BLOCK_M;
-  constexpr int STAGES = Storage::kStages;
-  constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;  // that multiply
-  constexpr int CONVERTERS = kGemmSm90W4Converters<BLOCK_N>;
-  constexpr bool MOVES_REGISTERS = CONVERTERS > 128;
+  using T = typename Operands::Out;
+  using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
+  constexpr int STAGES = Storage::kXStages, WEIGHT_STAGES = Storage::kWeightStages;
+  constexpr int STAGE_K = kGemmSm90W4StageK;
+  constexpr int PANEL = 128 / sizeof(typename Operands::Element);  // columns of x
+  constexpr int NUM_CTAS = 2;                                      // of a cluster
+  constexpr int NUM_WARPS = 4 * kGemmSm90W4Consumers;
 
   Storage& smem = shared_storage<Storage>();
   const GemmSm90W4Params& p = args.p;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
+  const int32_t rank = static_cast<int32_t>(cluster_rank());
 
   if (threadIdx.x == 0) {
     tma_prefetch_map(args.x);
+    tma_prefetch_map(args.weight);
     for (int i = 0; i < STAGES; ++i) {
-      smem.full[i].init(1 + CONVERTERS / 32);
-      smem.empty[i].init(NUM_WARPS);
+      smem.full[i].init(1);
+      smem.empty[i].init(NUM_CTAS * NUM_WARPS);
+    }
+    for (int i = 0; i < WEIGHT_STAGES; ++i) {
+      smem.weight_full[i].init(1);
+      smem.weight_empty[i].init(NUM_WARPS);
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  __syncwarp();
+  cluster_meet();
   grid_dependency_launch();
+  grid_dependency_wait();
 
-  // ---- which tiles: in groups of rows, column by column, as in gemm_sm90.cuh
-  const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);
-  const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
-  const int32_t num_steps = (static_cast<int32_t>(p.k) - 1) / PANEL + 1;
+  // ---- which tiles
+  const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);  // of clusters
+  const int32_t num_tiles = static_cast<int32_t>(p.config.m_tiles) * n_tiles;
+  const int32_t first_tile = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
+  const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
+  const int32_t num_stages = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
   struct Tile {
     int32_t first_m, first_n;
   };
-  const auto for_each_tile = [&](auto use) {
-    for (int32_t idx = static_cast<int32_t>(blockIdx.x); idx < m_tiles * n_tiles;
-         idx += static_cast<int32_t>(gridDim.x)) {
-      const int32_t group_rows = p.config.group_rows;
-      const int32_t group = idx / (group_rows * n_tiles);
-      const int32_t in_group = idx - group * group_rows * n_tiles;
-      const int32_t rows = min(group_rows, m_tiles - group * group_rows);
-      const int32_t column = in_group / rows;
-      use(Tile{(group * group_rows + in_group - column * rows) * BLOCK_M, column * BLOCK_N});
-    }
+  const auto tile_of = [&](int32_t idx) {
+    const int32_t group_rows = p.config.group_rows;
+    const int32_t group = idx / (group_rows * n_tiles);
+    const int32_t in_group = idx - group * group_rows * n_tiles;
+    const int32_t rows = min(group_rows, static_cast<int32_t>(p.config.m_tiles) - group * group_rows);
+    const int32_t column = in_group / rows;
+    const int32_t row = group * group_rows + in_group - column * rows;
+    return Tile{row * BLOCK_M, (column * NUM_CTAS + rank) * kGemmSm90W4CtaN};
   };
 
   RingPosition<STAGES> position;
+  RingPosition<WEIGHT_STAGES> weight_position;
   if (warp_idx >= NUM_WARPS) {
-    // ----------------------------------------------------------------------------- converters
-    if constexpr (MOVES_REGISTERS) give_registers<kGemmSm90W4ConverterRegisters>();
-    constexpr int ROWS = CONVERTERS / 4, TURNS = BLOCK_N / ROWS;
-    constexpr int STEPS_OF_LINE = 256 / PANEL;  // that 128 bytes of codes last
-    static_assert(BLOCK_N % ROWS == 0);
-    using Codes = typename Weights::Codes;
-    const int thread = static_cast<int>(threadIdx.x) - 32 * NUM_WARPS;
-    const int quarter = thread % 4;
-    const int32_t lane_column = quarter * Weights::kColumns;
-    const uint32_t place = (thread / 4 * kGemmSm90PanelBytes + quarter * 32) ^ thread / 4 % 8 * 16;  // swizzled
-    const uint32_t first_place = shared_address(smem.ring.b[0][0]) + place;
-    const int32_t k = static_cast<int32_t>(p.k), last_row = static_cast<int32_t>(p.n) - 1;
-    const uint8_t* const weight = static_cast<const uint8_t*>(p.weight);
-    grid_dependency_wait();
-    for_each_tile([&](const Tile& tile) {
-      typename Weights::Row rows[TURNS];
-      Codes codes[TURNS];
-      typename Weights::Raw scales[TURNS];
-      const auto load = [&](int turn, int32_t column) {
-        const int64_t row = min(tile.first_n + turn * ROWS + thread / 4, last_row);
-        codes[turn] = __ldg(reinterpret_cast<const Codes*>(weight + row * p.weight_stride + column / 2));
-        scales[turn] = Weights::load(p, row, column);
-      };
-#pragma unroll
-      for (int turn = 0; turn < TURNS; ++turn) {
-        rows[turn] = Weights::row_of(p, min(tile.first_n + turn * ROWS + thread / 4, last_row));
-        load(turn, min(lane_column, k - Weights::kColumns));
-      }
+    // ------------------------------------------------------------------------------- producer
+    give_registers<kGemmSm90W4ProducerRegisters>();
+    if (warp_idx == NUM_WARPS && lane == 0) {
+      constexpr int HALF_M = BLOCK_M / NUM_CTAS;
+      for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
+        const Tile tile = tile_of(idx);
+        for (int32_t begin = 0; begin < num_stages * STAGE_K; begin += STAGE_K) {
+          const uint32_t weight_stage = weight_position.stage();
+          smem.weight_empty[weight_stage].wait(weight_position.parity() ^ 1);
+          smem.weight_full[weight_stage].arrive_expect_bytes(Storage::kWeightBytes);
+          tma_load_4d(smem.weight[weight_stage], args.weight, smem.weight_full[weight_stage], begin / 2, tile.first_n,
+                      0, 0);
+          weight_position.advance();
 #pragma unroll 1
-      for (int32_t step = 0; step < num_steps; ++step) {
-        const uint32_t stage = position.stage();
-        MBarrier& full = smem.full[stage];
-        const int32_t column_ahead = (step + 2 * STEPS_OF_LINE) * PANEL;
-        if (step % STEPS_OF_LINE == 0 && column_ahead < k) {
-#pragma unroll
-          for (int row = thread; row < BLOCK_N; row += CONVERTERS) {
-            prefetch_l2(weight + min(tile.first_n + row, last_row) * p.weight_stride + column_ahead / 2);
+          for (int32_t column = begin; column < begin + STAGE_K; column += PANEL) {
+            const uint32_t stage = position.stage();
+            smem.empty[stage].wait(position.parity() ^ 1);
+            smem.full[stage].arrive_expect_bytes(Storage::kXBytes);
+            tma_load_4d_multicast(smem.x[stage] + rank * HALF_M * 128, args.x, smem.full[stage], column,
+                                  tile.first_m + rank * HALF_M, 0, 0, 3);
+            position.advance();
           }
         }
-        smem.empty[stage].wait(position.parity() ^ 1);
-        if (thread == 0) {
-          full.arrive_expect_bytes(BLOCK_M * kGemmSm90PanelBytes);
-          tma_load_4d(smem.ring.a[stage][0], args.x, full, step * PANEL, tile.first_m, 0, 0);
-        }
-        __syncwarp();
-        const int32_t next_column = min((step + 1) * PANEL + lane_column, k - Weights::kColumns);
-        const uint32_t target = first_place + stage * decltype(smem.ring)::kBytesB;
-#pragma unroll
-        for (int turn = 0; turn < TURNS; ++turn) {
-          uint4 chunks[2];
-          Weights::make(chunks, codes[turn], scales[turn], rows[turn], quarter);
-          store_shared_16_bytes(target + turn * ROWS * kGemmSm90PanelBytes, chunks[0]);
-          store_shared_16_bytes((target ^ 16) + turn * ROWS * kGemmSm90PanelBytes, chunks[1]);
-          load(turn, next_column);
-        }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) full.arrive();
-        position.advance();
       }
-    });
+    }
+    __syncwarp();
   } else {
     // ------------------------------------------------------------------------------ consumers
-    if constexpr (MOVES_REGISTERS) take_registers<kGemmSm90W4ConsumerRegisters>();
-    grid_dependency_wait();
+    take_registers<kGemmSm90W4ConsumerRegisters>();
     const int group = warp_idx / 4;
-    float acc[BLOCK_N / 8][4];
-    const auto release = [&](uint32_t stage) {
-      if (lane == 0) smem.empty[stage].arrive();
+    const int32_t n_of_lane = warp_idx * 16 + lane / 4;  // of a tile, and the one 8 below
+    const uint32_t first_rows = shared_address(smem.weight[0]) + n_of_lane * 128;
+    const WgmmaDescriptor first_x = WgmmaDescriptor::make<128>(smem.x[0], 0);
+    const auto release = [&](uint32_t count) {
+      if (lane < NUM_CTAS) smem.empty[count % STAGES].arrive_at_cta(lane);
     };
-    int buffer = 0;
-    for_each_tile([&](const Tile& tile) {
-      auto& columns = smem.columns[buffer][group];
-      buffer ^= 1;
-      columns.fetch(p, tile.first_n);
-      const int32_t first_row = tile.first_m + group * 64 + warp_idx % 4 * 16;
-      GemmSm90RowFactors of_rows;
-      load_row_scales<Weights>(of_rows, p, first_row, lane);
-      if constexpr (Weights::kTwoLevels) {
-        static_assert(BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers");
-        constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
-        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc, smem.ring, smem.full, position, num_steps, group,
-                                                                release);
-      } else {
-        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, group, release,
-                                          [](uint32_t, int32_t) {});
+    const auto release_weight = [&](uint32_t count) {
+      if (lane == 0) smem.weight_empty[count % WEIGHT_STAGES].arrive();
+    };
+    GemmSm90W4Scales<typename Operands::Format> scales;
+    Tile next = tile_of(first_tile);
+    scales.load(p, next.first_n + n_of_lane, 0, lane);
+    float acc[BLOCK_M / 8][4];
+    uint32_t a[2][2][4];
+#pragma unroll 1
+    for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
+      const Tile tile = next;
+      next = tile_of(min(idx + num_clusters, num_tiles - 1));
+      float factors[2], bias[2] = {};
+      typename Storage::Rows::OwnScales x_scales;
+      Storage::Rows::fetch(x_scales, p, tile.first_m);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = min(tile.first_n + n_of_lane + i * 8, static_cast<int32_t>(p.n) - 1);
+        factors[i] = Operands::column_factor(p, row);
+        if (p.bias != nullptr) bias[i] = to_float(static_cast<const T*>(p.bias)[row]);
       }
-      columns.arrive(p, 1 + group);
-      store_rows<BLOCK_N>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
-    });
+#pragma unroll 1
+      for (int32_t i = 0; i < num_stages; ++i) {
+        scales.take();
+        const bool is_last = i == num_stages - 1;
+        scales.load(p, (is_last ? next : tile).first_n + n_of_lane, is_last ? 0 : i + 1, lane);
+        smem.weight_full[weight_position.stage()].wait(weight_position.parity());
+        const uint32_t rows = first_rows + weight_position.stage() * Storage::kWeightBytes;
+        WgmmaDescriptor x;
+        const auto released = [&](int j) {  // the panel before this one, which may be of the stage before
+          if (j % 2 == 0 || (j == 1 && i == 0)) return;
+          release(position.count - 2);
+          if (j == 1) release_weight(weight_position.count - 1);
+        };
+        const auto x_of = [&](int j) {
+          if (j % 2 == 0) {
+            const uint32_t stage = position.stage();
+            smem.full[stage].wait(position.parity());
+            x = first_x.uniform_plus(stage * Storage::kXBytes);
+            position.advance();
+          }
+          return x;
+        };
+        multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, i == 0, lane, released, x_of);
+        weight_position.advance();
+      }
+      wgmma_wait<0>();
+      pin_registers(a[0]);
+      pin_registers(a[1]);
+      pin_registers(acc);
+      release(position.count - 1);
+      release_weight(weight_position.count - 1);
+      smem.rows[group].store(acc, x_scales, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
+    }
   }
+  cluster_meet();  // the other CTA may still write to this one
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Weights, int BLOCK_N>
+template <typename Operands, int BLOCK_M>
 cudaError_t launch_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90Storage<Weights, BLOCK_N>;
-  constexpr int kPanel = kGemmSm90PanelBytes / sizeof(typename Weights::Element);
-  GemmSm90W4ManyRowsArgs args = {p, {}};
-  const cudaError_t error = make_tensor_map(
-      &args.x, {p.x, Weights::kDType, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, kPanel, Storage::BLOCK_M, true});
+  using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
+  static_assert(sizeof(Storage) <= kGemmSm90W4SmemBytes);
+  constexpr int kPanel = 128 / sizeof(typename Operands::Element);
+  GemmSm90W4ManyRowsArgs args = {p, {}, {}};
+  cudaError_t error =
+      make_tensor_map(&args.x, {p.x, Operands::kDType, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, kPanel, BLOCK_M / 2});
+  if (error == cudaSuccess) {
+    // Bytes, whatever they mean.
+    error = make_tensor_map(&args.weight, {p.weight,
+                                           DType::kFloat8E4M3,
+                                           {p.k / 2, p.n, 1, 1},
+                                           {p.weight_stride, 0, 0},
+                                           kGemmSm90W4StageK / 2,
+                                           kGemmSm90W4CtaN});
+  }
   if (error != cudaSuccess) return error;
-  return launch_kernel_behind(gemm_sm90_w4_many_rows_kernel<Weights, BLOCK_N>, p.config.num_ctas,
-                              kGemmSm90W4ManyRowsThreads<BLOCK_N>, sizeof(Storage) + 1024, stream, args);
+  return launch_clusters(gemm_sm90_w4_many_rows_kernel<Operands, BLOCK_M>, p.config.num_ctas, 2, kGemmSm90W4Threads,
+                         sizeof(Storage) + 1024, stream, args);
 }
 
 // Which exist, for every kind: add a case here and a tile in gemm_sm90_w4_config.h.
-template <typename Weights>
+template <typename Operands>
 cudaError_t run_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_t stream) {
-  switch (p.config.tile.block_n) {
+  switch (p.config.tile.block_m) {
     case 128:
-      return launch_gemm_sm90_w4_many_rows<Weights, 128>(p, stream);
+      return launch_gemm_sm90_w4_many_rows<Operands, 128>(p, stream);
     case 192:
-      return launch_gemm_sm90_w4_many_rows<Weights, 192>(p, stream);
+      if constexpr (!Operands::kTwoLevels) return launch_gemm_sm90_w4_many_rows<Operands, 192>(p, stream);
+      return cudaErrorInvalidValue;
     case 256:
-      if constexpr (!Weights::kTwoLevels) return launch_gemm_sm90_w4_many_rows<Weights, 256>(p, stream);
+      if constexpr (!Operands::kTwoLevels) return launch_gemm_sm90_w4_many_rows<Operands, 256>(p, stream);
       return cudaErrorInvalidValue;
     default:
       return cudaErrorInvalidValue;

@@ -6,8 +6,9 @@ namespace fastattn {
 
 cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream) {
   if (params.config.many_rows) return gemm_mxfp4_sm90_many_rows(params, stream);
-  return dispatch_half(params.dtype,
-                       [&](auto type) { return run_gemm_sm90_w4<Mxfp4Sm90<decltype(type)>>(params, stream); });
+  return dispatch_half(params.dtype, [&](auto type) {
+    return run_gemm_sm90_w4<GemmSm90W4A16<Mxfp4Sm90<decltype(type)>>>(params, stream);
+  });
 }
 
 }  // namespace fastattn

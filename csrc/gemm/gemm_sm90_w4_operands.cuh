@@ -1,89 +1,59 @@
-// What the kernel for many rows makes of weights of 4 bits, in shared memory: a type for each kind, the template
-// argument of gemm_sm90_w4_many_rows.cuh.
+// What the tensor cores multiply in the Hopper GEMMs for weights of 4 bits: a type for each kind, the template argument
+// of gemm_sm90_w4_products.cuh and gemm_sm90_w4_many_rows.cuh.
 //
-//   kind                       x      weight in shared memory                        out
-//   GemmSm90W4A16<Format>      T      T, as Format has it                            sum * kSumFactor / global_scale +
-//   bias GemmSm90W4A8 of NVFP4      e4m3   e4m3(E2M1 * scale / 8)                         sum * x_scale * (8 /
-//   global_scale) + bias GemmSm90W4A8 of MXFP4      e4m3   e4m3(E2M1 * 2^(6 + scale - largest of a row))  the same with
-//   2^(largest - 6)
+//   kind                    x      A fragment                                     sums are multiplied by
+//   GemmSm90W4A16<Format>   T      T, as Format has it                            kSumFactor / global_scale
+//   GemmSm90W4A8 of NVFP4   e4m3   e4m3(E2M1 * scale / 8)                         x_scale * 8 / global_scale
+//   GemmSm90W4A8 of MXFP4   e4m3   e4m3(E2M1 * 2^(6 + scale - largest of a row))  x_scale * 2^(largest - 133) / it
 //
 // Each type has
-//   Element, Out   the elements of x and of the weight in shared memory, of out and bias
-//   kDType         the former's
-//   kTwoLevels     as in gemm_sm90_operands.cuh
-//   kColumns       columns of 32 bytes of a row, a quarter of a panel: what a lane makes
-//   Codes          as many codes
-//   Row, row_of    what a lane knows of a row of weight
-//   Raw, load      what memory has as scales of those columns
-//   make           two chunks of 16 bytes
-//   kScaled …       as in gemm_sm90_operands.cuh
+//   Element, Out    the elements of x, of out and bias
+//   kDType          the former's
+//   kTwoLevels      the tensor cores add up 128 columns, registers the rest (gemm_sm90_operands.cuh)
+//   Format          scales, as in gemm_sm90_w4_formats.cuh
+//   selector        of a lane, for the next
+//   make_fragment   of product 0 or 1 of two, whose columns begin with `column` of the stage
+//   x_scale         of a row of x
+//   column_factor   of a row of weight: what its sums are multiplied by
 #pragma once
 
+#include "arch/dtype.h"
 #include "gemm/gemm_sm90_operands.cuh"
 #include "gemm/gemm_sm90_w4_formats.cuh"
 
 namespace fastattn {
 
-template <typename Format>
+// The codes of 32 columns of a lane's two rows.
+struct GemmSm90W4Codes {
+  uint4 low, high;
+};
+
+template <typename FormatOfWeight>
 struct GemmSm90W4A16 {
+  using Format = FormatOfWeight;
   using Element = typename Format::T;
   using Out = Element;
   static constexpr DType kDType = GemmSm90Dense<Element>::kDType;
   static constexpr bool kTwoLevels = false;
-  static constexpr int kColumns = 16;
-  using Codes = uint2;
-  using Raw = typename Format::Raw;
 
-  struct Row {};
-  __device__ static __forceinline__ Row row_of(const GemmSm90W4Params&, int64_t) { return {}; }
-  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    return Format::load(p, row, column / 64 * 64);
-  }
-  __device__ static __forceinline__ void make(uint4 (&chunks)[2], const Codes& codes, Raw raw, Row, int quarter) {
-    if constexpr (Format::kSpan < 64) raw >>= 8 * (quarter * kColumns / Format::kSpan);  // a byte each
-    const typename Format::Scales scales = Format::of(raw, raw, 0);
-    chunks[0] = eight(codes.x, scales);
-    chunks[1] = eight(codes.y, scales);
+  __device__ static __forceinline__ uint32_t selector(int lane) { return byte_selector(lane); }
+  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const GemmSm90W4Codes& codes, int product,
+                                                       uint32_t select, const GemmSm90W4Scales<Format>& of_stage,
+                                                       int column, int lane) {
+    const typename Format::Scales scales = of_stage.at(column, lane);
+    const uint4 &low = codes.low, &high = codes.high;
+    a[0] = bits_of<Element>(Format::template weight<0>(product == 0 ? low.x : low.z, select, scales));
+    a[1] = bits_of<Element>(Format::template weight<1>(product == 0 ? high.x : high.z, select, scales));
+    a[2] = bits_of<Element>(Format::template weight<0>(product == 0 ? low.y : low.w, select, scales));
+    a[3] = bits_of<Element>(Format::template weight<1>(product == 0 ? high.y : high.w, select, scales));
   }
 
-  static constexpr bool kScaled = Format::kHasGlobalScale;
-  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
-  __device__ static __forceinline__ float row_scale(const GemmSm90W4Params&, int64_t) { return 1.0f; }
-  __device__ static __forceinline__ const float* column_factors(const GemmSm90W4Params& p) { return p.global_scale; }
-  __device__ static __forceinline__ int64_t column_stride(const GemmSm90W4Params&) { return 1; }
-  __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, float stored) {
-    return p.global_scale == nullptr ? Format::kSumFactor : Format::kSumFactor / stored;
-  }
-
- private:
-  __device__ static __forceinline__ uint4 eight(uint32_t word, const typename Format::Scales& scales) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pairs[i] = bits_of<Element>(Format::template weight<0>(word, byte_selector(i), scales));
-    }
-    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  __device__ static __forceinline__ float x_scale(const GemmSm90W4Params&, int64_t) { return 1.0f; }
+  __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, int64_t row) {
+    const bool divides = Format::kHasGlobalScale && p.global_scale != nullptr;
+    return divides ? Format::kSumFactor / __ldg(p.global_scale + row) : Format::kSumFactor;
   }
 };
-
-// The eight magnitudes of E2M1 times a scale, as e4m3: the bytes that codes look up.
-__device__ __forceinline__ uint2 e4m3_table(Pair<__half> scale) {
-  constexpr uint32_t kMagnitudes[] = {0x38000000u, 0x3e003c00u, 0x42004000u,
-                                      0x46004400u};  // 0, 0.5; 1, 1.5; 2, 3; 4, 6
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = bits_of<__half>(__hmul2(as_pair<__half>(kMagnitudes[i]), scale));
-  return make_uint2(pack_e4m3_pairs(pairs[0], pairs[1]), pack_e4m3_pairs(pairs[2], pairs[3]));
-}
-
-// The eight codes of a word, whose signs are the upper bits of their halves of a byte.
-__device__ __forceinline__ uint2 look_up(uint32_t word, uint2 table) {
-  const uint32_t magnitudes = word & 0x77777777u;
-  const uint32_t low = __byte_perm(table.x, table.y, magnitudes);
-  const uint32_t high = __byte_perm(table.x, table.y, magnitudes >> 16);
-  const uint32_t low_signs = __byte_perm(word << 4, word, 0x5140), high_signs = __byte_perm(word << 4, word, 0x7362);
-  return make_uint2(low ^ (low_signs & 0x80808080u), high ^ (high_signs & 0x80808080u));
-}
 
 // With x in e4m3. GROUP: 16 is NVFP4, 32 is MXFP4. A weight is rounded once: its product with the scale is exact in
 // fp16. Scales of MXFP4 are relative to the row's largest (row_exponent), which is brought to 2^6, so that 6 * 2^6
@@ -91,54 +61,47 @@ __device__ __forceinline__ uint2 look_up(uint32_t word, uint2 table) {
 template <typename T, int GROUP, bool FAST_ACCUM>
 struct GemmSm90W4A8 {
   static_assert(GROUP == 16 || GROUP == 32);
+  using Format = std::conditional_t<GROUP == 16, Nvfp4ToFp8Sm90, Mxfp4ToFp8Sm90>;
   using Element = __nv_fp8_e4m3;
   using Out = T;
   static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr bool kTwoLevels = !FAST_ACCUM;
-  static constexpr int kColumns = 32;
-  using Codes = uint4;
-  using Raw = std::conditional_t<GROUP == 16, uint16_t, uint8_t>;
 
-  struct Row {
-    int largest;  // MXFP4: of its scales, as they are stored
-  };
-  __device__ static __forceinline__ Row row_of(const GemmSm90W4Params& p, int64_t row) {
-    return {GROUP == 16 ? 0 : p.row_exponent[row]};
-  }
-  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    const uint8_t* const scales = static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride;
-    return __ldg(reinterpret_cast<const Raw*>(scales + column / GROUP));
-  }
-  __device__ static __forceinline__ void make(uint4 (&chunks)[2], const Codes& codes, Raw raw, Row row, int) {
-    uint2 tables[2];
-    if constexpr (GROUP == 16) {
-      uint32_t pairs[2];
-      unpack_e4m3(pairs, raw);
-      const Pair<__half> scales = __hmul2(as_pair<__half>(pairs[0]), as_pair<__half>(0x30003000u));  // 1 / 8
-      tables[0] = e4m3_table(both<__half>(scales.x));
-      tables[1] = e4m3_table(both<__half>(scales.y));
-    } else {
-      // Below fp16's normal numbers nothing is left of it in e4m3.
-      const uint32_t bits = raw == 255 ? 0x7e00u : static_cast<uint32_t>(max(raw - row.largest + 6 + 15, 0)) << 10;
-      tables[0] = tables[1] = e4m3_table(as_pair<__half>(bits | bits << 16));
-    }
-    const uint2 words[4] = {look_up(codes.x, tables[0]), look_up(codes.y, tables[0]), look_up(codes.z, tables[1]),
-                            look_up(codes.w, tables[1])};
-    chunks[0] = make_uint4(words[0].x, words[0].y, words[1].x, words[1].y);
-    chunks[1] = make_uint4(words[2].x, words[2].y, words[3].x, words[3].y);
+  // Of 16 columns, two words, lane 4 g + t has 4: bytes 2 t and 2 t + 1.
+  __device__ static __forceinline__ uint32_t selector(int lane) { return 0x10u + lane % 4 * 0x22u; }
+  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const GemmSm90W4Codes& codes, int,
+                                                       uint32_t select, const GemmSm90W4Scales<Format>& of_stage,
+                                                       int column, int lane) {
+    const uint32_t first = of_stage.at(column, lane), second = GROUP == 16 ? of_stage.at(column + 16, lane) : first;
+    a[0] = four<0>(codes.low.x, codes.low.y, select, first);
+    a[1] = four<1>(codes.high.x, codes.high.y, select, first);
+    a[2] = four<0>(codes.low.z, codes.low.w, select, second);
+    a[3] = four<1>(codes.high.z, codes.high.w, select, second);
   }
 
-  static constexpr bool kScaled = true;
-  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
-  __device__ static __forceinline__ float row_scale(const GemmSm90W4Params& p, int64_t row) {
+  __device__ static __forceinline__ float x_scale(const GemmSm90W4Params& p, int64_t row) {
     return __ldg(p.x_scale + row * p.x_scale_stride);
   }
-  __device__ static __forceinline__ const float* column_factors(const GemmSm90W4Params& p) {
-    return GROUP == 16 ? p.global_scale : p.row_scale;
+  __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, int64_t row) {
+    if constexpr (GROUP == 32) {
+      return __ldg(p.row_scale + row);
+    } else {
+      return p.global_scale == nullptr ? 8.0f : 8.0f / __ldg(p.global_scale + row);
+    }
   }
-  __device__ static __forceinline__ int64_t column_stride(const GemmSm90W4Params&) { return 1; }
-  __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, float stored) {
-    return GROUP == 32 ? stored : p.global_scale == nullptr ? 8.0f : 8.0f / stored;
+
+ private:
+  // A byte permute looks up the upper halves of four magnitudes in fp16, whose lower halves are 0; signs, the upper
+  // bits of halves of a byte, are put on top of what comes of them.
+  template <int HALF>
+  __device__ static __forceinline__ uint32_t four(uint32_t word0, uint32_t word1, uint32_t select, uint32_t scales) {
+    const uint32_t codes = __byte_perm(word0, word1, select);
+    const uint32_t magnitudes = __byte_perm(0x3e3c3800u, 0x46444240u, codes & 0x7777u);  // 0, 0.5, 1, 1.5, 2, 3, 4, 6
+    const Pair<__half> scale = half_of<HALF, __half>(scales);
+    const uint32_t low = bits_of<__half>(__hmul2(as_pair<__half>(__byte_perm(magnitudes, 0, 0x1404)), scale));
+    const uint32_t high = bits_of<__half>(__hmul2(as_pair<__half>(__byte_perm(magnitudes, 0, 0x3424)), scale));
+    const uint32_t signs = __byte_perm(codes << 4, codes, 0x5140);
+    return pack_e4m3_pairs(low, high) ^ (signs & 0x80808080u);
   }
 };
 

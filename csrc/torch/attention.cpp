@@ -21,11 +21,16 @@ Tensor new_lse(const AttentionCall& call) {
   return empty(q, shape, ScalarType::Float);
 }
 
+ScalarType out_dtype(const AttentionCall& call) {
+  if (call.out_scale) return ScalarType::Float8_e4m3fn;
+  return is_fp8(call.q) ? ScalarType::BFloat16 : call.q.scalar_type();
+}
+
 // Not written yet. out is like q, with V's head dim.
 Results new_results(const AttentionCall& call) {
   std::vector<int64_t> shape = shape_of(call.q);
   shape.back() = call.v_head_dim();
-  return {empty(call.q, shape, is_fp8(call.q) ? ScalarType::BFloat16 : call.q.scalar_type()), new_lse(call)};
+  return {empty(call.q, shape, out_dtype(call)), new_lse(call)};
 }
 
 PagedDecodeConfig decode_config_of(const AttentionCall& call) {
@@ -36,7 +41,7 @@ PagedDecodeConfig decode_config_of(const AttentionCall& call) {
 }
 
 FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
-  const bool extras = call.softcap > 0.0 || call.alibi_slopes || call.sinks || call.seqused_q;
+  const bool extras = call.softcap > 0.0 || call.alibi_slopes || call.sinks || call.seqused_q || call.out_scale;
   return flash_fwd_sm90_config({call.num_seqs, call.num_heads(), call.num_kv_heads(), call.head_dim(),
                                 call.v_head_dim(), call.max_seqlen_q, call.max_seqlen_k,
                                 call.causal || call.window_right == 0, num_sms_of(call.q),
@@ -72,10 +77,12 @@ cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
 
 cudaError_t run(const Tensor& q, FlashSm80Params p, cudaStream_t stream) {
   MaybeTensor partial_out, partial_lse;
-  if (p.config.num_splits > 1) {
+  if (p.config.num_splits > 1 || p.out_scale != nullptr) {
     partial_out = empty(q, {p.config.num_splits, p.num_tokens, p.num_heads, p.v_head_dim}, ScalarType::Float);
-    partial_lse = empty(q, {p.config.num_splits, p.num_heads, p.num_tokens}, ScalarType::Float);
     p.partial_out = static_cast<float*>(partial_out->data_ptr());
+  }
+  if (p.config.num_splits > 1) {
+    partial_lse = empty(q, {p.config.num_splits, p.num_heads, p.num_tokens}, ScalarType::Float);
     p.partial_lse = static_cast<float*>(partial_lse->data_ptr());
   }
   return flash_sm80_forward(p, stream);
@@ -90,6 +97,7 @@ void run_portable(const char* op, AttentionParams p, const AttentionCall& call, 
   const Tensor k = p.paged ? call.k : with_aligned_rows(call.k), v = p.paged ? call.v : with_aligned_rows(call.v);
   fill_params(p, call);
   if (call.sinks) p.sinks = data<float>(*call.sinks);
+  if (call.out_scale) p.out_scale = data<float>(*call.out_scale);
   if (call.tree_mask) p.tree_mask = data<int64_t>(*call.tree_mask);
   p.q = q.data_ptr();
   p.k = k.data_ptr();
@@ -156,6 +164,7 @@ void run_sm90(const char* op, const AttentionCall& call, const Results& results,
   FlashFwdSm90Params p;
   fill_params(p, call);
   if (call.sinks) p.sinks = data<float>(*call.sinks);
+  if (call.out_scale) p.out_scale = data<float>(*call.out_scale);
   const auto descale = [](const MaybeTensor& t) {
     return t ? FlashDescale{data<float>(*t), t->stride(0), t->stride(1)} : FlashDescale{};
   };
@@ -232,9 +241,9 @@ std::tuple<Tensor, Tensor> run(const char* op, const Checks& checks, const Atten
 AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                             const Tensor& cu_seqlens_q, const Tensor& seqused_k, const Tensor& block_table,
                             const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
-                            const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
-                            double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                            double softcap, bool batch_invariant) {
+                            const MaybeTensor& v_scale, const MaybeTensor& tree_mask, const MaybeTensor& out_scale,
+                            int64_t max_seqlen_q, double softmax_scale, bool causal, int64_t window_left,
+                            int64_t window_right, double softcap, bool batch_invariant) {
   checks.shape("q", q, {kAny, kAny, kAny}).dtype("q", q, kHalves);
   checks.caches(q, k_cache, v_cache, k_scale, v_scale);
   checks.shape("seqused_k", seqused_k, {kAny}).dtype("seqused_k", seqused_k, {ScalarType::Int});
@@ -245,6 +254,7 @@ AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor&
     checks.shape("tree_mask", *tree_mask, {q.size(0)}).dtype("tree_mask", *tree_mask, {ScalarType::Long});
     checks.that(causal, "causal is false, expected true with tree_mask");
   }
+  if (out_scale) checks.shape("out_scale", *out_scale, {1}).dtype("out_scale", *out_scale, {ScalarType::Float});
   // A copy of the cache at every call would hide a slowness of orders of magnitude.
   checks.that(
       rows_aligned(k_cache) && rows_aligned(v_cache),
@@ -260,6 +270,7 @@ AttentionCall checked_pages(const Checks& checks, const Tensor& q, const Tensor&
                               .k_scale = k_scale,
                               .v_scale = v_scale,
                               .tree_mask = tree_mask,
+                              .out_scale = out_scale,
                               .num_seqs = num_seqs,
                               .max_seqlen_q = max_seqlen_q,
                               .max_seqlen_k = block_table.size(1) * k_cache.size(1),
@@ -345,15 +356,18 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
   }
 }
 
-std::tuple<Tensor, Tensor> paged_attention_op(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cu_seqlens_q, const Tensor& seqused_k,
-    const Tensor& block_table, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
-    const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q, double softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, double softcap, bool batch_invariant) {
+std::tuple<Tensor, Tensor> paged_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const Tensor& cu_seqlens_q, const Tensor& seqused_k,
+                                              const Tensor& block_table, const MaybeTensor& alibi_slopes,
+                                              const MaybeTensor& sinks, const MaybeTensor& k_scale,
+                                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask,
+                                              const MaybeTensor& out_scale, int64_t max_seqlen_q, double softmax_scale,
+                                              bool causal, int64_t window_left, int64_t window_right, double softcap,
+                                              bool batch_invariant) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
   const AttentionCall call = checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table,
-                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, max_seqlen_q,
+                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, out_scale, max_seqlen_q,
                                            softmax_scale, causal, window_left, window_right, softcap, batch_invariant);
   const OnDeviceOf guard(q);
   const Results results = new_results(call);
@@ -365,16 +379,17 @@ std::tuple<Tensor, Tensor> paged_attention_op(
 Tensor paged_attention_out_op(const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                               const Tensor& cu_seqlens_q, const Tensor& seqused_k, const Tensor& block_table,
                               const MaybeTensor& alibi_slopes, const MaybeTensor& sinks, const MaybeTensor& k_scale,
-                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask, int64_t max_seqlen_q,
-                              double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                              double softcap, bool batch_invariant) {
+                              const MaybeTensor& v_scale, const MaybeTensor& tree_mask, const MaybeTensor& out_scale,
+                              int64_t max_seqlen_q, double softmax_scale, bool causal, int64_t window_left,
+                              int64_t window_right, double softcap, bool batch_invariant) {
   const char* const op = "paged_attention";
   const Checks checks(op, "q", q);
   const AttentionCall call = checked_pages(checks, q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table,
-                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, max_seqlen_q,
+                                           alibi_slopes, sinks, k_scale, v_scale, tree_mask, out_scale, max_seqlen_q,
                                            softmax_scale, causal, window_left, window_right, softcap, batch_invariant);
-  checks.shape("out", out, {q.size(0), q.size(1), q.size(2)}).dtype("out", out, {q.scalar_type()});
-  checks.that(out.is_contiguous() && rows_aligned(out), "out is not contiguous from a multiple of 16 bytes on");
+  checks.shape("out", out, {q.size(0), q.size(1), q.size(2)}).dtype("out", out, {out_dtype(call)});
+  checks.that(out.is_contiguous() && reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0,
+              "out is not contiguous from a multiple of 16 bytes on");
   const OnDeviceOf guard(q);
   const Results results = {out, new_lse(call)};
   run_paged(op, checks, call, results);

@@ -27,6 +27,7 @@ struct AttentionCall {
   MaybeTensor q_descale = std::nullopt, k_descale = std::nullopt, v_descale = std::nullopt;
   MaybeTensor k_scale = std::nullopt, v_scale = std::nullopt;  // pages of 8 bits only
   MaybeTensor tree_mask = std::nullopt;                        // pages only
+  MaybeTensor out_scale = std::nullopt;                        // pages only: out is e4m3
   int64_t num_seqs = 0, max_seqlen_q = 0, max_seqlen_k = 0;
   double softmax_scale = 1.0;
   bool causal = false;

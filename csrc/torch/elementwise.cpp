@@ -1,9 +1,29 @@
 #include "elementwise/embedding.h"
-#include "elementwise/gated_activation.h"
 #include "elementwise/rope_kv_write.h"
 #include "torch/checks.h"
+#include "torch/gated_activation_call.h"
 
 namespace fastattn {
+
+Activation activation_named(const Checks& checks, const std::string& name) {
+  checks.that(name == "silu" || name == "gelu_tanh" || name == "gelu",
+              "activation is '" + name + "', expected 'silu', 'gelu_tanh' or 'gelu'");
+  return name == "silu" ? Activation::kSilu : name == "gelu_tanh" ? Activation::kGeluTanh : Activation::kGelu;
+}
+
+void run_gated_activation(const char* op, const Tensor& x, Activation activation, bool interleaved, Tensor& out) {
+  GatedActivationParams p;
+  p.x = x.data_ptr();
+  p.out = out.data_ptr();
+  p.x_rows = rows_of(x);
+  p.num_rows = num_rows_of(x);
+  p.width = out.size(out.dim() - 1);
+  p.activation = activation;
+  p.interleaved = interleaved;
+  p.dtype = dtype_of(x);
+  check_launch(op, gated_activation(p, stream_of(x)));
+}
+
 namespace {
 
 Tensor gated_activation_op(const Tensor& x, const std::string& activation) {
@@ -12,28 +32,13 @@ Tensor gated_activation_op(const Tensor& x, const std::string& activation) {
   std::vector<int64_t> shape = shape_of(x);
   checks.that(shape.back() % 2 == 0,
               "x has a last dimension of " + std::to_string(shape.back()) + ", expected it even");
-  GatedActivationParams p;
-  if (activation == "silu") {
-    p.activation = Activation::kSilu;
-  } else if (activation == "gelu_tanh") {
-    p.activation = Activation::kGeluTanh;
-  } else if (activation == "gelu") {
-    p.activation = Activation::kGelu;
-  } else {
-    checks.that(false, "activation is '" + activation + "', expected 'silu', 'gelu_tanh' or 'gelu'");
-  }
+  const Activation kind = activation_named(checks, activation);
   shape.back() /= 2;
   Tensor out = empty(x, shape, x.scalar_type());
   if (x.numel() == 0) return out;
 
   const OnDeviceOf guard(x);
-  p.x = x.data_ptr();
-  p.out = out.data_ptr();
-  p.x_rows = rows_of(x);
-  p.num_rows = num_rows_of(x);
-  p.width = shape.back();
-  p.dtype = dtype_of(x);
-  check_launch("gated_activation", gated_activation(p, stream_of(x)));
+  run_gated_activation("gated_activation", x, kind, false, out);
   return out;
 }
 

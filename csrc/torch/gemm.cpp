@@ -1,19 +1,22 @@
 #include "norm/layer_norm.h"
 #include "norm/rms_norm.h"
+#include "torch/gated_activation_call.h"
 #include "torch/gemm_call.h"
 
 namespace fastattn {
 namespace {
 
-// A dense layer, and what is done to x's rows before: which Hopper kernel has both, and which one the norm alone.
+// A dense layer, and what is done to x's rows before: which Hopper kernel has both, and which one the norm alone; and
+// which one has a gated activation behind it too.
 struct DenseLayer {
   const char* op;
   cudaError_t (*sm90)(const GemmSm90Params&, cudaStream_t);
   void (*norm)(const char* op, const Tensor& x, double eps, Tensor& out) = nullptr;
+  cudaError_t (*gated_sm90)(const GemmSm90Params&, cudaStream_t) = nullptr;
 };
 
 Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& weight, const MaybeTensor& weight_sum,
-                   const MaybeTensor& bias, double eps) {
+                   const MaybeTensor& bias, double eps, std::optional<Activation> activation = std::nullopt) {
   const Checks checks(kind.op, "x", x_given);
   checks.rows("x", x_given).dtype("x", x_given, kHalves);
   std::vector<int64_t> shape = shape_of(x_given);
@@ -22,7 +25,10 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
   const int64_t n = weight.size(0);
   if (weight_sum) checks.shape("weight_sum", *weight_sum, {n}).dtype("weight_sum", *weight_sum, {ScalarType::Float});
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x_given.scalar_type()});
-  shape.back() = n;
+  if (activation) {
+    checks.that(n % 2 == 0, "weight has " + std::to_string(n) + " rows, expected as many of gates as of ups");
+  }
+  shape.back() = activation ? n / 2 : n;
   Tensor out = empty(x_given, shape, x_given.scalar_type());
   if (out.numel() == 0) return out;
 
@@ -31,12 +37,20 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
   Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
   const auto matrix_of_x = [&] { return Matrix{x.data_ptr(), num_rows_of(x), k, rows_of(x).inner_stride, 2}; };
   const Matrix columns = matrix_of(weight);
-  if (fits_gemm_sm90(matrix_of_x(), columns, {weight_sum, bias}, out)) {
+  // GeLU with erf is for the activation's own kernel.
+  const bool has_kernel = !activation || (*activation != Activation::kGelu && n % 16 == 0);
+  if (has_kernel && fits_gemm_sm90(matrix_of_x(), columns, {weight_sum, bias}, out)) {
     auto p = gemm_params_of<GemmSm90Params>(matrix_of_x(), columns, bias, out);
     p.eps = static_cast<float>(eps);
     if (weight_sum) p.weight_sum = data<float>(*weight_sum);
-    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x)});
-    check_launch(kind.op, kind.sm90(p, stream_of(x)));
+    if (activation) *activation == Activation::kSilu ? set_silu_gate(p) : set_gelu_tanh_gate(p);
+    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x), 2, false, kind.norm != nullptr, activation.has_value()});
+    check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
+    return out;
+  }
+  if (activation) {
+    const Tensor product = dense_layer(kind, x, weight, weight_sum, bias, eps);
+    run_gated_activation(kind.op, product, *activation, true, out);
     return out;
   }
   if (kind.norm != nullptr && k > 0) {
@@ -73,6 +87,21 @@ Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::opti
   return dense_layer(kind, x, weight, std::nullopt, bias, eps);
 }
 
+Tensor gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::string& activation) {
+  const DenseLayer kind = {"gated_linear", gemm_sm90, nullptr, gemm_gated_sm90};
+  const Checks checks(kind.op, "x", x);
+  return dense_layer(kind, x, weight, std::nullopt, bias, 0.0, activation_named(checks, activation));
+}
+
+Tensor rms_norm_gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                const std::string& activation, double eps) {
+  const DenseLayer kind = {"rms_norm_gated_linear", gemm_rms_norm_sm90, normalize<RmsNormParams, rms_norm>,
+                           gemm_rms_norm_gated_sm90};
+  const Checks checks(kind.op, "x", x);
+  return dense_layer(kind, x, weight, std::nullopt, bias, eps, activation_named(checks, activation));
+}
+
 Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor& weight_sum,
                             const std::optional<Tensor>& bias, double eps) {
   const DenseLayer kind = {"layer_norm_linear", gemm_layer_norm_sm90, normalize<LayerNormParams, layer_norm>};
@@ -84,6 +113,8 @@ Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
   m.impl("rms_norm_linear", TORCH_BOX(&rms_norm_linear_op));
+  m.impl("gated_linear", TORCH_BOX(&gated_linear_op));
+  m.impl("rms_norm_gated_linear", TORCH_BOX(&rms_norm_gated_linear_op));
   m.impl("layer_norm_linear", TORCH_BOX(&layer_norm_linear_op));
 }
 

@@ -130,6 +130,16 @@ def _linears(s: Shapes, rand: Callable[..., Tensor], size: int) -> Iterator[Case
         weight_sum = weight.sum(1, dtype=torch.float32)
         return lambda: ops.layer_norm_linear(x, weight, weight_sum)
 
+    def gated_linear() -> Call:
+        x, weight = rand(m, k), rand(n, k)
+        return lambda: ops.gated_linear(x, weight)
+
+    def rms_norm_gated_linear() -> Call:
+        x, weight = rand(m, k), rand(n, k)
+        return lambda: ops.rms_norm_gated_linear(x, weight)
+
+    for name, gated in (("gated_linear", gated_linear), ("rms_norm_gated_linear", rms_norm_gated_linear)):
+        yield Case(name, f"{m} × {k} → {n // 2}", gated, (m * k + n * k + m * n // 2) * size, 2 * m * n * k)
     for name, normed in (("rms_norm_linear", rms_norm_linear), ("layer_norm_linear", layer_norm_linear)):
         yield Case(name, f"{m} × {k} → {n}", normed, (m * k + n * k + m * n) * size, 2 * m * n * k)
 

@@ -29,7 +29,7 @@ class LlamaLayer(DecoderLayer):
             tp=tp,
         )
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = nn.GatedMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias, tp)
+        self.mlp = nn.ParallelMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias, tp)
 
     def forward(
         self,

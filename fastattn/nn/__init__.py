@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
+from fastattn.nn.gated_mlp import GatedMLP
 from fastattn.nn.int4 import AwqScheme, GptqScheme, Int4Scheme
 from fastattn.nn.kv_cache import (
     KVCacheFormat,
@@ -12,14 +13,15 @@ from fastattn.nn.kv_cache import (
     kv_cache_format,
 )
 from fastattn.nn.linear import Linear, MergedLinear
-from fastattn.nn.mlp import GatedMLP
 from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.norm_linear import NormLinear
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
+from fastattn.nn.parallel_mlp import ParallelMLP
 from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
+from fastattn.reference.gated_linear import interleave_gate_up, split_gate_up
 from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "MergedLinear",
     "Module",
     "NormLinear",
+    "ParallelMLP",
     "QuantizedWeight",
     "RMSNorm",
     "Scheme",
@@ -53,6 +56,8 @@ __all__ = [
     "check_kv_cache_scales",
     "fold_layer_norm",
     "fold_rms_norm",
+    "interleave_gate_up",
     "kv_cache_format",
     "rotary_table",
+    "split_gate_up",
 ]

@@ -37,6 +37,20 @@ class Linear(Module):
         self.has_bias = bias
         self.bias = empty_parameter(rows) if bias and self.bias_shard.length else None
 
+    @classmethod
+    def from_float(cls, linear: torch.nn.Linear) -> Linear:
+        """The layer that does what torch's does, with the same weight and bias and the same names in its state; for inference.
+
+        linear: bf16 or fp16, on a CPU also fp32. Raises TypeError for another module.
+        """
+        if not isinstance(linear, torch.nn.Linear):
+            raise TypeError(f"Linear: linear is a {type(linear).__name__}, expected torch.nn.Linear")
+        state = {name: t.detach() for name, t in linear.named_parameters()}
+        with torch.device("meta"):
+            layer = Linear(linear.in_features, linear.out_features, "bias" in state)
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False).train(linear.training)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.quantized is not None:
             out: torch.Tensor = self.quantized(x, self.bias)

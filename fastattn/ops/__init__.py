@@ -7,6 +7,7 @@ from fastattn.ops.attention_backward import batch_attention_backward, varlen_att
 from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.embedding import embedding
+from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
 from fastattn.ops.linear import linear
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
@@ -33,6 +34,7 @@ __all__ = [
     "fp4_fp8_linear",
     "fp4_linear",
     "fp8_linear",
+    "gated_linear",
     "geglu",
     "has_cuda_kernels",
     "int4_linear",
@@ -45,6 +47,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_int8",
     "rms_norm",
+    "rms_norm_gated_linear",
     "rms_norm_linear",
     "rope_kv_write",
     "sample",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._library import define, differentiable
+from fastattn.ops.checks import FP8
 from fastattn.reference import attention as reference
 from fastattn.reference import attention_backward as reference_backward
 
@@ -16,7 +17,8 @@ _SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tenso
 _OPTIONAL = "Tensor? alibi_slopes, Tensor? sinks, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale"
 _PAGED = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqused_k, Tensor block_table, "
-    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, int max_seqlen_q, "
+    "Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? tree_mask, "
+    "Tensor? out_scale, int max_seqlen_q, "
     f"{_SCORES}, bool batch_invariant"
 )
 _SAVED = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
@@ -26,6 +28,25 @@ def _fake(q: Tensor, _k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]
     return reference.empty_results(q, v.shape[-1])
 
 
+def _fake_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    tree_mask: Tensor | None,
+    out_scale: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    out, lse = reference.empty_results(q, q.shape[-1])
+    return out if out_scale is None else out.to(FP8), lse
+
+
 def _fake_backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -33,7 +54,7 @@ def _fake_backward(_dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -
 paged_attention = define(
     f"paged_attention({_PAGED}) -> (Tensor out, Tensor lse)",
     reference.paged_attention,
-    _fake,
+    _fake_paged,
 )
 paged_attention_out = define(
     f"paged_attention_out(Tensor(a!) out, {_PAGED}) -> Tensor lse",

@@ -60,7 +60,8 @@ check_paged_attention = compile_check(
     TensorArg("sinks", "H", LOGITS, optional=True),
     *scale_args(mutated=False),
     TensorArg("tree_mask", "T", INT64, optional=True),
-    TensorArg("out", "like q", "q", optional=True, mutated=True),
+    TensorArg("out_scale", "S", FP32, optional=True),
+    TensorArg("out", "like q", FLOAT_OR_FP8, optional=True, mutated=True),
     AtLeast("max_seqlen_q", 0),
     *_SCALARS,
     Flag("batch_invariant"),
@@ -267,6 +268,22 @@ def check_sequences(
     _check_keys(op, k, key_starts, max_seqlen_k)
     _check_used(op, "q", seqused_q, starts)
     _check_used(op, "k", seqused_k, key_starts)
+
+
+def check_out(op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None) -> None:
+    """Whether out is in 8 bits, which is what out_scale says, and that it is contiguous."""
+    if out is not None:
+        dtype, source = (q.dtype, "q") if out_scale is None else (FP8, "out_scale is given")
+        if out.dtype is not dtype:
+            fail_type(op, f"out is {out.dtype}, expected {dtype} as {source}")
+        if not out.is_contiguous():
+            fail_value(op, f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected it contiguous")
+    if out_scale is None:
+        return
+    if out_scale.shape[0] != 1:
+        fail_value(op, f"out_scale has shape {tuple(out_scale.shape)}, expected (1,): one for all of out")
+    if values_readable(out_scale) and not float(out_scale) > 0:
+        fail_value(op, f"out_scale is {float(out_scale)}, expected it positive")
 
 
 def check_trees(op: str, tree_mask: Tensor, offsets: list[int]) -> None:

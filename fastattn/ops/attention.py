@@ -13,6 +13,7 @@ from fastattn.ops._attention_checks import (
     check_gradient,
     check_heads,
     check_kernel,
+    check_out,
     check_paged_attention,
     check_pages,
     check_queries,
@@ -46,6 +47,7 @@ def paged_attention(
     v_scale: Tensor | None = None,
     tree_mask: Tensor | None = None,
     batch_invariant: bool = False,
+    out_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed queries to keys and values in pages (https://arxiv.org/abs/2309.06180). It has no backward.
@@ -79,9 +81,12 @@ def paged_attention(
       pages lie. On the same GPU, of the same queries and keys, dtypes, strides of a page and options; not whether the
       queries come in one call or in several, for which docs/design/paged_decode.md has what holds. It takes more
       time where sequences are few.
-    out: (T, H, D) in q's dtype, contiguous, sharing no memory with q: written, and returned, instead of fresh memory.
+    out_scale: (1) fp32, positive: out is float8_e4m3fn, of the fp32 results divided by it, rounded once, ties to even; beyond
+      ±448 it is ±448. With it, `fp8_linear(out.flatten(1), out_scale, …)` is the projection behind attention.
+    out: (T, H, D) in q's dtype, with out_scale float8_e4m3fn, contiguous, sharing no memory with q: written, and returned,
+      instead of fresh memory.
 
-    Returns out (T, H, D) in q's dtype and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
+    Returns out (T, H, D) in q's dtype or, with out_scale, float8_e4m3fn, and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
     its sink.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
@@ -91,14 +96,13 @@ def paged_attention(
     scale = default_scale(op, q) if softmax_scale is None else softmax_scale
     check_paged_attention(
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes, sinks, k_scale, v_scale, tree_mask,
-        out, max_seqlen_q, scale, causal, left, right, softcap, batch_invariant,
+        out_scale, out, max_seqlen_q, scale, causal, left, right, softcap, batch_invariant,
     )  # fmt: skip
     check_heads(op, q, "k_cache", k_cache)
     check_cache(op, q, k_cache, k_scale, v_scale)
     if k_cache.shape[1] == 0:
         fail_value(op, f"k_cache has shape {tuple(k_cache.shape)}, expected block_size ≥ 1")
-    if out is not None and not out.is_contiguous():
-        fail_value(op, f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected it contiguous")
+    check_out(op, q, out, out_scale)
     if tree_mask is not None and not causal:
         fail_value(op, "causal is False and tree_mask is given, expected causal=True with a tree_mask")
     if values_readable(cu_seqlens_q):
@@ -109,7 +113,7 @@ def paged_attention(
             check_trees(op, tree_mask, starts)
     call = (
         q, k_cache, v_cache, cu_seqlens_q, seqused_k, block_table, alibi_slopes,
-        None if sinks is None else sinks.float(), k_scale, v_scale, tree_mask,
+        None if sinks is None else sinks.float(), k_scale, v_scale, tree_mask, out_scale,
         max_seqlen_q, scale, causal, left, right, softcap, batch_invariant,
     )  # fmt: skip
     if out is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import _runtime
 from fastattn.ops._args import MAX_LEADING_DIMS
+from fastattn.ops._explain_paged import InvariantAttention, explain_invariant
 from fastattn.ops.checks import MAX_HEAD_DIM, fail_value
 
 _HOPPER_SMS = 132  # of an H100 or H200 (SXM)
@@ -65,9 +66,10 @@ class FlashForward:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """How `linear`, or a norm and it, would run. block_m × block_n: rows of x and of weight of a CTA's tile, None on the
+    """How `linear`, or a norm and it, or it and a gated activation, would run. n: rows of weight. block_m × block_n: rows of x and of weight of a CTA's tile, None on the
     portable kernel. num_splits: CTAs of a cluster that share the columns of a tile. fuses_norm: there is a norm, and it has no
-    kernel of its own. num_ops, num_bytes: what any kernel must compute and move."""
+    kernel of its own; fuses_gates: the same of a gated activation. num_ops, num_bytes: what any kernel must compute and
+    move."""
 
     op: str
     kernel: str
@@ -81,6 +83,7 @@ class DenseLayer:
     fuses_norm: bool
     num_ops: int
     num_bytes: int
+    fuses_gates: bool = False
 
     def floor_us(self, tflops: float = _TFLOPS, tb_s: float = _TB_S) -> float:
         """Microseconds that it takes at least, at these rates of the matrix units and the memory."""
@@ -93,18 +96,29 @@ class DenseLayer:
             split = f", the columns of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
             tiles = f"tiles of {self.block_m} rows of x and {self.block_n} of weight{split}; {self.num_ctas} CTAs"
         norm = (
-            ", the norm inside" if self.fuses_norm else "" if self.op == "linear" else ", behind a kernel for the norm"
+            ""
+            if "norm" not in self.op
+            else ", the norm inside"
+            if self.fuses_norm
+            else ", behind a kernel for the norm"
+        )
+        gates = (
+            ""
+            if "gated" not in self.op
+            else ", the gates inside"
+            if self.fuses_gates
+            else ", before a kernel for the gates"
         )
         return (
-            f"{self.op} on {self.kernel}: {self.m} × {self.k} → {self.n}{norm}\n"
+            f"{self.op} on {self.kernel}: {self.m} × {self.k} → {self.n}{norm}{gates}\n"
             f"  {tiles}\n"
             f"  {self.num_ops / 1e9:.4g} GFLOP, {self.num_bytes / 1e6:.4g} MB: at least {self.floor_us():.3g} µs on an H100, "
             f"bound by its {bound}"
         )
 
 
-Dense = Literal["linear", "rms_norm_linear", "layer_norm_linear"]
-_DENSE = ("linear", "rms_norm_linear", "layer_norm_linear")
+Dense = Literal["linear", "rms_norm_linear", "layer_norm_linear", "gated_linear", "rms_norm_gated_linear"]
+_DENSE = get_args(Dense)
 
 
 @overload
@@ -112,15 +126,40 @@ def explain(
     what: Literal["flash_fwd"], q: Tensor | Shape, k: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
 ) -> FlashForward: ...
 @overload
+def explain(
+    what: Literal["paged_attention"],
+    q: Tensor | Shape,
+    k_cache: Tensor | Shape,
+    /,
+    *,
+    seqlen_k: int,
+    batch_invariant: Literal[True],
+    tree: bool = False,
+) -> InvariantAttention: ...
+@overload
 def explain(what: Dense, x: Tensor | Shape, weight: Tensor | Shape, /) -> DenseLayer: ...
 def explain(
-    what: str, first: Tensor | Shape, second: Tensor | Shape, /, *, causal: bool = False, kernel: str = "auto"
-) -> FlashForward | DenseLayer:
+    what: str,
+    first: Tensor | Shape,
+    second: Tensor | Shape,
+    /,
+    *,
+    causal: bool = False,
+    kernel: str = "auto",
+    seqlen_k: int | None = None,
+    batch_invariant: bool = False,
+    tree: bool = False,
+) -> FlashForward | InvariantAttention | DenseLayer:
     """The configuration that a call gets, and its floor; print it.
 
     `explain("flash_fwd", q, k)` is of `batch_attention(q, k, k, causal=causal, kernel=kernel)`: q (B, Sq, H, D), k (B, Sk, Hk,
-    D). `explain("linear", x, weight)`, and "rms_norm_linear" or "layer_norm_linear", is of that operator: x (…, K), weight
-    (N, K). 16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
+    D). `explain("paged_attention", q, k_cache, seqlen_k=…, batch_invariant=True)` is of one sequence of such a call, with or
+    without a tree_mask (tree): q (Sq, H, D), its queries, seqlen_k, its keys, and k_cache (num_blocks, block_size, Hk, D), a
+    tensor if it is of 8 bits; without batch_invariant it depends on the whole batch, and is not told.
+    `explain("linear", x, weight)`, and "rms_norm_linear", "layer_norm_linear", "gated_linear" or "rms_norm_gated_linear", is of
+    that operator: x (…, K), weight (N, K), with gates (2N, K) and the activation "silu" or "gelu_tanh".
+
+    16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
     for others an H100's. Raises ValueError for what does not fit.
     """
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (first, second)]
@@ -130,8 +169,16 @@ def explain(
         num_sms = torch.cuda.get_device_properties(first.device).multi_processor_count
     if what == "flash_fwd":
         return _flash_forward(shapes, causal, kernel, capability, num_sms)
+    if what == "paged_attention":
+        if not batch_invariant:
+            fail_value(
+                "explain", "batch_invariant is False, expected True: else what runs follows from the whole batch"
+            )
+        is_8bit = isinstance(second, Tensor) and second.itemsize == 1
+        return explain_invariant(shapes[0], shapes[1], seqlen_k, tree, is_8bit, capability, num_sms)
     if what not in _DENSE:
-        fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, ('flash_fwd', *_DENSE)))}")
+        allowed = ("flash_fwd", "paged_attention", *_DENSE)
+        fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, allowed))}")
     return _dense(what, shapes, capability, num_sms)
 
 
@@ -143,13 +190,17 @@ def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int]
     if len(weight) != 2 or weight[1] != k:
         fail_value("explain", f"weight has shape {weight}, expected (N, {k}) as x is {x}")
     m, n = math.prod(x[:-1]), weight[0]
-    work = {"num_ops": 2 * m * n * k, "num_bytes": 2 * (m * k + n * k + m * n)}
-    if capability != (9, 0) or n % 8 != 0 or k % 8 != 0 or 0 in (m, n, k):
-        return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, **work)
-    config = _runtime.gemm_sm90_config(m, n, k, num_sms)
+    gated = "gated" in what
+    per_column = 2 if gated else 1  # rows of weight for a column of the result
+    if n % per_column != 0:
+        fail_value("explain", f"weight has shape {weight}, expected (2N, {k}), as many rows of gates as of ups")
+    work = 2 * m * n * k, 2 * (m * k + n * k + m * n // per_column)
+    if capability != (9, 0) or n % (8 * per_column) != 0 or k % 8 != 0 or 0 in (m, n, k):
+        return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, *work)
+    config = _runtime.gemm_sm90_config(m, n, k, num_sms, norm="norm" in what, gated=gated)
     kernel = "sm90, few rows" if config["few_rows"] else "sm90"
     tile = config["block_m"], config["block_n"], config["num_splits"], config["num_ctas"]
-    return DenseLayer(what, kernel, m, n, k, *tile, what != "linear", **work)
+    return DenseLayer(what, kernel, m, n, k, *tile, "norm" in what, *work, gated)
 
 
 def _flash_forward(

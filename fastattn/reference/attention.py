@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.reference.attention_scores import Scoring, Tree, grouped, slopes_of, spans, ungrouped, wide
 from fastattn.reference.kv_8bit import pages_of
+from fastattn.reference.quantize import E4M3_MAX
 
 # Keys that take about as long to copy as one more group of sequences takes to start.
 _WORTH_A_GROUP = 512
@@ -90,7 +91,7 @@ def _groups(
         padding = position >= last
         position = torch.where(padding, first, position)
         slots = table[members].gather(1, position // block_size) * block_size + position % block_size
-        mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
+        mask = torch.zeros(padding.shape, dtype=torch.float32).masked_fill_(padding, -torch.inf)
         groups.append(_Group(torch.tensor([starts[b] for b in members]), slots.flatten(), mask[:, None, None]))
     return groups
 
@@ -179,6 +180,7 @@ def paged_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     tree_mask: Tensor | None,
+    out_scale: Tensor | None,
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
@@ -192,6 +194,8 @@ def paged_attention(
     batch_invariant: one after the other, and none in a product that is padded to another's length.
     """
     out, lse = empty_results(q, q.shape[-1])
+    if out_scale is not None:
+        out = out.new_empty(out.shape, dtype=torch.float32)
     scoring = Scoring.make(softmax_scale, causal, window_left, window_right, softcap)
     block_size = k_cache.shape[1]
     starts, lengths = tuple(cu_seqlens_q.tolist()), tuple(seqused_k.tolist())
@@ -212,7 +216,12 @@ def paged_attention(
         v = pages_of(v_cache, v_scale, pages, num_keys)
         tree = None if tree_mask is None else Tree.make(tree_mask[own])
         _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks, tree)
-    return out, lse
+    return out if out_scale is None else _to_e4m3(out / out_scale), lse
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    """The nearest e4m3, ties to even, and ±448 beyond it: torch alone makes NaN of that."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def paged_attention_out(out: Tensor, *call: Any) -> Tensor:

@@ -22,6 +22,7 @@ from bench.families import (
     FAMILIES,
     flash_bwd,
     flash_fwd,
+    gated_linear,
     gemm_8bit,
     gemm_bf16,
     gemm_fp4,
@@ -55,6 +56,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
     **{f"gemm {name}": partial(gemm_fp4.gemm, name=name, m=5, n=48, k=128) for name in gemm_fp4.FORMATS},
     "rms_norm and gemm": partial(norm_gemm.norm_gemm, m=5, n=48, k=64, norm="rms"),
     "layer_norm and gemm": partial(norm_gemm.norm_gemm, m=5, n=48, k=64, norm="layer"),
+    "gated gemm": partial(gated_linear.gated_linear, m=5, n=48, k=64, norm=False),
+    "rms_norm and gated gemm": partial(gated_linear.gated_linear, m=5, n=48, k=64, norm=True),
     **{f"gemm {name} fp8": partial(gemm_fp4.gemm_fp8, name=name, m=5, n=48, k=128) for name in ("nvfp4", "mxfp4")},
     "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
     "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
@@ -89,6 +92,8 @@ BESIDE = {
     **{f"gemm {name}": {"marlin", "cublas"} for name in gemm_fp4.FORMATS},
     "rms_norm and gemm": {"cublas", "torch"},
     "layer_norm and gemm": {"cublas", "torch"},
+    "gated gemm": {"cublas_swiglu", "cublas_vllm", "cublas_flashinfer", "cublas_torch"},
+    "rms_norm and gated gemm": {"cublas_swiglu", "cublas_vllm", "cublas_flashinfer", "cublas_torch"},
     "gemm nvfp4 fp8": {"cublas"},
     "gemm mxfp4 fp8": {"cublas"},
     "gemm int8": {"int_mm", "vllm"},
@@ -469,6 +474,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         **{name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44} for name in ("gemm_bf16", "gemm_int8", "gemm_fp8")},
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, r"^w4a8_m(512|1024|4096|8192)_": 32, ".*": 188},
         "norm_gemm": {"_rms$": 36, "_layer$": 36, ".*": 72},
+        "gated_linear": {"_rms$": 36, ".*": 72},
         "small_ops": {".*": 29},
     }
     for family, matches in wanted.items():

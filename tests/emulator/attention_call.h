@@ -27,6 +27,7 @@ struct AttentionCall {
   bool has_scales = false, scales_of_tokens = false;  // of K and V, paged only
   bool scales_fall = false;                           // those of V, from token to token: else they grow, mostly
   bool has_tree = false;                              // paged and causal only
+  bool in_e4m3 = false;                               // out, paged only
   bool growing_logits = false;                        // so that the reference of the exponentials must move often
 
   // ---- made by make_tensors
@@ -38,7 +39,8 @@ struct AttentionCall {
   std::vector<float> slopes, sinks, q_descale, k_descale, v_descale;
   std::vector<int64_t> tree_mask;
   std::vector<float> k_scale, v_scale;  // (Hk), or (tokens of all pages, Hk), NaN where no sequence has a key
-  std::vector<Out> out;                 // and what lies behind it
+  std::vector<Out> out;                 // and what lies behind it; of e4m3 only the first half of it is
+  float out_scale = 1.0f;
   std::vector<float> lse;
   static constexpr size_t kBehind = 64;
 
@@ -56,6 +58,7 @@ struct AttentionCall {
     if (one_in(4)) softcap = 15.0f;
     has_alibi = one_in(4);
     has_sinks = one_in(3);
+    in_e4m3 = page_size > 0 && one_in(4);
     growing_logits = one_in(4);
     if (has_tree) causal = true, window_left = pick({-1, 0, 2, 17, 150});
     if (causal) window_right = 0;
@@ -105,6 +108,7 @@ struct AttentionCall {
       for (float& factor : *descale) factor = has_descales ? pick({0.0f, 0.5f, 0.75f, 1.0f, 1.25f}) : 1.0f;
     }
     if (has_tree) draw_trees();
+    if (in_e4m3) out_scale = pick({0.002f, 0.01f, 0.3f});  // the first cuts much to 448
     clear_results();
   }
 
@@ -131,6 +135,7 @@ struct AttentionCall {
     }
     if (has_alibi) p.alibi_slopes = slopes.data();
     if (has_sinks) p.sinks = sinks.data();
+    if (in_e4m3) p.out_scale = &out_scale;
     fill_tree(p, 0);
     p.q_token_stride = int64_t{num_heads} * (p.q_head_stride = head_dim);
     p.k_token_stride = int64_t{num_kv_heads} * (p.k_head_stride = head_dim);
@@ -177,12 +182,13 @@ struct AttentionCall {
         for (int head = 0; head < num_heads; ++head) check_row(seq, i, head);
       }
     }
-    const Out* const behind_out = out.data() + out.size() - kBehind;
-    const float* const behind_lse = lse.data() + lse.size() - kBehind;
-    for (size_t i = 0; i < kBehind; ++i) {
-      if (!std::isnan(static_cast<float>(behind_out[i])) || !std::isnan(behind_lse[i]))
-        fail("a write behind the results");
-    }
+    const auto check_behind = [](const auto& results, size_t size) {
+      for (size_t i = size; i < results.size(); ++i) {
+        if (!std::isnan(static_cast<float>(results[i]))) fail("a write behind the results");
+      }
+    };
+    check_behind(out, (out.size() - kBehind) / (in_e4m3 ? 2 : 1));
+    check_behind(lse, lse.size() - kBehind);
   }
 
   // Another run, on the workspace as the first has left it, gives the same bits.
@@ -219,6 +225,7 @@ struct AttentionCall {
     if (has_sinks) all += " sinks";
     if (has_tree) all += " tree";
     if (has_descales) all += " descales";
+    if (in_e4m3) all += " out_scale=" + std::to_string(out_scale);
     if (sizeof(KV) < sizeof(T)) all += std::string(" kv=") + TypeInfo<KV>::kName;
     if (has_scales) all += scales_of_tokens ? " scales of tokens" : " scales of heads";
     if (growing_logits) all += " growing_logits";
@@ -336,10 +343,24 @@ struct AttentionCall {
     const size_t lse_idx = packed_q ? static_cast<size_t>(head) * num_tokens + query_token(seq, i)
                                     : (static_cast<size_t>(seq) * num_heads + head) * q_lens[0] + i;
     require_near(lse[lse_idx], sum > 0.0 ? largest + std::log(sum) : -INFINITY, 2e-4, "LSE" + where);
-    const Out* const out_row = &out[(query_token(seq, i) * num_heads + head) * v_head_dim];
+    const size_t row_begin = (query_token(seq, i) * num_heads + head) * v_head_dim;
+    if (in_e4m3) return check_e4m3(row_begin, expected, where);
+    const Out* const out_row = &out[row_begin];
     for (int d = 0; d < v_head_dim; ++d) {
       require_near(static_cast<float>(out_row[d]), expected[d] * v_descale[descale_idx], TypeInfo<T>::kTolerance,
                    "column " + std::to_string(d) + where);
+    }
+  }
+
+  // Half a step of e4m3 beside what the fp32 results may be off by.
+  void check_e4m3(size_t row_begin, const std::vector<double>& expected, const std::string& where) const {
+    const auto* const row = reinterpret_cast<const __nv_fp8_e4m3*>(out.data()) + row_begin;
+    for (size_t d = 0; d < expected.size(); ++d) {
+      const double is = static_cast<float>(row[d]), wanted = std::clamp(expected[d] / out_scale, -448.0, 448.0);
+      const double error = TypeInfo<T>::kTolerance * (1.0 + std::abs(expected[d])) / out_scale;
+      if (std::abs(is - wanted) <= error + std::max(std::abs(wanted) / 16, 0x1p-10)) continue;
+      fail("column " + std::to_string(d) + where + " is " + std::to_string(is) + " in e4m3, expected " +
+           std::to_string(wanted));
     }
   }
 

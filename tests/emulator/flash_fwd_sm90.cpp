@@ -50,6 +50,7 @@ AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdS
   call.draw_extras();
   call.has_descales = kIsFp8 && one_in(2);
   if (kIsFp8) call.growing_logits = false;  // inputs would leave its range
+  call.in_e4m3 = call.in_e4m3 && !kIsFp8 && !has_seqused_q;
   call.make_tensors();
   return call;
 }

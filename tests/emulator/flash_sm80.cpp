@@ -55,7 +55,7 @@ void run_call(int head_dim) {
   if (p.min_q_len > 0) p.config.num_splits = 1;
   current_call += ": " + call.text() + "; " + std::to_string(p.config.num_splits) + " splits, q_len " +
                   std::to_string(p.min_q_len) + " to " + std::to_string(p.max_q_len);
-  const size_t num_partials = p.config.num_splits > 1 ? p.config.num_splits : 0;
+  const size_t num_partials = p.config.num_splits > 1 || call.in_e4m3 ? p.config.num_splits : 0;
   std::vector<float> partial_out(num_partials * call.num_tokens * call.num_heads * call.v_head_dim, NAN);
   std::vector<float> partial_lse(num_partials * call.num_tokens * call.num_heads, NAN);
   p.partial_out = partial_out.data();

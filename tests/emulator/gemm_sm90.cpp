@@ -12,9 +12,16 @@ using fastattn::GemmSm90Config;
 using fastattn::GemmSm90Params;
 
 enum class Norm { kNone, kRms, kLayer };
+enum class Gate { kNone, kSilu, kGeluTanh };
+
+double activated(Gate gate, double g) {
+  if (gate == Gate::kSilu) return g / (1.0 + std::exp(-g));
+  return g / (1.0 + std::exp(-2.0 * 0.79788456080286536 * (g + 0.044715 * g * g * g)));
+}
 
 template <typename E, typename T>
-void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum, Norm norm = Norm::kNone) {
+void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum, Norm norm = Norm::kNone,
+              Gate gate = Gate::kNone) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   constexpr int kUnit = 16 / sizeof(E);
   constexpr bool kScaled = sizeof(E) == 1, kFp8 = std::is_same_v<E, __nv_fp8_e4m3>;
@@ -25,7 +32,9 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   config.few_rows = few_rows;
   config.tile = tile;
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 3 * tile.block_m)});
-  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
+  const int per_column = gate == Gate::kNone ? 1 : 2;  // rows of weight for a column of out
+  p.n = 8 * per_column * between(1, (2 * tile.block_n / 8 + 3) / per_column);
+  if (tile.turns) p.n += tile.block_n;  // tiles enough for turns
   p.k = pick({kUnit, 64, kUnit * between(1, 40), kUnit * between(40, 120)});
   // Long sums of positive numbers, which 14 bits do not hold.
   const bool one_sign = kFp8 && one_in(2);
@@ -34,15 +43,16 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
       static_cast<int>(128 / sizeof(E)) * (few_rows ? fastattn::gemm_sm90_few_rows_ring(tile).panels : 1);
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
-  set_gemm_sm90_grid(config, {p.m, p.n, p.k, pick<int64_t>({2, 4, 7, 132})}, num_splits);
+  const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
+  set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms}, num_splits);
   config.group_rows = pick({1, 2, 8});
 
-  const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean) {
+  const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean, float size) {
     stride = columns + kUnit * pick({0, 0, 1, 5});
     Tensor<E> matrix(rows * stride + kUnit);  // NaN, or -128, between the rows
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column) {
-        const float value = std::is_same_v<E, int8_t> ? static_cast<float>(between(-127, 127)) : mean + normal();
+        const float value = std::is_same_v<E, int8_t> ? static_cast<float>(between(-127, 127)) : mean + size * normal();
         matrix.set(row * stride + column, one_sign ? std::fabs(value) : value);
       }
     }
@@ -50,7 +60,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   };
   // A mean that squares in fp32 would leave little of the variance of.
   const float x_mean = norm == Norm::kLayer ? pick({0.0f, -3.0f, 100.0f, 1000.0f}) : 0.0f;
-  const Tensor<E> x = draw_matrix(p.m, p.k, p.x_stride, x_mean), weight = draw_matrix(p.n, p.k, p.weight_stride, 0.0f);
+  const Tensor<E> x = draw_matrix(p.m, p.k, p.x_stride, x_mean, 1.0f);
+  // Gates of all sizes, and such as are open or shut.
+  const float weight_size = gate != Gate::kNone && !one_in(4) ? 1.0f / std::sqrt(static_cast<float>(p.k)) : 1.0f;
+  const Tensor<E> weight = draw_matrix(p.n, p.k, p.weight_stride, 0.0f, weight_size);
   const auto draw_scales = [](int64_t rows, float size, int64_t& stride) {
     stride = one_in(4) ? 0 : 1;
     std::vector<float> scales(stride == 0 ? 1 : rows);
@@ -61,7 +74,8 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const std::vector<float> weight_scale = draw_scales(p.n, 1.0f, p.weight_scale_stride);
   Tensor<T> bias(p.n);
   for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
-  std::vector<T> out(p.m * p.n + kBehind, T(NAN));
+  const int64_t width = p.n / per_column;
+  std::vector<T> out(p.m * width + kBehind, T(NAN));
   p.x = x.data.data();
   p.weight = weight.data.data();
   p.bias = one_in(2) ? bias.data.data() : nullptr;
@@ -77,16 +91,21 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     weight_sum[n] = static_cast<float>(std::accumulate(row, row + p.k, 0.0));
   }
   if (norm == Norm::kLayer) p.weight_sum = weight_sum.data();
+  if (gate == Gate::kSilu) set_silu_gate(p);
+  if (gate == Gate::kGeluTanh) set_gelu_tanh_gate(p);
   const char* const norm_name = norm == Norm::kRms ? "RMSNorm of " : norm == Norm::kLayer ? "LayerNorm of " : "";
-  current_call += std::string(": ") + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") + " to " +
-                  TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
+  const char* const gate_name = gate == Gate::kSilu ? "SiLU of " : gate == Gate::kGeluTanh ? "GeLU of " : "";
+  current_call += std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
+                  " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + ", " + std::to_string(config.num_splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
     const cudaError_t error = kFp8                   ? gemm_fp8_sm90(p, nullptr)
                               : kScaled              ? gemm_int8_sm90(p, nullptr)
+                              : gate != Gate::kNone  ? (norm == Norm::kRms ? fastattn::gemm_rms_norm_gated_sm90
+                                                                           : fastattn::gemm_gated_sm90)(p, nullptr)
                               : norm == Norm::kRms   ? gemm_rms_norm_sm90(p, nullptr)
                               : norm == Norm::kLayer ? gemm_layer_norm_sm90(p, nullptr)
                                                      : gemm_sm90(p, nullptr);
@@ -103,7 +122,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     double squares = 0.0;
     for (int64_t k = 0; k < p.k; ++k) squares += (row[k] - mean) * (row[k] - mean);
     const double norm_scale = norm == Norm::kNone ? 1.0 : 1.0 / std::sqrt(squares / num_columns + p.eps);
-    for (int64_t n = 0; n < p.n; ++n) {
+    struct Sum {
+      double value, allowed;  // what fp32 may be off
+    };
+    const auto sum_of = [&](int64_t n) -> Sum {
       double sum = 0.0, size = 0.0;
       for (int64_t k = 0; k < p.k; ++k) {
         const double column = weight.values[n * p.weight_stride + k];
@@ -112,19 +134,32 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
       }
       const double scale =
           kScaled ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride] : norm_scale;
-      const double added = p.bias == nullptr ? 0.0 : bias.values[n], expected = sum * scale + added;
-      const double got = static_cast<float>(out[m * p.n + n]);
+      const double added = p.bias == nullptr ? 0.0 : bias.values[n];
+      return {sum * scale + added, size * scale * lost + (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20};
+    };
+    for (int64_t n = 0; n < width; ++n) {
+      Sum expected;
+      if (gate == Gate::kNone) {
+        expected = sum_of(n);
+      } else {  // eight gates, then their eight ups
+        const int64_t weight_row = n / 8 * 16 + n % 8;
+        const Sum of_gate = sum_of(weight_row), of_up = sum_of(weight_row + 8);
+        const double act = activated(gate, of_gate.value);
+        expected = {act * of_up.value, 1.2 * of_gate.allowed * std::fabs(of_up.value) +
+                                           std::fabs(act) * (of_up.allowed + std::fabs(of_up.value) * 0x1p-16)};
+      }
+      const double got = static_cast<float>(out[m * width + n]);
       // Rounded once, from a sum in fp32.
-      const double allowed = std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
-                             size * scale * lost + (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20 + 1e-6;
-      if (!(std::fabs(got - expected) <= allowed)) {
+      const double allowed =
+          std::fabs(expected.value) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) + expected.allowed + 1e-6;
+      if (!(std::fabs(got - expected.value) <= allowed)) {
         fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
-             std::to_string(expected));
+             std::to_string(expected.value));
       }
     }
   }
   for (int i = 0; i < kBehind; ++i) {
-    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
+    if (!std::isnan(static_cast<float>(out[p.m * width + i]))) fail("a write behind the end of out");
   }
   if (!one_in(3)) return;
   const std::vector<T> first = out;
@@ -135,15 +170,24 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
 
 template <typename T>
 void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
-  switch (between(0, 3)) {
+  const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
+  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
+  const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
+  const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
+  switch (has_one_level ? between(0, 4) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
-    case 1: {
-      const bool needs_fast = !few_rows && tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN;
-      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, needs_fast || one_in(3));
-    }
+    case 1:
+      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
     case 2:
-      return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
+      if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
+      return run_call<T, T>(few_rows, tile, false);
+    case 3:
+      if (has_gates) {
+        return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kNone,
+                              one_in(2) ? Gate::kSilu : Gate::kGeluTanh);
+      }
+      [[fallthrough]];
     default:
       return run_call<T, T>(few_rows, tile, false);
   }
@@ -160,7 +204,10 @@ int main(int argc, char** argv) {
     std::vector<Choice> choices;
     for (const auto& tile : fastattn::kGemmSm90Tiles) choices.push_back({false, tile});
     for (const auto& tile : fastattn::kGemmSm90FewRowsTiles) choices.push_back({true, tile});
-    const auto has_other_size = [&](const Choice& choice) { return size != 0 && choice.tile.block_m != size; };
+    constexpr int kTurns = 1;  // in place of a tile's rows: those with turns
+    const auto has_other_size = [&](const Choice& choice) {
+      return size != 0 && (choice.tile.turns ? kTurns : choice.tile.block_m) != size;
+    };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     if (one_in(2)) {

@@ -145,17 +145,19 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
 
 // With x in e4m3, by the formulas of gemm_sm90_w4_operands.cuh; of MXFP4 first what the kernel wants to know of a row.
 template <typename T>
-void run_fp8_call(int group, const fastattn::GemmSm90Tile& tile) {
+void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile) {
   GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
-  p.fast_accum = tile.block_n > fastattn::kGemmSm90TwoLevelsMaxN || one_in(2);
+  p.fast_accum = !many_rows || tile.block_m > fastattn::kGemmSm90W4TwoLevelsMaxM || one_in(2);
   GemmSm90W4Config& config = p.config;
-  config.many_rows = true;
+  config.many_rows = many_rows;
   config.tile = tile;
   p.m = pick({1, between(1, tile.block_m), between(1, 2 * tile.block_m)});
   p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
   p.k = 32 * pick({1, 4, between(1, 12), between(12, 40)});
-  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, pick<int64_t>({1, 2, 132}), 1, !p.fast_accum}, 1);
+  const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
+  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 132}) : 132, 1, !p.fast_accum},
+                        many_rows ? 1 : static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))));
   config.group_rows = pick({1, 2, 8});
 
   p.x_stride = p.k + 16 * pick({0, 0, 1, 5});
@@ -195,8 +197,9 @@ void run_fp8_call(int group, const fastattn::GemmSm90Tile& tile) {
   p.out = out.data();
   current_call += std::string(": e4m3 with groups of ") + std::to_string(group) + (p.fast_accum ? " fast" : "") +
                   " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
-                  std::to_string(p.k) + "; block_n " + std::to_string(tile.block_n) + ", " +
-                  std::to_string(config.num_ctas) + " CTAs" + (units ? ", units" : "");
+                  std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + (many_rows ? " of many rows" : "") +
+                  ", " + std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs" +
+                  (units ? ", units" : "");
 
   // The same weight in e4m3, by the kernel that makes it in memory, and by the formula.
   std::vector<uint8_t> q(p.n * p.k);
@@ -284,12 +287,19 @@ int main(int argc, char** argv) {
       if (size == 0 || tile.block_m == size) choices.push_back({false, tile});
     }
     for (const auto& tile : fastattn::kGemmSm90W4ManyRowsTiles) {
-      if (size == 0 || tile.block_n == size) choices.push_back({true, tile});
+      if (size == 0 || 1000 + tile.block_m == size) choices.push_back({true, tile});
     }
     const Choice& choice = choices[seed % choices.size()];
-    if (choice.many_rows && one_in(2)) {
+    const bool takes_fp8 =
+        choice.many_rows ||
+        std::any_of(std::begin(fastattn::kGemmSm90W4Fp8Tiles), std::end(fastattn::kGemmSm90W4Fp8Tiles),
+                    [&](const fastattn::GemmSm90Tile& tile) {
+                      return tile.block_m == choice.tile.block_m && tile.block_n == choice.tile.block_n;
+                    });
+    if (takes_fp8 && one_in(2)) {
       const int group = pick({16, 32});
-      return one_in(2) ? run_fp8_call<__half>(group, choice.tile) : run_fp8_call<__nv_bfloat16>(group, choice.tile);
+      return one_in(2) ? run_fp8_call<__half>(group, choice.many_rows, choice.tile)
+                       : run_fp8_call<__nv_bfloat16>(group, choice.many_rows, choice.tile);
     }
     const Format& format = kFormats[between(0, 2)];
     if (one_in(2)) {

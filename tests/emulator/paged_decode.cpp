@@ -98,8 +98,9 @@ void check_alone(AttentionCall<T, KV>& call, PagedDecodeParams p, int seq) {
   if (p.tree_mask != nullptr) p.tree_mask += first;
   const Workspace workspace(p);
   if (paged_decode(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
-  const size_t token_size = call.num_heads * call.v_head_dim;
-  if (std::memcmp(out.data(), &call.out[(first + from) * token_size], out.size() * sizeof(out[0])) != 0) {
+  const size_t token_bytes = call.num_heads * call.v_head_dim * (call.in_e4m3 ? 1 : sizeof(out[0]));
+  const char* const in_batch = reinterpret_cast<const char*>(call.out.data()) + (first + from) * token_bytes;
+  if (std::memcmp(out.data(), in_batch, num_tokens * token_bytes) != 0) {
     fail("batch-invariant, the output of a sequence alone differs");
   }
   for (int head = 0; head < call.num_heads; ++head) {

@@ -125,7 +125,7 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    size: str  # of the calls: a head dim, or rows of a tile
+    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns
     finds: str  # what the report says, at least
 
 
@@ -134,13 +134,14 @@ FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
-GEMM_NORM = "gemm/gemm_sm90_norm.cuh"
+GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
+W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
-KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90"}
-KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4"}
+KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
+KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -271,6 +272,15 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "splits are added up into 16 bits where the output has 8",
+        DECODE,
+        "if (__builtin_expect(p.out_scale != nullptr, 0)) {",
+        "if (__builtin_expect(p.out_scale != nullptr && plan.seq_begin >= plan.begin_tile, 0)) {",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
         "a copy is not waited for",
         DECODE,
         "cp_async_wait<STAGES - 2>();",
@@ -318,8 +328,8 @@ MUTANTS = [
     Mutant(
         "a stage is free when one of the two CTAs is done with it",
         GEMM,
-        "smem.empty[i].init(NUM_CTAS * NUM_WARPS);",
-        "smem.empty[i].init(NUM_WARPS);",
+        "smem.empty[i].init(NUM_CTAS * NUM_WARPS / HALVES);",
+        "smem.empty[i].init(NUM_WARPS / HALVES);",
         "gemm_sm90_many_rows.cu",
         "128",
         "deadlock",
@@ -332,6 +342,25 @@ MUTANTS = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
+    ),
+    # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
+    Mutant(
+        "a group looks for its stages before its turn",
+        GEMM,
+        "        if constexpr (OWN_TILES) turns.take();\n",
+        "",
+        "gemm_sm90_many_rows.cu",
+        "1",
+        "in the call: seed",
+    ),
+    Mutant(
+        "a group goes on in the stages of the other's tile",
+        GEMM,
+        "        if constexpr (OWN_TILES) position.count += num_steps;  // the other's\n",
+        "",
+        "gemm_sm90_many_rows.cu",
+        "1",
+        "in the call: seed",
     ),
     Mutant(
         "sums are written where the other group still reads operands",
@@ -353,11 +382,11 @@ MUTANTS = [
     ),
     Mutant(
         "weights become numbers in registers that a product still reads",
-        W4,
-        """        wgmma_wait<1>();
-        pin_registers(fragments);""",
-        """        wgmma_wait<2>();
-        pin_registers(fragments);""",
+        W4_PRODUCTS,
+        """    wgmma_wait<1>();
+    pin_registers(fragments);""",
+        """    wgmma_wait<2>();
+    pin_registers(fragments);""",
         "gemm_sm90_w4_nvfp4.cu",
         "16",
         "expected",
@@ -365,8 +394,8 @@ MUTANTS = [
     Mutant(
         "a stage is released while a product reads x there",
         W4,
-        "if (chunk == 1 && position.count > 0",
-        "if (chunk == 0 && position.count > 0",
+        "if (i == 1 && position.count > 0",
+        "if (i == 0 && position.count > 0",
         "gemm_sm90_w4_nvfp4.cu",
         "64",
         "expected",
@@ -383,39 +412,52 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
-        "a weight is made where a product still reads the one before",
+        "a panel of x is released while a product reads it",
         W4_MANY,
-        "        smem.empty[stage].wait(position.parity() ^ 1);\n",
-        "",
+        """          if (j % 2 == 0 || (j == 1 && i == 0)) return;
+          release(position.count - 2);
+          if (j == 1) release_weight""",
+        """          if (j % 2 == 1 || (j == 0 && i == 0)) return;
+          release(position.count - 1);
+          if (j == 0) release_weight""",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
-        "192",
-        "in the call: seed",
-    ),
-    Mutant(
-        "a stage is full before the last warp has made its part",
-        W4_MANY,
-        "init(1 + CONVERTERS / 32);",
-        "init(CONVERTERS / 32);",
-        "gemm_sm90_w4_nvfp4_many_rows.cu",
-        "256",
-        "in the call: seed",
-    ),
-    Mutant(
-        "codes of the panel before are taken",
-        W4_MANY,
-        "min((step + 1) * PANEL + lane_column,",
-        "min(step * PANEL + lane_column,",
-        "gemm_sm90_w4_nvfp4_many_rows.cu",
-        "192",
+        "1256",
         "expected",
     ),
     Mutant(
-        "half of a panel's scales are the other half's",
+        "a panel of x is overwritten that the other CTA still reads",
+        W4_MANY,
+        "smem.empty[count % STAGES].arrive_at_cta(lane);",
+        "smem.empty[count % STAGES].arrive_at_cta(rank);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1256",
+        "expected",
+    ),
+    Mutant(
+        "the next tile begins with scales of this one",
+        W4_MANY,
+        "scales.load(p, (is_last ? next : tile).first_n + n_of_lane,",
+        "scales.load(p, tile.first_n + n_of_lane,",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1192",
+        "expected",
+    ),
+    Mutant(
+        "rows of out are written over before they have left",
+        W4_MANY,
+        "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
+        "",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1256",
+        "expected",
+    ),
+    Mutant(
+        "half of the columns have the other half's scale",
         W4_OPERANDS,
-        "tables[1] = e4m3_table(both<__half>(scales.y));",
-        "tables[1] = tables[0];",
+        "second = GROUP == 16 ? of_stage.at(column + 16, lane) : first;",
+        "second = first;",
         "gemm_sm90_w4_nvfp4_fp8.cu",
-        "192",
+        "1192",
         "expected",
     ),
     Mutant(
@@ -461,6 +503,24 @@ MUTANTS = [
         "return 0.0f;",
         "gemm_layer_norm_sm90_many_rows.cu",
         "128",
+        "expected",
+    ),
+    Mutant(
+        "columns of out take the place of those eight before",
+        GEMM_TILES,
+        "w[out_t % 4 + i / PER_COLUMN]",
+        "w[i / PER_COLUMN]",
+        "gemm_gated_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "sums of ups lie where those of the next gates do",
+        GEMM_SUMS,
+        "PER_COLUMN == 1 ? 8 : kOutColumns;",
+        "8;",
+        "gemm_gated_sm90_few_rows.cu",
+        "8",
         "expected",
     ),
 ]

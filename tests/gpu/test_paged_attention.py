@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,6 +152,24 @@ def attend_twice(
     assert torch.equal(lse, lse_again)
     of_tokens = kind is not None and cache.scales["k_scale"].dim() == 3
     check(q, cache, runs, lengths, out, lse, options, rounds_keys=of_tokens)
+    check_e4m3(rng, out, lse, lambda **own: ops.paged_attention(*call, **options, **mode, **own))
+
+
+def check_e4m3(rng: random.Random, out: Tensor, lse: Tensor, attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The same call with its output in e4m3, of which much, little or nothing is cut: near what out would be, and every row
+    written."""
+    largest = out.float().abs().max().clamp(min=1e-3)
+    scale = (largest / rng.choice((20.0, 448.0, 2000.0))).reshape(1)
+    eight = torch.full_like(out, math.nan).to(torch.float8_e4m3fn)
+    found, found_lse = attend(out_scale=scale, out=eight)
+    assert found is eight
+    assert torch.allclose(found_lse, lse, rtol=1e-5, atol=2e-3)  # of prompts, another form of the kernel
+    wanted = (out.float() / scale).clamp(-448, 448)
+    noise = 4 * torch.finfo(out.dtype).eps * torch.minimum(largest / scale, largest.new_tensor(448.0))
+    worst = (eight.float() - wanted).abs() - (wanted.abs() / 16).clamp(min=2**-10) - noise
+    assert float(worst.max()) <= 0, "NaN, or further from out than half a step of e4m3"
+    again, _ = attend(out_scale=scale)
+    assert torch.equal(eight.view(torch.uint8), again.view(torch.uint8))
 
 
 @pytest.mark.parametrize("seed", range(60))

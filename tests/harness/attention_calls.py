@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from fastattn import ops
+from tests.harness import formulas
+from tests.harness.compare import assert_within
 from tests.harness.generators import LENGTHS, Gen, Pages, offsets, pages
 from tests.harness.opspec import Call
 
@@ -138,6 +140,28 @@ def paged_8bit_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]
             call |= scales
         index += 1
         yield f"{name} in {kind}", call
+
+
+def paged_e4m3_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Some of those with an output in 8 bits: nothing is cut, much is, and much is below its normal numbers."""
+    scales = {"mixed": 0.02, "decode": 1e-3, "empty runs": 40.0, "trees": 0.02}
+    for name, call in paged_calls(gen, dtype):
+        if name in scales:
+            yield f"{name}, out in 8 bits", call | {"out_scale": gen.tensor([scales[name]], torch.float32)}
+
+
+def verify_e4m3(call: Call, results: list[torch.Tensor]) -> None:
+    """out is the fp64 formula's over the scale, but for half a step of e4m3 and what the call's 16 bits cost."""
+    out, lse = results
+    scale = float(call.pop("out_scale"))
+    exact, exact_lse = formulas.paged_attention(torch.float64, **call)
+    assert out.dtype is torch.float8_e4m3fn
+    wanted = (exact / scale).clamp(-448, 448)
+    largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+    noise = 2 * torch.finfo(call["q"].dtype).eps * min(largest, 448.0)
+    allowed = torch.maximum(wanted.abs() * 2**-4, torch.tensor(2.0**-10)) + noise
+    assert_within((out.double() - wanted) / allowed, torch.zeros_like(wanted), 1.0, "out, in what is allowed")
+    assert_within(lse, exact_lse, 1e-3, "lse")
 
 
 def _kernels(gen: Gen) -> tuple[str, ...]:
@@ -419,6 +443,26 @@ def bad_paged(gen: Gen, base: Call) -> Bad:
         table = base["block_table"].clone()
         table[1, 1] = block
         yield f"block {block}", {"block_table": table}, ValueError, (f"block_table[1, 1] is {block}", "num_blocks")
+
+
+def bad_out_scale(gen: Gen, base: Call) -> Bad:
+    two = gen.tensor([1.0, 1.0], torch.float32)
+    yield "of each head", {"out_scale": two}, ValueError, ("out_scale has shape (2,)", "expected (1,)")
+    for out, says in (
+        (torch.empty_like(base["q"]), (f"out is {base['q'].dtype}", "float8_e4m3fn as out_scale is given")),
+        (base["q"].to(torch.int8), ("out is torch.int8", "torch.float8_e4m3fn")),
+    ):
+        yield f"out in {out.dtype}", {"out": out}, TypeError, says
+    eight = {"out": torch.empty_like(base["q"], dtype=torch.float8_e4m3fn)}
+    yield "no out_scale", eight | {"out_scale": None}, TypeError, ("out is torch.float8_e4m3fn", "as q")
+    short = {"out": eight["out"][1:]}
+    yield "a short out", short, ValueError, ("out has shape", "the shape of q")
+    yield "out with gaps", {"out": eight["out"].repeat(1, 1, 2)[..., ::2]}, ValueError, ("out has strides",)
+    if base["q"].is_cuda:
+        return
+    for value in (0.0, -1.0, math.nan):
+        bad = {"out_scale": gen.tensor([value], torch.float32)}
+        yield f"scale {value}", bad, ValueError, (f"out_scale is {value}", "positive")
 
 
 def bad_scales(gen: Gen, base: Call) -> Bad:

@@ -66,6 +66,29 @@ def layer_norm_linear(
     return linear(c, layer_norm(c, x, torch.ones_like(x[..., :1]), None, eps)[0], weight, bias)
 
 
+def gated_linear(
+    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu"
+) -> list[Tensor]:
+    """Row by row of the weight: blocks of eight gates and their ups, the last one shorter."""
+    n = weight.shape[0] // 2
+    product = linear(c, x, weight, bias)[0]
+    gates, ups = [], []
+    for first in range(0, n, 8):
+        size = min(8, n - first)
+        gates += range(2 * first, 2 * first + size)
+        ups += range(2 * first + size, 2 * first + 2 * size)
+    halves = torch.cat([product[..., gates], product[..., ups]], -1)
+    if activation == "silu":
+        return swiglu(c, halves)
+    return geglu(c, halves, "tanh" if activation == "gelu_tanh" else "none")
+
+
+def rms_norm_gated_linear(
+    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu", eps: float = 1e-6
+) -> list[Tensor]:
+    return gated_linear(c, rms_norm(c, x, torch.ones_like(x[..., :1]), eps)[0], weight, bias, activation)
+
+
 def int8_linear(
     c: torch.dtype,
     x: Tensor,

@@ -16,6 +16,7 @@ from tests.harness.attention_calls import (
     bad_batch,
     bad_batch_backward,
     bad_merge,
+    bad_out_scale,
     bad_paged,
     bad_scales,
     bad_varlen,
@@ -25,8 +26,10 @@ from tests.harness.attention_calls import (
     merge_calls,
     paged_8bit_calls,
     paged_calls,
+    paged_e4m3_calls,
     varlen_backward_calls,
     varlen_calls,
+    verify_e4m3,
 )
 from tests.harness.block_calls import (
     COPIED,
@@ -173,6 +176,41 @@ def layer_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str,
         call = {"weight": gen.randn(n, k, dtype=dtype), "bias": None}
         mean = 10.0 * gen.randn(rows, 1)
         yield f"{rows} rows off 0", with_sum(call | {"x": (gen.randn(rows, k) + mean).to(dtype)})
+
+
+def gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """N of whole blocks and not; gates open, shut and between."""
+    sizes = (
+        ((3,), 64, 24),
+        ((), 64, 8),
+        ((0,), 16, 8),
+        ((2, 5), 129, 33),
+        ((64,), 256, 63),
+        ((9,), 520, 136),
+        ((70,), 136, 264),
+        ((3,), 0, 5),
+        ((2,), 8, 0),
+    )
+    for index, (leading, k, n) in enumerate(sizes):
+        call = {
+            "x": gen.randn(*leading, k, dtype=dtype),
+            "weight": gen.randn(2 * n, k, dtype=dtype, scale=max(k, 1) ** -0.5 * (4.0 if index % 3 == 2 else 1.0)),
+            "activation": ("silu", "gelu_tanh", "gelu")[index % 3],
+        }
+        yield f"{leading} {k} {n}", call | {"bias": gen.randn(2 * n, dtype=dtype)}
+        yield f"{leading} {k} {n} no bias", call | {"bias": None, "activation": ("gelu_tanh", "silu")[index % 2]}
+
+
+def rms_norm_gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for name, call in gated_linear_calls(gen, dtype):
+        yield name, call | {"eps": 1e-6}
+
+
+def bad_gated_linear(gen: Gen, base: Call) -> Bad:
+    for value in ("SiLU", "", "relu", "tanh", None, 1):
+        yield f"activation {value}", {"activation": value}, ValueError, ("activation is", repr(value), "'gelu_tanh'")
+    odd = base["weight"][:-1].clone()
+    yield "a gate without its up", {"weight": odd, "bias": None}, ValueError, ("weight has shape", "2N", "even")
 
 
 def embedding_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -372,6 +410,23 @@ SPECS = (
         scalars={"eps": "nonnegative"},
     ),
     OpSpec(
+        "gated_linear",
+        ops.gated_linear,
+        gated_linear_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
+        formulas.gated_linear,
+        bad=bad_gated_linear,
+    ),
+    OpSpec(
+        "rms_norm_gated_linear",
+        ops.rms_norm_gated_linear,
+        rms_norm_gated_linear_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
+        formulas.rms_norm_gated_linear,
+        scalars={"eps": "nonnegative"},
+        bad=bad_gated_linear,
+    ),
+    OpSpec(
         "layer_norm_linear",
         ops.layer_norm_linear,
         layer_norm_linear_calls,
@@ -566,6 +621,16 @@ SPECS = (
         formulas.paged_attention,
         scalars=_SCALE | {"max_seqlen_q": "count", "batch_invariant": "flag"},
         bad=bad_paged,
+    ),
+    OpSpec(
+        "paged_attention",
+        ops.paged_attention,
+        paged_e4m3_calls,
+        {"q": Role((2,)), "out_scale": Role((0,), optional=True, layout=False)},
+        verify=verify_e4m3,
+        scalars=_SCALE | {"max_seqlen_q": "count"},
+        bad=bad_out_scale,
+        keeps_dtype=False,
     ),
     OpSpec(
         "batch_attention",

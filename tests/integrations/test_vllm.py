@@ -285,10 +285,31 @@ def test_what_it_cannot_do_is_said_with_the_value(monkeypatch: pytest.MonkeyPatc
         step = Step(CASES[0], backend, "cpu")
         with pytest.raises(NotImplementedError, match="causal"):
             builder_of(backend).build(0, step.common(causal=False))
-        with pytest.raises(NotImplementedError, match="output_scale is given"):
+        ones = torch.ones(1)
+        with pytest.raises(NotImplementedError, match="output_block_scale is given"):
             step.impl.forward(
-                step.layer, step.q, None, None, step.cache, None, output=step.out, output_scale=torch.ones(1)
+                step.layer, step.q, None, None, step.cache, None, step.out, output_scale=ones, output_block_scale=ones
             )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_output_in_fp8_for_the_next_product(shape: tuple[int, ...], device: str) -> None:
+    with installed() as backend:
+        key = vllm_interface.kFp8StaticTensorSym
+        step = Step(CASES[0], backend, device)
+        assert step.impl.fused_output_quant_supported(key)
+        assert not step.impl.fused_output_quant_supported(key._replace(scale="dynamic, per token"))
+        step.write(new=False)
+        step.write(new=True)
+        out, scale = step.out.to(torch.float8_e4m3fn), torch.full(shape, 0.01, device=device)
+        padding = out[sum(QUERIES) :].float().clone()
+        metadata = builder_of(backend, CASES[0].page).build(0, step.common())
+        given = {"output": out, "output_scale": scale}
+        assert step.impl.forward(step.layer, step.q, None, None, step.cache, metadata, **given) is out
+        torch.testing.assert_close(out[: sum(QUERIES)].float() * 0.01, step.expected(), rtol=0.08, atol=0.02)
+        assert torch.equal(out[sum(QUERIES) :].float(), padding)
+        step.impl.forward(step.layer, step.q, None, None, step.cache, None, **given)
+        assert not out.float().any()
 
 
 def test_batch_invariance_is_asked_for_by_vllms_switch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

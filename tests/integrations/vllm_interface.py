@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 M = TypeVar("M")
+_LAYERS = "vllm.model_executor.layers"
+_QUANTIZATION = f"{_LAYERS}.quantization"
 
 
 class DeviceCapability(NamedTuple):
@@ -50,6 +52,15 @@ class CUDAGraphMode(enum.Enum):
 class MultipleOf:
     def __init__(self, base: int) -> None:
         self.base = base
+
+
+class QuantKey(NamedTuple):
+    dtype: torch.dtype
+    scale: str
+    symmetric: bool = True
+
+
+kFp8StaticTensorSym = QuantKey(torch.float8_e4m3fn, "static, per tensor")  # noqa: N816, as vLLM has it
 
 
 class AttentionBackend:
@@ -135,6 +146,11 @@ def installed(layout: str = "NHD", batch_invariant: bool = False) -> Iterator[An
         "vllm.envs": envs,
         "vllm._custom_ops": custom_ops,
         "vllm.config": _module("vllm.config", CUDAGraphMode=CUDAGraphMode),
+        **{
+            name: _module(name, __path__=[])
+            for name in ("vllm.model_executor", _LAYERS, _QUANTIZATION, f"{_QUANTIZATION}.utils")
+        },
+        f"{_QUANTIZATION}.utils.quant_utils": _module("…quant_utils", kFp8StaticTensorSym=kFp8StaticTensorSym),
         "vllm.v1": _module("vllm.v1", __path__=[]),
         "vllm.v1.attention": _module("vllm.v1.attention", __path__=[]),
         "vllm.v1.attention.backend": _module("vllm.v1.attention.backend", **here),

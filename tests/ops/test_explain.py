@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,6 +162,44 @@ def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled:
     assert (config["head_dim"], config["v_head_dim"]) == compiled
 
 
+def test_batch_invariant_attention_of_a_sequence_is_told() -> None:
+    def explain(
+        tokens: int, keys: int = 9000, page: int = 16, tree: bool = False, heads: int = 32, bits: int = 16
+    ) -> Any:
+        dtype = torch.int8 if bits == 8 else torch.bfloat16
+        cache = torch.empty(100, page, 8, 128, dtype=dtype, device="meta")
+        return fastattn.explain(
+            "paged_attention", (tokens, heads, 128), cache, seqlen_k=keys, batch_invariant=True, tree=tree
+        )
+
+    splits = {keys: explain(1, keys) for keys in (0, 256, 257, 8192, 8193, 20_000)}
+    assert [(e.num_splits, e.split_keys) for e in splits.values()] == [
+        (1, 256), (1, 256), (2, 256), (32, 256), (17, 512), (20, 1024),
+    ]  # fmt: skip
+    assert "keys in 2 splits of 256" in str(splits[257]) and "not split" in str(splits[256])
+    assert (explain(1, 1000, bits=8).split_keys, explain(1, 1000, bits=8).num_splits) == (512, 2)
+    kernels = {
+        "paged_decode": [(8,), (8, 9000, 5, True), (9, 9000, 5, False, 32, 8), (40, 9000, 16, True, 32, 8)],
+        "sm90": [(9,), (65, 9000, 16, True), (1, 9000, 16, False, 33 * 8), (9, 9000, 8, False, 32, 8)],
+        "sm80": [(9, 9000, 5), (9, 9000, 16, True), (64, 9000, 16, True)],
+    }
+    for kernel, calls in kernels.items():
+        for call in calls:
+            assert explain(*call).kernel == kernel, call
+    assert "32 rows a KV head (8 tokens × 4 heads of a group): up to 32" in explain(8).why
+    assert "pages of 5 tokens are no multiple of 8" in explain(9, page=5).why
+    assert explain(9).num_ops == 4 * 32 * 128 * sum(range(8992, 9001))
+    cache = (100, 16, 8, 128)
+    for (q, k, options), message in {
+        ((1, 32, 128), cache, ()): "batch_invariant is False, expected True",
+        ((1, 32), cache, (("batch_invariant", True),)): r"q has shape \(1, 32\), expected 3",
+        ((1, 12, 128), cache, (("batch_invariant", True),)): "Hk to divide H",
+        ((1, 32, 128), cache, (("batch_invariant", True), ("seqlen_k", -1))): "seqlen_k is -1, expected",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            fastattn.explain("paged_attention", q, k, **dict(options))  # type: ignore[call-overload]
+
+
 def test_few_rows_of_a_group_are_packed() -> None:
     def packs(seqlen_q: int, heads: int, kv_heads: int = 8, head_dim: int = 128) -> bool:
         return bool(
@@ -201,8 +243,13 @@ def test_work_and_floor() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {}, "what is 'flash_bwd', expected 'flash_fwd', 'linear'"),
+        (
+            ("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)),
+            {},
+            "what is 'flash_bwd', expected 'flash_fwd', 'paged_attention', 'linear'",
+        ),
         (("linear", (1, 2, 3, 64), (64, 64)), {}, r"x has shape \(1, 2, 3, 64\), expected 1 to 3 dimensions"),
+        (("gated_linear", (2, 64), (63, 64)), {}, r"weight has shape \(63, 64\), expected \(2N, 64\), as many rows"),
         (("linear", (2, 64), (64, 72)), {}, r"weight has shape \(64, 72\), expected \(N, 64\) as x is \(2, 64\)"),
         (("flash_fwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
         (("flash_fwd", (1, 1, 1, 64), (2, 1, 1, 64)), {}, r"k has shape \(2, 1, 1, 64\), expected \(1, Sk, Hk, 64\)"),
@@ -228,6 +275,13 @@ def test_dense_layers() -> None:
         portable = fastattn.explain("layer_norm_linear", *odd)
         assert (portable.kernel, portable.block_m, portable.fuses_norm) == ("sm80", None, False)
         assert "behind a kernel for the norm" in str(portable)
+    gated = fastattn.explain("rms_norm_gated_linear", (16, 4096), (28672, 4096))
+    assert (gated.kernel, gated.fuses_norm, gated.fuses_gates) == ("sm90, few rows", True, True)
+    assert gated.num_bytes == 2 * (16 * 4096 + 28672 * 4096 + 16 * 14336)
+    assert "→ 28672, the norm inside, the gates inside" in str(gated)
+    assert fastattn.explain("linear", (100, 1032), (14336, 1032)).block_n == 224
+    assert fastattn.explain("gated_linear", (100, 1032), (14336, 1032)).block_n % 64 == 0
+    assert "before a kernel for the gates" in str(fastattn.explain("gated_linear", (16, 4096), (6136, 4096)))
 
 
 @settings(max_examples=400, deadline=None)
@@ -260,7 +314,23 @@ def test_products_in_8_bits_have_the_tiles_of_half_as_many_columns(m: int) -> No
         assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
         # Two levels of sums take registers that larger tiles do not have.
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True)
-        assert config["few_rows"] or config["block_n"] <= 192
+        assert config["few_rows"] or config["turns"] or config["block_n"] <= 192
+
+
+def test_turns_are_chosen_where_their_tiles_exist() -> None:
+    with_turns = set()
+    for m, n, k in itertools.product((256, 1024, 4096), (6144, 28672), (4096, 14336)):
+        for levels in (1, 2):
+            config_of = functools.partial(_runtime.gemm_sm90_config, m, n, k, 132, 1, two_levels=levels == 2)
+            assert not config_of(chooses_turns=False)["turns"]
+            assert not config_of(norm=True, chooses_turns=True)["turns"]
+            config = config_of(chooses_turns=True)
+            if config["turns"]:
+                # All rows of a tile in one group leave no registers for 256 columns; parts of a step do.
+                assert config["block_n"] in ((128, 192) if levels == 1 else (192, 256))
+                assert config["num_ctas"] == 2 * min(config["m_tiles"] * config["n_tiles"], 66)
+                with_turns.add(levels)
+    assert with_turns == {1, 2}
 
 
 def test_few_rows_fill_the_sms_in_one_wave() -> None:
@@ -290,26 +360,28 @@ def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
     tiles = config["m_tiles"] * config["n_tiles"]
     if config["many_rows"]:
         assert (x_bytes == 1 or m > 128) and config["num_splits"] == 1
-        assert config["num_ctas"] == min(tiles, num_sms)
-        assert not two_levels or config["block_n"] <= 192
+        assert config["num_ctas"] == 2 * min(tiles, max(1, num_sms // 2))  # pairs
+        assert not two_levels or config["block_m"] == 128
     else:
-        assert x_bytes == 2
+        assert x_bytes == 2 or not two_levels
         assert config["num_ctas"] == tiles * config["num_splits"]
         assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192)])
-def test_many_rows_with_weights_of_4_bits_become_numbers_in_shared_memory(n: int, k: int) -> None:
-    for m in (512, 1000, 1024, 4096, 8192):
+def test_of_many_rows_256_share_a_weight_that_was_converted(n: int, k: int) -> None:
+    for m in (512, 1000, 1024, 2048, 4096, 8192):
         config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
         assert config["many_rows"], m
+        assert m < 2048 or config["block_m"] == 256, m
     for m in (1, 64, 128):
         assert not _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)["many_rows"], m
 
 
-def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave() -> None:
+@pytest.mark.parametrize("x_bytes", [1, 2])
+def test_few_rows_with_weights_of_4_bits_fill_the_sms_in_one_wave(x_bytes: int) -> None:
     for n, k in ((6144, 4096), (4096, 14336), (8192, 8192), (1024, 8192)):
         for m in (1, 16, 64):
-            config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132)
+            config = _runtime.gemm_sm90_w4_config(m, n, k, 4.5, 132, x_bytes)
             assert config["m_tiles"] == 1
             assert 60 <= config["num_ctas"] <= 132 * config["ctas_per_sm"]

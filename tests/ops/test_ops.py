@@ -18,7 +18,8 @@ from tests.harness.opspec import Call, OpSpec, bad_calls, fresh, to_device, with
 from tests.harness.specs import SPECS
 
 DENSE = ("linear", "rms_norm_linear", "layer_norm_linear", "int4_linear", "fp4_linear")
-PRODUCTS = (*DENSE, *(spec.name for spec in SPECS if "_attention" in spec.name))
+GATED = ("gated_linear", "rms_norm_gated_linear")
+PRODUCTS = (*DENSE, *GATED, *(spec.name for spec in SPECS if "_attention" in spec.name))
 each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
@@ -55,6 +56,10 @@ def check_results(spec: OpSpec, call: Call, results: list[Tensor], what: str) ->
         # Hopper's tensor cores add fp8 products with fewer bits than fp32 has; that shows in an LSE.
         fp8 = result.is_cuda and any(isinstance(v, Tensor) and v.dtype is torch.float8_e4m3fn for v in host.values())
         noise = max(spec.noise, 1e-3) if fp8 and result.dtype is torch.float32 else spec.noise
+        if fp8 and "fast_accum" in host and right.numel():
+            # A step of 32 columns cuts the sum so far to 14 bits, towards zero: half of the last one on average.
+            columns = host["x"].shape[-1] if host["fast_accum"] else 128
+            noise += columns / 32 * 2.0**-14 * float(right.abs().max())
         assert_as_accurate(result, right, plain[result.dtype][i], name, noise)
 
 
@@ -80,7 +85,8 @@ def test_hostile_strides(spec: OpSpec, device: str) -> None:
         for packed, gapped in zip(spec.run(fresh(call)), spec.run(gaps), strict=True):
             # a CPU matrix product may take another path for other strides: equal up to its rounding
             if device == "cpu" and spec.name in PRODUCTS:
-                torch.testing.assert_close(gapped, packed, rtol=1e-4, atol=1e-5, equal_nan=True)
+                rtol = 2**-3 if packed.dtype is torch.float8_e4m3fn else 1e-4  # that is the next one
+                torch.testing.assert_close(gapped.float(), packed.float(), rtol=rtol, atol=1e-5, equal_nan=True)
             elif device == "cuda" and spec.name == "fp4_linear":
                 # gaps of 8 bytes: rows are not 16-byte aligned and take the plain kernel, which sums in another order
                 scale = float(packed.abs().max()) if packed.numel() else 0.0

@@ -68,6 +68,21 @@ def test_chunked_prefill_equals_one_prefill() -> None:
     torch.testing.assert_close(torch.cat([attend(0, 17), attend(17, 18), attend(18, 50)]), whole)
 
 
+def test_paged_attention_does_not_look_at_the_default_dtype() -> None:
+    """Several single tokens, which are computed together."""
+    gen = Gen(seed=6)
+    cache = pages(gen, [9, 30, 17], 8, 2, 16, torch.bfloat16)
+    call = (gen.randn(3, 4, 16, dtype=torch.bfloat16), cache.k_cache, cache.v_cache, gen.tensor([0, 1, 2, 3]))
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):  # what is kept for later calls must not hide the first
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(ops.paged_attention(*call, gen.tensor([9, 30, 17]), cache.block_table, 1))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("options", [{}, {"window_size": (2, 0)}, {"window_size": (7, 0)}], ids=str)
 def test_a_node_of_a_tree_is_the_end_of_its_path(options: dict[str, object]) -> None:
     """What it would be if the guesses on its path were all that there are, positions included; a word of a chain is causal."""

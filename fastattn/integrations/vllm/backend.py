@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 from vllm import envs
 from vllm.config import CUDAGraphMode
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -258,6 +259,10 @@ class FastattnImpl(AttentionImpl[FastattnMetadata]):
         else:
             self._fp32_sinks.copy_(self.sinks.detach())
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Whether `forward` can quantize: then vLLM's compiler leaves that of the projection behind to it (fuse_attn_quant)."""
+        return bool(quant_key == kFp8StaticTensorSym)
+
     def forward(
         self,
         layer: Any,
@@ -270,9 +275,12 @@ class FastattnImpl(AttentionImpl[FastattnMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query, output: (T, num_heads, head_size); output is written. The step's key and value are in kv_cache already."""
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("fastattn: output_scale is given, expected None: the output is in 16 bits")
+        """query, output: (T, num_heads, head_size); output is written. The step's key and value are in kv_cache already.
+
+        output_scale: of one element, with output in e4m3, of the results divided by it.
+        """
+        if output_block_scale is not None:
+            raise NotImplementedError("fastattn: output_block_scale is given, expected None: out has one scale, in fp8")
         if attn_metadata is None:  # a run that measures memory
             return output.fill_(0)
         num_tokens = attn_metadata.num_actual_tokens
@@ -297,6 +305,7 @@ class FastattnImpl(AttentionImpl[FastattnMetadata]):
             k_scale=k_scale,
             v_scale=v_scale,
             batch_invariant=self.batch_invariant,
+            out_scale=None if output_scale is None else output_scale.reshape(1),
             out=output[:num_tokens],
         )
         return output

@@ -1,18 +1,25 @@
 // Conversion to and from fp8 (e4m3).
 #pragma once
 
+#include "arch/e4m3_round.cuh"
 #include "device.h"
 
 namespace fastattn {
 
-inline uint32_t pack_e4m3(float a, float b, float c, float d) {
-  const float values[4] = {a, b, c, d};
+// As sm_90 does it, which must be as sm_80 does.
+inline uint32_t pack_e4m3(float a, float b) {
+  const float values[2] = {a, b};
   uint32_t packed = 0;
-  for (int i = 0; i < 4; ++i) {
-    packed |= static_cast<uint32_t>(__nv_cvt_float_to_fp8(values[i], __NV_SATFINITE, __NV_E4M3)) << 8 * i;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t code = __nv_cvt_float_to_fp8(values[i], __NV_SATFINITE, __NV_E4M3);
+    if (code != round_e4m3(values[i]) && values[i] == values[i]) {
+      emulator::fail("round_e4m3 of " + std::to_string(values[i]) + " is not the nearest e4m3");
+    }
+    packed |= code << 8 * i;
   }
   return packed;
 }
+inline uint32_t pack_e4m3(float a, float b, float c, float d) { return pack_e4m3(a, b) | pack_e4m3(c, d) << 16; }
 
 inline uint32_t pack_e4m3_pairs(uint32_t low, uint32_t high) {
   const uint16_t halves[4] = {static_cast<uint16_t>(low), static_cast<uint16_t>(low >> 16), static_cast<uint16_t>(high),

@@ -20,8 +20,8 @@ inline void move_matrices(uint32_t address, uint32_t (&fragments)[4], bool store
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 8; ++i) {
         const int matrix = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
-        unsigned char* const element =
-            smem_bytes + lanes[matrix * 8 + (transposed ? column : row)]->address + (transposed ? row : column) * 2;
+        unsigned char* const element = smem_of(this_rank()) + lanes[matrix * 8 + (transposed ? column : row)]->address +
+                                       (transposed ? row : column) * 2;
         char* const in_register = reinterpret_cast<char*>(lanes[lane]->fragments + matrix) + i % 2 * 2;
         if (store) {
           std::memcpy(element, in_register, 2);
@@ -52,6 +52,10 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row_address) {
 inline void store_matrices(uint32_t address, const uint32_t (&fragments)[4]) {
   uint32_t copy[4] = {fragments[0], fragments[1], fragments[2], fragments[3]};
   emulator::move_matrices(address, copy, true, false);
+}
+inline void store_matrices_trans(uint32_t address, const uint32_t (&fragments)[4]) {
+  uint32_t copy[4] = {fragments[0], fragments[1], fragments[2], fragments[3]};
+  emulator::move_matrices(address, copy, true, true);
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer of Llama-style decoders."""
+"""The gated feed-forward layer of the engine's decoders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastattn.nn.parallel import ALONE, TensorParallel
 _ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
 
 
-class GatedMLP(Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020), with gate and up as one GEMM. Each rank has a part of the intermediate."""
+class ParallelMLP(Module):
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020), gate and up one GEMM of any weights. Each rank has a part of the intermediate."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class GatedMLP(Module):
     ) -> None:
         super().__init__()
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"GatedMLP: activation is {activation!r}, allowed are {sorted(_ACTIVATIONS)}")
+            raise ValueError(f"ParallelMLP: activation is {activation!r}, allowed are {sorted(_ACTIVATIONS)}")
         self.tp = tp
         rows, columns = tp.shard(intermediate_size), tp.shard(intermediate_size, dim=1)
         self.gate_up_proj = MergedLinear(hidden_size, (("gate_proj", rows), ("up_proj", rows)), bias)

@@ -1,0 +1,71 @@
+// What the Hopper GEMMs for weights of 4 bits share: the products of 256 columns, of which a lane makes wgmma's left
+// operand in registers while the products before them run.
+#pragma once
+
+#include "arch/mbarrier.cuh"
+#include "arch/wgmma.cuh"
+#include "gemm/gemm_sm90_w4_operands.cuh"
+
+namespace fastattn {
+
+// `rows`: where the first of them begins in a stage's weight, whose chunks of 16 bytes change places within eight rows.
+__device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, int lane) {
+  const uint32_t address = rows + (chunk ^ lane / 4) * 16;
+  return {load_shared_16_bytes(address), load_shared_16_bytes(address + 8 * 128)};
+}
+
+// acc (64, BLOCK_M) += the products of a stage's weight, at `rows`, and of x, in two sets of two fragments that live
+// from one stage to the next.
+//
+//   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments in their place │ x_of(i) │ products of i
+//   ◄──────────────────────────── the products of i - 1 run ────────────────────────────►
+//
+// i counts two products, 64 bytes of a row of x. released(i): what the products up to i - 2 have read is free. x_of(i):
+// where the panel of x is, 128 bytes a row, that i has half of. is_first: acc has nothing yet.
+// Sums in two levels are of a panel, and added up when its products are over.
+template <typename Operands, int BLOCK_M, typename Released, typename XOf>
+__device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], uint32_t (&a)[2][2][4], uint32_t rows,
+                                                  const GemmSm90W4Scales<typename Operands::Format>& scales,
+                                                  bool is_first, int lane, Released released, XOf x_of) {
+  using Element = typename Operands::Element;
+  using Product = Wgmma<Element, BLOCK_M>;
+  constexpr int COLUMNS = 64 / sizeof(Element), CODES = COLUMNS / 32;
+  const uint32_t select = Operands::selector(lane);
+  float part[Operands::kTwoLevels ? BLOCK_M / 8 : 1][4];
+#pragma unroll
+  for (int i = 0; i < kGemmSm90W4StageK / COLUMNS; ++i) {
+    uint32_t (&fragments)[2][4] = a[i % 2];
+    GemmSm90W4Codes codes[CODES];
+#pragma unroll
+    for (int j = 0; j < CODES; ++j) codes[j] = load_codes(rows, i * CODES + j, lane);
+    wgmma_wait<1>();
+    pin_registers(fragments);
+    released(i);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      Operands::make_fragment(fragments[j], codes[j * CODES / 2], j, select, scales, i * COLUMNS + j * COLUMNS / 2,
+                              lane);
+    }
+    const WgmmaDescriptor x = x_of(i);
+    wgmma_fence();
+    if constexpr (Operands::kTwoLevels) {
+      Product::rs_k(part, fragments[0], x.plus(i % 2 * 64), i % 2);
+      Product::rs_k(part, fragments[1], x.plus(i % 2 * 64 + 32), 1);
+      wgmma_commit();
+      if (i % 2 == 0) continue;
+      wgmma_wait<0>();
+      pin_registers(part);
+#pragma unroll
+      for (int t = 0; t < BLOCK_M / 8; ++t) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[t][j] = i == 1 && is_first ? part[t][j] : acc[t][j] + part[t][j];
+      }
+    } else {
+      Product::rs_k(acc, fragments[0], x.plus(i % 2 * 64), i > 0 || !is_first);
+      Product::rs_k(acc, fragments[1], x.plus(i % 2 * 64 + 32), 1);
+      wgmma_commit();
+    }
+  }
+}
+
+}  // namespace fastattn
