@@ -85,7 +85,7 @@ def greedy(folder: str, backend: str) -> list[dict[str, Any]]:
     """Of each prompt the tokens, and the log-probabilities of the two best at each."""
     from vllm import SamplingParams, TokensPrompt
 
-    llm = engine(folder, backend, max_model_len=2048, gpu_memory_utilization=0.25)
+    llm = engine(folder, backend, max_model_len=2048, gpu_memory_utilization=0.2, kv_cache_memory_bytes=4 << 30)
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
     rows = []
     for out in llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts()], params, use_tqdm=False):
