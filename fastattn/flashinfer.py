@@ -5,6 +5,7 @@ from fastattn.integrations.flashinfer.cache import (
     get_batch_indices_positions,
     get_seq_lens,
 )
+from fastattn.integrations.flashinfer.cascade import MultiLevelCascadeAttentionWrapper
 from fastattn.integrations.flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
@@ -57,6 +58,7 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "MultiLevelCascadeAttentionWrapper",
     "append_paged_kv_cache",
     "apply_llama31_rope",
     "apply_llama31_rope_inplace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.families import (
+    cascade,
     engine_cpu,
     engine_gpu,
     flash_bwd,
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
         paged.DECODE,
         paged.PREFILL,
         paged.INVARIANT,
+        cascade.FAMILY,
         engine_cpu.FAMILY,
         engine_gpu.FAMILY,
         speculation.CPU,

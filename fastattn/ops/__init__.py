@@ -6,6 +6,7 @@ from fastattn.ops.attention import batch_attention, paged_attention, varlen_atte
 from fastattn.ops.attention_backward import batch_attention_backward, varlen_attention_backward
 from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
+from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
 from fastattn.ops.embedding import embedding
 from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
 from fastattn.ops.linear import linear
@@ -24,11 +25,13 @@ from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
 
 __all__ = [
+    "CascadeLevel",
     "add_rms_norm",
     "adjust_logits",
     "apply_token_bitmask",
     "batch_attention",
     "batch_attention_backward",
+    "cascade_attention",
     "copy_blocks",
     "embedding",
     "fp4_fp8_linear",
@@ -51,6 +54,7 @@ __all__ = [
     "rms_norm_linear",
     "rope_kv_write",
     "sample",
+    "shared_prefix_levels",
     "speculative_sample",
     "swap_blocks",
     "swiglu",

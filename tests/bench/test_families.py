@@ -470,6 +470,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
             ".*": 56,
         },
         "paged_prefill": {".*": 21},
+        "cascade": {".*": 8},
         "paged_invariant": {"_usual$": 11, "_invariant$": 11},
         **{name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44} for name in ("gemm_bf16", "gemm_int8", "gemm_fp8")},
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, r"^w4a8_m(512|1024|4096|8192)_": 32, ".*": 188},

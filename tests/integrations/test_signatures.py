@@ -102,6 +102,17 @@ EXPECTED: list[tuple[Callable[..., Any], str]] = [
         "rope_theta=None, non_blocking=True, block_tables=None, seq_lens=None, fixed_split_size=None, "
         "disable_split_kv=False, q_len_per_req=1, window_right=0",
     ),
+    (
+        flashinfer.MultiLevelCascadeAttentionWrapper,
+        "num_levels, float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, qo_indptr_buf_arr=None, "
+        "paged_kv_indptr_buf_arr=None, paged_kv_indices_buf_arr=None, paged_kv_last_page_len_buf_arr=None",
+    ),
+    (
+        flashinfer.MultiLevelCascadeAttentionWrapper.plan,
+        "self, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, num_qo_heads, num_kv_heads, "
+        "head_dim, page_size, causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False, sm_scale=None, "
+        "window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, q_data_type='float16', kv_data_type=None",
+    ),
     (flashinfer.merge_state, "v_a, s_a, v_b, s_b"),
     (flashinfer.merge_state_in_place, "v, s, v_other, s_other, mask=None"),
     (flashinfer.merge_states, "v, s"),
