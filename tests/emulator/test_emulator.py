@@ -306,8 +306,8 @@ MUTANTS = [
     Mutant(
         "values are loaded while other warps still multiply by those before",
         SM80,
-        "    __syncthreads();\n    load_kv(kv.v, v_chunks, smem.v, step);\n",
-        "    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "    __syncthreads();\n    load_kv(kv.v, ",
+        "    load_kv(kv.v, ",
         "flash_sm80_hd64.cu",
         "64",
         "expected",
