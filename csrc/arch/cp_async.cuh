@@ -11,13 +11,14 @@
 
 namespace fastattn {
 
-// Copies 16 bytes, or writes 16 zero bytes if `valid` is false; then `source` is not read (but give
-// it a legal address all the same). Both addresses must be multiples of 16. L2 only (.cg): tiles
-// are read once per CTA.
-__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(destination)), "l"(source),
-               "r"(valid ? 16 : 0)
+// Copies 16 bytes, or writes 16 zero bytes if `valid` is false; then `source` is not read. Both
+// addresses must be multiples of 16. L2 only (.cg): tiles are read once per CTA.
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid) {
+  cp_async_16(shared_address(destination), source, valid);
 }
 
 // The same for one value of 4 bytes.

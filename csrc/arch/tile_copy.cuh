@@ -18,6 +18,15 @@ struct ChunkOfThread {
   static constexpr int kRowsPerPass = THREADS / kLanes;
   const int row = threadIdx.x / kLanes;
   const int chunk = threadIdx.x % kLanes;
+
+  // Byte offset in a swizzled tile of the thread's first chunk in its first row. From it those of all its chunks follow
+  // with constants: no bit of a pass's first row is one of the thread's, nor one of a later chunk's number swizzled.
+  __device__ __forceinline__ uint32_t offset() const { return swizzled<COLS>(row, chunk) * 2; }
+  static __device__ __forceinline__ uint32_t at(uint32_t offset, int pass, int chunk_idx) {
+    const int pass_row = pass * kRowsPerPass;
+    const int swizzle = swizzled<COLS>(pass_row, 0) - pass_row * COLS;
+    return (offset ^ swizzle * 2) + pass_row * COLS * 2 + chunk_idx * kLanes * 16;
+  }
 };
 
 // Asks for ROWS x COLS elements; rows from valid_rows on and chunks from valid_chunks on are zeros. At least one row is

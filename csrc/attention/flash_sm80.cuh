@@ -138,9 +138,16 @@ struct FlashSm80Storage {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
+// Bytes between the rows of contiguous K and V that a thread copies one after the other. Made on the host side, so that
+// they are operands of additions and not computed in each step.
+struct PassStrides {
+  int64_t k, v;
+};
+
 template <typename T, int HEAD_DIM, typename KvLoader, typename Mask>
 __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
-    flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale) {
+    flash_sm80_kernel(const __grid_constant__ FlashSm80Params p, const ScoreScale score_scale,
+                      const PassStrides pass_strides) {
   using Storage = FlashSm80Storage<T, HEAD_DIM>;
   constexpr FlashSm80Tile kTile = Storage::kTile;
   constexpr int BLOCK_M = kTile.block_m;
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   extern __shared__ __align__(128) unsigned char smem_bytes[];
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
 
-  const int warp_idx = threadIdx.x / 32;
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // else it is read anew in each step
   const int lane = threadIdx.x % 32;
 
   // ---- which tile. The last rows come first: with a causal mask they have the most keys.
@@ -279,36 +286,51 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
       });
     }
   };
-  const auto load_kv = [&](const KvOperand<T>& operand, int32_t operand_chunks, T* tile, int32_t load_step) {
+  // Of contiguous keys: the thread's first chunk in its first row of the next step. Steps advance it, so that an
+  // address costs one addition a row.
+  const auto first_source = [&](const KvOperand<T>& operand) -> const char* {
+    if (!KvLoader::kContiguous) return nullptr;
+    return reinterpret_cast<const char*>(kv.row(operand, step * BLOCK_N + place.row) + place.chunk * 8);
+  };
+  const char* next_k = first_source(kv.k);
+  const char* next_v = first_source(kv.v);
+  const uint32_t place_offset = computed_once(place.offset());
+  const auto load_kv = [&](const KvOperand<T>& operand, const char*& next, int64_t pass_stride, int32_t operand_chunks,
+                           const T* tile, int32_t load_step) {
     const int32_t first_key = load_step * BLOCK_N;
-    if (KvLoader::kContiguous && first_key >= seen_by_any.begin && first_key + BLOCK_N <= seen_by_any.end) {
-      // Most steps: rows at equal distances, all of them seen.
-      const T* source = kv.row(operand, first_key + place.row);
+    const uint32_t target = shared_address(tile) + place_offset;
+    const bool all_seen = first_key >= seen_by_any.begin && first_key + BLOCK_N <= seen_by_any.end;
+    if (KvLoader::kContiguous && all_seen) {  // most steps; a chunk behind the row's end is not read
 #pragma unroll
       for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
-        each_chunk([&](int chunk) {
-          const bool valid = chunk < operand_chunks;
-          cp_async_16(tile + swizzled<HEAD_DIM>(place.row + i * ROWS_PER_PASS, chunk),
-                      source + recompute(valid ? chunk * 8 : 0), valid);
-        });
-        source += ROWS_PER_PASS * operand.token_stride;
+#pragma unroll
+        for (int j = 0; j < CHUNKS / Place::kLanes; ++j) {
+          cp_async_16(Place::at(target, i, j), next + j * Place::kLanes * 16,
+                      place.chunk + j * Place::kLanes < operand_chunks);
+        }
+        next += pass_stride;
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < BLOCK_N / ROWS_PER_PASS; ++i) {
-      const int tile_row = place.row + i * ROWS_PER_PASS;
-      const int32_t key = first_key + tile_row;
-      const T* const source = key >= seen_by_any.begin && key < seen_by_any.end ? kv.row(operand, key) : nullptr;
-      each_chunk([&](int chunk) {
-        const bool valid = source != nullptr && chunk < operand_chunks;
-        cp_async_16(tile + swizzled<HEAD_DIM>(tile_row, chunk), valid ? source + chunk * 8 : operand.base, valid);
-      });
+      const int32_t key = first_key + place.row + i * ROWS_PER_PASS;
+      const bool seen = key >= seen_by_any.begin && key < seen_by_any.end;
+      const T* row = nullptr;
+      if (seen) row = KvLoader::kContiguous ? reinterpret_cast<const T*>(next) : kv.row(operand, key);
+      const T* const source = KvLoader::kContiguous ? row : row + place.chunk * 8;
+#pragma unroll
+      for (int j = 0; j < CHUNKS / Place::kLanes; ++j) {
+        const bool valid = row != nullptr && place.chunk + j * Place::kLanes < operand_chunks;
+        cp_async_16(Place::at(target, i, j), valid ? source + j * Place::kLanes * 8 : static_cast<const T*>(p.k),
+                    valid);
+      }
+      next += KvLoader::kContiguous ? pass_stride : 0;
     }
   };
 
   load_q();
-  load_kv(kv.k, head_chunks, smem.k, step);
+  load_kv(kv.k, next_k, pass_strides.k, head_chunks, smem.k, step);
   cp_async_commit();
 
   // ---- main loop
@@ -321,6 +343,15 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   // Softcap and ALiBi give scores in base 2; without them the softmax scales.
   const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
   const float softmax_scale = general ? 1.0f : score_scale.pre;
+  // Keys whose products are scores as they are, for all rows.
+  const KeyRange plain_keys = general ? KeyRange{0, 0} : seen_by_all;
+
+  WarpOperandA<HEAD_DIM> queries(smem.q, warp_row);
+  WarpOperandB<HEAD_DIM> keys(smem.k, 0);
+  WarpOperandB<HEAD_DIM, true> values(smem.v, 0);
+  for (uint32_t* address : {&queries.lane.address, &keys.lane.address, &values.lane.address}) {
+    *address = computed_once(*address);
+  }
 
   OnlineSoftmax<TILES_M> softmax;
   float acc[TILES_M][HEAD_DIM / 8][4] = {};
@@ -328,51 +359,58 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   for (; step < end_step; ++step) {
     cp_async_wait<0>();
     __syncthreads();
-    load_kv(kv.v, v_chunks, smem.v, step);
+    load_kv(kv.v, next_v, pass_strides.v, v_chunks, smem.v, step);
     cp_async_commit();
 
-    float scores[TILES_M][BLOCK_N / 8][4] = {};
+    float scores[TILES_M][BLOCK_N / 8]
+                [4];  // zeros only where products follow, the first of which need none in registers
     if (warp_has_rows) {
-      warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, WarpOperandA<HEAD_DIM>(smem.q, warp_row),
-                                         WarpOperandB<HEAD_DIM>(smem.k, 0));
+#pragma unroll
+      for (int i = 0; i < TILES_M * BLOCK_N / 8; ++i) {
+#pragma unroll
+        for (float& score : scores[i / (BLOCK_N / 8)][i % (BLOCK_N / 8)]) score = 0.0f;
+      }
+      warp_gemm<T, HEAD_DIM / 16, AHEAD>(scores, queries, keys);
     }
     cp_async_wait<0>();
     __syncthreads();
-    if (step + 1 < end_step) load_kv(kv.k, head_chunks, smem.k, step + 1);
+    if (step + 1 < end_step) load_kv(kv.k, next_k, pass_strides.k, head_chunks, smem.k, step + 1);
     cp_async_commit();
 
     if (warp_has_rows) {
       const int32_t first_key = step * BLOCK_N;
       const int32_t lane_key = first_key + 2 * (lane % 4);
-      if (general) {
+      if (first_key < plain_keys.begin || first_key + BLOCK_N > plain_keys.end) {
+        if (general) {
 #pragma unroll
-        for (int i = 0; i < 2 * TILES_M; ++i) {
-          const int32_t row = lane_row(i / 2, i % 2);
-          const typename Mask::Row mask_row = mask.row(p.group_size.divide(row));
-          const float slope = p.alibi_slopes == nullptr
-                                  ? 0.0f
-                                  : kLog2E * p.alibi_slopes[seq_idx * p.alibi_batch_stride + row_head(row)];
+          for (int i = 0; i < 2 * TILES_M; ++i) {
+            const int32_t row = lane_row(i / 2, i % 2);
+            const typename Mask::Row mask_row = mask.row(p.group_size.divide(row));
+            const float slope = p.alibi_slopes == nullptr
+                                    ? 0.0f
+                                    : kLog2E * p.alibi_slopes[seq_idx * p.alibi_batch_stride + row_head(row)];
 #pragma unroll
-          for (int j = 0; j < BLOCK_N / 4; ++j) {
-            float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
-            score *= score_scale.pre;
-            if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
-            score -= slope * mask_row.distance(lane_key + j / 2 * 8 + j % 2);
+            for (int j = 0; j < BLOCK_N / 4; ++j) {
+              float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
+              score *= score_scale.pre;
+              if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
+              score -= slope * mask_row.distance(lane_key + j / 2 * 8 + j % 2);
+            }
           }
         }
-      }
-      if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
+        if (first_key < seen_by_all.begin || first_key + BLOCK_N > seen_by_all.end) {
 #pragma unroll
-        for (int i = 0; i < 2 * TILES_M; ++i) {
-          const typename Mask::Row mask_row = mask.row(p.group_size.divide(lane_row(i / 2, i % 2)));
+          for (int i = 0; i < 2 * TILES_M; ++i) {
+            const typename Mask::Row mask_row = mask.row(p.group_size.divide(lane_row(i / 2, i % 2)));
 #pragma unroll
-          for (int j = 0; j < BLOCK_N / 4; ++j) {
-            if (!mask_row.sees(lane_key + j / 2 * 8 + j % 2)) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
+            for (int j = 0; j < BLOCK_N / 4; ++j) {
+              if (!mask_row.sees(lane_key + j / 2 * 8 + j % 2)) scores[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
+            }
           }
         }
       }
       softmax.update(scores, acc, softmax_scale);
-      warp_gemm_registers<T, AHEAD>(acc, scores, WarpOperandB<HEAD_DIM, true>(smem.v, 0));
+      warp_gemm_registers<T, AHEAD>(acc, scores, values);
     }
   }
   cp_async_wait<0>();
@@ -444,8 +482,10 @@ cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
   if (num_ctas == 0) return cudaSuccess;
   if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  constexpr int64_t kPassBytes = ChunkOfThread<HEAD_DIM, FlashSm80Storage<T, HEAD_DIM>::kNumThreads>::kRowsPerPass * 2;
   return launch_kernel(flash_sm80_kernel<T, HEAD_DIM, KvLoader, Mask>, num_ctas, p.config.tile.num_threads(),
-                       kSmemBytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
+                       kSmemBytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap),
+                       PassStrides{p.k_token_stride * kPassBytes, p.v_token_stride * kPassBytes});
 }
 
 }  // namespace fastattn

@@ -4,6 +4,7 @@
 // subtracts the maximum, and exp is one ex2.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "arch/exp2.cuh"
@@ -77,37 +78,43 @@ struct OnlineSoftmax {
   template <int NUM_TILES, int NUM_OUT_TILES>
   __device__ __forceinline__ void update(float (&scores)[TILES_M][NUM_TILES][4],
                                          float (&out)[TILES_M][NUM_OUT_TILES][4], float scale) {
-    float correction[TILES_M][2];
-    bool moves = false;
+    // All rows go through each exchange between lanes together, so as to wait for it once.
+    float new_max[TILES_M][2];
 #pragma unroll
-    for (int m = 0; m < TILES_M; ++m) {
+    for (int i = 0; i < 2 * TILES_M; ++i) {
+      const auto of_tile = [&](int tile) {
+        return fmaxf(scores[i / 2][tile][i % 2 * 2], scores[i / 2][tile][i % 2 * 2 + 1]);
+      };
+      float parts[2] = {fmaxf(row_max[i / 2][i % 2], of_tile(0)), of_tile(NUM_TILES - 1)};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float new_max = row_max[m][half];
-#pragma unroll
-        for (int tile = 0; tile < NUM_TILES; ++tile) {
-          new_max = fmaxf(new_max, fmaxf(scores[m][tile][2 * half], scores[m][tile][2 * half + 1]));
-        }
-        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 1));
-        new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, 2));
-        const float growth = (new_max - row_max[m][half]) * scale;  // NaN if nothing was seen yet, nor is now
-        correction[m][half] = 1.0f;
-        if (growth > kSlack) {
-          correction[m][half] = exp2_approx(-growth);
-          row_max[m][half] = new_max;
-          moves = true;
-        }
-      }
+      for (int tile = 1; tile < NUM_TILES - 1; ++tile) parts[tile % 2] = fmaxf(parts[tile % 2], of_tile(tile));
+      new_max[i / 2][i % 2] = fmaxf(parts[0], parts[1]);
     }
-    // Other rows are multiplied by 1, so that a row does not depend on its neighbours.
-    if (__any_sync(0xffffffffu, moves)) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
 #pragma unroll
       for (int i = 0; i < 2 * TILES_M; ++i) {
-        row_sum[i / 2][i % 2] *= correction[i / 2][i % 2];
+        float& row = new_max[i / 2][i % 2];
+        row = fmaxf(row, __shfl_xor_sync(0xffffffffu, row, distance));
+      }
+    }
+    // NaN if nothing was seen yet, nor is now; a maximum passes over that.
+    const auto growth = [&](int i) { return new_max[i / 2][i % 2] - row_max[i / 2][i % 2]; };
+    float largest = growth(0);
+#pragma unroll
+    for (int i = 1; i < 2 * TILES_M; ++i) largest = fmaxf(largest, growth(i));
+    // Other rows are multiplied by 1, so that a row does not depend on its neighbours.
+    if (__any_sync(0xffffffffu, largest * scale > kSlack)) {
+#pragma unroll
+      for (int i = 0; i < 2 * TILES_M; ++i) {
+        const bool row_moves = growth(i) * scale > kSlack;
+        const float correction = row_moves ? exp2_approx(-growth(i) * scale) : 1.0f;
+        if (row_moves) row_max[i / 2][i % 2] = new_max[i / 2][i % 2];
+        row_sum[i / 2][i % 2] *= correction;
 #pragma unroll
         for (int tile = 0; tile < NUM_OUT_TILES; ++tile) {
-          out[i / 2][tile][i % 2 * 2] *= correction[i / 2][i % 2];
-          out[i / 2][tile][i % 2 * 2 + 1] *= correction[i / 2][i % 2];
+          out[i / 2][tile][i % 2 * 2] *= correction;
+          out[i / 2][tile][i % 2 * 2 + 1] *= correction;
         }
       }
     }
@@ -115,7 +122,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < TILES_M; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float origin = finite_max(row_max[m][half]) * scale;
+        const float origin = fmaxf(row_max[m][half] * scale, -FLT_MAX);  // see finite_max
 #pragma unroll
         for (int tile = 0; tile < NUM_TILES; ++tile) {
 #pragma unroll

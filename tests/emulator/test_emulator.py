@@ -28,6 +28,9 @@ CSRC = ROOT / "csrc"
 NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kernel
 NUM_CPUS = len(os.sched_getaffinity(0))
 
+# Beside the first ones: many rows with one key, whose LSE is a score as wgmma adds it up, which 2e-4 did not allow.
+FURTHER_CALLS = {"flash_fwd_sm90": 144}
+
 KERNELS = {
     "flash_fwd_sm90": [*sorted(CSRC.glob("attention/flash_fwd_sm90*.cu")), CSRC / "attention/flash_combine.cu"],
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
@@ -113,6 +116,8 @@ def test_drawn_calls(build: Build, kernel: str) -> None:
     edges = [NUM_CALLS * part // parts for part in range(parts + 1)]
     with ThreadPoolExecutor(NUM_CPUS) as pool:
         reports = list(pool.map(lambda part: run(program, edges[part], edges[part + 1]), range(parts)))
+    if kernel in FURTHER_CALLS:
+        reports.append(run(program, FURTHER_CALLS[kernel], FURTHER_CALLS[kernel] + 1))
     assert not any(reports), "\n".join(filter(None, reports))
 
 
@@ -301,8 +306,8 @@ MUTANTS = [
     Mutant(
         "values are loaded while other warps still multiply by those before",
         SM80,
-        "    __syncthreads();\n    load_kv(kv.v, v_chunks, smem.v, step);\n",
-        "    load_kv(kv.v, v_chunks, smem.v, step);\n",
+        "    __syncthreads();\n    load_kv(kv.v, ",
+        "    load_kv(kv.v, ",
         "flash_sm80_hd64.cu",
         "64",
         "expected",
