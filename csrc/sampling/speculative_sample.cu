@@ -66,38 +66,52 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     return Row<T>{static_cast<const T*>(logits) + idx * stride, p.vocab_size, p.temperature[row_idx], smem.list};
   };
 
-  Limited<T> target;
-  target.row = row_of(p.logits, row_idx, p.logits_stride);
-  const int32_t best_id = find_peak(target.row, smem);
-  if (best_id < 0 || target.row.temperature <= 0.0f) return answer(best_id);
-  set_limits(target, smem, p, row_idx);
-  const uint4 words = philox_words(p.seed[row_idx], p.position[row_idx]);
-  const auto target_weight = [&](int32_t, float x) { return target.weight(x); };
-
-  const int32_t draft_row = params.draft_rows[row_idx];
-  bool is_drafted = draft_row >= 0 && draft_row < params.num_draft_rows;
-  const int32_t token = is_drafted ? params.draft_token_ids[row_idx] : 0;
-  is_drafted = is_drafted && token >= 0 && token < p.vocab_size;
-  Limited<T> draft;
-  if (is_drafted) {
-    draft.row = row_of(params.draft_logits, draft_row, params.draft_stride);
-    is_drafted = find_peak(draft.row, smem) >= 0;
+  Limited<T> target, draft;
+  int32_t draft_row = -1, token = -1;
+  bool is_drafted = false;
+  // A turn for each row, and one draw for all ends: what is done with a row is large, and nvcc takes seconds for every
+  // copy of it.
+#pragma unroll 1
+  for (bool first = true;; first = false) {
+    Limited<T> limited;
+    limited.row = first ? row_of(p.logits, row_idx, p.logits_stride)
+                        : row_of(params.draft_logits, draft_row, params.draft_stride);
+    const int32_t best_id = find_peak(limited.row, smem);
+    if (first) {
+      if (best_id < 0 || limited.row.temperature <= 0.0f) return answer(best_id);
+    } else {
+      is_drafted = best_id >= 0;
+      if (!is_drafted) break;
+    }
+    set_limits(limited, smem, p, row_idx);
+    if (!first) {
+      draft = limited;
+      break;
+    }
+    target = limited;
+    draft_row = params.draft_rows[row_idx];
+    if (draft_row < 0 || draft_row >= params.num_draft_rows) break;
+    token = params.draft_token_ids[row_idx];
+    if (token < 0 || token >= p.vocab_size) break;
   }
-  if (!is_drafted) return answer(draw(target.row, smem, words.x, target_weight));
-  set_limits(draft, smem, p, row_idx);
-
-  const double accept = static_cast<double>(words.y) * 0x1p-32;
-  if (accept * draft.probability(token) < target.probability(token)) return answer(token);
 
   const auto left = [&](int32_t id, float x) {
     const unsigned long long ours = target.fixed_probability(x);
     const unsigned long long theirs = draft.fixed_probability(draft.row.logit(id));
     return ours > theirs ? ours - theirs : 0ull;
   };
-  unsigned long long total = 0;
-  target.row.each_id([&](int32_t id, float x) { total += left(id, x); });
-  if (target.row.team.sum(smem, total) == 0) return answer(draw(target.row, smem, words.z, target_weight));
-  answer(draw(target.row, smem, words.z, left));
+  const uint4 words = philox_words(p.seed[row_idx], p.position[row_idx]);
+  uint32_t u = words.x;
+  bool any_left = false;
+  if (is_drafted) {
+    const double accept = static_cast<double>(words.y) * 0x1p-32;
+    if (accept * draft.probability(token) < target.probability(token)) return answer(token);
+    u = words.z;
+    unsigned long long total = 0;
+    target.row.each_id([&](int32_t id, float x) { total += left(id, x); });
+    any_left = target.row.team.sum(smem, total) != 0;
+  }
+  answer(draw(target.row, smem, u, [&](int32_t id, float x) { return any_left ? left(id, x) : target.weight(x); }));
 }
 
 }  // namespace
