@@ -57,34 +57,36 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
 constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
-// Microseconds, about. Of few rows the constants are fitted to what an H200 takes, where conversion bounds the kernel.
-// CTAs that share an SM share its time, so that the SMs with the most of them decide. Of many rows they are those of
-// gemm_sm90_time, for the same products, unless the conversion takes longer; less comes out of the L2 cache than in 16
-// bits.
+// Microseconds, about: the constants are fitted to what an H200 takes, so that configurations rank as they do there. Of
+// few rows the conversion bounds the kernel, and CTAs that share an SM share its time, so that the SMs with the most of
+// them decide. Of many rows it overlaps with the products only in part.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
   const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
+  const bool bytes = problem.x_bytes == 1;
   if (config.many_rows) {
     const double num_panels = static_cast<double>(ceil_div(problem.x_bytes * problem.k, 128));
-    const double convert_us = problem.x_bytes == 1 ? 0.45 : 0.24;  // a panel of weight, at 0.8 instructions a cycle
-    const double tile_us = 1.0 + num_panels * std::max(0.07 + 0.0023 * block_m, convert_us);
-    const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
-    return std::max(7.0 + waves * tile_us + 0.22 * read_us, 8.0 + read_us);
+    const double num_tiles = static_cast<double>(config.m_tiles * config.n_tiles);
+    const double num_pairs = static_cast<double>(problem.num_pairs());
+    // Of 128 bytes of a row of x. With all SMs at work each is slower.
+    const double panel_us =
+        ((bytes ? 0.463 : 0.22) + 0.0016 * block_m) * (1.0 + 0.08 * std::min(1.0, num_tiles / num_pairs));
+    return std::max(4.0 + std::ceil(num_tiles / num_pairs) * (2.4 + num_panels * panel_us), 8.0 + read_us);
   }
 
   const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
   const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
   const int64_t at_once = on_sms * config.tile.ctas_per_sm;
   const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
-  const double products_us = 0.00325 * static_cast<double>(problem.x_bytes) * block_m;
-  const double step_us = block_n / 128.0 * (0.88 + products_us);  // of a CTA alone on its SM
+  // Of 128 x 256 weights of a CTA alone on its SM; three groups wait less than two do.
+  const double step_us = (bytes ? 1.05 + 0.00286 * block_m : 0.89 + 0.0066 * block_m) * (block_n == 192 ? 0.86 : 1.0);
   const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
   const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
   // Sums go to shared memory and come back from there, or from another SM's.
   const double sums_us = 1.5e-4 * block_m * block_n + 0.1 * static_cast<double>(num_splits - 1);
   const double more_waves = static_cast<double>(ceil_div(num_clusters, at_once) - 1);
-  return 9.2 + std::max(read_us, turns * step_us) + sums_us + more_waves * (1.5 + sums_us);
+  return 9.2 + std::max(read_us, turns * block_n / 128.0 * step_us) + sums_us + more_waves * (1.5 + sums_us);
 }
 
 // The best by that measure, over all tiles and 1 to 8 splits.
@@ -117,7 +119,7 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   }
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
     const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;
-    if ((problem.x_bytes == 1 || problem.m > 128) && !takes_registers) consider(true, tile, 1);
+    if (!takes_registers) consider(true, tile, 1);
   }
   return best;
 }
