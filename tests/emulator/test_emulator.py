@@ -454,8 +454,8 @@ MUTANTS = [
     Mutant(
         "half of the columns have the other half's scale",
         W4_OPERANDS,
-        "second = GROUP == 16 ? of_stage.at(column + 16, lane) : first;",
-        "second = first;",
+        "if constexpr (GROUP == 16) second = of_stage.at(column + 16, lane);",
+        "",
         "gemm_sm90_w4_nvfp4_fp8.cu",
         "1192",
         "expected",
