@@ -414,10 +414,10 @@ MUTANTS = [
     Mutant(
         "a panel of x is released while a product reads it",
         W4_MANY,
-        """          if (j % 2 == 0 || (j == 1 && i == 0)) return;
+        """          if (j % 2 == 0 || (j == 1 && i == begin)) return;
           release(position.count - 2);
           if (j == 1) release_weight""",
-        """          if (j % 2 == 1 || (j == 0 && i == 0)) return;
+        """          if (j % 2 == 1 || (j == 0 && i == begin)) return;
           release(position.count - 1);
           if (j == 0) release_weight""",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
@@ -440,6 +440,24 @@ MUTANTS = [
         "scales.load(p, tile.first_n + n_of_lane,",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1192",
+        "expected",
+    ),
+    Mutant(
+        "a part of K begins with scales of the tile's first columns",
+        W4_MANY,
+        "is_last ? next_begin : i + 1, lane);",
+        "is_last ? 0 : i + 1, lane);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1128",
+        "expected",
+    ),
+    Mutant(
+        "of those that have a part of a tile's K only the last but one is waited for",
+        W4_MANY,
+        "} while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);",
+        "} while (false);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1128",
         "expected",
     ),
     Mutant(
