@@ -39,6 +39,12 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint32_t load_shared_2_bytes(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }

@@ -3,9 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include <atomic>
-#include <random>
-
+#include "arch/launch_id.h"
 #include "attention/paged_decode.h"
 #include "attention/paged_decode_launch.h"
 
@@ -55,17 +53,6 @@ constexpr Instantiation kInstantiations[] = {
     instantiation<__half, int8_t, 128>(DType::kFloat16, DType::kInt8),
     instantiation<__half, int8_t, 256>(DType::kFloat16, DType::kInt8),
 };
-
-// One that no other launch has, and that memory holds by a chance of 2^-64: a counter whose values are far from each
-// other, from a random begin on.
-uint64_t new_launch_id() {
-  static std::atomic<uint64_t> counter = [] {
-    std::random_device random;
-    return static_cast<uint64_t>(random()) << 32 | random();
-  }();
-  const uint64_t id = counter.fetch_add(0x9e3779b97f4a7c15u, std::memory_order_relaxed);
-  return id != 0 ? id : new_launch_id();
-}
 
 }  // namespace
 

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     const WgmmaDescriptor x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
     Scales scales;
     scales.load(p, first_n + row, begin_step, lane);
-    float acc[BLOCK_M / 8][4] = {};
+    float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];  // two sets of two fragments
 #pragma unroll 1
     for (int32_t step = begin_step; step < end_step; ++step) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       const auto x_of = [&](int i) {
         return WgmmaDescriptor{stage_x.low + i / 2 * Storage::kPanelBytes / 16, stage_x.high};
       };
-      multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, false, lane, release, x_of);
+      multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, step == begin_step, lane, release, x_of);
       position.advance();
     }
     wgmma_wait<0>();

@@ -42,6 +42,12 @@ struct GemmSm90W4Params {
 
   DType dtype = DType::kBFloat16;
   GemmSm90W4Config config = {};  // from gemm_sm90_w4_config
+
+  // Workspaces if config.stream_k, not initialized.
+  float* sums = nullptr;      // config.num_sums()
+  uint64_t* marks = nullptr;  // config.num_marks(); 0 at the end
+
+  uint64_t launch_id = 0;  // set by the launch
 };
 
 // Each enqueues the kernel. cudaErrorInvalidValue if no instantiation fits.

@@ -17,6 +17,9 @@ constexpr GemmSm90Tile kGemmSm90W4Fp8Tiles[] = {{16, 128, 2}, {64, 128, 2}, {128
 constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {256, 256}};
 constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
+// Of more waves the last one is a small part, and each cluster's run of tiles loses what others leave in the L2 cache.
+constexpr int64_t kGemmSm90W4StreamKWaves = 8;
+
 // Stages of the former, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
 constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile, int x_bytes) {
   return (227 * 1024 / tile.ctas_per_sm - 2048) / (x_bytes * kGemmSm90W4StageK * tile.block_m + 128 * tile.block_n);
@@ -41,7 +44,12 @@ struct GemmSm90W4Config {
   int64_t m_tiles;
   int64_t n_tiles;
   int group_rows;  // many rows: tiles are taken column by column in groups of so many rows of tiles
+  bool stream_k;   // many rows: clusters have equal shares of the stages of all tiles, not whole tiles
   int64_t num_ctas;
+
+  // With stream_k, in the workspaces: what a CTA hands on, and a mark of each of its groups.
+  int64_t num_sums() const { return stream_k ? num_ctas * tile.block_m * tile.block_n / 2 : 0; }
+  int64_t num_marks() const { return stream_k ? num_ctas * 2 : 0; }
 };
 
 // All that follows from the tile.
@@ -51,50 +59,66 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
   config.group_rows = 4;
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
-  config.num_ctas = config.many_rows ? 2 * std::min(num_tiles, problem.num_pairs()) : num_tiles * num_splits;
+  config.num_ctas = num_tiles * num_splits;
+  if (config.many_rows) {
+    const int64_t shares = config.stream_k ? num_tiles * ceil_div(problem.k, kGemmSm90W4StageK) : num_tiles;
+    config.num_ctas = 2 * std::min(shares, problem.num_pairs());
+  }
 }
 
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
 constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
-// Microseconds, about. Of few rows the constants are fitted to what an H200 takes, where conversion bounds the kernel.
-// CTAs that share an SM share its time, so that the SMs with the most of them decide. Of many rows they are those of
-// gemm_sm90_time, for the same products, unless the conversion takes longer; less comes out of the L2 cache than in 16
-// bits.
+// Microseconds, about: the constants are fitted to what an H200 takes, so that configurations rank as they do there. Of
+// few rows the conversion bounds the kernel, and CTAs that share an SM share its time, so that the SMs with the most of
+// them decide. Of many rows it overlaps with the products only in part.
 inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4Problem& problem) {
   const double block_m = config.tile.block_m, block_n = config.tile.block_n;
   const double weights = static_cast<double>(problem.n) * static_cast<double>(problem.k);
   const double read_us = weights * problem.weight_bits / 8.0 / 2.75e6;
+  const bool bytes = problem.x_bytes == 1;
+  const double scale_bits = problem.weight_bits - 4.0;  // with x in e4m3 a scale takes as long as several weights
   if (config.many_rows) {
-    const double num_panels = static_cast<double>(ceil_div(problem.x_bytes * problem.k, 128));
-    const double convert_us = problem.x_bytes == 1 ? 0.45 : 0.24;  // a panel of weight, at 0.8 instructions a cycle
-    const double tile_us = 1.0 + num_panels * std::max(0.07 + 0.0023 * block_m, convert_us);
-    const double waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
-    return std::max(7.0 + waves * tile_us + 0.22 * read_us, 8.0 + read_us);
+    const int64_t num_tiles = config.m_tiles * config.n_tiles, num_clusters = config.num_ctas / 2;
+    const int64_t num_stages = ceil_div(problem.k, kGemmSm90W4StageK), waves = ceil_div(num_tiles, num_clusters);
+    const int64_t most_stages = config.stream_k ? ceil_div(num_tiles * num_stages, num_clusters) : waves * num_stages;
+    const double convert_us = bytes ? 0.22 + 0.35 * scale_bits : 0.184;
+    // With all SMs at work each is slower.
+    const double busy = static_cast<double>(num_clusters) / static_cast<double>(problem.num_pairs());
+    const double panel_us = (convert_us + 0.00165 * block_m) * (1.0 + 0.08 * busy);  // 128 bytes of x's rows
+    const double panels = static_cast<double>(most_stages * problem.x_bytes * kGemmSm90W4StageK / 128);
+    // One tile's sums go to memory, and those of all others that share a tile come from there. Over many tiles less is
+    // found in the L2 cache.
+    const double num_others = static_cast<double>(ceil_div(num_clusters, num_tiles));
+    const double handed_us = config.stream_k ? block_m * (0.009 + 0.0095 * num_others) + 0.02 * panels * panel_us : 0.0;
+    return std::max((bytes ? 6.2 : 4.2) + 2.75 * static_cast<double>(waves) + panels * panel_us + handed_us,
+                    8.0 + read_us);
   }
 
   const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
   const int64_t on_sms = std::max<int64_t>(1, kClustersOnSms[num_splits] * problem.num_sms / 132);
   const int64_t at_once = on_sms * config.tile.ctas_per_sm;
   const int64_t num_steps = ceil_div(ceil_div(problem.k, kGemmSm90W4StageK), num_splits);
-  const double products_us = 0.00325 * static_cast<double>(problem.x_bytes) * block_m;
-  const double step_us = block_n / 128.0 * (0.88 + products_us);  // of a CTA alone on its SM
+  // Of 128 x 256 weights of a CTA alone on its SM; three groups wait less than two do.
+  const double step_us =
+      (bytes ? 0.38 + 1.28 * scale_bits + 0.0033 * block_m : 0.89 + 0.0066 * block_m) * (block_n == 192 ? 0.86 : 1.0);
   const int64_t full_waves = num_clusters / at_once, rest = num_clusters % at_once;
   const double turns = static_cast<double>(num_steps * (full_waves * config.tile.ctas_per_sm + ceil_div(rest, on_sms)));
   // Sums go to shared memory and come back from there, or from another SM's.
   const double sums_us = 1.5e-4 * block_m * block_n + 0.1 * static_cast<double>(num_splits - 1);
   const double more_waves = static_cast<double>(ceil_div(num_clusters, at_once) - 1);
-  return 9.2 + std::max(read_us, turns * step_us) + sums_us + more_waves * (1.5 + sums_us);
+  return 9.2 + std::max(read_us, turns * block_n / 128.0 * step_us) + sums_us + more_waves * (1.5 + sums_us);
 }
 
 // The best by that measure, over all tiles and 1 to 8 splits.
 inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   GemmSm90W4Config best = {};
   double best_us = 0.0;
-  const auto consider = [&](bool many_rows, const GemmSm90Tile& tile, int num_splits) {
+  const auto consider = [&](bool many_rows, const GemmSm90Tile& tile, int num_splits, bool stream_k = false) {
     GemmSm90W4Config config = {};
     config.many_rows = many_rows;
     config.tile = tile;
+    config.stream_k = stream_k;
     set_gemm_sm90_w4_grid(config, problem, num_splits);
     const double us = gemm_sm90_w4_time(config, problem);
     if (best.num_ctas == 0 || us < best_us) {
@@ -117,7 +141,10 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   }
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
     const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;
-    if ((problem.x_bytes == 1 || problem.m > 128) && !takes_registers) consider(true, tile, 1);
+    if (takes_registers) continue;
+    consider(true, tile, 1);
+    const int64_t num_tiles = ceil_div(problem.m, tile.block_m) * ceil_div(problem.n, tile.block_n);
+    if (num_tiles <= kGemmSm90W4StreamKWaves * problem.num_pairs()) consider(true, tile, 1, true);
   }
   return best;
 }

@@ -157,17 +157,29 @@ struct Int4Sm90 {
   }
 };
 
-// Scales of weights that become e4m3, in fp16; K is a multiple of 32. `column`, too: of the 64 columns there may be the
-// first 32 only.
+// Scales of weights that become e4m3: for each row all magnitudes times the scale, so that of a code's three lower bits
+// one permute makes a weight. K is a multiple of 32.
+struct Fp8Magnitudes {
+  uint2 low, high;  // 0, 0.5, 1, 1.5 and 2, 3, 4, 6, a byte each
+};
+
+// A product of fp16 is exact, so that each rounds once.
+__device__ __forceinline__ uint2 magnitudes_times(__half scale) {
+  const Pair<__half> two = both<__half>(scale);
+  const auto times = [&](uint32_t pair) { return bits_of<__half>(__hmul2(two, as_pair<__half>(pair))); };
+  return {pack_e4m3_pairs(times(0x38000000u), times(0x3e003c00u)),
+          pack_e4m3_pairs(times(0x42004000u), times(0x46004400u))};
+}
+
+// `column`, too: of the 64 columns there may be the first 32 only.
 __device__ __forceinline__ int32_t second_half_of(const GemmSm90W4Params& p, int32_t column) {
   return min(column + 32, static_cast<int32_t>(p.k) - 32);
 }
 
 struct Nvfp4ToFp8Sm90 {
-  using T = __half;
   static constexpr int kSpan = 16, kLine = 128 * 16, kLoad = 32;
   using Raw = uint32_t;
-  using Scales = uint32_t;
+  using Scales = Fp8Magnitudes;
 
   __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
     return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 16;
@@ -181,17 +193,17 @@ struct Nvfp4ToFp8Sm90 {
     unpack_e4m3(pairs[0], low);
     unpack_e4m3(pairs[1], high);
     const uint32_t scales = __byte_perm(pairs[0][idx / 2], pairs[1][idx / 2], idx % 2 == 0 ? 0x5410 : 0x7632);
-    return bits_of<T>(__hmul2(as_pair<T>(scales), as_pair<T>(0x30003000u)));  // 1 / 8
+    const Pair<__half> eighths = __hmul2(as_pair<__half>(scales), as_pair<__half>(0x30003000u));
+    return {magnitudes_times(eighths.x), magnitudes_times(eighths.y)};
   }
 };
 
 struct Mxfp4ToFp8Sm90 {
-  using T = __half;
   static constexpr int kSpan = 32, kLine = 128 * 32, kLoad = 32;
   struct Raw {
     uint8_t scales[2], largest;
   };
-  using Scales = uint32_t;
+  using Scales = Fp8Magnitudes;
 
   __device__ static __forceinline__ const uint8_t* address(const GemmSm90W4Params& p, int64_t row, int32_t column) {
     return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
@@ -201,19 +213,25 @@ struct Mxfp4ToFp8Sm90 {
             __ldg(p.row_exponent + row)};
   }
   __device__ static __forceinline__ Scales of(const Raw& low, const Raw& high, int idx) {
-    return bits(low, idx) | bits(high, idx) << 16;
+    return {magnitudes_times(scale(low, idx)), magnitudes_times(scale(high, idx))};
   }
 
  private:
   // Below fp16's normal numbers nothing is left of it in e4m3.
-  __device__ static __forceinline__ uint32_t bits(const Raw& raw, int idx) {
-    const int scale = raw.scales[idx];
-    return scale == 255 ? 0x7e00u : static_cast<uint32_t>(max(scale - raw.largest + 6 + 15, 0)) << 10;
+  __device__ static __forceinline__ __half scale(const Raw& raw, int idx) {
+    const int bits = raw.scales[idx];
+    return as_pair<__half>(bits == 255 ? 0x7e00u : static_cast<uint32_t>(max(bits - raw.largest + 6 + 15, 0)) << 10).x;
   }
 };
 
 __device__ __forceinline__ uint32_t shuffle_scales(uint32_t scales, int lane) {
   return __shfl_sync(0xffffffffu, scales, lane);
+}
+__device__ __forceinline__ uint2 shuffle_scales(const uint2& scales, int lane) {
+  return {shuffle_scales(scales.x, lane), shuffle_scales(scales.y, lane)};
+}
+__device__ __forceinline__ Fp8Magnitudes shuffle_scales(const Fp8Magnitudes& scales, int lane) {
+  return {shuffle_scales(scales.low, lane), shuffle_scales(scales.high, lane)};
 }
 template <typename Scales>
 __device__ __forceinline__ Scales shuffle_scales(const Scales& scales, int lane) {

@@ -25,14 +25,28 @@
 //
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, as in gemm_sm90.cuh.
 //
+// With config.stream_k they share the stages of all tiles instead, by equal runs, each from its end to its beginning:
+//
+//     stages      │         tile 0        │         tile 1        │         tile 2        │
+//     clusters    └────── 0 ──────┴────── 1 ──────┴────── 2 ──────┴────── 3 ──────┴── … ──┘
+//     of 1:                        2  ◄───┘ 1 ◄───┘
+//
+// A run's last tile, unless it ends there, comes first: its sums go to the workspace, and a mark. Who has a tile's end
+// comes to it last, waits for the marks of those that have the rest, and adds theirs to its own from the end of K to
+// the beginning. It waits for clusters of lower numbers only, which were started before it. Marks are as in
+// paged_decode.cuh: launch_id, removed when seen, so that no workspace has to be cleared. The order of all sums follows
+// from the shape and the number of SMs: two runs are bitwise equal.
+//
 // Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64 (of 32 with x in 8 bits), N of 8, groups
 // as GemmSm90W4Params has them. Rows past M or N and columns past K are zeros in shared memory.
 #pragma once
 
 #include <algorithm>
 
+#include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
+#include "arch/launch_id.h"
 #include "arch/mma_sm80.cuh"
 #include "arch/registers.cuh"
 #include "arch/tensor_map.h"
@@ -50,7 +64,7 @@ constexpr int kGemmSm90W4Consumers = 2;                               // warp gr
 constexpr int kGemmSm90W4Threads = 128 * (kGemmSm90W4Consumers + 1);  // and one of which a warp loads
 constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of weight
 constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
-constexpr int kGemmSm90W4ConsumerRegisters = 240, kGemmSm90W4ProducerRegisters = 24;
+constexpr int kGemmSm90W4ConsumerRegisters = 232, kGemmSm90W4ProducerRegisters = 40;
 
 // Of a group's tile 64 rows of out at a time, rounded, on their way to memory, and what they are multiplied by.
 template <typename Operands, int BLOCK_M>
@@ -119,6 +133,74 @@ struct GemmSm90W4Rows {
   }
 };
 
+// Which parts of which tiles a cluster multiplies: part after part a tile that is `step` from the one before.
+struct GemmSm90W4Walk {
+  int32_t num_stages;  // of a tile
+  int32_t first_tile, step, num_parts;
+  int32_t first_end, last_begin;  // stages; all other parts are whole tiles
+
+  __device__ static __forceinline__ GemmSm90W4Walk make(int32_t num_tiles, int32_t num_stages, bool stream_k,
+                                                        int32_t cluster, int32_t num_clusters) {
+    if (!stream_k) {
+      return {num_stages, cluster, num_clusters, (num_tiles - cluster - 1) / num_clusters + 1, num_stages, 0};
+    }
+    const int32_t begin = run_begin(num_tiles * num_stages, cluster, num_clusters);
+    const int32_t last = run_begin(num_tiles * num_stages, cluster + 1, num_clusters) - 1;
+    const int32_t first_tile = last / num_stages, last_tile = begin / num_stages;
+    return {num_stages, first_tile, -1, first_tile - last_tile + 1, last % num_stages + 1, begin % num_stages};
+  }
+  // Of all stages, those of a cluster.
+  __device__ static __forceinline__ int32_t run_begin(int32_t all_stages, int32_t cluster, int32_t num_clusters) {
+    return cluster * (all_stages / num_clusters) + min(cluster, all_stages % num_clusters);
+  }
+
+  __device__ __forceinline__ int32_t tile(int32_t part) const { return first_tile + part * step; }
+  __device__ __forceinline__ int32_t begin(int32_t part) const { return part == num_parts - 1 ? last_begin : 0; }
+  __device__ __forceinline__ int32_t end(int32_t part) const { return part == 0 ? first_end : num_stages; }
+};
+
+// A group's sums in the workspace: 16 bytes of a thread beside those of its neighbours.
+template <int BLOCK_M>
+struct GemmSm90W4Sums {
+  float4* sums;
+  uint64_t* mark;
+
+  __device__ __forceinline__ GemmSm90W4Sums(const GemmSm90W4Params& p, int32_t cta, int group)
+      : sums(reinterpret_cast<float4*>(p.sums) + (int64_t{cta} * kGemmSm90W4Consumers + group) * (BLOCK_M / 8 * 128) +
+             threadIdx.x % 128),
+        mark(p.marks + cta * kGemmSm90W4Consumers + group) {}
+
+  __device__ __forceinline__ void hand_on(const float (&acc)[BLOCK_M / 8][4], uint64_t launch_id, int barrier) const {
+#pragma unroll
+    for (int t = 0; t < BLOCK_M / 8; ++t) sums[t * 128] = make_float4(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+    named_barrier_sync(barrier, 128);
+    if (threadIdx.x % 128 == 0) store_release(mark, launch_id);
+  }
+
+  __device__ __forceinline__ void add_to(float (&acc)[BLOCK_M / 8][4], uint64_t launch_id, int barrier) const {
+    if (threadIdx.x % 128 == 0) {
+      while (load_acquire(mark) != launch_id) {
+      }
+      *mark = 0;
+    }
+    named_barrier_sync(barrier, 128);
+    constexpr int BATCH = 8;  // on their way at the same time
+#pragma unroll
+    for (int first = 0; first < BLOCK_M / 8; first += BATCH) {
+      float4 others[BATCH];
+#pragma unroll
+      for (int t = 0; t < BATCH; ++t) others[t] = __ldcg(sums + (first + t) * 128);
+#pragma unroll
+      for (int t = 0; t < BATCH; ++t) {
+        acc[first + t][0] += others[t].x;
+        acc[first + t][1] += others[t].y;
+        acc[first + t][2] += others[t].z;
+        acc[first + t][3] += others[t].w;
+      }
+    }
+  }
+};
+
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4ManyRowsStorage {
   using Rows = GemmSm90W4Rows<Operands, BLOCK_M>;
@@ -173,9 +255,10 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   // ---- which tiles
   const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);  // of clusters
   const int32_t num_tiles = static_cast<int32_t>(p.config.m_tiles) * n_tiles;
-  const int32_t first_tile = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
+  const int32_t cluster = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
   const int32_t num_stages = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
+  const auto walk = GemmSm90W4Walk::make(num_tiles, num_stages, p.config.stream_k, cluster, num_clusters);
   struct Tile {
     int32_t first_m, first_n;
   };
@@ -196,9 +279,12 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     give_registers<kGemmSm90W4ProducerRegisters>();
     if (warp_idx == NUM_WARPS && lane == 0) {
       constexpr int HALF_M = BLOCK_M / NUM_CTAS;
-      for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
-        const Tile tile = tile_of(idx);
-        for (int32_t begin = 0; begin < num_stages * STAGE_K; begin += STAGE_K) {
+      for (int32_t part = 0; part < walk.num_parts; ++part) {
+        const Tile tile = tile_of(walk.tile(part));
+        // A box behind M costs more than one of rows: what it would bring is multiplied, but not stored.
+        const bool both = tile.first_m + HALF_M < p.m;
+        const uint32_t num_bytes = both ? Storage::kXBytes : Storage::kXBytes / NUM_CTAS;
+        for (int32_t begin = walk.begin(part) * STAGE_K; begin < walk.end(part) * STAGE_K; begin += STAGE_K) {
           const uint32_t weight_stage = weight_position.stage();
           smem.weight_empty[weight_stage].wait(weight_position.parity() ^ 1);
           smem.weight_full[weight_stage].arrive_expect_bytes(Storage::kWeightBytes);
@@ -209,9 +295,11 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
           for (int32_t column = begin; column < begin + STAGE_K; column += PANEL) {
             const uint32_t stage = position.stage();
             smem.empty[stage].wait(position.parity() ^ 1);
-            smem.full[stage].arrive_expect_bytes(Storage::kXBytes);
-            tma_load_4d_multicast(smem.x[stage] + rank * HALF_M * 128, args.x, smem.full[stage], column,
-                                  tile.first_m + rank * HALF_M, 0, 0, 3);
+            smem.full[stage].arrive_expect_bytes(num_bytes);
+            if (both || rank == 0) {
+              tma_load_4d_multicast(smem.x[stage] + rank * HALF_M * 128, args.x, smem.full[stage], column,
+                                    tile.first_m + rank * HALF_M, 0, 0, 3);
+            }
             position.advance();
           }
         }
@@ -232,14 +320,16 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       if (lane == 0) smem.weight_empty[count % WEIGHT_STAGES].arrive();
     };
     GemmSm90W4Scales<typename Operands::Format> scales;
-    Tile next = tile_of(first_tile);
-    scales.load(p, next.first_n + n_of_lane, 0, lane);
+    Tile next = tile_of(walk.tile(0));
+    scales.load(p, next.first_n + n_of_lane, walk.begin(0), lane);
     float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];
 #pragma unroll 1
-    for (int32_t idx = first_tile; idx < num_tiles; idx += num_clusters) {
+    for (int32_t part = 0; part < walk.num_parts; ++part) {
       const Tile tile = next;
-      next = tile_of(min(idx + num_clusters, num_tiles - 1));
+      const int32_t next_part = min(part + 1, walk.num_parts - 1);
+      const int32_t begin = walk.begin(part), end = walk.end(part), next_begin = walk.begin(next_part);
+      next = tile_of(walk.tile(next_part));
       float factors[2], bias[2] = {};
       typename Storage::Rows::OwnScales x_scales;
       Storage::Rows::fetch(x_scales, p, tile.first_m);
@@ -250,15 +340,15 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
         if (p.bias != nullptr) bias[i] = to_float(static_cast<const T*>(p.bias)[row]);
       }
 #pragma unroll 1
-      for (int32_t i = 0; i < num_stages; ++i) {
+      for (int32_t i = begin; i < end; ++i) {
         scales.take();
-        const bool is_last = i == num_stages - 1;
-        scales.load(p, (is_last ? next : tile).first_n + n_of_lane, is_last ? 0 : i + 1, lane);
+        const bool is_last = i == end - 1;
+        scales.load(p, (is_last ? next : tile).first_n + n_of_lane, is_last ? next_begin : i + 1, lane);
         smem.weight_full[weight_position.stage()].wait(weight_position.parity());
         const uint32_t rows = first_rows + weight_position.stage() * Storage::kWeightBytes;
         WgmmaDescriptor x;
         const auto released = [&](int j) {  // the panel before this one, which may be of the stage before
-          if (j % 2 == 0 || (j == 1 && i == 0)) return;
+          if (j % 2 == 0 || (j == 1 && i == begin)) return;
           release(position.count - 2);
           if (j == 1) release_weight(weight_position.count - 1);
         };
@@ -271,7 +361,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
           }
           return x;
         };
-        multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, i == 0, lane, released, x_of);
+        multiply_w4_stage<Operands, BLOCK_M>(acc, a, rows, scales, i == begin, lane, released, x_of);
         weight_position.advance();
       }
       wgmma_wait<0>();
@@ -280,6 +370,18 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       pin_registers(acc);
       release(position.count - 1);
       release_weight(weight_position.count - 1);
+      if (end < num_stages) {
+        GemmSm90W4Sums<BLOCK_M>(p, blockIdx.x, group).hand_on(acc, p.launch_id, 1 + group);
+        continue;
+      }
+      if (begin > 0) {
+        const int32_t first_stage = walk.tile(part) * num_stages;
+        int32_t other = cluster;
+        do {
+          --other;
+          GemmSm90W4Sums<BLOCK_M>(p, other * NUM_CTAS + rank, group).add_to(acc, p.launch_id, 1 + group);
+        } while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);
+      }
       smem.rows[group].store(acc, x_scales, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
     }
   }
@@ -308,6 +410,7 @@ cudaError_t launch_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_
                                            kGemmSm90W4CtaN});
   }
   if (error != cudaSuccess) return error;
+  if (p.config.stream_k) args.p.launch_id = new_launch_id();
   return launch_clusters(gemm_sm90_w4_many_rows_kernel<Operands, BLOCK_M>, p.config.num_ctas, 2, kGemmSm90W4Threads,
                          sizeof(Storage) + 1024, stream, args);
 }

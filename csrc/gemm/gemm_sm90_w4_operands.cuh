@@ -11,7 +11,7 @@
 //   kDType          the former's
 //   kTwoLevels      the tensor cores add up 128 columns, registers the rest (gemm_sm90_operands.cuh)
 //   Format          scales, as in gemm_sm90_w4_formats.cuh
-//   selector        of a lane, for the next
+//   Codes, load     what a lane takes of 32 columns of its two rows, 8 apart, the first one's at `address`
 //   make_fragment   of product 0 or 1 of two, whose columns begin with `column` of the stage
 //   x_scale         of a row of x
 //   column_factor   of a row of weight: what its sums are multiplied by
@@ -23,11 +23,6 @@
 
 namespace fastattn {
 
-// The codes of 32 columns of a lane's two rows.
-struct GemmSm90W4Codes {
-  uint4 low, high;
-};
-
 template <typename FormatOfWeight>
 struct GemmSm90W4A16 {
   using Format = FormatOfWeight;
@@ -36,11 +31,17 @@ struct GemmSm90W4A16 {
   static constexpr DType kDType = GemmSm90Dense<Element>::kDType;
   static constexpr bool kTwoLevels = false;
 
-  __device__ static __forceinline__ uint32_t selector(int lane) { return byte_selector(lane); }
-  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const GemmSm90W4Codes& codes, int product,
-                                                       uint32_t select, const GemmSm90W4Scales<Format>& of_stage,
-                                                       int column, int lane) {
+  struct Codes {
+    uint4 low, high;
+  };
+
+  __device__ static __forceinline__ Codes load(uint32_t address, int) {
+    return {load_shared_16_bytes(address), load_shared_16_bytes(address + 8 * 128)};
+  }
+  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const Codes& codes, int product,
+                                                       const GemmSm90W4Scales<Format>& of_stage, int column, int lane) {
     const typename Format::Scales scales = of_stage.at(column, lane);
+    const uint32_t select = byte_selector(lane);
     const uint4 &low = codes.low, &high = codes.high;
     a[0] = bits_of<Element>(Format::template weight<0>(product == 0 ? low.x : low.z, select, scales));
     a[1] = bits_of<Element>(Format::template weight<1>(product == 0 ? high.x : high.z, select, scales));
@@ -67,16 +68,24 @@ struct GemmSm90W4A8 {
   static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr bool kTwoLevels = !FAST_ACCUM;
 
-  // Of 16 columns, two words, lane 4 g + t has 4: bytes 2 t and 2 t + 1.
-  __device__ static __forceinline__ uint32_t selector(int lane) { return 0x10u + lane % 4 * 0x22u; }
-  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const GemmSm90W4Codes& codes, int,
-                                                       uint32_t select, const GemmSm90W4Scales<Format>& of_stage,
-                                                       int column, int lane) {
-    const uint32_t first = of_stage.at(column, lane), second = GROUP == 16 ? of_stage.at(column + 16, lane) : first;
-    a[0] = four<0>(codes.low.x, codes.low.y, select, first);
-    a[1] = four<1>(codes.high.x, codes.high.y, select, first);
-    a[2] = four<0>(codes.low.z, codes.low.w, select, second);
-    a[3] = four<1>(codes.high.z, codes.high.w, select, second);
+  // Of 16 columns lane 4 g + t has 4, bytes 2 t and 2 t + 1 of eight.
+  struct Codes {
+    uint32_t low[2], high[2];
+  };
+
+  __device__ static __forceinline__ Codes load(uint32_t address, int lane) {
+    const uint32_t own = address + lane % 4 * 2;
+    return {{load_shared_2_bytes(own), load_shared_2_bytes(own + 8)},
+            {load_shared_2_bytes(own + 8 * 128), load_shared_2_bytes(own + 8 * 128 + 8)}};
+  }
+  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const Codes& codes, int,
+                                                       const GemmSm90W4Scales<Format>& of_stage, int column, int lane) {
+    typename Format::Scales first = of_stage.at(column, lane), second = first;
+    if constexpr (GROUP == 16) second = of_stage.at(column + 16, lane);
+    a[0] = four(codes.low[0], first.low);
+    a[1] = four(codes.high[0], first.high);
+    a[2] = four(codes.low[1], second.low);
+    a[3] = four(codes.high[1], second.high);
   }
 
   __device__ static __forceinline__ float x_scale(const GemmSm90W4Params& p, int64_t row) {
@@ -91,17 +100,10 @@ struct GemmSm90W4A8 {
   }
 
  private:
-  // A byte permute looks up the upper halves of four magnitudes in fp16, whose lower halves are 0; signs, the upper
-  // bits of halves of a byte, are put on top of what comes of them.
-  template <int HALF>
-  __device__ static __forceinline__ uint32_t four(uint32_t word0, uint32_t word1, uint32_t select, uint32_t scales) {
-    const uint32_t codes = __byte_perm(word0, word1, select);
-    const uint32_t magnitudes = __byte_perm(0x3e3c3800u, 0x46444240u, codes & 0x7777u);  // 0, 0.5, 1, 1.5, 2, 3, 4, 6
-    const Pair<__half> scale = half_of<HALF, __half>(scales);
-    const uint32_t low = bits_of<__half>(__hmul2(as_pair<__half>(__byte_perm(magnitudes, 0, 0x1404)), scale));
-    const uint32_t high = bits_of<__half>(__hmul2(as_pair<__half>(__byte_perm(magnitudes, 0, 0x3424)), scale));
+  // A byte permute looks up four magnitudes; signs, the upper bits of halves of a byte, are put on top.
+  __device__ static __forceinline__ uint32_t four(uint32_t codes, const uint2& magnitudes) {
     const uint32_t signs = __byte_perm(codes << 4, codes, 0x5140);
-    return pack_e4m3_pairs(low, high) ^ (signs & 0x80808080u);
+    return __byte_perm(magnitudes.x, magnitudes.y, codes & 0x7777u) ^ (signs & 0x80808080u);
   }
 };
 

@@ -8,14 +8,9 @@
 
 namespace fastattn {
 
-// `rows`: where the first of them begins in a stage's weight, whose chunks of 16 bytes change places within eight rows.
-__device__ __forceinline__ GemmSm90W4Codes load_codes(uint32_t rows, int chunk, int lane) {
-  const uint32_t address = rows + (chunk ^ lane / 4) * 16;
-  return {load_shared_16_bytes(address), load_shared_16_bytes(address + 8 * 128)};
-}
-
-// acc (64, BLOCK_M) += the products of a stage's weight, at `rows`, and of x, in two sets of two fragments that live
-// from one stage to the next.
+// acc (64, BLOCK_M) += the products of a stage's weight and of x, in two sets of two fragments that live from one stage
+// to the next. `rows`: where the lane's first row begins in the weight, whose chunks of 16 bytes change places within
+// eight rows.
 //
 //   codes of i │ wait for the products of i - 2 │ released(i) │ A fragments in their place │ x_of(i) │ products of i
 //   ◄──────────────────────────── the products of i - 1 run ────────────────────────────►
@@ -30,21 +25,19 @@ __device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], 
   using Element = typename Operands::Element;
   using Product = Wgmma<Element, BLOCK_M>;
   constexpr int COLUMNS = 64 / sizeof(Element), CODES = COLUMNS / 32;
-  const uint32_t select = Operands::selector(lane);
   float part[Operands::kTwoLevels ? BLOCK_M / 8 : 1][4];
 #pragma unroll
   for (int i = 0; i < kGemmSm90W4StageK / COLUMNS; ++i) {
     uint32_t (&fragments)[2][4] = a[i % 2];
-    GemmSm90W4Codes codes[CODES];
+    typename Operands::Codes codes[CODES];
 #pragma unroll
-    for (int j = 0; j < CODES; ++j) codes[j] = load_codes(rows, i * CODES + j, lane);
+    for (int j = 0; j < CODES; ++j) codes[j] = Operands::load(rows + ((i * CODES + j) ^ lane / 4) * 16, lane);
     wgmma_wait<1>();
     pin_registers(fragments);
     released(i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      Operands::make_fragment(fragments[j], codes[j * CODES / 2], j, select, scales, i * COLUMNS + j * COLUMNS / 2,
-                              lane);
+      Operands::make_fragment(fragments[j], codes[j * CODES / 2], j, scales, i * COLUMNS + j * COLUMNS / 2, lane);
     }
     const WgmmaDescriptor x = x_of(i);
     wgmma_fence();

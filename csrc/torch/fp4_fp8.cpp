@@ -1,6 +1,5 @@
 #include "gemm/fp4_to_fp8.h"
-#include "gemm/gemm_sm90_w4.h"
-#include "torch/gemm_call.h"
+#include "torch/gemm_sm90_w4_call.h"
 
 namespace fastattn {
 namespace {
@@ -68,6 +67,7 @@ Tensor fp4_fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& w
     p.fast_accum = fast_accum;
     const double weight_bits = 4.0 + 8.0 / static_cast<double>(group_size);
     p.config = gemm_sm90_w4_config({m, n, k, weight_bits, num_sms_of(x), 1, !fast_accum});
+    const std::optional<Tensor> workspaces = workspaces_of(p, x);
     check_launch(kOp, group_size == 16 ? gemm_nvfp4_fp8_sm90(p, stream) : gemm_mxfp4_fp8_sm90(p, stream));
     return out;
   }

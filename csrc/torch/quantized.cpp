@@ -1,5 +1,4 @@
-#include "gemm/gemm_sm90_w4.h"
-#include "torch/gemm_call.h"
+#include "torch/gemm_sm90_w4_call.h"
 
 namespace fastattn {
 namespace {
@@ -101,6 +100,7 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
     const double weight_bits =
         4.0 + 8.0 * static_cast<double>(w.scale.element_size()) / static_cast<double>(group_size);
     hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x)});
+    const std::optional<Tensor> workspaces = workspaces_of(hopper, x);
     check_launch(w.op, w.sm90(hopper, stream_of(x)));
     return out;
   }

@@ -22,6 +22,18 @@ const Format kFormats[] = {{"nvfp4", 16, fastattn::gemm_nvfp4_sm90},
                            {"mxfp4", 32, fastattn::gemm_mxfp4_sm90},
                            {"int4", 0, fastattn::gemm_int4_sm90}};
 
+// What stream-K hands on, as memory is that nobody cleared.
+struct Workspaces {
+  std::vector<float> sums;
+  std::vector<uint64_t> marks;
+
+  explicit Workspaces(GemmSm90W4Params& p) : sums(p.config.num_sums(), NAN), marks(p.config.num_marks()) {
+    for (uint64_t& mark : marks) mark = draws();
+    p.sums = sums.data();
+    p.marks = marks.data();
+  }
+};
+
 float e2m1_value(int code) {
   constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];
@@ -35,13 +47,15 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
   GemmSm90W4Config& config = p.config;
   config.many_rows = many_rows;
   config.tile = tile;
+  config.stream_k = many_rows && one_in(2);
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
   p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
   p.k = 64 * pick({1, 4, between(1, 12), between(12, 40)});
   const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
-  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 132}) : 132},
+  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 7, 14, 132}) : 132},
                         many_rows ? 1 : static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))));
   config.group_rows = pick({1, 2, 8});
+  const Workspaces workspaces(p);
 
   p.x_stride = p.k + 8 * pick({0, 0, 1, 5});
   Tensor<T> x(p.m * p.x_stride + 8);  // NaN between the rows
@@ -95,8 +109,9 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
                   (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + (many_rows ? " of many rows" : "") + ", " +
-                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(tile.block_n) + (many_rows ? " of many rows" : "") +
+                  (config.stream_k ? ", stream-K" : "") + ", " + std::to_string(config.num_splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
@@ -152,13 +167,16 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
   GemmSm90W4Config& config = p.config;
   config.many_rows = many_rows;
   config.tile = tile;
+  config.stream_k = many_rows && one_in(2);
   p.m = pick({1, between(1, tile.block_m), between(1, 2 * tile.block_m)});
   p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
   p.k = 32 * pick({1, 4, between(1, 12), between(12, 40)});
   const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
-  set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 132}) : 132, 1, !p.fast_accum},
+  set_gemm_sm90_w4_grid(config,
+                        {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 7, 14, 132}) : 132, 1, !p.fast_accum},
                         many_rows ? 1 : static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))));
   config.group_rows = pick({1, 2, 8});
+  const Workspaces workspaces(p);
 
   p.x_stride = p.k + 16 * pick({0, 0, 1, 5});
   Tensor<__nv_fp8_e4m3> x(p.m * p.x_stride + 16);  // NaN between the rows
@@ -198,8 +216,8 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
   current_call += std::string(": e4m3 with groups of ") + std::to_string(group) + (p.fast_accum ? " fast" : "") +
                   " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + (many_rows ? " of many rows" : "") +
-                  ", " + std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs" +
-                  (units ? ", units" : "");
+                  (config.stream_k ? ", stream-K" : "") + ", " + std::to_string(config.num_splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs" + (units ? ", units" : "");
 
   // The same weight in e4m3, by the kernel that makes it in memory, and by the formula.
   std::vector<uint8_t> q(p.n * p.k);

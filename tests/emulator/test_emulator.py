@@ -432,10 +432,10 @@ MUTANTS = [
     Mutant(
         "a panel of x is released while a product reads it",
         W4_MANY,
-        """          if (j % 2 == 0 || (j == 1 && i == 0)) return;
+        """          if (j % 2 == 0 || (j == 1 && i == begin)) return;
           release(position.count - 2);
           if (j == 1) release_weight""",
-        """          if (j % 2 == 1 || (j == 0 && i == 0)) return;
+        """          if (j % 2 == 1 || (j == 0 && i == begin)) return;
           release(position.count - 1);
           if (j == 0) release_weight""",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
@@ -461,6 +461,24 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "a part of K begins with scales of the tile's first columns",
+        W4_MANY,
+        "is_last ? next_begin : i + 1, lane);",
+        "is_last ? 0 : i + 1, lane);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1128",
+        "expected",
+    ),
+    Mutant(
+        "of those that have a part of a tile's K only the last but one is waited for",
+        W4_MANY,
+        "} while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);",
+        "} while (false);",
+        "gemm_sm90_w4_nvfp4_many_rows.cu",
+        "1128",
+        "expected",
+    ),
+    Mutant(
         "rows of out are written over before they have left",
         W4_MANY,
         "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
@@ -472,8 +490,8 @@ MUTANTS = [
     Mutant(
         "half of the columns have the other half's scale",
         W4_OPERANDS,
-        "second = GROUP == 16 ? of_stage.at(column + 16, lane) : first;",
-        "second = first;",
+        "if constexpr (GROUP == 16) second = of_stage.at(column + 16, lane);",
+        "",
         "gemm_sm90_w4_nvfp4_fp8.cu",
         "1192",
         "expected",

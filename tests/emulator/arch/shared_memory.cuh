@@ -35,6 +35,12 @@ inline uint4 load_shared_16_bytes(uint32_t address) {
   return value;
 }
 
+inline uint32_t load_shared_2_bytes(uint32_t address) {
+  uint16_t value;
+  std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
+  return value;
+}
+
 inline void store_shared_16_bytes(uint32_t address, const uint4& value) {
   if (address % 16 != 0) emulator::fail("16 bytes to an address that is not a multiple of 16");
   std::memcpy(emulator::smem_of(emulator::this_rank()) + address, &value, sizeof(value));
