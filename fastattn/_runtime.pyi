@@ -136,7 +136,6 @@ def gemm_sm90_config(
     two_levels: bool = ...,
     norm: bool = ...,
     gated: bool = ...,
-    chooses_turns: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
     m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int = 2, two_levels: bool = False

@@ -11,27 +11,33 @@ struct Instantiation {
   cudaError_t (*launch)(const GemmSm90Params&, cudaStream_t);
 };
 
-template <typename Operands, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
-constexpr Instantiation kManyRows = {{128, BLOCK_N, 1, TURNS}, launch_gemm_sm90<Operands, BLOCK_N, TURNS, Epilogue>};
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
+constexpr Instantiation kManyRows = {{BLOCK_M, BLOCK_N, 1, TURNS},
+                                     launch_gemm_sm90<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>};
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 constexpr Instantiation kFewRows = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
                                     launch_gemm_sm90_few_rows<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>};
 
 // Which exist: add a line here, in gemm_sm90_config.h, and its instantiation in gemm_*sm90_*_rows.cu.
 template <typename Operands>
-constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>, kManyRows<Operands, 224>,
-                                           kManyRows<Operands, 256>};
+constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 192>,
+                                           kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
+                                           kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>,
+                                           kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128>,       kManyRows<Operands, 192>,
-                                          kManyRows<Operands, 224>,       kManyRows<Operands, 256>,
-                                          kManyRows<Operands, 128, true>, kManyRows<Operands, 192, true>};
+constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
+                                          kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
+                                          kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
+                                          kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128>, kManyRows<Operands, 192>,
-                                                kManyRows<Operands, 192, true>, kManyRows<Operands, 256, true>};
+constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 192>,
+                                                kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 128>,
+                                                kManyRows<Operands, 192, 192>};
 template <typename Operands>
-constexpr Instantiation kGatedManyRows[] = {kManyRows<Operands, 128, false, GemmSm90Gated>,
-                                            kManyRows<Operands, 192, false, GemmSm90Gated>,
-                                            kManyRows<Operands, 256, false, GemmSm90Gated>};
+constexpr Instantiation kGatedManyRows[] = {
+    kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
+    kManyRows<Operands, 128, 256, false, GemmSm90Gated>, kManyRows<Operands, 192, 128, false, GemmSm90Gated>,
+    kManyRows<Operands, 192, 192, false, GemmSm90Gated>};
 template <typename Operands, typename Epilogue>
 constexpr Instantiation kAllFewRows[] = {
     kFewRows<Operands, 8, 64, 2, Epilogue>,    kFewRows<Operands, 16, 64, 2, Epilogue>,

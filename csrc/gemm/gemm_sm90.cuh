@@ -28,6 +28,11 @@
 // behind cannot be told from one whose phase is over. Sums in two levels leave no registers for all rows: groups share
 // a tile, and a turn is a part of a step.
 //
+// Tiles of 192 rows have three groups, in none of these turns.
+//
+// Rows of x are shared out evenly: a CTA has config.rows of them, as many as there are rows in a box of x, up to its
+// tile's. What lies in the place of others was there before, and is multiplied, but not stored.
+//
 // A stage is free when the groups of both CTAs are done with it, since both halves of its weight tile are overwritten
 // by one of them each. Rows are written straight from registers, 64 bytes at a time, while the next tile's stages
 // arrive. What a column is multiplied by and what is added to it comes to shared memory while products run: the
@@ -36,8 +41,8 @@
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, so that those that run at
 // the same time share x and weight in the L2 cache.
 //
-// Limits: 16-byte aligned rows, N a multiple of 8, K of 16 bytes. Rows past M or N and columns past K are zeros in
-// shared memory.
+// Limits: 16-byte aligned rows, N a multiple of 8, K of 16 bytes. Rows past N and columns past K are zeros in shared
+// memory.
 #pragma once
 
 #include "gemm/gemm_sm90_launch.h"
@@ -46,26 +51,30 @@
 
 namespace fastattn {
 
-// In turns, groups need more registers than threads begin with, and have those of a third one, which loads.
-template <bool TURNS>
-constexpr int kGemmSm90ManyRowsThreads = TURNS ? 128 * (kGemmSm90Consumers + 1) : kGemmSm90Threads;
-constexpr int kGemmSm90TurnsConsumerRegisters = 240, kGemmSm90TurnsProducerRegisters = 24;
+// Three groups, and two in turns, need more registers than threads begin with, and have those of one more, which loads.
+template <int BLOCK_M, bool TURNS>
+struct GemmSm90ManyRowsThreads {
+  static constexpr int kConsumers = BLOCK_M / 64;
+  static constexpr bool kMovesRegisters = TURNS || kConsumers > 2;
+  static constexpr int kNum = 128 * kConsumers + (kMovesRegisters ? 128 : 32);
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160, kProducerRegisters = kConsumers == 2 ? 24 : 32;
+};
 
-template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
-__global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
+__global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
-  using Storage = GemmSm90Storage<Operands, BLOCK_N>;
+  using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
+  using Threads = GemmSm90ManyRowsThreads<BLOCK_M, TURNS>;
+  static_assert(!TURNS || Threads::kConsumers == 2);
   constexpr int PANEL = decltype(Storage::ring)::kPanel;
-  constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
   constexpr int HALF_N = BLOCK_N / 2;
   constexpr int NUM_CTAS = 2;  // of a cluster
-  constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+  constexpr int NUM_WARPS = 4 * Threads::kConsumers;
   constexpr bool OWN_TILES = TURNS && !Operands::kTwoLevels;  // whether a group has tiles for itself
   constexpr int HALVES = OWN_TILES ? 2 : 1;                   // of 64 rows, which a group has of a tile
-  constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes;
 
   Storage& smem = shared_storage<Storage>();
   const GemmSm90Params& p = args.p;
@@ -90,6 +99,8 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
   // ---- which tiles
   const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);  // of clusters
+  const int32_t num_rows = static_cast<int32_t>(p.m);
+  const int32_t cta_rows = p.config.rows;
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
   const int32_t num_steps = static_cast<int32_t>((p.k + PANEL - 1) / PANEL);
   struct Tile {
@@ -104,21 +115,22 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
       const int32_t rows = min(group_rows, m_tiles - group * group_rows);
       const int32_t column = in_group / rows;
       const int32_t row = group * group_rows + in_group - column * rows;
-      use(Tile{(row * NUM_CTAS + static_cast<int32_t>(rank)) * BLOCK_M, column * BLOCK_N});
+      use(Tile{(row * NUM_CTAS + static_cast<int32_t>(rank)) * cta_rows, column * BLOCK_N});
     }
   };
 
   RingPosition<STAGES> position;
   if (warp_idx >= NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
-    if constexpr (TURNS) give_registers<kGemmSm90TurnsProducerRegisters>();
+    if constexpr (Threads::kMovesRegisters) give_registers<Threads::kProducerRegisters>();
     if (warp_idx == NUM_WARPS && lane == 0) {
+      const uint32_t stage_bytes = static_cast<uint32_t>(cta_rows + BLOCK_N) * kGemmSm90PanelBytes;
       for_each_tile(0, 1, [&](const Tile& tile) {
         for (int32_t step = 0; step < num_steps; ++step) {
           const uint32_t stage = position.stage();
           const int32_t column = step * PANEL;
           smem.empty[stage].wait(position.parity() ^ 1);
-          smem.full[stage].arrive_expect_bytes(STAGE_BYTES);
+          smem.full[stage].arrive_expect_bytes(stage_bytes);
           tma_load_4d(smem.ring.a[stage][0], args.x, smem.full[stage], column, tile.first_m, 0, 0);
           tma_load_4d_multicast(smem.ring.b[stage][0] + rank * HALF_N * PANEL, args.weight, smem.full[stage], column,
                                 tile.first_n + static_cast<int32_t>(rank) * HALF_N, 0, 0, 3);
@@ -129,7 +141,7 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
     __syncwarp();
   } else {
     // ------------------------------------------------------------------------------ consumers
-    if constexpr (TURNS) take_registers<kGemmSm90TurnsConsumerRegisters>();
+    if constexpr (Threads::kMovesRegisters) take_registers<Threads::kConsumerRegisters>();
     const int group = warp_idx / 4;
     const GemmSm90Turns<TURNS> turns = {group};
     if (group == 1) turns.end();
@@ -164,7 +176,6 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
       }
       if constexpr (kNormed) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
-        static_assert(TURNS || BLOCK_N <= kGemmSm90TwoLevelsMaxN, "a thread has 168 registers at most");
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
         multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, num_steps,
                                                                 group, release, turns);
@@ -184,7 +195,8 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
         }
       }
       columns.arrive(p, kGemmSm90GroupBarrier + group);
-      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, tile.first_n, lane);
+      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, min(tile.first_m + cta_rows, num_rows),
+                                    tile.first_n, lane);
     });
   }
   cluster_meet();  // the other CTA may still write to this one
@@ -194,17 +206,17 @@ __global__ void __launch_bounds__(kGemmSm90ManyRowsThreads<TURNS>, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Operands, int BLOCK_N, bool TURNS, typename Epilogue>
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90Storage<Operands, BLOCK_N>;
+  using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
   GemmSm90Args args = {p, {}, {}};
-  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, Storage::BLOCK_M, true);
+  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, p.config.rows, true);
   if (error == cudaSuccess) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
-                         kGemmSm90ManyRowsThreads<TURNS>, sizeof(Storage) + 1024, stream, args);
+  return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
+                         GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum, sizeof(Storage) + 1024, stream, args);
 }
 
 }  // namespace fastattn

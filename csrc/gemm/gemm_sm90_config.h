@@ -15,19 +15,16 @@ struct GemmSm90Tile {
 };
 
 // Of gemm_sm90.cuh.
-constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},          {128, 224},         {128, 256},
-                                           {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}};
+constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},         {128, 224}, {128, 256},
+                                           {192, 128},          {192, 192},         {192, 224}, {128, 128, 1, true},
+                                           {128, 192, 1, true}, {128, 256, 1, true}};
 
-// Whether those with turns are chosen: not before they have been measured.
-constexpr bool kGemmSm90ChoosesTurns = false;
-
-// Which of them there are. Sums in two levels (fp8) take more registers, and so do all rows of a tile in one group; no
-// norm and no gates have turns, and of gates half of the columns are stored, 32 at a time.
-constexpr int kGemmSm90TwoLevelsMaxN = 192;  // without turns
+// Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
+// and no gates have turns, and of gates half of the columns are stored, 32 at a time.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false) {
-  if (gated) return !tile.turns && tile.block_n % 64 == 0;
-  if (!tile.turns) return !two_levels || tile.block_n <= kGemmSm90TwoLevelsMaxN;
-  return !norm && (two_levels ? tile.block_n >= 192 : tile.block_n <= 192);
+  if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
+  if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
+  return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
 }
 
 // Of gemm_sm90_few_rows.cuh.
@@ -69,6 +66,7 @@ struct GemmSm90Config {
   int num_splits;   // few rows: CTAs of a cluster, which share the K of a tile
   int64_t m_tiles;  // few rows: of CTAs, else of pairs of CTAs
   int64_t n_tiles;
+  int rows;        // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
   int group_rows;  // tiles are taken column by column in groups of so many rows of tiles
   int64_t num_ctas;
 };
@@ -76,9 +74,15 @@ struct GemmSm90Config {
 // All that follows from the tile.
 inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& problem, int num_splits) {
   config.num_splits = num_splits;
-  config.m_tiles = ceil_div(problem.m, (config.few_rows ? 1 : 2) * config.tile.block_m);
+  const int64_t num_sharing = config.few_rows ? 1 : 2;  // CTAs with a tile's rows
+  config.m_tiles = ceil_div(problem.m, num_sharing * config.tile.block_m);
+  config.rows = static_cast<int>(ceil_div(problem.m, num_sharing * config.m_tiles));
   config.n_tiles = ceil_div(problem.n, config.tile.block_n);
-  config.group_rows = 4;
+  // What the pairs that run at a time read together is the least where their tiles are a square; groups are of a size.
+  const double square = std::sqrt(static_cast<double>(problem.num_pairs() * config.tile.block_n) /
+                                  static_cast<double>(num_sharing * config.tile.block_m));
+  const int64_t num_groups = std::max<int64_t>(1, std::llround(static_cast<double>(config.m_tiles) / square));
+  config.group_rows = static_cast<int>(ceil_div(config.m_tiles, num_groups));
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
   config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(num_tiles, problem.num_pairs());
 }
@@ -89,13 +93,17 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
                            static_cast<double>(problem.k) / 2.75e6;  // to read it
   const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
   if (!config.few_rows) {
-    const int64_t num_waves = ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs());
-    const double step_us = 0.07 + 0.0023 * static_cast<double>(block_n);
-    const double products_us = static_cast<double>(num_waves * problem.num_panels()) * step_us;
+    const double num_waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
+    const double tile_size = static_cast<double>(block_m * block_n);
+    // A panel's products at 1,755 MHz, and what lies between them. Two groups add up a second level at the same time,
+    // three find their own way.
+    const double step_us = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
     // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
     // write at the same time.
-    const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : static_cast<double>(num_waves);
-    return std::max(7.0 + products_us + 1.0 * num_epilogues + 0.22 * weight_us, 8.0 + weight_us);
+    const double epilogue_us = 6.7e-5 * tile_size;
+    const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : num_waves;
+    const double products_us = num_waves * static_cast<double>(problem.num_panels()) * step_us;
+    return std::max(6.8 + products_us + num_epilogues * epilogue_us, 8.0 + 1.13 * weight_us);
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
@@ -129,7 +137,7 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
 
 // The best by that measure. A row's result depends on M (tile and splits), so that it is not bitwise independent of its
 // batch.
-inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem, bool chooses_turns = kGemmSm90ChoosesTurns) {
+inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   GemmSm90Config best = {};
   double best_us = 0.0;
   const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits) {
@@ -154,8 +162,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem, bool choo
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      const bool exists = gemm_sm90_has_tile(tile, problem.two_levels, problem.norm, problem.gated);
-      if (exists && (chooses_turns || !tile.turns)) consider(false, tile, 1);
+      if (gemm_sm90_has_tile(tile, problem.two_levels, problem.norm, problem.gated)) consider(false, tile, 1);
     }
   }
   return best;

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   // Clusters that share rows of weight are neighbours.
   const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
-  const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * BLOCK_M;
+  const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * p.config.rows;
   const int32_t all_steps = static_cast<int32_t>((p.k + Ring::kStageK - 1) / Ring::kStageK);
   const int32_t begin_step = static_cast<int32_t>(int64_t{rank} * all_steps / num_splits);
   const int32_t end_step = static_cast<int32_t>((int64_t{rank} + 1) * all_steps / num_splits);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   constexpr int PER_COLUMN = Epilogue::kRows;
   const int64_t width = p.n / PER_COLUMN;  // of out
   const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
-  const int32_t num_rows = min(BLOCK_M, static_cast<int32_t>(p.m) - first_m);
+  const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   float row_scale = 0.0f, row_first = 0.0f;
   const auto load_factors = [&] {
@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     // ------------------------------------------------------------------------------- producer
     if (lane == 0) {
       const uint64_t policy = evict_first_policy();
+      const uint32_t stage_bytes = Ring::kBytesA + Ring::kPanels * kGemmSm90PanelBytes * p.config.rows;
       const int32_t end_ahead = min(begin_step + STAGES, end_step);
       for (int32_t panel = begin_step * Ring::kPanels; panel < end_ahead * Ring::kPanels; ++panel) {
         tma_prefetch_4d(args.weight, panel * Ring::kPanel, first_n, 0, 0, policy);
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       for (int32_t step = begin_step; step < end_step; ++step) {
         const uint32_t stage = position.stage();
         smem.empty[stage].wait(position.parity() ^ 1);
-        smem.full[stage].arrive_expect_bytes(Ring::kBytesA + Ring::kBytesB);
+        smem.full[stage].arrive_expect_bytes(stage_bytes);
         for (int panel = 0; panel < Ring::kPanels; ++panel) {
           const int32_t column = step * Ring::kStageK + panel * Ring::kPanel;
           if (m_tiles == 1) {
@@ -249,7 +250,7 @@ cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stre
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
   GemmSm90Args args = {p, {}, {}};
-  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, BLOCK_M, false);
+  cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, config.rows, false);
   if (error == cudaSuccess) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
   }

@@ -8,7 +8,7 @@
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS = false, typename Epilogue = GemmSm90Plain>
 cudaError_t launch_gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue = GemmSm90Plain>
 cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& params, cudaStream_t stream);

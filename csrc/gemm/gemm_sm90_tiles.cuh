@@ -24,13 +24,13 @@ struct GemmSm90Args {
   CUtensorMap x, weight;
 };
 
-constexpr int kGemmSm90Consumers = 2;                            // warp groups
+constexpr int kGemmSm90Consumers = 2;                            // warp groups, but for many rows in tiles of 192
 constexpr int kGemmSm90Threads = 128 * kGemmSm90Consumers + 32;  // and a warp that loads
 constexpr int kGemmSm90PanelBytes = 128;                         // of a row, columns of K that lie together
 constexpr int kGemmSm90SmemBytes = 227 * 1024 - 1024;            // of a CTA; the rest is spent on alignment
 
-// Barriers of the SM; 0 is __syncthreads'. Of consumers, the first of two neighbours each.
-enum GemmSm90Barrier { kGemmSm90GroupBarrier = 1, kGemmSm90TurnBarrier = 3 };
+// Barriers of the SM; 0 is __syncthreads'. Of consumers, the first of neighbours each.
+enum GemmSm90Barrier { kGemmSm90GroupBarrier = 1, kGemmSm90TurnBarrier = 4 };
 
 // Whose products the tensor cores get: a group takes a turn when the other one has ended its own. To begin with, group
 // 1 ends one. Without TURNS, whoever comes.
@@ -101,17 +101,17 @@ struct GemmSm90Columns {
   }
 };
 
-// What a CTA of theirs has in shared memory.
-template <typename Operands, int BLOCK_N>
+// What a CTA of theirs has in shared memory. A group computes 64 of its rows.
+template <typename Operands, int BLOCK_M, int BLOCK_N>
 struct GemmSm90Storage {
-  static constexpr int BLOCK_M = 128;
+  static constexpr int kConsumers = BLOCK_M / 64;
   using Columns = GemmSm90Columns<Operands, BLOCK_N>;
-  static constexpr int kColumnsBytes = 2 * kGemmSm90Consumers * sizeof(Columns);
+  static constexpr int kColumnsBytes = 2 * kConsumers * sizeof(Columns);
   static constexpr int kStages = std::min<int>(
       8, (kGemmSm90SmemBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
 
   GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages> ring;
-  Columns columns[2][kGemmSm90Consumers];  // of this tile and the next, by group
+  Columns columns[2][kConsumers];  // of this tile and the next, by group
   MBarrier full[kStages], empty[kStages];
 };
 
@@ -127,6 +127,12 @@ struct GemmSm90Descriptors {
         b(WgmmaDescriptor::make<128>(ring.b[0][0], 0).uniform_plus(kPanelsApart == 2 ? group * kPanelBytesB : 0)) {}
 };
 
+// The sums of ROWS of B's rows.
+template <int ROWS, int NUM_TILES, typename Sum>
+__device__ __forceinline__ auto part_of(Sum (&acc)[NUM_TILES][4], int row) -> Sum (&)[ROWS / 8][4] {
+  return reinterpret_cast<Sum(&)[ROWS / 8][4]>(acc[row / 8]);
+}
+
 // acc (64 HALVES, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A;
 // where there are 64 only, every other panel of them, and two consumers have to add up what they get. A stage is
 // released when the products of the next one have been issued: the tensor cores always have some at hand.
@@ -136,6 +142,7 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4
                                                 RingPosition<Ring::kStages>& position, int32_t num_stages, int group,
                                                 Release release, LookAt look_at) {
   using Descriptors = GemmSm90Descriptors<Ring>;
+  constexpr int PART_ROWS = Ring::kRowsA > 128 && B_ROWS > 192 ? B_ROWS / 2 : B_ROWS;
   const Descriptors first(ring, group);
   uint32_t before = 0;
 #pragma unroll 1
@@ -152,9 +159,12 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
           const int offset_a = panel * Descriptors::kPanelBytesA + half * 64 * kGemmSm90PanelBytes + bytes;
-          Wgmma<T, B_ROWS>::ss(acc[half], stage_a.plus(offset_a),
-                               stage_b.plus(panel * Descriptors::kPanelBytesB + bytes),
-                               i > 0 || panel > 0 || bytes > 0);
+#pragma unroll
+          for (int row = 0; row < B_ROWS; row += PART_ROWS) {
+            Wgmma<T, PART_ROWS>::ss(part_of<PART_ROWS>(acc[half], row), stage_a.plus(offset_a),
+                                    stage_b.plus(panel * Descriptors::kPanelBytesB + row * kGemmSm90PanelBytes + bytes),
+                                    i > 0 || panel > 0 || bytes > 0);
+          }
         }
       }
     }
@@ -242,12 +252,12 @@ __device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, con
 }
 
 // What a warp has of a tile, 16 rows of each half of it, scaled, with the bias added, and what the epilogue makes of
-// that, to memory.
+// that, to memory, as far as they lie before end_row.
 template <int BLOCK_N, typename Epilogue = GemmSm90Plain, int HALVES, typename Operands, typename Sum, typename Params>
 __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
                                            const GemmSm90Columns<Operands, BLOCK_N>& columns,
                                            const GemmSm90RowFactors (&of_rows)[HALVES], const Params& p,
-                                           int32_t first_row, int32_t first_n, int lane) {
+                                           int32_t first_row, int32_t end_row, int32_t first_n, int lane) {
   using T = typename Operands::Out;
   // A lane has rows `row` and + 8 of a half, and after gather_columns 8 columns of 32 of each.
   constexpr int PER_COLUMN = Epilogue::kRows;
@@ -261,11 +271,15 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
     const int32_t half_row = row + half * 64;
-    ends[half][0] = half_row < p.m ? end : 0;
-    ends[half][1] = half_row + 8 < p.m ? end : 0;
+    ends[half][0] = half_row < end_row ? end : 0;
+    ends[half][1] = half_row + 8 < end_row ? end : 0;
     rows[half][0] = static_cast<T*>(p.out) + half_row * width + column;
     rows[half][1] = rows[half][0] + 8 * width;
   }
+  // By addresses in shared memory: a store to `out` may change what a pointer points to, and loads would stay behind
+  // it.
+  const uint32_t lane_factors = shared_address(columns.factors + lane % 4 * 2);
+  const uint32_t lane_bias = shared_address(columns.bias + lane % 4);
   uint32_t words[HALVES][2][4];  // of 32 columns of out
 #pragma unroll
   for (int t = 0; t < BLOCK_N / 8; t += 4) {
@@ -277,7 +291,7 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
       for (int i = 0; i < 4; ++i) {
         float2 factors = {};
         if constexpr (GemmSm90Columns<Operands, BLOCK_N>::kHasFactors) {
-          factors = reinterpret_cast<const float2*>(columns.factors)[(t + i) * 4 + lane % 4];
+          factors = load_shared_pair(lane_factors + (t + i) * 8 * sizeof(float));
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -290,7 +304,7 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
       if (p.bias != nullptr) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 value = unpack_pair<T>(columns.bias[(t + i) * 4 + lane % 4]);
+          const float2 value = unpack_pair<T>(load_shared(lane_bias + (t + i) * 4 * sizeof(uint32_t)));
 #pragma unroll
           for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
         }

@@ -168,15 +168,15 @@ void bind_kernel_configs(py::module_& m) {
   m.def(
       "gemm_sm90_config",
       [](int64_t rows, int64_t n, int64_t k, int64_t num_sms, int64_t element_bytes, bool two_levels, bool norm,
-         bool gated, bool chooses_turns) {
-        const GemmSm90Config c =
-            gemm_sm90_config({rows, n, k, num_sms, element_bytes, two_levels, norm, gated}, chooses_turns);
+         bool gated) {
+        const GemmSm90Config c = gemm_sm90_config({rows, n, k, num_sms, element_bytes, two_levels, norm, gated});
         return py::dict("few_rows"_a = c.few_rows, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
                         "ctas_per_sm"_a = c.tile.ctas_per_sm, "turns"_a = c.tile.turns, "num_splits"_a = c.num_splits,
-                        "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
+                        "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles, "rows"_a = c.rows,
+                        "group_rows"_a = c.group_rows, "num_ctas"_a = c.num_ctas);
       },
       "m"_a, "n"_a, "k"_a, "num_sms"_a, "element_bytes"_a = 2, "two_levels"_a = false, "norm"_a = false,
-      "gated"_a = false, "chooses_turns"_a = kGemmSm90ChoosesTurns);
+      "gated"_a = false);
   m.def(
       "gemm_sm90_w4_config",
       [](int64_t rows, int64_t n, int64_t k, double weight_bits, int64_t num_sms, int64_t x_bytes, bool two_levels) {

@@ -361,6 +361,15 @@ MUTANTS = [
         "128",
         "expected",
     ),
+    Mutant(
+        "a CTA stores rows that are the next one's, of which it has loaded nothing",
+        GEMM,
+        "min(tile.first_m + cta_rows, num_rows)",
+        "num_rows",
+        "gemm_sm90_many_rows.cu",
+        "192",
+        "expected",
+    ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
     Mutant(
         "a group looks for its stages before its turn",

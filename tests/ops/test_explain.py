@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,6 +297,9 @@ def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -
     rows = config["block_m"] * (1 if config["few_rows"] else 2)
     assert (config["m_tiles"] - 1) * rows < m <= config["m_tiles"] * rows
     assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
+    shared = config["m_tiles"] * rows // config["block_m"]
+    assert config["rows"] == -(-m // shared) <= config["block_m"]
+    assert 1 <= config["group_rows"] <= config["m_tiles"]
     tiles = config["m_tiles"] * config["n_tiles"]
     if config["few_rows"]:
         assert m <= 256
@@ -314,23 +318,39 @@ def test_products_in_8_bits_have_the_tiles_of_half_as_many_columns(m: int) -> No
         assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
         # Two levels of sums take registers that larger tiles do not have.
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True)
-        assert config["few_rows"] or config["turns"] or config["block_n"] <= 192
+        assert config["block_n"] <= (256 if config["turns"] else 192)
 
 
-def test_turns_are_chosen_where_their_tiles_exist() -> None:
-    with_turns = set()
-    for m, n, k in itertools.product((256, 1024, 4096), (6144, 28672), (4096, 14336)):
-        for levels in (1, 2):
-            config_of = functools.partial(_runtime.gemm_sm90_config, m, n, k, 132, 1, two_levels=levels == 2)
-            assert not config_of(chooses_turns=False)["turns"]
-            assert not config_of(norm=True, chooses_turns=True)["turns"]
-            config = config_of(chooses_turns=True)
-            if config["turns"]:
-                # All rows of a tile in one group leave no registers for 256 columns; parts of a step do.
-                assert config["block_n"] in ((128, 192) if levels == 1 else (192, 256))
-                assert config["num_ctas"] == 2 * min(config["m_tiles"] * config["n_tiles"], 66)
-                with_turns.add(levels)
-    assert with_turns == {1, 2}
+def test_norms_and_gates_get_tiles_that_they_have() -> None:
+    tiles = set()
+    for m, n, k in itertools.product((256, 384, 768, 4096), (6144, 28672), (4096, 14336)):
+        for norm, gated in ((True, False), (False, True), (True, True)):
+            config = _runtime.gemm_sm90_config(m, n, k, 132, norm=norm, gated=gated)
+            assert not config["turns"]
+            assert not gated or config["block_n"] % 64 == 0
+            tiles.add((config["block_m"], config["block_n"]))
+    assert {(128, 256), (192, 192)} <= tiles
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp8_fast", "fp8"])
+def test_what_is_chosen_is_about_the_fastest_that_was_measured(kind: str) -> None:
+    """fp8: sums in two levels."""
+    logs = []
+    for line in (Path(__file__).parent / "gemm_sm90_times.txt").read_text().splitlines():
+        of_kind, *problem = line.split()
+        if of_kind != kind:
+            continue
+        m, n, k = (int(size) for size in problem[:3])
+        times = {name: float(us) for name, us in (entry.split(":") for entry in problem[3:])}
+        config = _runtime.gemm_sm90_config(m, n, k, 132, 2 if kind == "bf16" else 1, two_levels=kind == "fp8")
+        name = f"{config['block_m']}x{config['block_n']}" + "t" * config["turns"]
+        if config["few_rows"]:
+            name = f"few-{name}x{config['ctas_per_sm']}/{config['num_splits']}"
+        assert name in times, f"{line}: {name} takes more than 1.25 times the best"
+        logs.append(math.log(times[name] / min(times.values())))
+        assert logs[-1] < 0.05, f"{line}: {name}"
+    assert len(logs) == 39
+    assert sum(logs) / len(logs) < 0.005
 
 
 def test_few_rows_fill_the_sms_in_one_wave() -> None:
