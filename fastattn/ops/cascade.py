@@ -110,7 +110,7 @@ def cascade_attention(
     merged: an error of up to half a unit in the last place more than of one call.
     Raises as `paged_attention` does, and says of which level.
     """
-    if not isinstance(levels, Sequence) or isinstance(levels, (str, Tensor)):
+    if not isinstance(levels, (list, tuple)):
         fail_type(_OP, f"levels is a {type(levels).__name__}, expected a list of CascadeLevel")
     if not levels:
         fail_value(_OP, "levels is empty, expected at least one")

@@ -33,20 +33,24 @@ class MultiLevelCascadeAttentionWrapper:
         if num_levels < 1:
             raise ValueError(f"{op}: num_levels is {num_levels}, expected an int ≥ 1")
         self._use_cuda_graph = use_cuda_graph
-        buffers: list[tuple[Tensor | None, ...]] = [(None,) * 4] * num_levels
         if use_cuda_graph:
-            given = {
+            given: dict[str, Any] = {
                 "qo_indptr_buf_arr": qo_indptr_buf_arr,
                 "paged_kv_indptr_buf_arr": paged_kv_indptr_buf_arr,
                 "paged_kv_indices_buf_arr": paged_kv_indices_buf_arr,
                 "paged_kv_last_page_len_buf_arr": paged_kv_last_page_len_buf_arr,
             }
             _check_lists(op, num_levels, **given)
-            buffers = list(zip(*(each for each in given.values() if each is not None), strict=True))
+            buffers = list(zip(*given.values(), strict=True))
+        else:
+            buffers = [(None,) * 4] * num_levels
         self._levels = [
-            BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout, use_cuda_graph, *each)
-            for each in buffers
-        ]
+            BatchPrefillWithPagedKVCacheWrapper(
+                float_workspace_buffer, kv_layout, use_cuda_graph,
+                qo_indptr_buf=rows, paged_kv_indptr_buf=ends, paged_kv_indices_buf=pages, paged_kv_last_page_len_buf=last,
+            )
+            for rows, ends, pages, last in buffers
+        ]  # fmt: skip
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -84,19 +88,21 @@ class MultiLevelCascadeAttentionWrapper:
         NotImplementedError: a query does not know how far the keys of other levels are.
         """
         op = self._op("plan")
-        arrays = {
-            "qo_indptr_arr": qo_indptr_arr,
-            "paged_kv_indptr_arr": paged_kv_indptr_arr,
-            "paged_kv_indices_arr": paged_kv_indices_arr,
-            "paged_kv_last_page_len": paged_kv_last_page_len,
-        }
-        _check_lists(op, len(self._levels), **arrays)
+        _check_lists(
+            op,
+            len(self._levels),
+            qo_indptr_arr=qo_indptr_arr,
+            paged_kv_indptr_arr=paged_kv_indptr_arr,
+            paged_kv_indices_arr=paged_kv_indices_arr,
+            paged_kv_last_page_len=paged_kv_last_page_len,
+        )
         refuse(op, window_left=None if window_left == -1 else window_left + 1)
-        for i, (level, tensors) in enumerate(zip(self._levels, zip(*arrays.values(), strict=True), strict=True)):
+        for i, level in enumerate(self._levels):
             level.plan(
-                *tensors, num_qo_heads, num_kv_heads, head_dim, page_size,
-                causal=causal and i == len(self._levels) - 1, pos_encoding_mode=pos_encoding_mode, sm_scale=sm_scale,
-                logits_soft_cap=logits_soft_cap, q_data_type=q_data_type, kv_data_type=kv_data_type,
+                qo_indptr_arr[i], paged_kv_indptr_arr[i], paged_kv_indices_arr[i], paged_kv_last_page_len[i],
+                num_qo_heads, num_kv_heads, head_dim, page_size, causal=causal and i == len(self._levels) - 1,
+                pos_encoding_mode=pos_encoding_mode, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap,
+                q_data_type=q_data_type, kv_data_type=kv_data_type,
             )  # fmt: skip
 
     begin_forward = plan
