@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,10 +19,12 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.tokenizer import Tokenizer
 from tests.engine.tiny import EOS, assert_idle, drain, full_logits, run
+from tests.engine.tiny import make_engine as make_engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MakeEngine = Callable[..., Engine]
+Alone = Callable[[str], list[CompletionOutput]]
 PROMPTS = [
     "the quick brown fox",
     "a",
@@ -31,6 +34,7 @@ PROMPTS = [
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1, seed=7, max_tokens=40, ignore_eos=True)
+PARAMS = {"greedy": GREEDY, "drawn": DRAWN}
 
 
 def only(output: RequestOutput) -> CompletionOutput:
@@ -45,7 +49,18 @@ def with_(params: SamplingParams, **changes: Any) -> SamplingParams:
 # ---- the same answer, whatever else happens ----
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.fixture(scope="module")
+def alone(network: DecoderModel, tokenizer: Tokenizer) -> Alone:
+    """What each prompt gives with nobody beside it, computed once."""
+
+    @functools.cache
+    def outputs(how: str) -> list[CompletionOutput]:
+        return [only(run(make_engine_of(network, tokenizer), [prompt], PARAMS[how])[0]) for prompt in PROMPTS]
+
+    return outputs
+
+
+@pytest.mark.parametrize("how", PARAMS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,14 +75,14 @@ def with_(params: SamplingParams, **changes: Any) -> SamplingParams:
     ],
     ids=str,
 )
-def test_the_batch_changes_nothing(make_engine: MakeEngine, params: SamplingParams, options: dict[str, Any]) -> None:
-    alone = [only(run(make_engine(), [prompt], params)[0]) for prompt in PROMPTS]
+def test_the_batch_changes_nothing(make_engine: MakeEngine, alone: Alone, how: str, options: dict[str, Any]) -> None:
+    params, expected = PARAMS[how], alone(how)
     engine = make_engine(**options)
     together = [only(output) for output in run(engine, PROMPTS, params)]
     again = [only(output) for output in run(engine, PROMPTS[::-1], params)][::-1]
-    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-    assert [c.token_ids for c in again] == [c.token_ids for c in alone]
-    assert [c.text for c in together] == [c.text for c in alone]
+    assert [c.token_ids for c in together] == [c.token_ids for c in expected]
+    assert [c.token_ids for c in again] == [c.token_ids for c in expected]
+    assert [c.text for c in together] == [c.text for c in expected]
     if options.get("num_kv_blocks", 128) < 20:
         assert engine.stats().num_preemptions > 0
 
@@ -410,9 +425,9 @@ def test_generated_tokens_are_cached_too(make_engine: MakeEngine) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 4, 12, 30])
 @pytest.mark.parametrize("n", [1, 2])
-def test_abort_at_each_stage(make_engine: MakeEngine, num_steps: int, n: int) -> None:
+def test_abort_at_each_stage(make_engine: MakeEngine, alone: Alone, num_steps: int, n: int) -> None:
     """Waiting, in the middle of a prompt, generating, preempted: the blocks come back and the others do not notice."""
-    expected = [only(output).token_ids for output in run(make_engine(), PROMPTS, GREEDY)]
+    expected = [completion.token_ids for completion in alone("greedy")]
     for victim in range(len(PROMPTS)):
         engine = make_engine(max_num_batched_tokens=16, num_kv_blocks=13)
         for i, prompt in enumerate(PROMPTS):

@@ -9,6 +9,7 @@ between two codes is then another, which no case here meets.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ PROMPTS = [
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1, seed=7, max_tokens=24, ignore_eos=True)
+PARAMS = {"greedy": GREEDY, "drawn": DRAWN}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,9 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
-def alone(network: DecoderModel, kv_cache_dtype: str, params: SamplingParams) -> list[list[int]]:
-    return [tokens(tiny.run(make(network, kv_cache_dtype), [prompt], params))[0] for prompt in PROMPTS]
+@functools.cache
+def alone(network: DecoderModel, kv_cache_dtype: str, how: str) -> list[list[int]]:
+    return [tokens(tiny.run(make(network, kv_cache_dtype), [prompt], PARAMS[how]))[0] for prompt in PROMPTS]
 
 
 def speculative(method: str) -> SpeculativeConfig:
@@ -72,7 +75,7 @@ def speculative(method: str) -> SpeculativeConfig:
     return SpeculativeConfig(num_speculative_tokens=3, model="tiny", adaptive_draft_length=False)
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("how", PARAMS)
 @pytest.mark.parametrize("kv_cache_dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
@@ -86,9 +89,9 @@ def speculative(method: str) -> SpeculativeConfig:
     ids=str,
 )
 def test_the_batch_changes_nothing(
-    network: DecoderModel, kv_cache_dtype: str, params: SamplingParams, options: dict[str, Any]
+    network: DecoderModel, kv_cache_dtype: str, how: str, options: dict[str, Any]
 ) -> None:
-    expected = alone(network, kv_cache_dtype, params)
+    params, expected = PARAMS[how], alone(network, kv_cache_dtype, how)
     engine = make(network, kv_cache_dtype, **options)
     assert tokens(tiny.run(engine, PROMPTS, params)) == expected
     assert tokens(tiny.run(engine, PROMPTS[::-1], params))[::-1] == expected
@@ -148,7 +151,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[int, int]]]:
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True)
 def test_mixed_schedules(network: DecoderModel, kv_cache_dtype: str, drawn: Any) -> None:
     options, requests = drawn
-    expected = alone(network, kv_cache_dtype, GREEDY)
+    expected = alone(network, kv_cache_dtype, "greedy")
     by_model = "speculative" in options and options["speculative"].model is not None
     engine = make(network, kv_cache_dtype, **options, **({"draft": network} if by_model else {}))
     last: dict[str, list[int]] = {}
@@ -168,7 +171,7 @@ def test_mixed_schedules(network: DecoderModel, kv_cache_dtype: str, drawn: Any)
 def test_ranks(network: DecoderModel, kv_cache_dtype: str, size: int) -> None:
     """Each has the keys, values and scales of its own heads: in chunks, with prefixes shared in the second round, and with
     drafts."""
-    expected = alone(network, kv_cache_dtype, GREEDY)
+    expected = alone(network, kv_cache_dtype, "greedy")
     spec = speculative("ngram")
     group = ThreadRanks(SOURCE, size)
     engine = group.start(
@@ -189,7 +192,7 @@ def test_ranks(network: DecoderModel, kv_cache_dtype: str, size: int) -> None:
 def test_a_perfect_draft_is_always_right(network: DecoderModel, kv_cache_dtype: str) -> None:
     """The draft model's cache has the target's numbers, and so its guesses are the target's own."""
     engine = make(network, kv_cache_dtype, speculative=speculative("draft_model"), draft=network)
-    assert tokens(tiny.run(engine, PROMPTS, GREEDY)) == alone(network, kv_cache_dtype, GREEDY)
+    assert tokens(tiny.run(engine, PROMPTS, GREEDY)) == alone(network, kv_cache_dtype, "greedy")
     assert engine.stats().num_accepted_tokens == engine.stats().num_draft_tokens > 0
 
 
