@@ -68,11 +68,7 @@ inline std::string current_call;  // in words, for whoever has to find out what 
 
 inline bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
 
-[[noreturn]] inline void fail(const std::string& what) {
-  std::fflush(stdout);
-  std::fprintf(stderr, "%s\n  in the call: %s\n", what.c_str(), current_call.c_str());
-  std::exit(1);
-}
+[[noreturn]] void fail(const std::string& what);
 
 // ---------------------------------------------------------------------------------------------
 // Threads
@@ -137,27 +133,6 @@ inline void to_scheduler() {
   if (_setjmp(this_fibre().place) == 0) _longjmp(cta.scheduler, 1);
 }
 
-inline void run_fibre_body() {
-  cta.body();
-  this_fibre().done = true;
-  _longjmp(cta.scheduler, 1);
-}
-
-inline void run_fibre(int thread_idx) {
-  cta.thread_idx = thread_idx;
-  Fibre& fibre = this_fibre();
-  if (_setjmp(cta.scheduler) != 0) return;
-  if (fibre.begun) _longjmp(fibre.place, 1);
-  fibre.begun = true;
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = fibre.stack.get();
-  context.uc_stack.ss_size = Fibre::kStackBytes;
-  context.uc_link = nullptr;
-  makecontext(&context, run_fibre_body, 0);
-  setcontext(&context);
-}
-
 // Lets the rest of the warp run, and now and then the other warps.
 inline void maybe_step_aside() {
   this_warp().steps_aside = chance(10);
@@ -171,107 +146,11 @@ inline void wait(const Condition& condition) {
   this_fibre().waits_for = nullptr;
 }
 
-inline void complete_pending(size_t idx) {
-  const std::function<void()> work = std::move(cta.pending[idx]);
-  cta.pending.erase(cta.pending.begin() + static_cast<int64_t>(idx));
-  work();
-}
-
-[[noreturn]] inline void fail_with_deadlock() {
-  std::string what =
-      "deadlock in CTA " + std::to_string(cta.block_idx) + "; what is waited for, by the lanes from each named on:";
-  for (size_t warp = 0; warp < cta.warps.size(); ++warp) {
-    std::string before;
-    for (int lane = 0; lane < 32; ++lane) {
-      const Fibre& fibre = cta.fibres[warp * 32 + lane];
-      const std::string text = fibre.done ? "" : fibre.waits_for->text();
-      if (text != before) {
-        what += "\n    warp " + std::to_string(warp) + ", lane " + std::to_string(lane) +
-                (text.empty() ? " has ended" : " for " + text);
-      }
-      before = text;
-    }
-  }
-  fail(what);
-}
-
-inline bool may_run(const Fibre& fibre) {
-  return !fibre.done && (fibre.waits_for == nullptr || fibre.waits_for->holds());
-}
-
-inline bool is_ready(int warp) {
-  return std::any_of(cta.fibres.begin() + warp * 32, cta.fibres.begin() + warp * 32 + 32, may_run);
-}
-
-// Each lane until it waits; false if all do already.
-inline bool run_warp(int warp) {
-  cta.warps[warp].steps_aside = false;
-  bool any = false;
-  for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-    if (!may_run(cta.fibres[thread])) continue;
-    any = true;
-    run_fibre(thread);
-  }
-  return any;
-}
-
 // Nobody may use the memory of a CTA of the cluster that has ended.
-inline void require_running(int rank) {
-  const auto begin = cta.fibres.begin() + rank * cta.num_threads;
-  if (std::all_of(begin, begin + cta.num_threads, [](const Fibre& f) { return f.done; })) {
-    fail("shared memory of a CTA that has ended is used by another");
-  }
-}
+void require_running(int rank);
 
-inline void run_cluster(int threads_of_cta, int cluster_size, std::function<void()> body) {
-  const int num_threads = threads_of_cta * cluster_size;
-  cta.num_threads = threads_of_cta;
-  cta.cluster_size = cluster_size;
-  cta.body = std::move(body);
-  cta.num_polls = 0;
-  if (static_cast<int>(cta.fibres.size()) < num_threads) cta.fibres.resize(num_threads);
-  for (int i = 0; i < num_threads; ++i) {
-    cta.fibres[i].begun = cta.fibres[i].done = false;
-    cta.fibres[i].waits_for = nullptr;
-  }
-  cta.warps.assign(num_threads / 32, Warp());
-  for (auto& barriers : cta.barriers) std::fill_n(barriers, 16, NamedBarrier());
-  cta.cluster_barrier = NamedBarrier();
-
-  constexpr int kSpeeds[] = {5, 30, 100};  // percent
-  const int copy_speed = kSpeeds[random_engine() % 3];
-  std::vector<int> order(cta.warps.size()), speed(cta.warps.size());
-  for (size_t i = 0; i < order.size(); ++i) {
-    order[i] = static_cast<int>(i);
-    speed[i] = kSpeeds[random_engine() % 3];
-  }
-  const auto all_done = [&] {
-    return std::all_of(cta.fibres.begin(), cta.fibres.begin() + num_threads, [](const Fibre& f) { return f.done; });
-  };
-  while (!all_done()) {
-    std::shuffle(order.begin(), order.end(), random_engine);
-    bool any_ready = false;
-    for (int warp : order) {
-      if (!cta.pending.empty() && chance(copy_speed)) {
-        complete_pending(random_engine() % cta.pending.size());
-        any_ready = true;
-      }
-      if (chance(speed[warp])) {
-        while (run_warp(warp)) {
-          any_ready = true;
-          if (cta.warps[warp].steps_aside) break;
-        }
-      } else {
-        any_ready = any_ready || is_ready(warp);
-      }
-    }
-    if (any_ready) continue;
-    if (cta.pending.empty()) fail_with_deadlock();
-    complete_pending(random_engine() % cta.pending.size());
-  }
-  if (!cta.pending.empty()) fail("a CTA ended before its copies did");
-  for (const auto& check : end_of_cta) check();
-}
+// All CTAs of a grid; body is the kernel with its arguments.
+void run_grid(int64_t num_ctas, int cluster_size, int num_threads, int num_smem_bytes, std::function<void()> body);
 
 // What the threads have asked for and not waited for yet, in groups, as cp.async and wgmma count.
 template <typename Work>
@@ -345,59 +224,23 @@ std::array<T, 32> exchange(const T& value) {
   } mine = {value, {}};
   Shown* const own = &mine;
   meet(own, [](Shown* const* const* lanes) {
-    for (int to = 0; to < 32; ++to) {
-      for (int from = 0; from < 32; ++from) (*lanes[to])->all[from] = (*lanes[from])->value;
-    }
+    std::array<T, 32> all;
+    for (int from = 0; from < 32; ++from) all[from] = (*lanes[from])->value;
+    for (int to = 0; to < 32; ++to) (*lanes[to])->all = all;
   });
   return mine.all;
 }
 
-struct BarrierOpens final : Condition {
-  const NamedBarrier& barrier;
-  std::string name;
-  uint64_t phase;
-  BarrierOpens(const NamedBarrier& b, const std::string& n) : barrier(b), name(n), phase(b.num_phases) {}
-  bool holds() const override { return barrier.num_phases != phase; }
-  std::string text() const override {
-    return name + ", where " + std::to_string(barrier.num_arrived) + " threads came";
-  }
-};
-
-// The last of num_threads opens a barrier.
-inline void arrive_at_barrier(NamedBarrier& b, int num_threads, bool vote = false) {
-  b.num_votes += vote;
-  if (++b.num_arrived < num_threads) return;
-  b.any_vote = b.num_votes > 0;
-  b.num_arrived = b.num_votes = 0;
-  ++b.num_phases;
-}
-
-// Counts for a barrier of the SM.
-inline void arrive_at_barrier(int barrier, int num_threads) {
-  arrive_at_barrier(cta.barriers[this_rank()][barrier], num_threads);
-}
+// Counts for a barrier of the SM, which the last of num_threads opens.
+void arrive_at_barrier(int barrier, int num_threads);
 
 // And waits; whether any thread has voted for it.
-inline bool sync_at_barrier(int barrier, int num_threads, bool vote = false) {
-  NamedBarrier& b = cta.barriers[this_rank()][barrier];
-  const BarrierOpens opens(b, "named barrier " + std::to_string(barrier));
-  arrive_at_barrier(b, num_threads, vote);
-  wait(opens);
-  return b.any_vote;
-}
+bool sync_at_barrier(int barrier, int num_threads, bool vote = false);
 
-inline void sync_cluster() {
-  const BarrierOpens opens(cta.cluster_barrier, "the cluster's barrier");
-  arrive_at_barrier(cta.cluster_barrier, cta.num_threads * cta.cluster_size);
-  wait(opens);
-}
+void sync_cluster();
 
 // A value that others will change; a loop that waits for that goes through here.
-inline void poll() {
-  if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
-  this_warp().steps_aside = true;  // who is waited for may be of the same CTA
-  to_scheduler();
-}
+void poll();
 
 // ---------------------------------------------------------------------------------------------
 // Values of 8 and 16 bits as the tensor cores read them

@@ -40,6 +40,7 @@ KERNELS = {
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
+DEVICE = [HERE / "device.cpp", HERE / "tensor_cores.cpp", HERE / "runtime.cpp"]  # of every program
 
 
 def cuda_include() -> Path | None:
@@ -58,6 +59,14 @@ pytestmark = [
 ]
 
 
+def compiler(level: str, *first_include: Path) -> list[str]:
+    """The command of a compilation, but for what is compiled."""
+    includes = [f"-I{folder}" for folder in (*first_include, HERE, CSRC)]
+    # Ubuntu's g++ has _FORTIFY_SOURCE on, to which a jump to another stack is an error.
+    flags = ["-std=c++17", level, "-Wno-psabi", "-U_FORTIFY_SOURCE"]
+    return [str(CXX), *flags, *includes, "-isystem", str(INCLUDE)]
+
+
 class Build:
     """Objects and programs in a folder that the workers of a test run share: each is made once, by who needs it first."""
 
@@ -70,13 +79,17 @@ class Build:
 
     def _object(self, source: Path, first_include: tuple[Path, ...]) -> Path:
         target = (first_include[0] if first_include else self.folder) / f"{source.name}.o"
-        includes = [f"-I{folder}" for folder in (*first_include, HERE, CSRC)]
-        # Of the small calls of products compiling takes ten times as long as running.
-        level = "-Og" if source.name.startswith("gemm_") else "-O2"
-        # Ubuntu's g++ has _FORTIFY_SOURCE on, to which a jump to another stack is an error.
-        flags = ["-std=c++17", level, "-Wno-psabi", "-U_FORTIFY_SOURCE", "-include", str(HERE / "device.h")]
-        command = [CXX, *flags, *includes, "-isystem", str(INCLUDE), "-x", "c++", "-c", str(source)]
-        return self._make(target, command)
+        if source in DEVICE:
+            return self._make(target, [*compiler("-O3"), "-include", str(HERE / "device.h"), "-c", str(source)])
+        # Compiling a kernel takes longer than its calls do, once what they spend their time in is compiled as above.
+        command = [*compiler("-Og", *first_include), "-include", str(self._prefix()), "-Winvalid-pch"]
+        return self._make(target, [*command, "-x", "c++", "-c", str(source)])
+
+    def _prefix(self) -> Path:
+        """A header that includes device.h, compiled: reading it and CUDA's is half of what compiling a kernel takes."""
+        prefix = self.folder / "prefix.h"
+        self._make(Path(f"{prefix}.gch"), [*compiler("-Og"), "-x", "c++-header", str(HERE / "device.h")])
+        return prefix
 
     def program(self, name: str, objects: Iterable[Path]) -> Path:
         return self._make(self.folder / name, [CXX, *map(str, objects)])
@@ -100,7 +113,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def sources(kernel: str) -> list[Path]:
-    return [*KERNELS[kernel], HERE / f"{kernel}.cpp", HERE / "runtime.cpp"]
+    return [*KERNELS[kernel], HERE / f"{kernel}.cpp", *DEVICE]
 
 
 def run(program: Path, first: int, last: int, *size: str) -> str:
