@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "a split goes on with the sums of the one before",
         DECODE,
-        "    begin_sums();\n  }\n",
-        "    if (!p.config.batch_invariant) begin_sums();\n  }\n",
+        "    if constexpr (INVARIANT) begin_sums();\n  }\n",
+        "  }\n",
         "paged_decode_hd64.cu",
         "64",
         "expected",
