@@ -470,15 +470,6 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
-        "a part of K begins with scales of the tile's first columns",
-        W4_MANY,
-        "is_last ? next_begin : i + 1, lane);",
-        "is_last ? 0 : i + 1, lane);",
-        "gemm_sm90_w4_nvfp4_many_rows.cu",
-        "1128",
-        "expected",
-    ),
-    Mutant(
         "of those that have a part of a tile's K only the last but one is waited for",
         W4_MANY,
         "} while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);",

@@ -462,6 +462,7 @@ def test_the_tile_of_a_product_with_weights_of_4_bits_is_the_fastest_measured(
 ) -> None:
     m, n, k, weight_bits, x_bytes = call
     config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, 132, x_bytes)
+    chosen: tuple[str | int, ...]
     if config["many_rows"]:
         chosen = ("stream_k" if config["stream_k"] else "whole", config["block_m"])
     else:
