@@ -18,7 +18,7 @@ constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {25
 constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
 // Of more waves the last one is a small part, and each cluster's run of tiles loses what others leave in the L2 cache.
-constexpr int64_t kGemmSm90W4StreamKWaves = 8;
+constexpr int64_t kGemmSm90W4StreamKWaves = 6;
 
 // Stages of the former, in what a CTA has of 227 KiB, less 2 KiB for what is not in the ring.
 constexpr int gemm_sm90_w4_stages(const GemmSm90Tile& tile, int x_bytes) {

@@ -510,7 +510,7 @@ MUTANTS = [
         GEMM_TILES,
         "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);",
         "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row == 0) release(stage);",
-        "gemm_fp8_sm90_few_rows.cu",
+        "gemm_fp8_sm90_many_rows.cu",
         "128",
         "expected",
     ),
