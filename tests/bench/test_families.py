@@ -366,10 +366,10 @@ def test_a_slightly_wrong_result_is_caught(name: str, monkeypatch: pytest.Monkey
     """One element off by 10 % of the largest: the check of every case sees it."""
     real = accuracy.check_results
 
-    def tampered(op: str, actual: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -> float:
+    def tampered(op: str, actual: list[Tensor], exact: list[Tensor], plain: list[Tensor], noise: float = 0.0) -> float:
         flat = actual[0].reshape(-1)
         flat[flat.numel() // 2] += float(exact[0].abs().max()) * 0.1 + 0.1
-        return real(op, [flat.view(actual[0].shape), *actual[1:]], exact, plain)
+        return real(op, [flat.view(actual[0].shape), *actual[1:]], exact, plain, noise)
 
     monkeypatch.setattr(accuracy, "check_results", tampered)
     with pytest.raises(WrongResultError, match="1 of"):

@@ -458,7 +458,7 @@ MUTANTS = [
         "smem.empty[count % STAGES].arrive_at_cta(rank);",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
-        "expected",
+        "deadlock",
     ),
     Mutant(
         "the next tile begins with scales of this one",
