@@ -97,9 +97,9 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double tile_size = static_cast<double>(block_m * block_n);
     // A panel's products at 1,755 MHz, and what lies between them. Two groups add up a second level at the same time,
     // three find their own way.
-    const double products_us_of_step = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
+    const double panel_us = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
     // Looking at x for a norm is beside them, and takes no longer in a wide tile.
-    const double step_us = std::max(products_us_of_step, problem.norm ? 0.0037 * static_cast<double>(block_m) : 0.0);
+    const double step_us = std::max(panel_us, problem.norm ? 0.0037 * static_cast<double>(block_m) : 0.0);
     // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
     // write at the same time.
     const double epilogue_us = 6.7e-5 * tile_size;

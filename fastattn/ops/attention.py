@@ -86,8 +86,8 @@ def paged_attention(
     out: (T, H, D) in q's dtype, with out_scale float8_e4m3fn, contiguous, sharing no memory with q: written, and returned,
       instead of fresh memory.
 
-    Returns out (T, H, D) in q's dtype or, with out_scale, float8_e4m3fn, and lse (H, T) fp32, natural logarithm; a row that sees no key gives 0 and -inf, or
-    its sink.
+    Returns out (T, H, D) in q's dtype or, with out_scale, float8_e4m3fn, and lse (H, T) fp32, natural logarithm; a row that
+    sees no key gives 0 and -inf, or its sink.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """

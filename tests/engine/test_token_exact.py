@@ -1,8 +1,7 @@
 """Greedy tokens equal those of Hugging Face transformers in fp32 on the CPU, however the engine batches the work.
 
-50 prompts x 64 tokens: batched at random, prefilled in chunks, with prefix hits, with forced preemption, alone (of most only
-the first tokens), and all of it mixed by schedules that hypothesis draws. Gemma 3 does a part of it by default, and everything
-under the marker `slow`.
+50 prompts x 64 tokens: alone, batched at random, prefilled in chunks, with prefix hits, with forced preemption, and all of it
+mixed by schedules that hypothesis draws. Gemma 3 does a part of it by default, and everything under the marker `slow`.
 """
 
 from __future__ import annotations
@@ -109,10 +108,9 @@ def all_at_once(exact: Exact) -> list[Arrival]:
 
 
 def test_alone(exact: Exact) -> None:
-    """Every prompt, but to its end only every fifth: later steps differ from the first ones by their position alone."""
     engine = engine_for(exact)
     for prompt in range(len(exact.prompts)):
-        serve(exact, engine, [Arrival(prompt, num_tokens=64 if prompt % 5 == 0 else 4)])
+        serve(exact, engine, [Arrival(prompt)])
 
 
 def test_the_judge_is_what_generate_says(exact: Exact) -> None:

@@ -59,10 +59,9 @@ def simulated_speed(
     return tokens / seconds
 
 
-@pytest.mark.parametrize(("noise", "batches"), [(0.0, [1]), (0.5, [1, 3, 40])])
-def test_as_fast_as_the_best_fixed_length_and_never_slower_than_none(noise: float, batches: list[int]) -> None:
-    """Without noise for one sequence: a clock that is always the same has nothing that more of them would bring out."""
-    worlds = itertools.product([FLAT, LINEAR], batches, [0.05, 0.4, 0.8, 0.95, 1.0], [0.2, 1.0], [0.0, 0.05, 0.4, 2])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_as_fast_as_the_best_fixed_length_and_never_slower_than_none(noise: float) -> None:
+    worlds = itertools.product([FLAT, LINEAR], [1, 3, 40], [0.05, 0.4, 0.8, 0.95, 1.0], [0.2, 1.0], [0.0, 0.05, 0.4, 2])
     mean = 1 + noise / 5  # of what the noise adds
     for world in worlds:
         speed = simulated_speed(*world, noise) * mean
