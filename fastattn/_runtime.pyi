@@ -1,6 +1,7 @@
 """Types of the C++ host runtime; what each call does is said in docs/design/foundation.md and in its docstring."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 class TokenSequence:
     num_computed: int
@@ -134,7 +135,7 @@ def gemm_sm90_config(
     num_sms: int,
     element_bytes: int = ...,
     two_levels: bool = ...,
-    norm: bool = ...,
+    norm: Literal["", "rms", "layer"] = ...,
     gated: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(

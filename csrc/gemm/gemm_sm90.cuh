@@ -30,6 +30,9 @@
 //
 // Tiles of 192 rows have three groups, in none of these turns.
 //
+// Where tiles are few or the last wave of them is small, clusters share the stages of all tiles of 128 x 256 instead:
+// gemm_sm90_stream_k.cuh. Not with turns, in which a group has a tile for itself.
+//
 // Rows of x are shared out evenly: a CTA has config.rows of them, as many as there are rows in a box of x, up to its
 // tile's. What lies in the place of others was there before, and is multiplied, but not stored.
 //
@@ -45,28 +48,34 @@
 // memory.
 #pragma once
 
+#include "arch/launch_id.h"
 #include "gemm/gemm_sm90_launch.h"
 #include "gemm/gemm_sm90_norm.cuh"
+#include "gemm/gemm_sm90_stream_k.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
 namespace fastattn {
 
-// Three groups, and two in turns, need more registers than threads begin with, and have those of one more, which loads.
-template <int BLOCK_M, bool TURNS>
+// Three groups, two in turns and those of wide tiles, which get others' sums, need more registers than threads begin
+// with, and have those of one more, which loads.
+template <int BLOCK_M, int BLOCK_N, bool TURNS>
 struct GemmSm90ManyRowsThreads {
   static constexpr int kConsumers = BLOCK_M / 64;
-  static constexpr bool kMovesRegisters = TURNS || kConsumers > 2;
+  static constexpr bool kMovesRegisters = TURNS || kConsumers > 2 || BLOCK_N == 256;
   static constexpr int kNum = 128 * kConsumers + (kMovesRegisters ? 128 : 32);
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160, kProducerRegisters = kConsumers == 2 ? 24 : 32;
 };
 
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS>
+constexpr bool kGemmSm90Streams = gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels);
+
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
-__global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum, 1)
+__global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, 1)
     gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
-  using Threads = GemmSm90ManyRowsThreads<BLOCK_M, TURNS>;
+  using Threads = GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>;
   static_assert(!TURNS || Threads::kConsumers == 2);
   constexpr int PANEL = decltype(Storage::ring)::kPanel;
   constexpr int STAGES = Storage::kStages;
@@ -75,6 +84,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
   constexpr int NUM_WARPS = 4 * Threads::kConsumers;
   constexpr bool OWN_TILES = TURNS && !Operands::kTwoLevels;  // whether a group has tiles for itself
   constexpr int HALVES = OWN_TILES ? 2 : 1;                   // of 64 rows, which a group has of a tile
+  constexpr bool STREAMS = kGemmSm90Streams<Operands, BLOCK_M, BLOCK_N, TURNS>;
 
   Storage& smem = shared_storage<Storage>();
   const GemmSm90Params& p = args.p;
@@ -101,22 +111,22 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);  // of clusters
   const int32_t num_rows = static_cast<int32_t>(p.m);
   const int32_t cta_rows = p.config.rows;
+  const int32_t num_tiles = m_tiles * n_tiles;
+  const int32_t cluster = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
   const int32_t num_steps = static_cast<int32_t>((p.k + PANEL - 1) / PANEL);
+  const auto walk = GemmSm90Walk::make(num_tiles, num_steps, STREAMS && p.config.stream_k, cluster, num_clusters);
   struct Tile {
     int32_t first_m, first_n;
   };
-  const auto for_each_tile = [&](int32_t first, int32_t apart, auto use) {  // of this CTA's
-    for (int32_t idx = static_cast<int32_t>(blockIdx.x) / NUM_CTAS + first * num_clusters; idx < m_tiles * n_tiles;
-         idx += apart * num_clusters) {
-      const int32_t group_rows = p.config.group_rows;
-      const int32_t group = idx / (group_rows * n_tiles);
-      const int32_t in_group = idx - group * group_rows * n_tiles;
-      const int32_t rows = min(group_rows, m_tiles - group * group_rows);
-      const int32_t column = in_group / rows;
-      const int32_t row = group * group_rows + in_group - column * rows;
-      use(Tile{(row * NUM_CTAS + static_cast<int32_t>(rank)) * cta_rows, column * BLOCK_N});
-    }
+  const auto tile_of = [&](int32_t idx) {  // this CTA's
+    const int32_t group_rows = p.config.group_rows;
+    const int32_t group = idx / (group_rows * n_tiles);
+    const int32_t in_group = idx - group * group_rows * n_tiles;
+    const int32_t rows = min(group_rows, m_tiles - group * group_rows);
+    const int32_t column = in_group / rows;
+    const int32_t row = group * group_rows + in_group - column * rows;
+    return Tile{(row * NUM_CTAS + static_cast<int32_t>(rank)) * cta_rows, column * BLOCK_N};
   };
 
   RingPosition<STAGES> position;
@@ -125,8 +135,9 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
     if constexpr (Threads::kMovesRegisters) give_registers<Threads::kProducerRegisters>();
     if (warp_idx == NUM_WARPS && lane == 0) {
       const uint32_t stage_bytes = static_cast<uint32_t>(cta_rows + BLOCK_N) * kGemmSm90PanelBytes;
-      for_each_tile(0, 1, [&](const Tile& tile) {
-        for (int32_t step = 0; step < num_steps; ++step) {
+      for (int32_t part = 0; part < walk.num_parts; ++part) {
+        const Tile tile = tile_of(walk.tile(part));
+        for (int32_t step = walk.begin(part); step < walk.end(part); ++step) {
           const uint32_t stage = position.stage();
           const int32_t column = step * PANEL;
           smem.empty[stage].wait(position.parity() ^ 1);
@@ -136,7 +147,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
                                 tile.first_n + static_cast<int32_t>(rank) * HALF_N, 0, 0, 3);
           position.advance();
         }
-      });
+      }
     }
     __syncwarp();
   } else {
@@ -153,20 +164,26 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
     constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
     static_assert(!kNormed || !OWN_TILES, "a warp looks at 16 rows");
     GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
-    const auto beside_products = [&](uint32_t stage, int32_t step) {
-      if constexpr (kNormed) {
-        moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, static_cast<int32_t>(p.k) - step * PANEL, lane);
-      }
-      if constexpr (OWN_TILES) {
-        if (step == num_steps - 1) turns.end();  // the other's products queue up behind the last ones
-      }
-    };
+    using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8 + (kNormed ? 1 : 0)>;
     int buffer = 0;
-    for_each_tile(OWN_TILES ? group : 0, OWN_TILES ? 2 : 1, [&](const Tile& tile) {
+#pragma unroll 1
+    for (int32_t part = OWN_TILES ? group : 0; part < walk.num_parts; part += HALVES) {
+      const Tile tile = tile_of(walk.tile(part));
+      const int32_t begin = walk.begin(part), end = walk.end(part);
+      const auto beside_products = [&](uint32_t stage, int32_t step) {
+        if constexpr (kNormed) {
+          const int32_t columns_left = static_cast<int32_t>(p.k) - (begin + step) * PANEL;
+          moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, columns_left, lane);
+        }
+        if constexpr (OWN_TILES) {
+          if (step == num_steps - 1) turns.end();  // the other's products queue up behind the last ones
+        }
+      };
       using Element = typename Operands::Element;
       auto& columns = smem.columns[buffer][group];
       buffer ^= 1;
-      columns.fetch(p, tile.first_n);
+      const bool ends_tile = end == num_steps;
+      if (ends_tile) columns.fetch(p, tile.first_n);
 
       const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
       GemmSm90RowFactors of_rows[HALVES];
@@ -177,13 +194,33 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
       if constexpr (kNormed) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
-        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, num_steps,
+        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, end - begin,
                                                                 group, release, turns);
       } else {
         if constexpr (OWN_TILES) turns.take();
-        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, num_steps, OWN_TILES ? 0 : group,
+        multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, end - begin, OWN_TILES ? 0 : group,
                                           release, beside_products);
         if constexpr (OWN_TILES) position.count += num_steps;  // the other's
+      }
+      if constexpr (STREAMS) {
+        if (!ends_tile) {
+          const Handed handed(p, blockIdx.x, group);
+          handed.put(acc[0]);
+          if constexpr (kNormed) moments.put(handed, BLOCK_N / 8);
+          handed.hand_on(p.launch_id, kGemmSm90GroupBarrier + group);
+          continue;
+        }
+        if (begin > 0) {
+          const int32_t first_step = walk.tile(part) * num_steps;
+          int32_t other = cluster;
+          do {
+            --other;
+            const Handed handed(p, other * NUM_CTAS + static_cast<int32_t>(rank), group);
+            handed.await(p.launch_id, kGemmSm90GroupBarrier + group);
+            handed.add_to(acc[0]);
+            if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);
+          } while (GemmSm90Walk::run_begin(num_tiles * num_steps, other, num_clusters) > first_step);
+        }
       }
       if constexpr (kNormed) {
         moments.finish();
@@ -197,7 +234,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum,
       columns.arrive(p, kGemmSm90GroupBarrier + group);
       store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, min(tile.first_m + cta_rows, num_rows),
                                     tile.first_n, lane);
-    });
+    }
   }
   cluster_meet();  // the other CTA may still write to this one
 #endif
@@ -215,8 +252,9 @@ cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
   }
   if (error != cudaSuccess) return error;
+  if (p.config.stream_k) args.p.launch_id = new_launch_id();
   return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
-                         GemmSm90ManyRowsThreads<BLOCK_M, TURNS>::kNum, sizeof(Storage) + 1024, stream, args);
+                         GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, sizeof(Storage) + 1024, stream, args);
 }
 
 }  // namespace fastattn

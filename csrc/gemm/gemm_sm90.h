@@ -33,6 +33,11 @@ struct GemmSm90Params {
   DType dtype = DType::kBFloat16;
   GemmSm90Config config = {};  // from gemm_sm90_config
 
+  // Workspaces if config.stream_k, not initialized.
+  float* sums = nullptr;      // config.num_sums(), 16-byte aligned
+  uint64_t* marks = nullptr;  // config.num_marks(); 0 at the end
+  uint64_t launch_id = 0;     // set by the launch
+
   // Of norms, whose weight and bias are in `weight` and `bias`.
   float eps = 0.0f;
   const float* weight_sum = nullptr;  // (N), 8-byte aligned, of each row of weight: LayerNorm

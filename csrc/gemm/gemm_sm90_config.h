@@ -7,6 +7,8 @@
 
 namespace fastattn {
 
+enum class GemmSm90Norm { kNone, kRms, kLayer };  // of x's rows
+
 // A CTA's tile: so many rows of x and of weight.
 struct GemmSm90Tile {
   int block_m, block_n;
@@ -26,6 +28,14 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
 }
+
+// In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on.
+constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
+  return tile.block_m == 128 && tile.block_n == 256 && tile.turns == two_levels;
+}
+
+// Of more waves the last one is a small part, and each pair's run of tiles loses what others leave in the L2 cache.
+constexpr int64_t kGemmSm90StreamKWaves = 2;
 
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
@@ -52,8 +62,8 @@ struct GemmSm90Problem {
   int64_t num_sms;
   int64_t element_bytes = 2;  // of x and weight
   bool two_levels = false;    // of sums
-  bool norm = false;          // of x's rows
-  bool gated = false;         // rows of weight are those of gates and ups by eights
+  GemmSm90Norm norm = GemmSm90Norm::kNone;
+  bool gated = false;  // rows of weight are those of gates and ups by eights
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -68,7 +78,13 @@ struct GemmSm90Config {
   int64_t n_tiles;
   int rows;        // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
   int group_rows;  // tiles are taken column by column in groups of so many rows of tiles
+  bool stream_k;   // many rows: pairs of CTAs have equal shares of the stages of all tiles, not whole tiles
+  bool has_norm;   // whose sums are handed on too
   int64_t num_ctas;
+
+  // With stream_k, in the workspaces: what a CTA hands on, and a mark of each of its groups.
+  int64_t num_sums() const { return stream_k ? num_ctas * (tile.block_m * tile.block_n + (has_norm ? 1024 : 0)) : 0; }
+  int64_t num_marks() const { return stream_k ? num_ctas * 2 : 0; }
 };
 
 // All that follows from the tile.
@@ -84,7 +100,9 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   const int64_t num_groups = std::max<int64_t>(1, std::llround(static_cast<double>(config.m_tiles) / square));
   config.group_rows = static_cast<int>(ceil_div(config.m_tiles, num_groups));
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
-  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(num_tiles, problem.num_pairs());
+  const int64_t shares = config.stream_k ? num_tiles * problem.num_panels() : num_tiles;
+  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(shares, problem.num_pairs());
+  config.has_norm = problem.norm != GemmSm90Norm::kNone;
 }
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
@@ -92,20 +110,33 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double weight_us = static_cast<double>(problem.element_bytes) * static_cast<double>(problem.n) *
                            static_cast<double>(problem.k) / 2.75e6;  // to read it
   const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
+  const bool has_norm = problem.norm != GemmSm90Norm::kNone, has_mean = problem.norm == GemmSm90Norm::kLayer;
   if (!config.few_rows) {
-    const double num_waves = static_cast<double>(ceil_div(config.m_tiles * config.n_tiles, problem.num_pairs()));
+    const int64_t num_tiles = config.m_tiles * config.n_tiles, num_pairs = config.num_ctas / 2;
+    const double num_waves = static_cast<double>(ceil_div(num_tiles, num_pairs));
     const double tile_size = static_cast<double>(block_m * block_n);
     // A panel's products at 1,755 MHz, and what lies between them. Two groups add up a second level at the same time,
     // three find their own way.
-    const double panel_us = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
-    // Looking at x for a norm is beside them, and takes no longer in a wide tile.
-    const double step_us = std::max(panel_us, problem.norm ? 0.0037 * static_cast<double>(block_m) : 0.0);
+    const double products_us = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
+    // Looking at x for a norm takes longer than the products of a narrow tile leave time for.
+    const double norm_us =
+        has_norm ? 0.1 * (256.0 / static_cast<double>(block_n) - 1.0) + (has_mean ? 0.09 : 0.0) : 0.0;
     // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
     // write at the same time.
     const double epilogue_us = 6.7e-5 * tile_size;
     const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : num_waves;
-    const double products_us = num_waves * static_cast<double>(problem.num_panels()) * step_us;
-    return std::max(6.8 + products_us + num_epilogues * epilogue_us, 8.0 + 1.13 * weight_us);
+    double num_panels = num_waves * static_cast<double>(problem.num_panels()), handed_us = 0.0;
+    if (config.stream_k) {
+      // Pairs that are at different places of K share less in the L2 cache. One tile's sums go to memory, and those of
+      // all others that share a tile come from there.
+      const double part = static_cast<double>(num_tiles) / static_cast<double>(num_pairs);  // of a wave
+      const double num_others = static_cast<double>(ceil_div(num_pairs, num_tiles));
+      num_panels = part * static_cast<double>(problem.num_panels()) * (1.02 + 0.05 * std::max(0.0, part - 0.8));
+      handed_us = tile_size * (7.0e-5 + 7.4e-5 * num_others);
+    }
+    const double us = 6.8 + num_panels * (products_us + norm_us) + num_epilogues * epilogue_us + handed_us;
+    // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
+    return std::max(us, 8.0 + 1.13 * weight_us) + 0.02 * us;
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
@@ -128,13 +159,15 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double clusters_fit = config.num_splits <= 2 ? 1.0 : config.num_splits <= 4 ? 0.9 : 0.75;
   double num_waves = num_ctas / (num_sms * clusters_fit * ctas_per_sm);
   num_waves = in_cluster || config.tile.ctas_per_sm == 1 ? std::ceil(num_waves) : std::max(1.0, num_waves);
-  const double waves_us = num_waves * static_cast<double>(num_steps) * step_us;
+  const double row_us = has_mean ? 0.00115 : has_norm ? 0.0006 : 0.0;  // of an SM, to look at a panel of a row of x
+  const double norm_us = at_once * static_cast<double>(ring.panels * block_m) * row_us;
+  const double waves_us = num_waves * static_cast<double>(num_steps) * (step_us + norm_us);
   const double between_us = config.tile.ctas_per_sm == 1 ? (num_waves - 1.0) * (2.0 + sums_us) : 0.0;
   const double l2_us = step_bytes * static_cast<double>(num_steps) * num_ctas / 8.0e6;
   // 128 bytes of a row at a time are read less well than 256, and from few SMs a little less well.
   const double read_us =
       weight_us * (ring.panels == 1 ? 1.06 : 1.0) * (1.0 + 0.1 * std::max(0.0, 1.0 - num_ctas / num_sms));
-  return 8.0 + std::max({read_us, l2_us, waves_us}) + between_us + sums_us;
+  return 8.0 + std::max({read_us, l2_us, waves_us}) + 0.02 * waves_us + between_us + sums_us;
 }
 
 // The best by that measure. A row's result depends on M (tile and splits), so that it is not bitwise independent of its
@@ -142,9 +175,10 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
 inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   GemmSm90Config best = {};
   double best_us = 0.0;
-  const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits) {
+  const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits, bool stream_k = false) {
     GemmSm90Config config = {};
     config.few_rows = few_rows;
+    config.stream_k = stream_k;
     config.tile = tile;
     set_gemm_sm90_grid(config, problem, num_splits);
     const double us = gemm_sm90_time(config, problem);
@@ -164,7 +198,13 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      if (gemm_sm90_has_tile(tile, problem.two_levels, problem.norm, problem.gated)) consider(false, tile, 1);
+      if (!gemm_sm90_has_tile(tile, problem.two_levels, problem.norm != GemmSm90Norm::kNone, problem.gated)) continue;
+      consider(false, tile, 1);
+      const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
+      if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles <= kGemmSm90StreamKWaves * problem.num_pairs() &&
+          num_tiles * problem.num_panels() < INT32_MAX) {
+        consider(false, tile, 1, true);
+      }
     }
   }
   return best;

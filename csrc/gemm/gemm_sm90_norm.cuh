@@ -89,6 +89,21 @@ struct GemmSm90RowMoments {
     }
   }
 
+  // To others that have the rest of K, and from them: gemm_sm90_stream_k.cuh.
+  template <typename Handed>
+  __device__ __forceinline__ void put(const Handed& handed, int place) const {
+    static_assert(NUM_EIGHTS == 2);
+    const float values[1][4] = {{of[0].sum, of[0].squares, of[1].sum, of[1].squares}};
+    handed.put(values, place);
+  }
+  template <typename Handed>
+  __device__ __forceinline__ void add_from(const Handed& handed, int place) {
+    float values[1][4] = {{of[0].sum, of[0].squares, of[1].sum, of[1].squares}};
+    handed.add_to(values, place);
+    of[0] = {values[0][0], values[0][1]};
+    of[1] = {values[0][2], values[0][3]};
+  }
+
   // Every lane gets those of its rows.
   __device__ __forceinline__ void finish() {
 #pragma unroll

@@ -29,8 +29,6 @@
 
 namespace fastattn {
 
-enum class GemmSm90Norm { kNone, kRms, kLayer };
-
 template <typename T>
 struct GemmSm90Dense {
   using Element = T;

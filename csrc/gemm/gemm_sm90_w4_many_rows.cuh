@@ -25,17 +25,7 @@
 //
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, as in gemm_sm90.cuh.
 //
-// With config.stream_k they share the stages of all tiles instead, by equal runs, each from its end to its beginning:
-//
-//     stages      │         tile 0        │         tile 1        │         tile 2        │
-//     clusters    └────── 0 ──────┴────── 1 ──────┴────── 2 ──────┴────── 3 ──────┴── … ──┘
-//     of 1:                        2  ◄───┘ 1 ◄───┘
-//
-// A run's last tile, unless it ends there, comes first: its sums go to the workspace, and a mark. Who has a tile's end
-// comes to it last, waits for the marks of those that have the rest, and adds theirs to its own from the end of K to
-// the beginning. It waits for clusters of lower numbers only, which were started before it. Marks are as in
-// paged_decode.cuh: launch_id, removed when seen, so that no workspace has to be cleared. The order of all sums follows
-// from the shape and the number of SMs: two runs are bitwise equal.
+// With config.stream_k they share the stages of all tiles instead: gemm_sm90_stream_k.cuh.
 //
 // Limits: 16-byte aligned rows of x and of packed weight, K a multiple of 64 (of 32 with x in 8 bits), N of 8, groups
 // as GemmSm90W4Params has them. Rows past M or N and columns past K are zeros in shared memory.
@@ -43,7 +33,6 @@
 
 #include <algorithm>
 
-#include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/launch_id.h"
@@ -51,6 +40,7 @@
 #include "arch/registers.cuh"
 #include "arch/tensor_map.h"
 #include "arch/tma.cuh"
+#include "gemm/gemm_sm90_stream_k.cuh"
 #include "gemm/gemm_sm90_w4_products.cuh"
 
 namespace fastattn {
@@ -60,7 +50,7 @@ struct GemmSm90W4ManyRowsArgs {
   CUtensorMap x, weight;
 };
 
-constexpr int kGemmSm90W4Consumers = 2;                               // warp groups
+constexpr int kGemmSm90W4Consumers = kGemmSm90StreamKGroups;          // warp groups
 constexpr int kGemmSm90W4Threads = 128 * (kGemmSm90W4Consumers + 1);  // and one of which a warp loads
 constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of weight
 constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
@@ -133,74 +123,6 @@ struct GemmSm90W4Rows {
   }
 };
 
-// Which parts of which tiles a cluster multiplies: part after part a tile that is `step` from the one before.
-struct GemmSm90W4Walk {
-  int32_t num_stages;  // of a tile
-  int32_t first_tile, step, num_parts;
-  int32_t first_end, last_begin;  // stages; all other parts are whole tiles
-
-  __device__ static __forceinline__ GemmSm90W4Walk make(int32_t num_tiles, int32_t num_stages, bool stream_k,
-                                                        int32_t cluster, int32_t num_clusters) {
-    if (!stream_k) {
-      return {num_stages, cluster, num_clusters, (num_tiles - cluster - 1) / num_clusters + 1, num_stages, 0};
-    }
-    const int32_t begin = run_begin(num_tiles * num_stages, cluster, num_clusters);
-    const int32_t last = run_begin(num_tiles * num_stages, cluster + 1, num_clusters) - 1;
-    const int32_t first_tile = last / num_stages, last_tile = begin / num_stages;
-    return {num_stages, first_tile, -1, first_tile - last_tile + 1, last % num_stages + 1, begin % num_stages};
-  }
-  // Of all stages, those of a cluster.
-  __device__ static __forceinline__ int32_t run_begin(int32_t all_stages, int32_t cluster, int32_t num_clusters) {
-    return cluster * (all_stages / num_clusters) + min(cluster, all_stages % num_clusters);
-  }
-
-  __device__ __forceinline__ int32_t tile(int32_t part) const { return first_tile + part * step; }
-  __device__ __forceinline__ int32_t begin(int32_t part) const { return part == num_parts - 1 ? last_begin : 0; }
-  __device__ __forceinline__ int32_t end(int32_t part) const { return part == 0 ? first_end : num_stages; }
-};
-
-// A group's sums in the workspace: 16 bytes of a thread beside those of its neighbours.
-template <int BLOCK_M>
-struct GemmSm90W4Sums {
-  float4* sums;
-  uint64_t* mark;
-
-  __device__ __forceinline__ GemmSm90W4Sums(const GemmSm90W4Params& p, int32_t cta, int group)
-      : sums(reinterpret_cast<float4*>(p.sums) + (int64_t{cta} * kGemmSm90W4Consumers + group) * (BLOCK_M / 8 * 128) +
-             threadIdx.x % 128),
-        mark(p.marks + cta * kGemmSm90W4Consumers + group) {}
-
-  __device__ __forceinline__ void hand_on(const float (&acc)[BLOCK_M / 8][4], uint64_t launch_id, int barrier) const {
-#pragma unroll
-    for (int t = 0; t < BLOCK_M / 8; ++t) sums[t * 128] = make_float4(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
-    named_barrier_sync(barrier, 128);
-    if (threadIdx.x % 128 == 0) store_release(mark, launch_id);
-  }
-
-  __device__ __forceinline__ void add_to(float (&acc)[BLOCK_M / 8][4], uint64_t launch_id, int barrier) const {
-    if (threadIdx.x % 128 == 0) {
-      while (load_acquire(mark) != launch_id) {
-      }
-      *mark = 0;
-    }
-    named_barrier_sync(barrier, 128);
-    constexpr int BATCH = 8;  // on their way at the same time
-#pragma unroll
-    for (int first = 0; first < BLOCK_M / 8; first += BATCH) {
-      float4 others[BATCH];
-#pragma unroll
-      for (int t = 0; t < BATCH; ++t) others[t] = __ldcg(sums + (first + t) * 128);
-#pragma unroll
-      for (int t = 0; t < BATCH; ++t) {
-        acc[first + t][0] += others[t].x;
-        acc[first + t][1] += others[t].y;
-        acc[first + t][2] += others[t].z;
-        acc[first + t][3] += others[t].w;
-      }
-    }
-  }
-};
-
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4ManyRowsStorage {
   using Rows = GemmSm90W4Rows<Operands, BLOCK_M>;
@@ -222,6 +144,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
+  using Handed = GemmSm90HandedSums<float, BLOCK_M / 8>;
   constexpr int STAGES = Storage::kXStages, WEIGHT_STAGES = Storage::kWeightStages;
   constexpr int STAGE_K = kGemmSm90W4StageK;
   constexpr int PANEL = 128 / sizeof(typename Operands::Element);  // columns of x
@@ -258,7 +181,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   const int32_t cluster = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
   const int32_t num_stages = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
-  const auto walk = GemmSm90W4Walk::make(num_tiles, num_stages, p.config.stream_k, cluster, num_clusters);
+  const auto walk = GemmSm90Walk::make(num_tiles, num_stages, p.config.stream_k, cluster, num_clusters);
   struct Tile {
     int32_t first_m, first_n;
   };
@@ -371,7 +294,9 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       release(position.count - 1);
       release_weight(weight_position.count - 1);
       if (end < num_stages) {
-        GemmSm90W4Sums<BLOCK_M>(p, blockIdx.x, group).hand_on(acc, p.launch_id, 1 + group);
+        const Handed handed(p, blockIdx.x, group);
+        handed.put(acc);
+        handed.hand_on(p.launch_id, 1 + group);
         continue;
       }
       if (begin > 0) {
@@ -379,8 +304,10 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
         int32_t other = cluster;
         do {
           --other;
-          GemmSm90W4Sums<BLOCK_M>(p, other * NUM_CTAS + rank, group).add_to(acc, p.launch_id, 1 + group);
-        } while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);
+          const Handed handed(p, other * NUM_CTAS + rank, group);
+          handed.await(p.launch_id, 1 + group);
+          handed.add_to(acc);
+        } while (GemmSm90Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);
       }
       smem.rows[group].store(acc, x_scales, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
     }

@@ -1,5 +1,5 @@
 #include "gemm/fp4_to_fp8.h"
-#include "torch/gemm_sm90_w4_call.h"
+#include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {

@@ -2,6 +2,7 @@
 #include "norm/rms_norm.h"
 #include "torch/gated_activation_call.h"
 #include "torch/gemm_call.h"
+#include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {
@@ -11,7 +12,8 @@ namespace {
 struct DenseLayer {
   const char* op;
   cudaError_t (*sm90)(const GemmSm90Params&, cudaStream_t);
-  void (*norm)(const char* op, const Tensor& x, double eps, Tensor& out) = nullptr;
+  GemmSm90Norm norm = GemmSm90Norm::kNone;
+  void (*normalize)(const char* op, const Tensor& x, double eps, Tensor& out) = nullptr;
   cudaError_t (*gated_sm90)(const GemmSm90Params&, cudaStream_t) = nullptr;
 };
 
@@ -44,7 +46,8 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     p.eps = static_cast<float>(eps);
     if (weight_sum) p.weight_sum = data<float>(*weight_sum);
     if (activation) *activation == Activation::kSilu ? set_silu_gate(p) : set_gelu_tanh_gate(p);
-    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x), 2, false, kind.norm != nullptr, activation.has_value()});
+    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x), 2, false, kind.norm, activation.has_value()});
+    const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
     return out;
   }
@@ -53,9 +56,9 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     run_gated_activation(kind.op, product, *activation, true, out);
     return out;
   }
-  if (kind.norm != nullptr && k > 0) {
+  if (kind.normalize != nullptr && k > 0) {
     Tensor normalized = empty(x, shape_of(x), x.scalar_type());
-    kind.norm(kind.op, x, eps, normalized);
+    kind.normalize(kind.op, x, eps, normalized);
     x = normalized;
   }
   const Matrix rows = matrix_of_x();
@@ -83,28 +86,30 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
 }
 
 Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
-  const DenseLayer kind = {"rms_norm_linear", gemm_rms_norm_sm90, normalize<RmsNormParams, rms_norm>};
+  const DenseLayer kind = {"rms_norm_linear", gemm_rms_norm_sm90, GemmSm90Norm::kRms,
+                           normalize<RmsNormParams, rms_norm>};
   return dense_layer(kind, x, weight, std::nullopt, bias, eps);
 }
 
 Tensor gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::string& activation) {
-  const DenseLayer kind = {"gated_linear", gemm_sm90, nullptr, gemm_gated_sm90};
+  const DenseLayer kind = {"gated_linear", gemm_sm90, GemmSm90Norm::kNone, nullptr, gemm_gated_sm90};
   const Checks checks(kind.op, "x", x);
   return dense_layer(kind, x, weight, std::nullopt, bias, 0.0, activation_named(checks, activation));
 }
 
 Tensor rms_norm_gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                 const std::string& activation, double eps) {
-  const DenseLayer kind = {"rms_norm_gated_linear", gemm_rms_norm_sm90, normalize<RmsNormParams, rms_norm>,
-                           gemm_rms_norm_gated_sm90};
+  const DenseLayer kind = {"rms_norm_gated_linear", gemm_rms_norm_sm90, GemmSm90Norm::kRms,
+                           normalize<RmsNormParams, rms_norm>, gemm_rms_norm_gated_sm90};
   const Checks checks(kind.op, "x", x);
   return dense_layer(kind, x, weight, std::nullopt, bias, eps, activation_named(checks, activation));
 }
 
 Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor& weight_sum,
                             const std::optional<Tensor>& bias, double eps) {
-  const DenseLayer kind = {"layer_norm_linear", gemm_layer_norm_sm90, normalize<LayerNormParams, layer_norm>};
+  const DenseLayer kind = {"layer_norm_linear", gemm_layer_norm_sm90, GemmSm90Norm::kLayer,
+                           normalize<LayerNormParams, layer_norm>};
   return dense_layer(kind, x, weight, weight_sum, bias, eps);
 }
 

@@ -1,5 +1,6 @@
 #include "elementwise/quantize_rows.h"
 #include "torch/gemm_call.h"
+#include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {
@@ -80,6 +81,7 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
     p.fast_accum = fast_accum;
     const bool two_levels = kind.dtype == ScalarType::Float8_e4m3fn && !fast_accum;
     p.config = gemm_sm90_config({m, n, k, num_sms_of(x), 1, two_levels});
+    const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, kind.sm90(p, stream_of(x)));
     return out;
   }

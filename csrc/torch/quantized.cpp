@@ -1,4 +1,4 @@
-#include "torch/gemm_sm90_w4_call.h"
+#include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {

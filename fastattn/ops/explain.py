@@ -67,7 +67,8 @@ class FlashForward:
 @dataclass(frozen=True)
 class DenseLayer:
     """How `linear`, or a norm and it, or it and a gated activation, would run. n: rows of weight. block_m × block_n: rows of x and of weight of a CTA's tile, None on the
-    portable kernel. num_splits: CTAs of a cluster that share the columns of a tile. fuses_norm: there is a norm, and it has no
+    portable kernel. num_splits: CTAs of a cluster that share the columns of a tile; stream_k: pairs of CTAs share those of all
+    tiles evenly. fuses_norm: there is a norm, and it has no
     kernel of its own; fuses_gates: the same of a gated activation. num_ops, num_bytes: what any kernel must compute and
     move."""
 
@@ -84,6 +85,7 @@ class DenseLayer:
     num_ops: int
     num_bytes: int
     fuses_gates: bool = False
+    stream_k: bool = False
 
     def floor_us(self, tflops: float = _TFLOPS, tb_s: float = _TB_S) -> float:
         """Microseconds that it takes at least, at these rates of the matrix units and the memory."""
@@ -94,6 +96,7 @@ class DenseLayer:
         tiles = "tiles as its own heuristic has them"
         if self.block_m is not None:
             split = f", the columns of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
+            split += ", their columns shared out evenly (stream-K)" if self.stream_k else ""
             tiles = f"tiles of {self.block_m} rows of x and {self.block_n} of weight{split}; {self.num_ctas} CTAs"
         norm = (
             ""
@@ -197,10 +200,11 @@ def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int]
     work = 2 * m * n * k, 2 * (m * k + n * k + m * n // per_column)
     if capability != (9, 0) or n % (8 * per_column) != 0 or k % 8 != 0 or 0 in (m, n, k):
         return DenseLayer(what, "sm80", m, n, k, None, None, 1, None, False, *work)
-    config = _runtime.gemm_sm90_config(m, n, k, num_sms, norm="norm" in what, gated=gated)
+    norm: Literal["", "rms", "layer"] = "rms" if "rms" in what else "layer" if "layer" in what else ""
+    config = _runtime.gemm_sm90_config(m, n, k, num_sms, norm=norm, gated=gated)
     kernel = "sm90, few rows" if config["few_rows"] else "sm90"
     tile = config["block_m"], config["block_n"], config["num_splits"], config["num_ctas"]
-    return DenseLayer(what, kernel, m, n, k, *tile, "norm" in what, *work, gated)
+    return DenseLayer(what, kernel, m, n, k, *tile, norm != "", *work, gated, bool(config["stream_k"]))
 
 
 def _flash_forward(

@@ -22,6 +22,22 @@ T pick(std::initializer_list<T> choices) {
 inline float normal() { return std::normal_distribution<float>()(draws); }
 
 // ---------------------------------------------------------------------------------------------
+// Workspaces
+
+// What CTAs of a product hand on, as memory is that nobody cleared.
+struct Workspaces {
+  std::vector<float> sums;
+  std::vector<uint64_t> marks;
+
+  template <typename Params>
+  explicit Workspaces(Params& p) : sums(p.config.num_sums(), NAN), marks(p.config.num_marks()) {
+    for (uint64_t& mark : marks) mark = draws();
+    p.sums = sums.data();
+    p.marks = marks.data();
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
 // Types
 
 template <typename T>

@@ -11,7 +11,7 @@ using namespace emulator;
 using fastattn::GemmSm90Config;
 using fastattn::GemmSm90Params;
 
-enum class Norm { kNone, kRms, kLayer };
+using Norm = fastattn::GemmSm90Norm;
 enum class Gate { kNone, kSilu, kGeluTanh };
 
 double activated(Gate gate, double g) {
@@ -44,8 +44,11 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
-  set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms}, num_splits);
+  const bool two_levels = kFp8 && !fast_accum;
+  config.stream_k = !few_rows && gemm_sm90_streams(tile, two_levels) && one_in(2);
+  set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms, sizeof(E), two_levels, norm}, num_splits);
   config.group_rows = pick({1, 2, 8});
+  const Workspaces workspaces(p);
 
   const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean, float size) {
     stride = columns + kUnit * pick({0, 0, 1, 5});
@@ -99,7 +102,8 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
                   " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
                   std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
-                  std::to_string(config.num_splits) + " splits, " + std::to_string(config.num_ctas) + " CTAs";
+                  (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
     const cudaError_t error = kFp8                   ? gemm_fp8_sm90(p, nullptr)

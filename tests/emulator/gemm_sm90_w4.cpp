@@ -22,18 +22,6 @@ const Format kFormats[] = {{"nvfp4", 16, fastattn::gemm_nvfp4_sm90},
                            {"mxfp4", 32, fastattn::gemm_mxfp4_sm90},
                            {"int4", 0, fastattn::gemm_int4_sm90}};
 
-// What stream-K hands on, as memory is that nobody cleared.
-struct Workspaces {
-  std::vector<float> sums;
-  std::vector<uint64_t> marks;
-
-  explicit Workspaces(GemmSm90W4Params& p) : sums(p.config.num_sums(), NAN), marks(p.config.num_marks()) {
-    for (uint64_t& mark : marks) mark = draws();
-    p.sums = sums.data();
-    p.marks = marks.data();
-  }
-};
-
 float e2m1_value(int code) {
   constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];

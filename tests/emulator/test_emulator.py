@@ -370,6 +370,24 @@ MUTANTS = [
         "192",
         "expected",
     ),
+    Mutant(
+        "a run that begins inside a tile loads the tile's first columns",
+        GEMM,
+        "for (int32_t step = walk.begin(part); step < walk.end(part); ++step) {",
+        "for (int32_t step = 0; step < walk.end(part) - walk.begin(part); ++step) {",
+        "gemm_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "squares of the columns that other CTAs have are left out",
+        GEMM,
+        "if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);",
+        "",
+        "gemm_rms_norm_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
     Mutant(
         "a group looks for its stages before its turn",
@@ -472,7 +490,7 @@ MUTANTS = [
     Mutant(
         "of those that have a part of a tile's K only the last but one is waited for",
         W4_MANY,
-        "} while (GemmSm90W4Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);",
+        "} while (GemmSm90Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);",
         "} while (false);",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1128",

@@ -271,6 +271,9 @@ def test_dense_layers() -> None:
     assert "16 × 4096 → 6144, the norm inside" in str(few) and "bound by its memory" in str(few)
     many = fastattn.explain("linear", torch.empty(8192, 4096, device="meta"), (6144, 4096))
     assert (many.kernel, many.num_splits, many.num_ctas, many.fuses_norm) == ("sm90", 1, 132, False)
+    shared = fastattn.explain("rms_norm_linear", (256, 14336), (4096, 14336))
+    assert (shared.block_m, shared.block_n, shared.num_ctas, shared.stream_k) == (128, 256, 132, True)
+    assert "shared out evenly (stream-K)" in str(shared) and not many.stream_k
     assert "tiles of 128 rows of x and" in str(many) and "bound by its matrix units" in str(many)
     for odd in (((3, 4096), (6143, 4096)), ((3, 4092), (6144, 4092)), ((0, 64), (64, 64))):
         portable = fastattn.explain("layer_norm_linear", *odd)
@@ -306,9 +309,11 @@ def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -
         assert config["num_ctas"] == tiles * config["num_splits"]
         panels = 2 if config["block_n"] == 64 else 1
         assert 1 <= config["num_splits"] <= min(8, -(-k // (64 * panels)))  # no part of K is empty
+        assert not config["stream_k"]
     else:
         assert m > 64
-        assert config["num_ctas"] == 2 * min(tiles, max(1, num_sms // 2))
+        shares = tiles * -(-k // 64) if config["stream_k"] else tiles
+        assert config["num_ctas"] == 2 * min(shares, max(1, num_sms // 2))
 
 
 @pytest.mark.parametrize("m", [1, 64, 128, 256, 512, 4096])
@@ -325,7 +330,7 @@ def test_norms_and_gates_get_tiles_that_they_have() -> None:
     tiles = set()
     for m, n, k in itertools.product((256, 384, 768, 4096), (6144, 28672), (4096, 14336)):
         for norm, gated in ((True, False), (False, True), (True, True)):
-            config = _runtime.gemm_sm90_config(m, n, k, 132, norm=norm, gated=gated)
+            config = _runtime.gemm_sm90_config(m, n, k, 132, norm="rms" if norm else "", gated=gated)
             assert not config["turns"]
             assert not gated or config["block_n"] % 64 == 0
             tiles.add((config["block_m"], config["block_n"]))
