@@ -34,9 +34,6 @@ constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
   return tile.block_m == 128 && tile.block_n == 256 && tile.turns == two_levels;
 }
 
-// Of more waves the last one is a small part, and each pair's run of tiles loses what others leave in the L2 cache.
-constexpr int64_t kGemmSm90StreamKWaves = 2;
-
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
@@ -127,16 +124,16 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : num_waves;
     double num_panels = num_waves * static_cast<double>(problem.num_panels()), handed_us = 0.0;
     if (config.stream_k) {
-      // Pairs that are at different places of K share less in the L2 cache. One tile's sums go to memory, and those of
-      // all others that share a tile come from there.
+      // Pairs that are at different places of K share less in the L2 cache, the less so the larger the weight is. One
+      // tile's sums go to memory, and those of all others that share a tile come from there.
       const double part = static_cast<double>(num_tiles) / static_cast<double>(num_pairs);  // of a wave
       const double num_others = static_cast<double>(ceil_div(num_pairs, num_tiles));
-      num_panels = part * static_cast<double>(problem.num_panels()) * (1.02 + 0.05 * std::max(0.0, part - 0.8));
-      handed_us = tile_size * (7.0e-5 + 7.4e-5 * num_others);
+      num_panels = part * static_cast<double>(problem.num_panels()) * (1.06 + 0.003 * std::max(0.0, weight_us - 45.0));
+      handed_us = tile_size * (7.0e-5 + 1.0e-4 * num_others);
     }
-    const double us = 6.8 + num_panels * (products_us + norm_us) + num_epilogues * epilogue_us + handed_us;
+    const double us = 6.8 + num_panels * (products_us + norm_us) + num_epilogues * epilogue_us;
     // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
-    return std::max(us, 8.0 + 1.13 * weight_us) + 0.02 * us;
+    return std::max(us, 8.0 + 1.13 * weight_us) + 0.02 * us + handed_us;
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
@@ -201,7 +198,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
       if (!gemm_sm90_has_tile(tile, problem.two_levels, problem.norm != GemmSm90Norm::kNone, problem.gated)) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
-      if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles <= kGemmSm90StreamKWaves * problem.num_pairs() &&
+      if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&
           num_tiles * problem.num_panels() < INT32_MAX) {
         consider(false, tile, 1, true);
       }

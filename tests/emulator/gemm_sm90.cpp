@@ -208,8 +208,9 @@ int main(int argc, char** argv) {
     std::vector<Choice> choices;
     for (const auto& tile : fastattn::kGemmSm90Tiles) choices.push_back({false, tile});
     for (const auto& tile : fastattn::kGemmSm90FewRowsTiles) choices.push_back({true, tile});
-    constexpr int kTurns = 1;  // in place of a tile's rows: those with turns
+    constexpr int kTurns = 1, kStreams = 2;  // in place of a tile's rows: those with turns, and with stream-K
     const auto has_other_size = [&](const Choice& choice) {
+      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false);
       return size != 0 && (choice.tile.turns ? kTurns : choice.tile.block_m) != size;
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());

@@ -143,7 +143,7 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns
+    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 for those with stream-K
     finds: str  # what the report says, at least
 
 
@@ -376,7 +376,7 @@ MUTANTS = [
         "for (int32_t step = walk.begin(part); step < walk.end(part); ++step) {",
         "for (int32_t step = 0; step < walk.end(part) - walk.begin(part); ++step) {",
         "gemm_sm90_many_rows.cu",
-        "128",
+        "2",
         "expected",
     ),
     Mutant(
@@ -385,7 +385,7 @@ MUTANTS = [
         "if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);",
         "",
         "gemm_rms_norm_sm90_many_rows.cu",
-        "128",
+        "2",
         "expected",
     ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
