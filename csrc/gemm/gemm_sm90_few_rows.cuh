@@ -57,7 +57,7 @@ struct GemmSm90FewRowsStorage {
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
-    gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90Args args) {
+    gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90ArgsWith<typename Epilogue::Params> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   constexpr bool kCentred = Operands::kNorm == GemmSm90Norm::kLayer;
 
   Storage& smem = shared_storage<Storage>();
-  const GemmSm90Params& p = args.p;
+  const typename Epilogue::Params& p = args.p;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int32_t rank = static_cast<int32_t>(cluster_rank()), num_splits = p.config.num_splits;
@@ -196,10 +196,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   }
   cluster_sync();
 
-  // ---- epilogue: a lane writes four columns
-  if (warp_idx < NUM_WARPS && column < width) {
+  // ---- epilogue: a lane writes four columns, or the lanes of a row find the best of theirs
+  constexpr bool kPicks = Epilogue::kPicks;
+  if (warp_idx < NUM_WARPS && (kPicks || column < width)) {
     if constexpr (!EARLY) load_factors();
-    smem.sums.add_up(num_rows, rank, num_splits, smem.moments, [&](int32_t sum_row, auto& sums, const auto& total) {
+    const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
       GemmSm90RowNorm norm;
       if constexpr (kNormed) {
         if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
@@ -232,9 +233,15 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       float out[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = Epilogue::apply(p, of_columns[i]);
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) =
-          make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3]));
-    });
+      const uint2 words = make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3]));
+      if constexpr (kPicks) {
+        Epilogue::template pick<T, Storage::Sums::kLanesOfRow>(p, words, first_m + sum_row, column, first_n / BLOCK_N,
+                                                               sum_row < num_rows && column < width);
+      } else {
+        *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) = words;
+      }
+    };
+    smem.sums.template add_up<kPicks>(num_rows, rank, num_splits, smem.moments, store);
   }
   __syncwarp();
   cluster_meet();  // the others may still read from this CTA
@@ -245,11 +252,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
 // Host
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
-cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
   using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
-  GemmSm90Args args = {p, {}, {}};
+  GemmSm90ArgsWith<typename Epilogue::Params> args = {p, {}, {}};
   cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, config.rows, false);
   if (error == cudaSuccess) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);

@@ -4,6 +4,8 @@
 #include <numeric>
 
 #include "drawn_call.h"
+#include "sampling/gumbel_max.cuh"
+#include "sampling/gumbel_max.h"
 
 namespace {
 
@@ -172,6 +174,99 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
 }
 
+// A head that draws tokens. Sums of integers are exact, so that tokens and scores are known to the last bit, and many
+// logits are equal.
+template <typename T>
+void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
+  constexpr uint64_t kUntouched = 0x7ff8dead7ff8dead;
+  constexpr int kBehind = 16;
+  fastattn::GemmSm90SampledParams p;
+  p.dtype = TypeInfo<T>::kDType;
+  p.config.few_rows = true;
+  p.config.tile = tile;
+  p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
+  p.n = 8 * between(1, 3 * tile.block_n / 8);
+  p.k = 8 * between(1, 60);
+  const int64_t num_steps = fastattn::ceil_div(p.k, 64 * fastattn::gemm_sm90_few_rows_ring(tile).panels);
+  set_gemm_sm90_grid(p.config, {p.m, p.n, p.k, 132},
+                     static_cast<int>(std::min<int64_t>(num_steps, pick({1, 1, 2, 5}))));
+  const auto draw_matrix = [&](int64_t rows, int64_t& stride) {
+    stride = p.k + 8 * pick({0, 1, 5});
+    Tensor<T> matrix(rows * stride + 8);
+    for (int64_t i = 0; i < rows * p.k; ++i) {
+      const int value = between(-2, 2);
+      matrix.set(i / p.k * stride + i % p.k, static_cast<float>(value == 0 ? 3 : value));
+    }
+    return matrix;
+  };
+  Tensor<T> x = draw_matrix(p.m, p.x_stride), weight = draw_matrix(p.n, p.weight_stride);
+  if (one_in(3)) x.set(between(0, static_cast<int>(p.m) - 1) * p.x_stride, pick({NAN, INFINITY}));  // -1 for this row
+  if (one_in(3)) weight.set(between(0, static_cast<int>(p.n) - 1) * p.weight_stride, INFINITY);     // of a token
+  Tensor<T> bias(p.n);
+  for (int64_t n = 0; n < p.n; ++n) bias.set(n, static_cast<float>(between(-3, 3)));
+  std::vector<float> temperature(p.m);
+  std::vector<int64_t> seed(p.m), position(p.m);
+  for (int64_t m = 0; m < p.m; ++m) {
+    temperature[m] = pick({0.0f, 1.0f, 5.0f, 3e38f});
+    seed[m] = between(-5, 5) * (int64_t{1} << between(0, 40));
+    position[m] = between(0, 100) * (int64_t{1} << between(0, 40));
+  }
+  std::vector<uint64_t> choices(p.m * p.config.n_tiles + kBehind, kUntouched);
+  std::vector<int32_t> token_ids(p.m, -7);
+  std::vector<float> scores(p.m);
+  p.x = x.data.data();
+  p.weight = weight.data.data();
+  p.bias = one_in(2) ? bias.data.data() : nullptr;
+  p.temperature = temperature.data();
+  p.seed = seed.data();
+  p.position = position.data();
+  p.choices = choices.data();
+  p.first_id = 4 * between(0, 1000);
+  current_call += std::string(": token of ") + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
+                  std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) +
+                  " x " + std::to_string(tile.block_n) + ", " + std::to_string(p.config.num_splits) + " splits";
+  fastattn::GumbelMaxParams best;
+  best.choices = p.choices;
+  best.token_ids = token_ids.data();
+  best.scores = scores.data();
+  best.num_rows = p.m;
+  best.num_parts = p.config.n_tiles;
+  if (gemm_sampled_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  if (best_choices(best, nullptr) != cudaSuccess) fail("best_choices does not take the call");
+
+  for (int64_t m = 0; m < p.m; ++m) {
+    int32_t expected = -1;
+    float best_score = -INFINITY;
+    bool has_nan = false, has_finite = false;
+    for (int64_t n = 0; n < p.n; ++n) {
+      float sum = p.bias == nullptr ? 0.0f : bias.values[n];
+      for (int64_t k = 0; k < p.k; ++k) sum += x.values[m * p.x_stride + k] * weight.values[n * p.weight_stride + k];
+      const float logit = static_cast<float>(static_cast<T>(sum));
+      const int32_t id = p.first_id + static_cast<int32_t>(n);
+      const uint4 words = fastattn::philox_words(seed[m], position[m], id / 4, 1);
+      const uint32_t word = id % 4 == 0 ? words.x : id % 4 == 1 ? words.y : id % 4 == 2 ? words.z : words.w;
+      const float noise = temperature[m] == 0.0f ? 0.0f : fastattn::GumbelRow::noise(word);
+      const float score = std::fma(std::min(temperature[m], 1e36f), noise, logit);
+      has_nan |= std::isnan(logit);
+      has_finite |= std::isfinite(logit);
+      if (score > best_score) expected = id;
+      best_score = std::max(best_score, score);
+    }
+    const bool has_token = !has_nan && has_finite;
+    if (token_ids[m] != (has_token ? expected : -1)) {
+      fail("token of row " + std::to_string(m) + " is " + std::to_string(token_ids[m]) + ", expected " +
+           std::to_string(has_token ? expected : -1));
+    }
+    if (has_token && scores[m] != best_score) {
+      fail("score of row " + std::to_string(m) + " is " + std::to_string(scores[m]) + ", expected " +
+           std::to_string(best_score));
+    }
+  }
+  for (int i = 0; i < kBehind; ++i) {
+    if (choices[p.m * p.config.n_tiles + i] != kUntouched) fail("a write behind the end of choices");
+  }
+}
+
 template <typename T>
 void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
@@ -214,7 +309,13 @@ int main(int argc, char** argv) {
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
-    if (one_in(2)) {
+    if (choice.few_rows && seed / choices.size() % 3 == 2) {
+      if (one_in(2)) {
+        run_sampled_call<__half>(choice.tile);
+      } else {
+        run_sampled_call<__nv_bfloat16>(choice.tile);
+      }
+    } else if (one_in(2)) {
       run_call_of_any<__half>(choice.few_rows, choice.tile);
     } else {
       run_call_of_any<__nv_bfloat16>(choice.few_rows, choice.tile);

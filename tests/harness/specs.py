@@ -44,6 +44,7 @@ from tests.harness.block_calls import (
 )
 from tests.harness.compare import assert_within, bits
 from tests.harness.generators import Gen
+from tests.harness.lm_head_calls import bad_lm_head, lm_head_calls, verify_lm_head
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
     bad_fp4,
@@ -719,6 +720,17 @@ SPECS = (
         bad=bad_sample,
         keeps_dtype=False,
         cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+    OpSpec(
+        "lm_head_sample",
+        ops.lm_head_sample,
+        lm_head_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)}
+        | dict.fromkeys(("temperature", "seed", "position"), _B),
+        verify=verify_lm_head,
+        scalars={"first_id": "count"},
+        bad=bad_lm_head,
+        keeps_dtype=False,
     ),
     OpSpec(
         "speculative_sample",
