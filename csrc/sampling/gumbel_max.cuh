@@ -28,8 +28,7 @@ struct GumbelRow {
   // Of temperatures above the largest, the noise would be infinite; logits are nothing beside it either way.
   __device__ __forceinline__ static GumbelRow of(const float* temperature, const int64_t* seed, const int64_t* position,
                                                  int64_t row) {
-    return {fminf(__ldg(temperature + row), 1e36f), static_cast<uint64_t>(__ldg(seed + row)),
-            static_cast<uint64_t>(__ldg(position + row))};
+    return {fminf(temperature[row], 1e36f), static_cast<uint64_t>(seed[row]), static_cast<uint64_t>(position[row])};
   }
 
   // -log(E) with E of the exponential distribution, so that the noise is finite: E is 2^-33 to 17.
