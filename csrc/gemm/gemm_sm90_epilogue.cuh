@@ -17,7 +17,7 @@
 //   Params  what a call gives
 //   kRows   rows of weight for a column of out
 //   apply   what is made of their sums
-//   kPicks  few rows: whether only the best column of each row of a tile is written, by `pick` (gemm_sm90_sampled.cuh)
+//   kStores few rows: whether it writes itself what a lane has, four columns of a row (gemm_sm90_stores.cuh)
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ namespace fastattn {
 struct GemmSm90Plain {
   using Params = GemmSm90Params;
   static constexpr int kRows = 1;
-  static constexpr bool kPicks = false;
+  static constexpr bool kStores = false;
   template <typename Params>
   __device__ static __forceinline__ float apply(const Params&, const float (&sums)[1]) {
     return sums[0];
@@ -42,7 +42,7 @@ struct GemmSm90Plain {
 struct GemmSm90Gated {
   using Params = GemmSm90Params;
   static constexpr int kRows = 2;
-  static constexpr bool kPicks = false;
+  static constexpr bool kStores = false;
   __device__ static __forceinline__ float apply(const GemmSm90Params& p, const float (&sums)[2]) {
     const float gate = sums[0];
     const float square = fminf(gate * gate, 0x1p60f);  // infinity times a factor of 0 would be NaN

@@ -1,3 +1,4 @@
+#include "elementwise/add_rows.h"
 #include "norm/layer_norm.h"
 #include "norm/rms_norm.h"
 #include "sampling/gumbel_max.h"
@@ -84,6 +85,51 @@ void normalize(const char* op, const Tensor& x, double eps, Tensor& out) {
 
 Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   return dense_layer({"linear", gemm_sm90}, x, weight, std::nullopt, bias, 0.0);
+}
+
+// The kernel for a few rows adds the residual before it rounds; elsewhere it is added to what `linear` gives.
+Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& residual) {
+  const DenseLayer kind = {"linear", gemm_sm90};
+  const Checks checks(kind.op, "x", x);
+  checks.rows("x", x).dtype("x", x, kHalves).rows("residual", residual).dtype("residual", residual, {x.scalar_type()});
+  std::vector<int64_t> shape = shape_of(x);
+  const int64_t k = shape.back();
+  checks.shape("weight", weight, {kAny, k}).dtype("weight", weight, {x.scalar_type()});
+  const int64_t n = weight.size(0);
+  if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x.scalar_type()});
+  shape.back() = n;
+  checks.that(shape_of(residual) == shape, "residual has not the shape of the result");
+
+  const int64_t m = num_rows_of(x);
+  const Rows of_x = rows_of(x), of_residual = rows_of(residual);
+  if (m * n > 0 && of_x.inner == m && of_residual.inner == m && of_residual.inner_stride % 4 == 0 &&
+      reinterpret_cast<uintptr_t>(residual.data_ptr()) % 8 == 0) {
+    const OnDeviceOf guard(x);
+    const Matrix rows = {x.data_ptr(), m, k, of_x.inner_stride, 2}, columns = matrix_of(weight);
+    Tensor out = empty(x, shape, x.scalar_type());
+    GemmSm90Config config = {};
+    if (fits_gemm_sm90(rows, columns, {bias}, out)) config = gemm_sm90_config({m, n, k, num_sms_of(x)});
+    if (config.few_rows) {
+      auto p = gemm_params_of<GemmSm90AddedParams>(rows, columns, bias, out);
+      p.config = config;
+      p.residual = residual.data_ptr();
+      p.residual_stride = of_residual.inner_stride;
+      check_launch(kind.op, gemm_added_sm90(p, stream_of(x)));
+      return out;
+    }
+  }
+  Tensor out = dense_layer(kind, x, weight, std::nullopt, bias, 0.0);
+  if (out.numel() == 0) return out;
+  const OnDeviceOf guard(x);
+  AddRowsParams p;
+  p.out = out.data_ptr();
+  p.rows = residual.data_ptr();
+  p.of_rows = of_residual;
+  p.num_rows = m;
+  p.row_size = n;
+  p.dtype = dtype_of(out);
+  check_launch(kind.op, add_rows(p, stream_of(x)));
+  return out;
 }
 
 Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
@@ -182,6 +228,7 @@ std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weig
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("linear_add", TORCH_BOX(&linear_add_op));
   m.impl("rms_norm_linear", TORCH_BOX(&rms_norm_linear_op));
   m.impl("gated_linear", TORCH_BOX(&gated_linear_op));
   m.impl("rms_norm_gated_linear", TORCH_BOX(&rms_norm_gated_linear_op));

@@ -158,6 +158,15 @@ def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         yield f"{leading} {k} {n} no bias", call | {"bias": None}
 
 
+def linear_add_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for leading, k, n in (((3,), 64, 48), ((2, 5), 129, 65), ((), 64, 8), ((70,), 1032, 72), ((260,), 72, 136)):
+        call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
+        call |= {"bias": gen.randn(n, dtype=dtype) if k < 100 else None}
+        yield f"{leading} {k} {n} residual", call | {"residual": gen.randn(*leading, n, dtype=dtype, scale=k**0.5)}
+    for name, call in linear_calls(gen, dtype):
+        yield name, call | {"residual": None}
+
+
 def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, call in linear_calls(gen, dtype):
         yield name, call | {"eps": 1e-6}
@@ -398,8 +407,13 @@ SPECS = (
     OpSpec(
         "linear",
         ops.linear,
-        linear_calls,
-        {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
+        linear_add_calls,
+        {
+            "x": Role((-1,)),
+            "weight": Role((0, 1)),
+            "bias": Role((0,), optional=True),
+            "residual": Role((0, 1), optional=True),
+        },
         formulas.linear,
     ),
     OpSpec(
