@@ -75,9 +75,9 @@ def test_distribution_of_a_head(device: str) -> None:
         assert _chi_square(torch.bincount(tokens.cpu(), minlength=vocab), probabilities) < 55.0
         few = [
             ops.lm_head_sample(call["x"][:100], call["weight"], *(call[c][i : i + 100] for c in _COLUMNS))[0]
-            for i in range(0, 1000, 100)
+            for i in range(0, 300, 100)
         ]
-        assert torch.equal(torch.cat(few), tokens[:1000])
+        assert torch.equal(torch.cat(few), tokens[:300])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
