@@ -57,6 +57,21 @@ inline void set_gelu_tanh_gate(GemmSm90Params& params) {
   params.gate_cubic = 0.10294323958002842f;  // times 0.044715
 }
 
+// Of a head that draws tokens instead of writing logits (gemm_sm90_stores.cuh): `out` is not looked at.
+struct GemmSm90SampledParams : GemmSm90Params {
+  const float* temperature = nullptr;  // (M); 0: greedy
+  const int64_t* seed = nullptr;       // (M)
+  const int64_t* position = nullptr;   // (M)
+  uint64_t* choices = nullptr;         // (M, config.n_tiles): the best of each tile, for best_choices of gumbel_max.h
+  int32_t first_id = 0;                // of the first row of weight, a multiple of 4; first_id + N below 2^31
+};
+
+// out = x weight^T + bias + residual, rounded once.
+struct GemmSm90AddedParams : GemmSm90Params {
+  const void* residual = nullptr;  // (M, N) T, rows 8-byte aligned
+  int64_t residual_stride = 0;     // elements, a multiple of 4
+};
+
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
@@ -65,5 +80,7 @@ cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);  // few rows only
+cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);      // few rows only
 
 }  // namespace fastattn

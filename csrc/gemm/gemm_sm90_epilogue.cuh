@@ -14,8 +14,10 @@
 //            └──────────┴────────┴───────────┴─────────┴──
 //
 // Each type has
+//   Params  what a call gives
 //   kRows   rows of weight for a column of out
 //   apply   what is made of their sums
+//   kStores few rows: whether it writes itself what a lane has, four columns of a row (gemm_sm90_stores.cuh)
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,9 @@
 namespace fastattn {
 
 struct GemmSm90Plain {
+  using Params = GemmSm90Params;
   static constexpr int kRows = 1;
+  static constexpr bool kStores = false;
   template <typename Params>
   __device__ static __forceinline__ float apply(const Params&, const float (&sums)[1]) {
     return sums[0];
@@ -36,7 +40,9 @@ struct GemmSm90Plain {
 // SiLU is g * sigmoid(g), and GeLU in its tanh form g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3)): the same but for two
 // numbers, which the call brings, so that both are one instance.
 struct GemmSm90Gated {
+  using Params = GemmSm90Params;
   static constexpr int kRows = 2;
+  static constexpr bool kStores = false;
   __device__ static __forceinline__ float apply(const GemmSm90Params& p, const float (&sums)[2]) {
     const float gate = sums[0];
     const float square = fminf(gate * gate, 0x1p60f);  // infinity times a factor of 0 would be NaN

@@ -57,7 +57,7 @@ struct GemmSm90FewRowsStorage {
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
-    gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90Args args) {
+    gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90ArgsWith<typename Epilogue::Params> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   constexpr bool kCentred = Operands::kNorm == GemmSm90Norm::kLayer;
 
   Storage& smem = shared_storage<Storage>();
-  const GemmSm90Params& p = args.p;
+  const typename Epilogue::Params& p = args.p;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int32_t rank = static_cast<int32_t>(cluster_rank()), num_splits = p.config.num_splits;
@@ -98,6 +98,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   float row_scale = 0.0f, row_first = 0.0f;
+  constexpr bool kStores = Epilogue::kStores;
+  std::conditional_t<kStores, Epilogue, GemmSm90NoOthers> of_row;
   const auto load_factors = [&] {
     if (column >= width) return;
 #pragma unroll
@@ -121,6 +123,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
     }
     if (kCentred && row < num_rows) row_first = first_of_row<T>(p, first_m + row);
+    if constexpr (kStores) {
+      if (row < num_rows) of_row.load(p, first_m + row, column);
+    }
   };
   constexpr bool EARLY = BLOCK_M <= 64;  // others have no registers to keep them in
 
@@ -197,9 +202,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  if (warp_idx < NUM_WARPS && column < width) {
+  if (warp_idx < NUM_WARPS && (kStores || column < width)) {
     if constexpr (!EARLY) load_factors();
-    smem.sums.add_up(num_rows, rank, num_splits, smem.moments, [&](int32_t sum_row, auto& sums, const auto& total) {
+    const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
       GemmSm90RowNorm norm;
       if constexpr (kNormed) {
         if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
@@ -232,9 +237,17 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       float out[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = Epilogue::apply(p, of_columns[i]);
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) =
-          make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3]));
-    });
+      if constexpr (kStores) {
+        const bool is_there = sum_row < num_rows && column < width;
+        if (is_there && sum_row != row) of_row.load(p, first_m + sum_row, column);
+        of_row.template store<T, Storage::Sums::kLanesOfRow>(p, out, first_m + sum_row, column, first_n / BLOCK_N,
+                                                             is_there);
+      } else {
+        *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) =
+            make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3]));
+      }
+    };
+    smem.sums.template add_up<kStores>(num_rows, rank, num_splits, smem.moments, store);
   }
   __syncwarp();
   cluster_meet();  // the others may still read from this CTA
@@ -245,11 +258,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
 // Host
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
-cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
   using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
-  GemmSm90Args args = {p, {}, {}};
+  GemmSm90ArgsWith<typename Epilogue::Params> args = {p, {}, {}};
   cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, config.rows, false);
   if (error == cudaSuccess) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
@@ -257,6 +270,34 @@ cudaError_t launch_gemm_sm90_few_rows(const GemmSm90Params& p, cudaStream_t stre
   if (error != cudaSuccess) return error;
   return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>, config.num_ctas,
                          config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
+}
+
+// With the tile that the call's configuration names, for epilogues that only this kernel has.
+template <typename Operands, typename Epilogue>
+cudaError_t launch_gemm_sm90_few_rows_tile(const typename Epilogue::Params& p, cudaStream_t stream) {
+  struct Instantiation {
+    GemmSm90Tile tile;
+    cudaError_t (*launch)(const typename Epilogue::Params&, cudaStream_t);
+  };
+  constexpr Instantiation kTable[] = {
+      {{8, 64, 2}, launch_gemm_sm90_few_rows<Operands, 8, 64, 2, Epilogue>},
+      {{16, 64, 2}, launch_gemm_sm90_few_rows<Operands, 16, 64, 2, Epilogue>},
+      {{32, 64, 2}, launch_gemm_sm90_few_rows<Operands, 32, 64, 2, Epilogue>},
+      {{64, 64, 2}, launch_gemm_sm90_few_rows<Operands, 64, 64, 2, Epilogue>},
+      {{64, 64, 1}, launch_gemm_sm90_few_rows<Operands, 64, 64, 1, Epilogue>},
+      {{128, 64, 1}, launch_gemm_sm90_few_rows<Operands, 128, 64, 1, Epilogue>},
+      {{128, 128, 2}, launch_gemm_sm90_few_rows<Operands, 128, 128, 2, Epilogue>},
+      {{256, 128, 1}, launch_gemm_sm90_few_rows<Operands, 256, 128, 1, Epilogue>},
+  };
+  const GemmSm90Tile& wanted = p.config.tile;
+  if (!p.config.few_rows) return cudaErrorInvalidValue;
+  for (const Instantiation& entry : kTable) {
+    const GemmSm90Tile& tile = entry.tile;
+    if (tile.block_m == wanted.block_m && tile.block_n == wanted.block_n && tile.ctas_per_sm == wanted.ctas_per_sm) {
+      return entry.launch(p, stream);
+    }
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace fastattn

@@ -50,13 +50,15 @@ struct GemmSm90Sums {
 
   // Behind the cluster's barrier: adds up what all CTAs have, in their order, for this one's share of the rows:
   // store(row, sums, total), PER_COLUMN times four sums, and the latter of what else there is of each row:
-  // others.add_to(total, part, row, split).
-  template <typename Store, typename Others>
+  // others.add_to(total, part, row, split). WHOLE_WARPS: a warp's lanes come to `store` together, with rows that are
+  // not there among them.
+  template <bool WHOLE_WARPS = false, typename Store, typename Others>
   __device__ __forceinline__ void add_up(int32_t num_rows, int32_t rank, int32_t num_splits, const Others& others,
                                          Store store) {
     constexpr int AT_ONCE = 4 / PER_COLUMN;  // more would take registers that two CTAs an SM do not have
     const int column = first_column();
-    for (int32_t row = first_row(rank); row < num_rows; row += num_splits * kRowsAtOnce) {
+    const int32_t behind_warp = WHOLE_WARPS ? static_cast<int32_t>(threadIdx.x) % 32 / kLanesOfRow : 0;
+    for (int32_t row = first_row(rank); row - behind_warp < num_rows; row += num_splits * kRowsAtOnce) {
       Four sums[PER_COLUMN] = {};
       typename Others::Total total;
 #pragma unroll AT_ONCE

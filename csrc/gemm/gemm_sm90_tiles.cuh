@@ -19,10 +19,12 @@
 
 namespace fastattn {
 
-struct GemmSm90Args {
-  GemmSm90Params p;
+template <typename Params>
+struct GemmSm90ArgsWith {
+  Params p;
   CUtensorMap x, weight;
 };
+using GemmSm90Args = GemmSm90ArgsWith<GemmSm90Params>;
 
 constexpr int kGemmSm90Consumers = 2;                            // warp groups, but for many rows in tiles of 192
 constexpr int kGemmSm90Threads = 128 * kGemmSm90Consumers + 32;  // and a warp that loads

@@ -6,9 +6,9 @@
 
 namespace fastattn {
 
-// The four words for the 64-bit key `seed` and the counter `position` (its upper 64 bits are 0).
-__device__ __forceinline__ uint4 philox_words(uint64_t seed, uint64_t position) {
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
+// The four words for the 64-bit key `seed` and the counter `position`, whose upper 64 bits are c2 and c3.
+__device__ __forceinline__ uint4 philox_words(uint64_t seed, uint64_t position, uint32_t c2 = 0, uint32_t c3 = 0) {
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {

@@ -1,5 +1,7 @@
+#include "elementwise/add_rows.h"
 #include "norm/layer_norm.h"
 #include "norm/rms_norm.h"
+#include "sampling/gumbel_max.h"
 #include "torch/gated_activation_call.h"
 #include "torch/gemm_call.h"
 #include "torch/gemm_workspaces.h"
@@ -85,6 +87,51 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   return dense_layer({"linear", gemm_sm90}, x, weight, std::nullopt, bias, 0.0);
 }
 
+// The kernel for a few rows adds the residual before it rounds; elsewhere it is added to what `linear` gives.
+Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& residual) {
+  const DenseLayer kind = {"linear", gemm_sm90};
+  const Checks checks(kind.op, "x", x);
+  checks.rows("x", x).dtype("x", x, kHalves).rows("residual", residual).dtype("residual", residual, {x.scalar_type()});
+  std::vector<int64_t> shape = shape_of(x);
+  const int64_t k = shape.back();
+  checks.shape("weight", weight, {kAny, k}).dtype("weight", weight, {x.scalar_type()});
+  const int64_t n = weight.size(0);
+  if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x.scalar_type()});
+  shape.back() = n;
+  checks.that(shape_of(residual) == shape, "residual has not the shape of the result");
+
+  const int64_t m = num_rows_of(x);
+  const Rows of_x = rows_of(x), of_residual = rows_of(residual);
+  if (m * n > 0 && of_x.inner == m && of_residual.inner == m && of_residual.inner_stride % 4 == 0 &&
+      reinterpret_cast<uintptr_t>(residual.data_ptr()) % 8 == 0) {
+    const OnDeviceOf guard(x);
+    const Matrix rows = {x.data_ptr(), m, k, of_x.inner_stride, 2}, columns = matrix_of(weight);
+    Tensor out = empty(x, shape, x.scalar_type());
+    GemmSm90Config config = {};
+    if (fits_gemm_sm90(rows, columns, {bias}, out)) config = gemm_sm90_config({m, n, k, num_sms_of(x)});
+    if (config.few_rows) {
+      auto p = gemm_params_of<GemmSm90AddedParams>(rows, columns, bias, out);
+      p.config = config;
+      p.residual = residual.data_ptr();
+      p.residual_stride = of_residual.inner_stride;
+      check_launch(kind.op, gemm_added_sm90(p, stream_of(x)));
+      return out;
+    }
+  }
+  Tensor out = dense_layer(kind, x, weight, std::nullopt, bias, 0.0);
+  if (out.numel() == 0) return out;
+  const OnDeviceOf guard(x);
+  AddRowsParams p;
+  p.out = out.data_ptr();
+  p.rows = residual.data_ptr();
+  p.of_rows = of_residual;
+  p.num_rows = m;
+  p.row_size = n;
+  p.dtype = dtype_of(out);
+  check_launch(kind.op, add_rows(p, stream_of(x)));
+  return out;
+}
+
 Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
   const DenseLayer kind = {"rms_norm_linear", gemm_rms_norm_sm90, GemmSm90Norm::kRms,
                            normalize<RmsNormParams, rms_norm>};
@@ -113,14 +160,80 @@ Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor&
   return dense_layer(kind, x, weight, weight_sum, bias, eps);
 }
 
+// A head and the draw behind it. Where `linear` takes the kernel for a few rows, that kernel draws too and writes the
+// best of each tile; elsewhere `linear` writes logits, which are multiplied in the same order and rounded alike.
+std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                             const Tensor& temperature, const Tensor& seed, const Tensor& position,
+                                             int64_t first_id) {
+  const DenseLayer kind = {"lm_head_sample", gemm_sm90};
+  const Checks checks(kind.op, "x", x);
+  checks.shape("x", x, {kAny, kAny}).dtype("x", x, kHalves);
+  const int64_t m = x.size(0), k = x.size(1);
+  checks.shape("weight", weight, {kAny, k}).dtype("weight", weight, {x.scalar_type()});
+  const int64_t n = weight.size(0);
+  if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x.scalar_type()});
+  checks.shape("temperature", temperature, {m}).dtype("temperature", temperature, {ScalarType::Float});
+  checks.shape("seed", seed, {m}).dtype("seed", seed, {ScalarType::Long});
+  checks.shape("position", position, {m}).dtype("position", position, {ScalarType::Long});
+  checks.that(n > 0, "weight has no rows, expected one for each token");
+  checks.that(first_id >= 0 && first_id % 4 == 0 && first_id <= INT32_MAX - n,
+              "first_id is " + std::to_string(first_id) + ", expected a multiple of 4, 0 to 2^31 - 1 - V");
+  Tensor token_ids = empty(x, {m}, ScalarType::Int), scores = empty(x, {m}, ScalarType::Float);
+  if (m == 0) return {token_ids, scores};
+
+  const OnDeviceOf guard(x);
+  GumbelMaxParams drawn;
+  drawn.temperature = data<float>(temperature);
+  drawn.seed = data<int64_t>(seed);
+  drawn.position = data<int64_t>(position);
+  drawn.token_ids = static_cast<int32_t*>(token_ids.data_ptr());
+  drawn.scores = static_cast<float*>(scores.data_ptr());
+  drawn.num_rows = m;
+  drawn.vocab_size = static_cast<int32_t>(n);
+  drawn.first_id = static_cast<int32_t>(first_id);
+  drawn.dtype = dtype_of(x);
+  const auto make_choices = [&](int64_t num_parts) {
+    Tensor choices = empty(x, {m, num_parts}, ScalarType::Long);
+    drawn.choices = static_cast<uint64_t*>(choices.data_ptr());
+    drawn.num_parts = num_parts;
+    return choices;
+  };
+
+  const Matrix rows = matrix_of(x), columns = matrix_of(weight);
+  GemmSm90Config config = {};
+  if (fits_gemm_sm90(rows, columns, {bias}, token_ids)) config = gemm_sm90_config({m, n, k, num_sms_of(x)});
+  if (config.few_rows) {
+    const Tensor choices = make_choices(config.n_tiles);
+    auto p = gemm_params_of<GemmSm90SampledParams>(rows, columns, bias, token_ids);
+    p.dtype = drawn.dtype;
+    p.config = config;
+    p.temperature = drawn.temperature;
+    p.seed = drawn.seed;
+    p.position = drawn.position;
+    p.choices = drawn.choices;
+    p.first_id = drawn.first_id;
+    check_launch(kind.op, gemm_sampled_sm90(p, stream_of(x)));
+    check_launch(kind.op, best_choices(drawn, stream_of(x)));
+  } else {
+    const Tensor logits = dense_layer(kind, x, weight, std::nullopt, bias, 0.0);
+    const Tensor choices = make_choices((n + kGumbelPartSize - 1) / kGumbelPartSize);
+    drawn.logits = logits.data_ptr();
+    check_launch(kind.op, gumbel_choices(drawn, stream_of(x)));
+    check_launch(kind.op, best_choices(drawn, stream_of(x)));
+  }
+  return {token_ids, scores};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
+  m.impl("linear_add", TORCH_BOX(&linear_add_op));
   m.impl("rms_norm_linear", TORCH_BOX(&rms_norm_linear_op));
   m.impl("gated_linear", TORCH_BOX(&gated_linear_op));
   m.impl("rms_norm_gated_linear", TORCH_BOX(&rms_norm_gated_linear_op));
   m.impl("layer_norm_linear", TORCH_BOX(&layer_norm_linear_op));
+  m.impl("lm_head_sample", TORCH_BOX(&lm_head_sample_op));
 }
 
 }  // namespace fastattn

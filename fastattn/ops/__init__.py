@@ -10,6 +10,7 @@ from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_
 from fastattn.ops.embedding import embedding
 from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
 from fastattn.ops.linear import linear
+from fastattn.ops.lm_head import lm_head_sample
 from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
 from fastattn.ops.quantized import (
@@ -45,6 +46,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_linear",
     "linear",
+    "lm_head_sample",
     "merge_attention_states",
     "paged_attention",
     "quantize_fp8",

@@ -62,6 +62,7 @@ __all__ = [
     "INT32",
     "INT64",
     "KV_CACHE",
+    "LARGEST",
     "LOGITS",
     "MAX_HEAD_DIM",
     "UINT8",
@@ -69,6 +70,7 @@ __all__ = [
     "Flag",
     "NonNegative",
     "TensorArg",
+    "check_numbers",
     "check_offsets",
     "check_range",
     "compile_check",
@@ -183,6 +185,16 @@ def values_readable(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t) is not Tensor:  # a fake or functional tensor has no values
         return False
     return t.is_cpu or validate_inputs()
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def check_numbers(op: str, name: str, t: Tensor, low: float, high: float, allowed: str) -> None:
+    """All of t (n), floats, is in low … high, which `allowed` says in words; a NaN is not."""
+    for index, value in enumerate(t.tolist()):
+        if not low <= value <= high:
+            fail_value(op, f"{name}[{index}] is {value}, expected {allowed}")
 
 
 def check_range(op: str, name: str, t: Tensor, low: int, high: int, meaning: str, source: Tensor) -> None:

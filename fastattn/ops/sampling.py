@@ -10,9 +10,11 @@ from fastattn.ops.checks import (
     FP32,
     INT32,
     INT64,
+    LARGEST,
     LOGITS,
     AtLeast,
     TensorArg,
+    check_numbers,
     check_offsets,
     check_range,
     compile_check,
@@ -118,15 +120,6 @@ _check_token_logprobs = compile_check(
 )
 
 
-def _check_numbers(op: str, name: str, t: Tensor, low: float, high: float, allowed: str) -> None:
-    for index, value in enumerate(t.tolist()):
-        if not low <= value <= high:  # a NaN fails too
-            fail_value(op, f"{name}[{index}] is {value}, expected {allowed}")
-
-
-_LARGEST = torch.finfo(torch.float32).max
-
-
 def adjust_logits(
     logits: Tensor,
     token_ids: Tensor,
@@ -166,9 +159,9 @@ def adjust_logits(
             )
         check_range(op, "token_ids", token_ids, 0, logits.shape[1] - 1, "V - 1 from logits", logits)
         check_range(op, "counts", counts, -1, 2**31 - 1, "for logits", logits)
-        _check_numbers(op, "repetition_penalty", repetition_penalty, 1e-30, _LARGEST, "a finite number > 0")
+        check_numbers(op, "repetition_penalty", repetition_penalty, 1e-30, LARGEST, "a finite number > 0")
         for name, t in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
-            _check_numbers(op, name, t, -_LARGEST, _LARGEST, "a finite number")
+            check_numbers(op, name, t, -LARGEST, LARGEST, "a finite number")
     _adjust_logits(logits, token_ids, counts, bias, indptr, repetition_penalty, presence_penalty, frequency_penalty)
 
 
@@ -224,9 +217,9 @@ def _check_limits(op: str, logits: Tensor, temperature: Tensor, top_p: Tensor, m
     if logits.shape[1] == 0:
         fail_value(op, f"logits has shape {tuple(logits.shape)}, expected (B, V) with V ≥ 1")
     if values_readable(temperature):
-        _check_numbers(op, "temperature", temperature, 0.0, _LARGEST, "a finite number ≥ 0")
-        _check_numbers(op, "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")
-        _check_numbers(op, "min_p", min_p, 0.0, 1.0, "0 ≤ min_p ≤ 1")
+        check_numbers(op, "temperature", temperature, 0.0, LARGEST, "a finite number ≥ 0")
+        check_numbers(op, "top_p", top_p, 0.0, 1.0, "0 ≤ top_p ≤ 1")
+        check_numbers(op, "min_p", min_p, 0.0, 1.0, "0 ≤ min_p ≤ 1")
 
 
 def speculative_sample(

@@ -21,6 +21,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """The same and residual (…, N), rounded once."""
+    product = _product(x.float(), weight.float(), None if bias is None else bias.float())
+    return product.add_(residual.float()).to(x.dtype)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: K may be 0
     num_rows = rows.shape[0]

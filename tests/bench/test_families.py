@@ -26,6 +26,7 @@ from bench.families import (
     gemm_8bit,
     gemm_bf16,
     gemm_fp4,
+    lm_head,
     norm_gemm,
     paged,
     small_ops,
@@ -58,6 +59,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "layer_norm and gemm": partial(norm_gemm.norm_gemm, m=5, n=48, k=64, norm="layer"),
     "gated gemm": partial(gated_linear.gated_linear, m=5, n=48, k=64, norm=False),
     "rms_norm and gated gemm": partial(gated_linear.gated_linear, m=5, n=48, k=64, norm=True),
+    "sample of a head, greedy": partial(lm_head.lm_head, m=5, vocab=304, k=64, temperature=0.0),
+    "sample of a head, drawn": partial(lm_head.lm_head, m=5, vocab=304, k=64, temperature=0.8),
     **{f"gemm {name} fp8": partial(gemm_fp4.gemm_fp8, name=name, m=5, n=48, k=128) for name in ("nvfp4", "mxfp4")},
     "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
     "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
@@ -94,6 +97,8 @@ BESIDE = {
     "layer_norm and gemm": {"cublas", "torch"},
     "gated gemm": {"cublas_swiglu", "cublas_vllm", "cublas_flashinfer", "cublas_torch"},
     "rms_norm and gated gemm": {"cublas_swiglu", "cublas_vllm", "cublas_flashinfer", "cublas_torch"},
+    "sample of a head, greedy": {"linear_sample", "cublas_torch"},
+    "sample of a head, drawn": {"linear_sample", "cublas_torch"},
     "gemm nvfp4 fp8": {"cublas"},
     "gemm mxfp4 fp8": {"cublas"},
     "gemm int8": {"int_mm", "vllm"},
@@ -390,6 +395,20 @@ def test_a_wrong_draw_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
         small_ops.sample(Context(CPU), kind, rows=4, vocab=200).check()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_wrong_draw_of_a_head_is_caught(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = lm_head.judge
+
+    def second(call: dict[str, Any], results: list[Tensor]) -> Any:
+        moved = results[0].clone()
+        moved[2] = (moved[2] + 1) % 304
+        return judge(call, [moved, results[1]])
+
+    monkeypatch.setattr(lm_head, "judge", second)
+    with pytest.raises(WrongResultError, match="lm_head_sample: row 2 got"):
+        lm_head.lm_head(Context(CPU), m=5, vocab=304, k=64, temperature=temperature).check()
+
+
 def finite_merge_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, call in merge_calls(gen, dtype):
         yield name, {key: t.nan_to_num(1.0, 2.0, -2.0) for key, t in call.items()}
@@ -476,6 +495,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, r"^w4a8_m(512|1024|4096|8192)_": 32, ".*": 188},
         "norm_gemm": {"_rms$": 36, "_layer$": 36, ".*": 72},
         "gated_linear": {"_rms$": 36, ".*": 72},
+        "lm_head": {"_greedy$": 15, "_drawn$": 15, ".*": 30},
         "small_ops": {".*": 29},
     }
     for family, matches in wanted.items():

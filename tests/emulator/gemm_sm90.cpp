@@ -4,6 +4,8 @@
 #include <numeric>
 
 #include "drawn_call.h"
+#include "sampling/gumbel_max.cuh"
+#include "sampling/gumbel_max.h"
 
 namespace {
 
@@ -172,6 +174,148 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
 }
 
+// A call of the kernel for a few rows whose sums are of integers, and exact, so that results are known to the last bit.
+template <typename T>
+struct ExactCall {
+  Tensor<T> x, weight, bias;
+
+  ExactCall(const fastattn::GemmSm90Tile& tile, GemmSm90Params& p) {
+    p.dtype = TypeInfo<T>::kDType;
+    p.config.few_rows = true;
+    p.config.tile = tile;
+    p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
+    p.n = 8 * between(1, 3 * tile.block_n / 8);
+    p.k = 8 * between(1, 60);
+    const int64_t num_steps = fastattn::ceil_div(p.k, 64 * fastattn::gemm_sm90_few_rows_ring(tile).panels);
+    const int num_splits = static_cast<int>(std::min<int64_t>(num_steps, pick({1, 1, 2, 5})));
+    set_gemm_sm90_grid(p.config, {p.m, p.n, p.k, 132}, num_splits);
+    x = draw_matrix(p.m, p.k, p.x_stride);
+    weight = draw_matrix(p.n, p.k, p.weight_stride);
+    bias = Tensor<T>(p.n);
+    for (int64_t n = 0; n < p.n; ++n) bias.set(n, static_cast<float>(between(-3, 3)));
+    p.bias = one_in(2) ? bias.data.data() : nullptr;
+    current_call += std::string(": ") + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
+                    std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) +
+                    " x " + std::to_string(tile.block_n) + ", " + std::to_string(num_splits) + " splits";
+  }
+
+  static Tensor<T> draw_matrix(int64_t rows, int64_t columns, int64_t& stride) {
+    stride = columns + 8 * pick({0, 1, 5});
+    Tensor<T> matrix(rows * stride + 8);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const int value = between(-2, 2);
+      matrix.set(i / columns * stride + i % columns, static_cast<float>(value == 0 ? 3 : value));
+    }
+    return matrix;
+  }
+
+  void take(GemmSm90Params& p) const {
+    p.x = x.data.data();
+    p.weight = weight.data.data();
+  }
+
+  float sum(const GemmSm90Params& p, int64_t m, int64_t n) const {
+    float sum = p.bias == nullptr ? 0.0f : bias.values[n];
+    for (int64_t k = 0; k < p.k; ++k) sum += x.values[m * p.x_stride + k] * weight.values[n * p.weight_stride + k];
+    return sum;
+  }
+};
+
+// A product with a residual, which is rounded once.
+template <typename T>
+void run_added_call(const fastattn::GemmSm90Tile& tile) {
+  constexpr int kBehind = 16;
+  fastattn::GemmSm90AddedParams p;
+  const ExactCall<T> call(tile, p);
+  call.take(p);
+  Tensor<T> residual = ExactCall<T>::draw_matrix(p.m, p.n, p.residual_stride);
+  for (float& value : residual.values) value *= 0.25f;
+  for (size_t i = 0; i < residual.values.size(); ++i) residual.data[i] = T(residual.values[i]);
+  std::vector<T> out(p.m * p.n + kBehind, T(NAN));
+  p.residual = residual.data.data();
+  p.out = out.data();
+  current_call += " and a residual";
+  if (gemm_added_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  for (int64_t i = 0; i < p.m * p.n; ++i) {
+    const float sum = call.sum(p, i / p.n, i % p.n) + residual.values[i / p.n * p.residual_stride + i % p.n];
+    const float expected = static_cast<float>(static_cast<T>(sum)), got = static_cast<float>(out[i]);
+    if (got != expected) {
+      fail("out[" + std::to_string(i / p.n) + ", " + std::to_string(i % p.n) + "] is " + std::to_string(got) +
+           ", expected " + std::to_string(expected));
+    }
+  }
+  for (int i = 0; i < kBehind; ++i) {
+    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
+  }
+}
+
+// A head that draws tokens. Many logits are equal, and some are none.
+template <typename T>
+void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
+  constexpr uint64_t kUntouched = 0x7ff8dead7ff8dead;
+  constexpr int kBehind = 16;
+  fastattn::GemmSm90SampledParams p;
+  ExactCall<T> call(tile, p);
+  const auto any_of = [](int64_t count) { return between(0, static_cast<int>(count) - 1); };
+  if (one_in(3)) call.x.set(any_of(p.m) * p.x_stride, pick({NAN, INFINITY}));  // -1 for this row
+  if (one_in(3)) call.weight.set(any_of(p.n) * p.weight_stride, INFINITY);     // of a token
+  call.take(p);
+  std::vector<float> temperature(p.m);
+  std::vector<int64_t> seed(p.m), position(p.m);
+  for (int64_t m = 0; m < p.m; ++m) {
+    temperature[m] = pick({0.0f, 1.0f, 5.0f, 3e38f});
+    seed[m] = between(-5, 5) * (int64_t{1} << between(0, 40));
+    position[m] = between(0, 100) * (int64_t{1} << between(0, 40));
+  }
+  std::vector<uint64_t> choices(p.m * p.config.n_tiles + kBehind, kUntouched);
+  std::vector<int32_t> token_ids(p.m, -7);
+  std::vector<float> scores(p.m);
+  p.temperature = temperature.data();
+  p.seed = seed.data();
+  p.position = position.data();
+  p.choices = choices.data();
+  p.first_id = 4 * between(0, 1000);
+  current_call += " to tokens";
+  fastattn::GumbelMaxParams best;
+  best.choices = p.choices;
+  best.token_ids = token_ids.data();
+  best.scores = scores.data();
+  best.num_rows = p.m;
+  best.num_parts = p.config.n_tiles;
+  if (gemm_sampled_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  if (best_choices(best, nullptr) != cudaSuccess) fail("best_choices does not take the call");
+
+  for (int64_t m = 0; m < p.m; ++m) {
+    int32_t expected = -1;
+    float best_score = -INFINITY;
+    bool has_nan = false, has_finite = false;
+    for (int64_t n = 0; n < p.n; ++n) {
+      const float logit = static_cast<float>(static_cast<T>(call.sum(p, m, n)));
+      const int32_t id = p.first_id + static_cast<int32_t>(n);
+      const uint4 words = fastattn::philox_words(seed[m], position[m], id / 4, 1);
+      const uint32_t word = id % 4 == 0 ? words.x : id % 4 == 1 ? words.y : id % 4 == 2 ? words.z : words.w;
+      const float noise = temperature[m] == 0.0f ? 0.0f : fastattn::GumbelRow::noise(word);
+      const float score = std::fma(std::min(temperature[m], 1e36f), noise, logit);
+      has_nan |= std::isnan(logit);
+      has_finite |= std::isfinite(logit);
+      if (score > best_score) expected = id;
+      best_score = std::max(best_score, score);
+    }
+    const bool has_token = !has_nan && has_finite;
+    if (token_ids[m] != (has_token ? expected : -1)) {
+      fail("token of row " + std::to_string(m) + " is " + std::to_string(token_ids[m]) + ", expected " +
+           std::to_string(has_token ? expected : -1));
+    }
+    if (has_token && scores[m] != best_score) {
+      fail("score of row " + std::to_string(m) + " is " + std::to_string(scores[m]) + ", expected " +
+           std::to_string(best_score));
+    }
+  }
+  for (int i = 0; i < kBehind; ++i) {
+    if (choices[p.m * p.config.n_tiles + i] != kUntouched) fail("a write behind the end of choices");
+  }
+}
+
 template <typename T>
 void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
@@ -215,7 +359,13 @@ int main(int argc, char** argv) {
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
-    if (one_in(2)) {
+    if (choice.few_rows && seed / choices.size() % 3 == 2) {
+      if (one_in(2)) {
+        one_in(3) ? run_added_call<__half>(choice.tile) : run_sampled_call<__half>(choice.tile);
+      } else {
+        one_in(3) ? run_added_call<__nv_bfloat16>(choice.tile) : run_sampled_call<__nv_bfloat16>(choice.tile);
+      }
+    } else if (one_in(2)) {
       run_call_of_any<__half>(choice.few_rows, choice.tile);
     } else {
       run_call_of_any<__nv_bfloat16>(choice.few_rows, choice.tile);

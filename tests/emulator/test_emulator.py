@@ -36,7 +36,10 @@ KERNELS = {
     "flash_bwd_sm90": sorted(CSRC.glob("attention/flash_bwd_sm90*.cu")),
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
-    "gemm_sm90": sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+    "gemm_sm90": [
+        *sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+        CSRC / "sampling/gumbel_max.cu",
+    ],
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
 }
@@ -156,9 +159,11 @@ GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
+GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
+KERNEL_OF |= {GEMM_STORES: "gemm_sm90"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
@@ -574,6 +579,24 @@ MUTANTS = [
         "PER_COLUMN == 1 ? 8 : kOutColumns;",
         "8;",
         "gemm_gated_sm90_few_rows.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "all rows that a lane adds a residual to get the first one's",
+        FEW_ROWS,
+        "        if (is_there && sum_row != row) of_row.load(p, first_m + sum_row, column);\n",
+        "",
+        "gemm_added_sm90_few_rows.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "half of a tile's tokens are not looked at",
+        GEMM_STORES,
+        "distance = LANES / 2;",
+        "distance = LANES / 4;",
+        "gemm_sampled_sm90_few_rows.cu",
         "8",
         "expected",
     ),

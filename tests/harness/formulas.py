@@ -50,8 +50,11 @@ def geglu(c: torch.dtype, x: Tensor, approximate: str = "tanh") -> list[Tensor]:
     return [act * up]
 
 
-def linear(c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-    return [F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))]
+def linear(
+    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> list[Tensor]:
+    out = F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))
+    return [out if residual is None else out + residual.to(c)]
 
 
 def rms_norm_linear(

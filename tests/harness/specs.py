@@ -44,6 +44,7 @@ from tests.harness.block_calls import (
 )
 from tests.harness.compare import assert_within, bits
 from tests.harness.generators import Gen
+from tests.harness.lm_head_calls import bad_lm_head, lm_head_calls, verify_lm_head
 from tests.harness.opspec import Call, OpSpec, Role
 from tests.harness.quantized_calls import (
     bad_fp4,
@@ -155,6 +156,15 @@ def linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
         yield f"{leading} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{leading} {k} {n} no bias", call | {"bias": None}
+
+
+def linear_add_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for leading, k, n in (((3,), 64, 48), ((2, 5), 129, 65), ((), 64, 8), ((70,), 1032, 72), ((260,), 72, 136)):
+        call = {"x": gen.randn(*leading, k, dtype=dtype), "weight": gen.randn(n, k, dtype=dtype)}
+        call |= {"bias": gen.randn(n, dtype=dtype) if k < 100 else None}
+        yield f"{leading} {k} {n} residual", call | {"residual": gen.randn(*leading, n, dtype=dtype, scale=k**0.5)}
+    for name, call in linear_calls(gen, dtype):
+        yield name, call | {"residual": None}
 
 
 def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -397,8 +407,13 @@ SPECS = (
     OpSpec(
         "linear",
         ops.linear,
-        linear_calls,
-        {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
+        linear_add_calls,
+        {
+            "x": Role((-1,)),
+            "weight": Role((0, 1)),
+            "bias": Role((0,), optional=True),
+            "residual": Role((0, 1), optional=True),
+        },
         formulas.linear,
     ),
     OpSpec(
@@ -719,6 +734,17 @@ SPECS = (
         bad=bad_sample,
         keeps_dtype=False,
         cuda_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    ),
+    OpSpec(
+        "lm_head_sample",
+        ops.lm_head_sample,
+        lm_head_calls,
+        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)}
+        | dict.fromkeys(("temperature", "seed", "position"), _B),
+        verify=verify_lm_head,
+        scalars={"first_id": "count"},
+        bad=bad_lm_head,
+        keeps_dtype=False,
     ),
     OpSpec(
         "speculative_sample",

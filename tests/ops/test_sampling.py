@@ -18,6 +18,9 @@ KNOWN = (
 )
 
 
+_COLUMNS = ("temperature", "seed", "position")
+
+
 def _words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
@@ -43,6 +46,53 @@ def test_philox_takes_any_int64() -> None:
 def _chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     expected = probabilities.double() * counts.sum()
     return float(((counts - expected) ** 2 / expected).sum())
+
+
+def _head(device: str, rows: int, k: int, vocab: int, temperature: float) -> dict[str, torch.Tensor]:
+    """Its sums are exact in any order, so that they are the same in calls of any size."""
+    gen = Gen(device, seed=3)
+    return {
+        "x": gen.ints(-3, 4, rows, k).bfloat16(),
+        "weight": gen.ints(-3, 4, vocab, k).bfloat16() / 16,
+        "temperature": torch.full((rows,), temperature, device=device),
+        "seed": gen.ints(-(2**62), 2**62, rows, dtype=torch.int64),
+        "position": gen.ints(0, 2**40, rows, dtype=torch.int64),
+    }
+
+
+def test_distribution_of_a_head(device: str) -> None:
+    """As above, in calls of 100 rows, which Hopper draws beside the product, and in one of all, which it does not."""
+    draws, vocab = 20_000, 16
+    call = _head(device, draws, 64, vocab, 0.8)
+    call["x"] = call["x"][:1].expand(draws, 64).contiguous()
+    for seeds, positions in (
+        (torch.full((draws,), 42), torch.arange(draws)),
+        (torch.arange(draws), torch.full((draws,), 7)),
+    ):
+        call |= {"seed": seeds.to(device), "position": positions.to(device)}
+        tokens = ops.lm_head_sample(**call)[0]
+        probabilities = torch.softmax(ops.linear(call["x"][:1], call["weight"]).float() / 0.8, 1)[0].cpu()
+        assert _chi_square(torch.bincount(tokens.cpu(), minlength=vocab), probabilities) < 55.0
+        few = [
+            ops.lm_head_sample(call["x"][:100], call["weight"], *(call[c][i : i + 100] for c in _COLUMNS))[0]
+            for i in range(0, 300, 100)
+        ]
+        assert torch.equal(torch.cat(few), tokens[:300])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_shards_of_a_head(device: str, temperature: float) -> None:
+    """The best of the shards' best is the whole head's, bit by bit; greedy is what `sample` says of `linear`."""
+    call = _head(device, 33, 256, 1000, temperature)
+    weight = call.pop("weight")
+    tokens, scores = ops.lm_head_sample(**call, weight=weight)
+    shards = [ops.lm_head_sample(**call, weight=weight[i : i + 248], first_id=i) for i in range(0, 1000, 248)]
+    best, where = torch.stack([shard[1] for shard in shards]).max(0)
+    assert torch.equal(best, scores)
+    assert torch.equal(torch.stack([shard[0] for shard in shards]).gather(0, where[None])[0], tokens)
+    if temperature == 0.0:
+        logits = ops.linear(call["x"], weight)
+        assert torch.equal(ops.sample(**sample_call(Gen(device), logits, 0.0)), tokens)
 
 
 def test_distribution(device: str) -> None:

@@ -1,0 +1,40 @@
+// What `linear` with a residual is where the product's kernel does not add it: a CTA has a row, or a part of one.
+#include "arch/dispatch.h"
+#include "arch/grid_dependency.cuh"
+#include "arch/launch.cuh"
+#include "arch/vec.cuh"
+#include "elementwise/add_rows.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kNumThreads = 256;
+constexpr int64_t kPartSize = 8 * kNumThreads;  // of a row
+
+template <typename T>
+__global__ void __launch_bounds__(kNumThreads)
+    add_rows_kernel(const __grid_constant__ AddRowsParams p, int32_t parts_per_row) {
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t row = static_cast<int32_t>(blockIdx.x) / parts_per_row;
+  const int64_t first = (static_cast<int32_t>(blockIdx.x) - row * parts_per_row) * kPartSize + threadIdx.x;
+  T* const out = static_cast<T*>(p.out) + row * p.row_size;
+  const T* const added = static_cast<const T*>(p.rows) + p.of_rows.offset(row);
+#pragma unroll
+  for (int64_t column = first; column < first + kPartSize; column += kNumThreads) {
+    if (column < p.row_size) out[column] = round_to<T>(to_float(out[column]) + to_float(added[column]));
+  }
+}
+
+}  // namespace
+
+cudaError_t add_rows(const AddRowsParams& p, cudaStream_t stream) {
+  const int64_t parts_per_row = (p.row_size + kPartSize - 1) / kPartSize;
+  if (p.num_rows > INT32_MAX / parts_per_row) return cudaErrorInvalidConfiguration;
+  return dispatch_half(p.dtype, [&](auto element) {
+    return launch_kernel_behind(add_rows_kernel<decltype(element)>, p.num_rows * parts_per_row, kNumThreads, 0, stream,
+                                p, static_cast<int32_t>(parts_per_row));
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,69 @@
+// Epilogues of the Hopper GEMM for a few rows that write themselves what a lane has, four columns of a row:
+//
+//   GemmSm90Sampled   a language model's head: of the rounded logits, the best of a tile's columns
+//   (sampling/gumbel_max.cuh) GemmSm90Added     sum + residual, rounded once
+//
+// An object is what a lane needs of a row besides; `load` asks for it, of the first row before the products.
+#pragma once
+
+#include "arch/vec.cuh"
+#include "gemm/gemm_sm90.h"
+#include "sampling/gumbel_max.cuh"
+
+namespace fastattn {
+
+struct GemmSm90Stores {
+  static constexpr int kRows = 1;
+  static constexpr bool kStores = true;
+  template <typename Params>
+  __device__ static __forceinline__ float apply(const Params&, const float (&sums)[1]) {
+    return sums[0];
+  }
+};
+
+struct GemmSm90Sampled : GemmSm90Stores {
+  using Params = GemmSm90SampledParams;
+  GumbelRow of_row = {};
+
+  __device__ __forceinline__ void load(const Params& p, int32_t row, int32_t) {
+    of_row = GumbelRow::of(p.temperature, p.seed, p.position, row);
+  }
+
+  // By whole warps, LANES with neighbouring columns a row.
+  template <typename T, int LANES>
+  __device__ __forceinline__ void store(const Params& p, const float (&logits)[4], int32_t row, int32_t column,
+                                        int32_t tile_n, bool is_there) const {
+    uint64_t best = kNoChoice;
+    if (is_there) {  // rounded as `linear` does
+      const float2 low = unpack_pair<T>(pack_pair<T>(logits[0], logits[1]));
+      const float2 high = unpack_pair<T>(pack_pair<T>(logits[2], logits[3]));
+      best = best_of_four(of_row, {low.x, low.y, high.x, high.y}, p.first_id + column);
+    }
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+      best = better_choice(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    }
+    if (is_there && threadIdx.x % LANES == 0) p.choices[row * p.config.n_tiles + tile_n] = best;
+  }
+};
+
+struct GemmSm90Added : GemmSm90Stores {
+  using Params = GemmSm90AddedParams;
+  uint2 residual = {};
+
+  __device__ __forceinline__ void load(const Params& p, int32_t row, int32_t column) {
+    const uint16_t* const of_row = static_cast<const uint16_t*>(p.residual) + row * p.residual_stride;
+    residual = *reinterpret_cast<const uint2*>(of_row + column);
+  }
+
+  template <typename T, int>
+  __device__ __forceinline__ void store(const Params& p, const float (&sums)[4], int32_t row, int32_t column, int32_t,
+                                        bool is_there) const {
+    if (!is_there) return;
+    const float2 low = unpack_pair<T>(residual.x), high = unpack_pair<T>(residual.y);
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + row * p.n + column) =
+        make_uint2(pack_pair<T>(sums[0] + low.x, sums[1] + low.y), pack_pair<T>(sums[2] + high.x, sums[3] + high.y));
+  }
+};
+
+}  // namespace fastattn
