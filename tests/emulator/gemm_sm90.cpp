@@ -201,13 +201,12 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
   const bool has_blocks = few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true)
                                    : fastattn::gemm_sm90_has_tile(tile, true, false, false, true);
+  const auto run_in_blocks = [&] { run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true); };
   switch (has_one_level ? between(0, 4) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
     case 1:
-      if (has_blocks && one_in(2)) {
-        return run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true);
-      }
+      if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
       return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
     case 2:
       if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
@@ -219,6 +218,7 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
       }
       [[fallthrough]];
     default:
+      if (has_blocks && one_in(2)) return run_in_blocks();
       return run_call<T, T>(few_rows, tile, false);
   }
 }
