@@ -99,6 +99,7 @@ BESIDE = {
     "gemm mxfp4 fp8": {"cublas"},
     "gemm int8": {"int_mm", "vllm"},
     "gemm fp8": {"scaled_mm", "vllm"},
+    "gemm fp8 blocks": {"vllm"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},

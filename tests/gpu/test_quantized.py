@@ -199,8 +199,8 @@ def test_fp8_activations(m: int, n: int, k: int, group_size: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 72, 4096), (9, 264, 1168), (33, 4104, 640), (64, 200, 2064), (100, 1544, 912), (257, 328, 1120), (300, 1544, 128),
-     (384, 4104, 1936), (1021, 6152, 400)],
+    [(1, 72, 4096), (9, 264, 1168), (33, 520, 640), (64, 200, 2064), (100, 1544, 912), (257, 328, 1120), (384, 1032, 912),
+     (1021, 1544, 400)],
 )  # fmt: skip
 def test_fp8_blocks(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
     """Also of matrices with NaN between their rows; twice the same bits; scales of every size, and blocks cut short. What the tensor
