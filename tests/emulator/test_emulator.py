@@ -377,8 +377,8 @@ MUTANTS = [
         GEMM,
         "for (int32_t step = walk.begin(part); step < walk.end(part); ++step) {",
         "for (int32_t step = 0; step < walk.end(part) - walk.begin(part); ++step) {",
-        "gemm_sm90_many_rows.cu",
-        "128",
+        "gemm_fp8_sm90_many_rows.cu",
+        "1",
         "expected",
     ),
     Mutant(
