@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         gemm_bf16.FAMILY,
         gemm_8bit.INT8,
         gemm_8bit.FP8,
+        gemm_8bit.FP8_BLOCKS,
         gemm_fp4.FAMILY,
         norm_gemm.FAMILY,
         gated_linear.FAMILY,

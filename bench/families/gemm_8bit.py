@@ -1,4 +1,4 @@
-"""Dense layers in 8 bits, with a scale a token and one an output channel, beside torch and vLLM's CUTLASS: the projections of gemm_bf16.
+"""Dense layers in 8 bits, with a scale a token and one an output channel, or those of blocks, beside torch and vLLM's CUTLASS: the projections of gemm_bf16.
 
 Times are of the product alone: rows are quantized before it.
 """
@@ -31,6 +31,7 @@ def _case(
     rate: str,
 ) -> Case:
     (m, k), n = call["x"].shape, len(call["weight"])
+    scales_bytes = 4 * (call["x_scale"].numel() + call["weight_scale"].numel())
 
     def judge(call: dict[str, Any], results: list[Tensor]) -> Checked:
         """Sums in fp64, rounded once: the best there is."""
@@ -41,8 +42,8 @@ def _case(
         op,
         call | {"out_dtype": BF16},
         formula,
-        peers={**peers, "vllm": lambda: _vllm(call)},
-        work=Work(num_bytes=m * k + n * k + 2 * m * n + 4 * (m + n), num_ops=2 * m * n * k, rate=rate),
+        peers={"vllm": lambda: _vllm(call), **peers},
+        work=Work(num_bytes=m * k + n * k + 2 * m * n + scales_bytes, num_ops=2 * m * n * k, rate=rate),
         config=f"x {m} × {k}, weight {n} × {k}, {call['x'].dtype}",
         judge=judge,
     )
@@ -84,6 +85,23 @@ def fp8(context: Context, m: int, n: int, k: int) -> Case:
     return _case(ops.fp8_linear, formulas.fp8_linear, call, {"scaled_mm": scaled_mm}, "fp8_tflop_s")
 
 
+def fp8_blocks(context: Context, m: int, n: int, k: int) -> Case:
+    """The peer as vLLM's layers call it: scales of x column-major, of rows that are a multiple of 4."""
+    rng = context.generator(m)
+    x, x_scale = ops.quantize_fp8_groups(torch.randn(m, k, generator=rng, device=context.device).to(BF16))
+    weight, _ = ops.quantize_fp8(torch.randn(n, k, generator=rng, device=context.device).to(BF16))
+    weight_scale = torch.rand(-(-n // 128), -(-k // 128), generator=rng, device=context.device) * 0.01 + 0.001
+    call = {"x": x, "x_scale": x_scale, "weight": weight, "weight_scale": weight_scale}
+
+    def vllm() -> Callable[[], Tensor]:
+        product, padding = vllm_ops().cutlass_scaled_mm, (0, -m % 4)
+        rows = torch.nn.functional.pad(x.view(torch.uint8), (0, 0, *padding)).view(x.dtype)
+        scales = torch.nn.functional.pad(x_scale, padding).t(), weight_scale.t()
+        return lambda: product(rows, weight.t(), *scales, BF16)[:m]
+
+    return _case(ops.fp8_block_linear, formulas.fp8_block_linear, call, {"vllm": vllm}, "fp8_tflop_s")
+
+
 def _specs(build: Callable[..., Case]) -> Iterator[CaseSpec]:
     for n, k in WEIGHTS:
         for m in ROWS:
@@ -91,4 +109,7 @@ def _specs(build: Callable[..., Case]) -> Iterator[CaseSpec]:
 
 
 INT8 = Family("gemm_int8", "cuda", "int8_linear beside torch._int_mm and CUTLASS", tuple(_specs(int8)))
+FP8_BLOCKS = Family(
+    "gemm_fp8_block", "cuda", "fp8_block_linear beside CUTLASS as vLLM calls it", tuple(_specs(fp8_blocks))
+)
 FP8 = Family("gemm_fp8", "cuda", "fp8_linear beside torch._scaled_mm and CUTLASS", tuple(_specs(fp8)))

@@ -9,6 +9,8 @@
 //
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
 //
+// Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
+//
 // Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
 // reaches the scale, where the product finds it. Division, not multiplication by a reciprocal: the same bits as on the
 // CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut.
@@ -81,12 +83,62 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   });
 }
 
+// VEC elements of a group lie beside each other in a lane: 8, or 1 where rows are not aligned.
+template <typename T, typename Q, int VEC>
+__global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_constant__ QuantizeRowsParams p) {
+  constexpr int LANES = 16, PER_LANE = kQuantizeGroup / LANES;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t num_groups = static_cast<int32_t>((p.row_size + kQuantizeGroup - 1) / kQuantizeGroup);
+  const int32_t idx = static_cast<int32_t>(blockIdx.x) * (256 / LANES) + static_cast<int32_t>(threadIdx.x) / LANES;
+  const int32_t row_idx = idx / num_groups, group_idx = idx - row_idx * num_groups;
+  const bool is_there = row_idx < p.num_rows;
+  const int64_t first = static_cast<int64_t>(group_idx) * kQuantizeGroup + threadIdx.x % LANES * VEC;
+  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(is_there ? row_idx : 0);
+
+  float values[PER_LANE] = {};
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i += VEC) {
+    const int64_t column = first + i * LANES;
+    if (!is_there || column >= p.row_size) continue;
+    float loaded[VEC];
+    load_vec<VEC>(x + column, loaded);
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) values[i + j] = loaded[j];
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (float value : values) largest = max(largest, __float_as_uint(fabsf(value)));
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+  }
+  if (!is_there) return;
+  float scale = __uint_as_float(largest) / Code<Q>::kLargest;
+  if (scale == 0.0f) scale = 1.0f;
+  if (threadIdx.x % LANES == 0) p.scale[group_idx * p.num_rows + row_idx] = scale;
+
+  Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i += VEC) {
+    const int64_t column = first + i * LANES;
+    if (column >= p.row_size) continue;
+    Pack<Q, VEC> rounded;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) rounded.words[j] = Code<Q>::of(values[i + j] / scale);
+    store_pack<VEC>(q + column, rounded);
+  }
+}
+
+bool in_vectors(const QuantizeRowsParams& p) {
+  return p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
+}
+
 template <typename Q>
 cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const bool vectors = p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
   return dispatch_half(p.dtype, [&](auto element) {
-    return with_row_cache<decltype(element)>(p.row_size, vectors, [&](auto cache, int num_threads) {
+    return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
       return launch_kernel_behind(quantize_rows_kernel<decltype(cache), Q>, p.num_rows, num_threads, 0, stream, p);
     });
   });
@@ -103,6 +155,19 @@ cudaError_t quantize_rows(const QuantizeRowsParams& p, cudaStream_t stream) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+cudaError_t quantize_groups(const QuantizeRowsParams& p, cudaStream_t stream) {
+  if (p.q_dtype != DType::kFloat8E4M3) return cudaErrorInvalidValue;
+  const int64_t num_groups = p.num_rows * ((p.row_size + kQuantizeGroup - 1) / kQuantizeGroup);
+  if (num_groups > INT32_MAX - 16) return cudaErrorInvalidConfiguration;
+  const int64_t num_ctas = (num_groups + 15) / 16;
+  return dispatch_half(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel =
+        in_vectors(p) ? quantize_groups_kernel<T, __nv_fp8_e4m3, 8> : quantize_groups_kernel<T, __nv_fp8_e4m3, 1>;
+    return launch_kernel_behind(kernel, num_ctas, 256, 0, stream, p);
+  });
 }
 
 }  // namespace fastattn

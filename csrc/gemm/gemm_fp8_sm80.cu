@@ -16,4 +16,10 @@ cudaError_t gemm_fp8_sm80(const GemmSm80Params& params, cudaStream_t stream) {
   return launch_gemm_sm80(kInstantiations, params, stream);
 }
 
+cudaError_t gemm_fp8_blocks_plain(const GemmSm80Params& params, cudaStream_t stream) {
+  return params.dtype == DType::kBFloat16  ? launch_gemm_fallback<Fp8BlockOperands<__nv_bfloat16>>(params, stream)
+         : params.dtype == DType::kFloat16 ? launch_gemm_fallback<Fp8BlockOperands<__half>>(params, stream)
+                                           : cudaErrorInvalidValue;
+}
+
 }  // namespace fastattn

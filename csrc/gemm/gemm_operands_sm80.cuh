@@ -4,6 +4,7 @@
 //   DenseOperands   T        T                        ldmatrix                         fp32    sum + bias
 //   Int8Operands    int8     int8                     ldmatrix                         int32   sum * scales + bias
 //   Fp8Operands     e4m3     e4m3                     ldmatrix, then fp16              fp32    sum * scales + bias
+//   Fp8BlockOperands   e4m3  e4m3                     the plain kernel only            fp32    sum + bias
 //   Int4Operands    T        u4, 2 in a byte          bytes, (u - 8 - zero) * scale    fp32    sum + bias
 //   Nvfp4Operands   T        E2M1, 2 in a byte        bytes, value * scale             fp32    sum / global_scale +
 //   bias Mxfp4Operands   the same with other scales
@@ -186,6 +187,24 @@ struct Fp8Operands : Int8Operands<T> {
   }
   __device__ static __forceinline__ float weight_value(const GemmSm80Params& p, int64_t row, int64_t column) {
     return static_cast<float>(static_cast<const X*>(p.weight)[row * p.weight_stride + column]);
+  }
+};
+
+// Elements times their scales, for the plain kernel.
+template <typename T>
+struct Fp8BlockOperands {
+  static constexpr int64_t kBlock = 128;
+  using Out = T;
+  using Acc = float;
+  using Row = NoRow;
+  using Column = BiasColumn<T>;
+
+  __device__ static __forceinline__ float x_value(const GemmSm80Params& p, int64_t row, int64_t column) {
+    return Fp8Operands<T>::x_value(p, row, column) * p.x_scale[column / kBlock * p.x_scale_stride + row];
+  }
+  __device__ static __forceinline__ float weight_value(const GemmSm80Params& p, int64_t row, int64_t column) {
+    const float* const scales = static_cast<const float*>(p.weight_scale) + row / kBlock * p.weight_scale_stride;
+    return Fp8Operands<T>::weight_value(p, row, column) * scales[column / kBlock];
   }
 };
 

@@ -45,6 +45,9 @@ struct GemmSm80Params {
 cudaError_t gemm_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm80(const GemmSm80Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
 cudaError_t gemm_fp8_sm80(const GemmSm80Params& params, cudaStream_t stream);
+// With a scale for 128 columns of a row of x, (K / 128 rounded up, M), and one for 128 x 128 of weight, (N / 128, K /
+// 128 rounded up), the strides those of their rows. By the plain kernel only, of any size and alignment.
+cudaError_t gemm_fp8_blocks_plain(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_int4_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm80(const GemmSm80Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm80(const GemmSm80Params& params, cudaStream_t stream);  // groups of 32, e8m0

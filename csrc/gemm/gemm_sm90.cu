@@ -46,6 +46,16 @@ constexpr Instantiation kAllFewRows[] = {
     kFewRows<Operands, 128, 128, 2, Epilogue>, kFewRows<Operands, 256, 128, 1, Epilogue>,
 };
 
+template <typename Operands>
+constexpr Instantiation kBlocksManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 256, true>,
+                                             kManyRows<Operands, 192, 128>};
+template <typename Operands, typename Epilogue = GemmSm90Plain>
+constexpr Instantiation kBlocksFewRows[] = {
+    kFewRows<Operands, 8, 64, 2, Epilogue>,   kFewRows<Operands, 16, 64, 2, Epilogue>,
+    kFewRows<Operands, 32, 64, 2, Epilogue>,  kFewRows<Operands, 64, 64, 2, Epilogue>,
+    kFewRows<Operands, 128, 64, 1, Epilogue>,
+};
+
 template <int N>
 cudaError_t launch_of(const Instantiation (&table)[N], const GemmSm90Params& params, cudaStream_t stream) {
   const GemmSm90Tile& wanted = params.config.tile;
@@ -106,6 +116,14 @@ cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stre
 
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) { return launch<GemmSm90Int8<decltype(type)>>(params, stream); });
+}
+
+cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    using Operands = GemmSm90Fp8Blocks<decltype(type)>;
+    return params.config.few_rows ? launch_of(kBlocksFewRows<Operands>, params, stream)
+                                  : launch_of(kBlocksManyRows<Operands>, params, stream);
+  });
 }
 
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream) {

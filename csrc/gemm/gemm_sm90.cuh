@@ -194,8 +194,14 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       if constexpr (kNormed) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
-        multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, end - begin,
-                                                                group, release, turns);
+        if constexpr (kGemmSm90HasBlockScales<Operands>) {
+          multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(
+              acc[0], smem.ring, smem.full, position, end - begin, group, release, turns,
+              GemmSm90ManyRowsScales<BLOCK_N>(p, first_row + lane / 4, tile.first_n, begin));
+        } else {
+          multiply_stages_in_two_levels<Element, BLOCK_N, PART_N>(acc[0], smem.ring, smem.full, position, end - begin,
+                                                                  group, release, turns);
+        }
       } else {
         if constexpr (OWN_TILES) turns.take();
         multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, end - begin, OWN_TILES ? 0 : group,

@@ -24,6 +24,8 @@ struct GemmSm90Params {
   const float* x_scale = nullptr;       // (M)
   const float* weight_scale = nullptr;  // (N), 8-byte aligned
   int64_t x_scale_stride = 1, weight_scale_stride = 1;
+  // Of e4m3 in blocks: x_scale (K / 128 rounded up, M), weight_scale (N / 128 rounded up, K / 128 rounded up), rows of
+  // scales contiguous, the strides those between them.
   bool fast_accum = false;  // e4m3, many rows: sums may have the 14 bits of the tensor cores
 
   int64_t m = 0, n = 0, k = 0;  // each below 2^31; k > 0; n a multiple of 8
@@ -76,6 +78,7 @@ struct GemmSm90AddedParams : GemmSm90Params {
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stream);  // with scales of 128 x 128
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);    // of x's rows, normalized
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);

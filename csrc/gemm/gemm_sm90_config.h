@@ -22,8 +22,11 @@ constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},     
                                            {128, 192, 1, true}, {128, 256, 1, true}};
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
-// and no gates have turns, and of gates half of the columns are stored, 32 at a time.
-constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false) {
+// and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
+// columns have one.
+constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
+                                  bool block_scales = false) {
+  if (block_scales && tile.block_n % 128 != 0) return false;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
@@ -37,6 +40,11 @@ constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
+
+// Which of these there are: where blocks have scales, few rows are 128 at most.
+constexpr bool gemm_sm90_has_few_rows_tile(const GemmSm90Tile& tile, bool block_scales) {
+  return !block_scales || (tile.block_n == 64 && (tile.block_m != 64 || tile.ctas_per_sm == 2));
+}
 
 // Its stages, of so many panels of 128 bytes of a row, in what a CTA has of 227 KiB, less 2 KiB for what is not in the
 // ring.
@@ -60,7 +68,8 @@ struct GemmSm90Problem {
   int64_t element_bytes = 2;  // of x and weight
   bool two_levels = false;    // of sums
   GemmSm90Norm norm = GemmSm90Norm::kNone;
-  bool gated = false;  // rows of weight are those of gates and ups by eights
+  bool gated = false;         // rows of weight are those of gates and ups by eights
+  bool block_scales = false;  // of 128 x 128, with sums in two levels
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -189,13 +198,15 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
     for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
       const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
       if (too_large || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
+      if (!gemm_sm90_has_few_rows_tile(tile, problem.block_scales)) continue;
       const int64_t num_steps = ceil_div(problem.num_panels(), gemm_sm90_few_rows_ring(tile).panels);
       for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
     }
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      if (!gemm_sm90_has_tile(tile, problem.two_levels, problem.norm != GemmSm90Norm::kNone, problem.gated)) continue;
+      const bool has_norm = problem.norm != GemmSm90Norm::kNone;
+      if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales)) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
       if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&

@@ -39,7 +39,8 @@ namespace fastattn {
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
-  static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);  // of sums in two levels
+  // Of sums in two levels.
+  static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 || kGemmSm90HasBlockScales<Operands> ? 32 : 64);
 
   using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers, Epilogue::kRows>;
   // Times eight rows whose moments a warp has.
@@ -183,7 +184,14 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       }
     };
     using Element = typename Operands::Element;
-    if constexpr (Operands::kTwoLevels) {
+    if constexpr (kGemmSm90HasBlockScales<Operands>) {
+      constexpr int kApart = GemmSm90Descriptors<Ring>::kPanelsApart;
+      const int32_t first_panel = begin_step * Ring::kPanels + (kApart == 2 ? group : 0);
+      multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(
+          acc[0], smem.ring, smem.full, position, end_step - begin_step, group, release, GemmSm90Turns<false>{group},
+          GemmSm90FewRowsScales<BLOCK_M, Storage::kPartM>(
+              p, first_m, num_rows, first_n + (kApart == 1 ? group * 64 : 0), first_panel, kApart, lane));
+    } else if constexpr (Operands::kTwoLevels) {
       multiply_stages_in_two_levels<Element, BLOCK_M, Storage::kPartM>(
           acc[0], smem.ring, smem.full, position, end_step - begin_step, group, release, GemmSm90Turns<false>{group});
     } else {

@@ -5,6 +5,7 @@
 //   GemmSm90Dense  T            fp32                                 sum + bias
 //   GemmSm90Int8   int8         int32, exact                         sum * (x_scale * weight_scale) + bias
 //   GemmSm90Fp8    e4m3         fp32, see multiply_stages            the same
+//   GemmSm90Fp8Blocks  e4m3     fp32, of panels times scales         sum + bias: gemm_sm90_block_scales.cuh
 //   GemmSm90Normed T            fp32                                 of a norm of x: gemm_sm90_norm.cuh
 //
 // Each type has
@@ -76,6 +77,21 @@ struct GemmSm90Fp8 : GemmSm90EightBit {
   static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr bool kTwoLevels = !FAST_ACCUM;
 };
+
+// The scales are those of blocks, and are in the sums.
+template <typename T>
+struct GemmSm90Fp8Blocks {
+  using Element = __nv_fp8_e4m3;
+  using Out = T;
+  using Sum = float;
+  static constexpr DType kDType = DType::kFloat8E4M3;
+  static constexpr bool kScaled = false, kTwoLevels = true;
+  static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
+};
+template <typename Operands>
+constexpr bool kGemmSm90HasBlockScales = false;
+template <typename T>
+constexpr bool kGemmSm90HasBlockScales<GemmSm90Fp8Blocks<T>> = true;
 
 // Four tiles of sums as floats, in their own registers: a copy costs some that large tiles do not have.
 template <int NUM_TILES>

@@ -14,6 +14,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_block_scales.cuh"
 #include "gemm/gemm_sm90_epilogue.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
 
@@ -188,12 +189,13 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4
 // The same in two levels, for fp8: the tensor cores keep about 14 bits of a sum, so that they add up no more than a
 // panel, and registers the panels in fp32. They do so for PART_ROWS of B at a time, for want of registers; meanwhile
 // the other group's products run. With turns, which are of a part each, they surely do: groups whose products run at
-// the same time also add at the same time.
-template <typename T, int B_ROWS, int PART_ROWS, bool TURNS, typename Ring, typename Release>
+// the same time also add at the same time. With scales a panel's sums are multiplied by them on the way.
+template <typename T, int B_ROWS, int PART_ROWS, bool TURNS, typename Ring, typename Release,
+          typename Scales = GemmSm90NoScales>
 __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROWS / 8][4], const Ring& ring,
                                                               MBarrier* full, RingPosition<Ring::kStages>& position,
                                                               int32_t num_stages, int group, Release release,
-                                                              const GemmSm90Turns<TURNS>& turns) {
+                                                              const GemmSm90Turns<TURNS>& turns, Scales scales = {}) {
   static_assert(B_ROWS % PART_ROWS == 0);
   using Descriptors = GemmSm90Descriptors<Ring>;
   const Descriptors first(ring, group);
@@ -206,6 +208,7 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
 #pragma unroll 1
   for (int32_t i = 0; i < num_stages; ++i) {
     const uint32_t stage = position.stage();
+    scales.ask(0);
     full[stage].wait(position.parity());
     const WgmmaDescriptor stage_a = first.a.uniform_plus(stage * Ring::kBytesA);
     const WgmmaDescriptor stage_b = first.b.uniform_plus(stage * Ring::kBytesB);
@@ -213,6 +216,7 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
     for (int panel = 0; panel < Ring::kPanels; panel += Descriptors::kPanelsApart) {
 #pragma unroll
       for (int row = 0; row < B_ROWS; row += PART_ROWS) {
+        if (panel > 0 || row > 0) scales.ask(row);
         turns.take();
         wgmma_fence();
 #pragma unroll
@@ -226,11 +230,12 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
         wgmma_wait<0>();
         pin_registers(part);
         if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row + PART_ROWS == B_ROWS) release(stage);
-#pragma unroll
-        for (int tile = 0; tile < PART_ROWS / 8; ++tile) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) acc[row / 8 + tile][j] += part[tile][j];
+        if (row + PART_ROWS == B_ROWS) {
+          scales.template take<PART_ROWS, true>(row);
+        } else {
+          scales.template take<PART_ROWS, false>(row);
         }
+        scales.add(part_of<PART_ROWS>(acc, row), part);
       }
     }
     position.advance();

@@ -5,11 +5,13 @@
 namespace fastattn {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, ScalarType q_dtype) {
+std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, ScalarType q_dtype, bool groups = false) {
   const Checks checks(op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, kHalves);
   Tensor q = empty(x, shape_of(x), q_dtype);
-  Tensor scale = empty(x, {x.size(0)}, ScalarType::Float);
+  std::vector<int64_t> scale_shape = {x.size(0)};
+  if (groups) scale_shape.insert(scale_shape.begin(), ceil_div(x.size(1), kQuantizeGroup));
+  Tensor scale = empty(x, scale_shape, ScalarType::Float);
   if (scale.numel() == 0) return {q, scale};
 
   const OnDeviceOf guard(x);
@@ -22,7 +24,7 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, Sca
   p.row_size = x.size(1);
   p.dtype = dtype_of(x);
   p.q_dtype = dtype_of(q);
-  check_launch(op, quantize_rows(p, stream_of(x)));
+  check_launch(op, (groups ? quantize_groups : quantize_rows)(p, stream_of(x)));
   return {q, scale};
 }
 
@@ -32,6 +34,10 @@ std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> quantize_fp8_op(const Tensor& x) {
   return quantize_rows_op("quantize_fp8", x, ScalarType::Float8_e4m3fn);
+}
+
+std::tuple<Tensor, Tensor> quantize_fp8_groups_op(const Tensor& x) {
+  return quantize_rows_op("quantize_fp8_groups", x, ScalarType::Float8_e4m3fn, true);
 }
 
 // A product of operands of 8 bits, and the kernels that have it.
@@ -103,11 +109,58 @@ Tensor fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weigh
   return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum);
 }
 
+Tensor fp8_block_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
+                           const std::optional<Tensor>& bias, ScalarType out_dtype) {
+  constexpr int64_t kBlock = kQuantizeGroup;
+  const char* const op = "fp8_block_linear";
+  const Checks checks(op, "x", x);
+  checks.shape("x", x, {kAny, kAny}).dtype("x", x, {ScalarType::Float8_e4m3fn});
+  const int64_t m = x.size(0), k = x.size(1), num_panels = ceil_div(k, kBlock);
+  checks.shape("x_scale", x_scale, {num_panels, m}).dtype("x_scale", x_scale, {ScalarType::Float});
+  checks.shape("weight", weight, {kAny, k}).dtype("weight", weight, {ScalarType::Float8_e4m3fn});
+  const int64_t n = weight.size(0);
+  checks.shape("weight_scale", weight_scale, {ceil_div(n, kBlock), num_panels})
+      .dtype("weight_scale", weight_scale, {ScalarType::Float});
+  checks.that(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half,
+              "out_dtype is another dtype, expected bfloat16 or float16");
+  if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {out_dtype});
+  Tensor out = empty(x, {m, n}, out_dtype);
+  if (out.numel() == 0) return out;
+
+  const OnDeviceOf guard(x);
+  const Matrix rows = matrix_of(x), columns = matrix_of(weight);
+  const auto params = [&](auto p) {
+    p = gemm_params_of<decltype(p)>(rows, columns, bias, out);
+    p.x_scale = data<float>(x_scale);
+    p.weight_scale = data<float>(weight_scale);
+    p.x_scale_stride = x_scale.stride(0);
+    p.weight_scale_stride = weight_scale.stride(0);
+    return p;
+  };
+  if (fits_gemm_sm90(rows, columns, {bias}, out)) {
+    auto p = params(GemmSm90Params());
+    p.config = gemm_sm90_config({.m = m,
+                                 .n = n,
+                                 .k = k,
+                                 .num_sms = num_sms_of(x),
+                                 .element_bytes = 1,
+                                 .two_levels = true,
+                                 .block_scales = true});
+    const auto workspaces = workspaces_of(p, x);
+    check_launch(op, gemm_fp8_blocks_sm90(p, stream_of(x)));
+    return out;
+  }
+  check_launch(op, gemm_fp8_blocks_plain(params(GemmSm80Params()), stream_of(x)));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("quantize_int8", TORCH_BOX(&quantize_int8_op));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8_op));
+  m.impl("quantize_fp8_groups", TORCH_BOX(&quantize_fp8_groups_op));
+  m.impl("fp8_block_linear", TORCH_BOX(&fp8_block_linear_op));
   m.impl("int8_linear", TORCH_BOX(&int8_linear_op));
   m.impl("fp8_linear", TORCH_BOX(&fp8_linear_op));
 }

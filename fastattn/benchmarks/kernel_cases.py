@@ -171,6 +171,17 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         out_dtype = rand(1).dtype
         return lambda: ops.fp8_linear(x, x_scale, weight, scale, out_dtype=out_dtype)
 
+    def quantize_fp8_groups() -> Call:
+        x = rand(m, k)
+        return lambda: ops.quantize_fp8_groups(x)
+
+    def fp8_block_linear() -> Call:
+        x, x_scale = ops.quantize_fp8_groups(rand(m, k))
+        weight, _ = ops.quantize_fp8(rand(n, k))
+        scale = torch.rand(-(-n // 128), -(-k // 128), device=device)
+        out_dtype = rand(1).dtype
+        return lambda: ops.fp8_block_linear(x, x_scale, weight, scale, out_dtype=out_dtype)
+
     def int4_linear() -> Call:
         x, scale = rand(m, k), rand(n, -(-k // 128))
         weight = bits(n, -(-k // 8), dtype=torch.int32, low=-(2**31), high=2**31 - 1)
@@ -190,9 +201,11 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
 
     yield Case("quantize_int8", f"{m} × {k}", quantize_int8, m * k * (size + 1))
     yield Case("quantize_fp8", f"{m} × {k}", quantize_fp8, m * k * (size + 1))
+    yield Case("quantize_fp8_groups", f"{m} × {k}", quantize_fp8_groups, m * k * (size + 1))
     for name, build, weight_bytes, x_size in (
         ("int8_linear", int8_linear, n * k, 1),
         ("fp8_linear", fp8_linear, n * k, 1),
+        ("fp8_block_linear", fp8_block_linear, n * k, 1),
         ("int4_linear", int4_linear, n * k // 2 + n * -(-k // 128) * size, size),
         ("fp4_linear", fp4_linear, n * k // 2 + n * -(-k // 16), size),
         ("fp4_fp8_linear", fp4_fp8_linear, n * k // 2 + n * -(-k // 32), 1),

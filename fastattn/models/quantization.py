@@ -1,5 +1,5 @@
 """Which layers of a checkpoint have weights of few bits, and how they are stored: `quantization_config` of a config.json, in the form
-of compressed-tensors, of GPTQ's tools (AutoGPTQ, GPTQModel) or of AWQ's (AutoAWQ). What we do not run is refused by name."""
+of compressed-tensors, of GPTQ's tools (AutoGPTQ, GPTQModel), of AWQ's (AutoAWQ) or of DeepSeek-V3's FP8. What we do not run is refused by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.nn import AwqScheme, Fp4Scheme, Fp8Scheme, GptqScheme, Int4Scheme, Int8Scheme, Scheme
+from fastattn.nn import AwqScheme, Fp4Scheme, Fp8BlockScheme, Fp8Scheme, GptqScheme, Int4Scheme, Int8Scheme, Scheme
 
 _SUPPORTED = (
     "int-quantized (INT8 weights a channel, activations alike a token, dynamic), float-quantized (FP8 weights a channel or a tensor, "
-    "activations alike), pack-quantized (INT4 weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized "
+    "activations alike, or blocks of 128 x 128 with activations by 128 columns, dynamic), pack-quantized (INT4 weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized "
     "(activations in 16 bits, or FP8 a token, dynamic)"
 )
 
@@ -126,6 +126,16 @@ def _awq(config: Mapping[str, Any]) -> QuantizationConfig:
     return QuantizationConfig(((("Linear",), AwqScheme(group_size, False)),), (*ignore, "lm_head"))
 
 
+def _fp8(config: Mapping[str, Any]) -> QuantizationConfig:
+    for name, supported in (("weight_block_size", [128, 128]), ("activation_scheme", "dynamic"), ("fmt", "e4m3")):
+        found = config.get(name, "e4m3" if name == "fmt" else None)
+        if found != supported:
+            raise ValueError(f"config.json: {name} is {found!r}, supported is {supported!r} (fp8)")
+    kept = _targets("modules_to_not_convert", config.get("modules_to_not_convert") or [])
+    ignore = [rf"re:(.*\.)?{re.escape(part)}(\.|$)" for part in kept]  # whole parts of a name, as transformers has it
+    return QuantizationConfig(((("Linear",), Fp8BlockScheme()),), (*ignore, "lm_head"))
+
+
 def _int4_groups(method: str, config: Mapping[str, Any]) -> int | None:
     """Columns to a group, None for all of a row, of weights that must be of 4 bits."""
     bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
@@ -149,6 +159,7 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], QuantizationConfig | None]] = 
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
+    "fp8": _fp8,
 }
 
 
@@ -224,7 +235,10 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
         elif form == "float-quantized" and (kind, bits, symmetric) == ("float", 8, True):
             # Of activations with one scale for all we take one a token, which is nearer.
             rounds = inputs is not None and (_is_8bit_per_token(inputs, "float") or _is_fp8_per_tensor(inputs))
-            if strategy in ("channel", "tensor") and rounds:
+            if strategy == "block" and weights.get("block_structure") == [128, 128]:
+                if inputs is not None and _is_fp8_per_128(inputs):
+                    return Fp8BlockScheme("weight_scale")
+            elif strategy in ("channel", "tensor") and rounds:
                 return Fp8Scheme(one_scale=strategy == "tensor")
         elif form == "pack-quantized" and (kind, bits) == ("int", 4) and inputs is None and isinstance(symmetric, bool):
             if strategy == "group" and isinstance(group_size, int) and 1 <= group_size < 2**31:
@@ -251,6 +265,13 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
 def _is_8bit_per_token(inputs: Mapping[str, Any], kind: str) -> bool:
     values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"), inputs.get("dynamic"))
     return values == (8, kind, "token", True) and inputs.get("symmetric", True) is True
+
+
+def _is_fp8_per_128(inputs: Mapping[str, Any]) -> bool:
+    values = (inputs.get("num_bits", 8), inputs.get("type", "int"), inputs.get("strategy"), inputs.get("group_size"))
+    return (
+        values == (8, "float", "group", 128) and inputs.get("dynamic") is True and inputs.get("symmetric", True) is True
+    )
 
 
 def _is_fp8_per_tensor(inputs: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
+from fastattn.nn.fp8_blocks import Fp8BlockScheme
 from fastattn.nn.gated_mlp import GatedMLP
 from fastattn.nn.int4 import AwqScheme, GptqScheme, Int4Scheme
 from fastattn.nn.kv_cache import (
@@ -32,6 +33,7 @@ __all__ = [
     "CollectiveError",
     "Embedding",
     "Fp4Scheme",
+    "Fp8BlockScheme",
     "Fp8Scheme",
     "GatedMLP",
     "GptqScheme",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastattn import ops
+from fastattn.nn.fp8_blocks import can_merge
 from fastattn.nn.module import Module, Weight, Weights, empty_parameter
 from fastattn.nn.quantized import Piece, QuantizedWeight, Scheme
 from fastattn.nn.shard import Shard
@@ -100,7 +101,7 @@ class Linear(Module):
 class MergedLinear(Linear):
     """Several linear layers with the same input as one GEMM; ``parts`` are (name in the checkpoint, its rows on this rank).
 
-    Parts whose weights are stored in different ways stay layers of their own.
+    Parts whose weights are stored in different ways, or in blocks that one matrix would cut, stay layers of their own.
     """
 
     def __init__(self, in_features: int, parts: tuple[tuple[str, Shard], ...], bias: bool = False) -> None:
@@ -118,7 +119,7 @@ class MergedLinear(Linear):
         return pieces
 
     def quantize(self, schemes: Sequence[Scheme | None]) -> None:
-        if len(set(schemes)) == 1:
+        if len(set(schemes)) == 1 and can_merge(schemes[0], self.pieces("")):
             return super().quantize(schemes)
         layers = [Linear(self.in_features, rows.total, self.has_bias, rows) for _, rows in self.parts]
         for layer, scheme in zip(layers, schemes, strict=True):

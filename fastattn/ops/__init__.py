@@ -8,6 +8,7 @@ from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
 from fastattn.ops.embedding import embedding
+from fastattn.ops.fp8_blocks import fp8_block_linear, quantize_fp8_groups
 from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
 from fastattn.ops.linear import linear
 from fastattn.ops.lm_head import lm_head_sample
@@ -37,6 +38,7 @@ __all__ = [
     "embedding",
     "fp4_fp8_linear",
     "fp4_linear",
+    "fp8_block_linear",
     "fp8_linear",
     "gated_linear",
     "geglu",
@@ -50,6 +52,7 @@ __all__ = [
     "merge_attention_states",
     "paged_attention",
     "quantize_fp8",
+    "quantize_fp8_groups",
     "quantize_int8",
     "rms_norm",
     "rms_norm_gated_linear",

@@ -185,7 +185,8 @@ def _check_may_be_one(op: str, name: str, scale: Tensor, letter: str, rows: int)
         fail_value(op, f"{name} has shape {tuple(scale.shape)}, expected ({letter},) or (1,), with {letter} = {rows}")
 
 
-def _check_out_dtype(op: str, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+def check_out_dtype(op: str, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    """out_dtype is one that x's device has, and bias has it."""
     allowed = FLOAT.cpu if x.is_cpu else FLOAT.cuda
     if out_dtype not in allowed:
         fail_type(op, f"out_dtype is {out_dtype!r}, expected {' or '.join(map(str, allowed))}")
@@ -241,7 +242,7 @@ def int8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias)
-    _check_out_dtype("int8_linear", x, bias, out_dtype)
+    check_out_dtype("int8_linear", x, bias, out_dtype)
     if x.shape[1] > MAX_INT8_K:
         fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {MAX_INT8_K}: longer sums leave int32")
     out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
@@ -273,7 +274,7 @@ def fp8_linear(
     _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum)
     _check_may_be_one("fp8_linear", "x_scale", x_scale, "M", x.shape[0])
     _check_may_be_one("fp8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
-    _check_out_dtype("fp8_linear", x, bias, out_dtype)
+    check_out_dtype("fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum)
     return out
 
@@ -368,7 +369,7 @@ def fp4_fp8_linear(
     _check_fp4_group("fp4_fp8_linear", group_size)
     _check_packing("fp4_fp8_linear", x, weight_packed, weight_scale, group_size, 2)
     _check_may_be_one("fp4_fp8_linear", "x_scale", x_scale, "M", x.shape[0])
-    _check_out_dtype("fp4_fp8_linear", x, bias, out_dtype)
+    check_out_dtype("fp4_fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp4_fp8_linear(
         x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, out_dtype, fast_accum
     )

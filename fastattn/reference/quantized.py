@@ -8,6 +8,8 @@ from torch import Tensor
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize
 
+FP8_BLOCK = 128  # rows, and columns, that share a scale
+
 # So many products of int8 have a sum of at most 2²⁴ in magnitude, which fp32 arithmetic finds exactly, in any order.
 EXACT_COLUMNS = 2**24 // 128**2
 
@@ -27,6 +29,15 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = values.abs().amax(1) / 448 if x.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     return (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def quantize_fp8_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (⌈K/128⌉, M) fp32."""
+    rows, columns = x.shape
+    groups = -(-columns // FP8_BLOCK)
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % FP8_BLOCK))
+    q, scale = quantize_fp8(padded.reshape(rows * groups, FP8_BLOCK))
+    return q.view(padded.shape)[:, :columns].contiguous(), scale.view(rows, groups).t().contiguous()
 
 
 def int8_linear(
@@ -56,6 +67,31 @@ def fp8_linear(
     return scale_8bit_sums(sums, x_scale, weight_scale, bias, out_dtype)
 
 
+def fp8_block_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight (N, K) e4m3, scale (⌈N/128⌉, ⌈K/128⌉) → (N, K) fp32."""
+    rows, columns = weight.shape
+    of_rows = quantize.per_column(scale.t(), FP8_BLOCK, rows).t()
+    return weight.float() * quantize.per_column(of_rows, FP8_BLOCK, columns)
+
+
+def fp8_group_rows(q: Tensor, scale: Tensor) -> Tensor:
+    """q (M, K) e4m3, scale (⌈K/128⌉, M) → (M, K) fp32."""
+    return q.float() * quantize.per_column(scale.t(), FP8_BLOCK, q.shape[1])
+
+
+def fp8_block_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """x (M, K) e4m3, x_scale (⌈K/128⌉, M), weight (N, K) e4m3, weight_scale (⌈N/128⌉, ⌈K/128⌉), bias (N) → (M, N)."""
+    sums = dense.linear(fp8_group_rows(x, x_scale), fp8_block_weight(weight, weight_scale), None)
+    return round_sums(sums, bias, out_dtype)
+
+
+def round_sums(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sums (M, N) fp32 → (M, N) in dtype."""
+    return (sums if bias is None else sums + bias.float()).to(dtype)
+
+
 def scale_int8_sums(
     sums: list[Tensor], x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -68,8 +104,7 @@ def scale_8bit_sums(
     sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """Sums (M, N) fp32 → (M, N)."""
-    out = sums * (x_scale[:, None] * weight_scale)
-    return (out if bias is None else out + bias.float()).to(out_dtype)
+    return round_sums(sums * (x_scale[:, None] * weight_scale), bias, out_dtype)
 
 
 def int4_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, num_columns: int) -> Tensor:
@@ -143,5 +178,4 @@ def fp4_fp8_linear(
 
 def scale_fp4_sums(sums: Tensor, global_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """sums (…, N) fp32 → (…, N) in dtype."""
-    out = sums if global_scale is None else sums / global_scale
-    return (out if bias is None else out + bias.float()).to(dtype)
+    return round_sums(sums if global_scale is None else sums / global_scale, bias, dtype)

@@ -64,6 +64,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     **{f"gemm {name} fp8": partial(gemm_fp4.gemm_fp8, name=name, m=5, n=48, k=128) for name in ("nvfp4", "mxfp4")},
     "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
     "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
+    "gemm fp8 blocks": partial(gemm_8bit.fp8_blocks, m=5, n=256, k=384),
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
@@ -103,6 +104,7 @@ BESIDE = {
     "gemm mxfp4 fp8": {"cublas"},
     "gemm int8": {"int_mm", "vllm"},
     "gemm fp8": {"scaled_mm", "vllm"},
+    "gemm fp8 blocks": {"vllm"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
@@ -187,7 +189,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     def cutlass_scaled_mm(
         a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None
     ) -> Tensor:
-        assert b.stride(0) == 1 and scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        assert b.stride(0) == 1
+        if scale_b.shape[0] > 1:  # of blocks, all of them whole
+            assert len(a) % 4 == 0 and scale_a.stride(0) == 1
+            columns = scale_a.repeat_interleave(128, 1), scale_b.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            assert columns[0].shape == a.shape and columns[1].shape == b.shape
+            return ((a.double() * columns[0]) @ (b.double() * columns[1])).to(out_dtype)
+        assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
         return (a.double() @ b.double() * scale_a * scale_b).to(out_dtype)
 
     def reshape_and_cache_flash(
@@ -491,7 +499,10 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
         "paged_prefill": {".*": 21},
         "cascade": {".*": 8},
         "paged_invariant": {"_usual$": 11, "_invariant$": 11},
-        **{name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44} for name in ("gemm_bf16", "gemm_int8", "gemm_fp8")},
+        **{
+            name: {r"^m(1|2|4|8|16|32|64)_": 20, ".*": 44}
+            for name in ("gemm_bf16", "gemm_int8", "gemm_fp8", "gemm_fp8_block")
+        },
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, r"^w4a8_m(512|1024|4096|8192)_": 32, ".*": 188},
         "norm_gemm": {"_rms$": 36, "_layer$": 36, ".*": 72},
         "gated_linear": {"_rms$": 36, ".*": 72},

@@ -23,10 +23,11 @@ double activated(Gate gate, double g) {
 
 template <typename E, typename T>
 void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum, Norm norm = Norm::kNone,
-              Gate gate = Gate::kNone) {
+              Gate gate = Gate::kNone, bool blocks = false) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   constexpr int kUnit = 16 / sizeof(E);
   constexpr bool kScaled = sizeof(E) == 1, kFp8 = std::is_same_v<E, __nv_fp8_e4m3>;
+  constexpr int64_t kBlock = 128;  // rows of weight, and columns, that share a scale
   GemmSm90Params p;
   p.dtype = TypeInfo<T>::kDType;
   p.fast_accum = fast_accum;
@@ -75,8 +76,22 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     for (float& scale : scales) scale = size * std::exp2(normal());
     return scales;
   };
-  const std::vector<float> x_scale = draw_scales(p.m, 0.003f, p.x_scale_stride);
-  const std::vector<float> weight_scale = draw_scales(p.n, 1.0f, p.weight_scale_stride);
+  // Sums of int8 are large, and must not leave fp16.
+  std::vector<float> x_scale = draw_scales(p.m, std::is_same_v<E, int8_t> ? 1e-4f : 0.003f, p.x_scale_stride);
+  std::vector<float> weight_scale = draw_scales(p.n, 1.0f, p.weight_scale_stride);
+  if (blocks) {
+    const auto draw_block_scales = [](int64_t rows, int64_t columns, float size, int64_t& stride) {
+      stride = columns + pick({0, 3});
+      std::vector<float> scales((rows - 1) * stride + columns, NAN);
+      for (int64_t i = 0; i < rows * columns; ++i) {
+        scales[i / columns * stride + i % columns] = size * std::exp2(2.0f * normal());
+      }
+      return scales;
+    };
+    const int64_t panels = fastattn::ceil_div(p.k, kBlock);
+    x_scale = draw_block_scales(panels, p.m, 0.003f, p.x_scale_stride);
+    weight_scale = draw_block_scales(fastattn::ceil_div(p.n, kBlock), panels, 1.0f, p.weight_scale_stride);
+  }
   Tensor<T> bias(p.n);
   for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
   const int64_t width = p.n / per_column;
@@ -101,14 +116,15 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const char* const norm_name = norm == Norm::kRms ? "RMSNorm of " : norm == Norm::kLayer ? "LayerNorm of " : "";
   const char* const gate_name = gate == Gate::kSilu ? "SiLU of " : gate == Gate::kGeluTanh ? "GeLU of " : "";
   current_call += std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
-                  " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
-                  std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                  (blocks ? " in blocks" : "") + " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
+                  std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) +
+                  " x " + std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
                   (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
                   std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
-    const cudaError_t error = kFp8                   ? gemm_fp8_sm90(p, nullptr)
+    const cudaError_t error = blocks                 ? gemm_fp8_blocks_sm90(p, nullptr)
+                              : kFp8                 ? gemm_fp8_sm90(p, nullptr)
                               : kScaled              ? gemm_int8_sm90(p, nullptr)
                               : gate != Gate::kNone  ? (norm == Norm::kRms ? fastattn::gemm_rms_norm_gated_sm90
                                                                            : fastattn::gemm_gated_sm90)(p, nullptr)
@@ -134,12 +150,17 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     const auto sum_of = [&](int64_t n) -> Sum {
       double sum = 0.0, size = 0.0;
       for (int64_t k = 0; k < p.k; ++k) {
-        const double column = weight.values[n * p.weight_stride + k];
+        double column = weight.values[n * p.weight_stride + k];
+        if (blocks) {
+          column *= double{x_scale[k / kBlock * p.x_scale_stride + m]} *
+                    weight_scale[n / kBlock * p.weight_scale_stride + k / kBlock];
+        }
         sum += (row[k] - mean) * column;
         size += std::fabs(row[k] * column);
       }
-      const double scale =
-          kScaled ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride] : norm_scale;
+      const double scale = kScaled && !blocks
+                               ? double{x_scale[m * p.x_scale_stride]} * weight_scale[n * p.weight_scale_stride]
+                               : norm_scale;
       const double added = p.bias == nullptr ? 0.0 : bias.values[n];
       return {sum * scale + added, size * scale * lost + (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20};
     };
@@ -322,10 +343,14 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
   const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
   const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
+  const bool has_blocks = few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true)
+                                   : fastattn::gemm_sm90_has_tile(tile, true, false, false, true);
+  const auto run_in_blocks = [&] { run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true); };
   switch (has_one_level ? between(0, 4) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
     case 1:
+      if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
       return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
     case 2:
       if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
@@ -337,6 +362,7 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
       }
       [[fallthrough]];
     default:
+      if (has_blocks && one_in(2)) return run_in_blocks();
       return run_call<T, T>(few_rows, tile, false);
   }
 }

@@ -155,6 +155,7 @@ FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
+GEMM_SCALES = "gemm/gemm_sm90_block_scales.cuh"
 GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
@@ -163,7 +164,7 @@ GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
-KERNEL_OF |= {GEMM_STORES: "gemm_sm90"}
+KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
@@ -535,6 +536,26 @@ MUTANTS = [
         "if (panel + Descriptors::kPanelsApart >= Ring::kPanels && row == 0) release(stage);",
         "gemm_fp8_sm90_many_rows.cu",
         "128",
+        "expected",
+    ),
+    Mutant(
+        "sums of a panel are multiplied by the scales of the one before",
+        GEMM_SCALES,
+        """      panels_.advance();
+      fetch();""",
+        """      fetch();
+      panels_.advance();""",
+        "gemm_fp8_blocks_sm90.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "panels of the second group have the scales of the first one's",
+        FEW_ROWS,
+        "const int32_t first_panel = begin_step * Ring::kPanels + (kApart == 2 ? group : 0);",
+        "const int32_t first_panel = begin_step * Ring::kPanels;",
+        "gemm_fp8_blocks_sm90.cu",
+        "8",
         "expected",
     ),
     Mutant(

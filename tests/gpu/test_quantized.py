@@ -18,11 +18,13 @@ from fastattn.models.registry import build_meta, load_model
 from fastattn.reference import quantize as q
 from fastattn.reference import quantized as reference
 from tests.engine import tiny
+from tests.models.quantized import in_blocks
 
 # Without a GPU the CPU stands in for it: then the test is of the source below, and of the CPU against itself.
 SCHEMES: Mapping[str, nn.Scheme] = {
     "int8": nn.Int8Scheme(),
     "fp8": nn.Fp8Scheme(),
+    "fp8 blocks": nn.Fp8BlockScheme(),
     "int4": nn.Int4Scheme(32, True),
     "int4 zero points": nn.Int4Scheme(32, False),
     "int4 rows": nn.Int4Scheme(None, True),
@@ -70,6 +72,9 @@ def stored(weight: torch.Tensor, scheme: nn.Scheme) -> dict[str, torch.Tensor]:
     if isinstance(scheme, nn.Fp8Scheme):
         codes, step = reference.quantize_fp8(weight)
         return {"weight": codes.view(torch.uint8), "weight_scale": step[:, None]}
+    if isinstance(scheme, nn.Fp8BlockScheme):
+        codes, scale, _ = in_blocks(weight)
+        return {"weight": codes.view(torch.uint8), scheme.scale_name: scale}
     if isinstance(scheme, nn.Int4Scheme):
         group = scheme.group_size or columns
         groups = weight.unflatten(1, (-1, group))
@@ -189,6 +194,41 @@ def test_fp8_activations(m: int, n: int, k: int, group_size: int, dtype: torch.d
         kind, lost = torch.finfo(dtype), 2**-13 * (k / 32 if fast_accum else 4) + 2**-18
         allowed = exact.abs() * kind.eps + kind.smallest_normal * kind.eps + size * lost
         assert bool(((outs[0].cpu().double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 72, 4096), (9, 264, 1168), (33, 520, 640), (64, 200, 2064), (100, 1544, 912), (257, 328, 1120), (384, 1032, 912),
+     (1021, 1544, 400)],
+)  # fmt: skip
+def test_fp8_blocks(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
+    """Also of matrices with NaN between their rows; twice the same bits; scales of every size, and blocks cut short. What the tensor
+    cores drop of a product is at most 2⁻¹³ of a panel's sum at each of its four steps."""
+    rng = torch.Generator().manual_seed(m)
+
+    def draw(rows: int) -> torch.Tensor:
+        gapped = torch.full((rows, k + 16), torch.nan).to(torch.float8_e4m3fn)
+        gapped[:, :k] = (torch.randn(rows, k, generator=rng) * 8).to(torch.float8_e4m3fn)
+        return gapped
+
+    panels, blocks = -(-k // 128), -(-n // 128)
+    x, weight = draw(m), draw(n)
+    x_scale = torch.exp2(torch.randn(panels, m, generator=rng) * 2) * 2**-8
+    weight_scale = torch.exp2(torch.randn(blocks, panels, generator=rng) * 2) * 2**-4
+    bias = torch.randn(n, generator=rng).to(dtype)
+    rows = reference.fp8_group_rows(x[:, :k], x_scale.double())
+    columns = reference.fp8_block_weight(weight[:, :k], weight_scale.double())
+    exact, size = rows @ columns.t() + bias.double(), rows.abs() @ columns.abs().t()
+    on_device = [t.to(device) for t in (x, x_scale, weight, weight_scale, bias)]
+    outs = []
+    for packed in (False, True):
+        q, own = (t[:, :k].contiguous() if packed else t[:, :k] for t in (on_device[0], on_device[2]))
+        outs.append(ops.fp8_block_linear(q, on_device[1], own, on_device[3], on_device[4], out_dtype=dtype))
+    assert torch.equal(*outs)
+    kind = torch.finfo(dtype)
+    allowed = exact.abs() * kind.eps + kind.smallest_normal * kind.eps + size * (2**-11 + 2**-18)
+    assert bool(((outs[0].cpu().double() - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("group_size", [16, 32])

@@ -121,6 +121,24 @@ def fp8_linear(
     return [out if bias is None else out + bias.to(c)]
 
 
+def fp8_block_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Block by block, each sum times its two scales."""
+    out = torch.zeros(len(x), len(weight), dtype=torch.float64, device=x.device)
+    blocks = torch.arange(len(weight), device=x.device) // 128
+    for g in range(-(-x.shape[1] // 128)):
+        rows, columns = (t[:, 128 * g : 128 * (g + 1)].double() for t in (x, weight))
+        out += (rows @ columns.t()) * x_scale[g].double()[:, None] * weight_scale[blocks, g].double()
+    return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
+
+
 def _nibbles(packed: Tensor, columns: Tensor) -> Tensor:
     """Codes 0 … 15 of these columns of each row, whatever the element's width."""
     per_element = 2 * packed.element_size()

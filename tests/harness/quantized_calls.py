@@ -66,6 +66,21 @@ def verify_quantize_fp8(call: Call, results: list[Tensor]) -> None:
     _verify_quantize(call, results, torch.float8_e4m3fn, 448)
 
 
+def quantize_group_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    yield from quantize_calls(gen, dtype)
+    for rows, columns in ((5, 512), (33, 264), (2, 257)):  # more groups than one, the last one whole, of 8 and of 1
+        yield f"{(rows, columns)}", {"x": gen.randn(rows, columns, dtype=dtype)}
+
+
+def verify_quantize_fp8_groups(call: Call, results: list[Tensor]) -> None:
+    """Each group of columns as a row of its own."""
+    x, (q, scale) = call["x"], results
+    assert q.shape == x.shape and scale.shape == (-(-x.shape[1] // 128), x.shape[0])
+    for group, (x_part, q_part) in enumerate(zip(x.split(128, 1), q.split(128, 1), strict=True)):
+        if x.shape[1]:  # split gives a part of no columns
+            verify_quantize_fp8({"x": x_part}, [q_part, scale[group]])
+
+
 def _verify_quantize(call: Call, results: list[Tensor], dtype: torch.dtype, largest: int) -> None:
     """scale and q are those of their definition; a q is off by at most half a step, whichever way a tie went."""
     x, (q, scale) = call["x"].double(), results
@@ -143,6 +158,35 @@ def bad_fp8(gen: Gen, base: Call) -> Bad:
             if size not in (1, rows):
                 says = (f"{name} has shape ({size},)", "or (1,)", f"= {rows}")
                 yield f"{name} of {size}", {name: base["x_scale"].new_ones(size)}, ValueError, says
+
+
+def fp8_block_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    # Blocks cut short in N, in K and in both; more of each than a tile has; what the plain kernel takes.
+    sizes = ((3, 64, 48), (0, 64, 16), (4, 0, 8), (5, 129, 33), (17, 160, 65), (7, 400, 200), (40, 1168, 392))
+    for rows, k, n in (*sizes, (200, 256, 144), (300, 512, 264)):
+        call: Call = {
+            "x": (gen.randn(rows, k) * 64).to(torch.float8_e4m3fn),
+            "x_scale": gen.rand(-(-k // 128), rows) * 0.02,
+            "weight": (gen.randn(n, k) * 64).to(torch.float8_e4m3fn),
+            "weight_scale": gen.rand(-(-n // 128), -(-k // 128)) * 0.01,
+            "out_dtype": dtype,
+        }
+        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n} no bias", call | {"bias": None}
+
+
+def bad_fp8_blocks(gen: Gen, base: Call) -> Bad:
+    for value in (torch.float8_e4m3fn, torch.float64, torch.int32, "float32", None, float):
+        yield f"out_dtype {value}", {"out_dtype": value}, TypeError, ("out_dtype is", "expected")
+    other = torch.float16 if base["out_dtype"] is not torch.float16 else torch.bfloat16
+    yield "bias of another dtype", {"bias": base["bias"].to(other)}, TypeError, ("bias is", "as out_dtype")
+    for name, dim in (("x_scale", 0), ("weight_scale", 0), ("weight_scale", 1)):
+        scale = base[name]
+        says = (f"{name} has shape", f"expected {tuple(scale.shape)}", "128")
+        yield f"{name} grown in {dim}", {name: torch.cat([scale, scale], dim)}, ValueError, says
+    k, n = base["x"].shape[1], len(base["weight"])
+    rows = {"weight": base["weight"].new_zeros(n + 128, k), "bias": base["bias"].new_zeros(n + 128)}
+    yield "rows of another block", rows, ValueError, ("weight_scale has shape", "expected (2, 1)")
 
 
 def _sized(gen: Gen, dtype: torch.dtype, leading: tuple[int, ...], k: int, n: int) -> Iterator[tuple[str, Call]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastattn.reference import quantize
 from tests.models.int4_layouts import TOOL_FORMS, ToolForm
+
+# Blocks of 128 x 128 that hidden_size cuts short, heads and parts for 2 and 3 ranks that they do not.
+BLOCK_SIZES = {"hidden_size": 240, "intermediate_size": 384, "head_dim": 128}
 
 VOCAB = 64
 # Widths that groups of 32 and 64 divide; 3 KV heads, so that ranks have uneven parts.
@@ -46,6 +49,7 @@ class Form:
     group_size: int | None = None
     channel: bool = False
     ignore: tuple[str, ...] = ("lm_head",)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def scheme(self) -> QuantizationScheme:
         scheme = preset_name_to_scheme(self.preset, ["Linear"])
@@ -69,6 +73,8 @@ class Form:
         scheme, compressor = self.scheme(), BaseCompressor.get_value_from_registry(self.format)
         args = scheme.weights
         assert args is not None
+        if args.strategy == "block":
+            return self._compress_blocks(weight)
         group = args.group_size or weight.shape[1]
         groups = weight.unflatten(1, (-1, group))
         low, high = groups.amin(-1), groups.amax(-1)
@@ -96,11 +102,51 @@ class Form:
             stored["input_scale"] = torch.tensor([0.1])
         return {name: t.contiguous() for name, t in stored.items()}, dense
 
+    def _compress_blocks(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        scheme, compressor = self.scheme(), BaseCompressor.get_value_from_registry(self.format)
+        codes, scale, _ = in_blocks(weight)
+        stored = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        assert torch.equal(stored["weight"].float(), codes.float())
+        dense = compressor.decompress(dict(stored), scheme)["weight"].float()
+        return {name: t.contiguous() for name, t in stored.items()}, dense
 
-FORMS: dict[str, Form | ToolForm] = {
+
+@dataclass(frozen=True)
+class BlockForm:
+    """FP8 in blocks of 128 x 128, as DeepSeek-V3's and Qwen3's checkpoints have it."""
+
+    sizes: dict[str, int] = field(default_factory=lambda: BLOCK_SIZES)
+    ignore: tuple[str, ...] = ("lm_head",)
+    preset = "FP8_BLOCK"
+
+    def quantization_config(self) -> dict[str, Any]:
+        own = {"activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        return {"quant_method": "fp8", "modules_to_not_convert": list(self.ignore)} | own
+
+    def compress(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        codes, scale, dense = in_blocks(weight)
+        return {"weight": codes, "weight_scale_inv": scale}, dense
+
+
+def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """e4m3, a scale for each block, and the weight that they are; block by block."""
+    codes, dense = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scale = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1))
+            scale[i, j] = weight[block].abs().amax() / 448 * (1 + i + j)  # no two alike
+            codes[block] = (weight[block] / scale[i, j]).to(torch.float8_e4m3fn)
+            dense[block] = codes[block].float() * scale[i, j]
+    return codes, scale, dense
+
+
+FORMS: dict[str, Form | ToolForm | BlockForm] = {
     "int8": Form("W8A8", "int-quantized"),
     "fp8": Form("FP8_DYNAMIC", "float-quantized"),
     "fp8 tensor": Form("FP8", "float-quantized"),
+    "fp8 blocks": BlockForm(),
+    "fp8 blocks of compressed-tensors": Form("FP8_BLOCK", "float-quantized", sizes=BLOCK_SIZES),
     "int4 groups of 32": Form("W4A16", "pack-quantized", 32),
     "int4 zero points": Form("W4A16_ASYM", "pack-quantized", 32),
     "int4 channel": Form("W4A16", "pack-quantized", channel=True),
@@ -125,18 +171,25 @@ def _round_activations_to_fp8(module: torch.nn.Module, args: tuple[torch.Tensor,
     return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(args[0].dtype)
 
 
+def round_groups_to_fp8(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    groups = [_round_activations_to_fp8(module, (part,)) for part in args[0].split(128, -1)]
+    return torch.cat(groups, -1)
+
+
 # Presets that round activations too.
 _ROUNDED = {
     "W8A8": _round_activations,
     "FP8_DYNAMIC": _round_activations_to_fp8,
     "FP8": _round_activations_to_fp8,
+    "FP8_BLOCK": round_groups_to_fp8,
 }
 
 
-def write(folder: Path, form: Form | ToolForm, **config: Any) -> LlamaForCausalLM:
+def write(folder: Path, form: Form | ToolForm | BlockForm, **config: Any) -> LlamaForCausalLM:
     """Writes the checkpoint, and returns transformers' model with the weights that it stands for, fp32."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL | config)).eval().float()
+    sizes = {} if isinstance(form, ToolForm) else form.sizes
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | sizes | config)).eval().float()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     tensors: dict[str, torch.Tensor] = {}
@@ -148,7 +201,7 @@ def write(folder: Path, form: Form | ToolForm, **config: Any) -> LlamaForCausalL
             stored, dense = form.compress(parameter.detach())
             tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
             parameter.copy_(dense)
-            if isinstance(form, Form) and form.preset in _ROUNDED:
+            if not isinstance(form, ToolForm) and form.preset in _ROUNDED:
                 model.get_submodule(layer).register_forward_pre_hook(_ROUNDED[form.preset])
         else:
             tensors[name] = parameter.clone()
