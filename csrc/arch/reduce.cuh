@@ -19,7 +19,7 @@ __device__ __forceinline__ V warp_reduce(V value, Combine combine) {
 // element. May be called again at once: the barrier at its start ends the readers of the call before.
 template <typename V, typename Combine>
 __device__ __forceinline__ V block_reduce(V value, V identity, Combine combine) {
-  __shared__ V warp_values[32];
+  static __shared__ V warp_values[32];
   value = warp_reduce(value, combine);
   if (blockDim.x == 32) return value;
   const int lane = threadIdx.x % 32;
