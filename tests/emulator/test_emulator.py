@@ -594,11 +594,11 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
-        "a sum is written over one that others still read",
+        "a sum is read before all warps have added to it",
         REDUCE,
         """  __syncthreads();
-  if (lane == 0)""",
-        "  if (lane == 0)",
+  // Every warp""",
+        "  // Every warp",
         "layer_norm.cu",
         "2",
         "expected",
