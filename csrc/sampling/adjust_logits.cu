@@ -19,7 +19,7 @@ constexpr int kMostBegins = 1024;  // that a CTA keeps; of more rows, those of e
 
 __global__ void __launch_bounds__(kNumThreads)
     adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, int32_t step, int32_t num_begins) {
-  static __shared__ int32_t begins[kMostBegins];
+  static __shared__ int32_t begins[kMostBegins + 1];  // the last is the end of all
   grid_dependency_wait();
   grid_dependency_launch();
   const int32_t num_rows = static_cast<int32_t>(p.num_rows);
@@ -28,17 +28,19 @@ __global__ void __launch_bounds__(kNumThreads)
   const int32_t token = is_entry ? p.token_ids[i] : -1;
   const int32_t count = is_entry ? p.counts[i] : 0;
   const float bias = is_entry ? p.bias[i] : 0.0f;
-  const int32_t end = p.indptr[num_rows];
-  for (int32_t j = threadIdx.x; j < num_begins; j += kNumThreads) begins[j] = p.indptr[j * step];
+#pragma unroll 1
+  for (int32_t j = threadIdx.x; j <= num_begins; j += kNumThreads) begins[j] = p.indptr[min(j * step, num_rows)];
   __syncthreads();
-  if (token < 0 || token >= p.vocab_size || i >= end) return;
+  if (token < 0 || token >= p.vocab_size || i >= begins[num_begins]) return;
 
   int32_t first = 0, last = num_begins;  // the row is one of first … last - 1, in steps
+#pragma unroll 1
   while (last - first > 1) {
     const int32_t middle = (first + last) / 2;
     (begins[middle] <= i ? first : last) = middle;
   }
   int32_t row = first * step;
+#pragma unroll 1
   for (last = min(row + step, num_rows); last - row > 1;) {
     const int32_t middle = (row + last) / 2;
     (p.indptr[middle] <= i ? row : last) = middle;
