@@ -75,6 +75,15 @@ __device__ __forceinline__ Pack<T, VEC> packed(const float (&values)[VEC]) {
   return pack;
 }
 
+// VEC times the same.
+template <typename T, int VEC>
+__device__ __forceinline__ Pack<T, VEC> pack_of(float value) {
+  float values[VEC];
+#pragma unroll
+  for (float& each : values) each = value;
+  return packed<T>(values);
+}
+
 template <int VEC, typename T>
 __device__ __forceinline__ void load_vec(const T* source, float (&values)[VEC]) {
   unpack(load_pack<VEC>(source), values);

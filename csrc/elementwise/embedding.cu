@@ -4,7 +4,8 @@
 //
 //   token_ids (T) int32   weight (V, N), out (T, N) bf16 or fp16
 //
-// Grid: one CTA per (token, piece of up to 128 * VEC columns); a thread makes VEC neighbours. Memory bounds it.
+// Grid: one CTA per (token, piece of up to 256 * 2 * VEC columns); a thread makes VEC neighbours twice, and asks for
+// both before it waits. Memory bounds it.
 #include <algorithm>
 
 #include "arch/dispatch.h"
@@ -17,7 +18,8 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMaxThreads = 128;
+constexpr int64_t kMaxThreads = 256;
+constexpr int kVecs = 2;  // of a thread
 
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -26,23 +28,35 @@ __global__ void __launch_bounds__(kMaxThreads)
   grid_dependency_launch();
   const int32_t token_idx = pieces_per_token.divide(blockIdx.x);
   const int32_t piece = blockIdx.x - token_idx * pieces_per_token.divisor;
-  const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;
-  if (column >= p.width) return;
+  const int64_t first = (static_cast<int64_t>(piece) * kVecs * blockDim.x + threadIdx.x) * VEC;
+  const int64_t step = blockDim.x * VEC;
   const int64_t token = p.token_ids[token_idx];
-  float values[VEC] = {};
-  if (token >= 0 && token < p.vocab_size) {
-    load_vec<VEC>(static_cast<const T*>(p.weight) + token * p.weight_stride + column, values);
+  const bool known = token >= 0 && token < p.vocab_size;
+  const T* const row = static_cast<const T*>(p.weight) + token * p.weight_stride;
+  T* const out = static_cast<T*>(p.out) + token_idx * p.width;
+  Pack<T, VEC> packs[kVecs] = {};
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) values[i] *= p.scale;
+  for (int i = 0; i < kVecs; ++i) {
+    const int64_t column = first + i * step;
+    if (known && column < p.width) packs[i] = load_pack_early<VEC>(row + column);
   }
-  store_vec<VEC>(static_cast<T*>(p.out) + token_idx * p.width + column, values);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int64_t column = first + i * step;
+    if (column >= p.width) break;
+    float values[VEC];
+    unpack(packs[i], values);
+#pragma unroll
+    for (float& value : values) value *= p.scale;
+    store_vec<VEC>(out + column, values);
+  }
 }
 
 template <typename T, int VEC>
 cudaError_t launch(const EmbeddingParams& p, cudaStream_t stream) {
   const int64_t num_vecs = p.width / VEC;
-  const int64_t num_threads = std::min<int64_t>((num_vecs + 31) / 32 * 32, kMaxThreads);
-  const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
+  const int64_t num_threads = std::min<int64_t>((num_vecs + kVecs * 32 - 1) / (kVecs * 32) * 32, kMaxThreads);
+  const int64_t pieces = (num_vecs + kVecs * num_threads - 1) / (kVecs * num_threads);
   if (p.num_tokens > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
   return launch_kernel_behind(embedding_kernel<T, VEC>, p.num_tokens * pieces, static_cast<int>(num_threads), 0, stream,
                               p, FastDivide(static_cast<int32_t>(pieces)));

@@ -7,8 +7,8 @@
 //
 // One CTA per row. Memory bounds it: each element is read once and written once.
 //
-//   load 16 bytes a thread ──> add, round, store residual ──> sum of squares ──> CTA sum ──> scale, store
-//          └────────────── the row stays in registers (norm/row_cache.cuh) ──────────────┘
+//   load row ──> add, round, store residual, squares ──> ask for the weight ──> CTA sum ──> scale, store
+//          └──────────────── the row stays in registers (norm/row_cache.cuh) ────────────────┘
 //
 // All loads of the row are asked for before the first is used: one latency of memory, not two.
 //
@@ -24,29 +24,29 @@ namespace fastattn {
 namespace {
 
 template <typename Cache, bool ADD>
-__global__ void __launch_bounds__(1024, 1)
-    rms_norm_kernel(const __grid_constant__ RmsNormParams p, float inverse_size) {
+__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+    rms_norm_kernel(float inverse_size, typename Cache::Index num_vecs, const __grid_constant__ RmsNormParams p) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
   constexpr int VEC = Cache::VEC;
   const int32_t row_idx = blockIdx.x;
-  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
+  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
+  T* const residual = ADD ? static_cast<T*>(p.residual) + p.residual_rows.offset(row_idx) : nullptr;
+  T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
   const T* const weight = static_cast<const T*>(p.weight);
-  const auto load_from = [](const T* row) {
-    return [row](Index vec_idx) { return load_pack_early<VEC>(row + vec_idx * VEC); };
+  const auto load_from = [](const T* values) {
+    return [values](Index vec_idx) { return load_pack_early<VEC>(values + vec_idx * VEC); };
+  };
+  const auto ones = [](Index) { return pack_of<T, VEC>(1.0f); };
+  const auto load_weight = [&](Index vec_idx) {
+    return weight != nullptr ? load_from(weight)(vec_idx) : ones(vec_idx);
   };
   grid_dependency_wait();
   grid_dependency_launch();
 
-  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
-  T* const residual = ADD ? static_cast<T*>(p.residual) + p.residual_rows.offset(row_idx) : nullptr;
-  T* const out = static_cast<T*>(p.out) + row_idx * p.row_size;
   Cache row, old, gain;
   row.fill(num_vecs, load_from(x));
   if constexpr (ADD) old.fill(num_vecs, load_from(residual));
-  if constexpr (!Cache::kLong) {
-    if (weight != nullptr) gain.fill(num_vecs, load_from(weight));
-  }
 
   float square_sum = 0.0f;
   row.visit(num_vecs, load_from(x), [&](int slot, Index vec_idx, Pack<T, VEC>& vec) {
@@ -64,21 +64,20 @@ __global__ void __launch_bounds__(1024, 1)
 #pragma unroll
     for (int i = 0; i < VEC; ++i) square_sum += values[i] * values[i];
   });
-  const float scale = rsqrtf(block_sum(square_sum) * inverse_size + p.eps);
+  if (weight != nullptr) {
+    gain.fill(num_vecs, load_from(weight));
+  } else {
+    gain.fill(num_vecs, ones);
+  }
+  const float scale = rsqrtf(block_sum<0>(square_sum) * inverse_size + p.eps);
 
   row.visit(num_vecs, load_from(ADD ? residual : x), [&](int slot, Index vec_idx, const Pack<T, VEC>& vec) {
-    float values[VEC], scaled[VEC];
+    float values[VEC], factors[VEC];
     unpack(vec, values);
+    unpack(gain.at(slot, vec_idx, load_weight), factors);
 #pragma unroll
-    for (float& factor : scaled) factor = 1.0f;
-    if constexpr (Cache::kLong) {
-      if (weight != nullptr) load_vec<VEC>(weight + vec_idx * VEC, scaled);
-    } else {
-      if (weight != nullptr) unpack(gain.cached[slot], scaled);
-    }
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) scaled[i] *= values[i] * scale;
-    store_vec<VEC>(out + vec_idx * VEC, scaled);
+    for (int i = 0; i < VEC; ++i) values[i] = values[i] * scale * factors[i];
+    store_vec<VEC>(out + vec_idx * VEC, values);
   });
 }
 
@@ -93,7 +92,8 @@ cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
       using Cache = decltype(cache);
       const auto kernel = p.residual != nullptr ? rms_norm_kernel<Cache, true> : rms_norm_kernel<Cache, false>;
       const float inverse_size = 1.0f / static_cast<float>(p.row_size);
-      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p, inverse_size);
+      const typename Cache::Index num_vecs = p.row_size / Cache::VEC;
+      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, inverse_size, num_vecs, p);
     });
   });
 }

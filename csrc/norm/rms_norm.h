@@ -8,17 +8,18 @@
 
 namespace fastattn {
 
-// Rows (the last dimension) are contiguous.
+// Rows (the last dimension) are contiguous. In the order in which the kernel reads them.
 struct RmsNormParams {
-  const void* x = nullptr;       // (rows, N)
-  void* residual = nullptr;      // (rows, N), changed in place; nullptr: the plain norm
+  const void* x = nullptr;  // (rows, N)
+  Rows x_rows;
+  void* residual = nullptr;  // (rows, N), changed in place; nullptr: the plain norm
+  Rows residual_rows;
   const void* weight = nullptr;  // (N) or nullptr: ones
   void* out = nullptr;           // (rows, N) contiguous
-  Rows x_rows, residual_rows;
-  int64_t num_rows = 0;
-  int64_t row_size = 0;  // N
+  int64_t row_size = 0;          // N
   float eps = 0.0f;
   DType dtype = DType::kBFloat16;
+  int64_t num_rows = 0;
 };
 
 // Needs rows > 0 and N > 0. cudaErrorInvalidValue for a dtype that is not bf16 or fp16.

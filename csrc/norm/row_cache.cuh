@@ -3,8 +3,13 @@
 //   vector i of thread t covers the elements from (i * blockDim.x + t) * VEC on
 //   i < kCached stays in registers, in 16 bits; what a LONG row has beyond that is read again at each visit
 //
-// Weights come with the row, unless it is LONG: asked for only when they are used they are a second trip to memory, or
-// to L2. Where no row is LONG there is no loop: a few rows take as long as their code takes to arrive.
+// A CTA has 256 threads for rows of up to 4096, two loads each, and kernels have 32 registers a thread where they can:
+// then eight rows are on their way to an SM at once, and 1024 rows on an H100 are one wave. Weights are asked for when
+// the row has come and before it is summed up: in front of the row they take registers that hold no row, behind the sum
+// they are a second trip to memory. How many threads a row has follows from its length alone, or its sum would have
+// other bits in another batch.
+//
+// Where no row is LONG there is no loop: a few rows take as long as their code takes to arrive.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,7 +28,7 @@ struct RowCache {
   static constexpr int VEC = VEC_SIZE;
   static constexpr bool kLong = LONG;
   static constexpr int kCached = VEC == 1 ? 4 : 2;
-  static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads, of kernels that keep nothing but the row
+  static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads
   using Vec = Pack<T, VEC>;
   using Index = std::conditional_t<LONG, int64_t, int32_t>;  // of a vector of the row
   Vec cached[kCached];

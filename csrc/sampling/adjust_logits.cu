@@ -4,12 +4,9 @@
 //   l = (l > 0 ? l / rep : l * rep) - presence * [count > 0] - frequency * count      unless count is -1
 //   logits[b, token] = l + bias
 //
-// Only what was touched is read and written. What takes the time is that memory is asked thrice, for where the row
-// begins, for its entries, for their logits; so as many CTAs share a row as give every thread one entry if rows are
-// equally long.
-#include <algorithm>
-
-#include "arch/fast_divide.h"
+// Only what was touched is read and written, and what takes the time is that memory is asked twice: for the entry, and
+// for its logit and its row's penalties. A thread has one entry, however long rows are. Whose it is, is the last row
+// that begins at it or before: the CTA brings where rows begin, at the same time as its entries, and searches there.
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "sampling/adjust_logits.h"
@@ -17,43 +14,60 @@
 namespace fastattn {
 namespace {
 
-constexpr int kNumThreads = 256;
+constexpr int kNumThreads = 128;
+constexpr int kMostBegins = 1024;  // that a CTA keeps; of more rows, those of every second, third and so on
 
 __global__ void __launch_bounds__(kNumThreads)
-    adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, FastDivide ctas_per_row) {
+    adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, int32_t step, int32_t num_begins) {
+  static __shared__ int32_t begins[kMostBegins + 1];  // the last is the end of all
   grid_dependency_wait();
   grid_dependency_launch();
-  const int64_t row_idx = ctas_per_row.divide(blockIdx.x);
-  float* const logits = p.logits + row_idx * p.logits_stride;
-  const float repetition = p.repetition_penalty[row_idx];
-  const float presence = p.presence_penalty[row_idx];
-  const float frequency = p.frequency_penalty[row_idx];
-  const int64_t begin = max(p.indptr[row_idx], 0);
-  const int64_t end = min(static_cast<int64_t>(p.indptr[row_idx + 1]), p.nnz);
-  const int32_t first = ctas_per_row.remainder(blockIdx.x) * kNumThreads + threadIdx.x;
+  const int32_t num_rows = static_cast<int32_t>(p.num_rows);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
+  const bool is_entry = i < p.nnz;
+  const int32_t token = is_entry ? p.token_ids[i] : -1;
+  const int32_t count = is_entry ? p.counts[i] : 0;
+  const float bias = is_entry ? p.bias[i] : 0.0f;
 #pragma unroll 1
-  for (int64_t i = begin + first; i < end; i += kNumThreads * ctas_per_row.divisor) {
-    const int32_t token = p.token_ids[i];
-    const int32_t count = p.counts[i];
-    const float bias = p.bias[i];
-    if (token < 0 || token >= p.vocab_size) continue;
-    float logit = logits[token];
-    if (count >= 0) {
-      logit = logit > 0.0f ? logit / repetition : logit * repetition;
-      logit -= (count > 0 ? presence : 0.0f) + frequency * static_cast<float>(count);
-    }
-    logits[token] = logit + bias;
+  for (int32_t j = threadIdx.x; j <= num_begins; j += kNumThreads) begins[j] = p.indptr[min(j * step, num_rows)];
+  __syncthreads();
+  if (token < 0 || token >= p.vocab_size || i >= begins[num_begins]) return;
+
+  int32_t first = 0, last = num_begins;  // the row is one of first … last - 1, in steps
+#pragma unroll 1
+  while (last - first > 1) {
+    const int32_t middle = (first + last) / 2;
+    (begins[middle] <= i ? first : last) = middle;
   }
+  int32_t row = first * step;
+#pragma unroll 1
+  for (last = min(row + step, num_rows); last - row > 1;) {
+    const int32_t middle = (row + last) / 2;
+    (p.indptr[middle] <= i ? row : last) = middle;
+  }
+
+  float* const address = p.logits + row * p.logits_stride + token;
+  float logit = *address;
+  const float repetition = p.repetition_penalty[row];
+  const float presence = p.presence_penalty[row];
+  const float frequency = p.frequency_penalty[row];
+  if (count >= 0) {
+    logit = logit > 0.0f ? logit / repetition : logit * repetition;
+    logit -= (count > 0 ? presence : 0.0f) + frequency * static_cast<float>(count);
+  }
+  *address = logit + bias;
 }
 
 }  // namespace
 
 cudaError_t adjust_logits(const AdjustLogitsParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (p.nnz + kNumThreads - 1) / kNumThreads;
-  const int64_t ctas_per_row = std::clamp<int64_t>((num_ctas + p.num_rows - 1) / p.num_rows, 1, INT32_MAX);
-  if (p.num_rows > INT32_MAX / ctas_per_row) return cudaErrorInvalidConfiguration;
-  return launch_kernel_behind(adjust_logits_kernel, p.num_rows * ctas_per_row, kNumThreads, 0, stream, p,
-                              FastDivide(static_cast<int32_t>(ctas_per_row)));
+  if (num_ctas > INT32_MAX || p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (num_ctas == 0) return cudaSuccess;
+  const int32_t num_rows = static_cast<int32_t>(p.num_rows);
+  const int32_t step = (num_rows - 1) / kMostBegins + 1;
+  return launch_kernel_behind(adjust_logits_kernel, num_ctas, kNumThreads, 0, stream, p, step,
+                              (num_rows - 1) / step + 1);
 }
 
 }  // namespace fastattn

@@ -2,16 +2,19 @@
 //
 //   logits[rows[r], t] = -inf     where bit t % 32 of bitmask[r, t / 32] is 0
 //
-// A warp takes 32 tokens at a time: all its lanes have one word, each looks at its own bit, and those that find 0
-// write. Logits are never read, and what is allowed is not written: a mask that allows little writes V * 4 bytes, one
-// that allows much only itself is read. And a row may be named by several masks at once. All of a thread's words are
-// asked for before it writes, or each would wait for the memory behind the one before.
+// A lane has a word of a mask, a warp 1024 tokens: one word after the other, all lanes look at their own bit of it, and
+// those that find 0 write. Logits are never read, and what is allowed is not written: a row may be named by several
+// masks at once.
 //
-// Grid: a CTA per piece of 2048 tokens of a mask.
+// Where a word forbids some of its tokens but not all, parts of 32-byte sectors are written, for which the memory reads
+// them one by one when they leave L2. Asked for in front of the store, they come many at a time.
+//
+// Grid: a CTA per piece of 8192 tokens of a mask.
 #include <algorithm>
 #include <cmath>
 
 #include "arch/fast_divide.h"
+#include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "sampling/apply_token_bitmask.h"
@@ -20,28 +23,28 @@ namespace fastattn {
 namespace {
 
 constexpr int kNumThreads = 256;
-constexpr int kTokensPerThread = 8;
-constexpr int64_t kTokensPerCta = kNumThreads * kTokensPerThread;
+constexpr int64_t kTokensPerCta = kNumThreads * 32;
 
 __global__ void __launch_bounds__(kNumThreads)
     apply_token_bitmask_kernel(const __grid_constant__ ApplyTokenBitmaskParams p, FastDivide pieces_per_mask) {
   grid_dependency_wait();
   grid_dependency_launch();
   const int64_t mask_idx = pieces_per_mask.divide(blockIdx.x);
-  const int64_t first = pieces_per_mask.remainder(blockIdx.x) * kTokensPerCta + threadIdx.x;
-  const int32_t num_left = static_cast<int32_t>(min(p.vocab_size - first, kTokensPerCta));
-  const int32_t* const words = p.bitmask + mask_idx * p.bitmask_stride + first / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = pieces_per_mask.remainder(blockIdx.x) * kTokensPerCta + threadIdx.x / 32 * 1024;  // of the warp
+  const int64_t num_left = p.vocab_size - first - lane * 32;  // from this lane's first token on
   const int32_t row_idx = p.rows[mask_idx];
-  uint32_t word[kTokensPerThread];
-#pragma unroll
-  for (int i = 0; i < kTokensPerThread; ++i) {
-    word[i] = i * kNumThreads < num_left ? static_cast<uint32_t>(words[i * kNumThreads / 32]) : 0xffffffffu;
-  }
+  uint32_t own_word = 0xffffffffu;
+  if (num_left > 0) own_word = static_cast<uint32_t>(p.bitmask[mask_idx * p.bitmask_stride + first / 32 + lane]);
+  if (num_left > 0 && num_left < 32) own_word |= 0xffffffffu << num_left;
   if (row_idx < 0 || row_idx >= p.num_rows) return;
   float* const logits = p.logits + row_idx * p.logits_stride + first;
-#pragma unroll
-  for (int i = 0; i < kTokensPerThread; ++i) {
-    if ((word[i] >> (threadIdx.x % 32) & 1u) == 0) logits[i * kNumThreads] = -INFINITY;
+#pragma unroll 8
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t word = __shfl_sync(0xffffffffu, own_word, i);
+    if ((word >> lane & 1u) != 0) continue;
+    if (word != 0) prefetch_l2(logits + i * 32 + lane);
+    logits[i * 32 + lane] = -INFINITY;
   }
 }
 

@@ -38,7 +38,7 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
 
   const OnDeviceOf guard(x_given);
   // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride.
-  Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
+  Tensor x = rows_of(x_given).inner() < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
   const auto matrix_of_x = [&] { return Matrix{x.data_ptr(), num_rows_of(x), k, rows_of(x).inner_stride, 2}; };
   const Matrix columns = matrix_of(weight);
   // GeLU with erf is for the activation's own kernel.

@@ -94,7 +94,7 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
 
   const OnDeviceOf guard(x_given);
   // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride.
-  const Tensor x = rows_of(x_given).inner < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
+  const Tensor x = rows_of(x_given).inner() < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
   auto hopper = params_of<GemmSm90W4Params>(w, found, x, bias, group_size, out);
   if (takes_sm90(w, hopper, num_groups, x)) {
     const double weight_bits =

@@ -42,6 +42,11 @@ KERNELS = {
     ],
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
+    "small_operators": [
+        *sorted(CSRC.glob("norm/*.cu")),
+        *(CSRC / f"elementwise/{name}.cu" for name in ("embedding", "gated_activation")),
+        *(CSRC / f"sampling/{name}.cu" for name in ("adjust_logits", "apply_token_bitmask")),
+    ],
 }
 DEVICE = [HERE / "device.cpp", HERE / "tensor_cores.cpp", HERE / "runtime.cpp"]  # of every program
 
@@ -160,11 +165,13 @@ GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
+ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
+KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
@@ -621,6 +628,25 @@ MUTANTS = [
         "8",
         "expected",
     ),
+    Mutant(
+        "vectors behind those in registers are passed over",
+        ROW_CACHE,
+        "for (Index vec_idx = kCached * blockDim.x + threadIdx.x;",
+        "for (Index vec_idx = (kCached + 1) * blockDim.x + threadIdx.x;",
+        "rms_norm.cu",
+        "1",
+        "expected",
+    ),
+    Mutant(
+        "a sum is read before all warps have added to it",
+        REDUCE,
+        """  __syncthreads();
+  // Every warp""",
+        "  // Every warp",
+        "layer_norm.cu",
+        "2",
+        "expected",
+    ),
 ]
 
 
@@ -632,7 +658,7 @@ def test_a_mistake_is_found(build: Build, tmp_path: Path, mutant: Mutant) -> Non
     header = tmp_path / mutant.header
     header.parent.mkdir()
     header.write_text(text.replace(mutant.before, mutant.after))
-    unit = (CSRC / mutant.header).parent / mutant.unit
+    unit = next(source for source in sources(kernel) if source.name == mutant.unit)
     objects = build.objects([unit], tmp_path)
     objects += build.objects(source for source in sources(kernel) if source != unit)
     program = Build(tmp_path).program(kernel, objects)

@@ -24,6 +24,7 @@ def adjust_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         ("nothing touched", 8, [0, 0]),
         ("no rows", 8, []),
         ("wide", 4099, [300, 1]),
+        ("many rows", 9, [row % 4 for row in range(2100)]),
     ):
         rows, nnz = len(touched), sum(touched)
         yield (
@@ -77,6 +78,7 @@ def bitmask_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         ("a row twice", 2, 97, [1, 1, 0]),
         ("every row", 33, 1025, list(range(33))[::-1]),
         ("wide", 2, 4099, [1]),
+        ("several CTAs, rows that begin anywhere", 3, 20001, [1, 2]),
     ):
         words = gen.ints(-(2**31), 2**31 - 1, len(named), -(-vocab // 32))
         yield name, {"logits": gen.randn(rows, vocab, scale=3.0), "bitmask": words, "rows": gen.tensor(named)}
