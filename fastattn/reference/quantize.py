@@ -188,10 +188,9 @@ def mxfp4_scale(amax: Tensor) -> Tensor:
 
 
 def e8m0_step(scale: Tensor) -> Tensor:
-    """uint8 exponents as steps: 2^(scale − 127), fp32; 255 is NaN."""
-    return torch.where(
-        scale == 255, torch.nan, torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - _E8M0_BIAS)
-    )
+    """uint8 exponents as steps: 2^(scale − 127), fp32; 255 is NaN. By their bits, since a GPU's pow(2, n) is off by one."""
+    bits = torch.where(scale == 0, 1 << 22, scale.int() << 23).int()  # 2⁻¹²⁷ has no bit in front
+    return torch.where(scale == 255, torch.nan, bits.view(torch.float32))
 
 
 def e8m0_code(step: Tensor) -> Tensor:
