@@ -21,7 +21,16 @@ from tests.engine.tiny import CONFIG, TinySource, full_logits
 CPU = torch.device("cpu")
 # Matrices of 128 and 256 columns; two ranks have whole groups of the two that are cut along their columns.
 SOURCE = TinySource(
-    config=replace(CONFIG, hidden_size=128, intermediate_size=256, num_heads=8, head_dim=32, softmax_scale=0.0)
+    config=replace(
+        CONFIG,
+        hidden_size=128,
+        intermediate_size=256,
+        num_heads=8,
+        head_dim=32,
+        softmax_scale=0.0,
+        num_layers=1,
+        layer_is_sliding=(),
+    )
 )
 IDS = [3, 9, 27, 81, 5]
 PRINTED = {
@@ -35,10 +44,10 @@ PRINTED = {
 }
 
 
-def matrices(network: DecoderModel, layer: int) -> dict[str, torch.Tensor]:
+def matrices(network: DecoderModel) -> dict[str, torch.Tensor]:
     """What the layer's products make of units: the transposed weights, as they are multiplied with."""
     found = {}
-    for name, module in network.layers[layer].named_modules():
+    for name, module in network.layers[0].named_modules():
         if isinstance(module, nn.Linear):
             assert module.quantized is not None
             found[name] = module.quantized(torch.eye(module.quantized.columns), None)
@@ -56,7 +65,7 @@ def test_is_what_quantize_writes(name: str, tmp_path: Path) -> None:
     )
     assert written.config.quantization == fly.config.quantization
     networks = [load_model(source, CPU, torch.float32, 64) for source in (fly, written, SOURCE)]
-    ours, theirs = (matrices(network, 1) for network in networks[:2])
+    ours, theirs = (matrices(network) for network in networks[:2])
     assert ours.keys() == theirs.keys() and len(ours) == 4
     for key in ours:
         if not (name.startswith("nvfp4") and key in ("self_attn.qkv_proj", "mlp.gate_up_proj")):  # one scale in a file
@@ -71,7 +80,7 @@ def test_is_what_quantize_writes(name: str, tmp_path: Path) -> None:
 def test_ranks_have_parts_of_the_same_numbers(name: str) -> None:
     fly = with_quantization(SOURCE, name)
     whole, part = (
-        matrices(load_model(fly, CPU, torch.float32, 64, tp=nn.TensorParallel(size - 1, size)), 0) for size in (1, 2)
+        matrices(load_model(fly, CPU, torch.float32, 64, tp=nn.TensorParallel(size - 1, size))) for size in (1, 2)
     )
     for key in ("self_attn.o_proj", "mlp.down_proj"):
         assert torch.equal(part[key], whole[key][128:])
