@@ -85,7 +85,7 @@ KvCacheDtype = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         metavar="DTYPE",
-        help="auto (the model's), fp8 or int8: 8 bits with scales.",
+        help="fp8 or int8: 8 bits with scales. auto: what the model was quantized for, else its dtype; that dtype: 16 bits always.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -95,7 +95,18 @@ KvCacheScales = Annotated[
         "--kv-cache-scales",
         metavar="SCALES",
         help="Scales of a KV cache of 8 bits: dynamic, one for each token's head; or one for each KV head: checkpoint (the "
-        "model's), calculate (calibrated on the first step's tokens) or a .safetensors file.",
+        "model's), calculate (calibrated on the first step's tokens) or a .safetensors file. auto: checkpoint where the model "
+        "was quantized for such a cache, else dynamic.",
+        rich_help_panel=ENGINE,
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        metavar="FORM",
+        help="Round the weights as they are loaded: int8, fp8, int4, nvfp4, mxfp4; nvfp4-w4a8 or mxfp4-w4a8 with FP8 activations, "
+        "also of models in FP4.",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -29,7 +29,8 @@ def eval_(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "dynamic",
+    kv_cache_scales: opt.KvCacheScales = "auto",
+    quantization: opt.Quantization = None,
     as_json: copt.AsJson = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -40,7 +41,9 @@ def eval_(
     from fastattn.cli._compress_report import evaluation_lines, print_json
     from fastattn.compress import EvalOptions, evaluate
 
-    options = EvalOptions(tuple(text or ()), length, max_tokens, device, dtype, kv_cache_dtype, kv_cache_scales)
+    options = EvalOptions(
+        tuple(text or ()), length, max_tokens, device, dtype, kv_cache_dtype, kv_cache_scales, quantization
+    )
     result = evaluate(model, against, options, show_progress=not quiet)
     if as_json:
         print_json(result.as_dict())

@@ -13,7 +13,7 @@ from fastattn.cli._summary import bytes_text
 
 if TYPE_CHECKING:
     from fastattn.engine.memory_plan import MemoryPlan, PlanOptions
-    from fastattn.models.config import ModelConfig
+    from fastattn.models.loader import ModelSource
 
 
 def plan(
@@ -26,7 +26,8 @@ def plan(
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
     block_size: opt.BlockSize = 16,
     kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "dynamic",
+    kv_cache_scales: opt.KvCacheScales = "auto",
+    quantization: opt.Quantization = None,
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     speculative: opt.Speculative = None,
@@ -48,9 +49,9 @@ def plan(
     from fastattn.engine.memory_plan import memory_plan
     from fastattn.speculative.setup import open_draft
 
-    source = _session.open_source(model)
-    options = make_options(
-        source.config,
+    stored = _session.open_source(model)
+    options, source = make_options(
+        stored,
         device=device,
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
@@ -60,6 +61,7 @@ def plan(
         block_size=block_size,
         kv_cache_dtype=kv_cache_dtype,
         kv_cache_scales=kv_cache_scales,
+        quantization=quantization,
         num_kv_blocks=num_kv_blocks,
         gpu_memory_utilization=gpu_memory_utilization,
         speculative=speculative,
@@ -69,7 +71,7 @@ def plan(
     free, total = (memory, memory) if memory is not None else rank_memory(chosen, tensor_parallel_size)
     draft = open_draft(options.speculative)
     drafts = (draft.config, draft.tensors()) if draft is not None else None
-    result = memory_plan(source.config, source.tensors(), options, free, total, drafts)
+    result = memory_plan(source.config, stored.tensors(), options, free, total, drafts)
     if as_json:
         typer.echo(json.dumps(as_dict(source.name, result), indent=2))
     else:
@@ -78,8 +80,10 @@ def plan(
         raise typer.Exit(1)
 
 
-def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool, **wishes: Any) -> PlanOptions:
-    """The choices that the engine would make. what_if: the device need not be here."""
+def make_options(
+    source: ModelSource, *, device: str, dtype: str, what_if: bool, **wishes: Any
+) -> tuple[PlanOptions, ModelSource]:
+    """The choices that the engine would make, and the model in the form that it would run. what_if: the device need not be here."""
     import torch
 
     from fastattn.engine import setup
@@ -94,10 +98,10 @@ def make_options(config: ModelConfig, *, device: str, dtype: str, what_if: bool,
             hint = " (--memory 80G plans for a GPU that is not here)" if device.startswith("cuda") else ""
             raise _errors.CLIError(f"{error}{hint}") from error
     wished = {name: value for name, value in wishes.items() if value is not None}
-    options = setup.EngineOptions(device=device, dtype=dtype, **wished)
-    sizes = setup.plan_options(config, options, chosen, choose_dtype(dtype, chosen))
+    options, source = setup.for_model(setup.EngineOptions(device=device, dtype=dtype, **wished), source)
+    sizes = setup.plan_options(source.config, options, chosen, choose_dtype(dtype, chosen))
     setup.engine_config(options, sizes, options.num_kv_blocks or 1)  # checks what the engine would refuse
-    return sizes
+    return sizes, source
 
 
 def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:

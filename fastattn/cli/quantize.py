@@ -11,17 +11,21 @@ import typer
 from fastattn.cli import _compress_options as copt
 from fastattn.cli import _options as opt
 
-Scheme = Literal["int8", "int4", "nvfp4", "mxfp4", "none"]
+Scheme = Literal["int8", "fp8", "int4", "nvfp4", "mxfp4", "nvfp4-w4a8", "mxfp4-w4a8", "none"]
 
 
 def quantize(
     model: opt.Model,
     out: copt.Out,
     scheme: Annotated[
-        Scheme, typer.Option("--scheme", help="int8: W8A8. int4, nvfp4, mxfp4: weights only. none: a plain export.")
+        Scheme,
+        typer.Option(
+            "--scheme",
+            help="int8, fp8: W8A8. int4, nvfp4, mxfp4: weights only. nvfp4-w4a8, mxfp4-w4a8: FP8 activations. none: a plain export.",
+        ),
     ] = "int8",
     rounding: Annotated[
-        Literal["auto", "gptq", "nearest"], typer.Option("--rounding", help="auto: nearest for int8, gptq for 4 bits.")
+        Literal["auto", "gptq", "nearest"], typer.Option("--rounding", help="auto: nearest for 8 bits, gptq for 4.")
     ] = "auto",
     steps: Annotated[
         Literal["auto", "amax", "mse"], typer.Option("--steps", help="How scales are chosen. auto: mse with gptq.")
@@ -46,7 +50,7 @@ def quantize(
     evaluate: copt.Evaluate = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write a model in INT8, INT4, NVFP4 or MXFP4, with a receipt.
+    """Write a model in INT8, FP8, INT4, NVFP4 or MXFP4, with a receipt.
 
     The folder has compressed-tensors' layout. Interrupted, the same command goes on where it was.
     """

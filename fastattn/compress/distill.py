@@ -35,6 +35,7 @@ from fastattn.compress.walk import read_weight
 from fastattn.engine.device import choose_device, choose_dtype
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
+from fastattn.models.loader.kv_scales import is_kv_scale
 from fastattn.models.registry import load_model
 
 logger = logging.getLogger("fastattn.compress")
@@ -105,6 +106,10 @@ def distill(
     options, out = options or DistillOptions(), Path(out)
     pupil = open_plain(student)
     master = opened(teacher)
+    if any(map(is_kv_scale, pupil.tensors())):
+        logger.warning(
+            "%s: static scales of its KV cache are not kept, they are of the weights before training", pupil.name
+        )
     check_free(out, force, pupil.name, master.name)
     check_same_vocabulary(pupil, master)
     limit = min(pupil.config.max_position_embeddings, master.config.max_position_embeddings)

@@ -22,9 +22,10 @@ from fastattn.compress.sources import Model, opened
 from fastattn.compress.text import load_corpus, token_windows
 from fastattn.compress.walk import window_cache
 from fastattn.engine.device import choose_device, choose_dtype
-from fastattn.engine.kv_scales import check_kv_scales, load_kv_scales
+from fastattn.engine.kv_scales import check_kv_scales, choose_kv_cache, load_kv_scales
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
+from fastattn.models.loader.quantized_source import check_quantization, with_quantization
 from fastattn.models.registry import load_model
 
 # Tokens whose logits are held at once, for each of two models.
@@ -48,6 +49,7 @@ class Evaluation:
     top1: float | None = None
     kv_cache_dtype: str | None = None
     kv_cache_scales: str | None = None
+    quantization: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -57,7 +59,7 @@ class Evaluation:
 class EvalOptions:
     """files: text; none is the held-out part of the built-in one. max_tokens: stop after so many; None: all of it.
     kv_cache_dtype, kv_cache_scales: as the engine's, of the model that is judged; the other's cache is in its own dtype. Scales
-    to "calculate" are of the first window."""
+    to "calculate" are of the first window. quantization: likewise the engine's, of the model that is judged."""
 
     files: tuple[str, ...] = ()
     length: int = 512
@@ -65,12 +67,15 @@ class EvalOptions:
     device: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
-    kv_cache_scales: str = "dynamic"
+    kv_cache_scales: str = "auto"
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
+        check_quantization(self.quantization)
         if self.length < 2:
             raise ValueError(f"length is {self.length}, allowed is from 2")
-        nn.check_kv_cache_scales(self.kv_cache_scales, self.kv_cache_dtype)
+        if self.kv_cache_dtype != "auto":  # which the model decides about
+            nn.check_kv_cache_scales(self.kv_cache_scales, self.kv_cache_dtype)
         if self.max_tokens is not None and self.max_tokens < self.length:
             raise ValueError(f"max_tokens is {self.max_tokens}, allowed is from length = {self.length}")
 
@@ -87,13 +92,17 @@ def evaluate(
     Both are held in memory. Raises ValueError, in one line, for what cannot work, such as two vocabularies.
     """
     options = options or EvalOptions()
-    student, teacher = opened(model), None if against is None else opened(against)
+    student, teacher = (
+        with_quantization(opened(model), options.quantization),
+        None if against is None else opened(against),
+    )
+    kv_cache_scales, kv_cache_dtype = choose_kv_cache(options.kv_cache_scales, options.kv_cache_dtype, student)
     corpus = load_corpus(options.files, "evaluation")
     count = None if options.max_tokens is None else options.max_tokens // options.length
     tokens = token_windows(corpus, student.tokenizer(), options.length, count)
     if teacher is not None:
         check_same_vocabulary(student, teacher)
-    judged = [_load(student, options, options.kv_cache_dtype, options.kv_cache_scales)]
+    judged = [_load(student, options, kv_cache_dtype, kv_cache_scales)]
     if teacher is not None:
         judged.append(_load(teacher, options, "auto", "dynamic"))
     sums = _Sums()
@@ -111,8 +120,9 @@ def evaluate(
         kl_mean=None if teacher is None else sums.mean(sums.kl),
         kl_max=None if teacher is None else sums.kl_max,
         top1=None if teacher is None else sums.mean(sums.agreed),
-        kv_cache_dtype=None if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
-        kv_cache_scales=None if options.kv_cache_dtype == "auto" else options.kv_cache_scales,
+        kv_cache_dtype=None if kv_cache_dtype == "auto" else kv_cache_dtype,
+        kv_cache_scales=None if kv_cache_dtype == "auto" else kv_cache_scales,
+        quantization=options.quantization,
     )
 
 

@@ -1,16 +1,15 @@
-"""`quantize`: a model's weights in INT8, INT4, NVFP4 or MXFP4, rounded so that the model changes least."""
+"""`quantize`: a model's weights in INT8, FP8, INT4, NVFP4 or MXFP4, rounded so that the model changes least."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.compress.formats import WeightFormat, make_format
 from fastattn.compress.gptq import compensate, output_error
 from fastattn.compress.prune import is_two_of_four
 from fastattn.compress.rewrite import (
@@ -28,16 +27,18 @@ from fastattn.compress.sources import Model, open_plain
 from fastattn.compress.walk import LayerWalk, Product
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource
+from fastattn.models.loader.kv_scales import is_kv_scale
+from fastattn.models.weight_formats import FORMATS, WeightFormat, make_format
 
-Scheme = Literal["int8", "int4", "nvfp4", "mxfp4", "none"]
-SCHEMES = ("int8", "int4", "nvfp4", "mxfp4", "none")
+SCHEMES = (*FORMATS, "none")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """scheme: "int8" (weights a row, activations a token), "int4", "nvfp4", "mxfp4" (weights only), "none" (plain export).
+    """scheme: "int8", "fp8" (weights a row, activations a token), "int4", "nvfp4", "mxfp4" (weights only), "nvfp4-w4a8",
+    "mxfp4-w4a8" (the same weights, activations in fp8 a token), "none" (plain export).
 
-    rounding: "gptq" or "nearest"; "auto" is nearest for int8, whose error is small, and gptq for four bits.
+    rounding: "gptq" or "nearest"; "auto" is nearest for 8 bits, whose error is small, and gptq for four.
     steps: "amax" puts a group's largest value at the largest code; "mse" takes the step with the least squared error, each
     column weighted with its inputs; "auto" is mse with gptq and amax with nearest.
     smooth: move this share of the difficulty from activations to weights (SmoothQuant's α), int8 only; 0: do not.
@@ -72,7 +73,7 @@ class QuantizeOptions:
 
     @property
     def uses_gptq(self) -> bool:
-        return self.rounding == "gptq" or (self.rounding == "auto" and self.scheme not in ("int8", "none"))
+        return self.rounding == "gptq" or (self.rounding == "auto" and self.scheme not in ("int8", "fp8", "none"))
 
     @property
     def uses_mse(self) -> bool:
@@ -105,7 +106,8 @@ def quantize(
         rewriter = Rewriter(source.config, dtype)
     else:
         format_ = make_format(options.scheme, _widths(source, walk), dtype, options.group_size)
-        rewriter = Quantizer(source.config, dtype, format_, options)
+        keep_values = any(map(is_kv_scale, source.tensors()))
+        rewriter = Quantizer(source.config, dtype, format_, options, keep_values)
     calibration = calibration_tokens(source, options.calibration) if rewriter.needs_inputs else None
     job = Job("quantize", _method(options, rewriter), Path(out), force, show_progress=show_progress)
     return rewrite_model(source, job, rewriter, walk, calibration)
@@ -135,9 +137,16 @@ class Quantizer(Rewriter):
     """Embeddings, norms and the head stay plain: they are small, or what the model's words are."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, weight_format: WeightFormat, options: QuantizeOptions
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        weight_format: WeightFormat,
+        options: QuantizeOptions,
+        keep_values: bool = False,
     ) -> None:
+        """keep_values: the model has static scales for its KV cache, so its values must not be scaled."""
         super().__init__(config, dtype)
+        self.keep_values = keep_values
         self.format, self.options = weight_format, options
         self.needs_inputs = options.uses_gptq or options.uses_mse or options.smooths
 
@@ -150,7 +159,9 @@ class Quantizer(Rewriter):
         factors: dict[str, Tensor] = {}
         if self.options.smooths:
             amax = {path: seen.amax for path, seen in inputs.items()}
-            factors = smooth_layer(weights, products, amax, self.config, self.options.smooth, self._as_read_back)
+            factors = smooth_layer(
+                weights, products, amax, self.config, self.options.smooth, self._as_read_back, self.keep_values
+            )
         stored: dict[str, Tensor] = {}
         record: dict[str, Any] = {}
         for product in products:

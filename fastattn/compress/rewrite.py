@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastattn.compress.gptq import Hessian
 from fastattn.compress.hf_folder import folder_files, stores_norms_minus_one
+from fastattn.compress.kv_scales import stored_kv_scales, with_kv_cache_scheme
 from fastattn.compress.output import OutputFolder, check_free
 from fastattn.compress.receipt import source_digest, versions
 from fastattn.compress.text import Corpus, load_corpus, token_windows
@@ -158,7 +159,8 @@ def rewrite_model(
             num_layers=len(kept),
             layer_is_sliding=tuple(source.config.layer_is_sliding[i] for i in kept),
         )
-        files = folder_files(source, config, rewriter.dtype, rewriter.quantization_config())
+        quantization = with_kv_cache_scheme(rewriter.quantization_config(), source)
+        files = folder_files(source, config, rewriter.dtype, quantization)
         records = [record for record in folder.records() if record]
         receipt = {
             **described,
@@ -217,7 +219,7 @@ def _rewrite_layer(
         walk.fill(layer, index, weights)
         walk.run(layer, index, states, {path: seen.add for path, seen in inputs.items()})
     stored, record = rewriter.rewrite(weights, products, inputs)
-    return stored, record
+    return stored | stored_kv_scales(walk.source, index), record
 
 
 def _renumber(name: str, index: int) -> str:

@@ -2,7 +2,7 @@
 
 x W = (x / s)(s W) with s_j = max|x_j|ᵅ / max|W_j|¹⁻ᵅ. The division is folded into what makes x: the norm before it, the rows of v
 before the output projection (attention is linear in v), the rows of up before the down projection (the gated product is linear
-in up). Nothing is computed at run time for it.
+in up). Nothing is computed at run time for it. Where a KV cache has static scales, v stays as it is: they are for its values.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def smooth_layer(
     config: ModelConfig,
     alpha: float,
     store_norm: Callable[[str, Tensor], Tensor],
+    keep_values: bool = False,
 ) -> dict[str, Tensor]:
     """Folds factors into a layer's weights, in place in the dict. amax: a product's path → its largest inputs (K,).
 
     store_norm(name, weight) → the norm weight as it will be read back: what rounding it to the file's type changes is put
-    into the factors, so the product stays exact. Returns path → factors (K,), by which the inputs have become smaller.
+    into the factors, so the product stays exact. keep_values: v is not to change. Returns path → factors (K,), by which the inputs have become smaller.
     """
     by_path = {product.path: product for product in products}
     prefix = products[0].names[0].split("self_attn.")[0]
@@ -54,6 +55,8 @@ def smooth_layer(
         found[path] = factors
     groups = config.num_heads // config.num_kv_heads
     for path, before, repeat in (("self_attn.o_proj", "self_attn.v_proj", groups), ("mlp.down_proj", "mlp.up_proj", 1)):
+        if keep_values and before == "self_attn.v_proj":
+            continue
         product = by_path[path]
         # Query heads of a group share one head of v, so they share its factors: (KV head, query head in group, dim).
         size = config.head_dim if repeat > 1 else 1

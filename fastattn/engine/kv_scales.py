@@ -14,6 +14,29 @@ from fastattn.models.loader.kv_scales import is_kv_scale, read_kv_scales, read_k
 logger = logging.getLogger("fastattn.engine")
 
 
+def choose_kv_cache(scales: str, dtype: str, source: ModelSource) -> tuple[str, str]:
+    """The options kv_cache_scales and kv_cache_dtype, with what is left to the model decided: a checkpoint that was quantized for a
+    KV cache of 8 bits (`kv_cache_scheme`) gets that, with its static scales where it has some.
+
+    Raises ValueError for values that are none, or that do not go together with this model.
+    """
+    nn.check_kv_cache_dtype(dtype)
+    scheme, has_scales = source.config.kv_cache_scheme, any(map(is_kv_scale, source.tensors()))
+    follows = dtype == "auto" and scheme is not None
+    if follows:
+        dtype = str(scheme)
+    if scales == "auto":
+        scales = "checkpoint" if follows and has_scales else "dynamic"
+    nn.check_kv_cache_scales(scales, dtype)
+    if follows:
+        logger.info(
+            "%s: the KV cache is in %s, as its kv_cache_scheme asks for, with kv_cache_scales=%r; kv_cache_dtype='bfloat16', or what "
+            "the model's dtype is, keeps 16 bits",
+            source.name, dtype, scales,
+        )  # fmt: skip
+    return scales, dtype
+
+
 def check_kv_scales(scales: str, dtype: str, source: ModelSource) -> None:
     """Before anything is loaded: raises ValueError if what the options kv_cache_scales and kv_cache_dtype ask for cannot be had
     of this model, and says so if it has scales that stay unused."""

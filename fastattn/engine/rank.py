@@ -73,6 +73,7 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     from fastattn.engine.rank_link import LinkClosedError, SharedMemory, connect
     from fastattn.engine.runner import Runner
     from fastattn.models.loader import open_model
+    from fastattn.models.loader.quantized_source import with_quantization
     from fastattn.models.registry import load_model
     from fastattn.speculative.config import SpeculativeConfig
 
@@ -89,7 +90,7 @@ def _serve(link: Any, board: Any, store_fd: int, setup: dict[str, Any]) -> None:
     options = EngineConfig(**settings)
     tp = connect(store_fd, rank, size, device, lambda: board.begin(rank))
     try:
-        source = open_model(setup["source"])
+        source = with_quantization(open_model(setup["source"]), setup["quantization"])
         network = load_model(source, device, dtype, options.max_model_len, tp=tp)
         kv_scales = load_kv_scales(options.kv_cache_scales, options.kv_cache_dtype, source, tp)
         memory = SharedMemory(memory_fd).tensor(device)

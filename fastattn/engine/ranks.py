@@ -55,7 +55,7 @@ class RankGroup:
     def members(self) -> Sequence[Member]:
         return self._watch.members
 
-    def set_up(self, source: str, dtype: torch.dtype) -> list[tuple[int, int]]:
+    def set_up(self, source: str, dtype: torch.dtype, quantization: str | None = None) -> list[tuple[int, int]]:
         """Tells each rank who it is and what it will load. Returns free and total bytes of each one's device."""
         with self._guarded():
             for member in self.members:
@@ -64,6 +64,7 @@ class RankGroup:
                     rank=member.rank,
                     size=self.size,
                     source=source,
+                    quantization=quantization,
                     device=self.device.type if self.device.type == "cpu" else f"{self.device.type}:{member.rank}",
                     dtype=str(dtype).removeprefix("torch."),
                     num_threads=torch.get_num_threads(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,12 +11,13 @@ from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.device import choose_device, choose_dtype, rank_memory
 from fastattn.engine.engine import Engine
-from fastattn.engine.kv_scales import check_kv_scales, load_kv_scales
+from fastattn.engine.kv_scales import check_kv_scales, choose_kv_cache, load_kv_scales
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
+from fastattn.models.loader.quantized_source import check_quantization, with_quantization
 from fastattn.models.registry import load_model
 from fastattn.nn import TensorParallel, kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
@@ -30,6 +31,10 @@ _RANK_TIMEOUT_SECONDS = {"cpu": 4.0, "cuda": 15.0}
 class EngineOptions:
     """What a user may say; None leaves the choice to us. See EngineConfig for the meanings.
 
+    quantization: the form that the weights of the model's layers are rounded to as they are loaded: "int8", "fp8" (W8A8), "int4",
+    "nvfp4", "mxfp4" (W4A16), "nvfp4-w4a8" or "mxfp4-w4a8" (FP4 weights, FP8 activations); of a model with FP4 weights it chooses the
+    activations. None: as they are stored. kv_cache_dtype "auto" and kv_cache_scales "auto": what the model's kv_cache_scheme asks
+    for, with its static scales, else the model's dtype; of "fp8" and "int8" that are asked for, dynamic scales.
     tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
     """
@@ -42,7 +47,8 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     kv_cache_dtype: str = "auto"
-    kv_cache_scales: str = "dynamic"
+    kv_cache_scales: str = "auto"
+    quantization: str | None = None
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -62,6 +68,14 @@ class EngineOptions:
             raise ValueError(f"rank_timeout_seconds is {self.rank_timeout_seconds}, allowed is above 0, below 1e6")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
+        check_quantization(self.quantization)
+
+
+def for_model(options: EngineOptions, source: ModelSource) -> tuple[EngineOptions, ModelSource]:
+    """The options with what they leave to the model decided, and the model in the form that they ask for."""
+    source = with_quantization(source, options.quantization)
+    scales, dtype = choose_kv_cache(options.kv_cache_scales, options.kv_cache_dtype, source)
+    return replace(options, kv_cache_scales=scales, kv_cache_dtype=dtype), source
 
 
 def choose_model_len(config: ModelConfig, wish: int | None) -> int:
@@ -127,7 +141,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
 
     What `fastattn plan` says is what happens: the same plan sizes the cache, and refuses before anything is loaded.
     """
-    source = open_model(model) if isinstance(model, str) else model
+    options, source = for_model(options, open_model(model) if isinstance(model, str) else model)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     sizes = plan_options(source.config, options, device, dtype)
@@ -143,7 +157,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
             ranks = start_ranks(options.tensor_parallel_size, source, device, limit)
             on_error.callback(ranks.close)
             device = torch.device("cuda", 0) if device.type == "cuda" else device
-            found = ranks.set_up(source.name, dtype)
+            found = ranks.set_up(source.name, dtype, options.quantization)
             memory = min(memory, *found) if device.type == "cuda" else memory
         plan = memory_plan(
             source.config, source.tensors(), sizes, *memory, (draft.config, draft.tensors()) if draft else None

@@ -173,7 +173,11 @@ def kv_cache_scheme_from_hf(raw: Mapping[str, Any]) -> str | None:
     if isinstance(scheme, Mapping):
         values = (scheme.get("num_bits"), scheme.get("symmetric", True), scheme.get("dynamic", False))
         kind = {"float": "fp8", "int": "int8"}.get(str(scheme.get("type")))
-        if kind is not None and values == (8, True, False) and scheme.get("strategy") in ("tensor", "attn_head"):
+        if (
+            kind is not None
+            and values == (8, True, False)
+            and scheme.get("strategy", "tensor") in ("tensor", "attn_head")
+        ):
             return kind
     raise ValueError(
         f"config.json: kv_cache_scheme is {scheme!r}, supported are 8 bits of type 'float' or 'int', symmetric, not dynamic, "

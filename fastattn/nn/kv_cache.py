@@ -12,9 +12,12 @@ from fastattn.reference.kv_8bit import LARGEST
 # k_scale, v_scale fp32: (num_blocks, block_size, num_kv_heads), or (num_kv_heads) if they are static.
 LayerCache = tuple[torch.Tensor, ...]
 
-# vLLM's names; "auto" is the model's dtype.
+# vLLM's names; "auto" is the model's dtype here, where what a checkpoint asks for is decided already.
 _DTYPES = {
     "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_per_token_head": torch.float8_e4m3fn,
@@ -60,10 +63,11 @@ def check_kv_cache_dtype(name: str) -> None:
 
 
 def check_kv_cache_scales(scales: str, name: str) -> None:
-    """scales, name: the options kv_cache_scales and kv_cache_dtype."""
+    """scales, name: the options kv_cache_scales and kv_cache_dtype. Scales that are "auto" are for the model to decide."""
     check_kv_cache_dtype(name)
-    if scales in ("dynamic", "checkpoint", "calculate") or scales.endswith(".safetensors"):
-        if scales != "dynamic" and (name == "auto" or name.endswith("_per_token_head")):
+    if scales in ("auto", "dynamic", "checkpoint", "calculate") or scales.endswith(".safetensors"):
+        takes_static = _DTYPES[name] in LARGEST and not name.endswith("_per_token_head")
+        if scales not in ("auto", "dynamic") and not takes_static:
             raise ValueError(
                 f"kv_cache_scales is {scales!r} with kv_cache_dtype {name!r}, allowed is 'dynamic' there; "
                 "static scales are for kv_cache_dtype 'fp8' and 'int8'"
@@ -71,7 +75,7 @@ def check_kv_cache_scales(scales: str, name: str) -> None:
         return
     raise ValueError(
         f"kv_cache_scales is {scales!r}, allowed are 'dynamic', 'checkpoint', 'calculate' and a file's name that ends in "
-        ".safetensors"
+        ".safetensors, or 'auto'"
     )
 
 
@@ -79,6 +83,11 @@ def kv_cache_format(name: str, dtype: torch.dtype, head_dim: int, scales: str = 
     """name, scales: the options kv_cache_dtype and kv_cache_scales. dtype, head_dim: the model's."""
     check_kv_cache_scales(scales, name)
     form = KVCacheFormat(_DTYPES[name] or dtype, static_scales=scales != "dynamic")
+    if not form.is_8bit and form.dtype is not dtype:
+        model = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"kv_cache_dtype is {name!r} for a model in {model}, allowed are 'auto', {model!r}, 'fp8' and 'int8'"
+        )
     if form.is_8bit and head_dim % 16 != 0:
         raise ValueError(f"kv_cache_dtype is {name!r} with head_dim {head_dim}, allowed is head_dim a multiple of 16")
     return form

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import ops
-from fastattn.nn.linear import Linear, MergedLinear
+from fastattn.nn.gated_linear import GatedLinear
+from fastattn.nn.linear import Linear
 from fastattn.nn.module import Module
 from fastattn.nn.parallel import ALONE, TensorParallel
-
-_ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
 
 
 class ParallelMLP(Module):
@@ -24,13 +22,10 @@ class ParallelMLP(Module):
         tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"ParallelMLP: activation is {activation!r}, allowed are {sorted(_ACTIVATIONS)}")
         self.tp = tp
         rows, columns = tp.shard(intermediate_size), tp.shard(intermediate_size, dim=1)
-        self.gate_up_proj = MergedLinear(hidden_size, (("gate_proj", rows), ("up_proj", rows)), bias)
+        self.gate_up_proj = GatedLinear(hidden_size, rows, activation, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
-        self.activation = _ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(self.down_proj(self.activation(self.gate_up_proj(x))))
+        return self.tp.all_reduce(self.down_proj(self.gate_up_proj(x)))

@@ -1,9 +1,10 @@
-"""Numbers of few bits: how a weight becomes INT8, INT4, NVFP4 or MXFP4 and back, and how those lie in a checkpoint.
+"""Numbers of few bits: how a weight becomes INT8, FP8, INT4, NVFP4 or MXFP4 and back, and how those lie in a checkpoint.
 
 Values and bytes are those of the `compressed-tensors` library (0.12 and later), which the tests compare with bit by bit:
 
     format                     codes                                  scale, stored as weight_scale
     int-quantized              int8 (N, K)                            a row's: (N, 1), a float type
+    float-quantized            e4m3 (N, K)                            the same
     pack-quantized             INT4, 8 in an int32: (N, ⌈K/8⌉)        a group's: (N, K/g), a float type
     nvfp4-pack-quantized       E2M1, 2 in a byte: (N, K/2)            a group of 16's: (N, K/16) e4m3, × weight_global_scale (1) fp32
     mxfp4-pack-quantized       E2M1, 2 in a byte: (N, K/2)            a group of 32's: (N, K/32) e8m0, as uint8
@@ -66,6 +67,11 @@ def int_step_asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tenso
     # A group of zeros has no step yet: 0/0, which any zero point serves.
     zero_point = (least - low / step).nan_to_num(0.0).clamp(least, -least - 1).round().to(torch.int8)
     return _nonzero(step), zero_point
+
+
+def fp8_step(amax: Tensor) -> Tensor:
+    """The step at which amax is e4m3's largest number; where amax is 0, a tiny one that divides."""
+    return _nonzero(amax.float() / E4M3_MAX)
 
 
 def _nonzero(step: Tensor) -> Tensor:
@@ -182,10 +188,9 @@ def mxfp4_scale(amax: Tensor) -> Tensor:
 
 
 def e8m0_step(scale: Tensor) -> Tensor:
-    """uint8 exponents as steps: 2^(scale − 127), fp32; 255 is NaN."""
-    return torch.where(
-        scale == 255, torch.nan, torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - _E8M0_BIAS)
-    )
+    """uint8 exponents as steps: 2^(scale − 127), fp32; 255 is NaN. By their bits, since a GPU's pow(2, n) is off by one."""
+    bits = torch.where(scale == 0, 1 << 22, scale.int() << 23).int()  # 2⁻¹²⁷ has no bit in front
+    return torch.where(scale == 255, torch.nan, bits.view(torch.float32))
 
 
 def e8m0_code(step: Tensor) -> Tensor:

@@ -56,17 +56,36 @@ class EngineSettings(BaseModel):
     max_num_batched_tokens: Annotated[Size | None, Field(description="Most tokens in one step.")] = None
     block_size: Annotated[Size, Field(description="Tokens in a KV-cache block.")] = 16
     kv_cache_dtype: Annotated[
-        Literal["auto", "fp8", "fp8_e4m3", "fp8_per_token_head", "int8", "int8_per_token_head"],
-        Field(description="Numbers in the KV cache: auto is the model's dtype; fp8 and int8 are of 8 bits."),
+        Literal[
+            "auto",
+            "float32",
+            "bfloat16",
+            "float16",
+            "fp8",
+            "fp8_e4m3",
+            "fp8_per_token_head",
+            "int8",
+            "int8_per_token_head",
+        ],
+        Field(
+            description="Numbers in the KV cache: fp8 and int8 are of 8 bits; auto is what the model was quantized for, else its dtype."
+        ),
     ] = "auto"
     kv_cache_scales: Annotated[
         str,
         Field(
-            pattern=r"^(dynamic|checkpoint|calculate|.+\.safetensors)$",
+            pattern=r"^(auto|dynamic|checkpoint|calculate|.+\.safetensors)$",
             description="Scales of a KV cache of 8 bits: dynamic, one for each token's head; or one for each KV head: checkpoint "
-            "(the model's), calculate (calibrated on the first step's tokens) or a .safetensors file.",
+            "(the model's), calculate (calibrated on the first step's tokens) or a .safetensors file. auto: checkpoint where the "
+            "model was quantized for such a cache, else dynamic.",
         ),
-    ] = "dynamic"
+    ] = "auto"
+    quantization: Annotated[
+        Literal["int8", "fp8", "int4", "nvfp4", "mxfp4", "nvfp4-w4a8", "mxfp4-w4a8"] | None,
+        Field(
+            description="Round the weights as they are loaded; nvfp4-w4a8 and mxfp4-w4a8 also give FP8 activations to models in FP4."
+        ),
+    ] = None
     num_kv_blocks: Annotated[Size | None, Field(description="KV-cache blocks; as many as fit, if not given.")] = None
     gpu_memory_utilization: Annotated[
         float, Field(gt=0, le=1, description="Share of the GPU's memory to use at most.")
@@ -94,7 +113,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

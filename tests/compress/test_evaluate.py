@@ -24,7 +24,6 @@ from fastattn.compress import (
     quantize,
     read_receipt,
 )
-from fastattn.compress.formats import make_format
 from fastattn.compress.gptq import output_error
 from fastattn.compress.prune import is_two_of_four, layers_to_keep, sparsegpt, wanda_mask
 from fastattn.compress.quantize import Quantizer
@@ -33,6 +32,7 @@ from fastattn.compress.smooth import smooth_layer
 from fastattn.compress.text import load_corpus, token_windows
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
+from fastattn.models.weight_formats import make_format
 from tests.compress.test_export import GEMMA
 from tests.engine.tiny import CONFIG, TinySource, full_logits, make_tokenizer
 

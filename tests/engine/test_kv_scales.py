@@ -13,10 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastattn.compress import EvalOptions, evaluate
+from fastattn.compress import (
+    CalibrationOptions,
+    EvalOptions,
+    PruneOptions,
+    QuantizeOptions,
+    evaluate,
+    prune,
+    quantize,
+    read_receipt,
+)
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine
-from fastattn.engine.kv_scales import load_kv_scales
+from fastattn.engine.kv_scales import choose_kv_cache, load_kv_scales
 from fastattn.engine.llm import LLM
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.sampling_params import SamplingParams
@@ -49,9 +58,14 @@ def scales_of(engine: Engine) -> torch.Tensor:
     return found
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], scheme: dict[str, Any] | None = None) -> Path:
+def write(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    scheme: dict[str, Any] | None = None,
+    source: tiny.TinySource = SOURCE,
+) -> Path:
     """The tiny model with these tensors too."""
-    tiny.write_folder(SOURCE, folder)
+    tiny.write_folder(source, folder)
     file = folder / "model.safetensors"
     save_file(load_file(file) | tensors, file)
     if scheme is not None:
@@ -92,8 +106,72 @@ def test_a_checkpoints_scales(tmp_path: Path, style: str, shape: tuple[int, ...]
             part = load_kv_scales("checkpoint", "fp8", open_model(folder), tp)
             assert part is not None
             assert torch.equal(part, expected[..., heads.start : heads.start + heads.length])
-    # Without the option they are in nobody's way.
-    assert LLM(str(folder), device="cpu", **options).engine.runner.kv_memory.scales is None
+    # Without the option they are in nobody's way, but where config.json says that the cache is to have them.
+    left = LLM(str(folder), device="cpu", **options).engine.runner.kv_memory.scales
+    assert (left is not None and torch.equal(left, expected)) if style == STYLES[0] else left is None
+
+
+@pytest.mark.parametrize("has_scales", [True, False])
+def test_auto_is_what_the_checkpoint_was_quantized_for(
+    tmp_path: Path, has_scales: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is said explicitly counts more. A scheme without scales leaves fp8 with those of tokens."""
+    caplog.set_level(logging.INFO, "fastattn.engine")
+    modelopt = {"num_bits": 8, "type": "float", "dynamic": False}
+    tensors = {name: torch.tensor(0.25) for pair in names(STYLES[2]) for name in pair} if has_scales else {}
+    source = open_model(write(tmp_path, tensors, modelopt))
+    for dtype, scales, expected in [
+        ("auto", "auto", ("checkpoint" if has_scales else "dynamic", "fp8")),
+        ("auto", "dynamic", ("dynamic", "fp8")),
+        ("auto", "calculate", ("calculate", "fp8")),
+        ("fp8", "auto", ("dynamic", "fp8")),
+        ("int8", "auto", ("dynamic", "int8")),
+        ("float32", "auto", ("dynamic", "float32")),
+    ]:
+        assert choose_kv_cache(scales, dtype, source) == expected
+    assert "the KV cache is in fp8, as its kv_cache_scheme asks for" in caplog.text
+    plain = LLM(source, device="cpu", kv_cache_dtype="float32", max_model_len=64, quiet=True)
+    assert plain.engine.runner.kv_memory.values.dtype is torch.float32
+    with pytest.raises(
+        ValueError, match="kv_cache_dtype is 'bfloat16' for a model in float32, allowed are 'auto', 'float32'"
+    ):
+        LLM(source, device="cpu", kv_cache_dtype="bfloat16", quiet=True)
+    with pytest.raises(ValueError, match="'checkpoint' with kv_cache_dtype 'float32', allowed is 'dynamic' there"):
+        choose_kv_cache("checkpoint", "float32", source)
+    assert choose_kv_cache("auto", "auto", SOURCE) == ("dynamic", "auto")
+
+
+def test_compressing_keeps_scales_and_what_they_are_for(tmp_path: Path) -> None:
+    """With the layers that stay, under their new numbers; SmoothQuant leaves the values as they are."""
+    tensors = {f"model.layers.{i}.self_attn.{x}_scale": torch.tensor(0.25 + i) for i in range(4) for x in "kv"}
+    (tmp_path / "in").mkdir()
+    deeper = dataclasses.replace(SOURCE, config=dataclasses.replace(CONFIG, num_layers=4, layer_is_sliding=()))
+    folder = write(tmp_path / "in", tensors, SCHEME, deeper)
+    text = tmp_path / "text.txt"
+    text.write_text(LONG * 4)
+    calibration = CalibrationOptions((str(text),), samples=2, length=64)
+    kept: dict[str, Path] = {
+        "int8": quantize(folder, tmp_path / "int8", QuantizeOptions(scheme="int8", dtype="float32", calibration=calibration)),
+        "none": quantize(folder, tmp_path / "none", QuantizeOptions(scheme="none")),
+        "layers": prune(folder, tmp_path / "layers", PruneOptions("layers", drop=1, calibration=calibration)),
+    }  # fmt: skip
+    values = {}
+    for name, path in {"": folder, **kept}.items():
+        source = open_model(path)
+        assert source.config.kv_cache_scheme == "fp8"
+        found = load_kv_scales("checkpoint", "fp8", source)
+        assert found is not None and found.shape == (source.config.num_layers, 2, NUM_KV_HEADS)
+        if name == "layers":
+            left = (read_receipt(path) or {})["layers"]
+            assert len(left) == 3 and found[:, 1, 0].tolist() == [0.25 + i for i in left]
+            continue
+        assert found[:, 0, 0].tolist() == [0.25, 1.25, 2.25, 3.25]
+        llm = LLM(source, device="cpu", kv_cache_dtype="float32", max_model_len=256, num_kv_blocks=16, quiet=True)
+        llm.engine.runner.kv_memory.values.zero_()
+        llm.generate(LONG, dataclasses.replace(GREEDY, max_tokens=1), use_tqdm=False)
+        values[name] = llm.engine.runner.kv_memory.values[:, 1].abs().amax((1, 2))
+    for name in ("int8", "none"):
+        torch.testing.assert_close(values[name], values[""], rtol=0.25, atol=0.5)
 
 
 def test_scales_out_of_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

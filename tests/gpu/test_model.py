@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import LLM, SamplingParams
+from fastattn import LLM, SamplingParams, ops
 from fastattn.models.loader import ModelFileError, open_model
+from fastattn.nn import split_gate_up
 from tests.engine.exact import hf_model
 from tests.engine.prompts import PROMPTS
 
@@ -55,6 +56,18 @@ def our_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
         return runner.compute(step).extra_logits[0]
     finally:
         llm.engine.kv.pool.release(blocks)
+
+
+def test_gates_ups_and_activation_are_one_product(llm: LLM) -> None:
+    """Loaded so, each rank's rows in turns; the layer gives what product and activation give one after the other, and no worse."""
+    layers = [layer.mlp.gate_up_proj for layer in llm.engine.runner.model.layers]
+    assert all(layer.interleaved for layer in layers)
+    x = torch.randn(3, layers[0].in_features, device="cuda", dtype=torch.bfloat16)
+    gate, up = (w.double() for w in split_gate_up(layers[0].weight))
+    exact = torch.nn.functional.silu(x.double() @ gate.t()) * (x.double() @ up.t())
+    plain = ops.swiglu(ops.linear(x, torch.cat((gate, up)).bfloat16()))
+    error, allowed = ((y.double() - exact).abs().max() for y in (layers[0](x), plain))
+    assert float(error) <= 2 * float(allowed)
 
 
 def test_logits_hold_the_2x_rule(llm: LLM, judges: tuple[Any, Any]) -> None:

@@ -13,8 +13,10 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.setup import EngineOptions, build_engine
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import TensorInfo
+from fastattn.models.loader.quantized_source import with_quantization
 from fastattn.models.quantization import QuantizationConfig
 from fastattn.models.registry import build_meta, load_model
+from fastattn.models.weight_formats import FORMATS
 from fastattn.reference import quantize as q
 from fastattn.reference import quantized as reference
 from tests.engine import tiny
@@ -264,3 +266,21 @@ def test_graphs_give_the_same_tokens(name: str) -> None:
         prompts = [{"prompt_token_ids": IDS[i:]} for i in range(5)]
         texts.append([o.outputs[0].token_ids for o in tiny.run(engine, prompts, params)])
     assert texts[0] == texts[1] and all(len(t) == 16 for t in texts[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounded_on_the_gpu_as_on_the_cpu(name: str) -> None:
+    """`quantization`: what a GPU stores of a weight is the CPU's, to the bit; and the model runs."""
+    fly = with_quantization(tiny.TinySource(config=CONFIG), name)
+    for weight in build_meta(fly.config, 8).weights():
+        if weight.name.startswith("model.layers.0."):
+            on_cpu, on_gpu = (torch.empty_like(weight.out, device=device) for device in ("cpu", "cuda"))
+            fly.read(weight.name, on_cpu)
+            fly.read(weight.name, on_gpu)
+            assert torch.equal(on_cpu, on_gpu.cpu()), weight.name
+    exact, plain = (
+        tiny.full_logits(load_model(fly, torch.device("cpu"), d, 64), IDS) for d in (torch.float32, torch.bfloat16)
+    )
+    logits = tiny.full_logits(load_model(fly, torch.device("cuda"), torch.bfloat16, 64), IDS).cpu()
+    assert float((logits - exact).abs().max()) <= 3 * float((plain - exact).abs().max())

@@ -1,4 +1,5 @@
-"""The weight formats that `quantize` writes: how steps are chosen, how values are rounded, what is stored.
+"""The weight formats that plain weights become, in a file (`fastattn quantize`) or as they are loaded (`quantization` of the
+engine): how steps are chosen, how values are rounded, what is stored.
 
 The numbers and bytes are `fastattn.reference.quantize`'s; what is here chooses among them. Names and layouts are those of
 compressed-tensors, so that its own decompressor, vLLM and transformers read what we write.
@@ -7,8 +8,8 @@ compressed-tensors, so that its own decompressor, vLLM and transformers read wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,23 @@ from fastattn.reference import quantize as q
 _SHRINKS = tuple(1 - 0.025 * i for i in range(20))
 # E4M3 has eight steps an octave; half an octave either way.
 _E4M3_NEIGHBOURS = range(-4, 4)
+
+
+def scheme_args(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    """How numbers are rounded, as compressed-tensors' QuantizationArgs has it."""
+    return {
+        "num_bits": num_bits,
+        "type": kind,
+        "symmetric": True,
+        "strategy": strategy,
+        "group_size": None,
+        "dynamic": False,
+        "observer": None if more.get("dynamic") else "minmax",
+        **more,
+    }
+
+
+_FP8_ACTIVATIONS = scheme_args(8, "float", "token", dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class WeightFormat(ABC):
-    """group_size: columns that share a step; 0: all of a row. scale_dtype: of scales that are stored as plain numbers."""
+    """group_size: columns that share a step; 0: all of a row. scale_dtype: of scales that are stored as plain numbers.
+    activations: how those of 4-bit floats are rounded, as compressed-tensors says it; None: not at all."""
 
     group_size: int
     scale_dtype: torch.dtype
-    name: str = field(init=False, default="")
+    name: ClassVar[str]
+    activations: ClassVar[dict[str, Any] | None] = None
 
     def group(self, num_columns: int) -> int:
         return self.group_size or num_columns
@@ -63,6 +83,12 @@ class WeightFormat(ABC):
             }
             chosen = Steps(best, stored)
         return chosen
+
+    def nearest(self, weight: Tensor) -> dict[str, Tensor]:
+        """Suffix → stored tensor of a weight (N, K) fp32 that is rounded plainly; K may be any for integers."""
+        steps = self.fit(weight)
+        columns = q.per_column(steps.step, self.group(weight.shape[1]), weight.shape[1])
+        return self.pack(self.round(weight, columns)) | steps.stored
 
     def _error(self, weight: Tensor, step: Tensor, importance: Tensor) -> Tensor:
         """Σ importance · (w − ŵ)² of each group, (N, G)."""
@@ -128,8 +154,32 @@ class Int8(WeightFormat):
         return q.dequantize_int(stored["weight"], stored["weight_scale"])
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        weights = _args(8, "int", "channel")
-        return self._config(ignore, "int-quantized", weights, _args(8, "int", "token", dynamic=True))
+        weights = scheme_args(8, "int", "channel")
+        return self._config(ignore, "int-quantized", weights, scheme_args(8, "int", "token", dynamic=True))
+
+
+class Fp8(WeightFormat):
+    """W8A8 in e4m3: a step a row, and one a token for the activations, found as they come."""
+
+    name = "fp8"
+
+    def round(self, values: Tensor, step: Tensor) -> Tensor:
+        return (values / step).clamp(-q.E4M3_MAX, q.E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+    def _steps(self, weight: Tensor, amax: Tensor) -> Steps:
+        return _number_steps(q.fp8_step(amax), self.scale_dtype)
+
+    def _candidates(self, plain: Steps) -> list[Steps]:
+        return [_number_steps(plain.step * shrink, self.scale_dtype) for shrink in _SHRINKS[1:4]]
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"weight": codes.to(torch.float8_e4m3fn)}
+
+    def unpack(self, stored: dict[str, Tensor]) -> Tensor:
+        return stored["weight"].float() * stored["weight_scale"].float()
+
+    def config(self, ignore: list[str]) -> dict[str, Any]:
+        return self._config(ignore, "float-quantized", scheme_args(8, "float", "channel"), _FP8_ACTIVATIONS)
 
 
 class Int4(WeightFormat):
@@ -155,7 +205,7 @@ class Int4(WeightFormat):
         return q.dequantize_int(q.unpack_int4(stored["weight_packed"], num_columns), step)
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        return self._config(ignore, "pack-quantized", _args(4, "int", "group", group_size=self.group_size))
+        return self._config(ignore, "pack-quantized", scheme_args(4, "int", "group", group_size=self.group_size))
 
 
 class Nvfp4(WeightFormat):
@@ -188,8 +238,8 @@ class Nvfp4(WeightFormat):
         return codes * q.per_column(step, self.group_size, codes.shape[1])
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        weights = _args(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
-        return self._config(ignore, "nvfp4-pack-quantized", weights)
+        weights = scheme_args(4, "float", "tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn")
+        return self._config(ignore, "nvfp4-pack-quantized", weights, self.activations)
 
 
 class Mxfp4(WeightFormat):
@@ -218,8 +268,22 @@ class Mxfp4(WeightFormat):
         return codes * q.per_column(q.e8m0_step(stored["weight_scale"]), self.group_size, codes.shape[1])
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        weights = _args(4, "float", "group", group_size=32, scale_dtype="torch.uint8")
-        return self._config(ignore, "mxfp4-pack-quantized", weights)
+        weights = scheme_args(4, "float", "group", group_size=32, scale_dtype="torch.uint8")
+        return self._config(ignore, "mxfp4-pack-quantized", weights, self.activations)
+
+
+class Nvfp4Fp8(Nvfp4):
+    """W4A8: the same weights, activations rounded to e4m3 as they come."""
+
+    name = "nvfp4-w4a8"
+    activations = _FP8_ACTIVATIONS
+
+
+class Mxfp4Fp8(Mxfp4):
+    """W4A8, likewise."""
+
+    name = "mxfp4-w4a8"
+    activations = _FP8_ACTIVATIONS
 
 
 def _number_steps(step: Tensor, dtype: torch.dtype) -> Steps:
@@ -228,20 +292,10 @@ def _number_steps(step: Tensor, dtype: torch.dtype) -> Steps:
     return Steps(stored.float(), {"weight_scale": stored})
 
 
-def _args(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
-    return {
-        "num_bits": num_bits,
-        "type": kind,
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": None,
-        "dynamic": False,
-        "observer": None if more.get("dynamic") else "minmax",
-        **more,
-    }
-
-
-_FORMATS: dict[str, type[WeightFormat]] = {"int8": Int8, "int4": Int4, "nvfp4": Nvfp4, "mxfp4": Mxfp4}
+_FORMATS: dict[str, type[WeightFormat]] = {
+    form.name: form for form in (Int8, Fp8, Int4, Nvfp4, Mxfp4, Nvfp4Fp8, Mxfp4Fp8)
+}
+FORMATS = tuple(_FORMATS)
 _INT4_GROUPS = (128, 64, 32)
 
 
@@ -256,8 +310,8 @@ def make_format(
         raise ValueError(f"scheme is {scheme!r}, allowed are {', '.join(_FORMATS)}")
     if group_size is not None and scheme != "int4":
         raise ValueError(f"group_size is {group_size}, but only scheme 'int4' has one to choose")
-    if scheme == "int8":
-        return Int8(0, scale_dtype)
+    if scheme in ("int8", "fp8"):
+        return _FORMATS[scheme](0, scale_dtype)
     if scheme == "int4":
         fitting = [size for size in _INT4_GROUPS if not any(n % size for n in in_features)]
         if group_size is not None and (group_size not in _INT4_GROUPS or group_size not in fitting):
@@ -270,7 +324,7 @@ def make_format(
                 f"scheme 'int4' needs multiples of 32 columns, a matrix has {next(n for n in in_features if n % 32)}"
             )
         return Int4(group_size or fitting[0], scale_dtype)
-    size = q.NVFP4_GROUP if scheme == "nvfp4" else q.MXFP4_GROUP
+    size = q.NVFP4_GROUP if issubclass(_FORMATS[scheme], Nvfp4) else q.MXFP4_GROUP
     if bad := [n for n in in_features if n % size]:
         raise ValueError(f"scheme {scheme!r} needs multiples of {size} columns, a matrix has {bad[0]}")
     return _FORMATS[scheme](size, scale_dtype)

@@ -1,0 +1,46 @@
+"""The first half of a gated MLP: gates and ups from one product, and their activation."""
+
+from __future__ import annotations
+
+import torch
+
+from fastattn import ops
+from fastattn.nn.linear import MergedLinear
+from fastattn.nn.shard import Shard
+from fastattn.reference.gated_linear import interleave_gate_up
+
+_ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
+
+
+class GatedLinear(MergedLinear):
+    """act(gate(x)) * up(x), with gates and ups as one matrix of any weights; rows: of each that are on this rank.
+
+    `pack` puts the rows of plain weights on a GPU in turns, in their place, for the product that has the activation in it; the
+    matrices of few bits and the CPU's have the activation behind them.
+    """
+
+    interleaved = False
+
+    def __init__(self, in_features: int, rows: Shard, activation: str, bias: bool = False) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"GatedLinear: activation is {activation!r}, allowed are {sorted(_ACTIVATIONS)}")
+        super().__init__(in_features, (("gate_proj", rows), ("up_proj", rows)), bias)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, in_features) → (T, gates)."""
+        if self.interleaved:
+            return ops.gated_linear(x, self.weight, self.bias, self.activation)
+        return _ACTIVATIONS[self.activation](super().forward(x))
+
+    def pack(self, name: str = "") -> None:
+        super().pack(name)
+        if self.weight.is_cuda and self.weight.numel():
+            self.interleave()
+
+    def interleave(self) -> None:
+        """Puts gates and ups in turns, eight rows each (`ops.gated_linear`), in the memory where they are. Once, after loading."""
+        for both in (self.weight, self.bias):
+            if both is not None:
+                both.copy_(interleave_gate_up(*both.chunk(2)))
+        self.interleaved = True
