@@ -1,4 +1,5 @@
 #include "gemm/fp4_to_fp8.h"
+#include "gemm/gemm_sm90_w4.h"
 #include "torch/gemm_workspaces.h"
 
 namespace fastattn {

@@ -102,7 +102,7 @@ Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<
 
   const int64_t m = num_rows_of(x);
   const Rows of_x = rows_of(x), of_residual = rows_of(residual);
-  if (m * n > 0 && of_x.inner == m && of_residual.inner == m && of_residual.inner_stride % 4 == 0 &&
+  if (m * n > 0 && of_x.inner() == m && of_residual.inner() == m && of_residual.inner_stride % 4 == 0 &&
       reinterpret_cast<uintptr_t>(residual.data_ptr()) % 8 == 0) {
     const OnDeviceOf guard(x);
     const Matrix rows = {x.data_ptr(), m, k, of_x.inner_stride, 2}, columns = matrix_of(weight);

@@ -1,3 +1,4 @@
+#include "gemm/gemm_sm90_w4.h"
 #include "torch/gemm_workspaces.h"
 
 namespace fastattn {
