@@ -54,9 +54,14 @@ def _groups(weight: Tensor, group_size: int) -> Tensor:
 # --- integers
 
 
+def _over(amax: Tensor, number: float) -> Tensor:
+    """amax / number, the same everywhere: by a Python number a GPU multiplies by its rounded inverse."""
+    return amax.float() / torch.full((), number, dtype=torch.float32, device=amax.device)
+
+
 def int_step(amax: Tensor, num_bits: int) -> Tensor:
     """The step at which ±amax spans the whole range of a signed integer; where amax is 0, a tiny one that divides."""
-    return _nonzero(amax.float() / ((2**num_bits - 1) / 2))
+    return _nonzero(_over(amax, (2**num_bits - 1) / 2))
 
 
 def int_step_asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +76,7 @@ def int_step_asymmetric(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tenso
 
 def fp8_step(amax: Tensor) -> Tensor:
     """The step at which amax is e4m3's largest number; where amax is 0, a tiny one that divides."""
-    return _nonzero(amax.float() / E4M3_MAX)
+    return _nonzero(_over(amax, E4M3_MAX))
 
 
 def _nonzero(step: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def nvfp4_global_scale(weight: Tensor) -> Tensor:
 
 def nvfp4_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
     """The stored scale of groups with these largest magnitudes, e4m3. A group of zeros, or nearly so, gets 1/8."""
-    scale = (global_scale * (amax.float() / E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    scale = (global_scale * _over(amax, E2M1_MAX)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     return torch.where(scale == 0, 0.125, scale).to(torch.float8_e4m3fn)
 
 

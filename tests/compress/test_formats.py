@@ -142,7 +142,7 @@ def test_pack_and_unpack_agree_with_the_steps(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("int3", [64], None), "scheme is 'int3', allowed are int8, int4, nvfp4, mxfp4"),
+        (("int3", [64], None), "scheme is 'int3', allowed are int8, fp8, int4, nvfp4, mxfp4"),
         (("int8", [64], 64), "group_size is 64, but only scheme 'int4' has one"),
         (("int4", [576, 1536], 128), "group_size is 128, allowed are 64, 32 for matrices of 576, 1536 columns"),
         (("int4", [256], 48), "group_size is 48, allowed are 128, 64, 32"),
