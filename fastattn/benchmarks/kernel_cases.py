@@ -64,7 +64,7 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield from _linears(s, rand, size)
     yield from _few_bits(s, rand, device, size)
     yield from _attention(s, rand, int32, device, size)
-    yield from _sampling(s, device)
+    yield from _sampling(s, device, dtype)
 
 
 def _rope(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size: int) -> Case:
@@ -270,8 +270,8 @@ def _attention(
     yield Case("paged_attention", f"decode, {batch} × {s.context_len} keys", decode, read * size, flop)
 
 
-def _sampling(s: Shapes, device: torch.device) -> Iterator[Case]:
-    rows, vocab = min(s.num_tokens, _MAX_BATCH), s.vocab_size
+def _sampling(s: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    rows, vocab, hidden = min(s.num_tokens, _MAX_BATCH), s.vocab_size, s.hidden_size
 
     def logits() -> Tensor:
         return torch.randn(rows, vocab, device=device)
@@ -283,6 +283,11 @@ def _sampling(s: Shapes, device: torch.device) -> Iterator[Case]:
         f, i, arguments = torch.float32, torch.int64, logits()
         rest = (full(0.8, f), full(50, torch.int32), full(0.95, f), full(0, f), full(7, i), full(3, i))
         return lambda: ops.sample(arguments, *rest)
+
+    def lm_head_sample() -> Call:
+        x, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (rows, vocab))
+        rest = (full(0.8, torch.float32), full(7, torch.int64), full(3, torch.int64))
+        return lambda: ops.lm_head_sample(x, weight, *rest)
 
     def speculative_sample() -> Call:
         f, i, arguments, drafts = torch.float32, torch.int64, logits(), logits()
@@ -304,3 +309,5 @@ def _sampling(s: Shapes, device: torch.device) -> Iterator[Case]:
     yield Case("sample", f"{rows} × {vocab}, top-k 50, top-p 0.95", sample, rows * vocab * 4)
     yield Case("speculative_sample", f"{rows} × {vocab}, a draft each", speculative_sample, 2 * rows * vocab * 4)
     yield Case("token_logprobs", f"{rows} × {vocab}, 5 best", token_logprobs, rows * vocab * 4)
+    moved, flop = (rows + vocab) * hidden * dtype.itemsize, 2 * rows * vocab * hidden
+    yield Case("lm_head_sample", f"{rows} × {hidden} → {vocab}", lm_head_sample, moved, flop)

@@ -50,7 +50,7 @@ def quantize(
     evaluate: copt.Evaluate = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Write a model in INT8, FP8, INT4, NVFP4 or MXFP4, with a receipt.
+    """Write a model in INT8, FP8, INT4 or FP4, with a receipt.
 
     The folder has compressed-tensors' layout. Interrupted, the same command goes on where it was.
     """

@@ -216,7 +216,7 @@ def test_8_bits_in_the_kv_cache(invoke: Invoke) -> None:
     for command in (("plan", "tiny"), ("run", "tiny", "a")):
         assert message in one_line_error(invoke(*command, "--device", "cpu", "--kv-cache-dtype", "int8"))
     result = invoke("run", "tiny", "a", "--device", "cpu", "--kv-cache-dtype", "fp4")
-    assert "kv_cache_dtype is 'fp4', allowed are 'auto', 'fp8', " in one_line_error(result)
+    assert "kv_cache_dtype is 'fp4', allowed are 'auto', 'float32', " in one_line_error(result)
     plan = json.loads(invoke("plan", "tiny", "--device", "cpu", "--kv-cache-dtype", "auto", "--json").stdout)
     assert plan["kv_cache_dtype"] == "auto"
 

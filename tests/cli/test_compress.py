@@ -80,7 +80,7 @@ def test_distill(invoke: Invoke, tmp_path: Path, text: str) -> None:
     ("arguments", "message"),
     [
         (("quantize", "nowhere", "OUT"), "model 'nowhere': no such file"),
-        (("quantize", "tiny", "OUT", "--scheme", "int3"), "'int3' is not one of 'int8', 'int4'"),
+        (("quantize", "tiny", "OUT", "--scheme", "int3"), "'int3' is not one of 'int8', 'fp8', 'int4'"),
         (("quantize", "tiny", "OUT", "--smooth", "2"), "smooth is 2.0, allowed is 0 to 1"),
         (("quantize", "tiny", "OUT", "--samples", "0"), "samples is 0, allowed is an integer from 1"),
         (("quantize", "tiny", "OUT", "--calibration", "/nowhere.txt"), "/nowhere.txt: No such file"),

@@ -50,7 +50,7 @@ def test_a_kv_cache_of_8_bits(text: str) -> None:
         assert result.kv_cache_dtype == (None if name == "auto" else name)
         kl.append(result.kl_mean)
     assert kl[0] < 1e-6 < kl[1] < kl[2] < 0.1
-    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp4', allowed are 'auto', 'fp8'"):
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp4', allowed are 'auto', 'float32', "):
         EvalOptions(kv_cache_dtype="fp4")
 
 

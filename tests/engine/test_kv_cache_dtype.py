@@ -259,7 +259,7 @@ def test_names(name: str, dtype: torch.dtype) -> None:
 
 def test_what_is_refused() -> None:
     """Before a weight is read."""
-    allowed = "'auto', 'fp8', 'fp8_e4m3', 'fp8_per_token_head', 'int8', 'int8_per_token_head'"
+    allowed = "'auto', 'float32', 'bfloat16', 'float16', 'fp8', 'fp8_e4m3', 'fp8_per_token_head', 'int8', 'int8_per_token_head'"
     with pytest.raises(ValueError) as caught:
         LLM(SOURCE, device="cpu", kv_cache_dtype="fp4", quiet=True)
     assert str(caught.value) == f"kv_cache_dtype is 'fp4', allowed are {allowed}"
