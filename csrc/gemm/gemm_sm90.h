@@ -24,9 +24,9 @@ struct GemmSm90Params {
   const float* x_scale = nullptr;       // (M)
   const float* weight_scale = nullptr;  // (N), 8-byte aligned
   int64_t x_scale_stride = 1, weight_scale_stride = 1;
+  bool fast_accum = false;  // e4m3, many rows: sums may have the 14 bits of the tensor cores
   // Of e4m3 in blocks: x_scale (K / 128 rounded up, M), weight_scale (N / 128 rounded up, K / 128 rounded up), rows of
   // scales contiguous, the strides those between them.
-  bool fast_accum = false;  // e4m3, many rows: sums may have the 14 bits of the tensor cores
 
   int64_t m = 0, n = 0, k = 0;  // each below 2^31; k > 0; n a multiple of 8
   int64_t x_stride = 0;
