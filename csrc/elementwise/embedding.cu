@@ -2,7 +2,9 @@
 //
 //   out[t, :] = round(weight[token_ids[t], :] * scale)      zeros for an id outside 0 … V - 1
 //
-//   token_ids (T) int32   weight (V, N), out (T, N) bf16 or fp16
+// An id t < 0 stands for drawn[−1 − t], what the step before drew and the host has not seen yet.
+//
+//   token_ids (T), drawn (R) int32   weight (V, N), out (T, N) bf16 or fp16
 //
 // Grid: one CTA per (token, piece of up to 256 * 2 * VEC columns); a thread makes VEC neighbours twice, and asks for
 // both before it waits. Memory bounds it.
@@ -30,7 +32,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int32_t piece = blockIdx.x - token_idx * pieces_per_token.divisor;
   const int64_t first = (static_cast<int64_t>(piece) * kVecs * blockDim.x + threadIdx.x) * VEC;
   const int64_t step = blockDim.x * VEC;
-  const int64_t token = p.token_ids[token_idx];
+  int64_t token = p.token_ids[token_idx];
+  if (token < 0 && token >= -p.num_drawn) token = p.drawn[-1 - token];
   const bool known = token >= 0 && token < p.vocab_size;
   const T* const row = static_cast<const T*>(p.weight) + token * p.weight_stride;
   T* const out = static_cast<T*>(p.out) + token_idx * p.width;

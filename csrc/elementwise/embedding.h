@@ -1,4 +1,4 @@
-// out = weight[token_ids] * scale. The kernel is in embedding.cu.
+// out = weight[token_ids] * scale; an id t < 0 stands for drawn[−1 − t]. The kernel is in embedding.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,10 +10,12 @@ namespace fastattn {
 
 struct EmbeddingParams {
   const int32_t* token_ids = nullptr;  // (T)
+  const int32_t* drawn = nullptr;      // (R); null if R is 0
   const void* weight = nullptr;        // (V, N), rows contiguous
   void* out = nullptr;                 // (T, N) contiguous
   int64_t weight_stride = 0;           // elements
   int64_t num_tokens = 0;
+  int64_t num_drawn = 0;  // R
   int64_t vocab_size = 0;
   int64_t width = 0;  // N
   float scale = 1.0f;

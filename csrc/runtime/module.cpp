@@ -24,6 +24,10 @@ void bind_token_sequence(py::module_& m) {
       .def(py::init<std::vector<int32_t>>(), "token_ids"_a)
       .def("append", &TokenSequence::append, "token"_a)
       .def("extend", &TokenSequence::extend, "tokens"_a)
+      .def("append_unknown", &TokenSequence::append_unknown, "row"_a,
+           "Adds the token that a step is still drawing as its row-th; `settle` says which it was.")
+      .def("settle", &TokenSequence::settle, "token"_a, "Puts a token in the place of the unknown one.")
+      .def_property_readonly("has_unknown", &TokenSequence::has_unknown)
       .def("truncate", &TokenSequence::truncate, "length"_a,
            "Keeps the first `length` tokens; not fewer than num_computed.")
       .def("__len__", &TokenSequence::size)

@@ -24,8 +24,22 @@ TokenSequence::TokenSequence(std::vector<int32_t> token_ids) {
 
 void TokenSequence::extend(const std::vector<int32_t>& tokens) {
   require_tokens(".extend", tokens);
+  if (has_unknown()) refuse("TokenSequence.extend: the last token is not known yet, expected settle first");
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   drafts_.clear();
+}
+
+void TokenSequence::append_unknown(int32_t row) {
+  if (row < 0) refuse("TokenSequence.append_unknown: row is ", row, ", allowed is 0 to 2**31 - 1");
+  if (has_unknown()) refuse("TokenSequence.append_unknown: the last token is not known yet, expected settle first");
+  tokens_.push_back(-1 - row);
+  drafts_.clear();
+}
+
+void TokenSequence::settle(int32_t token) {
+  require_tokens(".settle", {token});
+  if (!has_unknown()) refuse("TokenSequence.settle: the last token is known, expected append_unknown first");
+  tokens_.back() = token;
 }
 
 void TokenSequence::truncate(int64_t length) {

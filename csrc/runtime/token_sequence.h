@@ -22,6 +22,11 @@ class TokenSequence {
   void append(int32_t token) { extend({token}); }
   void extend(const std::vector<int32_t>& tokens);
   void truncate(int64_t length);
+  // A token that a step is still drawing: it counts as one, and the device knows it as the row-th that the step drew.
+  // settle says which it was; nothing can follow it before.
+  void append_unknown(int32_t row);
+  void settle(int32_t token);
+  bool has_unknown() const { return !tokens_.empty() && tokens_.back() < 0; }
   int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
   std::vector<int32_t> slice(int64_t start, int64_t end) const;  // end −1: to the end
   const std::vector<int32_t>& tokens() const { return tokens_; }
@@ -43,7 +48,7 @@ class TokenSequence {
   void set_sampling(double temperature, int64_t top_k, double top_p, double min_p, int64_t seed);
 
  private:
-  std::vector<int32_t> tokens_;
+  std::vector<int32_t> tokens_;  // the last may be −1 − row, a token that is not known yet
   std::vector<int32_t> drafts_;
   std::vector<int32_t> blocks_;
   int64_t num_computed_ = 0;

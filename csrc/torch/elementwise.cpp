@@ -42,16 +42,21 @@ Tensor gated_activation_op(const Tensor& x, const std::string& activation) {
   return out;
 }
 
-Tensor embedding_op(const Tensor& token_ids, const Tensor& weight, double scale) {
+Tensor embedding_op(const Tensor& token_ids, const Tensor& weight, double scale, const MaybeTensor& drawn) {
   const Checks checks("embedding", "token_ids", token_ids);
   checks.shape("token_ids", token_ids, {kAny}).dtype("token_ids", token_ids, {ScalarType::Int});
   checks.shape("weight", weight, {kAny, kAny}).dtype("weight", weight, kHalves);
+  if (drawn) checks.shape("drawn", *drawn, {kAny}).dtype("drawn", *drawn, {ScalarType::Int});
   Tensor out = empty(weight, {token_ids.size(0), weight.size(1)}, weight.scalar_type());
   if (out.numel() == 0) return out;
 
   const OnDeviceOf guard(weight);
   EmbeddingParams p;
   p.token_ids = data<int32_t>(token_ids);
+  if (drawn) {
+    p.drawn = data<int32_t>(*drawn);
+    p.num_drawn = drawn->size(0);
+  }
   p.weight = weight.data_ptr();
   p.out = out.data_ptr();
   p.weight_stride = weight.stride(0);

@@ -60,13 +60,16 @@ class Step:
 class Batch:
     """Views, valid until the next step. n is the number of rows whose next token is wanted.
 
-    token_ids (T,) int32; logits_indices (n,) int32: their rows among the T; the sampling columns are all (n,).
+    token_ids (T,) int32; drawn int32: what the step before drew, which ids below 0 stand for, None if the host
+    knows all; logits_indices (n,) int32: the
+    rows among the T; the sampling columns are all (n,).
     """
 
     num_tokens: int
     num_seqs: int
     num_logits: int
     token_ids: torch.Tensor
+    drawn: torch.Tensor | None
     attention: AttentionMetadata
     logits_indices: torch.Tensor
     temperature: torch.Tensor
@@ -109,6 +112,9 @@ class BatchBuffers:
             torch_dtype = _DTYPES[dtype]
             count = torch.Size(shape).numel() * torch_dtype.itemsize
             self._views[name] = self.device_buffer[offset : offset + count].view(torch_dtype).view(shape)
+        self.drawn: torch.Tensor | None = None
+        if config.async_scheduling:
+            self.drawn = torch.zeros(decode_shapes(config).max_num_seqs, dtype=torch.int32, device=device)
 
     def fill(self, sequences: list[TokenSequence], num_tokens: list[int], shape: DecodeShape | None = None) -> Step:
         """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i. shape: of the graph that will compute
@@ -140,6 +146,7 @@ class BatchBuffers:
             num_seqs=num_seqs,
             num_logits=num_logits,
             token_ids=v["token_ids"][:num_tokens],
+            drawn=self.drawn,
             attention=AttentionMetadata(
                 positions=v["positions"][:num_tokens],
                 slot_mapping=v["slot_mapping"][:num_tokens],

@@ -21,7 +21,8 @@ class EngineConfig:
     enable_chunked_prefill: a prompt may be computed over several steps. policy: order of waiting requests: by arrival
     ("fcfs"), by priority, or "fair" to tenants, by what each was served. max_waiting_steps: after so many steps a
     request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without
-    a seed get theirs from. use_cuda_graphs: replay decode steps as graphs (CUDA only). debug_checks: verify the KV
+    a seed get theirs from. use_cuda_graphs: replay decode steps as graphs (CUDA only).
+    async_scheduling: a step is scheduled and queued while the one before it runs. debug_checks: verify the KV
     bookkeeping after each step. speculative: guess tokens and verify them, several a step; None is off.
     """
 
@@ -39,6 +40,7 @@ class EngineConfig:
     max_num_waiting: int = 100_000
     seed: int = 0
     use_cuda_graphs: bool = True
+    async_scheduling: bool = False
     debug_checks: bool = False
     speculative: SpeculativeConfig | None = None
 
@@ -58,6 +60,8 @@ class EngineConfig:
             raise TypeError(
                 f"EngineConfig: speculative is a {type(self.speculative).__name__}, expected SpeculativeConfig or None"
             )
+        if self.async_scheduling and self.speculative is not None:
+            raise ValueError("EngineConfig: async_scheduling is True, allowed is False with speculative decoding")
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"EngineConfig: block_size is {self.block_size!r}, allowed are 8, 16, 32, 64, 128 and 256")
         if self.policy not in ("fcfs", "priority", "fair"):

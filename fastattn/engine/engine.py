@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
 from fastattn.engine.ranks import RankError
 from fastattn.engine.request import Request, Status
 from fastattn.engine.runner import Runner
-from fastattn.engine.sampler import TokenLogprobs
+from fastattn.engine.sampler import Draw, Sampled, TokenLogprobs
 from fastattn.engine.scheduler import Scheduler
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.speculator import Speculator
@@ -61,6 +61,22 @@ class EngineStats:
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
 
+@dataclass
+class _RunningStep:
+    """A step that was queued. only_decodes: no prompts in it."""
+
+    scheduled: dict[Request, int]
+    draw: Draw | None
+    started: float
+    only_decodes: bool
+    is_advanced: bool = False
+
+    @property
+    def must_be_known(self) -> bool:
+        """Its draws decide what the next one may be."""
+        return self.draw is not None and any(r.needs_known_tokens for r in self.draw.num_drafted)
+
+
 class Engine:
     """Requests in, steps, outputs: `add_request`, then `step` until nothing is left. Not for several threads at a time.
 
@@ -72,6 +88,8 @@ class Engine:
     ) -> None:
         if (speculator is None) != (config.speculative is None):
             raise ValueError("Engine: speculator and config.speculative are given together or not at all")
+        if config.async_scheduling and runner.ranks is not None:
+            raise ValueError("Engine: config.async_scheduling is True, allowed is False with several ranks")
         self.config = config
         self.speculator = speculator
         self.tokenizer = tokenizer
@@ -82,6 +100,7 @@ class Engine:
         self._processor = OutputProcessor(tokenizer)
         self._groups: dict[str, RequestGroup] = {}
         self._owner: dict[Request, RequestGroup] = {}
+        self._running_step: _RunningStep | None = None  # its draws are not known yet
         self._ended_early: list[Request] = []  # were complete when they came; the next step says so
         self._num_arrivals = 0
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
@@ -215,8 +234,38 @@ class Engine:
     # ---- steps ----
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns what is new for each request in it; [] if there is nothing to do."""
-        ended, self._ended_early = self._ended_early, []
+        """Runs one step and returns what is new for each request in it; [] if there is nothing to do.
+
+        With ``async_scheduling`` a step is left running on the device, and what it drew is returned by the next call, which
+        first queues the step after it:
+
+            device   │ step n ───────────────│ step n + 1 ───────────│ step n + 2
+            host       schedule, queue n + 1 │ texts of n │ schedule, queue n + 2 │ texts of n + 1 │ …
+
+        What step n draws goes into n + 1 on the device. Whom it ends without the host knowing it beforehand (an end token, a
+        stop string) has a row in n + 1 for nothing, whose draw is dropped.
+        """
+        changed, self._ended_early = self._ended_early, []
+        before, self._running_step = self._running_step, None
+        if before is not None and before.must_be_known:
+            changed += self._settle(before)
+            before = None
+        if before is not None:
+            self._advance(before)
+        launched = self._launch(changed)
+        if before is not None:
+            changed += self._settle(before)
+        if launched is not None and self.config.async_scheduling:
+            self._running_step = launched
+        elif launched is not None:
+            changed += self._settle(launched)
+        outputs = self._give_all(changed)
+        if not self._groups:
+            self._running_step = None  # nobody is left to wait for what it draws
+        return outputs
+
+    def _launch(self, changed: list[Request]) -> _RunningStep | None:
+        """Schedules and queues a step, if there is something to do. changed: takes the requests that end with an error here."""
         drafts = None
         if self.speculator is not None:
             try:
@@ -224,30 +273,52 @@ class Engine:
             except torch.AcceleratorError:
                 raise
             except Exception as error:
-                return self._fail(dict.fromkeys(self.scheduler.running, 0), error, ended)
+                changed += self._fail(self.scheduler.running, error)
+                return None
         now = time.monotonic()
         scheduled = self.scheduler.schedule()
         copies = self.kv.take_copies()
         if not scheduled:
             self.check()
-            return self._give_all(ended)
-        num_seqs, num_drafts = len(scheduled), sum(scheduled.values()) - len(scheduled)
+            return None
         only_decodes = all(r.num_pending_tokens == 1 for r in scheduled)
         for request, num_tokens in scheduled.items():
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
         try:
-            sampled = self.runner.execute(scheduled, drafts, copies)
+            draw = self.runner.launch(scheduled, drafts, copies)
             self.check()
         except (torch.AcceleratorError, RankError):
             raise  # the device, or another rank, is lost to this process; no later step could succeed
         except Exception as error:
-            return self._fail(scheduled, error, ended)
-        self.scheduler.advance(scheduled)
+            changed += self._fail(scheduled, error)
+            return None
+        return _RunningStep(scheduled, draw, now, only_decodes)
+
+    def _advance(self, step: _RunningStep) -> None:
+        """Counts a step that still runs as computed, and its draws as tokens whose ids are not known yet."""
+        self.scheduler.advance(step.scheduled)
+        step.is_advanced = True
+        for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):
+            if request.status is Status.RUNNING and request.goes_on:
+                request.seq.append_unknown(row)
+
+    def _settle(self, step: _RunningStep) -> list[Request]:
+        """Waits for what a step drew and hands it to its requests, which are returned; those that have ended since get none."""
+        try:
+            sampled = step.draw.result() if step.draw is not None else Sampled([], [], [], [])
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            return self._fail(step.scheduled, error)
+        if not step.is_advanced:
+            self.scheduler.advance(step.scheduled)
         self._num_steps += 1
-        started, now = now, time.monotonic()
+        now = time.monotonic()
         for i, request in enumerate(sampled.requests):
+            if request.status is Status.FINISHED:
+                continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if request.pooling is not None:
@@ -260,17 +331,18 @@ class Engine:
             self.kv.check()
             if self.speculator is not None:
                 self.speculator.check()
-        outputs = self._give_all([*ended, *sampled.requests])
-        if self.speculator is not None and only_decodes:
-            self.speculator.record_step(num_seqs, num_drafts, time.monotonic() - started)
-        return outputs
+        if self.speculator is not None and step.only_decodes:
+            num_drafts = sum(step.scheduled.values()) - len(step.scheduled)
+            self.speculator.record_step(len(step.scheduled), num_drafts, time.monotonic() - step.started)
+        return sampled.requests
 
-    def _fail(self, scheduled: Mapping[Request, int], error: Exception, ended: list[Request]) -> list[RequestOutput]:
+    def _fail(self, requests: Iterable[Request], error: Exception) -> list[Request]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""
-        logger.error("a step of %d requests failed; they end with an error", len(scheduled), exc_info=error)
-        for request in scheduled:
+        failed = list(requests)
+        logger.error("a step of %d requests failed; they end with an error", len(failed), exc_info=error)
+        for request in failed:
             self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
-        return self._give_all([*ended, *scheduled])
+        return failed
 
     def _extend(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
         """Adds what a step gave, all but the last of them accepted drafts; what comes after its end is dropped."""
@@ -303,7 +375,10 @@ class Engine:
 
     def _append(self, request: Request, token_id: int) -> None:
         """Adds a generated token and ends the request if this was its last."""
-        request.seq.append(token_id)
+        if request.seq.has_unknown:
+            request.seq.settle(token_id)
+        else:
+            request.seq.append(token_id)
         request.output_token_ids.append(token_id)
         if request.params.has_penalties:
             request.output_counts[token_id] += 1

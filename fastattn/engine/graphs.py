@@ -16,7 +16,7 @@ class DecodeGraph:
     """One captured step; reads the step buffers, writes ``logits``."""
 
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # (num_tokens, vocab_size) fp32, overwritten by each replay of any graph
+    logits: torch.Tensor  # (num_tokens, vocab_size), overwritten by each replay of any graph
 
     def replay(self) -> torch.Tensor:
         self.graph.replay()

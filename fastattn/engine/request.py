@@ -59,6 +59,8 @@ class Request:
 
     def __post_init__(self) -> None:
         p = self.params
+        # Whether the next draw depends on all tokens before it in a way that only the host can compute.
+        self.needs_known_tokens = self.grammar is not None or p.has_penalties
         self.seq.set_sampling(float(p.temperature), max(p.top_k, 0), float(p.top_p), float(p.min_p), self.seed)
 
     @property
@@ -66,6 +68,11 @@ class Request:
         """Tokens whose KV is not in the cache yet: 1 while decoding, more while prefilling or after a preemption. Drafts
         (`seq.drafts`) come on top."""
         return len(self.seq) - self.seq.num_computed
+
+    @property
+    def goes_on(self) -> bool:
+        """Wants another token after the one that is being drawn, if that does not end the text."""
+        return self.pooling is None and len(self.output_token_ids) + 1 < self.max_output_tokens
 
     @property
     def is_prefilled(self) -> bool:

@@ -19,7 +19,7 @@ from fastattn.engine.kv_scales import warn_of_ones
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
-from fastattn.engine.sampler import Sampled, Sampler, token_logprobs
+from fastattn.engine.sampler import Draw, Sampler, token_logprobs
 from fastattn.models.decoder import DecoderModel
 from fastattn.nn import KVMemory, kv_cache_format
 
@@ -34,7 +34,7 @@ _FEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Computed:
-    """What a step's forward pass gave. logits (num_logits, vocab_size) fp32; extra_logits: the same of each run of
+    """What a step's forward pass gave. logits (num_logits, vocab_size); extra_logits: the same of each run of
     `Step.extra_rows`; hidden (T, hidden_size), None where a graph was replayed."""
 
     logits: torch.Tensor
@@ -43,7 +43,7 @@ class Computed:
 
 
 class Runner:
-    """Computes one step at a time: ``execute({request: number of tokens}, drafts, copies)`` → sampled tokens.
+    """Computes one step at a time: ``launch({request: number of tokens}, drafts, copies)`` → what it will draw.
 
     A step is first a message (`Step` and the step buffer) and then a computation that needs nothing else, ``compute``: so the
     ranks of a group can repeat it, each with its part of the model.
@@ -85,9 +85,11 @@ class Runner:
             model.tp.captured(self.graphs.drop)
 
     @torch.inference_mode()
-    def execute(
+    def launch(
         self, scheduled: dict[Request, int], drafts: Drafts | None = None, copies: Sequence[BlockCopy] = ()
-    ) -> Sampled:
+    ) -> Draw | None:
+        """Queues a step, after the one before it. Tokens of that one that the host does not know yet are taken from the device
+        (`TokenSequence.append_unknown`). None: nobody's next token comes of it."""
         step = self._fill(scheduled)
         wanted = _prompt_rows(scheduled)
         rows = tuple((first, len(targets)) for _, first, targets in wanted)
@@ -99,15 +101,18 @@ class Runner:
             self.pooler.pool(computed.hidden, scheduled)
         num_drafted = {r: n - r.num_pending_tokens for r, n in scheduled.items() if n >= r.num_pending_tokens}
         if not num_drafted:
-            return Sampled([], [], [], [])
+            return None
         # Without the rows that only fill up a graph.
         num_rows = len(num_drafted) + sum(num_drafted.values())
         batch = self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
-        return self.sampler.sample(computed.logits[:num_rows], batch, num_drafted, drafts)
+        draw = self.sampler.launch(computed.logits[:num_rows], batch, num_drafted, drafts)
+        if self.buffers.drawn is not None:
+            self.buffers.drawn[:num_rows].copy_(draw.token_ids)
+        return draw
 
     @torch.inference_mode()
     def forward(self, scheduled: dict[Request, int], num_rows: int) -> tuple[torch.Tensor, Batch]:
-        """Logits (num_rows, vocab_size) fp32 of the sequences whose tokens are all in the step, and the columns to draw from
+        """Logits (num_rows, vocab_size) of the sequences whose tokens are all in the step, and the columns to draw from
         them with; valid until the next step."""
         step = self._fill(scheduled)
         logits = self.compute(step).logits
@@ -165,7 +170,7 @@ class Runner:
         return self.graphs.shapes.fit(len(scheduled), sum(scheduled.values()))
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache)
+        hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache, batch.drawn)
         return hidden
 
     def _calibrate(self, batch: Batch) -> torch.Tensor:

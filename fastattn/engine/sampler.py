@@ -1,11 +1,14 @@
-"""From logits to tokens: penalties and bias, the draw, the verdict on drafts, log-probabilities."""
+"""From logits to tokens: penalties and bias, the draw, the verdict on drafts, log-probabilities.
+
+All of it is queued on the device at once (`Sampler.launch`); what the host is to know comes later (`Draw.result`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,23 +47,71 @@ class _Row:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.request.output_token_ids) + self.num_accepted
+        return len(self.request.output_token_ids) + self.request.seq.has_unknown + self.num_accepted
 
     @property
     def is_adjusted(self) -> bool:
         params = self.request.params
-        return params.has_penalties or bool(params.logit_bias) or self.num_output_tokens < params.min_tokens
+        return params.has_penalties or bool(params.logit_bias) or self.bans_stop
+
+    @property
+    def bans_stop(self) -> bool:
+        """It is too early for the tokens that end the text."""
+        return bool(self.request.stop_token_ids) and self.num_output_tokens < self.request.params.min_tokens
+
+
+@dataclass(frozen=True)
+class _Logprobs:
+    """Of some rows: `ops.token_logprobs`' four results, which rows they are, and how many tokens each row asks for."""
+
+    columns: tuple[torch.Tensor, ...]
+    index: list[int]
+    num_top: list[int]
+
+
+class Draw:
+    """What a step drew: token_ids (n,) int32 on the device, 1 + num_drafted[r] rows for each request r; soon also on the host."""
+
+    def __init__(self, num_drafted: dict[Request, int], token_ids: torch.Tensor, logprobs: _Logprobs | None) -> None:
+        self.num_drafted, self.token_ids = num_drafted, token_ids
+        self._logprobs = logprobs
+        self._host = [_to_host(t) for t in (token_ids, *(logprobs.columns if logprobs else ()))]
+        self._copied: torch.cuda.Event | None = None
+        if token_ids.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def result(self) -> Sampled:
+        """Waits until the step is computed. Of a request's draws those count that follow right drafts."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        drawn: list[int] = self._host[0].tolist()
+        rows = self._logprob_rows(drawn)
+        found, at = Sampled(list(self.num_drafted), [], [], list(self.num_drafted.values())), 0
+        for request, count in self.num_drafted.items():
+            tokens = _accepted(drawn[at : at + count + 1], request.seq.drafts) if count else drawn[at : at + 1]
+            found.token_ids.append(tokens)
+            own = None if request.params.logprobs is None else [next(rows) for _ in range(count + 1)][: len(tokens)]
+            found.logprobs.append(own)
+            at += count + 1
+        return found
+
+    def _logprob_rows(self, drawn: list[int]) -> Iterator[TokenLogprobs]:
+        if self._logprobs is None:
+            return iter(())
+        index, num_top = self._logprobs.index, self._logprobs.num_top
+        return iter(_describe([drawn[i] for i in index], num_top, *(t.tolist() for t in self._host[1:])))
 
 
 class Sampler:
     def __init__(self) -> None:
         self._masks = GrammarMasks()
 
-    def sample(
+    def launch(
         self, logits: torch.Tensor, batch: Batch, num_drafted: dict[Request, int], drafts: Drafts | None = None
-    ) -> Sampled:
-        """logits (n, vocab_size) fp32 of the requests whose next token is wanted, 1 + num_drafted rows each; may be
-        overwritten. drafts: where the drafts come from, if they were drawn.
+    ) -> Draw:
+        """logits (n, vocab_size) of the requests whose next token is wanted, 1 + num_drafted rows each; may be overwritten.
+        drafts: where the drafts come from, if they were drawn.
 
         Each row's token is drawn as if the drafts before it were right; it counts as long as they are. A draft is right if
         it is what was drawn, so the text is that of one token a step. Where a draft was itself drawn at random, its row
@@ -70,8 +121,10 @@ class Sampler:
         raw = logits
         is_adjusted = any(row.is_adjusted for row in rows)
         has_grammar = any(r.grammar is not None for r in num_drafted)
-        if (is_adjusted or has_grammar) and any(r.params.logprobs is not None for r in num_drafted):
-            raw = logits.clone()  # log-probabilities are the model's own, from the logits as they were
+        if is_adjusted or has_grammar:
+            # Log-probabilities are the model's own, from the logits as they were; sums with penalties are not for 16 bits.
+            asked = any(r.params.logprobs is not None for r in num_drafted)
+            logits = logits.clone() if asked and logits.dtype == torch.float32 else logits.float()
         if is_adjusted:
             self._adjust(logits, rows)
         if has_grammar:
@@ -80,17 +133,9 @@ class Sampler:
         if drafts is None or drafts.logits is None:
             token_ids = ops.sample(logits, *columns)
         else:
-            token_ids = ops.speculative_sample(
-                logits, drafts.logits, *_drafts_of(rows, drafts, logits.device), *columns
-            )
-        accepted, at = [], 0
-        drawn: list[int] = token_ids.tolist()
-        for request, count in num_drafted.items():
-            accepted.append(_accepted(drawn[at : at + count + 1], request.seq.drafts))
-            at += count + 1
-        return Sampled(
-            list(num_drafted), accepted, _logprobs(raw, token_ids, num_drafted, accepted), list(num_drafted.values())
-        )
+            draft_logits = drafts.logits.to(logits.dtype)
+            token_ids = ops.speculative_sample(logits, draft_logits, *_drafts_of(rows, drafts, logits.device), *columns)
+        return Draw(num_drafted, token_ids, _launch_logprobs(raw, token_ids, num_drafted))
 
     def _mask(self, logits: torch.Tensor, num_drafted: dict[Request, int]) -> None:
         """Forbids what the requests' grammars do not allow. On a GPU the host computes the masks while the model runs."""
@@ -103,7 +148,7 @@ class Sampler:
                 rows += range(at, at + count + 1)
             at += count + 1
         masks = self._masks.fill(wanted, logits.shape[1], pin=logits.is_cuda)
-        row_idx = torch.tensor(rows, dtype=torch.int32).to(logits.device)
+        row_idx = _to_device(np.array(rows, dtype=np.int32), logits.device)
         ops.apply_token_bitmask(logits, masks.to(logits.device, non_blocking=True), row_idx)
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[_Row]) -> None:
@@ -112,21 +157,20 @@ class Sampler:
         indptr = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(lengths, out=indptr[1:])
         params = [row.request.params for row in rows]
-        device = logits.device
-
-        def to_device(values: np.ndarray | list[float]) -> torch.Tensor:
-            return torch.as_tensor(np.asarray(values, dtype=getattr(values, "dtype", np.float32))).to(device)
-
-        token_ids, counts, bias = (to_device(np.concatenate(part)) for part in zip(*columns, strict=True))
+        penalties = [
+            [getattr(p, f"{kind}_penalty") for p in params] for kind in ("repetition", "presence", "frequency")
+        ]
+        parts = [np.concatenate(part) for part in zip(*columns, strict=True)]
+        parts += [indptr, *(np.array(values, dtype=np.float32) for values in penalties)]
+        # All are of four bytes an element, so that they go over as one.
+        both = _to_device(np.concatenate([part.view(np.int32) for part in parts]), logits.device)
+        pieces = torch.split(both, [len(part) for part in parts])
         ops.adjust_logits(
             logits,
-            token_ids,
-            counts,
-            bias,
-            to_device(indptr),
-            to_device([p.repetition_penalty for p in params]),
-            to_device([p.presence_penalty for p in params]),
-            to_device([p.frequency_penalty for p in params]),
+            *(
+                t.view(torch.float32 if part.dtype == np.float32 else torch.int32)
+                for t, part in zip(pieces, parts, strict=True)
+            ),
         )
 
 
@@ -138,7 +182,7 @@ def _drafts_of(rows: Sequence[_Row], drafts: Drafts, device: torch.device) -> tu
         is_draft = row.num_accepted < len(row.drafts)
         ids.append(row.drafts[row.num_accepted] if is_draft else -1)
         places.append(drafts.rows[row.request][row.num_accepted] if is_draft else -1)
-    both = torch.tensor([ids, places], dtype=torch.int32).to(device)
+    both = _to_device(np.array([ids, places], dtype=np.int32), device)
     return both[0], both[1]
 
 
@@ -148,26 +192,27 @@ def _accepted(drawn: list[int], drafts: list[int]) -> list[int]:
     return drawn[: count + 1]
 
 
-def _logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_drafted: dict[Request, int], accepted: list[list[int]]
-) -> list[list[TokenLogprobs] | None]:
-    """logits (n, vocab_size) before penalties, token_ids (n,) int32; of the rows that count, of the requests that ask."""
+def _launch_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_drafted: dict[Request, int]
+) -> _Logprobs | None:
+    """logits (n, vocab_size) before penalties, token_ids (n,) int32; of all rows of the requests that ask."""
     index: list[int] = []
-    counts: list[int] = []
+    num_top: list[int] = []
     at = 0
-    for (request, num_drafts), tokens in zip(num_drafted.items(), accepted, strict=True):
+    for request, num_drafts in num_drafted.items():
         if (wanted := request.params.logprobs) is not None:
-            index += range(at, at + len(tokens))
-            counts += [wanted] * len(tokens)
+            index += range(at, at + num_drafts + 1)
+            num_top += [wanted] * (num_drafts + 1)
         at += num_drafts + 1
     if not index:
-        return [None] * len(accepted)
-    rows = torch.tensor(index, device=logits.device)
-    found = iter(token_logprobs(logits[rows], token_ids[rows], counts))
-    return [
-        None if request.params.logprobs is None else [next(found) for _ in tokens]
-        for request, tokens in zip(num_drafted, accepted, strict=True)
-    ]
+        return None
+    rows = _to_device(np.array(index, dtype=np.int64), logits.device)
+    return _Logprobs(_logprob_columns(logits[rows], token_ids[rows], num_top), index, num_top)
+
+
+def _logprob_columns(logits: torch.Tensor, token_ids: torch.Tensor, num_top: list[int]) -> tuple[torch.Tensor, ...]:
+    # A row that could not be sampled has id -1; it is reported as an error elsewhere.
+    return ops.token_logprobs(logits, token_ids.clamp(min=0), min(max(num_top), logits.shape[1]))
 
 
 def _touched_tokens(row: _Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,7 +226,7 @@ def _touched_tokens(row: _Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for token, count in Counter(row.drafts[: row.num_accepted]).items():
             counts[token] = counts.get(token, 0) + count
     bias = dict(params.logit_bias or {})
-    if row.num_output_tokens < params.min_tokens:
+    if row.bans_stop:
         bias.update(dict.fromkeys(request.stop_token_ids, _BANNED))
     for token in bias:
         counts.setdefault(token, -1)
@@ -195,15 +240,28 @@ def _touched_tokens(row: _Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: list[int]) -> list[TokenLogprobs]:
     """For each row the chosen token and its ``num_top[i]`` most likely ones. logits (n, vocab_size), token_ids (n,) int32."""
-    # A row that could not be sampled has id -1; it is reported as an error elsewhere.
-    chosen = token_ids.clamp(min=0)
-    logprob, rank, top, top_ids = (
-        t.tolist() for t in ops.token_logprobs(logits, chosen, min(max(num_top), logits.shape[1]))
-    )
+    columns = _logprob_columns(logits, token_ids, num_top)
+    return _describe(token_ids.tolist(), num_top, *(t.tolist() for t in columns))
+
+
+def _describe(token_ids: list[int], num_top: list[int], *columns: list[Any]) -> list[TokenLogprobs]:
     found = []
-    for i, token in enumerate(chosen.tolist()):
-        row = {token: (logprob[i], rank[i])}
-        for place in range(min(num_top[i], len(top_ids[i]))):
-            row.setdefault(top_ids[i][place], (top[i][place], place + 1))
+    for token, count, logprob, rank, top, top_ids in zip(token_ids, num_top, *columns, strict=True):
+        row = {max(token, 0): (logprob, rank)}
+        for place, (other, value) in enumerate(zip(top_ids[:count], top[:count], strict=True)):
+            row.setdefault(other, (value, place + 1))
         found.append(row)
     return found
+
+
+def _to_host(t: torch.Tensor) -> torch.Tensor:
+    """A copy that is there once what was queued before is done."""
+    if not t.is_cuda:
+        return t
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device, without waiting for what runs there."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

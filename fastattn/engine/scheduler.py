@@ -41,7 +41,8 @@ class Scheduler:
         # Decodes first: somebody is reading their stream. Python's sort keeps the order among equals.
         for request in sorted(self.running, key=lambda r: r.num_pending_tokens > 1):
             num_decodes = max(0, num_decodes - 1)  # those behind it
-            if request.status is not Status.RUNNING:  # preempted for one before it
+            # Preempted for one before it, or all is under way: the token that is being drawn will end it.
+            if request.status is not Status.RUNNING or request.num_pending_tokens == 0:
                 continue
             num_tokens = min(request.num_pending_tokens, budget)
             if num_tokens == 0:

@@ -35,7 +35,8 @@ class EngineOptions:
     "nvfp4", "mxfp4" (W4A16), "nvfp4-w4a8" or "mxfp4-w4a8" (FP4 weights, FP8 activations); of a model with FP4 weights it chooses the
     activations. None: as they are stored. kv_cache_dtype "auto" and kv_cache_scales "auto": what the model's kv_cache_scheme asks
     for, with its static scales, else the model's dtype; of "fp8" and "int8" that are asked for, dynamic scales.
-    tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
+    async_scheduling: a step is scheduled and queued while the one before it runs; None: on GPUs, but for several ranks and
+    speculative decoding. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
     """
 
@@ -56,6 +57,7 @@ class EngineOptions:
     policy: Policy = "fcfs"
     seed: int = 0
     use_cuda_graphs: bool = True
+    async_scheduling: bool | None = None
     debug_checks: bool = False
     speculative: SpeculativeConfig | None = None
     rank_timeout_seconds: float | None = None
@@ -69,6 +71,17 @@ class EngineOptions:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
         check_quantization(self.quantization)
+        if self.async_scheduling and (size > 1 or self.speculative is not None):
+            raise ValueError(
+                "async_scheduling is True, allowed is False or None with several ranks or speculative decoding, whose steps "
+                "wait for what the one before drew"
+            )
+
+    def overlaps(self, device_type: str) -> bool:
+        """Whether a step is queued before the results of the one before it are known."""
+        if self.async_scheduling is None:
+            return device_type == "cuda" and self.tensor_parallel_size == 1 and self.speculative is None
+        return self.async_scheduling
 
 
 def for_model(options: EngineOptions, source: ModelSource) -> tuple[EngineOptions, ModelSource]:
@@ -131,6 +144,7 @@ def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int
         policy=options.policy,
         seed=options.seed,
         use_cuda_graphs=options.use_cuda_graphs,
+        async_scheduling=options.overlaps(sizes.device_type),
         debug_checks=options.debug_checks,
         speculative=options.speculative,
     )

@@ -62,9 +62,15 @@ class DecoderModel(nn.Module):
         self.register_buffer("cos_sin", table, persistent=False)
         self.register_buffer("cos_sin_local", local, persistent=False)
 
-    def forward(self, token_ids: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache) -> torch.Tensor:
-        """token_ids (T,) int32 → hidden states (T, hidden_size), final norm applied."""
-        residual = self.embed_tokens(token_ids)
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """token_ids (T,) int32 → hidden states (T, hidden_size), final norm applied. drawn: see `nn.Embedding`."""
+        residual = self.embed_tokens(token_ids, drawn)
         x: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
             is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
@@ -74,8 +80,8 @@ class DecoderModel(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden (n, hidden_size) → logits (n, vocab_size) fp32, in ``out`` if given; on a rank other than 0 only that rank's
-        part of them."""
+        """hidden (n, hidden_size) → logits (n, vocab_size) in its dtype, fp32 with a softcap; in ``out`` if given. On a rank
+        other than 0 only that rank's part of them."""
         if self.lm_head is not None:
             logits = self.lm_head(hidden)
         elif self.packed_head is not None:
@@ -83,10 +89,10 @@ class DecoderModel(nn.Module):
         else:
             logits = ops.linear(hidden, self.embed_tokens.weight)
         logits = self.tp.gather_columns(logits, self.config.vocab_size)
-        logits = logits.float() if out is None else out.copy_(logits)
         if self.config.final_softcap:
+            logits = logits.float()
             logits.div_(self.config.final_softcap).tanh_().mul_(self.config.final_softcap)
-        return logits
+        return logits if out is None else out.copy_(logits)
 
     @property
     def num_kv_heads(self) -> int:

@@ -21,10 +21,11 @@ class Embedding(Module):
         self.weight = empty_parameter(self.shard.length, hidden_size)
         self.scale = scale
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids (T,) int32 → (T, hidden_size)."""
+    def forward(self, token_ids: torch.Tensor, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """token_ids (T,) int32 → (T, hidden_size). drawn (R,) int32: what ids below 0 stand for (`ops.embedding`); not with
+        several ranks, of which only one draws."""
         if self.tp.size == 1:
-            return ops.embedding(token_ids, self.weight, self.scale)
+            return ops.embedding(token_ids, self.weight, self.scale, drawn)
         rows = token_ids - self.shard.start
         elsewhere = (rows < 0) | (rows >= self.shard.length)
         found = ops.embedding(rows.masked_fill(elsewhere, 0), self.weight, self.scale)

@@ -98,6 +98,12 @@ class EngineSettings(BaseModel):
         Literal["fcfs", "priority", "fair"],
         Field(description="Order of waiting requests: as they came, by priority, or fair to tenants."),
     ] = "fcfs"
+    async_scheduling: Annotated[
+        bool | None,
+        Field(
+            description="Queue a step while the one before it runs. If not given: on GPUs, but for several or with speculative decoding."
+        ),
+    ] = None
     enforce_eager: Annotated[bool, Field(description="No CUDA graphs.")] = False
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024, description="GPUs (or CPU processes) that share the model.")] = 1  # fmt: skip
     speculative_config: Annotated[
@@ -113,7 +119,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

@@ -173,8 +173,12 @@ void call_embedding() {
   weight.rows = Rows(vocab_size, 0, weight.rows.inner_stride);
   std::vector<T> out(num_tokens * width, T(NAN));
   std::vector<int32_t> ids(num_tokens);
-  for (int32_t& id : ids) id = between(-1, static_cast<int>(vocab_size));
+  for (int32_t& id : ids) id = between(-3, static_cast<int>(vocab_size));
+  std::vector<int32_t> drawn(between(0, 2));
+  for (int32_t& id : drawn) id = between(-1, static_cast<int>(vocab_size));
   fastattn::EmbeddingParams p;
+  p.drawn = drawn.empty() ? nullptr : drawn.data();
+  p.num_drawn = drawn.size();
   p.token_ids = ids.data();
   p.weight = weight.data();
   p.out = out.data();
@@ -188,8 +192,10 @@ void call_embedding() {
   if (embedding(p, nullptr) != cudaSuccess) fail("the call is refused");
   for (int64_t token = 0; token < num_tokens; ++token) {
     for (int64_t i = 0; i < width; ++i) {
-      const bool known = ids[token] >= 0 && ids[token] < vocab_size;
-      expect(static_cast<float>(out[token * width + i]), known ? weight(ids[token], i) * p.scale : 0.0, 0.0, token, i);
+      int64_t id = ids[token];
+      if (id < 0 && id >= -p.num_drawn) id = drawn[-1 - id];
+      const bool known = id >= 0 && id < vocab_size;
+      expect(static_cast<float>(out[token * width + i]), known ? weight(id, i) * p.scale : 0.0, 0.0, token, i);
     }
   }
 }

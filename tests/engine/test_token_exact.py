@@ -180,6 +180,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[float, int, i
         "enable_prefix_caching": draw(st.booleans()),
         "policy": draw(st.sampled_from(["fcfs", "priority"])),
         "block_size": draw(st.sampled_from([8, 16, 32])),
+        "async_scheduling": draw(st.booleans()),
     }
     request = st.tuples(
         st.floats(0, 0.999),

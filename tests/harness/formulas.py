@@ -217,8 +217,11 @@ def fp4_fp8_linear(
     return [out if bias is None else out + bias.to(c)]
 
 
-def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
-    rows = [weight[i].to(c) * scale for i in token_ids.tolist()]
+def embedding(
+    c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0, drawn: Tensor | None = None
+) -> list[Tensor]:
+    ids = [i if i >= 0 or drawn is None else int(drawn[-1 - i]) for i in token_ids.tolist()]
+    rows = [weight[i].to(c) * scale if 0 <= i < len(weight) else torch.zeros_like(weight[0]).to(c) for i in ids]
     return [torch.stack(rows) if rows else weight.new_empty((0, weight.shape[1])).to(c)]
 
 

@@ -230,14 +230,20 @@ def bad_gated_linear(gen: Gen, base: Call) -> Bad:
 def embedding_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for tokens, vocab, width in ((5, 11, 64), (0, 3, 8), (1, 1, 1), (129, 257, 576)):
         call = {"token_ids": gen.ints(0, vocab, tokens), "weight": gen.randn(vocab, width, dtype=dtype)}
-        yield f"{tokens} {vocab} {width}", call | {"scale": 1.0}
+        drawn = gen.ints(-1, vocab + 1, 3)
+        unseen = {"token_ids": gen.ints(-3, vocab, tokens), "drawn": drawn}
+        yield f"{tokens} {vocab} {width}", call | {"scale": 1.0, "drawn": drawn}
         yield f"{tokens} {vocab} {width} scaled", call | {"scale": math.sqrt(width) + 0.1}
+        yield f"{tokens} {vocab} {width} drawn", call | unseen
 
 
 def bad_embedding(gen: Gen, base: Call) -> Bad:
     if not base["weight"].is_cuda:
         for token in (-1, 11, 2**31 - 1, -(2**31)):
-            yield f"id {token}", {"token_ids": gen.tensor([0, token])}, ValueError, (f"token_ids[1] is {token}", "≤ 10")
+            ids = {"token_ids": gen.tensor([0, token]), "drawn": None}
+            yield f"id {token}", ids, ValueError, (f"token_ids[1] is {token}", "≤ 10")
+        few = {"token_ids": gen.tensor([0, -3]), "drawn": gen.tensor([1, 2])}
+        yield "more than were drawn", few, ValueError, ("token_ids[1] is -3", "-2 ≤")
 
 
 def rope_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -573,7 +579,7 @@ SPECS = (
         "embedding",
         ops.embedding,
         embedding_calls,
-        {"token_ids": Role(), "weight": Role()},
+        {"token_ids": Role(), "weight": Role(), "drawn": Role(optional=True)},
         formulas.embedding,
         scalars={"scale": "nonnegative"},
         bad=bad_embedding,

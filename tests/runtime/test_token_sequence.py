@@ -24,8 +24,35 @@ class TokenSequenceMachine(RuleBasedStateMachine):
         self.blocks: list[int] = []
         self.num_computed = 0
 
+    @property
+    def has_unknown(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] < 0
+
+    @rule(row=st.integers(-1, 3))
+    def append_unknown(self, row: int) -> None:
+        if row < 0 or self.has_unknown:
+            with pytest.raises(ValueError, match="row is -1, allowed is 0 to" if row < 0 else "not known yet"):
+                self.seq.append_unknown(row)
+        else:
+            self.seq.append_unknown(row)
+            self.tokens.append(-1 - row)
+            self.drafts = []
+
+    @rule(token=st.integers(-1, 5))
+    def settle(self, token: int) -> None:
+        if token < 0 or not self.has_unknown:
+            with pytest.raises(ValueError, match="token is -1, allowed is 0 to" if token < 0 else "last token is known"):
+                self.seq.settle(token)
+        else:
+            self.seq.settle(token)
+            self.tokens[-1] = token
+
     @rule(tokens=TOKENS)
     def extend(self, tokens: list[int]) -> None:
+        if self.has_unknown:
+            with pytest.raises(ValueError, match="the last token is not known yet"):
+                self.seq.extend(tokens)
+            return
         self.seq.extend(tokens)
         self.tokens += tokens
         self.drafts = []
@@ -34,6 +61,9 @@ class TokenSequenceMachine(RuleBasedStateMachine):
     def append(self, token: int) -> None:
         if token < 0:
             with pytest.raises(ValueError, match=f"token is {token}, allowed is 0 to"):
+                self.seq.append(token)
+        elif self.has_unknown:
+            with pytest.raises(ValueError, match="the last token is not known yet"):
                 self.seq.append(token)
         else:
             self.seq.append(token)
@@ -99,6 +129,7 @@ class TokenSequenceMachine(RuleBasedStateMachine):
         assert (self.seq.num_drafts, self.seq.drafts) == (len(self.drafts), self.drafts)
         assert (self.seq.num_blocks, self.seq.blocks()) == (len(self.blocks), self.blocks)
         assert self.seq.num_computed == self.num_computed
+        assert self.seq.has_unknown == self.has_unknown
 
 
 TokenSequenceMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
