@@ -35,6 +35,7 @@ void bind_token_sequence(py::module_& m) {
            "Tokens start … end - 1; end -1 is all the rest.")
       .def_property("num_computed", &TokenSequence::num_computed, &TokenSequence::set_num_computed,
                     "How many tokens have their keys and values in the cache.")
+      .def_property_readonly("num_pending", &TokenSequence::num_pending, "The others; drafts come on top.")
       .def_property("drafts", &TokenSequence::drafts, &TokenSequence::set_drafts,
                     "A copy of the guesses at what comes next, which are no tokens yet; gone when the tokens change.")
       .def_property_readonly("num_drafts", [](const TokenSequence& s) { return s.drafts().size(); })

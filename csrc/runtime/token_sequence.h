@@ -37,6 +37,7 @@ class TokenSequence {
   const std::vector<int32_t>& drafts() const { return drafts_; }
 
   int64_t num_computed() const { return num_computed_; }
+  int64_t num_pending() const { return size() - num_computed_; }
   void set_num_computed(int64_t num_computed);
 
   const std::vector<int32_t>& blocks() const { return blocks_; }

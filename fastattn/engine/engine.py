@@ -281,8 +281,11 @@ class Engine:
         if not scheduled:
             self.check()
             return None
-        only_decodes = all(r.num_pending_tokens == 1 for r in scheduled)
+        only_decodes = True
         for request, num_tokens in scheduled.items():
+            if request.seq.num_pending == 1 and request.is_prefilled:
+                continue
+            only_decodes = only_decodes and request.seq.num_pending == 1
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
             self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
@@ -301,11 +304,13 @@ class Engine:
         self.scheduler.advance(step.scheduled)
         step.is_advanced = True
         for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):
-            if request.status is Status.RUNNING and request.goes_on:
+            goes_on = request.pooling is None and len(request.output_token_ids) + 1 < request.max_output_tokens
+            if goes_on and request.status is Status.RUNNING:
                 request.seq.append_unknown(row)
 
     def _settle(self, step: _RunningStep) -> list[Request]:
-        """Waits for what a step drew and hands it to its requests, which are returned; those that have ended since get none."""
+        """Waits for what a step drew and hands it to its requests, but for those that have ended since. Returns those of which
+        there is something to tell."""
         try:
             sampled = step.draw.result() if step.draw is not None else Sampled([], [], [], [])
         except torch.AcceleratorError:
@@ -316,6 +321,7 @@ class Engine:
             self.scheduler.advance(step.scheduled)
         self._num_steps += 1
         now = time.monotonic()
+        changed = []
         for i, request in enumerate(sampled.requests):
             if request.status is Status.FINISHED:
                 continue
@@ -323,10 +329,13 @@ class Engine:
                 request.metrics.first_token_time = now
             if request.pooling is not None:
                 self._end_pooling(request)
+                changed.append(request)
                 continue
             if self.speculator is not None and sampled.num_drafted[i] > 0:
                 self.speculator.record(request, sampled.num_drafted[i], len(sampled.token_ids[i]) - 1)
             self._extend(request, sampled.token_ids[i], sampled.logprobs[i])
+            if request.params.output_kind != "final" or request.finish_reason is not None:
+                changed.append(request)
         if self.config.debug_checks:
             self.kv.check()
             if self.speculator is not None:
@@ -334,7 +343,7 @@ class Engine:
         if self.speculator is not None and step.only_decodes:
             num_drafts = sum(step.scheduled.values()) - len(step.scheduled)
             self.speculator.record_step(len(step.scheduled), num_drafts, time.monotonic() - step.started)
-        return sampled.requests
+        return changed
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> list[Request]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""

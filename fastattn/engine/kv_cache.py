@@ -95,12 +95,12 @@ class KVCacheManager:
 
     def reserve(self, request: Request, num_tokens: int) -> bool:
         """Makes room for ``num_tokens`` more computed tokens; False, with nothing changed, if there are too few blocks."""
-        total = -(-(request.seq.num_computed + num_tokens) // self.block_size)
-        missing = total - request.seq.num_blocks
-        if missing <= 0:
+        short = num_tokens - self.room(request)
+        if short <= 0:
             return True
-        if (short := missing - self.pool.num_free) > 0:
-            self.tree.evict(short)
+        missing = -(-short // self.block_size)
+        if (too_few := missing - self.pool.num_free) > 0:
+            self.tree.evict(too_few)
         blocks = self.pool.allocate(missing)
         if blocks is None:
             return False

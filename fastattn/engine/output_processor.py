@@ -26,6 +26,10 @@ class TextStream:
         piece = self._decoder.step(token_id)
         if not piece:
             return None
+        if not self._stop:
+            self.text += piece
+            self.num_released = len(self.text)
+            return None
         # A stop string that ends in this piece began at most its own length before it.
         search_from = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
         self.text += piece

@@ -59,20 +59,18 @@ class Request:
 
     def __post_init__(self) -> None:
         p = self.params
-        # Whether the next draw depends on all tokens before it in a way that only the host can compute.
+        # Asked of every request in every step, so they are computed once: whether the next draw depends on all tokens before
+        # it in a way that only the host can compute, and whether it is from the logits as they are and nothing else is told.
         self.needs_known_tokens = self.grammar is not None or p.has_penalties
+        bans_stop = p.min_tokens > 0 and bool(self.stop_token_ids)
+        self.is_plain = not (self.needs_known_tokens or p.logit_bias or bans_stop or p.logprobs is not None)
         self.seq.set_sampling(float(p.temperature), max(p.top_k, 0), float(p.top_p), float(p.min_p), self.seed)
 
     @property
     def num_pending_tokens(self) -> int:
         """Tokens whose KV is not in the cache yet: 1 while decoding, more while prefilling or after a preemption. Drafts
         (`seq.drafts`) come on top."""
-        return len(self.seq) - self.seq.num_computed
-
-    @property
-    def goes_on(self) -> bool:
-        """Wants another token after the one that is being drawn, if that does not end the text."""
-        return self.pooling is None and len(self.output_token_ids) + 1 < self.max_output_tokens
+        return self.seq.num_pending
 
     @property
     def is_prefilled(self) -> bool:

@@ -99,7 +99,7 @@ class Runner:
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
         if computed.hidden is not None:
             self.pooler.pool(computed.hidden, scheduled)
-        num_drafted = {r: n - r.num_pending_tokens for r, n in scheduled.items() if n >= r.num_pending_tokens}
+        num_drafted = {r: over for r, n in scheduled.items() if (over := n - r.seq.num_pending) >= 0}
         if not num_drafted:
             return None
         # Without the rows that only fill up a graph.
@@ -165,7 +165,7 @@ class Runner:
         if self.graphs is None or not scheduled or self._calibrates:
             return None
         for r in scheduled:
-            if r.num_pending_tokens != 1 or r.params.prompt_logprobs is not None or r.pooling is not None:
+            if r.seq.num_pending != 1 or r.params.prompt_logprobs is not None or r.pooling is not None:
                 return None
         return self.graphs.shapes.fit(len(scheduled), sum(scheduled.values()))
 

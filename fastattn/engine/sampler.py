@@ -117,6 +117,9 @@ class Sampler:
         it is what was drawn, so the text is that of one token a step. Where a draft was itself drawn at random, its row
         says yes or draws again so that the distribution stays (`ops.speculative_sample`).
         """
+        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position)
+        if drafts is None and all(r.is_plain for r in num_drafted):
+            return Draw(num_drafted, ops.sample(logits, *columns), None)
         rows = [_Row(r, r.seq.drafts[:d], j) for r, d in num_drafted.items() for j in range(d + 1)]
         raw = logits
         is_adjusted = any(row.is_adjusted for row in rows)
@@ -129,7 +132,6 @@ class Sampler:
             self._adjust(logits, rows)
         if has_grammar:
             self._mask(logits, num_drafted)
-        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position)
         if drafts is None or drafts.logits is None:
             token_ids = ops.sample(logits, *columns)
         else:

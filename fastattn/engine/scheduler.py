@@ -37,14 +37,15 @@ class Scheduler:
         scheduled: dict[Request, int] = {}
         budget = self.config.max_num_batched_tokens
         preempted = False
-        num_decodes = sum(r.num_pending_tokens == 1 for r in self.running)
-        # Decodes first: somebody is reading their stream. Python's sort keeps the order among equals.
-        for request in sorted(self.running, key=lambda r: r.num_pending_tokens > 1):
+        # Decodes first: somebody is reading their stream. Of who has nothing pending the token that is being drawn is the last.
+        decodes = [r for r in self.running if r.seq.num_pending == 1]
+        prefills = [r for r in self.running if r.seq.num_pending > 1]
+        num_decodes = len(decodes)
+        for request in [*decodes, *prefills]:
             num_decodes = max(0, num_decodes - 1)  # those behind it
-            # Preempted for one before it, or all is under way: the token that is being drawn will end it.
-            if request.status is not Status.RUNNING or request.num_pending_tokens == 0:
+            if request.status is not Status.RUNNING:  # preempted for one before it
                 continue
-            num_tokens = min(request.num_pending_tokens, budget)
+            num_tokens = min(request.seq.num_pending, budget)
             if num_tokens == 0:
                 break
             if request.seq.num_drafts > 0:
@@ -70,7 +71,7 @@ class Scheduler:
         return num_drafts if self.kv.reserve(request, 1 + num_drafts) else 0
 
     def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
-        held_back = []
+        held_back, num_before = [], len(self.running)
         while budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting.first()
             if request is None:
@@ -100,7 +101,8 @@ class Scheduler:
             budget -= num_tokens
         for request in held_back:
             self.waiting.push(request)
-        self.running.sort(key=lambda r: r.sort_key)
+        if len(self.running) > num_before:
+            self.running.sort(key=lambda r: r.sort_key)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -116,19 +118,19 @@ class Scheduler:
         """
         for request, num_tokens in scheduled.items():
             if request.status is Status.RUNNING:
-                self._count_computed(request, min(num_tokens, request.num_pending_tokens))
+                self._count_computed(request, min(num_tokens, request.seq.num_pending))
 
     def accept(self, request: Request) -> None:
         """The token that was appended last was a draft of the step, so its KV is in the cache already."""
         self._count_computed(request, 1)
 
     def _count_computed(self, request: Request, num_tokens: int) -> None:
-        before = request.seq.num_computed // self.config.block_size
-        request.seq.num_computed += num_tokens
-        if request.seq.num_computed // self.config.block_size > before:
+        before = request.seq.num_computed
+        request.seq.num_computed = now = before + num_tokens
+        if now // self.config.block_size > before // self.config.block_size:
             self.kv.remember(request)
         # What is computed again after a preemption is not paid for again.
-        if (new := request.seq.num_computed - request.num_charged) > 0:
+        if (new := now - request.num_charged) > 0:
             self.waiting.charge(request, OUTPUT_COST * new)
             request.num_charged += new
 

@@ -41,7 +41,9 @@ class TokenSequenceMachine(RuleBasedStateMachine):
     @rule(token=st.integers(-1, 5))
     def settle(self, token: int) -> None:
         if token < 0 or not self.has_unknown:
-            with pytest.raises(ValueError, match="token is -1, allowed is 0 to" if token < 0 else "last token is known"):
+            with pytest.raises(
+                ValueError, match="token is -1, allowed is 0 to" if token < 0 else "last token is known"
+            ):
                 self.seq.settle(token)
         else:
             self.seq.settle(token)
