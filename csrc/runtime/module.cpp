@@ -9,6 +9,7 @@
 #include "gemm/gemm_sm90_w4_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
+#include "runtime/checks.h"
 #include "runtime/ngram_index.h"
 #include "runtime/prefix_tree.h"
 #include "runtime/token_sequence.h"
@@ -18,6 +19,10 @@ using namespace pybind11::literals;
 
 namespace fastattn {
 namespace {
+
+py::bytes as_bytes(const int32_t* tokens, size_t count) {
+  return {reinterpret_cast<const char*>(tokens), count * sizeof(int32_t)};
+}
 
 void bind_token_sequence(py::module_& m) {
   py::class_<TokenSequence>(m, "TokenSequence", "One request's tokens, drafts, KV blocks and sampling row.")
@@ -33,6 +38,15 @@ void bind_token_sequence(py::module_& m) {
       .def("__len__", &TokenSequence::size)
       .def("tokens", &TokenSequence::slice, "start"_a = 0, "end"_a = -1,
            "Tokens start … end - 1; end -1 is all the rest.")
+      .def(
+          "token_bytes",
+          [](const TokenSequence& s, int64_t end) {
+            if (end < 0 || end > s.size()) {
+              refuse("TokenSequence.token_bytes: end is ", end, ", allowed is 0 to ", s.size());
+            }
+            return as_bytes(s.tokens().data(), end);
+          },
+          "end"_a, "The first `end` tokens as int32 bytes.")
       .def_property("num_computed", &TokenSequence::num_computed, &TokenSequence::set_num_computed,
                     "How many tokens have their keys and values in the cache.")
       .def_property_readonly("num_pending", &TokenSequence::num_pending, "The others; drafts come on top.")
@@ -82,7 +96,24 @@ void bind_prefix_tree(py::module_& m) {
           },
           "salt"_a, "seq"_a, "num_tokens"_a,
           "Caches the whole blocks among the first num_tokens; returns how many are new.")
-      .def("evict", &PrefixTree::evict, "num_blocks"_a, "Frees least recently used blocks that only the tree holds.")
+      .def(
+          "evict", [](PrefixTree& tree, int64_t num_blocks) { return tree.evict(num_blocks); }, "num_blocks"_a,
+          "Frees least recently used blocks that only the tree holds.")
+      .def(
+          "evict_runs",
+          [](PrefixTree& tree, int64_t num_blocks) {
+            std::vector<PrefixTree::EvictedRun> runs;
+            tree.evict(num_blocks, &runs);
+            py::list found;
+            for (const auto& run : runs) {
+              found.append(
+                  py::make_tuple(py::bytes(run.salt), as_bytes(run.tokens.data(), run.tokens.size()), run.blocks));
+            }
+            return found;
+          },
+          "num_blocks"_a,
+          "As evict; returns (salt, all tokens of a prefix as int32 bytes, its last blocks, which are free now) of "
+          "each edge.")
       .def("clear", &PrefixTree::clear, "Drops all cached blocks; returns how many became free.")
       .def_property_readonly("num_cached", &PrefixTree::num_cached)
       .def_property_readonly("num_evictable", &PrefixTree::num_evictable)

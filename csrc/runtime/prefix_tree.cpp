@@ -122,18 +122,23 @@ int64_t PrefixTree::insert(const std::string& salt, const TokenSequence& seq, in
   return num_new;
 }
 
-int64_t PrefixTree::evict(int64_t num_blocks) {
+int64_t PrefixTree::evict(int64_t num_blocks, std::vector<EvictedRun>* runs) {
   if (num_blocks < 0) refuse("PrefixTree.evict: num_blocks is ", num_blocks, ", allowed is 0 or more");
   int64_t num_freed = 0;
   auto leaf = leaves_.begin();
   while (num_freed < num_blocks && leaf != leaves_.end()) {
     Node* node = leaf->second;
-    while (num_freed < num_blocks && !node->blocks.empty() && pool_->ref_count(node->blocks.back()) == 1) {
-      pool_->release({node->blocks.back()});
-      node->blocks.pop_back();
+    int64_t num_left = node->blocks.size();
+    while (num_freed < num_blocks && num_left > 0 && pool_->ref_count(node->blocks[num_left - 1]) == 1) {
+      --num_left;
       ++num_freed;
-      --num_cached_;
     }
+    if (runs != nullptr && num_left < static_cast<int64_t>(node->blocks.size())) {
+      runs->push_back(run_of(node, num_left));
+    }
+    pool_->release({node->blocks.rbegin(), node->blocks.rend() - num_left});
+    num_cached_ -= node->blocks.size() - num_left;
+    node->blocks.resize(num_left);
     ++leaf;
     if (!node->blocks.empty()) {
       node->tokens.resize(node->blocks.size() * block_size_);
@@ -275,6 +280,16 @@ bool PrefixTree::remove_leaf(Node* node) {
   parent->last_used = std::max(parent->last_used, last_used);
   leaves_.emplace(parent->last_used, parent);
   return true;
+}
+
+PrefixTree::EvictedRun PrefixTree::run_of(const Node* node, int64_t first_block) {
+  std::vector<const Node*> path;
+  for (; node->parent != nullptr; node = node->parent) path.push_back(node);
+  EvictedRun run{*node->salt, {}, {path.front()->blocks.begin() + first_block, path.front()->blocks.end()}};
+  for (auto step = path.rbegin(); step != path.rend(); ++step) {
+    run.tokens.insert(run.tokens.end(), (*step)->tokens.begin(), (*step)->tokens.end());
+  }
+  return run;
 }
 
 std::vector<const PrefixTree::Node*> PrefixTree::parents_first(const Node* root) {

@@ -41,7 +41,14 @@ class PrefixTree {
   // Remembers the whole blocks among the first num_tokens; returns how many were new. Known ones keep the block they
   // have.
   int64_t insert(const std::string& salt, const TokenSequence& seq, int64_t num_tokens);
-  int64_t evict(int64_t num_blocks);
+  // Blocks of one edge that left the tree together, in order: the last of the prefix that tokens spells.
+  struct EvictedRun {
+    std::string salt;
+    std::vector<int32_t> tokens;  // from the beginning on
+    std::vector<int32_t> blocks;
+  };
+  // Returns how many became free. runs: to which what left is added.
+  int64_t evict(int64_t num_blocks, std::vector<EvictedRun>* runs = nullptr);
   int64_t clear();
 
   int64_t num_cached() const { return num_cached_; }
@@ -88,6 +95,7 @@ class PrefixTree {
   void touch(Node* node);
   void split(Node* node, int64_t num_blocks);
   bool remove_leaf(Node* node);  // whether its parent became a leaf
+  static EvictedRun run_of(const Node* node, int64_t first_block);
   static std::vector<const Node*> parents_first(const Node* root);
 
   std::shared_ptr<BlockPool> pool_;

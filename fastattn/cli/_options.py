@@ -113,6 +113,15 @@ Quantization = Annotated[
 NumKvBlocks = Annotated[
     int | None, _size("--num-kv-blocks", "KV-cache blocks. Not given: as many as fit.", panel=ENGINE)
 ]
+KvOffloadingSize = Annotated[
+    float | None,
+    _number(
+        "--kv-offloading-size",
+        "GIB",
+        "Host memory, GiB of all ranks together, that evicted KV blocks go to and come back from. Not given: none.",
+        ENGINE,
+    ),
+]
 GpuMemoryUtilization = Annotated[
     float, _number("--gpu-memory-utilization", "SHARE", "Share of the GPU's memory to use at most.", ENGINE)
 ]

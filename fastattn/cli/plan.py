@@ -29,6 +29,7 @@ def plan(
     kv_cache_scales: opt.KvCacheScales = "auto",
     quantization: opt.Quantization = None,
     num_kv_blocks: opt.NumKvBlocks = None,
+    kv_offloading_size: opt.KvOffloadingSize = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     speculative: opt.Speculative = None,
     memory: Annotated[
@@ -63,6 +64,7 @@ def plan(
         kv_cache_scales=kv_cache_scales,
         quantization=quantization,
         num_kv_blocks=num_kv_blocks,
+        kv_offloading_size=kv_offloading_size,
         gpu_memory_utilization=gpu_memory_utilization,
         speculative=speculative,
         what_if=memory is not None,
@@ -128,6 +130,8 @@ def as_dict(name: str, plan: MemoryPlan) -> dict[str, Any]:
         "num_kv_blocks": plan.num_kv_blocks,
         "num_kv_tokens": plan.num_kv_tokens,
         "kv_bytes": plan.kv_bytes,
+        "num_host_kv_blocks": plan.num_host_kv_blocks,
+        "host_kv_bytes": plan.host_kv_bytes,
         "activation_bytes": plan.activation_bytes,
         "sampling_bytes": plan.sampling_bytes,
         "buffer_bytes": plan.buffer_bytes,
@@ -168,6 +172,9 @@ def _print_table(name: str, plan: MemoryPlan) -> None:
         row("draft KV, a token", plan.draft_kv_bytes_per_token, "all layers of the draft model, k and v")
     row("KV, a block", plan.kv_bytes_per_block, f"{o.block_size} tokens")
     row("KV cache", plan.kv_bytes, f"{plan.num_kv_blocks:,} blocks, {plan.num_kv_tokens:,} tokens")
+    if plan.num_host_kv_blocks:
+        where = "" if o.device_type == "cpu" else ", of host memory, not in the total"
+        row("KV offloaded", plan.host_kv_bytes, f"{plan.num_host_kv_blocks:,} blocks{where}")
     row("activations", plan.activation_bytes, f"at most, in a step of {o.max_num_batched_tokens:,} tokens")
     row("logits, sampling", plan.sampling_bytes, f"at most, for {o.num_logits:,} rows")
     row("step buffers", plan.buffer_bytes, "token ids, positions, block tables")

@@ -15,7 +15,7 @@ from fastattn.nn import AttentionMetadata
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 _STEP = struct.Struct("<8q")
 _ROWS = struct.Struct("<2q")
-_COPY = struct.Struct("<3q")
+_COPY = struct.Struct("<4i")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Step:
 
     nbytes: of the step buffer that are in use. graph: replay the CUDA graph of this shape, recording it first with
     ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
-    `logits_indices` names. copies: (from, to, tokens) of KV blocks, to be made first.
+    `logits_indices` names. copies: (from, to, tokens, `Route`) of KV blocks, to be made first, in this order.
     """
 
     num_tokens: int
@@ -35,7 +35,7 @@ class Step:
     graph: bool = False
     capture: bool = False
     extra_rows: tuple[tuple[int, int], ...] = ()
-    copies: tuple[tuple[int, int, int], ...] = ()
+    copies: tuple[tuple[int, int, int, int], ...] = ()
 
     def to_bytes(self) -> bytes:
         sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes)
@@ -48,7 +48,7 @@ class Step:
         tokens, seqs, logits, max_seqlen_q, nbytes, graph, capture, num_rows = _STEP.unpack_from(message)
         end = _STEP.size + num_rows * _ROWS.size
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size : end]))
-        copies = tuple((source, target, count) for source, target, count in _COPY.iter_unpack(message[end:]))
+        copies = tuple(_COPY.iter_unpack(message[end:]))
         return cls(tokens, seqs, logits, max_seqlen_q, nbytes, bool(graph), bool(capture), rows, copies)
 
     @property

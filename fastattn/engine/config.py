@@ -14,7 +14,8 @@ Policy = Literal["fcfs", "priority", "fair"]
 class EngineConfig:
     """max_model_len: longest prompt + output. max_num_seqs: most sequences in a step. max_num_batched_tokens: most
     tokens in a step, so also the largest prefill chunk. block_size: tokens a KV block, a power of two from 8 to 256.
-    num_kv_blocks: blocks in the pool. kv_cache_dtype: "auto", the model's; "fp8" (e4m3) or "int8", 8 bits with a scale
+    num_kv_blocks: blocks in the pool. num_host_kv_blocks: blocks in host memory that evicted ones are copied to, and come back
+    from; 0 is off. kv_cache_dtype: "auto", the model's; "fp8" (e4m3) or "int8", 8 bits with a scale
     for each token's head (vLLM's "fp8_e4m3", "fp8_per_token_head" and "int8_per_token_head" are the same).
     kv_cache_scales: "dynamic", of each token's head; or static, of each KV head: "checkpoint", what the model's files have;
     "calculate", calibrated on the first step's tokens and fixed then; or a .safetensors file with tensors as in a checkpoint.
@@ -33,6 +34,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     kv_cache_scales: str = "dynamic"
+    num_host_kv_blocks: int = 0
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     policy: Policy = "fcfs"
@@ -56,6 +58,13 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise ValueError(f"EngineConfig: {name} is {value!r}, allowed is an integer from 1 to 2**31 - 1")
+        host = self.num_host_kv_blocks
+        if not isinstance(host, int) or isinstance(host, bool) or not 0 <= host < 2**31:
+            raise ValueError(f"EngineConfig: num_host_kv_blocks is {host!r}, allowed is an integer from 0 to 2**31 - 1")
+        if host > 0 and not self.enable_prefix_caching:
+            raise ValueError(
+                f"EngineConfig: num_host_kv_blocks is {host} without enable_prefix_caching, allowed is 0: it is the prefix cache's"
+            )
         if self.speculative is not None and not isinstance(self.speculative, SpeculativeConfig):
             raise TypeError(
                 f"EngineConfig: speculative is a {type(self.speculative).__name__}, expected SpeculativeConfig or None"

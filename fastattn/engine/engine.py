@@ -42,7 +42,8 @@ class EngineStats:
     """Counters since the start, and the state right now.
 
     num_drafts: times that guesses of a request were verified; num_draft_tokens: how many in all; num_accepted_tokens: how many
-    of them were right; num_accepted_tokens_per_pos: how often the first, second, … guess was.
+    of them were right; num_accepted_tokens_per_pos: how often the first, second, … guess was. num_host_hit_tokens: those of the
+    prefix hits that came back from host memory; num_bytes_to_host, num_bytes_from_host: copied, by all ranks together.
     """
 
     num_running: int
@@ -59,6 +60,11 @@ class EngineStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    num_host_kv_blocks: int = 0
+    num_used_host_kv_blocks: int = 0
+    num_host_hit_tokens: int = 0
+    num_bytes_to_host: int = 0
+    num_bytes_from_host: int = 0
 
 
 @dataclass
@@ -94,7 +100,9 @@ class Engine:
         self.speculator = speculator
         self.tokenizer = tokenizer
         self.runner = runner
-        self.kv = KVCacheManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
+        self.kv = KVCacheManager(
+            config.num_kv_blocks, config.block_size, config.enable_prefix_caching, config.num_host_kv_blocks
+        )
         self.scheduler = Scheduler(config, self.kv)
         self._intake = Intake(config, tokenizer, runner.model.config.vocab_size)
         self._processor = OutputProcessor(tokenizer)
@@ -277,10 +285,10 @@ class Engine:
                 return None
         now = time.monotonic()
         scheduled = self.scheduler.schedule()
-        copies = self.kv.take_copies()
         if not scheduled:
             self.check()
             return None
+        copies = self.kv.take_copies()
         only_decodes = True
         for request, num_tokens in scheduled.items():
             if request.seq.num_pending == 1 and request.is_prefilled:
@@ -295,6 +303,7 @@ class Engine:
         except (torch.AcceleratorError, RankError):
             raise  # the device, or another rank, is lost to this process; no later step could succeed
         except Exception as error:
+            self.kv.lose_copies(copies)
             changed += self._fail(scheduled, error)
             return None
         return _RunningStep(scheduled, draw, now, only_decodes)
@@ -448,6 +457,7 @@ class Engine:
     def stats(self) -> EngineStats:
         speculator = self.speculator
         accepted = tuple(speculator.num_accepted_per_position) if speculator is not None else ()
+        block_bytes = self.runner.kv_block_bytes
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
@@ -463,6 +473,11 @@ class Engine:
             num_draft_tokens=speculator.num_draft_tokens if speculator is not None else 0,
             num_accepted_tokens=sum(accepted),
             num_accepted_tokens_per_pos=accepted,
+            num_host_kv_blocks=self.config.num_host_kv_blocks,
+            num_used_host_kv_blocks=self.kv.host.num_used if self.kv.host is not None else 0,
+            num_host_hit_tokens=self.kv.num_host_hit_tokens,
+            num_bytes_to_host=self.kv.num_blocks_to_host * block_bytes,
+            num_bytes_from_host=self.kv.num_blocks_from_host * block_bytes,
         )
 
 

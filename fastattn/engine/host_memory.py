@@ -1,10 +1,15 @@
-"""How much memory this process may still take, as the kernel and the container see it."""
+"""Host memory: how much this process may still take, as the kernel and the container see it; and pinning it for a GPU."""
 
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a huge page-rounded number
 
@@ -35,6 +40,21 @@ def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"
         if limit is not None and used is not None and limit < _UNLIMITED:
             total, available = min(total, limit), min(available, max(0, limit - used))
     return HostMemory(total, available, _fields(proc / "self" / "status").get("VmHWM", 0) or _peak_from_rusage())
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Lets the GPU reach a contiguous tensor on the host, until that is gone. As it is: torch's own pinned memory is rounded up
+    to a power of two."""
+    import torch
+
+    if memory.numel() == 0:
+        return
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(error) != 0:
+        raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed with {error}")
+    # Or what the kernel puts in the same place later would be refused as known.
+    weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr()).atexit = False
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 from fastattn._runtime import BlockPool, PrefixTree
+from fastattn.engine.host_tier import HostTier
 from fastattn.engine.request import Request, Status
 
 # A step with copies has one launch and one small transfer more, some 10 µs, whatever their number. An 8B model computes
 # a token of a prompt in 27 µs at an H100's peak, so a few pay for it; fewer are what all prompts have in common.
 MIN_COPIED_TOKENS = 4
+
+# With a second tier so many are evicted together, if that is a small part of the cache: they share the hash of their prefix
+# and the launch of their copies, and what is wanted again comes back.
+_EVICTED_TOGETHER, _EVICTED_SHARE = 16, 64
+
+
+class Route(IntEnum):
+    """Where a copy goes. Those of a step are made in this order: what leaves is saved before it is overwritten, and what came
+    back may be copied on."""
+
+    TO_HOST = 0
+    FROM_HOST = 1
+    WITHIN = 2
 
 
 class BlockCopy(NamedTuple):
@@ -18,23 +33,31 @@ class BlockCopy(NamedTuple):
     source: int
     target: int
     num_tokens: int
+    route: Route = Route.WITHIN
 
 
 class KVCacheManager:
     """Blocks for requests, out of one pool, with what finished requests computed kept in a prefix tree until it is needed.
 
     A block is free, or held by requests, or held by the tree, or by both (shared prefix), and then nobody writes to it: who
-    shares only its beginning gets a copy.
+    shares only its beginning gets a copy. With a second tier in host memory (num_host_blocks), what is evicted is copied
+    there, and back when a prompt has it, or a preempted request that goes on.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, num_host_blocks: int = 0
+    ) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(self.pool, block_size)
+        self.host = HostTier(num_host_blocks, block_size) if num_host_blocks > 0 else None
         self.enable_prefix_caching = enable_prefix_caching
         self.num_queried_tokens = 0
-        self.num_hit_tokens = 0
-        self._copies: list[BlockCopy] = []  # of requests that were let in; their sources are held until they are made
+        self.num_hit_tokens = self.num_host_hit_tokens = 0
+        self.num_blocks_to_host = self.num_blocks_from_host = 0
+        # For the next step. What they read, and their places on the host, are held until they are taken; evicted blocks are
+        # not: nothing is written to them before.
+        self._copies: list[BlockCopy] = []
 
     def attach_prefix(self, request: Request) -> None:
         """Gives a request without blocks the cached blocks of its longest known prefix.
@@ -43,9 +66,27 @@ class KVCacheManager:
         """
         if not self.enable_prefix_caching or request.needs_every_token:
             return
-        blocks = self.tree.match(request.salt, request.seq, len(request.seq) - 1)
-        request.seq.add_blocks(blocks)
-        request.seq.num_computed = len(blocks) * self.block_size
+        seq = request.seq
+        blocks = self.tree.match(request.salt, seq, len(seq) - 1)
+        seq.add_blocks(blocks)
+        whole = (len(seq) - 1) // self.block_size
+        if self.host is not None and len(blocks) < whole:
+            request.host_blocks = self.host.match(request.salt, seq.token_bytes(whole * self.block_size), len(blocks))
+        seq.num_computed = (len(blocks) + len(request.host_blocks)) * self.block_size
+
+    def bring_back(self, request: Request) -> int:
+        """Has the blocks of a request that was let in copied from the host, to those that it was given for them. Returns how
+        many tokens they have. Others may share them in the same step: copies come first."""
+        count, seq = len(request.host_blocks), request.seq
+        if count == 0:
+            return 0
+        end = seq.num_computed // self.block_size
+        for source, target in zip(request.host_blocks, seq.blocks()[end - count : end], strict=True):
+            self._copies.append(BlockCopy(source, target, self.block_size, Route.FROM_HOST))
+        request.host_blocks = []
+        self.num_host_hit_tokens += count * self.block_size
+        self.tree.insert(request.salt, seq, seq.num_computed)
+        return count * self.block_size
 
     def copy_beginning(self, request: Request) -> None:
         """Has the next tokens of a request that was let in copied, as many as another block begins with, if they are enough.
@@ -83,10 +124,20 @@ class KVCacheManager:
         return None if any(copy.target == block for copy in self._copies) else block
 
     def take_copies(self) -> list[BlockCopy]:
-        """What must be copied before the next step is computed. What is written to their sources later comes after."""
-        copies, self._copies = self._copies, []
-        self.pool.release([copy.source for copy in copies])
+        """What must be copied before the next step is computed, in the order of `Route`. What is written to their sources
+        later comes after."""
+        copies, self._copies = sorted(self._copies, key=lambda copy: copy.route), []
+        self.pool.release([copy.source for copy in copies if copy.route is Route.WITHIN])
+        if self.host is not None:
+            self.host.release(_host_blocks(copies))
+            self.num_blocks_to_host += sum(copy.route is Route.TO_HOST for copy in copies)
+            self.num_blocks_from_host += sum(copy.route is Route.FROM_HOST for copy in copies)
         return copies
+
+    def lose_copies(self, copies: list[BlockCopy]) -> None:
+        """The step that was to make these failed. What others would read from their targets may not be there."""
+        if any(copy.route is not Route.WITHIN for copy in copies):
+            self.reset()
 
     def count_lookup(self, request: Request) -> None:
         """Counts the prefix lookup of a request that was let in (one that has to wait looks again in the next step)."""
@@ -100,12 +151,22 @@ class KVCacheManager:
             return True
         missing = -(-short // self.block_size)
         if (too_few := missing - self.pool.num_free) > 0:
-            self.tree.evict(too_few)
+            self._evict(too_few)
         blocks = self.pool.allocate(missing)
         if blocks is None:
             return False
         request.seq.add_blocks(blocks)
         return True
+
+    def _evict(self, num_blocks: int) -> None:
+        if self.host is None:
+            self.tree.evict(num_blocks)
+            return
+        together = min(_EVICTED_TOGETHER, self.pool.num_blocks // _EVICTED_SHARE)
+        for salt, tokens, blocks in self.tree.evict_runs(max(num_blocks, together)):
+            for block, place in zip(blocks, self.host.add(salt, tokens, len(blocks)), strict=True):
+                if place is not None:
+                    self._copies.append(BlockCopy(block, place, self.block_size, Route.TO_HOST))
 
     def remember(self, request: Request) -> None:
         """Lets others share the blocks that are now full. Call after the step that filled them.
@@ -120,9 +181,14 @@ class KVCacheManager:
         """Takes all blocks from a request. What the tree also holds stays cached."""
         # Last block first, so that the pool hands out the ends of sequences before their beginnings.
         self.pool.release(request.seq.take_blocks()[::-1])
+        if self.host is not None:
+            self.host.release(request.host_blocks)
+            request.host_blocks = []
 
     def reset(self) -> int:
-        """Forgets all cached prefixes; returns how many blocks became free."""
+        """Forgets all cached prefixes, in both tiers; returns how many of the device's blocks became free."""
+        if self.host is not None:
+            self.host.clear()
         return self.tree.clear()
 
     @property
@@ -132,3 +198,10 @@ class KVCacheManager:
     def check(self) -> None:
         self.pool.check()
         self.tree.check()
+        if self.host is not None:
+            self.host.check(_host_blocks(self._copies))
+
+
+def _host_blocks(copies: list[BlockCopy]) -> list[int]:
+    sides = {Route.TO_HOST: 1, Route.FROM_HOST: 0}
+    return [copy[sides[copy.route]] for copy in copies if copy.route in sides]

@@ -31,7 +31,8 @@ _CPU_ATTENTION_ROWS = 256
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The engine's sizes, every choice made (see EngineConfig). num_kv_blocks None: as many as fit."""
+    """The engine's sizes, every choice made (see EngineConfig). num_kv_blocks None: as many as fit. kv_offloading_bytes: host
+    memory of all ranks for blocks that are evicted."""
 
     device_type: str  # "cpu" or "cuda"
     dtype: torch.dtype
@@ -42,6 +43,7 @@ class PlanOptions:
     kv_cache_dtype: str = "auto"
     kv_cache_scales: str = "dynamic"
     num_kv_blocks: int | None = None
+    kv_offloading_bytes: int = 0
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     speculative: SpeculativeConfig | None = None
@@ -78,6 +80,20 @@ class MemoryPlan:
     draft_kv_bytes_per_token: int = 0
 
     @property
+    def host_kv_bytes_per_block(self) -> int:
+        """Without the draft model's: what that forgets it computes again."""
+        return self.kv_bytes_per_token * self.options.block_size
+
+    @property
+    def num_host_kv_blocks(self) -> int:
+        return self.options.kv_offloading_bytes // (self.host_kv_bytes_per_block * self.options.tensor_parallel_size)
+
+    @property
+    def host_kv_bytes(self) -> int:
+        """Host memory for blocks that are evicted, this rank's part."""
+        return self.host_kv_bytes_per_block * self.num_host_kv_blocks
+
+    @property
     def kv_bytes_per_block(self) -> int:
         return (self.kv_bytes_per_token + self.draft_kv_bytes_per_token) * self.options.block_size
 
@@ -99,7 +115,9 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_total + self.kv_bytes + self.workspace_bytes
+        """Of the device, which on a CPU is the host."""
+        on_host = self.host_kv_bytes if self.options.device_type == "cpu" else 0
+        return self.weights_total + self.kv_bytes + self.workspace_bytes + on_host
 
     @property
     def memory_budget(self) -> int:
@@ -128,6 +146,11 @@ class MemoryPlan:
             return (
                 f"a request of max_model_len = {self.options.max_model_len} tokens needs {self.blocks_per_request} KV blocks "
                 f"of {self.kv_bytes_per_block} bytes, and there is room for {self.num_kv_blocks}"
+            )
+        if self.options.kv_offloading_bytes > 0 and self.num_host_kv_blocks == 0:
+            return (
+                f"kv_offloading_size is {self.options.kv_offloading_bytes} bytes, and a block takes "
+                f"{self.host_kv_bytes_per_block} on each of {self.options.tensor_parallel_size} ranks"
             )
         return None
 
@@ -164,6 +187,8 @@ def memory_plan(
         buffers += buffer_bytes(own_options)
     reserve = CUDA_RESERVE_BYTES if options.device_type == "cuda" else 0
     fixed = sum(weights.values()) + draft_weights + activations + sampling + buffers + reserve
+    if options.device_type == "cpu":
+        fixed += options.kv_offloading_bytes // options.tensor_parallel_size
     blocks = options.num_kv_blocks
     if blocks is None:
         room = _budget(options, memory_free, memory_total) - fixed

@@ -29,6 +29,7 @@ import torch
 from torch import distributed
 from torch._C._distributed_c10d import FileStore
 
+from fastattn.engine.host_memory import pin
 from fastattn.nn import TensorParallel
 
 # Room for a step's message, which has 16 bytes for each sequence that wants its prompt's log-probabilities.
@@ -122,12 +123,7 @@ class SharedMemory:
         """All of it, as bytes; for a CUDA device pinned, so that copies to it need no detour."""
         whole = torch.frombuffer(self.map, dtype=torch.uint8)
         if device.type == "cuda":
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            error = cudart.cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
-            if int(error) != 0:
-                raise RuntimeError(f"cudaHostRegister of {whole.numel()} shared bytes failed with {error}")
-            # Or the next group's memory, which the kernel likes to put in the same place, would be refused as known.
-            weakref.finalize(whole, cudart.cudaHostUnregister, whole.data_ptr()).atexit = False
+            pin(whole)
         return whole
 
 

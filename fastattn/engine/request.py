@@ -28,6 +28,7 @@ class Request:
 
     seq holds prompt and output tokens, the KV blocks, and how many tokens are in the cache.
     after: the sibling that computes the shared prompt; this one waits until it has, and then finds it in the prefix cache.
+    host_blocks: blocks of the second tier with the last of its computed tokens, until they are brought back.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    host_blocks: list[int] = field(default_factory=list)
     num_charged: int = 0  # tokens whose computation its tenant has paid for (policy "fair")
     num_resumed_tokens: int = 0  # the first output tokens, which another engine generated
     output_token_ids: list[int] = field(default_factory=list)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,8 @@ from fastattn.engine.batch import Batch, BatchBuffers, Step, decode_shapes
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.graphs import DecodeGraphs
-from fastattn.engine.kv_cache import BlockCopy
+from fastattn.engine.host_memory import pin
+from fastattn.engine.kv_cache import BlockCopy, Route
 from fastattn.engine.kv_scales import warn_of_ones
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
@@ -75,6 +78,9 @@ class Runner:
             kv_scales,
         )
         self.kv_cache = self.kv_memory.layers
+        self._host_memory, self.host_blocks = self.kv_memory.on_host(config.num_host_kv_blocks)
+        if device.type == "cuda":
+            pin(self._host_memory)
         self._calibrates = self.kv_memory.form.static_scales and kv_scales is None
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
@@ -118,6 +124,11 @@ class Runner:
         logits = self.compute(step).logits
         return logits[:num_rows], self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
 
+    @property
+    def kv_block_bytes(self) -> int:
+        """Of a block on all ranks, each counted as rank 0, which has the most."""
+        return self.kv_memory.nbytes // self.config.num_kv_blocks * self.model.tp.size
+
     def compute(self, step: Step) -> Computed:
         """The forward pass of the step that lies in the host's buffer, on all ranks."""
         if self.ranks is None:
@@ -146,11 +157,21 @@ class Runner:
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
         return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
 
-    def _copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        pairs = [block for source, target, _ in copies for block in (source, target)]
-        host = torch.tensor(pairs + [count for *_, count in copies], dtype=torch.int32)
-        table = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
-        ops.copy_blocks(self.kv_memory.paged, table[: len(pairs)].view(-1, 2), table[len(pairs) :])
+    def _copy_blocks(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
+        """One launch for each route, in the order of the stream like all that reads and writes the cache: no copy waits on the
+        host for another."""
+        rows = torch.tensor(copies, dtype=torch.int32)
+        table = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
+        cache, end = self.kv_memory.paged, 0
+        for route, of_route in groupby(copies, key=itemgetter(3)):
+            start, end = end, end + sum(1 for _ in of_route)
+            pairs = table[start:end, :2]
+            if route == Route.WITHIN:
+                ops.copy_blocks(cache, pairs, table[start:end, 2].contiguous())
+            elif route == Route.TO_HOST:
+                ops.swap_blocks(cache, self.host_blocks, pairs)
+            else:
+                ops.swap_blocks(self.host_blocks, cache, pairs)
 
     def _fill(self, scheduled: dict[Request, int]) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""

@@ -8,9 +8,14 @@ from fastattn.engine.outputs import FinishReason
 from fastattn.engine.request import Request, Status
 from fastattn.engine.waiting import OUTPUT_COST, PROMPT_COST, FairQueue, OrderedQueue, WaitingQueue
 
+# A token that comes back from the host takes a step about a tenth of the time of one that is computed: an 8B model's 128 KiB
+# take 2.4 µs at 55 GB/s, and its 16 GFLOP 27 µs at an H100's peak. So a step that brings much back lets fewer others in.
+BROUGHT_BACK_PER_COMPUTED = 10
+
 
 class Scheduler:
-    """Continuous batching with chunked prefill and preemption by recompute.
+    """Continuous batching with chunked prefill and preemption. What a preempted request had computed stays in the prefix
+    cache, in both tiers, as long as there is room; what is not there any more is computed again.
 
     ``schedule()`` returns {request: number of tokens}. A decode is a request with one pending token, a prefill one with
     many, a preempted request one whose tokens are all pending again, and drafts to verify are tokens more than are pending:
@@ -87,6 +92,7 @@ class Scheduler:
                 break
             self.waiting.pop_first()
             self.num_waiting -= 1
+            num_brought_back = self.kv.bring_back(request)
             self.kv.copy_beginning(request)
             num_tokens = min(num_tokens, request.num_pending_tokens, self.kv.room(request))
             self.kv.count_lookup(request)
@@ -98,7 +104,7 @@ class Scheduler:
             request.status = Status.RUNNING
             self.running.append(request)
             scheduled[request] = num_tokens
-            budget -= num_tokens
+            budget -= num_tokens + num_brought_back // BROUGHT_BACK_PER_COMPUTED
         for request in held_back:
             self.waiting.push(request)
         if len(self.running) > num_before:

@@ -11,6 +11,7 @@ from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.device import choose_device, choose_dtype, rank_memory
 from fastattn.engine.engine import Engine
+from fastattn.engine.host_memory import host_memory
 from fastattn.engine.kv_scales import check_kv_scales, choose_kv_cache, load_kv_scales
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
@@ -36,7 +37,8 @@ class EngineOptions:
     activations. None: as they are stored. kv_cache_dtype "auto" and kv_cache_scales "auto": what the model's kv_cache_scheme asks
     for, with its static scales, else the model's dtype; of "fp8" and "int8" that are asked for, dynamic scales.
     async_scheduling: a step is scheduled and queued while the one before it runs; None: on GPUs, but for several ranks and
-    speculative decoding. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
+    speculative decoding. kv_offloading_size: GiB of host memory, of all ranks together, for KV blocks that are evicted; None
+    is off. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
     """
 
@@ -51,6 +53,7 @@ class EngineOptions:
     kv_cache_scales: str = "auto"
     quantization: str | None = None
     num_kv_blocks: int | None = None
+    kv_offloading_size: float | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -70,6 +73,15 @@ class EngineOptions:
             raise ValueError(f"rank_timeout_seconds is {self.rank_timeout_seconds}, allowed is above 0, below 1e6")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
+        offloaded = self.kv_offloading_size
+        if offloaded is not None:
+            if not 0 < offloaded < 1e6:
+                raise ValueError(f"kv_offloading_size is {offloaded}, allowed is above 0, below 1e6 (GiB)")
+            if not self.enable_prefix_caching:
+                raise ValueError(
+                    f"kv_offloading_size is {offloaded} with enable_prefix_caching False, allowed is None there: "
+                    "host memory is a second tier of the prefix cache"
+                )
         check_quantization(self.quantization)
         if self.async_scheduling and (size > 1 or self.speculative is not None):
             raise ValueError(
@@ -124,16 +136,20 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
         kv_cache_dtype=options.kv_cache_dtype,
         kv_cache_scales=options.kv_cache_scales,
         num_kv_blocks=options.num_kv_blocks,
+        kv_offloading_bytes=int((options.kv_offloading_size or 0) * 2**30),
         gpu_memory_utilization=options.gpu_memory_utilization,
         tensor_parallel_size=options.tensor_parallel_size,
         speculative=options.speculative,
     )
 
 
-def engine_config(options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int) -> EngineConfig:
+def engine_config(
+    options: EngineOptions, sizes: PlanOptions, num_kv_blocks: int, num_host_kv_blocks: int = 0
+) -> EngineConfig:
     return EngineConfig(
         max_model_len=sizes.max_model_len,
         num_kv_blocks=num_kv_blocks,
+        num_host_kv_blocks=num_host_kv_blocks,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         block_size=sizes.block_size,
@@ -180,7 +196,13 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
             raise ValueError(
                 f"{source.name}: {plan.problem}: lower max_model_len or max_num_seqs, or set num_kv_blocks"
             )
-        config = engine_config(options, sizes, plan.num_kv_blocks)
+        host_bytes, host_free = plan.host_kv_bytes * sizes.tensor_parallel_size, host_memory().available
+        if host_bytes > host_free:
+            raise ValueError(
+                f"kv_offloading_size is {options.kv_offloading_size}: {host_bytes} bytes are needed, "
+                f"{host_free} of the host's memory are available"
+            )
+        config = engine_config(options, sizes, plan.num_kv_blocks, plan.num_host_kv_blocks)
         tokenizer = source.tokenizer()
         # The draft model comes first: what can be wrong with it is found before the larger one is read.
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)

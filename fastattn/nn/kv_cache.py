@@ -140,3 +140,15 @@ class KVMemory:
     def nbytes(self) -> int:
         """Of the blocks."""
         return sum(tensor.nbytes for tensor in self.paged)
+
+    def on_host(self, num_blocks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Host memory for so many blocks, (num_blocks, bytes) uint8, each block in one piece; and views of it that are like
+        `paged`, scales included."""
+        widths = [tensor[0].nbytes for tensor in self.paged]
+        memory = torch.empty((num_blocks, sum(widths)), dtype=torch.uint8)
+        parts = torch.split(memory, widths, dim=1)
+        views = [
+            part.view(tensor.dtype).view(num_blocks, *tensor.shape[1:])
+            for part, tensor in zip(parts, self.paged, strict=True)
+        ]
+        return memory, views

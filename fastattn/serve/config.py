@@ -87,6 +87,14 @@ class EngineSettings(BaseModel):
         ),
     ] = None
     num_kv_blocks: Annotated[Size | None, Field(description="KV-cache blocks; as many as fit, if not given.")] = None
+    kv_offloading_size: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1e6,
+            description="Host memory, GiB of all ranks together, that evicted KV blocks go to and come back from; none, if not given.",
+        ),
+    ] = None
     gpu_memory_utilization: Annotated[
         float, Field(gt=0, le=1, description="Share of the GPU's memory to use at most.")
     ] = 0.9
@@ -119,7 +127,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks kv_offloading_size gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

@@ -25,9 +25,12 @@ F = TypeVar("F", CounterMetricFamily, GaugeMetricFamily)
 _COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens computed."),
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
-    "num_preemptions": ("num_preemptions", "Requests that had to give way and were computed again."),
+    "num_preemptions": ("num_preemptions", "Times that a request had to give way."),
     "prefix_cache_queries": ("num_prefix_queried_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("num_prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "external_prefix_cache_hits": ("num_host_hit_tokens", "Of those, tokens that came back from host memory."),
+    "kv_offload_store_bytes": ("num_bytes_to_host", "KV blocks copied to host memory, bytes."),
+    "kv_offload_load_bytes": ("num_bytes_from_host", "KV blocks copied back from host memory, bytes."),
     "engine_steps": ("num_steps", "Steps of the engine."),
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Tokens proposed by speculation."),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Proposed tokens that the model confirmed."),
@@ -75,6 +78,9 @@ class _Engines(Collector):
             yield self._filled(GaugeMetricFamily(f"fastattn:{metric}", text, labels=_MODEL), methodcaller("now", name))
         text = "Share of the KV cache in use, 0 to 1."
         yield self._filled(GaugeMetricFamily("fastattn:kv_cache_usage_perc", text, labels=_MODEL), _kv_usage)
+        text = "Share of the host memory for KV blocks in use, 0 to 1."
+        name = "fastattn:kv_offload_cpu_cache_usage_perc"
+        yield self._filled(GaugeMetricFamily(name, text, labels=_MODEL), _host_usage)
 
     def _filled(self, family: F, value: Callable[[EngineNumbers], float]) -> F:
         for model, numbers in self.numbers.items():
@@ -85,6 +91,11 @@ class _Engines(Collector):
 def _kv_usage(numbers: EngineNumbers) -> float:
     total = numbers.now("num_kv_blocks")
     return 1 - numbers.now("num_usable_kv_blocks") / total if total else 0.0
+
+
+def _host_usage(numbers: EngineNumbers) -> float:
+    total = numbers.now("num_host_kv_blocks")
+    return numbers.now("num_used_host_kv_blocks") / total if total else 0.0
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def build_speculator(
             speculative=None,
             max_model_len=draft_model_len(config.max_model_len, draft.config),
             kv_cache_scales="dynamic",
+            num_host_kv_blocks=0,
         )
         network = load_model(draft, device, dtype, own.max_model_len, show_progress)
         runner = Runner(network, own, device, dtype)

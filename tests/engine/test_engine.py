@@ -400,7 +400,7 @@ def test_copied_beginnings_change_nothing(
     params = with_(GREEDY, max_tokens=6, n=2)
     expected = run(make_engine(enable_prefix_caching=False), prompts, params)
     engine = make_engine(block_size=8, **options)
-    copied: list[tuple[int, int, int]] = []
+    copied: list[tuple[int, int, int, int]] = []
     copy = engine.runner._copy_blocks
     monkeypatch.setattr(engine.runner, "_copy_blocks", lambda copies: (copied.extend(copies), copy(copies))[1])
     for _ in range(2):

@@ -83,6 +83,7 @@ def speculative(method: str) -> SpeculativeConfig:
         {},
         {"max_num_batched_tokens": 5, "enable_prefix_caching": False},
         {"num_kv_blocks": 13},
+        {"num_kv_blocks": 13, "num_host_kv_blocks": 30},
         {"block_size": 16, "num_kv_blocks": 9, "max_num_batched_tokens": 7},
         {"padded": True, "max_num_seqs": 3},
     ],
@@ -98,6 +99,11 @@ def test_the_batch_changes_nothing(
     stats = engine.stats()
     if options.get("num_kv_blocks", 128) < 20:
         assert stats.num_preemptions > 0
+        block_bytes = engine.runner.kv_memory.nbytes // options["num_kv_blocks"]
+        has_host = "num_host_kv_blocks" in options
+        assert (stats.num_host_hit_tokens > 0) == has_host
+        assert stats.num_bytes_from_host == stats.num_host_hit_tokens // 8 * block_bytes
+        assert (stats.num_bytes_to_host >= block_bytes * stats.num_used_host_kv_blocks > 0) == has_host
     elif options.get("enable_prefix_caching", True):
         assert stats.num_prefix_hit_tokens > 0
 
@@ -139,6 +145,8 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         "enable_prefix_caching": draw(st.booleans()),
         "padded": draw(st.booleans()),
     }
+    if options["enable_prefix_caching"]:
+        options["num_host_kv_blocks"] = draw(st.sampled_from([0, 3, 40]))
     method = draw(st.sampled_from([None, "ngram", "draft_model"]))
     if method is not None:
         options["speculative"] = speculative(method)
@@ -169,21 +177,21 @@ def test_mixed_schedules(network: DecoderModel, kv_cache_dtype: str, drawn: Any)
 @pytest.mark.parametrize("kv_cache_dtype", DTYPES[1:])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks(network: DecoderModel, kv_cache_dtype: str, size: int) -> None:
-    """Each has the keys, values and scales of its own heads: in chunks, with prefixes shared in the second round, and with
-    drafts."""
+    """Each has the keys, values and scales of its own heads: in chunks, with prefixes shared in the second round, from the
+    host's memory too, and with drafts."""
     expected = alone(network, kv_cache_dtype, "greedy")
     spec = speculative("ngram")
     group = ThreadRanks(SOURCE, size)
     engine = group.start(
         EngineConfig(
-            max_model_len=256, num_kv_blocks=128, block_size=8, max_num_batched_tokens=24, max_num_seqs=6,
+            max_model_len=128, num_kv_blocks=16, block_size=8, max_num_batched_tokens=24, max_num_seqs=6, num_host_kv_blocks=40,
             debug_checks=True, kv_cache_dtype=kv_cache_dtype, speculative=spec,
         )
     )  # fmt: skip
     try:
         for _ in range(2):
             assert tokens(tiny.run(engine, PROMPTS, GREEDY)) == expected
-        assert engine.stats().num_prefix_hit_tokens > 0
+        assert engine.stats().num_prefix_hit_tokens > engine.stats().num_host_hit_tokens > 0
     finally:
         group.close()
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.config import EngineConfig
-from fastattn.engine.kv_cache import MIN_COPIED_TOKENS, KVCacheManager
+from fastattn.engine.kv_cache import MIN_COPIED_TOKENS, KVCacheManager, Route
 from fastattn.engine.outputs import RequestMetrics
 from fastattn.engine.request import Request, Status
 from fastattn.engine.sampling_params import SamplingParams
-from fastattn.engine.scheduler import Scheduler
+from fastattn.engine.scheduler import BROUGHT_BACK_PER_COMPUTED, Scheduler
 
 BLOCK = 8
 Prefix = tuple[bytes, tuple[int, ...]]
@@ -28,11 +28,15 @@ class Simulation:
     def __init__(self, **options: Any) -> None:
         defaults = {"max_model_len": 128, "num_kv_blocks": 64, "block_size": BLOCK, "max_num_batched_tokens": 32}
         self.config = EngineConfig(**{**defaults, "max_num_seqs": 8, **options})
-        self.kv = KVCacheManager(self.config.num_kv_blocks, BLOCK, self.config.enable_prefix_caching)
+        self.kv = KVCacheManager(
+            self.config.num_kv_blocks, BLOCK, self.config.enable_prefix_caching, self.config.num_host_kv_blocks
+        )
         self.scheduler = Scheduler(self.config, self.kv)
         self.arrivals, self.tokens = count(), count(1000)
         self.num_copied = 0
-        self.memory: dict[int, Prefix] = {}  # slot -> the tokens whose last one has its keys and values there
+        # Slot -> the tokens whose last one has its keys and values there; on the device, and on the host.
+        self.memory: dict[int, Prefix] = {}
+        self.host_memory: dict[int, Prefix] = {}
 
     def add(
         self,
@@ -84,13 +88,24 @@ class Simulation:
     def compute(self, scheduled: dict[Request, int]) -> None:
         """What the step does to the cache: copies, then each request's tokens, of which all before them are read."""
         copies = self.kv.take_copies()
-        assert not {copy.target for copy in copies} & {copy.source for copy in copies}
-        assert len({copy.target for copy in copies}) == len(copies)
-        for copy in copies:
-            assert MIN_COPIED_TOKENS <= copy.num_tokens < BLOCK
-            for offset in range(copy.num_tokens):
-                self.memory[copy.target * BLOCK + offset] = self.memory[copy.source * BLOCK + offset]
-        self.num_copied += sum(copy.num_tokens for copy in copies)
+        assert [copy.route for copy in copies] == sorted(copy.route for copy in copies)
+        places = {
+            Route.TO_HOST: (self.memory, self.host_memory),
+            Route.FROM_HOST: (self.host_memory, self.memory),
+            Route.WITHIN: (self.memory, self.memory),
+        }
+        for route, (source, target) in places.items():
+            of_route = [copy for copy in copies if copy.route is route]
+            assert len({copy.target for copy in of_route}) == len(of_route)
+            if route is Route.WITHIN:
+                assert not {copy.target for copy in of_route} & {copy.source for copy in of_route}
+                assert all(MIN_COPIED_TOKENS <= copy.num_tokens < BLOCK for copy in of_route)
+                self.num_copied += sum(copy.num_tokens for copy in of_route)
+            else:
+                assert all(copy.num_tokens == BLOCK for copy in of_route)
+            for copy in of_route:
+                for offset in range(copy.num_tokens):
+                    target[copy.target * BLOCK + offset] = source[copy.source * BLOCK + offset]
         for request, num_tokens in scheduled.items():
             blocks, tokens = request.seq.blocks(), request.seq.tokens()
             for position in range(request.seq.num_computed + num_tokens):
@@ -106,6 +121,7 @@ class Simulation:
             steps += 1
             assert steps < most
         assert self.kv.num_usable_blocks == self.config.num_kv_blocks
+        self.kv.check()
         return steps
 
 
@@ -261,12 +277,100 @@ def test_the_heap_does_not_keep_those_who_left() -> None:
     assert sim.scheduler.num_waiting == 1 and len(sim.scheduler.waiting._heap._entries) < 100
 
 
-@given(st.randoms(use_true_random=False), st.integers(16, 40), st.integers(1, 40), st.booleans())
+# ---- a second tier in host memory ----
+
+
+def test_what_is_evicted_comes_back() -> None:
+    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=64, max_num_batched_tokens=128)
+    prompts = [list(range(start, start + 60)) for start in range(0, 500, 100)]
+    for prompt in prompts:  # two fit
+        sim.add(prompt, outputs=1)
+        sim.drain()
+    assert (sim.kv.num_host_hit_tokens, sim.kv.num_blocks_from_host) == (0, 0)
+    num_saved = sim.kv.num_blocks_to_host
+    assert num_saved == 5 * 7 - sim.kv.tree.num_cached
+    for _ in range(2):
+        for prompt in prompts[:3]:
+            request = sim.add(prompt, outputs=1)
+            assert sim.step() == {request: 60 - 56}
+            assert request.num_cached_tokens == 56
+    assert sim.kv.num_host_hit_tokens == sim.kv.num_blocks_from_host * BLOCK
+    assert 5 * 7 < sim.kv.num_blocks_from_host < 6 * 7  # some beginnings had not left
+    assert sim.kv.num_blocks_to_host == 5 * 7  # of each prompt once: what came back is still on the host
+    assert sim.kv.reset() + sim.kv.pool.num_free >= 16
+    assert sim.kv.host is not None and sim.kv.host.num_used == 0
+
+
+def test_two_that_come_together_share_what_comes_back() -> None:
+    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=64, max_num_batched_tokens=128)
+    prompt = list(range(60))
+    for other in (prompt, 100, 100):
+        sim.add(other, outputs=1)
+        sim.drain()
+    assert sim.kv.tree.num_cached < 16
+    first, second = sim.add(prompt), sim.add(prompt)
+    assert sim.step() == {first: 4, second: 4}
+    assert sim.kv.num_blocks_from_host == 7
+    stranger = sim.add(prompt, tenant=b"you", outputs=1)
+    sim.drain()
+    assert stranger.num_cached_tokens == 0
+
+
+def test_a_preempted_request_goes_on_with_what_it_had() -> None:
+    """It has its full blocks from the cache and from the host, and computes the rest."""
+    sim = Simulation(num_kv_blocks=8, num_host_kv_blocks=8, max_num_batched_tokens=64)
+    first, second = sim.add(30, outputs=33), sim.add(30, outputs=33)
+    while second.metrics.num_preemptions == 0:
+        sim.step()
+    num_computed = len(second.seq) - 1
+    while second.status is Status.WAITING:
+        scheduled = sim.step()
+    assert first.status is Status.FINISHED
+    assert scheduled == {second: num_computed + 1 - num_computed // BLOCK * BLOCK}
+    assert sim.kv.num_blocks_from_host > 0
+    sim.drain()
+    assert len(second.output_token_ids) == 33
+
+
+def test_a_step_that_brings_much_back_lets_fewer_in() -> None:
+    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=64, max_num_batched_tokens=16)
+    prompt = list(range(125))
+    for other in (prompt, 120):
+        sim.add(other, outputs=1)
+        sim.drain()
+    again = sim.add(prompt[:117])  # its first block is still there
+    small = sim.add(11, outputs=1)
+    assert sim.step() == {again: 5, small: 16 - 5 - (112 - BLOCK) // BROUGHT_BACK_PER_COMPUTED}
+    sim.drain()
+
+
+def test_a_host_smaller_than_a_prompt_keeps_beginnings() -> None:
+    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=3, max_num_batched_tokens=128)
+    prompt = list(range(100))
+    for other in (prompt, 120):
+        sim.add(other, outputs=1)
+        sim.drain()
+    request = sim.add(prompt)  # one block is still there
+    assert sim.step() == {request: 100 - (1 + 3) * BLOCK}
+
+
+@given(
+    st.randoms(use_true_random=False),
+    st.integers(16, 40),
+    st.integers(1, 40),
+    st.sampled_from([None, 0, 1, 6, 100]),
+)
 @settings(max_examples=100, deadline=None)
-def test_everybody_gets_all_of_it(rng: random.Random, blocks: int, budget: int, caching: bool) -> None:
-    """Random arrivals, priorities, shared prefixes and aborts, with too little memory: all others end whole."""
+def test_everybody_gets_all_of_it(rng: random.Random, blocks: int, budget: int, host: int | None) -> None:
+    """Random arrivals, priorities, shared prefixes and aborts, with too little memory: all others end whole. host: blocks of the
+    second tier; None is without prefix caching."""
+    caching = host is not None
     sim = Simulation(
-        num_kv_blocks=blocks, max_num_batched_tokens=budget, policy="priority", enable_prefix_caching=caching
+        num_kv_blocks=blocks,
+        num_host_kv_blocks=host or 0,
+        max_num_batched_tokens=budget,
+        policy="priority",
+        enable_prefix_caching=caching,
     )
     shared = list(range(40))
     requests: list[Request] = []

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from fastattn._runtime import TokenSequence
 from fastattn.engine.batch import Step
 from fastattn.engine.engine import Engine
+from fastattn.engine.kv_cache import Route
 
 SIZES = st.integers(0, 2**40)
+BLOCKS = st.integers(0, 2**31 - 1)
 
 
 @given(
@@ -21,10 +23,10 @@ SIZES = st.integers(0, 2**40)
     st.booleans(),
     st.booleans(),
     st.lists(st.tuples(SIZES, SIZES), max_size=5),
-    st.lists(st.tuples(SIZES, SIZES, SIZES), max_size=5),
+    st.lists(st.tuples(BLOCKS, BLOCKS, BLOCKS, st.sampled_from(Route)), max_size=5),
 )
 def test_bytes_and_back(
-    sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]], copies: list[tuple[int, int, int]]
+    sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]], copies: list[tuple[int, int, int, int]]
 ) -> None:
     step = Step(*sizes, graph, capture, tuple(rows), tuple(copies))
     assert Step.from_bytes(step.to_bytes()) == step

@@ -182,6 +182,8 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[float, int, i
         "block_size": draw(st.sampled_from([8, 16, 32])),
         "async_scheduling": draw(st.booleans()),
     }
+    if options["enable_prefix_caching"]:
+        options["num_host_kv_blocks"] = draw(st.sampled_from([0, 4, 100]))
     request = st.tuples(
         st.floats(0, 0.999),
         st.integers(0, 30),

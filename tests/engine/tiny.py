@@ -143,7 +143,9 @@ def make_speculator(config: EngineConfig, network: DecoderModel, draft: DecoderM
         assert spec.prompt_lookup_min is not None and spec.prompt_lookup_max is not None
         proposer = NgramProposer(spec.prompt_lookup_min, spec.prompt_lookup_max)
     else:
-        runner = Runner(draft, replace(config, speculative=None), torch.device("cpu"), torch.float32)
+        runner = Runner(
+            draft, replace(config, speculative=None, num_host_kv_blocks=0), torch.device("cpu"), torch.float32
+        )
         proposer = DraftModelProposer(runner, network.config.vocab_size, spec.is_probabilistic)
     return Speculator(spec, proposer)
 

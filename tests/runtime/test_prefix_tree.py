@@ -105,8 +105,15 @@ class Model:
 
     def evict(self, count: int) -> None:
         evictable = self.evictable()
-        assert self.tree.evict(count) == min(count, len(evictable))
+        runs = self.tree.evict_runs(count)
         gone = {key for key, block in self.cached.items() if self.pool.ref_count(block) == 0}
+        said = {}
+        for salt, tokens, blocks in runs:
+            prefix = tuple(memoryview(tokens).cast("i"))
+            for left, block in enumerate(reversed(blocks)):
+                said[salt, prefix[: len(prefix) - left * SIZE]] = block
+        assert said == {key: self.cached[key] for key in gone}
+        assert sum(len(blocks) for *_, blocks in runs) == len(gone)
         assert gone <= evictable
         assert len(gone) == min(count, len(evictable))
         for key in gone:
