@@ -156,7 +156,7 @@ def startup(
     num_kv_blocks: opt.NumKvBlocks = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
 ) -> None:
-    """Time starts of the engine, each in a new process, to its first token."""
+    """Time the start of new processes, to the first token."""
     _check_least(
         ("num-iters-cold", num_iters_cold, 0),
         ("num-iters-warmup", num_iters_warmup, 0),

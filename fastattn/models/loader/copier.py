@@ -42,7 +42,8 @@ class ThreadedCopier(Copier):
         self, device: torch.device, num_threads: int = 8, num_buffers: int = 16, buffer_bytes: int = 4 << 20
     ) -> None:
         on_gpu = device.type == "cuda"
-        self._device, self._buffer_bytes = device, buffer_bytes
+        self._device = torch.empty(0, device=device).device  # with its number, as tensors have it
+        self._buffer_bytes = buffer_bytes
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._free: SimpleQueue[_Buffer] = SimpleQueue()
         for memory in torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=on_gpu):
