@@ -58,7 +58,7 @@ class RandomSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {n: TensorInfo(s, "BF16", 2 * torch.Size(s).numel()) for n, s in self._shapes.items()}
 
-    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None, copier: object = None) -> None:
         assert expected_shape(out, shard) == self._shapes[name]
         if out.dim() == 1:
             out.fill_(1.0)

@@ -1,4 +1,4 @@
-"""`fastattn bench`: latency and throughput of the engine, a server under load, the operators."""
+"""`fastattn bench`: latency, throughput and start-up of the engine, a server under load, the operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 from fastattn.cli._help import Command, Group
 from fastattn.cli.bench_kernels import kernels
-from fastattn.cli.bench_offline import latency, throughput
+from fastattn.cli.bench_offline import latency, startup, throughput
 from fastattn.cli.bench_serve import serve
 
 app = typer.Typer(
@@ -18,5 +18,6 @@ app = typer.Typer(
 )
 app.command(cls=Command)(latency)
 app.command(cls=Command)(throughput)
+app.command(cls=Command)(startup)
 app.command(cls=Command)(serve)
 app.command(cls=Command)(kernels)

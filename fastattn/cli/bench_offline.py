@@ -1,4 +1,4 @@
-"""`fastattn bench latency | throughput`: the engine without a server."""
+"""`fastattn bench latency | throughput | startup`: the engine without a server."""
 
 from __future__ import annotations
 
@@ -40,13 +40,7 @@ def latency(
     speculative: opt.Speculative = None,
 ) -> None:
     """Time one batch from its prompts going in to its last token."""
-    for name, value, least in (
-        ("batch-size", batch_size, 1),
-        ("num-iters-warmup", num_iters_warmup, 0),
-        ("num-iters", num_iters, 1),
-    ):
-        if value < least:
-            raise ValueError(f"--{name} is {value}, allowed is at least {least}")
+    _check_least(("batch-size", batch_size, 1), ("num-iters-warmup", num_iters_warmup, 0), ("num-iters", num_iters, 1))
     loaded = _session.load_llm(
         model,
         device=device,
@@ -141,6 +135,79 @@ def throughput(
         f"{result['output_tokens_per_second']:.2f} output tokens/s"
     )
     write_json(output_json, result)
+
+
+def startup(
+    model: bopt.BenchModel,
+    num_iters_cold: int = typer.Option(
+        3, "--num-iters-cold", metavar="N", help="Starts with the model's files dropped from the page cache."
+    ),
+    num_iters_warmup: int = typer.Option(
+        1, "--num-iters-warmup", metavar="N", help="Starts that are not counted, before the warm ones."
+    ),
+    num_iters_warm: int = typer.Option(3, "--num-iters-warm", metavar="N", help="Starts with the files in the cache."),
+    output_json: bopt.OutputJson = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    tensor_parallel_size: opt.TensorParallelSize = 1,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    block_size: opt.BlockSize = 16,
+    kv_cache_dtype: opt.KvCacheDtype = "auto",
+    kv_cache_scales: opt.KvCacheScales = "auto",
+    quantization: opt.Quantization = None,
+    num_kv_blocks: opt.NumKvBlocks = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+) -> None:
+    """Time the start of new processes, to the first token."""
+    _check_least(
+        ("num-iters-cold", num_iters_cold, 0),
+        ("num-iters-warmup", num_iters_warmup, 0),
+        ("num-iters-warm", num_iters_warm, 0),
+    )
+    if num_iters_cold + num_iters_warm == 0:
+        raise ValueError("--num-iters-cold and --num-iters-warm are 0, expected a start that is counted")
+    from fastattn.benchmarks.startup import startup as measure
+
+    options = {
+        "device": device,
+        "dtype": dtype,
+        "tensor_parallel_size": tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "block_size": block_size,
+        "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_scales": kv_cache_scales,
+        "quantization": quantization,
+        "num_kv_blocks": num_kv_blocks,
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
+    with tqdm(total=num_iters_cold + num_iters_warmup + num_iters_warm, desc="Starts", disable=None) as bar:
+        result = measure(
+            model,
+            {name: value for name, value in options.items() if value is not None},
+            num_iters_cold=num_iters_cold,
+            num_iters_warmup=num_iters_warmup,
+            num_iters_warm=num_iters_warm,
+            on_iteration=bar.update,
+        )
+    for kind in ("cold", "warm"):
+        if f"{kind}_phases" in result:
+            typer.echo(
+                f"Avg {kind} startup time: {result[f'avg_{kind}_startup_time']:.2f} seconds, "
+                f"process start to first token: {result[f'avg_{kind}_first_token_time']:.2f} seconds"
+            )
+            last = result[f"{kind}_phases"][-1]
+            typer.echo("  last: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in last.items()))
+    write_json(output_json, result)
+
+
+def _check_least(*counts: tuple[str, int, int]) -> None:
+    for name, value, least in counts:
+        if value < least:
+            raise ValueError(f"--{name} is {value}, allowed is at least {least}")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from fastattn.engine.request import Request, Status
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampler import Draw, Sampled, TokenLogprobs
 from fastattn.engine.scheduler import Scheduler
+from fastattn.engine.sleep import AsleepError, Bed
+from fastattn.engine.startup import Startup
+from fastattn.models.decoder import DecoderModel
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.speculator import Speculator
 
@@ -90,8 +93,16 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, config: EngineConfig, tokenizer: Tokenizer, speculator: Speculator | None = None
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        speculator: Speculator | None = None,
+        *,
+        startup: Startup | None = None,
+        reload: Callable[[], DecoderModel] | None = None,
     ) -> None:
+        """startup: the time line so far, which the first token ends. reload: reads the model's weights again, for `sleep`."""
         if (speculator is None) != (config.speculative is None):
             raise ValueError("Engine: speculator and config.speculative are given together or not at all")
         if config.async_scheduling and runner.ranks is not None:
@@ -100,6 +111,8 @@ class Engine:
         self.speculator = speculator
         self.tokenizer = tokenizer
         self.runner = runner
+        self.startup = startup
+        self._bed = Bed(runner, reload)
         self.kv = KVCacheManager(
             config.num_kv_blocks, config.block_size, config.enable_prefix_caching, config.num_host_kv_blocks
         )
@@ -156,6 +169,8 @@ class Engine:
                 raise TypeError(f"add_request: {name} is {value!r}, expected {kind.__name__}")
         if request_id in self._groups:
             raise ValueError(f"add_request: request_id {request_id!r} is already in use")
+        if self._bed.level:
+            raise AsleepError("add_request: the engine sleeps, wake_up comes first")
         params = prepared.params
         if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
             raise EngineBusyError(self.scheduler.num_waiting, self.config.max_num_waiting)
@@ -336,6 +351,8 @@ class Engine:
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
+                if self.startup is not None and "first_token" not in self.startup.seconds:
+                    self.startup.end(now - request.metrics.arrival_time)
             if request.pooling is not None:
                 self._end_pooling(request)
                 changed.append(request)
@@ -438,6 +455,38 @@ class Engine:
             for request in group.requests:
                 del self._owner[request]
         return self._processor.output(group)
+
+    # ---- sleep ----
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives memory back until `wake_up`: the KV cache, and with it all cached prefixes; of weights on a GPU, level 1 puts them
+        into pinned host memory, level 2 gives them up, to be read from the files again.
+
+        Parameters stay the same objects at level 1; at level 2 the model is another afterwards. Raises ValueError for another level,
+        RuntimeError while there are requests, where several ranks share the model or a draft model guesses for it, AsleepError if
+        it sleeps already.
+        """
+        if self.config.speculative is not None and self.config.speculative.model is not None:
+            raise RuntimeError(
+                f"sleep: there is a draft model, {self.config.speculative.model!r}, which does not sleep"
+            )
+        if self.runner.ranks is not None:
+            raise RuntimeError(
+                f"sleep: tensor_parallel_size is {self.runner.ranks.size}, allowed is 1: other ranks do not sleep"
+            )
+        if self._groups:
+            raise RuntimeError(f"sleep: {len(self._groups)} requests are not finished, allowed are 0")
+        self._running_step = None  # of requests that were aborted
+        self._bed.sleep(level)
+        self.kv.reset()
+
+    def wake_up(self) -> None:
+        """Takes the memory that `sleep` gave back. Raises ValueError if the engine does not sleep."""
+        self._bed.wake_up()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._bed.level > 0
 
     # ---- state ----
 

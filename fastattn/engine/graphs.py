@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +11,8 @@ import torch
 
 from fastattn.engine.batch import Batch
 from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
+
+logger = logging.getLogger("fastattn.engine")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class DecodeGraphs:
 
     def capture(self, shape: DecodeShape, batch: Batch) -> DecodeGraph:
         """Records a step of that shape. The batch may hold anything that is harmless to run."""
+        start = time.perf_counter()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -61,4 +66,5 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(batch, self._logits[: shape.num_tokens])
         self._graphs[shape] = DecodeGraph(graph, logits)
+        logger.info("recorded a graph of %s in %.2f s", shape, time.perf_counter() - start)
         return self._graphs[shape]

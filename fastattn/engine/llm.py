@@ -59,6 +59,14 @@ class LLM:
         """Ends the other ranks of a model that is shared by several. Also done when the object is no longer used."""
         self.engine.close()
 
+    def sleep(self, level: int = 1) -> None:
+        """Gives memory back while nobody needs the model; see `Engine.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Takes it again."""
+        self.engine.wake_up()
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from fastattn.engine.kv_scales import check_kv_scales, choose_kv_cache, load_kv_
 from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
+from fastattn.engine.startup import Startup
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.loader.quantized_source import check_quantization, with_quantization
@@ -171,7 +173,9 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
 
     What `fastattn plan` says is what happens: the same plan sizes the cache, and refuses before anything is loaded.
     """
+    startup = Startup()
     options, source = for_model(options, open_model(model) if isinstance(model, str) else model)
+    startup.lap("open")
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     sizes = plan_options(source.config, options, device, dtype)
@@ -189,6 +193,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
             device = torch.device("cuda", 0) if device.type == "cuda" else device
             found = ranks.set_up(source.name, dtype, options.quantization)
             memory = min(memory, *found) if device.type == "cuda" else memory
+        startup.lap("device")
         plan = memory_plan(
             source.config, source.tensors(), sizes, *memory, (draft.config, draft.tensors()) if draft else None
         )
@@ -204,16 +209,23 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
             )
         config = engine_config(options, sizes, plan.num_kv_blocks, plan.num_host_kv_blocks)
         tokenizer = source.tokenizer()
+        startup.lap("tokenizer")
         # The draft model comes first: what can be wrong with it is found before the larger one is read.
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
+        if draft is not None:
+            startup.lap("draft")
+        load = partial(load_model, source, device, dtype, sizes.max_model_len)
+        startup.weight_bytes = sum(plan.stored_bytes.values())
+        step_memory = None
         if ranks is None:
-            network = load_model(source, device, dtype, sizes.max_model_len, show_progress)
-            runner = Runner(network, config, device, dtype, kv_scales=kv_scales)
+            network = load(show_progress)
         else:
             tp, step_memory = ranks.load(config, step_builder(config).nbytes)
-            network = load_model(source, device, dtype, sizes.max_model_len, show_progress, tp)
+            network = load(show_progress, tp)
             ranks.wait_until_loaded()
-            runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks, kv_scales=kv_scales)
-        engine = Engine(runner, config, tokenizer, speculator)
+        startup.lap("weights")
+        runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks, kv_scales=kv_scales)
+        engine = Engine(runner, config, tokenizer, speculator, startup=startup, reload=load)
+        startup.lap("kv_cache")
         on_error.pop_all()
     return engine

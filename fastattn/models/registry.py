@@ -13,6 +13,7 @@ from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.gemma3 import Gemma3ForCausalLM
 from fastattn.models.llama import LlamaForCausalLM
+from fastattn.models.loader.copier import copier_to
 from fastattn.models.loader.kv_scales import is_kv_scale
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def load_model(
     show_progress: bool = False,
     tp: nn.TensorParallel = nn.ALONE,
 ) -> DecoderModel:
-    """Builds the model of ``source`` and decodes each stored tensor, or this rank's part of it, straight into its place.
+    """Builds the model of ``source`` and decodes each stored tensor, or this rank's part of it, straight into its place: on a GPU,
+    where several threads read the file.
 
     Raises ValueError, before anything is allocated or read, if the file lacks a tensor that the model needs, has one of another shape,
     or has one that the model does not know. Scales of a KV cache are the cache's (`read_kv_scales`).
@@ -119,14 +121,19 @@ def load_model(
     # Only now: a size that a damaged file claims and does not hold must not cost memory.
     model = _allocate(meta, device, dtype)
     total = sum(info.nbytes for info in stored.values())
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
-    ) as bar:
+    with (
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="Loading weights", disable=None if show_progress else True
+        ) as bar,
+        copier_to(device) as copier,
+    ):
         for name, out, shard, _ in model.weights():
             if out.numel():
-                source.read(name, out, shard)
-            if source.config.norm_plus_one and name.endswith("norm.weight"):
-                out.add_(1)
+                source.read(name, out, shard, copier)
             bar.update(stored[name].nbytes)
+    if source.config.norm_plus_one:
+        for name, out, _, _ in model.weights():
+            if name.endswith("norm.weight"):
+                out.add_(1)
     model.pack()
     return model

@@ -136,6 +136,20 @@ class KVMemory:
         of_block = 4 if form.has_token_scales else 2
         self.paged = [tensor for layer in self.layers for tensor in layer[:of_block]]
 
+    def release(self) -> None:
+        """Gives the blocks' memory back, with what is in it; the tensors stay, and must not be used until `restore`."""
+        for tensor in self._of_blocks:
+            tensor.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Takes the memory again, uninitialized. Static scales were there all the time."""
+        for tensor in self._of_blocks:
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+    @property
+    def _of_blocks(self) -> list[torch.Tensor]:
+        return [self.values, *([self.scales] if self.scales is not None and self.form.has_token_scales else [])]
+
     @property
     def nbytes(self) -> int:
         """Of the blocks."""

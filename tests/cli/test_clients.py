@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.conftest import Invoke
 from tests.cli.test_commands import one_line_error
+from tests.engine.tiny import TinySource, write_folder
 from tests.fake_server import FakeServer, run_fake
 
 SIZES = ("--device", "cpu", "--input-len", "8", "--output-len", "3")
@@ -162,7 +163,7 @@ def test_bench_serve_names_what_is_wrong(
     assert not fake.bodies
 
 
-# ---- bench latency, throughput, kernels ----
+# ---- bench latency, throughput, startup, kernels ----
 
 
 def test_bench_latency(invoke: Invoke, tmp_path: Path) -> None:
@@ -175,6 +176,32 @@ def test_bench_latency(invoke: Invoke, tmp_path: Path) -> None:
     assert min(saved["latencies"]) <= saved["percentiles"]["50"] <= max(saved["latencies"])
     assert "Avg latency" in result.stdout
     assert "--num-iters is 0" in one_line_error(invoke("bench", "latency", "-m", "tiny", "--num-iters", "0"))
+
+
+def test_bench_startup(invoke: Invoke, tmp_path: Path) -> None:
+    """Processes of their own, so a model of its own too."""
+    path, model = tmp_path / "startup.json", tmp_path / "model"
+    model.mkdir()
+    sizes = ("--device", "cpu", "--max-model-len", "64", "--num-kv-blocks", "8")
+    counts = ("--num-iters-cold", "1", "--num-iters-warmup", "0", "--num-iters-warm", "0")
+    result = invoke(
+        *("bench", "startup", "--model", str(write_folder(TinySource(), model))),
+        *(*sizes, *counts, "--output-json", str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    saved = json.loads(path.read_text())
+    names = {"startup", "compilation", "first_token"}
+    assert saved.keys() == {
+        "cold_phases",
+        *(key for n in names for key in (f"avg_cold_{n}_time", f"cold_{n}_times", f"cold_{n}_percentiles")),
+    }
+    (phases,) = saved["cold_phases"]
+    assert saved["cold_first_token_times"] == [pytest.approx(sum(phases.values()))]
+    left = phases["process"] + phases["first_token"]
+    assert saved["avg_cold_startup_time"] == pytest.approx(saved["avg_cold_first_token_time"] - left)
+    assert "Avg cold startup time: " in result.stdout and ", weights " in result.stdout
+    assert "no such file" in one_line_error(invoke("bench", "startup", "-m", str(tmp_path / "none"), *counts))
+    assert "--num-iters-warm is -1" in one_line_error(invoke("bench", "startup", "-m", "x", "--num-iters-warm", "-1"))
 
 
 def test_bench_throughput(invoke: Invoke, tmp_path: Path) -> None:

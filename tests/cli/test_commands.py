@@ -255,7 +255,7 @@ def test_doctor_says_what_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch
 
 
 _COMMANDS = """run, chat, serve, router, router evaluate, quantize, prune, distill, plan, inspect, eval, bench, bench latency,
-bench throughput, bench serve, bench kernels, doctor, collect-env, version"""
+bench throughput, bench startup, bench serve, bench kernels, doctor, collect-env, version"""
 
 
 @pytest.mark.parametrize("command", re.split(r",\s", _COMMANDS))

@@ -234,7 +234,7 @@ def test_layers_that_do_least_are_left_out(text: str, tmp_path: Path) -> None:
     """A layer that adds nothing is the first to go, and then the model is the same."""
 
     class WithIdle(TinySource):
-        def read(self, name: str, out: Tensor, shard: object = None) -> None:
+        def read(self, name: str, out: Tensor, shard: object = None, copier: object = None) -> None:
             super().read(name, out, shard)  # type: ignore[arg-type]
             if name in ("model.layers.2.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"):
                 out.zero_()

@@ -148,7 +148,7 @@ def test_numbers_that_would_spoil_the_model(tmp_path: Path) -> None:
     class Spoilt(TinySource):
         value = float("nan")
 
-        def read(self, name: str, out: torch.Tensor, shard: Any = None) -> None:
+        def read(self, name: str, out: torch.Tensor, shard: Any = None, copier: object = None) -> None:
             super().read(name, out, shard)
             if name == "model.layers.1.mlp.up_proj.weight":
                 out[0, 0] = self.value

@@ -81,7 +81,7 @@ def test_the_engine_runs_it(scheme: str, source: TinySource, calibration: Calibr
     unpacked = {f"{layer}.weight": value for layer, value in theirs(folder).items()}
 
     class Unpacked(TinySource):
-        def read(self, name: str, out: Tensor, shard: object = None) -> None:
+        def read(self, name: str, out: Tensor, shard: object = None, copier: object = None) -> None:
             out.copy_(unpacked[name] if name in unpacked else stored[name])
 
     def logits(model: ModelSource) -> Tensor:

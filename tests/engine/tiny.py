@@ -88,7 +88,7 @@ class TinySource:
         model = build_model(self.config, torch.device("meta"), torch.float32, 8)
         return {name: TensorInfo(tuple(out.shape), "F32", 4 * out.numel()) for name, out, *_ in model.weights()}
 
-    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None, copier: object = None) -> None:
         shape = expected_shape(out, shard)
         generator = torch.Generator().manual_seed(self.seed * 1000 + sum(map(ord, name)))
         whole = torch.randn(shape, generator=generator) * (0.1 if name.endswith("norm.weight") else 0.4)

@@ -51,7 +51,7 @@ class QuantizedSource(tiny.TinySource):
             for w in build_meta(self.config, 8).weights()
         }
 
-    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None, copier: object = None) -> None:
         layer, _, kind = name.rpartition(".")
         assert self.config.quantization is not None
         scheme = self.config.quantization.scheme(layer) if layer.endswith("_proj") else None

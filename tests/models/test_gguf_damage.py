@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 
 from fastattn.models.loader import ModelFileError, open_model
+from fastattn.models.loader.gguf_blocks import BLOCK_TYPES
 from fastattn.models.loader.gguf_source import SUPPORTED_TYPES
 from fastattn.models.registry import load_model
 
@@ -112,6 +113,12 @@ def test_each_type_is_decoded_as_the_format_says(name: str, tmp_path: Path) -> N
     source.read("model.layers.0.self_attn.q_proj.weight", out)
     halves = q.reshape(HEADS, HIDDEN // HEADS // 2, 2, HIDDEN).transpose(1, 2).reshape(HIDDEN, HIDDEN)
     assert torch.equal(out.nan_to_num(), halves.nan_to_num())
+
+
+def test_sizes_of_blocks_are_the_formats() -> None:
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    ours = {number: (kind.name, kind.numbers, kind.nbytes) for number, kind in BLOCK_TYPES.items()}
+    assert ours.items() >= theirs.items()  # an older package knows fewer
 
 
 def test_a_whole_file_loads(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_gguf_decodes_only_the_blocks_of_a_part(monkeypatch: pytest.MonkeyPatch)
         source: Any = open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had: {error}")
-    decoded, decode = 0, gguf_source._decode
+    decoded, decode = 0, gguf_source.decode_blocks
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal decoded
@@ -85,7 +85,7 @@ def test_gguf_decodes_only_the_blocks_of_a_part(monkeypatch: pytest.MonkeyPatch)
         decoded += numbers.numel()
         return numbers
 
-    monkeypatch.setattr(gguf_source, "_decode", counted)
+    monkeypatch.setattr(gguf_source, "decode_blocks", counted)
     source.read("model.layers.0.mlp.down_proj.weight", torch.empty(576, 100), Shard(1, 40, 100, 1536))
     assert decoded == 576 * 128  # blocks of 32 from 32 up to 160
     decoded = 0

@@ -20,7 +20,7 @@ __all__ = ["near", "network", "one_thread", "stranger", "tokenizer"]
 class NearSource(tiny.TinySource):
     """The tiny model with a little of another's weights: often right, and never sure of the same."""
 
-    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None, copier: object = None) -> None:
         super().read(name, out, shard)
         other = torch.empty_like(out)
         tiny.TinySource(seed=2).read(name, other, shard)

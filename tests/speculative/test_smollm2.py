@@ -44,7 +44,7 @@ class FirstLayers:
 
         return {name: info for name, info in self.source.tensors().items() if is_kept(name)}
 
-    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: nn.Shard | None = None, copier: object = None) -> None:
         self.source.read(name, out, shard)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+import torch
 
 from fastattn.models.loader.errors import ModelFileError
+from fastattn.models.loader.gguf_blocks import BLOCK_TYPES, BlockType
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -46,12 +48,13 @@ _MAX_DIMS = 4
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """shape: rows first, as torch has it. data: the stored bytes, (rows, bytes per row), a view of the file."""
+    """shape: rows first, as torch has it. data: the stored bytes, (rows, bytes per row) uint8, a view of the file: not to be
+    written to."""
 
     name: str
     shape: tuple[int, ...]
-    quant_type: GGMLQuantizationType
-    data: np.ndarray
+    block_type: BlockType
+    data: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -172,26 +175,27 @@ def _read_tensors(cursor: _Cursor, num_tensors: int, metadata: Mapping[str, Any]
         kind, offset = cursor.scalar("<I", f"type of {name}"), cursor.scalar("<Q", f"offset of {name}")
         headers.append((name, shape, kind, offset))
     data_start = -(-cursor.at // alignment) * alignment
+    with warnings.catch_warnings():  # torch has no read-only tensors; nobody writes to this one
+        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+        file = torch.frombuffer(cursor.buffer, dtype=torch.uint8)
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset in headers:
         if name in tensors:
             cursor.fail(f"tensor {name} stands twice")
-        try:
-            quant_type = GGMLQuantizationType(kind)
-            block_size, block_bytes = GGML_QUANT_SIZES[quant_type]
-        except (ValueError, KeyError):
+        block_type = BLOCK_TYPES.get(kind)
+        if block_type is None:
             cursor.fail(f"tensor {name} has unknown type {kind}")
-        if 0 in shape or shape[-1] % block_size:
+        if 0 in shape or shape[-1] % block_type.numbers:
             cursor.fail(
-                f"tensor {name} has shape {shape}, expected rows of a multiple of {block_size} for {quant_type.name}"
+                f"tensor {name} has shape {shape}, expected rows of a multiple of {block_type.numbers} for {block_type.name}"
             )
-        row_bytes = shape[-1] // block_size * block_bytes
+        row_bytes = shape[-1] // block_type.numbers * block_type.nbytes
         num_rows = prod(shape[:-1])
         if offset % alignment:
             cursor.fail(f"tensor {name} has offset {offset}, expected a multiple of {alignment}")
         start, num_bytes = data_start + offset, num_rows * row_bytes
         if start + num_bytes > cursor.size:
             cursor.fail(f"tensor {name} ends at byte {start + num_bytes}, the file has {cursor.size}")
-        data = np.frombuffer(cursor.buffer, np.uint8, num_bytes, start).reshape(num_rows, row_bytes)
-        tensors[name] = GGUFTensor(name, shape, quant_type, data)
+        data = file[start : start + num_bytes].view(num_rows, row_bytes)
+        tensors[name] = GGUFTensor(name, shape, block_type, data)
     return tensors

@@ -6,23 +6,23 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from fastattn.models.config import ModelConfig, config_from_gguf
+from fastattn.models.loader.copier import Copier
 from fastattn.models.loader.errors import ModelFileError
+from fastattn.models.loader.gguf_blocks import PLAIN_TYPES, QUANTIZED_TYPES, BlockType, decode_blocks
 from fastattn.models.loader.gguf_file import GGUFTensor, read_gguf
 from fastattn.models.loader.gguf_tokenizer import tokenizer_from_gguf
 from fastattn.models.loader.source import TensorInfo, expected_shape
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.nn import Shard
 
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+SUPPORTED_TYPES = (*PLAIN_TYPES, *QUANTIZED_TYPES)
 
-# Numbers that are decoded at a time: small enough to stay in a cache level, large enough to keep numpy busy.
-_CHUNK = 1 << 20
+# Numbers that are decoded at a time: on a CPU as many as stay in a cache level, and as torch does not share out to threads, since
+# that would cost more than it gains; on a GPU as many as keep it busy, in a few times 64 MB.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -58,9 +58,9 @@ class GGUFSource:
         self._tensors: dict[str, GGUFTensor] = {}
         try:
             for name, tensor in self._file.tensors.items():
-                if tensor.quant_type.name not in SUPPORTED_TYPES:
+                if tensor.block_type.name not in SUPPORTED_TYPES:
                     raise ValueError(
-                        f"tensor {name} has type {tensor.quant_type.name}, supported are {', '.join(SUPPORTED_TYPES)}"
+                        f"tensor {name} has type {tensor.block_type.name}, supported are {', '.join(SUPPORTED_TYPES)}"
                     )
             self._config = self._read_config()
             for name, tensor in self._file.tensors.items():
@@ -86,16 +86,16 @@ class GGUFSource:
             raise ModelFileError(f"{self._file.path}: {error}") from None
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(t.shape, t.quant_type.name, t.data.nbytes) for name, t in self._tensors.items()}
+        return {name: TensorInfo(t.shape, t.block_type.name, t.data.nbytes) for name, t in self._tensors.items()}
 
-    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
-        """Of a shard only its rows, or the quantization blocks that its columns lie in, are read and decoded."""
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
+        """Of a shard only its rows, or the quantization blocks that its columns lie in, are read; they are decoded where ``out`` is."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise ModelFileError(f"{self._file.path}: tensor {name} is missing")
         if (expected := expected_shape(out, shard)) != tensor.shape:
             raise ModelFileError(f"{self._file.path}: tensor {name} has shape {tensor.shape}, expected {expected}")
-        shard = shard or Shard.whole(tensor.shape[0])
+        shard, copier = shard or Shard.whole(tensor.shape[0]), copier or Copier()
         data, columns = tensor.data, slice(None)
         order = _hf_row_order(name, tensor.shape, self._config)
         if shard.dim < len(tensor.shape) - 1:
@@ -103,21 +103,22 @@ class GGUFSource:
             data = data[rows] if order is None else data[order[rows]]
         else:  # the last dimension, the only one of a vector, lies in one stored row
             data = data if order is None else data[order]
-            data, columns = _columns(data, tensor.quant_type, shard)
+            data, columns = _columns(data, tensor.block_type, shard)
         target = out.view(data.shape[0], -1)
-        step = max(1, _CHUNK // tensor.shape[-1])
-        for start in range(0, data.shape[0], step):
-            decoded = _decode(data[start : start + step], tensor.quant_type)
-            target[start : start + step].copy_(decoded[:, columns])
+        if (plain := PLAIN_TYPES.get(tensor.block_type.name)) is not None:
+            copier.copy(target, data.view(plain))
+            return
+        step = max(1, _CHUNK[out.device.type] // tensor.shape[-1])
+        for rows_out, rows_in in zip(torch.split(target, step), torch.split(data, step), strict=True):
+            decoded = decode_blocks(copier.bring(rows_in, out.device), tensor.block_type)
+            rows_out.copy_(decoded[:, columns])
 
     def _read_config(self) -> ModelConfig:
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise ValueError("tensor token_embd.weight is missing or not a matrix")
         factors = self._file.tensors.get("rope_freqs.weight")
-        values = (
-            None if factors is None else tuple(float(f) for f in _decode(factors.data, factors.quant_type).flatten())
-        )
+        values = None if factors is None else tuple(_numbers(factors))
         return config_from_gguf(self._file.metadata, embedding.shape[0], "output.weight" in self._file.tensors, values)
 
     def _hf_name(self, name: str) -> str:
@@ -130,22 +131,20 @@ class GGUFSource:
         return f"model.layers.{int(match[1])}.{table[match[2]]}.{match[3]}"
 
 
-def _columns(data: np.ndarray, quant_type: GGMLQuantizationType, shard: Shard) -> tuple[np.ndarray, slice]:
+def _columns(data: torch.Tensor, kind: BlockType, shard: Shard) -> tuple[torch.Tensor, slice]:
     """The blocks of each row that hold the shard's columns, and where in them those are."""
-    size, num_bytes = GGML_QUANT_SIZES[quant_type]
-    first, last = shard.start // size, -(-(shard.start + shard.length) // size)
-    start = shard.start - first * size
-    return data[:, first * num_bytes : last * num_bytes], slice(start, start + shard.length)
+    first, last = shard.start // kind.numbers, -(-(shard.start + shard.length) // kind.numbers)
+    start = shard.start - first * kind.numbers
+    return data[:, first * kind.nbytes : last * kind.nbytes], slice(start, start + shard.length)
 
 
-def _decode(data: np.ndarray, quant_type: GGMLQuantizationType) -> torch.Tensor:
-    """Stored bytes (rows, bytes per row) → numbers (rows, columns) fp32."""
-    if quant_type == GGMLQuantizationType.F32:
-        return torch.from_numpy(data.view("<f4").copy())
-    return torch.from_numpy(dequantize(data, quant_type))
+def _numbers(tensor: GGUFTensor) -> list[float]:
+    plain = PLAIN_TYPES.get(tensor.block_type.name)
+    values = decode_blocks(tensor.data, tensor.block_type) if plain is None else tensor.data.view(plain)
+    return [float(value) for value in values.flatten().tolist()]
 
 
-def _hf_row_order(name: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray | None:
+def _hf_row_order(name: str, shape: tuple[int, ...], config: ModelConfig) -> torch.Tensor | None:
     """Rows of q and k in Hugging Face's order. llama.cpp's converter interleaves the two halves of each head of a Llama,
     because its rotary embedding turns neighbouring pairs; ours, like Hugging Face's, turns (i, i + head_dim / 2)."""
     if config.architecture != "llama" or len(shape) != 2:  # a vector is one row
@@ -153,4 +152,4 @@ def _hf_row_order(name: str, shape: tuple[int, ...], config: ModelConfig) -> np.
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return None
-    return np.arange(shape[0]).reshape(heads, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    return torch.arange(shape[0]).view(heads, config.head_dim // 2, 2).transpose(1, 2).reshape(-1)

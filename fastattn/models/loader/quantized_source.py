@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.models.config import ModelConfig
+from fastattn.models.loader.copier import Copier
 from fastattn.models.loader.source import ModelSource, TensorInfo
 from fastattn.models.quantization import QuantizationConfig, quantization_from_hf
 from fastattn.models.tokenizer import Tokenizer
@@ -99,8 +100,8 @@ class _ConfiguredSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._source.tensors()
 
-    def read(self, name: str, out: Tensor, shard: Shard | None = None) -> None:
-        self._source.read(name, out, shard)
+    def read(self, name: str, out: Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
+        self._source.read(name, out, shard, copier)
 
 
 class _RoundedSource(_ConfiguredSource):
@@ -128,22 +129,24 @@ class _RoundedSource(_ConfiguredSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, out: Tensor, shard: Shard | None = None) -> None:
+    def read(self, name: str, out: Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
         matrix, _, suffix = name.rpartition(".")
         if matrix not in self._matrices:
-            super().read(name, out, shard)
+            super().read(name, out, shard, copier)
             return
-        stored = self._rounded(matrix, out.device)[suffix]
+        stored = self._rounded(matrix, out.device, copier)[suffix]
         part = stored if shard is None else stored[shard.slices]
         out.copy_(part.view(torch.uint8) if out.dtype is torch.uint8 else part)
 
-    def _rounded(self, matrix: str, device: torch.device) -> dict[str, Tensor]:
+    def _rounded(self, matrix: str, device: torch.device, copier: Copier | None) -> dict[str, Tensor]:
         """The stored tensors of a matrix; those of the last one are kept, as they are asked for one after the other."""
         key = matrix, device
         if self._last is None or self._last[0] != key:
             self._last = None  # its memory may be needed
             weight = torch.empty(self._matrices[matrix], device=device)
-            super().read(f"{matrix}.weight", weight)
+            super().read(f"{matrix}.weight", weight, None, copier)
+            if copier is not None:
+                copier.wait()
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{self.name}: tensor {matrix}.weight holds numbers that are not finite")
             self._last = key, self._form.nearest(weight)

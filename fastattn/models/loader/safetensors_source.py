@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as Pipeline
 
 from fastattn.models.config import ModelConfig, config_from_hf
+from fastattn.models.loader.copier import Copier
 from fastattn.models.loader.errors import ModelFileError
 from fastattn.models.loader.source import CODE_TYPES, TensorInfo, expected_shape
 from fastattn.models.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ class SafetensorsSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
-    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
         info = self._tensors.get(name)
         if info is None:
             raise ModelFileError(f"{self._folder}: tensor {name} is missing")
@@ -64,7 +65,7 @@ class SafetensorsSource:
             stored = stored.view(torch.uint8)  # scales in 8 bits are handed on as their bits
         elif out.is_floating_point() == info.is_codes:
             raise ModelFileError(f"{self._folder}: tensor {name} is {info.dtype}, which is not read as {out.dtype}")
-        out.copy_(stored)
+        (copier or Copier()).copy(out, stored)
 
     def tokenizer(self) -> Tokenizer:
         path = self._folder / "tokenizer.json"

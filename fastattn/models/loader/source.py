@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from fastattn.models.config import ModelConfig
+from fastattn.models.loader.copier import Copier
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.nn import Shard, Weight
 
@@ -41,11 +42,12 @@ class ModelSource(Protocol):
         """Name in Hugging Face's checkpoints → what is stored."""
         ...
 
-    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None) -> None:
+    def read(self, name: str, out: torch.Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
         """Decodes a tensor, or ``shard`` of it, into ``out``: of that shape, any device, any floating dtype; codes of
         quantized weights into an integer one.
 
-        Only the shard is read from the file, as far as its format allows.
+        Only the shard is read from the file, as far as its format allows. copier: what copies; some of its kinds return before
+        the numbers are there. None copies at once.
         """
         ...
 
