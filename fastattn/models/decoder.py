@@ -15,8 +15,9 @@ KVCache = Sequence[nn.LayerCache]
 
 
 class DecoderLayer(nn.Module):
-    """One block: adds ``x``, what the previous block left to add (None in the first), into the residual stream in place,
-    and returns what the next one shall add. So each addition shares a kernel with the norm that follows it.
+    """One block. ``x``: what the previous one left to add to the residual stream, None for nothing; it is added in place.
+    Returns what the next one shall add, and the stream. So each addition shares a kernel with the norm that follows it, or
+    with the product in front of it.
 
     cache: the layer's `nn.LayerCache`."""
 
@@ -28,7 +29,7 @@ class DecoderLayer(nn.Module):
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> torch.Tensor: ...
+    ) -> tuple[torch.Tensor | None, torch.Tensor]: ...
 
 
 class DecoderModel(nn.Module):
@@ -75,8 +76,8 @@ class DecoderModel(nn.Module):
         for index, layer in enumerate(self.layers):
             is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
             table = self.cos_sin_local if is_local else self.cos_sin
-            x = layer(x, residual, table, meta, *kv_cache[index])
-        hidden: torch.Tensor = self.norm(x, residual)
+            x, residual = layer(x, residual, table, meta, *kv_cache[index])
+        hidden: torch.Tensor = self.norm(residual) if x is None else self.norm(x, residual)
         return hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

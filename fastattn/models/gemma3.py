@@ -25,11 +25,11 @@ class Gemma3Layer(LlamaLayer):
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
         x = self.post_attention_layernorm(self.self_attn(x, cos_sin, meta, *cache))
         x = self.pre_feedforward_layernorm(x, residual)
-        return self.post_feedforward_layernorm(self.mlp(x))
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
 class Gemma3ForCausalLM(DecoderModel):

@@ -8,6 +8,9 @@ from fastattn import nn
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderLayer, DecoderModel
 
+# Up to here a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are residuals.
+_NORMS_INSIDE_ROWS = 64
+
 
 class LlamaLayer(DecoderLayer):
     """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x)) (Touvron et al., 2023)."""
@@ -31,6 +34,8 @@ class LlamaLayer(DecoderLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = nn.ParallelMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias, tp)
 
+    norms_inside = False
+
     def forward(
         self,
         x: torch.Tensor | None,
@@ -38,13 +43,42 @@ class LlamaLayer(DecoderLayer):
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        if x is None and self.norms_inside and residual.shape[0] <= _NORMS_INSIDE_ROWS:
+            eps = self.input_layernorm.eps
+            residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
+            return None, self.mlp(residual, residual=residual, norm_eps=eps)
         x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
         x = self.self_attn(x, cos_sin, meta, *cache)
         x = self.post_attention_layernorm(x, residual)
-        return self.mlp(x)
+        return self.mlp(x), residual
+
+    def put_norms_inside(self) -> None:
+        """Folds both norms' weights into the layers behind them, whose kernels can then normalize. Once, after loading."""
+        for norm, linear in (
+            (self.input_layernorm, self.self_attn.qkv_proj),
+            (self.post_attention_layernorm, self.mlp.gate_up_proj),
+        ):
+            linear.fold_norm(norm.weight)
+            norm.weight.fill_(1.0)
+        self.norms_inside = True
+
+    @property
+    def can_have_norms_inside(self) -> bool:
+        """Its products are plain ones of a single Hopper GPU, with kernels that normalize their rows and add to their results."""
+        attention, mlp = self.self_attn, self.mlp
+        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        if attention.tp.size > 1 or not all(layer.is_plain and layer.weight.is_cuda for layer in linears):
+            return False
+        return torch.cuda.get_device_capability(linears[0].weight.device) == (9, 0)
 
 
 class LlamaForCausalLM(DecoderModel):
     def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
         super().__init__(config, [LlamaLayer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)
+
+    def pack(self) -> None:
+        super().pack()
+        for layer in self.layers:
+            if isinstance(layer, LlamaLayer) and layer.can_have_norms_inside:
+                layer.put_norms_inside()

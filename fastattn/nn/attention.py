@@ -77,9 +77,13 @@ class Attention(Module):
         v_cache: torch.Tensor,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        *,
+        residual: torch.Tensor | None = None,
+        norm_eps: float | None = None,
     ) -> torch.Tensor:
-        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`."""
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`. residual, norm_eps:
+        see `ParallelMLP`."""
+        qkv = self.qkv_proj(x, norm_eps=norm_eps).view(x.shape[0], -1, self.head_dim)
         q = qkv[:, : self.num_heads]
         k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
         v = qkv[:, self.num_heads + self.num_kv_heads :]
@@ -118,7 +122,7 @@ class Attention(Module):
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1)))
+        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual))
 
     def _calibrate(
         self,

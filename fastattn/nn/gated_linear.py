@@ -27,8 +27,12 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, (("gate_proj", rows), ("up_proj", rows)), bias)
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, in_features) → (T, gates)."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
+    ) -> torch.Tensor:
+        """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
+        if norm_eps is not None:
+            return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved:
             return ops.gated_linear(x, self.weight, self.bias, self.activation)
         return _ACTIVATIONS[self.activation](super().forward(x))

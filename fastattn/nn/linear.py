@@ -12,6 +12,9 @@ from fastattn.nn.module import Module, Weight, Weights, empty_parameter
 from fastattn.nn.quantized import Piece, QuantizedWeight, Scheme
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as reference
+from fastattn.reference.norm_linear import fold_rms_norm
+
+_FOLDED_ROWS = 4096  # at a time: they are in fp64 for a moment
 
 
 class Linear(Module):
@@ -52,13 +55,27 @@ class Linear(Module):
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).train(linear.training)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """residual: added before the result is rounded."""
+        if residual is not None:
+            return ops.linear(x, self.weight, self.bias, residual=residual)
         if self.quantized is not None:
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
         if self.packed is not None:
             return reference.packed_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """The weight is here as one matrix of numbers."""
+        return self.quantized is None and self.packed is None and self.weight.numel() > 0
+
+    def fold_norm(self, norm_weight: torch.Tensor) -> None:
+        """Takes over the weight of the RMS norm in front: from now on the layer is for what a norm without one gives. A plain
+        weight, in the memory where it is."""
+        for rows in torch.split(self.weight, _FOLDED_ROWS):
+            rows.copy_(fold_rms_norm(norm_weight, rows))
 
     def pieces(self, name: str) -> list[Piece]:
         """The checkpoint's layers that this one, ``name`` in the model, is made of."""
@@ -126,10 +143,15 @@ class MergedLinear(Linear):
             layer.quantize([scheme])
         self.separate, self.weight, self.bias = torch.nn.ModuleList(layers), empty_parameter(0), None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
+    ) -> torch.Tensor:
+        """norm_eps: x is RMS-normalized first, in the same kernel; of a layer that has the norm's weight (`fold_norm`)."""
+        if norm_eps is not None:
+            return ops.rms_norm_linear(x, self.weight, self.bias, norm_eps)
         if self.separate is not None:
             return torch.cat([layer(x) for layer in self.separate], -1)
-        return super().forward(x)
+        return super().forward(x, residual)
 
     def weights(self, prefix: str) -> Weights:
         if self.separate is None:

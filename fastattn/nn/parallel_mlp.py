@@ -27,5 +27,8 @@ class ParallelMLP(Module):
         self.gate_up_proj = GatedLinear(hidden_size, rows, activation, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(self.down_proj(self.gate_up_proj(x)))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
+    ) -> torch.Tensor:
+        """residual, norm_eps: added to the result and normalizing x in the products' kernels, on a single rank."""
+        return self.tp.all_reduce(self.down_proj(self.gate_up_proj(x, norm_eps=norm_eps), residual))
