@@ -150,8 +150,8 @@ class LayerWalk:
             c.num_kv_heads, c.head_dim, count, length, self.device, nn.KVCacheFormat(self.dtype), 1
         )
         residual = states.reshape(-1, hidden).clone()  # the layer adds its attention into it
-        out = layer(None, residual, table, meta, *caches[0])
-        return (residual + out).view(count, length, hidden)
+        out, residual = layer(None, residual, table, meta, *caches[0])
+        return (residual if out is None else residual + out).view(count, length, hidden)
 
 
 def read_weight(source: ModelSource, name: str, out: Tensor) -> None:
