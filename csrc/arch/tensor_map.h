@@ -12,10 +12,10 @@
 
 namespace fastattn {
 
-// Four dimensions of 16-bit elements or 8-bit ones, the contiguous one first; strides of the others in elements,
+// Four dimensions of elements of 8, 16 or 32 bits, the contiguous one first; strides of the others in elements,
 // multiples of 16 bytes. One copy takes a box of `panel` x `rows` x `planes` elements: panels of 128 bytes are laid out
-// with a swizzle of 128 bytes, of 64 with one of 64, as arch/wgmma.cuh reads them. What lies outside the tensor becomes
-// zeros.
+// with a swizzle of 128 bytes, of 64 with one of 64, as arch/wgmma.cuh reads them, others as in memory. What lies
+// outside the tensor becomes zeros.
 struct TensorMapSpec {
   const void* base;  // 16-byte aligned
   DType dtype;
@@ -38,10 +38,16 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
 
-  const int element_bytes = spec.dtype == DType::kFloat8E4M3 || spec.dtype == DType::kInt8 ? 1 : 2;
-  const CUtensorMapDataType type = element_bytes == 1              ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+  const bool one_byte = spec.dtype == DType::kFloat8E4M3 || spec.dtype == DType::kInt8;
+  const int element_bytes = one_byte ? 1 : spec.dtype == DType::kFloat32 ? 4 : 2;
+  const CUtensorMapDataType type = one_byte                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : spec.dtype == DType::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : spec.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int panel_bytes = spec.panel * element_bytes;
+  const CUtensorMapSwizzle swizzle = panel_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(spec.sizes[i]);
   // The stride of a dimension of one element may be anything, but must be valid.
@@ -53,8 +59,7 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result =
       encode(map, type, 4, const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             spec.panel * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             spec.reads_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             swizzle, spec.reads_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

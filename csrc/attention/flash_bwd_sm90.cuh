@@ -143,6 +143,8 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
     tma_prefetch_map(args.k);
     tma_prefetch_map(args.v);
     tma_prefetch_map(args.dout);
+    tma_prefetch_map(args.lse_log2);
+    tma_prefetch_map(args.delta);
     for (int i = 0; i < Storage::kStagesQ; ++i) {
       smem.q_full[i].init(1);
       smem.q_empty[i].init(8);
@@ -200,8 +202,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
         bool first = true;
         const auto load_block = [&](int32_t head_of_group, int32_t block) {
           const int32_t head_idx = tile.kv_head_idx * args.group_size.divisor + head_of_group;
-          const int64_t row =
-              (head_idx * p.config.blocks_of_head + tile.first_block + block) * BLOCK_M;  // in the workspaces
+          const int32_t workspace_block = tile.first_block + block;  // of the head
           smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
           MBarrier& q_full = smem.q_full[q_ring.stage()];
           q_full.arrive_expect_bytes(Q_BYTES + ROW_BYTES);
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
             tma_load_4d(smem.q[q_ring.stage()] + panel * BLOCK_M * PANEL, args.q, q_full, panel * PANEL,
                         tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
           }
-          tma_load_bytes(smem.lse_log2[q_ring.stage()], p.lse_log2 + row, q_full, ROW_BYTES);
+          tma_load_4d(smem.lse_log2[q_ring.stage()], args.lse_log2, q_full, 0, workspace_block, head_idx, 0);
           q_ring.advance();
           if (first) {
             first = false;
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
             tma_load_4d(smem.dout[dout_ring.stage()] + panel * BLOCK_M * PANEL, args.dout, dout_full, panel * PANEL,
                         tile.q_start + block * BLOCK_M, head_idx, packed ? 0 : tile.seq_idx);
           }
-          tma_load_bytes(smem.delta[dout_ring.stage()], p.delta + row, dout_full, ROW_BYTES);
+          tma_load_4d(smem.delta[dout_ring.stage()], args.delta, dout_full, 0, workspace_block, head_idx, 0);
           dout_ring.advance();
         };
         if (heads_last) {
@@ -826,16 +827,23 @@ cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stre
                          flash_bwd_sm90_panel(HEAD_DIM),
                          rows};
   };
-  const TensorMapSpec specs[4] = {describe(p.q, p.head_dim, p.q_tokens, p.num_heads, p.q_batch_stride, p.q_token_stride,
+  const int64_t blocks = config.blocks_of_head;
+  const auto describe_rows = [&](const float* base) {  // a block's numbers at a time
+    constexpr int64_t M = Storage::BLOCK_M;
+    return TensorMapSpec{base, DType::kFloat32, {M, blocks, p.num_heads, 1}, {M, blocks * M, 0}, M, 1};
+  };
+  const TensorMapSpec specs[6] = {describe(p.q, p.head_dim, p.q_tokens, p.num_heads, p.q_batch_stride, p.q_token_stride,
                                            p.q_head_stride, Storage::BLOCK_M),
                                   describe(p.dout, p.v_head_dim, p.q_tokens, p.num_heads, p.dout_batch_stride,
                                            p.dout_token_stride, p.dout_head_stride, Storage::BLOCK_M),
                                   describe(p.k, p.head_dim, p.k_tokens, p.num_kv_heads, p.k_batch_stride,
                                            p.k_token_stride, p.k_head_stride, Storage::BLOCK_N),
                                   describe(p.v, p.v_head_dim, p.k_tokens, p.num_kv_heads, p.v_batch_stride,
-                                           p.v_token_stride, p.v_head_stride, Storage::BLOCK_N)};
-  CUtensorMap* const maps[4] = {&args.q, &args.dout, &args.k, &args.v};
-  for (int i = 0; i < 4; ++i) {
+                                           p.v_token_stride, p.v_head_stride, Storage::BLOCK_N),
+                                  describe_rows(p.lse_log2),
+                                  describe_rows(p.delta)};
+  CUtensorMap* const maps[6] = {&args.q, &args.dout, &args.k, &args.v, &args.lse_log2, &args.delta};
+  for (int i = 0; i < 6; ++i) {
     const cudaError_t error = make_tensor_map(maps[i], specs[i]);
     if (error != cudaSuccess) return error;
   }

@@ -13,6 +13,7 @@ namespace fastattn {
 
 struct FlashBwdSm90Args {
   CUtensorMap q, k, v, dout;
+  CUtensorMap lse_log2, delta;  // of the workspaces: (H, blocks of a head, BLOCK_M)
   FlashBwdSm90Params p;
   FastDivide group_size;    // H / Hk
   FastDivide num_kv_heads;  // Hk

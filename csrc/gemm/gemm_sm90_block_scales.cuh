@@ -96,7 +96,7 @@ class GemmSm90ManyRowsScales {
   __device__ __forceinline__ void fetch() {
     const int64_t panel = panels_.current();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rows_[r] = __ldg(of_rows_[r] + panel * x_stride_);
+    for (int r = 0; r < 2; ++r) rows_[r] = of_rows_[r][panel * x_stride_];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) weight_[part] = __ldg(of_weight_ + part * next_part_ + panel);
   }
@@ -127,7 +127,7 @@ class GemmSm90FewRowsScales {
 #pragma unroll
     for (int i = 0; i < PART_M / 4; ++i) {
       const int row = first + i / 2 * 8 + i % 2;
-      factors_[i] = row < rows_left_ ? __ldg(rows + row) : 0.0f;
+      factors_[i] = row < rows_left_ ? rows[row] : 0.0f;
     }
     weight_ = __ldg(of_weight_ + panel);
   }

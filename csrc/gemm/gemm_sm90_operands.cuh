@@ -52,7 +52,7 @@ struct GemmSm90EightBit {
   static constexpr bool kScaled = true;
   static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
   __device__ static __forceinline__ float row_scale(const GemmSm90Params& p, int64_t row) {
-    return __ldg(p.x_scale + row * p.x_scale_stride);
+    return p.x_scale[row * p.x_scale_stride];
   }
   __device__ static __forceinline__ const float* column_factors(const GemmSm90Params& p) { return p.weight_scale; }
   __device__ static __forceinline__ int64_t column_stride(const GemmSm90Params& p) { return p.weight_scale_stride; }

@@ -89,7 +89,7 @@ struct GemmSm90W4A8 {
   }
 
   __device__ static __forceinline__ float x_scale(const GemmSm90W4Params& p, int64_t row) {
-    return __ldg(p.x_scale + row * p.x_scale_stride);
+    return p.x_scale[row * p.x_scale_stride];
   }
   __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, int64_t row) {
     if constexpr (GROUP == 32) {

@@ -25,7 +25,7 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
   require(reinterpret_cast<uintptr_t>(base) % 16 == 0, "a base that is not a multiple of 16");
   TensorMap result = {};
   result.base = static_cast<const unsigned char*>(base);
-  result.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  result.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
   for (int i = 0; i < 4; ++i) {
     require(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32, "a size that is 0 or above 2^32");
     require(steps[i] == 1, "steps");
@@ -38,9 +38,11 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
     result.box[i] = static_cast<int>(box[i]);
   }
   const int row_bytes = result.box[0] * result.element_bytes;
-  require(row_bytes == (swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128
-                        : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
-                                                               : 0),
+  require(row_bytes % 16 == 0, "a row of the box that is not a multiple of 16 bytes");
+  // A row of neither length may have no swizzle: the driver would allow that to others too, no kernel has it.
+  require(swizzle == (row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                      : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                        : CU_TENSOR_MAP_SWIZZLE_NONE),
           "a row of the box is what the swizzle is of");
   std::memcpy(map, &result, sizeof(result));
   return CUDA_SUCCESS;

@@ -38,9 +38,10 @@ inline TensorMap read_tensor_map(const CUtensorMap& map) {
   return result;
 }
 
-// Of an address in shared memory, in rows of 128 or 64 bytes: 16-byte chunks change places within eight rows.
+// Of an address in shared memory, in rows of 128 or 64 bytes: 16-byte chunks change places within eight rows. Others
+// stay.
 inline uint32_t swizzle(uint32_t address, int row_bytes) {
-  return address ^ (address >> 3 & (row_bytes == 128 ? 0x70u : 0x30u));
+  return address ^ (address >> 3 & (row_bytes == 128 ? 0x70u : row_bytes == 64 ? 0x30u : 0u));
 }
 
 }  // namespace emulator

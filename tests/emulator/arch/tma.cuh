@@ -19,8 +19,10 @@ inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBa
   const uint32_t target = shared_address(destination);
   const int row_bytes = tensor.box[0] * tensor.element_bytes, num_rows = tensor.box[1] * tensor.box[2];
   const int num_bytes = row_bytes * num_rows;
-  // Fewer rows than the swizzle repeats after would begin in its middle.
-  if (target % (8 * row_bytes) != 0) emulator::fail("a box at byte " + std::to_string(target) + ", not aligned");
+  // With a swizzle, fewer rows than it repeats after would begin in its middle.
+  const bool swizzled = row_bytes == 128 || row_bytes == 64;
+  if (target % (swizzled ? 8 * row_bytes : 128) != 0)
+    emulator::fail("a box at byte " + std::to_string(target) + ", not aligned");
   for (int rank = 0; rank < 16; ++rank) {
     if ((cta_mask >> rank & 1) == 0) continue;
     if (rank >= emulator::cta.cluster_size) emulator::fail("a copy to a CTA that is not in the cluster");
@@ -46,18 +48,6 @@ inline void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBa
 inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y, int32_t z,
                         int32_t w, uint64_t = 0) {
   tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
-}
-
-inline void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes) {
-  const uint32_t target = shared_address(destination);
-  if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || num_bytes % 16 != 0) {
-    emulator::fail("bytes from or to an address that is not a multiple of 16, or not a multiple of 16 of them");
-  }
-  std::memset(destination, 0xff, num_bytes);
-  emulator::cta.pending.push_back([=, &barrier] {
-    std::memcpy(smem_bytes + target, source, num_bytes);
-    barrier.complete_bytes(num_bytes);
-  });
 }
 
 }  // namespace fastattn
