@@ -43,8 +43,8 @@ def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"
 
 
 def pin(memory: torch.Tensor) -> None:
-    """Lets the GPU reach a contiguous tensor on the host, until that is gone. As it is: torch's own pinned memory is rounded up
-    to a power of two."""
+    """Lets the GPU reach a tensor on the host, which fills its memory, until that is gone. As it is: torch's own pinned memory
+    is rounded up to a power of two."""
     import torch
 
     if memory.numel() == 0:

@@ -78,9 +78,10 @@ class Runner:
             kv_scales,
         )
         self.kv_cache = self.kv_memory.layers
-        self._host_memory, self.host_blocks = self.kv_memory.on_host(config.num_host_kv_blocks)
+        self.host_blocks = self.kv_memory.on_host(config.num_host_kv_blocks)
         if device.type == "cuda":
-            pin(self._host_memory)
+            for tensor in self.host_blocks:
+                pin(tensor)
         self._calibrates = self.kv_memory.form.static_scales and kv_scales is None
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
@@ -162,16 +163,16 @@ class Runner:
         host for another."""
         rows = torch.tensor(copies, dtype=torch.int32)
         table = (rows.pin_memory() if self.device.type == "cuda" else rows).to(self.device, non_blocking=True)
-        cache, end = self.kv_memory.paged, 0
+        blocks, end = self.kv_memory.by_layer, 0
         for route, of_route in groupby(copies, key=itemgetter(3)):
             start, end = end, end + sum(1 for _ in of_route)
             pairs = table[start:end, :2]
             if route == Route.WITHIN:
-                ops.copy_blocks(cache, pairs, table[start:end, 2].contiguous())
+                ops.copy_blocks(self.kv_memory.by_token, pairs, table[start:end, 2].contiguous())
             elif route == Route.TO_HOST:
-                ops.swap_blocks(cache, self.host_blocks, pairs)
+                ops.swap_blocks(blocks, self.host_blocks, pairs)
             else:
-                ops.swap_blocks(self.host_blocks, cache, pairs)
+                ops.swap_blocks(self.host_blocks, blocks, pairs)
 
     def _fill(self, scheduled: dict[Request, int]) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""

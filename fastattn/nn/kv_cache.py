@@ -105,7 +105,9 @@ class KVMemory:
     """The cache of all layers. Uninitialized on purpose: no operator reads a slot that was not written.
 
     scales: fp32, of tokens (num_layers, 2, num_blocks, block_size, num_kv_heads), or static (num_layers, 2, num_kv_heads), ones
-    until they are known; None if there are none. paged: all that a block consists of.
+    until they are known; None if there are none. What a block consists of, of all layers at once, so that a call that moves
+    blocks has one tensor or two to look at: by_token (num_blocks, block_size, 2 * num_layers, width), for a block's
+    beginning, and by_layer (num_blocks, 2 * num_layers, block_size, width), for all of it.
     """
 
     def __init__(
@@ -133,8 +135,11 @@ class KVMemory:
         self.layers: list[LayerCache] = [
             (*self.values[i], *(() if self.scales is None else self.scales[i])) for i in range(num_layers)
         ]
-        of_block = 4 if form.has_token_scales else 2
-        self.paged = [tensor for layer in self.layers for tensor in layer[:of_block]]
+        stacked = [self.values.flatten(4).flatten(0, 1)]
+        if form.has_token_scales and self.scales is not None:
+            stacked.append(self.scales.flatten(0, 1))
+        self.by_token = [tensor.permute(1, 2, 0, 3) for tensor in stacked]
+        self.by_layer = [tensor.transpose(0, 1) for tensor in stacked]
 
     def release(self) -> None:
         """Gives the blocks' memory back, with what is in it; the tensors stay, and must not be used until `restore`."""
@@ -153,16 +158,12 @@ class KVMemory:
     @property
     def nbytes(self) -> int:
         """Of the blocks."""
-        return sum(tensor.nbytes for tensor in self.paged)
+        return sum(tensor.nbytes for tensor in self.by_layer)
 
-    def on_host(self, num_blocks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Host memory for so many blocks, (num_blocks, bytes) uint8, each block in one piece; and views of it that are like
-        `paged`, scales included."""
-        widths = [tensor[0].nbytes for tensor in self.paged]
-        memory = torch.empty((num_blocks, sum(widths)), dtype=torch.uint8)
-        parts = torch.split(memory, widths, dim=1)
-        views = [
-            part.view(tensor.dtype).view(num_blocks, *tensor.shape[1:])
-            for part, tensor in zip(parts, self.paged, strict=True)
+    def on_host(self, num_blocks: int) -> list[torch.Tensor]:
+        """Host memory for so many blocks, like `by_layer`."""
+        shapes = [(tensor.shape[1], num_blocks, *tensor.shape[2:]) for tensor in self.by_layer]
+        return [
+            torch.empty(shape, dtype=tensor.dtype).transpose(0, 1)
+            for shape, tensor in zip(shapes, self.by_layer, strict=True)
         ]
-        return memory, views

@@ -121,15 +121,23 @@ def test_copies_that_were_not_made_are_read_by_nobody() -> None:
 
 
 @pytest.mark.parametrize(("name", "scales"), [("auto", "dynamic"), ("int8", "dynamic"), ("fp8", "calculate")])
-def test_a_host_block_is_one_piece_with_everything_in_it(name: str, scales: str) -> None:
-    form = kv_cache_format(name, torch.bfloat16, 16, scales)
-    memory = KVMemory(form, 3, 7, BLOCK, 2, 16, torch.device("cpu"))
-    whole, views = memory.on_host(5)
-    assert whole.is_contiguous() and whole.nbytes == 5 * memory.nbytes // 7
-    assert [(v.dtype, v.shape[1:]) for v in views] == [(t.dtype, t.shape[1:]) for t in memory.paged]
-    for number, view in enumerate(views):
-        view[3].view(torch.uint8).fill_(number + 1)
-    assert whole[3].unique().tolist() == list(range(1, len(views) + 1))
+def test_a_block_is_all_layers_keys_values_and_scales(name: str, scales: str) -> None:
+    """Of one block of seven, by each of the views that blocks are moved by; what layers see is the same memory."""
+    memory = KVMemory(kv_cache_format(name, torch.bfloat16, 16, scales), 3, 7, BLOCK, 2, 16, torch.device("cpu"))
+    paged = [t for layer in memory.layers for t in layer if t.dim() > 1]
+    assert len(paged) == 3 * (4 if (name, scales) == ("int8", "dynamic") else 2)
+    for views in (memory.by_token, memory.by_layer):
+        for tensor in paged:
+            tensor.view(torch.uint8).zero_()
+        for view in views:
+            view[3] = 1
+        for tensor in paged:
+            assert (tensor[3] == 1).all()
+            assert (tensor[[0, 1, 2, 4, 5, 6]].float() == 0).all()
+    assert memory.nbytes == sum(t.nbytes for t in paged)
+    host = memory.on_host(5)
+    assert [(h.dtype, h.shape[1:], h.stride(0)) for h in host] == [(t.dtype, t.shape[1:], t.stride(0)) for t in memory.by_layer]  # fmt: skip
+    assert sum(h.nbytes for h in host) == 5 * memory.nbytes // 7
 
 
 def test_the_option_is_a_size_that_plan_and_engine_agree_on() -> None:

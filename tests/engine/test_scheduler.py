@@ -333,14 +333,14 @@ def test_a_preempted_request_goes_on_with_what_it_had() -> None:
 
 
 def test_a_step_that_brings_much_back_lets_fewer_in() -> None:
-    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=64, max_num_batched_tokens=16)
+    sim = Simulation(num_kv_blocks=16, num_host_kv_blocks=64, max_num_batched_tokens=24)
     prompt = list(range(125))
     for other in (prompt, 120):
         sim.add(other, outputs=1)
         sim.drain()
     again = sim.add(prompt[:117])  # its first block is still there
     small = sim.add(11, outputs=1)
-    assert sim.step() == {again: 5, small: 16 - 5 - (112 - BLOCK) // BROUGHT_BACK_PER_COMPUTED}
+    assert sim.step() == {again: 5, small: 24 - 5 - (112 - BLOCK) // BROUGHT_BACK_PER_COMPUTED}
     sim.drain()
 
 
