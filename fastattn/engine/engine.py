@@ -478,6 +478,7 @@ class Engine:
             raise RuntimeError(f"sleep: {len(self._groups)} requests are not finished, allowed are 0")
         self._running_step = None  # of requests that were aborted
         self._bed.sleep(level)
+        self.kv.take_copies()  # of blocks that are gone
         self.kv.reset()
 
     def wake_up(self) -> None:

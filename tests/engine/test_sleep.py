@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,14 @@ def tokens(llm: LLM) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8", "kv_cache_scales": "calculate"}]
+    "options",
+    [
+        {},
+        {"kv_cache_dtype": "int8", "kv_offloading_size": 0.001},
+        {"kv_cache_dtype": "fp8", "kv_cache_scales": "calculate"},
+    ],
 )
-def test_answers_are_the_same_after_a_sleep(options: dict[str, str]) -> None:
+def test_answers_are_the_same_after_a_sleep(options: dict[str, Any]) -> None:
     source = TinySource(config=replace(CONFIG, head_dim=16))
     llm = LLM(source, quiet=True, **SIZES, **options)
     before, runner = tokens(llm), llm.engine.runner

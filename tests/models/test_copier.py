@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def copier(monkeypatch: pytest.MonkeyPatch) -> ThreadedCopier:
     """Buffers of 64 bytes: every tensor here takes several, some rows too."""
     monkeypatch.setattr(module, "_CONVERTED_BYTES", 100)
-    return ThreadedCopier(CPU, num_threads=3, num_buffers=4, buffer_bytes=64)
+    return ThreadedCopier(CPU, num_threads=3, buffer_bytes=64)
 
 
 @pytest.mark.parametrize("stored_as", [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn])
@@ -44,7 +44,7 @@ def test_memory_is_that_of_the_buffers(copier: ThreadedCopier) -> None:
     out, stored = torch.zeros(1000), torch.arange(1000.0)
     copier.copy(out, stored)
     copier.wait()
-    assert torch.equal(out, stored) and copier._free.qsize() == 4
+    assert torch.equal(out, stored) and len(copier._free) == 4
     copier.close()
 
 
@@ -55,14 +55,14 @@ def test_an_error_in_a_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(module._Buffer, "send", fail)
-    copier = ThreadedCopier(CPU, num_threads=2, num_buffers=2)
+    monkeypatch.setattr(module._Buffers, "send", fail)
+    copier = ThreadedCopier(CPU, num_threads=2, buffer_bytes=64)
     copier.copy(torch.zeros(9), torch.ones(9))
     with pytest.raises(OSError, match="the disk is gone"):
         copier.wait()
     with pytest.raises(OSError, match="the disk is gone"):
         copier.bring(torch.ones(9), CPU)
-    assert copier._free.qsize() == 2
+    assert len(copier._free) == 3
     copier.close()
     assert threading.active_count() == before
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from queue import SimpleQueue
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,26 +30,23 @@ class Copier:
 
 
 class ThreadedCopier(Copier):
-    """To a GPU, by several threads: a chunk is read into a pinned buffer, and fetched by the GPU while others are read.
+    """To a GPU, by several threads: each reads into a pinned buffer of its own, which the GPU fetches while it fills another.
 
-    One thread reads the page cache at a fifth of what the bus takes. Host memory is that of the buffers, whatever the tensors'
-    size. ``copy`` returns before the numbers are there; `wait` waits for them. What goes wrong in a thread is raised by a later
-    call, and ends all.
+    One thread reads the page cache at a tenth of what the bus takes. Host memory is that of the buffers, two a thread, whatever the
+    tensors' size. ``copy`` returns before the numbers are there; `wait` waits for them. What goes wrong in a thread is raised by a
+    later call, and ends all.
     """
 
-    def __init__(
-        self, device: torch.device, num_threads: int = 8, num_buffers: int = 16, buffer_bytes: int = 4 << 20
-    ) -> None:
+    def __init__(self, device: torch.device, num_threads: int = 8, buffer_bytes: int = 16 << 20) -> None:
         on_gpu = device.type == "cuda"
         self._device = torch.empty(0, device=device).device  # with its number, as tensors have it
         self._buffer_bytes = buffer_bytes
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._free: SimpleQueue[_Buffer] = SimpleQueue()
-        for memory in torch.empty(num_buffers, buffer_bytes, dtype=torch.uint8, pin_memory=on_gpu):
-            self._free.put(_Buffer(memory, self._stream))
+        # One more, for the caller. The last that was given back is the first that is taken: few may be enough.
+        self._free = [_Buffers(buffer_bytes, self._stream) for _ in range(num_threads + 1)]
         self._pool = ThreadPoolExecutor(num_threads, "fastattn-load")
         self._jobs: deque[Future[None]] = deque()
-        self._most_jobs = 2 * num_buffers  # more would only make the progress bar lie
+        self._most_jobs = 2 * num_threads  # more would only make the progress bar lie
 
     def copy(self, out: torch.Tensor, stored: torch.Tensor) -> None:
         if out.device != self._device or not stored.numel():
@@ -58,20 +54,16 @@ class ThreadedCopier(Copier):
         elif out.dtype == stored.dtype and out.is_contiguous():
             self._start(out, stored)
         else:  # converted there, a part at a time
-            out, stored = (
-                out.reshape(-1) if out.dim() == 0 else out,
-                stored.reshape(-1) if stored.dim() == 0 else stored,
-            )
+            out, stored = (t.unsqueeze(0) if t.dim() == 0 else t for t in (out, stored))
             step = max(1, _CONVERTED_BYTES // stored[0].nbytes)
-            for own, part in zip(torch.split(out, step), torch.split(stored, step), strict=True):
+            for own, part in _split(out, stored, step):
                 own.copy_(self.bring(part, self._device))
 
     def bring(self, stored: torch.Tensor, device: torch.device) -> torch.Tensor:
         out = torch.empty(stored.shape, dtype=stored.dtype, device=device)
         if device != self._device or not stored.numel():
             return out.copy_(stored)
-        jobs = self._start(out, stored)
-        for job in jobs:
+        for job in self._start(out, stored):
             job.result()
         self._order_after_copies()
         return out
@@ -87,47 +79,65 @@ class ThreadedCopier(Copier):
         self._order_after_copies()  # of those that are under way, even if their memory is given up now
 
     def _start(self, out: torch.Tensor, stored: torch.Tensor) -> list[Future[None]]:
-        """Begins to copy, and returns what is to be waited for."""
+        """Begins to copy, and returns what is to be waited for. What is small is copied at once, as another thread would take
+        longer to wake up."""
         if self._stream is not None:  # the memory may have been another tensor's, whose work has not ended
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        jobs = []
+        jobs: list[Future[None]] = []
         for target, chunk in _chunks(out, stored, self._buffer_bytes):
+            if chunk.numel() <= self._buffer_bytes // 16:
+                self._copy_chunk(target, chunk)
+                continue
             while len(self._jobs) >= self._most_jobs:
                 self._jobs.popleft().result()
-            job = self._pool.submit(self._copy_chunk, target, chunk)
-            self._jobs.append(job)
-            jobs.append(job)
+            jobs.append(self._pool.submit(self._copy_chunk, target, chunk))
+            self._jobs.append(jobs[-1])
         return jobs
 
     def _copy_chunk(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
-        buffer = self._free.get()
+        buffers = self._free.pop()
         try:
-            buffer.send(target, chunk)
+            buffers.send(target, chunk)
         finally:
-            self._free.put(buffer)
+            self._free.append(buffers)
 
     def _order_after_copies(self) -> None:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
-class _Buffer:
-    """Pinned memory on the way to a GPU, and when it may be written again. Without a stream: host memory on the way to other."""
+class _Buffers:
+    """Pinned memory on the way to a GPU, in two halves, and when each may be written again. Without a stream: host memory on the
+    way to other."""
 
-    def __init__(self, memory: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
-        self._memory, self._stream = memory, stream
-        self._taken = torch.cuda.Event() if stream is not None else None  # type: ignore[no-untyped-call]
+    def __init__(self, nbytes: int, stream: torch.cuda.Stream | None) -> None:
+        self._nbytes, self._stream = nbytes, stream
+        self._halves: list[torch.Tensor] = []  # at the first use: pinning takes a while
+        self._taken = [torch.cuda.Event() if stream is not None else None for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def send(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
-        if self._taken is not None:
-            self._taken.synchronize()
-        memory = self._memory[: chunk.numel()].view(chunk.shape)
+        if not self._halves:
+            self._halves += torch.empty(2, self._nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        self._halves.reverse()
+        self._taken.reverse()
+        taken = self._taken[0]
+        # Asked first: whoever waits lets other threads go on, and has to wait for them then.
+        if taken is not None and not taken.query():  # type: ignore[no-untyped-call]
+            taken.synchronize()
+        memory = self._halves[0][: chunk.numel()].view(chunk.shape)
         # numpy's copy is this thread's alone and lets the others run; torch's would start threads of its own.
         np.copyto(memory.numpy(), chunk.numpy())
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        if taken is None:
+            target.copy_(memory)
+            return
+        with torch.cuda.stream(self._stream):
             target.copy_(memory, non_blocking=True)
-            if self._taken is not None:
-                self._taken.record()
+            taken.record()
+
+
+def _split(out: torch.Tensor, stored: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for first in range(0, stored.shape[0], step):
+        yield out[first : first + step], stored[first : first + step]
 
 
 def _chunks(out: torch.Tensor, stored: torch.Tensor, most_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -140,7 +150,7 @@ def _chunks(out: torch.Tensor, stored: torch.Tensor, most_bytes: int) -> Iterato
             yield from _chunks(own, row, most_bytes)
         return
     step = most_bytes // row_bytes
-    yield from zip(torch.split(out, step), torch.split(stored, step), strict=True)
+    yield from _split(out, stored, step)
 
 
 @contextmanager

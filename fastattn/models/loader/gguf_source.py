@@ -109,9 +109,9 @@ class GGUFSource:
             copier.copy(target, data.view(plain))
             return
         step = max(1, _CHUNK[out.device.type] // tensor.shape[-1])
-        for rows_out, rows_in in zip(torch.split(target, step), torch.split(data, step), strict=True):
-            decoded = decode_blocks(copier.bring(rows_in, out.device), tensor.block_type)
-            rows_out.copy_(decoded[:, columns])
+        for first in range(0, data.shape[0], step):
+            rows_in = copier.bring(data[first : first + step], out.device)
+            target[first : first + step].copy_(decode_blocks(rows_in, tensor.block_type)[:, columns])
 
     def _read_config(self) -> ModelConfig:
         embedding = self._file.tensors.get("token_embd.weight")
