@@ -38,6 +38,7 @@ def latency(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     speculative: opt.Speculative = None,
+    trace: opt.Trace = None,
 ) -> None:
     """Time one batch from its prompts going in to its last token."""
     _check_least(("batch-size", batch_size, 1), ("num-iters-warmup", num_iters_warmup, 0), ("num-iters", num_iters, 1))
@@ -57,6 +58,7 @@ def latency(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
+        trace=trace,
     )
     from fastattn.benchmarks import offline
 
@@ -104,6 +106,7 @@ def throughput(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     speculative: opt.Speculative = None,
+    trace: opt.Trace = None,
 ) -> None:
     """Time many requests, all given at once."""
     from fastattn.benchmarks import offline
@@ -128,6 +131,7 @@ def throughput(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
+        trace=trace,
     )
     result = offline.throughput(loaded.llm, options, n=n)
     typer.echo(

@@ -168,9 +168,11 @@ def test_bench_serve_names_what_is_wrong(
 
 def test_bench_latency(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
+    trace = tmp_path / "trace.json"
     counts = ("--batch-size", "2", "--num-iters-warmup", "1", "--num-iters", "3", "--output-json", str(path))
-    result = invoke("bench", "latency", "--model", "tiny", *SIZES, *counts)
+    result = invoke("bench", "latency", "--model", "tiny", *SIZES, *counts, "--trace", str(trace))
     assert result.exit_code == 0, result.output
+    assert sum(event["name"] == "request" and event["ph"] == "e" for event in json.loads(trace.read_text())) == 4 * 2
     saved = json.loads(path.read_text())
     assert len(saved["latencies"]) == 3 and set(saved["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
     assert min(saved["latencies"]) <= saved["percentiles"]["50"] <= max(saved["latencies"])
