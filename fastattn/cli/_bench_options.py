@@ -53,6 +53,14 @@ Completions = Annotated[int, typer.Option("-n", "--n", metavar="N", help="Answer
 OutputJson = Annotated[
     Path | None, typer.Option("--output-json", metavar="FILE", callback=_place, help="Write the result as JSON.")
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="LIST",
+        help="Of vllm and hf (transformers), which to run with the same prompts first, each in a process of its own.",
+    ),
+]
 Plot = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE", callback=_picture, help="Draw latency over throughput, as PNG, SVG or PDF."),
