@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import typer
 from tqdm import tqdm
 
 from fastattn.cli import _bench_options as bopt
 from fastattn.cli import _options as opt
 from fastattn.cli import _session
-
-if TYPE_CHECKING:
-    from fastattn.benchmarks.engines import Measured, Request
-    from fastattn.models.loader import ModelSource
+from fastattn.cli._beside import Beside, write_json
 
 
 def latency(
@@ -45,20 +37,31 @@ def latency(
     speculative: opt.Speculative = None,
     trace: opt.Trace = None,
     against: bopt.Against = None,
+    plot: bopt.Plot = None,
 ) -> None:
     """Time one batch from its prompts going in to its last token."""
     _check_least(("batch-size", batch_size, 1), ("num-iters-warmup", num_iters_warmup, 0), ("num-iters", num_iters, 1))
     from fastattn.benchmarks import offline
 
-    peers = _Peers(against, n, model, device, dtype, max_model_len, gpu_memory_utilization)
-    found = peers.measure(
+    beside = Beside(
         "latency",
+        model,
+        against=against,
+        plot=plot,
+        output_json=output_json,
+        n=n,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    beside.measure(
         lambda source: offline.latency_requests(source, input_len or 32, output_len or 128, batch_size, seed),
         num_iters,
         num_iters_warmup,
     )
     loaded = _session.load_llm(
-        peers.source or model,
+        beside.model,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -90,7 +93,7 @@ def latency(
     typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for percentile, seconds in result["percentiles"].items():
         typer.echo(f"{percentile}% percentile latency: {seconds:.4f} seconds")
-    _finish(result, found, "latency", offline.latency_figures, "avg_latency", output_json)
+    beside.finish(result, offline.latency_figures, "avg_latency")
 
 
 def throughput(
@@ -121,6 +124,7 @@ def throughput(
     speculative: opt.Speculative = None,
     trace: opt.Trace = None,
     against: bopt.Against = None,
+    plot: bopt.Plot = None,
 ) -> None:
     """Time many requests, all given at once."""
     from fastattn.benchmarks import offline
@@ -129,10 +133,21 @@ def throughput(
     options = DatasetOptions(
         dataset_name, dataset_path, num_prompts, input_len, output_len, random_range_ratio, random_prefix_len, seed
     )
-    peers = _Peers(against, n, model, device, dtype, max_model_len, gpu_memory_utilization)
-    found = peers.measure("throughput", lambda source: offline.throughput_requests(source, options))
+    beside = Beside(
+        "throughput",
+        model,
+        against=against,
+        plot=plot,
+        output_json=output_json,
+        n=n,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    beside.measure(lambda source: offline.throughput_requests(source, options))
     loaded = _session.load_llm(
-        peers.source or model,
+        beside.model,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -156,83 +171,7 @@ def throughput(
     )
     num_output = result["total_output_tokens"]
     counts = result["num_requests"], result["total_num_tokens"] - num_output, num_output
-    _finish(
-        result,
-        found,
-        "throughput",
-        lambda seconds: offline.throughput_figures(seconds[0], *counts),
-        "tokens_per_second",
-        output_json,
-    )
-
-
-class _Peers:
-    """What --against names: measured before our engine takes the memory, and checked before anything is."""
-
-    def __init__(
-        self,
-        against: str | None,
-        n: int,
-        model: str,
-        device: str,
-        dtype: str,
-        max_model_len: int | None,
-        gpu_memory_utilization: float,
-    ) -> None:
-        self.source: ModelSource | None = None
-        if against is None:
-            return
-        from fastattn.benchmarks.against import parse_peers
-        from fastattn.engine.device import choose_device, choose_dtype
-        from fastattn.engine.setup import choose_model_len
-
-        self.names = parse_peers(against)
-        if n != 1:
-            raise ValueError(f"--n is {n}, allowed is 1 with --against")
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
-        self.source = _session.open_source(model)
-        self.max_model_len = choose_model_len(self.source.config, max_model_len)
-        self.gpu_memory_utilization = gpu_memory_utilization
-
-    def measure(
-        self, name: str, requests: Callable[[ModelSource], list[Request]], repeats: int = 1, warm_ups: int = 0
-    ) -> dict[str, Measured]:
-        if self.source is None:
-            return {}
-        from fastattn.benchmarks.against import measure_peers
-        from fastattn.benchmarks.engines import Load
-
-        cut = [(ids, min(new, self.max_model_len - len(ids))) for ids, new in requests(self.source)]
-        return measure_peers(
-            self.names,
-            self.source,
-            Load(name, cut, repeats, warm_ups),
-            device=self.device,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-        )
-
-
-def _finish(
-    result: dict[str, Any],
-    found: dict[str, Measured],
-    load: str,
-    figures: Callable[[list[float]], dict[str, Any]],
-    shown: str,
-    output_json: Path | None,
-) -> None:
-    """Sets the peers beside our result, and writes it. Exit code 1 if one of them failed."""
-    if found:
-        from fastattn.benchmarks import against
-
-        result["against"] = against.beside(found, load, figures, result)
-        for line in against.lines(result["against"], shown):
-            typer.echo(line)
-    write_json(output_json, result)
-    if any(m.error for m in found.values()):
-        raise typer.Exit(1)
+    beside.finish(result, lambda seconds: offline.throughput_figures(seconds[0], *counts), "tokens_per_second")
 
 
 def startup(
@@ -306,8 +245,3 @@ def _check_least(*counts: tuple[str, int, int]) -> None:
     for name, value, least in counts:
         if value < least:
             raise ValueError(f"--{name} is {value}, allowed is at least {least}")
-
-
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")

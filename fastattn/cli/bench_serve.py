@@ -94,7 +94,7 @@ def serve(
     """
     from fastattn.benchmarks import load, summary
     from fastattn.benchmarks.datasets import DatasetOptions, load_samples
-    from fastattn.benchmarks.plot import plot_load, require_matplotlib
+    from fastattn.benchmarks.plot import load_section, require_matplotlib, write
     from fastattn.openai_http import Server
 
     # What can be wrong without the server is found before it is asked.
@@ -139,7 +139,7 @@ def serve(
         for error in sorted({o.error for o in outcomes if o.error is not None})[:5]:
             print(f"fastattn: {error}", file=sys.stderr)
     if plot is not None:
-        plot_load(results, plot)
+        write(load_section(target.model, results), plot)
     if any(result["failed"] for result in results):
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import plot
 from bench.families import engine
 from bench.harness.case import Context
 from bench.harness.ceilings import Work
@@ -128,3 +129,16 @@ def test_recorded_times_are_given_on_with_their_notes() -> None:
     row = report.add("x", found, {}, Work(items=10, unit="tok"), "", 0.0)
     assert (row["ours_us"], row["ratio"], row["achieved"]) == (200_000.0, 20.0, "50 tok/s")
     assert row["notes"] == {"hf": "estimated: a part", "vllm": "RuntimeError: lost"}
+
+
+def test_results_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with fastattn[bench]")
+    results = plot.RESULTS / "engine_gpu.json"
+    assert plot.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "engine_gpu.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text()
+    for case in json.loads(results.read_text())["cases"]:
+        assert f"<tr><td>{case['id']}</td><td>{case['ours_us']:.4g}</td>" in page
+    (tmp_path / "other.json").write_text("[]")
+    assert plot.main([str(tmp_path / "other.json"), "--out", str(tmp_path)]) == 2
+    assert "other.json has no cases, expected what" in capsys.readouterr().err

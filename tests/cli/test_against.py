@@ -53,16 +53,22 @@ def test_a_peer_reads_the_weights_that_we_have(architecture: str, monkeypatch: p
     assert not folder.exists()
 
 
+@pytest.mark.skipif(engines.missing("transformers") != "", reason="transformers comes with fastattn[compress]")
 def test_latency_beside_transformers(invoke: Invoke, tmp_path: Path) -> None:
     """For real: transformers reads the tiny model and answers the same prompts."""
+    pytest.importorskip("matplotlib", reason="matplotlib comes with fastattn[bench]")
     path = tmp_path / "latency.json"
-    counts = ("--num-iters-warmup", "1", "--num-iters", "2", "--output-json", str(path))
+    page = tmp_path / "latency.html"
+    counts = ("--num-iters-warmup", "1", "--num-iters", "2", "--output-json", str(path), "--plot", str(page))
     result = invoke(*LATENCY, *counts, "--against", "hf")
     assert result.exit_code == 0, result.output
     saved = json.loads(path.read_text())
     theirs = saved["against"]["hf"]
     assert set(theirs) == {"version", "startup_seconds", "avg_latency", "latencies", "percentiles", "ratio"}
     assert theirs["ratio"] == pytest.approx(theirs["avg_latency"] / saved["avg_latency"])
+    text = page.read_text()
+    assert "<h1>tiny: latency</h1>" in text and f"<td>{theirs['ratio']:.4g}</td>" in text
+    assert text.count("data:image/png;base64,") == 1 and "http" not in text
     assert f"hf {theirs['version']}: avg_latency {theirs['avg_latency']:.4f}; ours is" in result.stdout
 
 

@@ -132,6 +132,12 @@ def test_bench_serve_sweeps_and_draws(invoke: Invoke, fake: FakeServer, tmp_path
     assert details["backend"] == "openai-chat" and details["generated_texts"] == ["Hello world."] * 4
     assert len(details["ttfts"]) == 4 and (tmp_path / "r-100.0qps.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    page = picture.with_suffix(".html")
+    result = invoke(
+        "bench", "serve", "--base-url", fake.url, "--num-prompts", "2", "--input-len", "3", "--plot", str(page)
+    )
+    assert result.exit_code == 0, result.output
+    assert "<tr><td>completed</td><td>2</td></tr>" in page.read_text()
 
 
 def test_bench_serve_ends_with_1_when_a_request_failed(invoke: Invoke, fake: FakeServer) -> None:
