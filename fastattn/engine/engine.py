@@ -330,6 +330,7 @@ class Engine:
 
     def _advance(self, step: _RunningStep) -> None:
         """Counts a step that still runs as computed, and its draws as tokens whose ids are not known yet."""
+        self.trace.phase("schedule")
         self.scheduler.advance(step.scheduled)
         step.is_advanced = True
         for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):

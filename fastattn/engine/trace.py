@@ -47,7 +47,7 @@ class NoTrace:
     """Tracing is off: what an engine calls then, and what there is to call."""
 
     def phase(self, name: str) -> None:
-        """The host begins this phase of a step, which ends the one before it."""
+        """The host begins this phase of a step, which ends another that it was in."""
 
     def end(self) -> None:
         """The host's phase ends, and with it the step."""
@@ -104,9 +104,10 @@ class Trace(NoTrace):
         self._write({"ph": "M", "name": "process_name", "args": {"name": "fastattn"}})
 
     def phase(self, name: str) -> None:
-        now = self._now()
-        self._end_phase(now)
-        self._phase = name, now
+        if self._phase is None or self._phase[0] != name:
+            now = self._now()
+            self._end_phase(now)
+            self._phase = name, now
 
     def end(self) -> None:
         self._end_phase(self._now())
