@@ -119,6 +119,32 @@ def test_bench_serve_saves_what_vllm_saves(invoke: Invoke, fake: FakeServer, tmp
     assert all(body["ignore_eos"] and body["user"] == "bench" and body["temperature"] == 0 for body in fake.bodies)
 
 
+def test_bench_serve_beside_another_server(invoke: Invoke, fake: FakeServer, tmp_path: Path) -> None:
+    with run_fake() as other:
+        sizes = (
+            "--num-prompts",
+            "3",
+            "--input-len",
+            "6",
+            "--output-len",
+            "4",
+            "--save-result",
+            "--result-dir",
+            str(tmp_path),
+        )
+        arguments = ("bench", "serve", "--base-url", fake.url, *sizes, "--result-filename", "o.json")
+        result = invoke(*arguments, "--against", f"vllm={other.url}")
+        assert result.exit_code == 0, result.output
+        saved = json.loads((tmp_path / "o.json").read_text())
+        theirs = saved["against"]["vllm"]
+        assert (theirs["completed"], theirs["model_id"]) == (3, saved["model_id"])
+        assert theirs["ratio"] == pytest.approx(theirs["mean_e2el_ms"] / saved["mean_e2el_ms"])
+        assert sorted(str(body) for body in other.bodies) == sorted(str(body) for body in fake.bodies)
+        other.cut_after = 1  # from now on its streams break off
+        assert "broke off" in invoke(*arguments, "--against", f"vllm={other.url}").stderr
+    assert "expected NAME=URL" in one_line_error(invoke(*arguments, "--against", "vllm"))
+
+
 def test_bench_serve_sweeps_and_draws(invoke: Invoke, fake: FakeServer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with fastattn[bench]")
     picture = tmp_path / "load.png"
