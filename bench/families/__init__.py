@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.families import (
     cascade,
+    engine,
     engine_cpu,
     engine_gpu,
     flash_bwd,
@@ -42,6 +43,8 @@ FAMILIES: dict[str, Family] = {
         cascade.FAMILY,
         engine_cpu.FAMILY,
         engine_gpu.FAMILY,
+        engine.FAMILY,
+        engine.SATURATED,
         speculation.CPU,
         speculation.GPU,
     )

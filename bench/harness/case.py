@@ -43,10 +43,11 @@ class Case:
 
 @dataclass
 class Context:
-    """One run of a family. `shared` holds what several cases use: a loaded model, say."""
+    """One run of a family. ids: its cases. `shared` holds what several of them use: a loaded model, say."""
 
     device: torch.device
     quick: bool = False
+    ids: tuple[str, ...] = ()
     shared: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -70,13 +71,14 @@ class CaseSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """timer: device time of one call, or host time of a whole workload (`rounds` of them, quick: one)."""
+    """timer: device time of one call; host time of a whole workload (`rounds` of them, quick: one); or what calls say that they
+    took in a process of their own."""
 
     name: str
     device: Literal["cpu", "cuda"]
     about: str
     specs: tuple[CaseSpec, ...]
-    timer: Literal["graph", "wall"] = "graph"
+    timer: Literal["graph", "wall", "recorded"] = "graph"
     rounds: int = 2
 
 

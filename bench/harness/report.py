@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bench.harness.timing import Timing
 # because whoever reads this takes logarithms.
 FAILED_US = 1e12
 FAILED_CEILING = 1e-9
+# Times that were come by in another way than the report's method says.
+_NOTED = ("stream", "estimated", "published")
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Report:
             if isinstance(timing, Exception):
                 notes[name] = one_line(timing)
         for name, timing in {"ours": ours, **timings}.items():
-            if isinstance(timing, Timing) and timing.how.startswith("stream"):
+            if isinstance(timing, Timing) and timing.how.startswith(_NOTED):
                 notes[name] = timing.how
         floor, bound = work.floor_us(self.ceilings)
         row = {
@@ -85,6 +88,24 @@ class Report:
         }
         self.cases.append(row)
         return row
+
+    @classmethod
+    def read(cls, folder: Path, family: str) -> Report | None:
+        """What was written there; None if nothing was."""
+        path = folder / f"{family}.json"
+        if not path.is_file():
+            return None
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return cls(family, body["meta"], body["ceilings"], body["cases"])
+
+    def take(self, earlier: Report, but: Collection[str]) -> None:
+        """The cases of an earlier run, except those named, before this one's. Raises ValueError if it was of another commit or
+        GPU: their figures don't belong in one table."""
+        for name in ("gpu", "commit"):
+            if earlier.meta[name] != self.meta[name]:
+                raise ValueError(f"--add: the report is of {name} {earlier.meta[name]}, this run of {self.meta[name]}")
+        self.cases[:0] = [row for row in earlier.cases if row["id"] not in but]
+        self.meta["command"] = f"{earlier.meta['command']}; {self.meta['command']}"
 
     @property
     def failed(self) -> list[str]:

@@ -16,7 +16,7 @@ from bench.harness.case import Case, CaseSpec, Checked, Context, Family
 from bench.harness.ceilings import measure_ceilings
 from bench.harness.peers import PeerAbsentError
 from bench.harness.report import FAILED_US, Report, one_line, verdict
-from bench.harness.timing import Call, GraphTimer, Timer, WallTimer
+from bench.harness.timing import Call, GraphTimer, RecordedTimer, Timer, WallTimer
 
 
 class UnavailableError(Exception):
@@ -40,6 +40,8 @@ def device_for(family: Family) -> torch.device:
 
 
 def make_timer(family: Family, device: torch.device, quick: bool) -> Timer:
+    if family.timer == "recorded":
+        return RecordedTimer()
     if family.timer == "wall":
         return WallTimer(1 if quick else family.rounds, min_seconds=0.0, warm_up=0)  # check and peers have run once
     if device.type == "cpu":
@@ -47,8 +49,16 @@ def make_timer(family: Family, device: torch.device, quick: bool) -> Timer:
     return GraphTimer(device, rounds=1 if quick else family.rounds, budget_us=20_000.0 if quick else 60_000.0)
 
 
-def run_family(family: Family, specs: Sequence[CaseSpec], context: Context, out: Path, meta: dict[str, Any]) -> Report:
-    """Runs `specs` of the family and writes the report after each case. meta is added to the report's own."""
+def run_family(
+    family: Family,
+    specs: Sequence[CaseSpec],
+    context: Context,
+    out: Path,
+    meta: dict[str, Any],
+    earlier: Report | None = None,
+) -> Report:
+    """Runs `specs` of the family and writes the report after each case. meta is added to the report's own. earlier: what an
+    earlier run on the same machine found of the other cases; the report is of both."""
     start = time.perf_counter()
     timer = make_timer(family, context.device, context.quick)
     ceiling_timer: Timer = WallTimer(rounds=3)
@@ -58,6 +68,11 @@ def run_family(family: Family, specs: Sequence[CaseSpec], context: Context, out:
     ceilings = measure_ceilings(ceiling_timer, context.device, context.quick)
     report = Report(family.name, environment.meta(context.device, timer.method) | {"complete": False} | meta, ceilings)
     _say(f"{family.name}: " + ", ".join(f"{name} {value:g}" for name, value in ceilings.items() if value))
+    if earlier is not None:
+        try:
+            report.take(earlier, {spec.id for spec in specs})
+        except ValueError as error:
+            raise UnavailableError(str(error)) from None
     lost = ""
     for spec in specs:
         if lost:

@@ -94,6 +94,33 @@ class WallTimer:
         return repeats
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a call of `RecordedTimer` gives: seconds of each run. note: what there is to say of them, or ""."""
+
+    seconds: Sequence[float]
+    note: str = ""
+
+
+class RecordedTimer:
+    """For engines that were timed in processes of their own: a call runs nothing, it gives its `Recorded`."""
+
+    method = (
+        "host clock in each engine's own process, one engine after the other; warm-up of every number of sequences in a step; "
+        "median of the runs"
+    )
+
+    def measure(self, calls: Mapping[str, Call]) -> dict[str, Timing | Exception]:
+        results: dict[str, Timing | Exception] = {}
+        for name, call in calls.items():
+            try:
+                found: Recorded = call()
+                results[name] = summarize([s * 1e6 for s in found.seconds], found.note or "recorded")
+            except Exception as error:
+                results[name] = error
+        return results
+
+
 class GraphTimer:
     """Device time of a call with a cold L2.
 

@@ -8,20 +8,45 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastattn.benchmarks.datasets import DatasetOptions, load_samples
+from fastattn.benchmarks.datasets import DatasetOptions, Sample, load_samples
 
 if TYPE_CHECKING:
-    from fastattn.engine.intake import Prompt
+    from fastattn.benchmarks.engines import Request
     from fastattn.engine.llm import LLM
+    from fastattn.models.loader import ModelSource
+    from fastattn.models.tokenizer import Tokenizer
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
-def random_prompts(llm: LLM, lengths: Sequence[int], seed: int) -> list[Prompt]:
-    """Prompts of random tokens: nothing is shared, and no text is needed."""
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[dict[str, list[int]]]:
+    """Prompts of random tokens: nothing is shared, and no text is needed. The same arguments give the same prompts."""
     rng = np.random.default_rng(seed)
-    vocab_size = llm.model_config.vocab_size
     return [{"prompt_token_ids": rng.integers(0, vocab_size, length).tolist()} for length in lengths]
+
+
+def throughput_prompts(
+    options: DatasetOptions, vocab_size: int, tokenizer: Tokenizer
+) -> tuple[Sequence[str | dict[str, list[int]]], list[Sample]]:
+    """What `throughput` asks, and how long the answers are."""
+    samples = load_samples(options, tokenizer)
+    if options.name == "random" and not options.prefix_len:  # exact lengths, whatever the tokenizer makes of words
+        return random_prompts(vocab_size, [s.prompt_len for s in samples], options.seed), samples
+    return [s.prompt for s in samples], samples
+
+
+def latency_requests(source: ModelSource, input_len: int, output_len: int, batch_size: int, seed: int) -> list[Request]:
+    """What `latency` asks of a model, in token ids."""
+    prompts = random_prompts(source.config.vocab_size, [input_len] * batch_size, seed)
+    return [(p["prompt_token_ids"], output_len) for p in prompts]
+
+
+def throughput_requests(source: ModelSource, options: DatasetOptions) -> list[Request]:
+    """What `throughput` asks of a model, in token ids."""
+    tokenizer = source.tokenizer()
+    prompts, samples = throughput_prompts(options, source.config.vocab_size, tokenizer)
+    ids = [tokenizer.encode(p) if isinstance(p, str) else p["prompt_token_ids"] for p in prompts]
+    return [(found, sample.output_len) for found, sample in zip(ids, samples, strict=True)]
 
 
 def latency(
@@ -40,7 +65,7 @@ def latency(
     from fastattn.engine.sampling_params import SamplingParams
 
     params = SamplingParams(n=n, temperature=1.0, ignore_eos=True, max_tokens=output_len)
-    prompts = random_prompts(llm, [input_len] * batch_size, seed)
+    prompts = random_prompts(llm.model_config.vocab_size, [input_len] * batch_size, seed)
     seconds = []
     for iteration in range(num_iters_warmup + num_iters):
         start = time.perf_counter()
@@ -48,9 +73,13 @@ def latency(
         if iteration >= num_iters_warmup:
             seconds.append(time.perf_counter() - start)
         on_iteration()
+    return latency_figures(seconds)
+
+
+def latency_figures(seconds: Sequence[float]) -> dict[str, Any]:
     return {
         "avg_latency": float(np.mean(seconds)),
-        "latencies": seconds,
+        "latencies": list(seconds),
         "percentiles": {str(p): float(np.percentile(seconds, p)) for p in PERCENTILES},
     }
 
@@ -59,22 +88,23 @@ def throughput(llm: LLM, options: DatasetOptions, *, n: int = 1, show_progress: 
     """All requests at once, to the end. Keys as in vLLM's --output-json, and how many tokens were generated."""
     from fastattn.engine.sampling_params import SamplingParams
 
-    samples = load_samples(options, llm.tokenizer)
-    prompts: Sequence[Prompt] = [s.prompt for s in samples]
-    if options.name == "random" and not options.prefix_len:  # exact lengths, whatever the tokenizer makes of words
-        prompts = random_prompts(llm, [s.prompt_len for s in samples], options.seed)
+    prompts, samples = throughput_prompts(options, llm.model_config.vocab_size, llm.tokenizer)
     params = [SamplingParams(n=n, temperature=1.0, ignore_eos=True, max_tokens=s.output_len) for s in samples]
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=show_progress)
     elapsed = time.perf_counter() - start
     num_prompt = sum(len(o.prompt_token_ids) for o in outputs)
     num_output = sum(len(c.token_ids) for o in outputs for c in o.outputs)
+    return throughput_figures(elapsed, len(outputs), num_prompt, num_output)
+
+
+def throughput_figures(elapsed: float, num_requests: int, num_prompt: int, num_output: int) -> dict[str, Any]:
     return {
         "elapsed_time": elapsed,
-        "num_requests": len(outputs),
+        "num_requests": num_requests,
         "total_num_tokens": num_prompt + num_output,
         "total_output_tokens": num_output,
-        "requests_per_second": len(outputs) / elapsed,
+        "requests_per_second": num_requests / elapsed,
         "tokens_per_second": (num_prompt + num_output) / elapsed,
         "output_tokens_per_second": num_output / elapsed,
     }

@@ -18,8 +18,8 @@ def _place(path: Path | None) -> Path | None:
 
 
 def _picture(path: Path | None) -> Path | None:
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"{str(path)!r} ends in {path.suffix!r}, allowed are .png, .svg and .pdf")
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf", ".html"):
+        raise typer.BadParameter(f"{str(path)!r} ends in {path.suffix!r}, allowed are .png, .svg, .pdf and .html")
     return _place(path)
 
 
@@ -53,9 +53,22 @@ Completions = Annotated[int, typer.Option("-n", "--n", metavar="N", help="Answer
 OutputJson = Annotated[
     Path | None, typer.Option("--output-json", metavar="FILE", callback=_place, help="Write the result as JSON.")
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="LIST",
+        help="Of vllm and hf (transformers), which to run with the same prompts first, each in a process of its own.",
+    ),
+]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", callback=_picture, help="Draw latency over throughput, as PNG, SVG or PDF."),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        callback=_picture,
+        help="Draw the result, as PNG, SVG or PDF, or as an HTML page with its figures.",
+    ),
 ]
 BenchPrefixCaching = Annotated[
     bool,

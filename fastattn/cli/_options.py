@@ -155,6 +155,16 @@ Speculative = Annotated[
     ),
 ]
 
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Write what host and device do in every step, for Perfetto; compressed if it ends in .gz.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
 # ---- sampling ----
 
 SAMPLING = "Sampling"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import typer
 from tqdm import tqdm
 
 from fastattn.cli import _bench_options as bopt
 from fastattn.cli import _options as opt
 from fastattn.cli import _session
+from fastattn.cli._beside import Beside, write_json
 
 
 def latency(
@@ -38,11 +35,33 @@ def latency(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     speculative: opt.Speculative = None,
+    trace: opt.Trace = None,
+    against: bopt.Against = None,
+    plot: bopt.Plot = None,
 ) -> None:
     """Time one batch from its prompts going in to its last token."""
     _check_least(("batch-size", batch_size, 1), ("num-iters-warmup", num_iters_warmup, 0), ("num-iters", num_iters, 1))
-    loaded = _session.load_llm(
+    from fastattn.benchmarks import offline
+
+    beside = Beside(
+        "latency",
         model,
+        against=against,
+        plot=plot,
+        output_json=output_json,
+        n=n,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    beside.measure(
+        lambda source: offline.latency_requests(source, input_len or 32, output_len or 128, batch_size, seed),
+        num_iters,
+        num_iters_warmup,
+    )
+    loaded = _session.load_llm(
+        beside.model,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -57,9 +76,8 @@ def latency(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
+        trace=trace,
     )
-    from fastattn.benchmarks import offline
-
     with tqdm(total=num_iters_warmup + num_iters, desc="Batches", disable=None) as bar:
         result = offline.latency(
             loaded.llm,
@@ -75,7 +93,7 @@ def latency(
     typer.echo(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for percentile, seconds in result["percentiles"].items():
         typer.echo(f"{percentile}% percentile latency: {seconds:.4f} seconds")
-    write_json(output_json, result)
+    beside.finish(result, offline.latency_figures, "avg_latency")
 
 
 def throughput(
@@ -104,6 +122,9 @@ def throughput(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     speculative: opt.Speculative = None,
+    trace: opt.Trace = None,
+    against: bopt.Against = None,
+    plot: bopt.Plot = None,
 ) -> None:
     """Time many requests, all given at once."""
     from fastattn.benchmarks import offline
@@ -112,8 +133,21 @@ def throughput(
     options = DatasetOptions(
         dataset_name, dataset_path, num_prompts, input_len, output_len, random_range_ratio, random_prefix_len, seed
     )
-    loaded = _session.load_llm(
+    beside = Beside(
+        "throughput",
         model,
+        against=against,
+        plot=plot,
+        output_json=output_json,
+        n=n,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    beside.measure(lambda source: offline.throughput_requests(source, options))
+    loaded = _session.load_llm(
+        beside.model,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -128,13 +162,16 @@ def throughput(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
+        trace=trace,
     )
     result = offline.throughput(loaded.llm, options, n=n)
     typer.echo(
         f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s, "
         f"{result['output_tokens_per_second']:.2f} output tokens/s"
     )
-    write_json(output_json, result)
+    num_output = result["total_output_tokens"]
+    counts = result["num_requests"], result["total_num_tokens"] - num_output, num_output
+    beside.finish(result, lambda seconds: offline.throughput_figures(seconds[0], *counts), "tokens_per_second")
 
 
 def startup(
@@ -208,8 +245,3 @@ def _check_least(*counts: tuple[str, int, int]) -> None:
     for name, value, least in counts:
         if value < least:
             raise ValueError(f"--{name} is {value}, allowed is at least {least}")
-
-
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")

@@ -86,6 +86,12 @@ def serve(
         str | None, typer.Option("--result-filename", metavar="NAME", help="Not given: rate, model and time.")
     ] = None,
     plot: bopt.Plot = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="NAME=URL", help="Another server to give the same load afterwards; repeatable."
+        ),
+    ] = None,
     disable_tqdm: Annotated[bool, typer.Option("--disable-tqdm", help="No progress bar.")] = False,
 ) -> None:
     """Send requests to a server by the clock, and time the answers.
@@ -94,7 +100,7 @@ def serve(
     """
     from fastattn.benchmarks import load, summary
     from fastattn.benchmarks.datasets import DatasetOptions, load_samples
-    from fastattn.benchmarks.plot import plot_load, require_matplotlib
+    from fastattn.benchmarks.plot import load_section, require_matplotlib, write
     from fastattn.openai_http import Server
 
     # What can be wrong without the server is found before it is asked.
@@ -113,14 +119,18 @@ def serve(
         raise ValueError(f"--result-dir is {str(result_dir)!r}, expected a folder that is there")
     url = base_url or config.openai_base_url() or f"http://{host}:{port}"
     server = Server(url, api_key or config.openai_api_key())
+    others = {name: Server(other) for name, other in map(_named_url, against or [])}
     samples = load_samples(options, _tokenizer(tokenizer))
     target = load.Target(server, server.choose_model(model), endpoint, extra)
-    _try(target)
+    peers = {name: load.Target(other, other.choose_model(None), endpoint, extra) for name, other in others.items()}
+    for each in (target, *peers.values()):
+        _try(each)
 
     results = []
     for rate, times in zip(rates, arrivals, strict=True):
         outcomes, seconds = _run(target, samples, times, max_concurrency, timeout, hide=disable_tqdm)
-        result = {
+        outcomes_of_all = list(outcomes)
+        result: dict[str, Any] = {
             "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
             "backend": "openai-chat" if endpoint.endswith("chat/completions") else "openai",
             "model_id": target.model,
@@ -132,15 +142,26 @@ def serve(
             **summary.summarize(outcomes, seconds, metrics=metrics, percentiles=percentiles, goodput=limits),
         }
         typer.echo("\n".join(summary.lines(result, metrics, percentiles)))
+        for name, peer in peers.items():
+            theirs, taken = _run(peer, samples, times, max_concurrency, timeout, hide=disable_tqdm)
+            found = summary.summarize(theirs, taken, metrics=metrics, percentiles=percentiles, goodput=limits)
+            ratio = (
+                found["mean_e2el_ms"] / result["mean_e2el_ms"] if result["completed"] and found["completed"] else None
+            )
+            result.setdefault("against", {})[name] = {"model_id": peer.model, **found, "ratio": ratio}
+            typer.echo("\n".join([f"{name}:", *summary.lines(found, metrics, percentiles)]))
+            if ratio is not None:
+                typer.echo(f"Its answers take {ratio:.2f} times as long.")
+            outcomes_of_all += theirs
         if save_result or save_detailed:
             path = result_dir / _file_name(result_filename, result, several=len(rates) > 1)
             path.write_text(json.dumps(result | (_details(outcomes) if save_detailed else {}), indent=2) + "\n")
         results.append(result | {k: v for k, v in _details(outcomes).items() if k in ("ttfts", "e2els")})
-        for error in sorted({o.error for o in outcomes if o.error is not None})[:5]:
+        for error in sorted({o.error for o in outcomes_of_all if o.error is not None})[:5]:
             print(f"fastattn: {error}", file=sys.stderr)
     if plot is not None:
-        plot_load(results, plot)
-    if any(result["failed"] for result in results):
+        write(load_section(target.model, results), plot)
+    if any(found["failed"] for result in results for found in (result, *result.get("against", {}).values())):
         raise typer.Exit(1)
 
 
@@ -213,6 +234,15 @@ def _limit(text: str) -> tuple[str, float]:
     if name not in METRICS:
         raise ValueError(f"--goodput has {text!r}, expected METRIC:MS with one of {', '.join(METRICS)}")
     return name, _in(value, "goodput", 0, float("inf"))
+
+
+def _named_url(text: str) -> tuple[str, str]:
+    name, found, url = text.partition("=")
+    if not (found and name and url):
+        raise ValueError(
+            f"--against is {text!r}, expected NAME=URL of a server that runs, such as vllm=http://127.0.0.1:8001"
+        )
+    return name, url
 
 
 def _extra(text: str | None, temperature: float, ignore_eos: bool) -> dict[str, Any]:

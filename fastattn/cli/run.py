@@ -52,6 +52,7 @@ def run(
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     speculative: opt.Speculative = None,
+    trace: opt.Trace = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Answer prompts with a model, streaming, all at once.
@@ -83,6 +84,7 @@ def run(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
+        trace=trace,
         quiet=quiet,
     )
     inputs = make_inputs(loaded.llm, texts, system, raw)

@@ -111,6 +111,7 @@ class Engine:
         self.speculator = speculator
         self.tokenizer = tokenizer
         self.runner = runner
+        self.trace = runner.trace
         self.startup = startup
         self._bed = Bed(runner, reload)
         self.kv = KVCacheManager(
@@ -282,7 +283,9 @@ class Engine:
             self._running_step = launched
         elif launched is not None:
             changed += self._settle(launched)
+        self.trace.phase("outputs")
         outputs = self._give_all(changed)
+        self.trace.end()
         if not self._groups:
             self._running_step = None  # nobody is left to wait for what it draws
         return outputs
@@ -299,7 +302,9 @@ class Engine:
                 changed += self._fail(self.scheduler.running, error)
                 return None
         now = time.monotonic()
+        self.trace.phase("schedule")
         scheduled = self.scheduler.schedule()
+        self.trace.counters(self.scheduler, scheduled)
         if not scheduled:
             self.check()
             return None
@@ -325,6 +330,7 @@ class Engine:
 
     def _advance(self, step: _RunningStep) -> None:
         """Counts a step that still runs as computed, and its draws as tokens whose ids are not known yet."""
+        self.trace.phase("schedule")
         self.scheduler.advance(step.scheduled)
         step.is_advanced = True
         for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):
@@ -335,12 +341,14 @@ class Engine:
     def _settle(self, step: _RunningStep) -> list[Request]:
         """Waits for what a step drew and hands it to its requests, but for those that have ended since. Returns those of which
         there is something to tell."""
+        self.trace.phase("wait")
         try:
             sampled = step.draw.result() if step.draw is not None else Sampled([], [], [], [])
         except torch.AcceleratorError:
             raise
         except Exception as error:
             return self._fail(step.scheduled, error)
+        self.trace.phase("outputs")
         if not step.is_advanced:
             self.scheduler.advance(step.scheduled)
         self._num_steps += 1
@@ -451,6 +459,7 @@ class Engine:
                     self.speculator.release(request)
         if group.finished:
             group.metrics.finished_time = time.monotonic()
+            self.trace.request(group)
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._owner[request]
@@ -497,7 +506,8 @@ class Engine:
             self.runner.ranks.check()
 
     def close(self) -> None:
-        """Ends the other ranks, if there are any. No step is possible then."""
+        """Ends the other ranks and the trace, if there are any. No step is possible then."""
+        self.trace.close()
         if self.runner.ranks is not None:
             self.runner.ranks.close()
 

@@ -23,6 +23,7 @@ from fastattn.engine.pooler import Pooler
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Draw, Sampler, token_logprobs
+from fastattn.engine.trace import NO_TRACE, NoTrace
 from fastattn.models.decoder import DecoderModel
 from fastattn.nn import KVMemory, kv_cache_format
 
@@ -62,10 +63,11 @@ class Runner:
         step_memory: torch.Tensor | None = None,
         ranks: RankGroup | None = None,
         kv_scales: torch.Tensor | None = None,
+        trace: NoTrace = NO_TRACE,
     ) -> None:
         """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0. kv_scales: what
         `load_kv_scales` gave; without them static scales are calibrated in the first step."""
-        self.model, self.config, self.device, self.ranks = model, config, device, ranks
+        self.model, self.config, self.device, self.ranks, self.trace = model, config, device, ranks, trace
         c = model.config
         self.kv_memory = KVMemory(
             kv_cache_format(config.kv_cache_dtype, dtype, c.head_dim, config.kv_cache_scales),
@@ -97,7 +99,9 @@ class Runner:
     ) -> Draw | None:
         """Queues a step, after the one before it. Tokens of that one that the host does not know yet are taken from the device
         (`TokenSequence.append_unknown`). None: nobody's next token comes of it."""
+        self.trace.phase("build")
         step = self._fill(scheduled)
+        self.trace.phase("launch")
         wanted = _prompt_rows(scheduled)
         rows = tuple((first, len(targets)) for _, first, targets in wanted)
         computed = self.compute(replace(step, extra_rows=rows, copies=tuple(copies)))
@@ -106,6 +110,7 @@ class Runner:
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
         if computed.hidden is not None:
             self.pooler.pool(computed.hidden, scheduled)
+        self.trace.phase("sample")
         num_drafted = {r: over for r, n in scheduled.items() if (over := n - r.seq.num_pending) >= 0}
         if not num_drafted:
             return None
@@ -132,9 +137,12 @@ class Runner:
 
     def compute(self, step: Step) -> Computed:
         """The forward pass of the step that lies in the host's buffer, on all ranks."""
-        if self.ranks is None:
-            return self.compute_part(step)
-        return self.ranks.run(step, lambda: self.compute_part(step))
+        with self.trace.device_span(
+            "capture" if step.capture else "step", tokens=step.num_tokens, sequences=step.num_seqs, graph=step.graph
+        ):
+            if self.ranks is None:
+                return self.compute_part(step)
+            return self.ranks.run(step, lambda: self.compute_part(step))
 
     def follow(self, message: bytes) -> None:
         """The part of a rank other than 0. Returns when the host's buffer may be overwritten."""

@@ -18,6 +18,7 @@ from fastattn.engine.memory_plan import PlanOptions, memory_plan
 from fastattn.engine.rank_setup import start_ranks
 from fastattn.engine.runner import Runner
 from fastattn.engine.startup import Startup
+from fastattn.engine.trace import NO_TRACE, NoTrace, Trace, check_trace_path
 from fastattn.models.config import ModelConfig
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.loader.quantized_source import check_quantization, with_quantization
@@ -42,6 +43,7 @@ class EngineOptions:
     speculative decoding. kv_offloading_size: GiB of host memory, of all ranks together, for KV blocks that are evicted; None
     is off. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
+    trace: file that takes a trace of every step, for Perfetto; compressed if it ends in .gz.
     """
 
     device: str = "auto"
@@ -66,6 +68,7 @@ class EngineOptions:
     debug_checks: bool = False
     speculative: SpeculativeConfig | None = None
     rank_timeout_seconds: float | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         size = self.tensor_parallel_size
@@ -85,6 +88,7 @@ class EngineOptions:
                     "host memory is a second tier of the prefix cache"
                 )
         check_quantization(self.quantization)
+        check_trace_path(self.trace)
         if self.async_scheduling and (size > 1 or self.speculative is not None):
             raise ValueError(
                 "async_scheduling is True, allowed is False or None with several ranks or speculative decoding, whose steps "
@@ -210,6 +214,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
         config = engine_config(options, sizes, plan.num_kv_blocks, plan.num_host_kv_blocks)
         tokenizer = source.tokenizer()
         startup.lap("tokenizer")
+        trace: NoTrace = NO_TRACE if options.trace is None else Trace(options.trace, device)
         # The draft model comes first: what can be wrong with it is found before the larger one is read.
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
         if draft is not None:
@@ -224,7 +229,9 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
             network = load(show_progress, tp)
             ranks.wait_until_loaded()
         startup.lap("weights")
-        runner = Runner(network, config, device, dtype, step_memory=step_memory, ranks=ranks, kv_scales=kv_scales)
+        runner = Runner(
+            network, config, device, dtype, step_memory=step_memory, ranks=ranks, kv_scales=kv_scales, trace=trace
+        )
         engine = Engine(runner, config, tokenizer, speculator, startup=startup, reload=load)
         startup.lap("kv_cache")
         on_error.pop_all()

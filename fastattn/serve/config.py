@@ -119,6 +119,13 @@ class EngineSettings(BaseModel):
         Field(description='Speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4}.'),
     ] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="Seed of the engine.")] = 0
+    trace: Annotated[
+        str | None,
+        Field(
+            description="File that takes what host and device do in every step, for Perfetto; compressed if it ends in .gz; "
+            "begun anew with each start of the engine."
+        ),
+    ] = None
 
     @field_validator("speculative_config", mode="before")
     @classmethod
@@ -127,7 +134,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks kv_offloading_size gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks kv_offloading_size gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling trace"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

@@ -218,7 +218,8 @@ def _build(spec: m.EngineSpec) -> tuple[Engine, str]:
     if (speculative := options.pop("speculative", None)) is not None:
         options["speculative"] = SpeculativeConfig.from_dict(speculative)
     source = open_model(spec.model)
-    digest = _digest(Path(source.name), {"version": __version__, **spec.options})
+    decisive = {name: value for name, value in spec.options.items() if name != "trace"}
+    digest = _digest(Path(source.name), {"version": __version__, **decisive})
     return build_engine(source, EngineOptions(**options)), digest
 
 

@@ -119,6 +119,32 @@ def test_bench_serve_saves_what_vllm_saves(invoke: Invoke, fake: FakeServer, tmp
     assert all(body["ignore_eos"] and body["user"] == "bench" and body["temperature"] == 0 for body in fake.bodies)
 
 
+def test_bench_serve_beside_another_server(invoke: Invoke, fake: FakeServer, tmp_path: Path) -> None:
+    with run_fake() as other:
+        sizes = (
+            "--num-prompts",
+            "3",
+            "--input-len",
+            "6",
+            "--output-len",
+            "4",
+            "--save-result",
+            "--result-dir",
+            str(tmp_path),
+        )
+        arguments = ("bench", "serve", "--base-url", fake.url, *sizes, "--result-filename", "o.json")
+        result = invoke(*arguments, "--against", f"vllm={other.url}")
+        assert result.exit_code == 0, result.output
+        saved = json.loads((tmp_path / "o.json").read_text())
+        theirs = saved["against"]["vllm"]
+        assert (theirs["completed"], theirs["model_id"]) == (3, saved["model_id"])
+        assert theirs["ratio"] == pytest.approx(theirs["mean_e2el_ms"] / saved["mean_e2el_ms"])
+        assert sorted(str(body) for body in other.bodies) == sorted(str(body) for body in fake.bodies)
+        other.cut_after = 1  # from now on its streams break off
+        assert "broke off" in invoke(*arguments, "--against", f"vllm={other.url}").stderr
+    assert "expected NAME=URL" in one_line_error(invoke(*arguments, "--against", "vllm"))
+
+
 def test_bench_serve_sweeps_and_draws(invoke: Invoke, fake: FakeServer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with fastattn[bench]")
     picture = tmp_path / "load.png"
@@ -132,6 +158,12 @@ def test_bench_serve_sweeps_and_draws(invoke: Invoke, fake: FakeServer, tmp_path
     assert details["backend"] == "openai-chat" and details["generated_texts"] == ["Hello world."] * 4
     assert len(details["ttfts"]) == 4 and (tmp_path / "r-100.0qps.json").exists()
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    page = picture.with_suffix(".html")
+    result = invoke(
+        "bench", "serve", "--base-url", fake.url, "--num-prompts", "2", "--input-len", "3", "--plot", str(page)
+    )
+    assert result.exit_code == 0, result.output
+    assert "<tr><td>completed</td><td>2</td></tr>" in page.read_text()
 
 
 def test_bench_serve_ends_with_1_when_a_request_failed(invoke: Invoke, fake: FakeServer) -> None:
@@ -168,9 +200,11 @@ def test_bench_serve_names_what_is_wrong(
 
 def test_bench_latency(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
+    trace = tmp_path / "trace.json"
     counts = ("--batch-size", "2", "--num-iters-warmup", "1", "--num-iters", "3", "--output-json", str(path))
-    result = invoke("bench", "latency", "--model", "tiny", *SIZES, *counts)
+    result = invoke("bench", "latency", "--model", "tiny", *SIZES, *counts, "--trace", str(trace))
     assert result.exit_code == 0, result.output
+    assert sum(event["name"] == "request" and event["ph"] == "e" for event in json.loads(trace.read_text())) == 4 * 2
     saved = json.loads(path.read_text())
     assert len(saved["latencies"]) == 3 and set(saved["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
     assert min(saved["latencies"]) <= saved["percentiles"]["50"] <= max(saved["latencies"])
