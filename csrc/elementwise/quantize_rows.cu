@@ -5,6 +5,11 @@
 //
 //   x (rows, N) bf16 or fp16   q (rows, N) int8, LARGEST 127, or e4m3, LARGEST 448   scale (rows) fp32
 //
+// Asymmetric, with low and high a row's least and largest element, 0 among them:
+//
+//   scale[r] = (high - low) / 255, or 1 for a row of zeros   zero_point[r] = round(-128 - low / scale[r])
+//   q[r, j] = round(x[r, j] / scale[r] + zero_point[r])
+//
 // One CTA per row, which stays in registers (norm/row_cache.cuh). Memory bounds it: 3 bytes an element.
 //
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
@@ -13,7 +18,9 @@
 //
 // Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
 // reaches the scale, where the product finds it. Division, not multiplication by a reciprocal: the same bits as on the
-// CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut.
+// CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut. A row
+// with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such a scale that is
+// NaN.
 #include <cuda_fp8.h>
 
 #include "arch/dispatch.h"
@@ -79,6 +86,60 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
     Pack<Q, VEC> rounded;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) rounded.words[i] = Code<Q>::of(values[i] / scale);
+    store_pack<VEC>(q + vec_idx * VEC, rounded);
+  });
+}
+
+// Least and largest element, as integers: as such, negative numbers are below 0, from which both begin.
+template <typename Cache>
+__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+    quantize_rows_asymmetric_kernel(const __grid_constant__ QuantizeRowsParams p) {
+  using T = typename Cache::T;
+  using Index = typename Cache::Index;
+  constexpr int VEC = Cache::VEC;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t row_idx = blockIdx.x;
+  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
+  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
+  int8_t* const q = static_cast<int8_t*>(p.q) + row_idx * p.row_size;
+  const auto load = [&](Index vec_idx) { return load_pack_early<VEC>(x + vec_idx * VEC); };
+
+  Cache row;
+  row.fill(num_vecs, load);
+  int32_t above = 0, below = 0;  // the bits of high and of -low
+  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      above = max(above, __float_as_int(values[i]));
+      below = max(below, __float_as_int(-values[i]));
+    }
+  });
+  const auto larger = [](int32_t a, int32_t b) { return max(a, b); };
+  above = block_reduce<0>(above, 0, larger);
+  below = block_reduce<1>(below, 0, larger);
+  const float high = __int_as_float(above), low = -__int_as_float(below);
+  float scale = (high - low) / 255.0f;
+  if (scale == 0.0f) scale = 1.0f;
+  const float first = low / scale;  // a NaN becomes 0
+  const float zero_point = rintf(fminf(-128.0f - (first == first ? first : 0.0f), 127.0f));
+  if (threadIdx.x == 0) {
+    p.scale[row_idx] = scale;
+    p.zero_point[row_idx] = static_cast<int32_t>(zero_point);
+  }
+
+  row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
+    Pack<int8_t, VEC> rounded;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const float quotient = values[i] / scale;
+      const float code = (quotient == quotient ? quotient : 0.0f) + zero_point;
+      rounded.words[i] = static_cast<int8_t>(max(-128, min(127, __float2int_rn(code))));
+    }
     store_pack<VEC>(q + vec_idx * VEC, rounded);
   });
 }
@@ -155,6 +216,17 @@ cudaError_t quantize_rows(const QuantizeRowsParams& p, cudaStream_t stream) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+cudaError_t quantize_rows_asymmetric(const QuantizeRowsParams& p, cudaStream_t stream) {
+  if (p.q_dtype != DType::kInt8) return cudaErrorInvalidValue;
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return dispatch_half(p.dtype, [&](auto element) {
+    return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
+      return launch_kernel_behind(quantize_rows_asymmetric_kernel<decltype(cache)>, p.num_rows, num_threads, 0, stream,
+                                  p);
+    });
+  });
 }
 
 cudaError_t quantize_groups(const QuantizeRowsParams& p, cudaStream_t stream) {

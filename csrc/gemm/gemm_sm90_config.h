@@ -21,12 +21,17 @@ constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},     
                                            {192, 128},          {192, 192},         {192, 224}, {128, 128, 1, true},
                                            {128, 192, 1, true}, {128, 256, 1, true}};
 
+// Whether a tile of so many columns has room for the sums of weight's rows, which zero points of x are multiplied by:
+// 224 would have it in place of a stage.
+constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
+
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
 // columns have one.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
-                                  bool block_scales = false) {
+                                  bool block_scales = false, bool zero_points = false) {
   if (block_scales && tile.block_n % 128 != 0) return false;
+  if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
@@ -75,6 +80,7 @@ struct GemmSm90Problem {
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
+  bool zero_points = false;   // of x, in int8
 
 struct GemmSm90Config {
   bool few_rows;  // which kernel
@@ -206,7 +212,10 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = problem.norm != GemmSm90Norm::kNone;
-      if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales)) continue;
+      if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
+                              problem.zero_points)) {
+        continue;
+      }
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
       if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&

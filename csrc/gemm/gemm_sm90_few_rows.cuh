@@ -99,7 +99,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   float row_scale = 0.0f, row_first = 0.0f;
+  int2 code_sums[PER_COLUMN][2] = {};
   constexpr bool kStores = Epilogue::kStores;
+  int32_t row_zero_point = 0;
   std::conditional_t<kStores, Epilogue, GemmSm90NoOthers> of_row;
   const auto load_factors = [&] {
     if (column >= width) return;
@@ -111,6 +113,12 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
         scales[i][1] = weight_scales_of(p, weight_row + 2);
       }
       if constexpr (kCentred) {
+      if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+        if (p.x_zero_point != nullptr) {
+          code_sums[i][0] = *reinterpret_cast<const int2*>(p.weight_code_sum + weight_row);
+          code_sums[i][1] = *reinterpret_cast<const int2*>(p.weight_code_sum + weight_row + 2);
+        }
+      }
         weight_sums[i][0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + weight_row));
         weight_sums[i][1] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + weight_row + 2));
       }
@@ -124,6 +132,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
     }
     if (kCentred && row < num_rows) row_first = first_of_row<T>(p, first_m + row);
+    if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+      if (row < num_rows) row_zero_point = zero_point_of(p, first_m + row);
+    }
     if constexpr (kStores) {
       if (row < num_rows) of_row.load(p, first_m + row, column);
     }
@@ -222,9 +233,18 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
         if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
       }
       float of_columns[4][PER_COLUMN];
+      if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+        if (sum_row != row) row_zero_point = zero_point_of(p, first_m + sum_row);
+      }
 #pragma unroll
       for (int i = 0; i < PER_COLUMN; ++i) {
         float4& value = floats_of(sums[i]);
+        if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+          sums[i].x -= row_zero_point * code_sums[i][0].x;
+          sums[i].y -= row_zero_point * code_sums[i][0].y;
+          sums[i].z -= row_zero_point * code_sums[i][1].x;
+          sums[i].w -= row_zero_point * code_sums[i][1].y;
+        }
         if constexpr (kNormed) {
           value.x = (value.x - norm.mean * weight_sums[i][0].x) * norm.scale;
           value.y = (value.y - norm.mean * weight_sums[i][0].y) * norm.scale;
