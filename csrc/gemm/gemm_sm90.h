@@ -87,7 +87,8 @@ cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
-cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);  // few rows only
-cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);      // few rows only
+// Few rows only, and in tiles of kGemmSm90MostSampledRows of them at most.
+cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);
+cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);  // few rows only
 
 }  // namespace fastattn

@@ -46,10 +46,15 @@ constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
 
-// Which of these there are: where blocks have scales, few rows are 128 at most.
+// Which of these there are: where blocks have scales, few rows are 64 at most. With more, the scales of x's rows, of
+// which a thread has one for every fourth, take longer than the weight.
 constexpr bool gemm_sm90_has_few_rows_tile(const GemmSm90Tile& tile, bool block_scales) {
-  return !block_scales || (tile.block_n == 64 && (tile.block_m != 64 || tile.ctas_per_sm == 2));
+  return !block_scales || (tile.block_m <= 64 && tile.ctas_per_sm == 2);
 }
+
+// Rows of x up to which a head draws tokens in the kernel for few rows: with more, writing the logits and reading them
+// again is faster.
+constexpr int64_t kGemmSm90MostSampledRows = 32;
 
 // Its stages, of so many panels of 128 bytes of a row, in what a CTA has of 227 KiB, less 2 KiB for what is not in the
 // ring.
@@ -75,12 +80,12 @@ struct GemmSm90Problem {
   GemmSm90Norm norm = GemmSm90Norm::kNone;
   bool gated = false;         // rows of weight are those of gates and ups by eights
   bool block_scales = false;  // of 128 x 128, with sums in two levels
+  bool zero_points = false;   // of x, in int8
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
-  bool zero_points = false;   // of x, in int8
 
 struct GemmSm90Config {
   bool few_rows;  // which kernel

@@ -401,10 +401,11 @@ int main(int argc, char** argv) {
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     if (choice.few_rows && seed / choices.size() % 3 == 2) {
+      const bool samples = choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {
-        one_in(3) ? run_added_call<__half>(choice.tile) : run_sampled_call<__half>(choice.tile);
+        samples ? run_sampled_call<__half>(choice.tile) : run_added_call<__half>(choice.tile);
       } else {
-        one_in(3) ? run_added_call<__nv_bfloat16>(choice.tile) : run_sampled_call<__nv_bfloat16>(choice.tile);
+        samples ? run_sampled_call<__nv_bfloat16>(choice.tile) : run_added_call<__nv_bfloat16>(choice.tile);
       }
     } else if (one_in(2)) {
       run_call_of_any<__half>(choice.few_rows, choice.tile);
