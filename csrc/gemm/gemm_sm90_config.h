@@ -53,7 +53,7 @@ constexpr bool gemm_sm90_has_few_rows_tile(const GemmSm90Tile& tile, bool block_
 }
 
 // Rows of x up to which a head draws tokens in the kernel for few rows: with more, writing the logits and reading them
-// again is faster.
+// again takes as long.
 constexpr int64_t kGemmSm90MostSampledRows = 32;
 
 // Its stages, of so many panels of 128 bytes of a row, in what a CTA has of 227 KiB, less 2 KiB for what is not in the
