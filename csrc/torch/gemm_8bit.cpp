@@ -1,30 +1,38 @@
 #include "elementwise/quantize_rows.h"
+#include "torch/gated_activation_call.h"
 #include "torch/gemm_call.h"
 #include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {
 
-// zero_point: where those of the rows go, if there are any.
-std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, ScalarType q_dtype, bool groups = false,
+// activation: of gates, or "" where x is quantized as it is. zero_point: where those of the rows go, if there are any.
+std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, const std::string& activation,
+                                            ScalarType q_dtype, bool groups = false,
                                             std::optional<Tensor>* zero_point = nullptr) {
   const Checks checks(op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, kHalves);
-  Tensor q = empty(x, shape_of(x), q_dtype);
+  QuantizeRowsParams p;
+  p.gated = !activation.empty();
+  if (p.gated) {
+    checks.that(x.size(1) % 2 == 0,
+                "x has a last dimension of " + std::to_string(x.size(1)) + ", expected it even with an activation");
+    p.activation = activation_named(checks, activation);
+  }
+  p.row_size = x.size(1) / (p.gated ? 2 : 1);
+  Tensor q = empty(x, {x.size(0), p.row_size}, q_dtype);
   std::vector<int64_t> scale_shape = {x.size(0)};
-  if (groups) scale_shape.insert(scale_shape.begin(), ceil_div(x.size(1), kQuantizeGroup));
+  if (groups) scale_shape.insert(scale_shape.begin(), ceil_div(p.row_size, kQuantizeGroup));
   Tensor scale = empty(x, scale_shape, ScalarType::Float);
   if (zero_point != nullptr) *zero_point = empty(x, {x.size(0)}, ScalarType::Int);
   if (scale.numel() == 0) return {q, scale};
 
   const OnDeviceOf guard(x);
-  QuantizeRowsParams p;
   p.x = x.data_ptr();
   p.q = q.data_ptr();
   p.scale = static_cast<float*>(scale.data_ptr());
   p.x_rows = rows_of(x);
   p.num_rows = x.size(0);
-  p.row_size = x.size(1);
   p.dtype = dtype_of(x);
   p.q_dtype = dtype_of(q);
   if (zero_point != nullptr) p.zero_point = static_cast<int32_t*>((*zero_point)->data_ptr());
@@ -33,22 +41,23 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, Sca
   return {q, scale};
 }
 
-std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x) {
-  return quantize_rows_op("quantize_int8", x, ScalarType::Char);
+std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_int8", x, activation, ScalarType::Char);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_int8_asymmetric_op(const Tensor& x) {
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_asymmetric_op(const Tensor& x, const std::string& activation) {
   std::optional<Tensor> zero_point;
-  const auto [q, scale] = quantize_rows_op("quantize_int8_asymmetric", x, ScalarType::Char, false, &zero_point);
+  const auto [q, scale] =
+      quantize_rows_op("quantize_int8_asymmetric", x, activation, ScalarType::Char, false, &zero_point);
   return {q, scale, *zero_point};
 }
 
-std::tuple<Tensor, Tensor> quantize_fp8_op(const Tensor& x) {
-  return quantize_rows_op("quantize_fp8", x, ScalarType::Float8_e4m3fn);
+std::tuple<Tensor, Tensor> quantize_fp8_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_fp8", x, activation, ScalarType::Float8_e4m3fn);
 }
 
-std::tuple<Tensor, Tensor> quantize_fp8_groups_op(const Tensor& x) {
-  return quantize_rows_op("quantize_fp8_groups", x, ScalarType::Float8_e4m3fn, true);
+std::tuple<Tensor, Tensor> quantize_fp8_groups_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_fp8_groups", x, activation, ScalarType::Float8_e4m3fn, true);
 }
 
 // A product of operands of 8 bits, and the kernels that have it.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize
+from fastattn.reference.activation import gated_activation
 
 FP8_BLOCK = 128  # rows, and columns, that share a scale
 
@@ -14,20 +15,25 @@ FP8_BLOCK = 128  # rows, and columns, that share a scale
 EXACT_COLUMNS = 2**24 // 128**2
 
 
-def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) int8, scale (M) fp32."""
-    values = x.float()
-    scale = values.abs().amax(1) / 127 if x.shape[1] else values.new_zeros(x.shape[0])
+def _to_quantize(x: Tensor, activation: str) -> Tensor:
+    """x (M, K), or of (M, 2K) with an activation act(gate) * up in x's dtype, → (M, K) fp32."""
+    return (gated_activation(x, activation) if activation else x).float()
+
+
+def quantize_int8(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) int8, scale (M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    scale = values.abs().amax(1) / 127 if values.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     q = (values / scale[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
     return q.to(torch.int8), scale
 
 
-def quantize_int8_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, K) → q (M, K) int8, scale (M) fp32, zero_point (M) int32."""
-    values = x.float()
+def quantize_int8_asymmetric(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, K) → q (M, K) int8, scale (M) fp32, zero_point (M) int32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
     zeros = values.new_zeros(x.shape[0])
-    low, high = (values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)) if x.shape[1] else (zeros, zeros)
+    low, high = (values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)) if values.shape[1] else (zeros, zeros)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, 1.0, scale)
     zero_point = (-128 - (low / scale).nan_to_num(0.0)).clamp(-128, 127).round()
@@ -35,19 +41,20 @@ def quantize_int8_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) float8_e4m3fn, scale (M) fp32."""
-    values = x.float()
-    scale = values.abs().amax(1) / 448 if x.shape[1] else values.new_zeros(x.shape[0])
+def quantize_fp8(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    scale = values.abs().amax(1) / 448 if values.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     return (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def quantize_fp8_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) float8_e4m3fn, scale (⌈K/128⌉, M) fp32."""
-    rows, columns = x.shape
+def quantize_fp8_groups(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (⌈K/128⌉, M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    rows, columns = values.shape
     groups = -(-columns // FP8_BLOCK)
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % FP8_BLOCK))
+    padded = torch.nn.functional.pad(values, (0, -columns % FP8_BLOCK))
     q, scale = quantize_fp8(padded.reshape(rows * groups, FP8_BLOCK))
     return q.view(padded.shape)[:, :columns].contiguous(), scale.view(rows, groups).t().contiguous()
 

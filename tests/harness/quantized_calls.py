@@ -129,6 +129,10 @@ def bad_quantize(gen: Gen, base: Call) -> Bad:
     yield "every third element", {"x": x[:, ::3]}, ValueError, ("x has strides",)
     for value in (x.shape, Tensor, b"x", {1.0}, range(3), lambda: x, NotImplemented, bytearray(1), frozenset(), 1j):
         yield f"{value!r}", {"x": value}, TypeError, ("x is a", "expected a torch.Tensor")
+    odd = x[:, : x.shape[1] // 2 * 2 - 1]
+    yield "an odd half", {"x": odd, "activation": "silu"}, ValueError, ("x has shape", "2K")
+    for name in ("relu", "", "SiLU", 1):
+        yield f"activation {name!r}", {"activation": name}, ValueError, (f"activation is {name!r}", "'silu'", "None")
     yield "meta, one row", {"x": x[:1].to("meta")}, ValueError, ("x is on meta",)
     yield "one row, grad", {"x": x[:1].clone().requires_grad_()}, ValueError, ("x requires grad",)
 
@@ -152,7 +156,7 @@ def int8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         yield f"{rows} {k} {n} zero points", call | zero | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{rows} {k} {n}", call | _SYMMETRIC | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{rows} {k} {n} no bias", call | _SYMMETRIC | {"bias": None}
-    of_all = {"x_scale": gen.rand(1) * 0.02, "x_zero_point": torch.full((1,), -101, dtype=torch.int32)}
+    of_all = {"x_scale": gen.rand(1) * 0.02, "x_zero_point": gen.ints(-128, 128, 1, dtype=torch.int32)}
     yield "one scale and zero point", call | zero | of_all | {"weight_scale": gen.rand(1) * 0.01, "bias": None}
 
 
