@@ -1,7 +1,7 @@
 // Gated activations (https://arxiv.org/abs/2002.05202): SwiGLU and GeGLU.
 //
 //   out[r, j] = round(act(x[r, j]) * x[r, N + j])    or, interleaved by eights, of x[r, 16 (j / 8) + j % 8] and + 8
-//   silu(g) = g / (1 + e^-g)   gelu(g) = g * Phi(g)   gelu_tanh(g) = g/2 * (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3)))
+//   act: activation.cuh
 //
 //   x (rows, 2N), out (rows, N) bf16 or fp16, fp32 arithmetic
 //
@@ -12,23 +12,12 @@
 #include "arch/fast_divide.h"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
-#include "arch/vec.cuh"
-#include "elementwise/gated_activation.h"
+#include "elementwise/activation.cuh"
 
 namespace fastattn {
 namespace {
 
 constexpr int64_t kMaxThreads = 256;
-
-template <Activation ACTIVATION>
-__device__ __forceinline__ float activate(float g) {
-  if constexpr (ACTIVATION == Activation::kSilu) return __fdividef(g, 1.0f + __expf(-g));
-  // Phi through erfc: 1 + erf(g / sqrt(2)) would cancel for negative g.
-  if constexpr (ACTIVATION == Activation::kGelu) return 0.5f * g * erfcf(-0.70710678118654752f * g);
-  if constexpr (ACTIVATION == Activation::kGeluTanh) {
-    return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
-  }
-}
 
 template <typename T, int VEC, Activation ACTIVATION>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -47,12 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     up_distance = min(int64_t{8}, p.width - first);
   }
   const Pack<T, VEC> gate_pack = load_pack_early<VEC>(gate), up_pack = load_pack_early<VEC>(gate + up_distance);
-  float gates[VEC], ups[VEC];
-  unpack(gate_pack, gates);
-  unpack(up_pack, ups);
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) ups[i] *= activate<ACTIVATION>(gates[i]);
-  store_vec<VEC>(static_cast<T*>(p.out) + row_idx * p.width + column, ups);
+  store_pack<VEC>(static_cast<T*>(p.out) + row_idx * p.width + column, gated<ACTIVATION>(gate_pack, up_pack));
 }
 
 template <typename T, int VEC>

@@ -5,21 +5,32 @@
 //
 //   x (rows, N) bf16 or fp16   q (rows, N) int8, LARGEST 127, or e4m3, LARGEST 448   scale (rows) fp32
 //
+// Asymmetric, with low and high a row's least and largest element, 0 among them:
+//
+//   scale[r] = (high - low) / 255, or 1 for a row of zeros   zero_point[r] = round(-128 - low / scale[r])
+//   q[r, j] = round(x[r, j] / scale[r] + zero_point[r])
+//
 // One CTA per row, which stays in registers (norm/row_cache.cuh). Memory bounds it: 3 bytes an element.
 //
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
+//
+// With gates x is (rows, 2N), and what gated_activation would have written takes the place of a loaded x, in the same
+// bits: 5 bytes an element instead of 9, and one launch instead of two. Activations take more than 32 registers.
 //
 // Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
 //
 // Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
 // reaches the scale, where the product finds it. Division, not multiplication by a reciprocal: the same bits as on the
-// CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut.
+// CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut. A row
+// with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such a scale that is
+// NaN.
 #include <cuda_fp8.h>
 
 #include "arch/dispatch.h"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/reduce.cuh"
+#include "elementwise/activation.cuh"
 #include "elementwise/quantize_rows.h"
 #include "norm/row_cache.cuh"
 
@@ -45,8 +56,16 @@ struct Code<__nv_fp8_e4m3> {
   __device__ static __forceinline__ __nv_fp8_e4m3 of(float x) { return __nv_fp8_e4m3(x); }
 };
 
-template <typename Cache, typename Q>
-__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+// VEC elements that are to be quantized, those at `source` or made of them.
+template <bool GATED, int VEC, typename T>
+__device__ __forceinline__ Pack<T, VEC> load_elements(const QuantizeRowsParams& p, const T* source) {
+  const Pack<T, VEC> elements = load_pack_early<VEC>(source);
+  if constexpr (!GATED) return elements;
+  if constexpr (GATED) return gated(p.activation, elements, load_pack_early<VEC>(source + p.row_size));
+}
+
+template <typename Cache, typename Q, bool GATED>
+__global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -57,7 +76,7 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
   Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
-  const auto load = [&](Index vec_idx) { return load_pack_early<VEC>(x + vec_idx * VEC); };
+  const auto load = [&](Index vec_idx) { return load_elements<GATED, VEC>(p, x + vec_idx * VEC); };
 
   Cache row;
   row.fill(num_vecs, load);
@@ -83,8 +102,62 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   });
 }
 
+// Least and largest element, as integers: as such, negative numbers are below 0, from which both begin.
+template <typename Cache, bool GATED>
+__global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
+    quantize_rows_asymmetric_kernel(const __grid_constant__ QuantizeRowsParams p) {
+  using T = typename Cache::T;
+  using Index = typename Cache::Index;
+  constexpr int VEC = Cache::VEC;
+  grid_dependency_wait();
+  grid_dependency_launch();
+  const int32_t row_idx = blockIdx.x;
+  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
+  const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
+  int8_t* const q = static_cast<int8_t*>(p.q) + row_idx * p.row_size;
+  const auto load = [&](Index vec_idx) { return load_elements<GATED, VEC>(p, x + vec_idx * VEC); };
+
+  Cache row;
+  row.fill(num_vecs, load);
+  int32_t above = 0, below = 0;  // the bits of high and of -low
+  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      above = max(above, __float_as_int(values[i]));
+      below = max(below, __float_as_int(-values[i]));
+    }
+  });
+  const auto larger = [](int32_t a, int32_t b) { return max(a, b); };
+  above = block_reduce<0>(above, 0, larger);
+  below = block_reduce<1>(below, 0, larger);
+  const float high = __int_as_float(above), low = -__int_as_float(below);
+  float scale = (high - low) / 255.0f;
+  if (scale == 0.0f) scale = 1.0f;
+  const float first = low / scale;  // a NaN becomes 0
+  const float zero_point = rintf(fminf(-128.0f - (first == first ? first : 0.0f), 127.0f));
+  if (threadIdx.x == 0) {
+    p.scale[row_idx] = scale;
+    p.zero_point[row_idx] = static_cast<int32_t>(zero_point);
+  }
+
+  row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
+    float values[VEC];
+    unpack(vec, values);
+    Pack<int8_t, VEC> rounded;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const float quotient = values[i] / scale;
+      const float code = (quotient == quotient ? quotient : 0.0f) + zero_point;
+      rounded.words[i] = static_cast<int8_t>(max(-128, min(127, __float2int_rn(code))));
+    }
+    store_pack<VEC>(q + vec_idx * VEC, rounded);
+  });
+}
+
 // VEC elements of a group lie beside each other in a lane: 8, or 1 where rows are not aligned.
-template <typename T, typename Q, int VEC>
+template <typename T, typename Q, int VEC, bool GATED>
 __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_constant__ QuantizeRowsParams p) {
   constexpr int LANES = 16, PER_LANE = kQuantizeGroup / LANES;
   grid_dependency_wait();
@@ -102,7 +175,7 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
     const int64_t column = first + i * LANES;
     if (!is_there || column >= p.row_size) continue;
     float loaded[VEC];
-    load_vec<VEC>(x + column, loaded);
+    unpack(load_elements<GATED, VEC>(p, x + column), loaded);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) values[i + j] = loaded[j];
   }
@@ -139,7 +212,9 @@ cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   return dispatch_half(p.dtype, [&](auto element) {
     return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
-      return launch_kernel_behind(quantize_rows_kernel<decltype(cache), Q>, p.num_rows, num_threads, 0, stream, p);
+      const auto kernel =
+          p.gated ? quantize_rows_kernel<decltype(cache), Q, true> : quantize_rows_kernel<decltype(cache), Q, false>;
+      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p);
     });
   });
 }
@@ -157,6 +232,18 @@ cudaError_t quantize_rows(const QuantizeRowsParams& p, cudaStream_t stream) {
   }
 }
 
+cudaError_t quantize_rows_asymmetric(const QuantizeRowsParams& p, cudaStream_t stream) {
+  if (p.q_dtype != DType::kInt8) return cudaErrorInvalidValue;
+  if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return dispatch_half(p.dtype, [&](auto element) {
+    return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
+      const auto kernel = p.gated ? quantize_rows_asymmetric_kernel<decltype(cache), true>
+                                  : quantize_rows_asymmetric_kernel<decltype(cache), false>;
+      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p);
+    });
+  });
+}
+
 cudaError_t quantize_groups(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.q_dtype != DType::kFloat8E4M3) return cudaErrorInvalidValue;
   const int64_t num_groups = p.num_rows * ((p.row_size + kQuantizeGroup - 1) / kQuantizeGroup);
@@ -164,8 +251,12 @@ cudaError_t quantize_groups(const QuantizeRowsParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (num_groups + 15) / 16;
   return dispatch_half(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel =
-        in_vectors(p) ? quantize_groups_kernel<T, __nv_fp8_e4m3, 8> : quantize_groups_kernel<T, __nv_fp8_e4m3, 1>;
+    using Q = __nv_fp8_e4m3;
+    const bool vectors = in_vectors(p);
+    const auto kernel = p.gated
+                            ? (vectors ? quantize_groups_kernel<T, Q, 8, true> : quantize_groups_kernel<T, Q, 1, true>)
+                        : vectors ? quantize_groups_kernel<T, Q, 8, false>
+                                  : quantize_groups_kernel<T, Q, 1, false>;
     return launch_kernel_behind(kernel, num_ctas, 256, 0, stream, p);
   });
 }

@@ -4,18 +4,17 @@
 
 namespace fastattn {
 
-#define FEW_ROWS(T, BLOCK_M, CTAS_PER_SM)                                                         \
-  template cudaError_t launch_gemm_sm90_few_rows<GemmSm90Fp8Blocks<T>, BLOCK_M, 64, CTAS_PER_SM>( \
-      const GemmSm90Params&, cudaStream_t);
+#define FEW_ROWS(T, BLOCK_M)                                                                                  \
+  template cudaError_t launch_gemm_sm90_few_rows<GemmSm90Fp8Blocks<T>, BLOCK_M, 64, 2>(const GemmSm90Params&, \
+                                                                                       cudaStream_t);
 #define MANY_ROWS(T, BLOCK_M, BLOCK_N, TURNS)                                                                 \
   template cudaError_t launch_gemm_sm90<GemmSm90Fp8Blocks<T>, BLOCK_M, BLOCK_N, TURNS>(const GemmSm90Params&, \
                                                                                        cudaStream_t);
 #define INSTANTIATE(T)          \
-  FEW_ROWS(T, 8, 2)             \
-  FEW_ROWS(T, 16, 2)            \
-  FEW_ROWS(T, 32, 2)            \
-  FEW_ROWS(T, 64, 2)            \
-  FEW_ROWS(T, 128, 1)           \
+  FEW_ROWS(T, 8)                \
+  FEW_ROWS(T, 16)               \
+  FEW_ROWS(T, 32)               \
+  FEW_ROWS(T, 64)               \
   MANY_ROWS(T, 128, 128, false) \
   MANY_ROWS(T, 128, 256, true)  \
   MANY_ROWS(T, 192, 128, false)

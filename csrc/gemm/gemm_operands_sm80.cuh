@@ -125,16 +125,21 @@ struct Int8Operands {
 
   struct Row {
     float scale;
-    __device__ __forceinline__ Row(const GemmSm80Params& p, int64_t row) : scale(p.x_scale[row * p.x_scale_stride]) {}
+    int32_t zero_point;
+    __device__ __forceinline__ Row(const GemmSm80Params& p, int64_t row)
+        : scale(p.x_scale[row * p.x_scale_stride]),
+          zero_point(p.x_zero_point != nullptr ? p.x_zero_point[row * p.x_scale_stride] : 0) {}
   };
   struct Column {
     float scale;
+    int32_t code_sum;
     float bias;
     __device__ __forceinline__ Column(const GemmSm80Params& p, int64_t column)
         : scale(column < p.n ? static_cast<const float*>(p.weight_scale)[column * p.weight_scale_stride] : 0.0f),
+          code_sum(p.x_zero_point != nullptr && column < p.n ? p.weight_code_sum[column] : 0),
           bias(BiasColumn<T>(p, column).bias) {}
     __device__ __forceinline__ float apply(int32_t sum, const Row& row) const {
-      return static_cast<float>(sum) * (row.scale * scale) + bias;
+      return static_cast<float>(sum - row.zero_point * code_sum) * (row.scale * scale) + bias;
     }
   };
 

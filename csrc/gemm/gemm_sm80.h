@@ -24,6 +24,8 @@ struct GemmSm80Params {
   void* workspace = nullptr;     // (splits, M, N) fp32, int8: int32, if config.num_splits > 1
 
   const float* x_scale = nullptr;                       // int8, fp8: (M)
+  const int32_t* x_zero_point = nullptr;                // int8: (M) or nullptr, the stride that of x_scale
+  const int32_t* weight_code_sum = nullptr;             // int8 with x_zero_point: (N), of each row of weight
   const void* weight_scale = nullptr;                   // int8, fp8: (N) fp32; int4: (N, G) T; fp4: (N, G) e4m3 or e8m0
   const int8_t* zero_point = nullptr;                   // int4: (N, G) or nullptr, -8 ... 7
   const float* global_scale = nullptr;                  // fp4: (N) or nullptr
@@ -43,7 +45,8 @@ struct GemmSm80Params {
 // Each enqueues the kernel, and the sum of the splits if there are several. Needs M > 0 and N > 0; K may be 0.
 // cudaErrorInvalidValue for a dtype that is not bfloat16 or float16.
 cudaError_t gemm_sm80(const GemmSm80Params& params, cudaStream_t stream);
-cudaError_t gemm_int8_sm80(const GemmSm80Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
+// Sums fit int32: K < 2^17, with zero points K < 2^16.
+cudaError_t gemm_int8_sm80(const GemmSm80Params& params, cudaStream_t stream);
 cudaError_t gemm_fp8_sm80(const GemmSm80Params& params, cudaStream_t stream);
 // With a scale for 128 columns of a row of x, (K / 128 rounded up, M), and one for 128 x 128 of weight, (N / 128, K /
 // 128 rounded up), the strides those of their rows. By the plain kernel only, of any size and alignment.

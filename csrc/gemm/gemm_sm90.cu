@@ -51,9 +51,10 @@ constexpr Instantiation kBlocksManyRows[] = {kManyRows<Operands, 128, 128>, kMan
                                              kManyRows<Operands, 192, 128>};
 template <typename Operands, typename Epilogue = GemmSm90Plain>
 constexpr Instantiation kBlocksFewRows[] = {
-    kFewRows<Operands, 8, 64, 2, Epilogue>,   kFewRows<Operands, 16, 64, 2, Epilogue>,
-    kFewRows<Operands, 32, 64, 2, Epilogue>,  kFewRows<Operands, 64, 64, 2, Epilogue>,
-    kFewRows<Operands, 128, 64, 1, Epilogue>,
+    kFewRows<Operands, 8, 64, 2, Epilogue>,
+    kFewRows<Operands, 16, 64, 2, Epilogue>,
+    kFewRows<Operands, 32, 64, 2, Epilogue>,
+    kFewRows<Operands, 64, 64, 2, Epilogue>,
 };
 
 template <int N>

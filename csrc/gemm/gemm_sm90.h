@@ -25,6 +25,9 @@ struct GemmSm90Params {
   const float* weight_scale = nullptr;  // (N), 8-byte aligned
   int64_t x_scale_stride = 1, weight_scale_stride = 1;
   bool fast_accum = false;  // e4m3, many rows: sums may have the 14 bits of the tensor cores
+  // Of int8 whose 0 is another code, both or neither: the sums are of x - x_zero_point.
+  const int32_t* x_zero_point = nullptr;     // (M), the stride that of x_scale
+  const int32_t* weight_code_sum = nullptr;  // (N), 8-byte aligned, of each row of weight
   // Of e4m3 in blocks: x_scale (K / 128 rounded up, M), weight_scale (N / 128 rounded up, K / 128 rounded up), rows of
   // scales contiguous, the strides those between them.
 
@@ -76,14 +79,16 @@ struct GemmSm90AddedParams : GemmSm90Params {
 
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
-cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // K < 2^17, so that sums fit int32
+// Sums fit int32: K < 2^17, with zero points K < 2^16.
+cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stream);  // with scales of 128 x 128
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);    // of x's rows, normalized
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
-cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);  // few rows only
-cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);      // few rows only
+// Few rows only, and in tiles of kGemmSm90MostSampledRows of them at most.
+cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);
+cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);  // few rows only
 
 }  // namespace fastattn

@@ -21,12 +21,17 @@ constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},     
                                            {192, 128},          {192, 192},         {192, 224}, {128, 128, 1, true},
                                            {128, 192, 1, true}, {128, 256, 1, true}};
 
+// Whether a tile of so many columns has room for the sums of weight's rows, which zero points of x are multiplied by:
+// 224 would have it in place of a stage.
+constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
+
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
 // columns have one.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
-                                  bool block_scales = false) {
+                                  bool block_scales = false, bool zero_points = false) {
   if (block_scales && tile.block_n % 128 != 0) return false;
+  if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
@@ -41,10 +46,15 @@ constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
 
-// Which of these there are: where blocks have scales, few rows are 128 at most.
+// Which of these there are: where blocks have scales, few rows are 64 at most. With more, the scales of x's rows, of
+// which a thread has one for every fourth, take longer than the weight.
 constexpr bool gemm_sm90_has_few_rows_tile(const GemmSm90Tile& tile, bool block_scales) {
-  return !block_scales || (tile.block_n == 64 && (tile.block_m != 64 || tile.ctas_per_sm == 2));
+  return !block_scales || (tile.block_m <= 64 && tile.ctas_per_sm == 2);
 }
+
+// Rows of x up to which a head draws tokens in the kernel for few rows: with more, writing the logits and reading them
+// again takes as long.
+constexpr int64_t kGemmSm90MostSampledRows = 32;
 
 // Its stages, of so many panels of 128 bytes of a row, in what a CTA has of 227 KiB, less 2 KiB for what is not in the
 // ring.
@@ -70,6 +80,7 @@ struct GemmSm90Problem {
   GemmSm90Norm norm = GemmSm90Norm::kNone;
   bool gated = false;         // rows of weight are those of gates and ups by eights
   bool block_scales = false;  // of 128 x 128, with sums in two levels
+  bool zero_points = false;   // of x, in int8
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -206,7 +217,10 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = problem.norm != GemmSm90Norm::kNone;
-      if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales)) continue;
+      if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
+                              problem.zero_points)) {
+        continue;
+      }
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
       if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&

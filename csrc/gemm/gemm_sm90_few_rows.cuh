@@ -28,6 +28,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "gemm/gemm_sm90_launch.h"
 #include "gemm/gemm_sm90_norm.cuh"
@@ -40,7 +41,7 @@ template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
   // Of sums in two levels.
-  static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 || kGemmSm90HasBlockScales<Operands> ? 32 : 64);
+  static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);
 
   using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers, Epilogue::kRows>;
   // Times eight rows whose moments a warp has.
@@ -98,7 +99,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
+  int2 code_sums[PER_COLUMN][2] = {};
   float row_scale = 0.0f, row_first = 0.0f;
+  int32_t row_zero_point = 0;
   constexpr bool kStores = Epilogue::kStores;
   std::conditional_t<kStores, Epilogue, GemmSm90NoOthers> of_row;
   const auto load_factors = [&] {
@@ -109,6 +112,12 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       if constexpr (Operands::kScaled) {
         scales[i][0] = weight_scales_of(p, weight_row);
         scales[i][1] = weight_scales_of(p, weight_row + 2);
+      }
+      if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+        if (p.x_zero_point != nullptr) {
+          code_sums[i][0] = *reinterpret_cast<const int2*>(p.weight_code_sum + weight_row);
+          code_sums[i][1] = *reinterpret_cast<const int2*>(p.weight_code_sum + weight_row + 2);
+        }
       }
       if constexpr (kCentred) {
         weight_sums[i][0] = __ldg(reinterpret_cast<const float2*>(p.weight_sum + weight_row));
@@ -122,6 +131,9 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     }
     if constexpr (Operands::kScaled) {
       if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
+    }
+    if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+      if (row < num_rows) row_zero_point = zero_point_of(p, first_m + row);
     }
     if (kCentred && row < num_rows) row_first = first_of_row<T>(p, first_m + row);
     if constexpr (kStores) {
@@ -221,9 +233,18 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       if constexpr (Operands::kScaled) {
         if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
       }
+      if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+        if (sum_row != row) row_zero_point = zero_point_of(p, first_m + sum_row);
+      }
       float of_columns[4][PER_COLUMN];
 #pragma unroll
       for (int i = 0; i < PER_COLUMN; ++i) {
+        if constexpr (kGemmSm90HasZeroPoints<Operands>) {
+          sums[i].x -= row_zero_point * code_sums[i][0].x;
+          sums[i].y -= row_zero_point * code_sums[i][0].y;
+          sums[i].z -= row_zero_point * code_sums[i][1].x;
+          sums[i].w -= row_zero_point * code_sums[i][1].y;
+        }
         float4& value = floats_of(sums[i]);
         if constexpr (kNormed) {
           value.x = (value.x - norm.mean * weight_sums[i][0].x) * norm.scale;
@@ -280,32 +301,23 @@ cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaSt
                          config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
 }
 
-// With the tile that the call's configuration names, for epilogues that only this kernel has.
-template <typename Operands, typename Epilogue>
+// With the tile that the call's configuration names, of those up to MOST_ROWS, for epilogues that only this kernel has.
+template <typename Operands, typename Epilogue, int64_t MOST_ROWS = INT64_MAX, size_t TILE_IDX = 0>
 cudaError_t launch_gemm_sm90_few_rows_tile(const typename Epilogue::Params& p, cudaStream_t stream) {
-  struct Instantiation {
-    GemmSm90Tile tile;
-    cudaError_t (*launch)(const typename Epilogue::Params&, cudaStream_t);
-  };
-  constexpr Instantiation kTable[] = {
-      {{8, 64, 2}, launch_gemm_sm90_few_rows<Operands, 8, 64, 2, Epilogue>},
-      {{16, 64, 2}, launch_gemm_sm90_few_rows<Operands, 16, 64, 2, Epilogue>},
-      {{32, 64, 2}, launch_gemm_sm90_few_rows<Operands, 32, 64, 2, Epilogue>},
-      {{64, 64, 2}, launch_gemm_sm90_few_rows<Operands, 64, 64, 2, Epilogue>},
-      {{64, 64, 1}, launch_gemm_sm90_few_rows<Operands, 64, 64, 1, Epilogue>},
-      {{128, 64, 1}, launch_gemm_sm90_few_rows<Operands, 128, 64, 1, Epilogue>},
-      {{128, 128, 2}, launch_gemm_sm90_few_rows<Operands, 128, 128, 2, Epilogue>},
-      {{256, 128, 1}, launch_gemm_sm90_few_rows<Operands, 256, 128, 1, Epilogue>},
-  };
-  const GemmSm90Tile& wanted = p.config.tile;
-  if (!p.config.few_rows) return cudaErrorInvalidValue;
-  for (const Instantiation& entry : kTable) {
-    const GemmSm90Tile& tile = entry.tile;
-    if (tile.block_m == wanted.block_m && tile.block_n == wanted.block_n && tile.ctas_per_sm == wanted.ctas_per_sm) {
-      return entry.launch(p, stream);
+  if constexpr (TILE_IDX < std::size(kGemmSm90FewRowsTiles)) {
+    constexpr GemmSm90Tile kTile = kGemmSm90FewRowsTiles[TILE_IDX];
+    if constexpr (kTile.block_m <= MOST_ROWS) {
+      const GemmSm90Tile& wanted = p.config.tile;
+      if (p.config.few_rows && wanted.block_m == kTile.block_m && wanted.block_n == kTile.block_n &&
+          wanted.ctas_per_sm == kTile.ctas_per_sm) {
+        return launch_gemm_sm90_few_rows<Operands, kTile.block_m, kTile.block_n, kTile.ctas_per_sm, Epilogue>(p,
+                                                                                                              stream);
+      }
     }
+    return launch_gemm_sm90_few_rows_tile<Operands, Epilogue, MOST_ROWS, TILE_IDX + 1>(p, stream);
+  } else {
+    return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace fastattn

@@ -3,7 +3,9 @@
 //
 //   kind           x, weight    sum                                  out
 //   GemmSm90Dense  T            fp32                                 sum + bias
-//   GemmSm90Int8   int8         int32, exact                         sum * (x_scale * weight_scale) + bias
+//   GemmSm90Int8   int8         int32, exact                         sum * (x_scale * weight_scale) + bias, the sum
+//                                                                    less x_zero_point * weight_code_sum if they are
+//                                                                    there
 //   GemmSm90Fp8    e4m3         fp32, see multiply_stages            the same
 //   GemmSm90Fp8Blocks  e4m3     fp32, of panels times scales         sum + bias: gemm_sm90_block_scales.cuh
 //   GemmSm90Normed T            fp32                                 of a norm of x: gemm_sm90_norm.cuh
@@ -67,6 +69,13 @@ struct GemmSm90Int8 : GemmSm90EightBit {
   static constexpr DType kDType = DType::kInt8;
   static constexpr bool kTwoLevels = false;
 };
+// Whether a call may have zero points. Not a kind of its own: that would be all instances again.
+template <typename Operands>
+constexpr bool kGemmSm90HasZeroPoints = std::is_same_v<typename Operands::Sum, int32_t>;
+
+__device__ __forceinline__ int32_t zero_point_of(const GemmSm90Params& p, int64_t row) {
+  return p.x_zero_point != nullptr ? p.x_zero_point[row * p.x_scale_stride] : 0;
+}
 
 // FAST_ACCUM: the tensor cores add up all of K.
 template <typename T, bool FAST_ACCUM>

@@ -66,8 +66,9 @@ template <typename Operands, int BLOCK_N>
 struct GemmSm90Columns {
   using T = typename Operands::Out;
   static constexpr bool kHasFactors = Operands::kScaled || Operands::kNorm == GemmSm90Norm::kLayer;
-  float factors[kHasFactors ? BLOCK_N : 1];
-  uint32_t bias[BLOCK_N / 2];  // pairs
+  static constexpr bool kHasCodeSums = kGemmSm90HasZeroPoints<Operands> && gemm_sm90_has_zero_points(BLOCK_N);
+  float factors[kHasFactors ? BLOCK_N * (kHasCodeSums ? 2 : 1) : 1];  // and the bits of code sums
+  uint32_t bias[BLOCK_N / 2];                                         // pairs
 
   // By the 128 threads of a group: asks for them.
   template <typename Params>
@@ -80,6 +81,15 @@ struct GemmSm90Columns {
         for (int32_t i = thread; i < BLOCK_N; i += 128) {
           const bool inside = first + i < p.n;
           cp_async_4(&factors[i], source + (inside ? (first + i) * Operands::column_stride(p) : 0), inside);
+        }
+      }
+    }
+    if constexpr (kHasCodeSums) {
+      if (p.x_zero_point != nullptr) {
+#pragma unroll
+        for (int32_t i = thread; i < BLOCK_N; i += 128) {
+          const bool inside = first + i < p.n;
+          cp_async_4(&factors[BLOCK_N + i], p.weight_code_sum + (inside ? first + i : 0), inside);
         }
       }
     }
@@ -246,6 +256,7 @@ __device__ __forceinline__ void multiply_stages_in_two_levels(float (&acc)[B_ROW
 // norm, else sum * scale * column's factor.
 struct GemmSm90RowFactors {
   float scale[2] = {}, mean[2] = {};
+  int32_t zero_point[2] = {};  // of codes
 };
 
 template <typename Operands, typename Params>
@@ -254,7 +265,26 @@ __device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, con
   if constexpr (Operands::kScaled) {
     const int32_t row = first_row + lane / 4;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) of_rows.scale[r] = row + 8 * r < p.m ? Operands::row_scale(p, row + 8 * r) : 0.0f;
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= p.m) continue;
+      of_rows.scale[r] = Operands::row_scale(p, row + 8 * r);
+      if constexpr (kGemmSm90HasZeroPoints<Operands>) of_rows.zero_point[r] = zero_point_of(p, row + 8 * r);
+    }
+  }
+}
+
+// Four tiles of sums of codes become those of codes less their rows' zero points. lane_code_sums: of the lane's first
+// two columns, in shared memory.
+template <int NUM_TILES>
+__device__ __forceinline__ void take_off_zero_points(int32_t (&sums)[NUM_TILES][4], int tile,
+                                                     const GemmSm90RowFactors& of_row, uint32_t lane_code_sums) {
+#pragma unroll
+  for (int t = tile; t < tile + 4; ++t) {
+    const float2 code_sums = load_shared_pair(lane_code_sums + t * 8 * sizeof(int32_t));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      sums[t][j] -= of_row.zero_point[j / 2] * __float_as_int(j % 2 == 0 ? code_sums.x : code_sums.y);
+    }
   }
 }
 
@@ -292,6 +322,11 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
   for (int t = 0; t < BLOCK_N / 8; t += 4) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
+      if constexpr (GemmSm90Columns<Operands, BLOCK_N>::kHasCodeSums) {
+        if (p.x_zero_point != nullptr) {
+          take_off_zero_points(acc[half], t, of_rows[half], lane_factors + BLOCK_N * sizeof(float));
+        }
+      }
       float (&values)[4][4] = floats_of(acc[half], t);
       const GemmSm90RowFactors& of_row = of_rows[half];
 #pragma unroll

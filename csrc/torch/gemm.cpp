@@ -160,8 +160,8 @@ Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor&
   return dense_layer(kind, x, weight, weight_sum, bias, eps);
 }
 
-// A head and the draw behind it. Where `linear` takes the kernel for a few rows, that kernel draws too and writes the
-// best of each tile; elsewhere `linear` writes logits, which are multiplied in the same order and rounded alike.
+// A head and the draw behind it. Up to 32 rows the kernel that `linear` takes for a few draws too, and writes the best
+// of each tile; elsewhere `linear` writes logits, which are multiplied in the same order and rounded alike.
 std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                              const Tensor& temperature, const Tensor& seed, const Tensor& position,
                                              int64_t first_id) {
@@ -201,7 +201,9 @@ std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weig
 
   const Matrix rows = matrix_of(x), columns = matrix_of(weight);
   GemmSm90Config config = {};
-  if (fits_gemm_sm90(rows, columns, {bias}, token_ids)) config = gemm_sm90_config({m, n, k, num_sms_of(x)});
+  if (m <= kGemmSm90MostSampledRows && fits_gemm_sm90(rows, columns, {bias}, token_ids)) {
+    config = gemm_sm90_config({m, n, k, num_sms_of(x)});
+  }
   if (config.few_rows) {
     const Tensor choices = make_choices(config.n_tiles);
     auto p = gemm_params_of<GemmSm90SampledParams>(rows, columns, bias, token_ids);

@@ -1,61 +1,86 @@
 #include "elementwise/quantize_rows.h"
+#include "torch/gated_activation_call.h"
 #include "torch/gemm_call.h"
 #include "torch/gemm_workspaces.h"
 
 namespace fastattn {
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, ScalarType q_dtype, bool groups = false) {
+// activation: of gates, or "" where x is quantized as it is. zero_point: where those of the rows go, if there are any.
+std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, const std::string& activation,
+                                            ScalarType q_dtype, bool groups = false,
+                                            std::optional<Tensor>* zero_point = nullptr) {
   const Checks checks(op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, kHalves);
-  Tensor q = empty(x, shape_of(x), q_dtype);
+  QuantizeRowsParams p;
+  p.gated = !activation.empty();
+  if (p.gated) {
+    checks.that(x.size(1) % 2 == 0,
+                "x has a last dimension of " + std::to_string(x.size(1)) + ", expected it even with an activation");
+    p.activation = activation_named(checks, activation);
+  }
+  p.row_size = x.size(1) / (p.gated ? 2 : 1);
+  Tensor q = empty(x, {x.size(0), p.row_size}, q_dtype);
   std::vector<int64_t> scale_shape = {x.size(0)};
-  if (groups) scale_shape.insert(scale_shape.begin(), ceil_div(x.size(1), kQuantizeGroup));
+  if (groups) scale_shape.insert(scale_shape.begin(), ceil_div(p.row_size, kQuantizeGroup));
   Tensor scale = empty(x, scale_shape, ScalarType::Float);
+  if (zero_point != nullptr) *zero_point = empty(x, {x.size(0)}, ScalarType::Int);
   if (scale.numel() == 0) return {q, scale};
 
   const OnDeviceOf guard(x);
-  QuantizeRowsParams p;
   p.x = x.data_ptr();
   p.q = q.data_ptr();
   p.scale = static_cast<float*>(scale.data_ptr());
   p.x_rows = rows_of(x);
   p.num_rows = x.size(0);
-  p.row_size = x.size(1);
   p.dtype = dtype_of(x);
   p.q_dtype = dtype_of(q);
-  check_launch(op, (groups ? quantize_groups : quantize_rows)(p, stream_of(x)));
+  if (zero_point != nullptr) p.zero_point = static_cast<int32_t*>((*zero_point)->data_ptr());
+  const auto launch = zero_point != nullptr ? quantize_rows_asymmetric : groups ? quantize_groups : quantize_rows;
+  check_launch(op, launch(p, stream_of(x)));
   return {q, scale};
 }
 
-std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x) {
-  return quantize_rows_op("quantize_int8", x, ScalarType::Char);
+std::tuple<Tensor, Tensor> quantize_int8_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_int8", x, activation, ScalarType::Char);
 }
 
-std::tuple<Tensor, Tensor> quantize_fp8_op(const Tensor& x) {
-  return quantize_rows_op("quantize_fp8", x, ScalarType::Float8_e4m3fn);
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_asymmetric_op(const Tensor& x, const std::string& activation) {
+  std::optional<Tensor> zero_point;
+  const auto [q, scale] =
+      quantize_rows_op("quantize_int8_asymmetric", x, activation, ScalarType::Char, false, &zero_point);
+  return {q, scale, *zero_point};
 }
 
-std::tuple<Tensor, Tensor> quantize_fp8_groups_op(const Tensor& x) {
-  return quantize_rows_op("quantize_fp8_groups", x, ScalarType::Float8_e4m3fn, true);
+std::tuple<Tensor, Tensor> quantize_fp8_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_fp8", x, activation, ScalarType::Float8_e4m3fn);
+}
+
+std::tuple<Tensor, Tensor> quantize_fp8_groups_op(const Tensor& x, const std::string& activation) {
+  return quantize_rows_op("quantize_fp8_groups", x, activation, ScalarType::Float8_e4m3fn, true);
 }
 
 // A product of operands of 8 bits, and the kernels that have it.
 struct EightBitLinear {
   const char* op;
   ScalarType dtype, sum_dtype;
-  bool may_share_scale;  // a scale may be that of all rows
   cudaError_t (*sm90)(const GemmSm90Params&, cudaStream_t);
   cudaError_t (*sm80)(const GemmSm80Params&, cudaStream_t);
 };
 
+// Of x less its zero points, x_zero_point (M) or (1) as x_scale, with weight_sum (N) of each row of weight.
+struct ZeroPoints {
+  MaybeTensor x_zero_point, weight_sum;
+};
+
 Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tensor& x_scale, const Tensor& weight,
-                        const Tensor& weight_scale, const MaybeTensor& bias, ScalarType out_dtype, bool fast_accum) {
+                        const Tensor& weight_scale, const MaybeTensor& bias, ScalarType out_dtype, bool fast_accum,
+                        const ZeroPoints& zero = {}) {
   const Checks checks(kind.op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, {kind.dtype});
   const int64_t m = x.size(0), k = x.size(1);
   const auto check_scale = [&](const char* name, const Tensor& scale, int64_t rows) {
-    const bool is_shared = kind.may_share_scale && scale.dim() == 1 && scale.size(0) == 1;
+    const bool is_shared = scale.dim() == 1 && scale.size(0) == 1;
     checks.shape(name, scale, {is_shared ? 1 : rows}).dtype(name, scale, {ScalarType::Float});
     return is_shared ? int64_t{0} : int64_t{1};
   };
@@ -66,8 +91,17 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
   checks.that(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half,
               "out_dtype is another dtype, expected bfloat16 or float16");
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {out_dtype});
+  checks.that(zero.x_zero_point.has_value() == zero.weight_sum.has_value(),
+              "x_zero_point and weight_sum are expected together, or neither");
+  if (zero.x_zero_point) {
+    checks.shape("x_zero_point", *zero.x_zero_point, {x_scale.size(0)})
+        .dtype("x_zero_point", *zero.x_zero_point, {ScalarType::Int});
+    checks.shape("weight_sum", *zero.weight_sum, {n}).dtype("weight_sum", *zero.weight_sum, {ScalarType::Int});
+  }
   if (kind.sum_dtype == ScalarType::Int) {
-    checks.that(k < (1 << 17), "x has K = " + std::to_string(k) + ", expected K < 2^17: longer sums leave int32");
+    const int log2_limit = zero.x_zero_point ? 16 : 17;
+    checks.that(k < (1 << log2_limit), "x has K = " + std::to_string(k) + ", expected K < 2^" +
+                                           std::to_string(log2_limit) + ": longer sums leave int32");
   }
   Tensor out = empty(x, {m, n}, out_dtype);
   if (out.numel() == 0) return out;
@@ -80,13 +114,23 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
     p.weight_scale = data<float>(weight_scale);
     p.x_scale_stride = x_scale_stride;
     p.weight_scale_stride = weight_scale_stride;
+    if (zero.x_zero_point) {
+      p.x_zero_point = data<int32_t>(*zero.x_zero_point);
+      p.weight_code_sum = data<int32_t>(*zero.weight_sum);
+    }
     return p;
   };
-  if (fits_gemm_sm90(rows, columns, {bias, weight_scale}, out)) {
+  if (fits_gemm_sm90(rows, columns, {bias, weight_scale, zero.weight_sum}, out)) {
     auto p = params(GemmSm90Params());
     p.fast_accum = fast_accum;
     const bool two_levels = kind.dtype == ScalarType::Float8_e4m3fn && !fast_accum;
-    p.config = gemm_sm90_config({m, n, k, num_sms_of(x), 1, two_levels});
+    p.config = gemm_sm90_config({.m = m,
+                                 .n = n,
+                                 .k = k,
+                                 .num_sms = num_sms_of(x),
+                                 .element_bytes = 1,
+                                 .two_levels = two_levels,
+                                 .zero_points = zero.x_zero_point.has_value()});
     const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, kind.sm90(p, stream_of(x)));
     return out;
@@ -97,14 +141,15 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
 }
 
 Tensor int8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
-                      const std::optional<Tensor>& bias, ScalarType out_dtype) {
-  const EightBitLinear kind = {"int8_linear", ScalarType::Char, ScalarType::Int, false, gemm_int8_sm90, gemm_int8_sm80};
-  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, false);
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& x_zero_point,
+                      const std::optional<Tensor>& weight_sum, ScalarType out_dtype) {
+  const EightBitLinear kind = {"int8_linear", ScalarType::Char, ScalarType::Int, gemm_int8_sm90, gemm_int8_sm80};
+  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, false, {x_zero_point, weight_sum});
 }
 
 Tensor fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
                      const std::optional<Tensor>& bias, ScalarType out_dtype, bool fast_accum) {
-  const EightBitLinear kind = {"fp8_linear", ScalarType::Float8_e4m3fn, ScalarType::Float, true, gemm_fp8_sm90,
+  const EightBitLinear kind = {"fp8_linear", ScalarType::Float8_e4m3fn, ScalarType::Float, gemm_fp8_sm90,
                                gemm_fp8_sm80};
   return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum);
 }
@@ -158,6 +203,7 @@ Tensor fp8_block_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("quantize_int8", TORCH_BOX(&quantize_int8_op));
+  m.impl("quantize_int8_asymmetric", TORCH_BOX(&quantize_int8_asymmetric_op));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8_op));
   m.impl("quantize_fp8_groups", TORCH_BOX(&quantize_fp8_groups_op));
   m.impl("fp8_block_linear", TORCH_BOX(&fp8_block_linear_op));

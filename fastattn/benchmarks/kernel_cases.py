@@ -161,6 +161,14 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         out_dtype = rand(1).dtype
         return lambda: ops.int8_linear(x, x_scale, weight, scale, out_dtype=out_dtype)
 
+    def quantize_int8_gated() -> Call:
+        x = rand(m, 2 * k)
+        return lambda: ops.quantize_int8(x, activation="silu")
+
+    def quantize_int8_asymmetric() -> Call:
+        x = rand(m, k)
+        return lambda: ops.quantize_int8_asymmetric(x)
+
     def quantize_fp8() -> Call:
         x = rand(m, k)
         return lambda: ops.quantize_fp8(x)
@@ -200,6 +208,8 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         return lambda: ops.fp4_fp8_linear(x, x_scale, weight, scale, group_size=32, out_dtype=out_dtype)
 
     yield Case("quantize_int8", f"{m} × {k}", quantize_int8, m * k * (size + 1))
+    yield Case("quantize_int8", f"{m} × {k}, SwiGLU", quantize_int8_gated, m * k * (2 * size + 1))
+    yield Case("quantize_int8_asymmetric", f"{m} × {k}", quantize_int8_asymmetric, m * k * (size + 1))
     yield Case("quantize_fp8", f"{m} × {k}", quantize_fp8, m * k * (size + 1))
     yield Case("quantize_fp8_groups", f"{m} × {k}", quantize_fp8_groups, m * k * (size + 1))
     for name, build, weight_bytes, x_size in (

@@ -11,7 +11,7 @@ from typing import Any
 from fastattn.nn import AwqScheme, Fp4Scheme, Fp8BlockScheme, Fp8Scheme, GptqScheme, Int4Scheme, Int8Scheme, Scheme
 
 _SUPPORTED = (
-    "int-quantized (INT8 weights a channel, activations alike a token, dynamic), float-quantized (FP8 weights a channel or a tensor, "
+    "int-quantized (INT8 weights a channel, activations alike a token, dynamic, symmetric or not), float-quantized (FP8 weights a channel or a tensor, "
     "activations alike, or blocks of 128 x 128 with activations by 128 columns, dynamic), pack-quantized (INT4 weights, groups or channels), nvfp4-pack-quantized and mxfp4-pack-quantized "
     "(activations in 16 bits, or FP8 a token, dynamic)"
 )
@@ -234,8 +234,9 @@ def _scheme(name: str, group: Mapping[str, Any], form: Any) -> Scheme:
         )
     if group.get("output_activations") is None and not weights.get("dynamic"):
         if form == "int-quantized" and (kind, bits, strategy, symmetric) == ("int", 8, "channel", True):
-            if inputs is not None and _is_8bit_per_token(inputs, "int"):
-                return Int8Scheme()
+            of_tokens = inputs is not None and isinstance(inputs.get("symmetric", True), bool)
+            if inputs is not None and of_tokens and _is_8bit_per_token({**inputs, "symmetric": True}, "int"):
+                return Int8Scheme(inputs.get("symmetric", True))
         elif form == "float-quantized" and (kind, bits, symmetric) == ("float", 8, True):
             # Of activations with one scale for all we take one a token, which is nearer.
             rounds = inputs is not None and (_is_8bit_per_token(inputs, "float") or _is_fp8_per_tensor(inputs))

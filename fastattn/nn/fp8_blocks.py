@@ -52,6 +52,7 @@ def _blocks(piece: Piece) -> Shard | None:
 
 class Fp8BlockWeight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale"})
+    takes_activation = True
 
     def __init__(self, rows: int, columns: int, scheme: Fp8BlockScheme) -> None:
         super().__init__(rows, columns)
@@ -72,18 +73,19 @@ class Fp8BlockWeight(QuantizedWeight):
                     f"{piece.name}.{self.scale_name} has {float(wrong[0])}, expected finite numbers above 0"
                 )
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
-            return self.packed_forward(x, bias)
-        q, scale = ops.quantize_fp8_groups(x)
+            return self.packed_forward(x, bias, activation)
+        q, scale = ops.quantize_fp8_groups(x, activation=activation)
         return ops.fp8_block_linear(q, scale, self.codes.view(q.dtype), self.scale, bias, out_dtype=x.dtype)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [reference.fp8_block_weight(self.codes.view(torch.float8_e4m3fn), self.scale)]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
-        sums = dense.packed_linear(reference.fp8_group_rows(*ops.quantize_fp8_groups(x)), self.packed[0], None)
+        rows = reference.fp8_group_rows(*ops.quantize_fp8_groups(x, activation=activation))
+        sums = dense.packed_linear(rows, self.packed[0], None)
         return reference.round_sums(sums, bias, x.dtype)
 
 

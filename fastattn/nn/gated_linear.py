@@ -35,7 +35,11 @@ class GatedLinear(MergedLinear):
             return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved:
             return ops.gated_linear(x, self.weight, self.bias, self.activation)
-        return _ACTIVATIONS[self.activation](super().forward(x))
+        return _ACTIVATIONS[self.activation](self.product(x))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, in_features) → (T, 2 gates): gates, then ups. Of rows that are not in turns."""
+        return super().forward(x)
 
     def pack(self, name: str = "") -> None:
         super().pack(name)

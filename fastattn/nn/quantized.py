@@ -66,12 +66,14 @@ class Piece:
 class QuantizedWeight(Module):
     """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
     that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
-    rearranges what was read, ``forward`` multiplies."""
+    rearranges what was read, ``forward`` multiplies. takes_activation: it may be called with a gated activation too, "silu" or
+    "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated."""
 
     packed: list[torch.Tensor] | None = None
     fixed_dtypes: frozenset[str] = frozenset()
     staged: frozenset[str] = frozenset()
     packed_away: frozenset[str] = frozenset({"codes", "scale"})
+    takes_activation = False
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -134,44 +136,62 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """W8A8: int8 weights with a scale a row; activations are rounded to int8 as they come, with a scale a token."""
+    """W8A8: int8 weights with a scale a row; activations are rounded to int8 as they come, with a scale a token, and a zero point
+    unless symmetric."""
+
+    symmetric: bool = True
 
     def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
-        return Int8Weight(rows, columns)
+        return Int8Weight(rows, columns, self)
 
     def __str__(self) -> str:
-        return "INT8 (W8A8)"
+        return f"INT8 (W8A8){'' if self.symmetric else ', zero points of activations'}"
 
 
 class Int8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale"})
     packed_away = frozenset({"codes"})
+    takes_activation = True
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, scheme: Int8Scheme) -> None:
         super().__init__(rows, columns)
         self.codes = fixed_parameter(torch.int8, rows, columns)
         self.scale = fixed_parameter(torch.float32, rows)
+        # Of each row's codes, for the zero points: of the columns that are here, as the tokens' scales are.
+        self.sums = None if scheme.symmetric else fixed_parameter(torch.int32, rows)
 
     def stored(self, piece: Piece) -> Weights:
         yield Weight(f"{piece.name}.weight", self.codes[piece.rows], piece.shard, ("I8",))
         rows = piece.shard if piece.shard.dim == 0 else None
         yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows, None], rows, FLOATS)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def finish(self, pieces: Sequence[Piece]) -> None:
+        if self.sums is not None:
+            self.sums.copy_(self.codes.sum(1, dtype=torch.int32))
+
+    def _quantize(
+        self, x: torch.Tensor, activation: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if self.sums is not None:
+            return ops.quantize_int8_asymmetric(x, activation=activation)
+        return *ops.quantize_int8(x, activation=activation), None
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
-            return self.packed_forward(x, bias)
-        q, scale = ops.quantize_int8(x)
-        return ops.int8_linear(q, scale, self.codes, self.scale, bias, out_dtype=x.dtype)
+            return self.packed_forward(x, bias, activation)
+        q, scale, zero_point = self._quantize(x, activation)
+        zero = {"x_zero_point": zero_point, "weight_sum": self.sums}
+        return ops.int8_linear(q, scale, self.codes, self.scale, bias, **zero, out_dtype=x.dtype)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [part.float() for part in torch.split(self.codes, reference.EXACT_COLUMNS, 1)]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
-        q, scale = ops.quantize_int8(x)
+        q, scale, zero_point = self._quantize(x, activation)
         parts = torch.split(q.float(), reference.EXACT_COLUMNS, 1)
         sums = [dense.packed_linear(part, weight, None) for part, weight in zip(parts, self.packed, strict=True)]
-        return reference.scale_int8_sums(sums, scale, self.scale, bias, x.dtype)
+        return reference.scale_int8_sums(sums, scale, self.scale, bias, x.dtype, zero_point, self.sums)
 
 
 @dataclass(frozen=True)
@@ -191,6 +211,7 @@ class Fp8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale", "stored_scale"})
     staged = frozenset({"stored_scale"})
     packed_away = frozenset({"codes"})
+    takes_activation = True
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp8Scheme) -> None:
         super().__init__(rows, columns)
@@ -213,18 +234,18 @@ class Fp8Weight(QuantizedWeight):
             set_rows(self.scale, self.stored_scale, pieces, "weight_scale")
             self.stored_scale = None
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
-            return self.packed_forward(x, bias)
-        q, scale = ops.quantize_fp8(x)
+            return self.packed_forward(x, bias, activation)
+        q, scale = ops.quantize_fp8(x, activation=activation)
         return ops.fp8_linear(q, scale, self.codes.view(q.dtype), self.scale, bias, out_dtype=x.dtype)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [self.codes.view(torch.float8_e4m3fn).float()]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
-        q, scale = ops.quantize_fp8(x)
+        q, scale = ops.quantize_fp8(x, activation=activation)
         sums = dense.packed_linear(q.float(), self.packed[0], None)
         return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)
 

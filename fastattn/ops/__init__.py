@@ -22,6 +22,7 @@ from fastattn.ops.quantized import (
     int8_linear,
     quantize_fp8,
     quantize_int8,
+    quantize_int8_asymmetric,
 )
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
@@ -54,6 +55,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_fp8_groups",
     "quantize_int8",
+    "quantize_int8_asymmetric",
     "rms_norm",
     "rms_norm_gated_linear",
     "rms_norm_linear",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.ops._library import define
 from fastattn.ops.checks import E4M3, FLOAT, FP8, FP32, TensorArg, compile_check, fail_value
-from fastattn.ops.quantized import check_out_dtype
+from fastattn.ops.quantized import check_out_dtype, compile_quantize_check
 from fastattn.reference import quantized as reference
 
 BLOCK = reference.FP8_BLOCK
@@ -18,9 +18,9 @@ def num_blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def _fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.new_empty((num_blocks(x.shape[1]), x.shape[0]), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=FP8), scale
+def _fake_quantize(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape[0], x.shape[1] // 2 if activation else x.shape[1]
+    return x.new_empty((rows, columns), dtype=FP8), x.new_empty((num_blocks(columns), rows), dtype=torch.float32)
 
 
 def _fake_linear(
@@ -29,7 +29,9 @@ def _fake_linear(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-_quantize = define("quantize_fp8_groups(Tensor x) -> (Tensor, Tensor)", reference.quantize_fp8_groups, _fake_quantize)
+_quantize = define(
+    "quantize_fp8_groups(Tensor x, str activation) -> (Tensor, Tensor)", reference.quantize_fp8_groups, _fake_quantize
+)
 _linear = define(
     "fp8_block_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype)"
     " -> Tensor",
@@ -37,7 +39,7 @@ _linear = define(
     _fake_linear,
 )
 
-_check_quantize = compile_check("quantize_fp8_groups", TensorArg("x", "M K", FLOAT))
+_check_quantize = compile_quantize_check("quantize_fp8_groups")
 _check_linear = compile_check(
     "fp8_block_linear",
     TensorArg("x", "M K", E4M3),
@@ -48,18 +50,18 @@ _check_linear = compile_check(
 )
 
 
-def quantize_fp8_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_fp8_groups(x: Tensor, *, activation: str | None = None) -> tuple[Tensor, Tensor]:
     """Each group of 128 columns of a row in fp8: `scale = max|x| / 448`, `q = x / scale` rounded to e4m3, ties to even.
 
     x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous. The last group may be shorter.
+    activation: as in `quantize_int8`.
 
     Returns q (M, K) float8_e4m3fn and scale (⌈K/128⌉, M) fp32, the rows' scales of a group beside each other, so that
     x[m, k] ≈ q[m, k] · scale[k // 128, m]; `scale.t()` is what other libraries call column-major. A group of zeros has scale 1.
     One with a NaN or an infinity has that as its scale, so that what is computed from it is NaN.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_quantize(x)
-    q, scale = _quantize(x)
+    q, scale = _quantize(x, _check_quantize(x, activation))
     return q, scale
 
 

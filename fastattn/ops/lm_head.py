@@ -66,9 +66,9 @@ def lm_head_sample(
     nothing else, so the same seed and position always draw the same from the same logits; `sample`'s numbers are others.
     There is no top-k, top-p or min-p, which need the whole row.
 
-    On Hopper one kernel for the product and the draw, and a short one behind it, where `linear` takes its kernel for a few
-    rows (up to 128 of a usual head; K and V multiples of 8, rows 16-byte aligned), with `linear`'s very sums. Other calls
-    and other GPUs take `linear` and two short kernels, and give what the same logits give there.
+    On Hopper one kernel for the product and the draw, and a short one behind it, up to 32 rows (K and V multiples of 8, rows
+    16-byte aligned), with `linear`'s very sums. Other calls and other GPUs take `linear` and two short kernels, and give what
+    the same logits give there.
 
     x: (B, K), bf16 or fp16, on the CPU also fp32. weight: (V, K), V ≥ 1, bias: (V), x's dtype.
     temperature: (B) fp32 ≥ 0. seed, position: (B) int64.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,25 +23,41 @@ from fastattn.ops.checks import (
     fail_type,
     fail_value,
 )
+from fastattn.ops.gated_linear import ACTIVATIONS
 from fastattn.reference import quantized as reference
 
-# Above it a sum of K products of int8 may leave int32.
+# Above it a sum of K products of int8 may leave int32, and with zero points of codes less one.
 MAX_INT8_K = 2**17 - 1
+MAX_INT8_K_ASYMMETRIC = 2**16 - 1
 FP4_GROUPS = {16: "e4m3 (NVFP4)", 32: "e8m0 (MXFP4)"}
 
 
-def _fake_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=torch.float32)
+def _fake_quantize(x: Tensor, activation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1] // 2 if activation else x.shape[1])
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape[:1], dtype=torch.float32)
 
 
-def _fake_8bit(
+def _fake_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_fp8(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    fast_accum: bool = False,
+    fast_accum: bool,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
 
@@ -71,22 +89,34 @@ def _fake_fp4_fp8(
 
 
 _quantize_int8 = define(
-    "quantize_int8(Tensor x) -> (Tensor, Tensor)", reference.quantize_int8, lambda x: _fake_quantize(x, torch.int8)
+    "quantize_int8(Tensor x, str activation) -> (Tensor, Tensor)",
+    reference.quantize_int8,
+    lambda x, activation: _fake_quantize(x, activation, torch.int8),
+)
+_quantize_int8_asymmetric = define(
+    "quantize_int8_asymmetric(Tensor x, str activation) -> (Tensor, Tensor, Tensor)",
+    reference.quantize_int8_asymmetric,
+    lambda x, activation: (
+        *_fake_quantize(x, activation, torch.int8),
+        x.new_empty(x.shape[:1], dtype=torch.int32),
+    ),
 )
 _quantize_fp8 = define(
-    "quantize_fp8(Tensor x) -> (Tensor, Tensor)", reference.quantize_fp8, lambda x: _fake_quantize(x, FP8)
+    "quantize_fp8(Tensor x, str activation) -> (Tensor, Tensor)",
+    reference.quantize_fp8,
+    lambda x, activation: _fake_quantize(x, activation, FP8),
 )
 _int8_linear = define(
-    "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype)"
-    " -> Tensor",
+    "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? x_zero_point,"
+    " Tensor? weight_sum, ScalarType out_dtype) -> Tensor",
     reference.int8_linear,
-    _fake_8bit,
+    _fake_int8,
 )
 _fp8_linear = define(
     "fp8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype,"
     " bool fast_accum) -> Tensor",
     reference.fp8_linear,
-    _fake_8bit,
+    _fake_fp8,
 )
 _int4_linear = define(
     "int4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? zero_point, int group_size, Tensor? bias)"
@@ -107,15 +137,35 @@ _fp4_fp8_linear = define(
     _fake_fp4_fp8,
 )
 
-_check_quantize_int8 = compile_check("quantize_int8", TensorArg("x", "M K", FLOAT))
-_check_quantize_fp8 = compile_check("quantize_fp8", TensorArg("x", "M K", FLOAT))
+
+def compile_quantize_check(op: str) -> Callable[[Tensor, str | None], str]:
+    """The check of the quantizer `op`, which is defined: of x and the activation, whose name for the operator it gives, "" for none."""
+    check, check_gated = (compile_check(op, TensorArg("x", shape, FLOAT)) for shape in ("M K", "M 2K"))
+
+    def check_call(x: Tensor, activation: str | None) -> str:
+        if activation is None:
+            check(x)
+            return ""
+        if activation not in ACTIVATIONS:
+            fail_value(op, f"activation is {activation!r}, expected None or one of {', '.join(map(repr, ACTIVATIONS))}")
+        check_gated(x)
+        return activation
+
+    return check_call
+
+
+_check_quantize_int8 = compile_quantize_check("quantize_int8")
+_check_quantize_int8_asymmetric = compile_quantize_check("quantize_int8_asymmetric")
+_check_quantize_fp8 = compile_quantize_check("quantize_fp8")
 _check_int8 = compile_check(
     "int8_linear",
     TensorArg("x", "M K", INT8),
-    TensorArg("x_scale", "M", FP32),
+    TensorArg("x_scale", "Sx", FP32),
     TensorArg("weight", "N K", INT8),
-    TensorArg("weight_scale", "N", FP32),
+    TensorArg("weight_scale", "Sw", FP32),
     TensorArg("bias", "N", FLOAT, optional=True),
+    TensorArg("x_zero_point", "Sx", INT32, optional=True),
+    TensorArg("weight_sum", "N", INT32, optional=True),
 )
 _check_fp8 = compile_check(
     "fp8_linear",
@@ -194,31 +244,49 @@ def check_out_dtype(op: str, x: Tensor, bias: Tensor | None, out_dtype: torch.dt
         fail_type(op, f"bias is {bias.dtype}, expected {out_dtype} as out_dtype")
 
 
-def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(x: Tensor, *, activation: str | None = None) -> tuple[Tensor, Tensor]:
     """Each row in 8 bits: `scale = max|x| / 127`, `q = round(x / scale)`, ties to even.
 
     x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    activation: "silu", "gelu_tanh" or "gelu": x is (M, 2K), gate in its first half, and what is rounded is `act(gate) * up`, in
+        x's dtype, as `swiglu` and `geglu` give it: the same codes from one kernel.
 
     Returns q (M, K) int8 from −127 to 127 and scale (M) fp32, so that x ≈ q · scale. A row of zeros has scale 1. A row with
     a NaN or an infinity has that as its scale, so that what is computed from it is NaN.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_quantize_int8(x)
-    q, scale = _quantize_int8(x)
+    q, scale = _quantize_int8(x, _check_quantize_int8(x, activation))
     return q, scale
 
 
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8_asymmetric(x: Tensor, *, activation: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row in all of 8 bits: `scale = (high − low) / 255`, `zero_point = round(−128 − low / scale)`,
+    `q = round(x / scale + zero_point)`, ties to even, with low ≤ 0 ≤ high the row's least and largest element.
+
+    For rows that are not about 0, as what an activation function leaves. As compressed-tensors' `symmetric: false`.
+
+    x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    activation: as in `quantize_int8`.
+
+    Returns q (M, K) int8, scale (M) fp32 and zero_point (M) int32 from −128 to 127, so that x ≈ (q − zero_point) · scale, and 0 is
+    exact. A row of zeros has scale 1. A row with a NaN or an infinity has that as its scale, so that what is computed from it is NaN.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    q, scale, zero_point = _quantize_int8_asymmetric(x, _check_quantize_int8_asymmetric(x, activation))
+    return q, scale, zero_point
+
+
+def quantize_fp8(x: Tensor, *, activation: str | None = None) -> tuple[Tensor, Tensor]:
     """Each row in fp8: `scale = max|x| / 448`, `q = x / scale` rounded to e4m3, ties to even.
 
     x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    activation: as in `quantize_int8`.
 
     Returns q (M, K) float8_e4m3fn and scale (M) fp32, so that x ≈ q · scale. A row of zeros has scale 1. A row with a NaN
     or an infinity has that as its scale, so that what is computed from it is NaN.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_quantize_fp8(x)
-    q, scale = _quantize_fp8(x)
+    q, scale = _quantize_fp8(x, _check_quantize_fp8(x, activation))
     return q, scale
 
 
@@ -229,23 +297,34 @@ def int8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    x_zero_point: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`(x @ weightᵀ) · x_scale · weight_scale + bias`: the product is exact in int32, the rest fp32, rounded once.
+    """`((x − x_zero_point) @ weightᵀ) · x_scale · weight_scale + bias`: the product is exact in int32, the rest fp32, rounded once.
 
-    x: (M, K) int8 and x_scale: (M) fp32, from `quantize_int8`. K < 2¹⁷.
-    weight: (N, K) int8, weight_scale: (N) fp32, a scale a row.
+    x: (M, K) int8 and x_scale: (M) fp32, from `quantize_int8`, or (1), a scale for all rows. K < 2¹⁷.
+    weight: (N, K) int8, weight_scale: (N) fp32, a scale a row, or (1).
     bias: (N) in out_dtype.
+    x_zero_point: as x_scale, int32, the code of 0 in each row, from `quantize_int8_asymmetric`: −128 to 127, which nobody checks.
+        It takes weight_sum beside it, and K < 2¹⁶.
+    weight_sum: (N) int32, the sum of each row of weight's codes, `weight.sum(1, dtype=torch.int32)`, made once.
     out_dtype: bf16 or fp16, on the CPU also fp32.
 
     Returns (M, N) in out_dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_int8(x, x_scale, weight, weight_scale, bias)
+    _check_int8(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum)
+    _check_may_be_one("int8_linear", "x_scale", x_scale, "M", x.shape[0])
+    _check_may_be_one("int8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     check_out_dtype("int8_linear", x, bias, out_dtype)
-    if x.shape[1] > MAX_INT8_K:
-        fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {MAX_INT8_K}: longer sums leave int32")
-    out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, out_dtype)
+    if (x_zero_point is None) != (weight_sum is None):
+        given, missing = ("x_zero_point", "weight_sum") if weight_sum is None else ("weight_sum", "x_zero_point")
+        fail_value("int8_linear", f"{given} is given and {missing} is None, expected both or neither")
+    longest, why = (MAX_INT8_K, "") if x_zero_point is None else (MAX_INT8_K_ASYMMETRIC, " with x_zero_point")
+    if x.shape[1] > longest:
+        fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {longest}{why}: longer sums leave int32")
+    out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum, out_dtype)
     return out
 
 

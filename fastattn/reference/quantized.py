@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize
+from fastattn.reference.activation import gated_activation
 
 FP8_BLOCK = 128  # rows, and columns, that share a scale
 
@@ -14,43 +15,69 @@ FP8_BLOCK = 128  # rows, and columns, that share a scale
 EXACT_COLUMNS = 2**24 // 128**2
 
 
-def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) int8, scale (M) fp32."""
-    values = x.float()
-    scale = values.abs().amax(1) / 127 if x.shape[1] else values.new_zeros(x.shape[0])
+def _to_quantize(x: Tensor, activation: str) -> Tensor:
+    """x (M, K), or of (M, 2K) with an activation act(gate) * up in x's dtype, → (M, K) fp32."""
+    return (gated_activation(x, activation) if activation else x).float()
+
+
+def quantize_int8(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) int8, scale (M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    scale = values.abs().amax(1) / 127 if values.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     q = (values / scale[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
     return q.to(torch.int8), scale
 
 
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) float8_e4m3fn, scale (M) fp32."""
-    values = x.float()
-    scale = values.abs().amax(1) / 448 if x.shape[1] else values.new_zeros(x.shape[0])
+def quantize_int8_asymmetric(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, K) → q (M, K) int8, scale (M) fp32, zero_point (M) int32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    zeros = values.new_zeros(x.shape[0])
+    low, high = (values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)) if values.shape[1] else (zeros, zeros)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero_point = (-128 - (low / scale).nan_to_num(0.0)).clamp(-128, 127).round()
+    q = ((values / scale[:, None]).nan_to_num(0.0) + zero_point[:, None]).clamp(-128, 127).round()
+    return q.to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+def quantize_fp8(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    scale = values.abs().amax(1) / 448 if values.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     return (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
-def quantize_fp8_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) float8_e4m3fn, scale (⌈K/128⌉, M) fp32."""
-    rows, columns = x.shape
+def quantize_fp8_groups(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
+    """x (M, K) → q (M, K) float8_e4m3fn, scale (⌈K/128⌉, M) fp32; with an activation, of x (M, 2K)."""
+    values = _to_quantize(x, activation)
+    rows, columns = values.shape
     groups = -(-columns // FP8_BLOCK)
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % FP8_BLOCK))
+    padded = torch.nn.functional.pad(values, (0, -columns % FP8_BLOCK))
     q, scale = quantize_fp8(padded.reshape(rows * groups, FP8_BLOCK))
     return q.view(padded.shape)[:, :columns].contiguous(), scale.view(rows, groups).t().contiguous()
 
 
 def int8_linear(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    x_zero_point: Tensor | None,
+    weight_sum: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """x (M, K) int8, x_scale (M), weight (N, K) int8, weight_scale (N), bias (N) → (M, N).
+    """x (M, K) int8, x_scale and x_zero_point (M) or (1), weight (N, K) int8, weight_scale (N) or (1), bias and weight_sum (N)
+    → (M, N).
 
     Integers go through fp32 products, in pieces whose sums are exact: torch's own int8 product takes 20 times as long on
     processors without instructions for it.
     """
     pieces = (torch.split(t.float(), EXACT_COLUMNS, 1) for t in (x, weight))
     sums = [dense.linear(x_piece, weight_piece, None) for x_piece, weight_piece in zip(*pieces, strict=True)]
-    return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype)
+    return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype, x_zero_point, weight_sum)
 
 
 def fp8_linear(
@@ -93,11 +120,19 @@ def round_sums(sums: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def scale_int8_sums(
-    sums: list[Tensor], x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    sums: list[Tensor],
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    x_zero_point: Tensor | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Tensor:
     """Sums (M, N) of pieces of K, whole numbers in fp32, → (M, N)."""
-    total = sums[0] if len(sums) == 1 else torch.stack([s.int() for s in sums]).sum(0, dtype=torch.int32).float()
-    return scale_8bit_sums(total, x_scale, weight_scale, bias, out_dtype)
+    total = sums[0] if len(sums) == 1 else torch.stack([s.int() for s in sums]).sum(0, dtype=torch.int32)
+    if x_zero_point is not None and weight_sum is not None:
+        total = total.int() - x_zero_point[:, None] * weight_sum
+    return scale_8bit_sums(total.float(), x_scale, weight_scale, bias, out_dtype)
 
 
 def scale_8bit_sums(

@@ -104,6 +104,18 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     p.x_scale = x_scale.data();
     p.weight_scale = weight_scale.data();
   }
+  const bool zero_points =
+      std::is_same_v<E, int8_t> && (few_rows || fastattn::gemm_sm90_has_zero_points(tile.block_n)) && one_in(2);
+  std::vector<int32_t> x_zero_point(x_scale.size(), 0), code_sum(p.n);
+  if (zero_points) {
+    for (int32_t& zero_point : x_zero_point) zero_point = between(-128, 127);
+    for (int64_t n = 0; n < p.n; ++n) {
+      const float* const row = weight.values.data() + n * p.weight_stride;
+      code_sum[n] = static_cast<int32_t>(std::accumulate(row, row + p.k, 0.0));
+    }
+    p.x_zero_point = x_zero_point.data();
+    p.weight_code_sum = code_sum.data();
+  }
   p.eps = pick({1e-6f, 0.5f});
   std::vector<float> weight_sum(p.n);
   for (int64_t n = 0; n < p.n; ++n) {
@@ -116,9 +128,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const char* const norm_name = norm == Norm::kRms ? "RMSNorm of " : norm == Norm::kLayer ? "LayerNorm of " : "";
   const char* const gate_name = gate == Gate::kSilu ? "SiLU of " : gate == Gate::kGeluTanh ? "GeLU of " : "";
   current_call += std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
-                  (blocks ? " in blocks" : "") + " to " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
-                  std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) +
-                  " x " + std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                  (blocks ? " in blocks" : "") + (zero_points ? " with zero points" : "") + " to " +
+                  TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
+                  std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
+                  std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
                   (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
                   std::to_string(config.num_ctas) + " CTAs";
 
@@ -140,7 +153,9 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   for (int64_t m = 0; m < p.m; ++m) {
     const float* const row = x.values.data() + m * p.x_stride;
     const double num_columns = static_cast<double>(p.k);
-    const double mean = norm == Norm::kLayer ? std::accumulate(row, row + p.k, 0.0) / num_columns : 0.0;
+    const double mean = norm == Norm::kLayer ? std::accumulate(row, row + p.k, 0.0) / num_columns
+                        : zero_points        ? x_zero_point[m * p.x_scale_stride]
+                                             : 0.0;
     double squares = 0.0;
     for (int64_t k = 0; k < p.k; ++k) squares += (row[k] - mean) * (row[k] - mean);
     const double norm_scale = norm == Norm::kNone ? 1.0 : 1.0 / std::sqrt(squares / num_columns + p.eps);
@@ -386,10 +401,11 @@ int main(int argc, char** argv) {
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     if (choice.few_rows && seed / choices.size() % 3 == 2) {
+      const bool samples = choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {
-        one_in(3) ? run_added_call<__half>(choice.tile) : run_sampled_call<__half>(choice.tile);
+        samples ? run_sampled_call<__half>(choice.tile) : run_added_call<__half>(choice.tile);
       } else {
-        one_in(3) ? run_added_call<__nv_bfloat16>(choice.tile) : run_sampled_call<__nv_bfloat16>(choice.tile);
+        samples ? run_sampled_call<__nv_bfloat16>(choice.tile) : run_added_call<__nv_bfloat16>(choice.tile);
       }
     } else if (one_in(2)) {
       run_call_of_any<__half>(choice.few_rows, choice.tile);

@@ -25,6 +25,7 @@ from tests.models.quantized import in_blocks
 # Without a GPU the CPU stands in for it: then the test is of the source below, and of the CPU against itself.
 SCHEMES: Mapping[str, nn.Scheme] = {
     "int8": nn.Int8Scheme(),
+    "int8 zero points": nn.Int8Scheme(symmetric=False),
     "fp8": nn.Fp8Scheme(),
     "fp8 blocks": nn.Fp8BlockScheme(),
     "int4": nn.Int4Scheme(32, True),

@@ -99,9 +99,12 @@ def int8_linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    out = (x.double() @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
+    rows = x.double() if x_zero_point is None else x.double() - x_zero_point.double()[:, None]
+    out = (rows @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
     return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
 
 

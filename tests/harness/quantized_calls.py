@@ -66,6 +66,27 @@ def verify_quantize_fp8(call: Call, results: list[Tensor]) -> None:
     _verify_quantize(call, results, torch.float8_e4m3fn, 448)
 
 
+def verify_quantize_int8_asymmetric(call: Call, results: list[Tensor]) -> None:
+    """0 is a code, and the row's ends are near the codes' ends: then a value is off by half a step, of an end by a little more."""
+    x, (q, scale, zero_point) = call["x"].double(), results
+    assert q.dtype is torch.int8 and scale.dtype is torch.float32 and zero_point.dtype is torch.int32
+    assert q.shape == x.shape and scale.shape == zero_point.shape == x.shape[:1]
+    finite = x.isfinite().all(1)
+    ends = torch.cat([x, x.new_zeros(len(x), 1)], 1).aminmax(dim=1)
+    # Where fp32 has no number for the range, the row counts as one with an infinity.
+    finite &= (ends.max - ends.min).float().isfinite()
+    expected = torch.where(ends.max == ends.min, 1.0, (ends.max - ends.min) / 255)
+    assert not bool(scale[~finite].isfinite().any())
+    assert bool((q == zero_point[:, None])[~finite].all())
+    torch.testing.assert_close(scale[finite].double(), expected[finite], rtol=1e-6, atol=2e-45)
+    assert bool(((zero_point >= -128) & (zero_point <= 127)).all())
+    off = ((q.double() - zero_point[:, None]) - x / scale.double()[:, None])[finite].abs()
+    # A scale below fp32's normal numbers is coarse, and what it divides may leave the codes.
+    coarse = (scale[finite] < 2**-120)[:, None]
+    assert bool((off <= torch.where(coarse, 260.0, 1.0 + 2e-4)).all())
+    assert bool((off <= 0.5 + 2e-4)[(q[finite] > -128) & (q[finite] < 127) & ~coarse].all())
+
+
 def quantize_group_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     yield from quantize_calls(gen, dtype)
     for rows, columns in ((5, 512), (33, 264), (2, 257)):  # more groups than one, the last one whole, of 8 and of 1
@@ -108,8 +129,15 @@ def bad_quantize(gen: Gen, base: Call) -> Bad:
     yield "every third element", {"x": x[:, ::3]}, ValueError, ("x has strides",)
     for value in (x.shape, Tensor, b"x", {1.0}, range(3), lambda: x, NotImplemented, bytearray(1), frozenset(), 1j):
         yield f"{value!r}", {"x": value}, TypeError, ("x is a", "expected a torch.Tensor")
+    odd = x[:, : x.shape[1] // 2 * 2 - 1]
+    yield "an odd half", {"x": odd, "activation": "silu"}, ValueError, ("x has shape", "2K")
+    for name in ("relu", "", "SiLU", 1):
+        yield f"activation {name!r}", {"activation": name}, ValueError, (f"activation is {name!r}", "'silu'", "None")
     yield "meta, one row", {"x": x[:1].to("meta")}, ValueError, ("x is on meta",)
     yield "one row, grad", {"x": x[:1].clone().requires_grad_()}, ValueError, ("x requires grad",)
+
+
+_SYMMETRIC: Call = {"x_zero_point": None, "weight_sum": None}
 
 
 def int8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -121,8 +149,15 @@ def int8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
             "weight_scale": gen.rand(n) * 0.01,
             "out_dtype": dtype,
         }
-        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
-        yield f"{rows} {k} {n} no bias", call | {"bias": None}
+        zero: Call = {
+            "x_zero_point": gen.ints(-128, 128, rows, dtype=torch.int32),
+            "weight_sum": call["weight"].sum(1, dtype=torch.int32),
+        }
+        yield f"{rows} {k} {n} zero points", call | zero | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n}", call | _SYMMETRIC | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n} no bias", call | _SYMMETRIC | {"bias": None}
+    of_all = {"x_scale": gen.rand(1) * 0.02, "x_zero_point": gen.ints(-128, 128, 1, dtype=torch.int32)}
+    yield "one scale and zero point", call | zero | of_all | {"weight_scale": gen.rand(1) * 0.01, "bias": None}
 
 
 def bad_int8(gen: Gen, base: Call) -> Bad:
@@ -132,7 +167,18 @@ def bad_int8(gen: Gen, base: Call) -> Bad:
     yield "bias of another dtype", {"bias": base["bias"].to(other)}, TypeError, ("bias is", "as out_dtype")
     long = {name: base[name].new_zeros(1, 2**17) for name in ("x", "weight")}
     scales = {name: base[name][:1] for name in ("x_scale", "weight_scale", "bias")}
-    yield "long sums", long | scales, ValueError, ("x has shape (1, 131072)", "K ≤ 131071")
+    yield "long sums", long | scales | _SYMMETRIC, ValueError, ("x has shape (1, 131072)", "K ≤ 131071")
+    one = torch.zeros(1, dtype=torch.int32, device=base["x"].device)
+    half = {name: t[:, : 2**16] for name, t in long.items()} | scales
+    half |= {"x_zero_point": one, "weight_sum": one}
+    yield "long sums with zero points", half, ValueError, ("x has shape (1, 65536)", "K ≤ 65535 with x_zero_point")
+    for name, other in (("x_zero_point", "weight_sum"), ("weight_sum", "x_zero_point")):
+        yield f"{name} alone", {other: None}, ValueError, (f"{name} is given and {other} is None", "both or neither")
+    for name, rows in (("x_scale", len(base["x"])), ("weight_scale", len(base["weight"]))):
+        for size in (0, 2, rows - 1, rows + 1):
+            if size not in (1, rows):
+                says = (f"{name} has shape ({size},)", "or (1,)", f"= {rows}")
+                yield f"{name} of {size}", _SYMMETRIC | {name: base["x_scale"].new_ones(size)}, ValueError, says
 
 
 def fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:

@@ -65,6 +65,7 @@ from tests.harness.quantized_calls import (
     verify_quantize_fp8,
     verify_quantize_fp8_groups,
     verify_quantize_int8,
+    verify_quantize_int8_asymmetric,
 )
 from tests.harness.sampling_calls import (
     adjust_calls,
@@ -469,6 +470,15 @@ SPECS = (
         keeps_dtype=False,
     ),
     OpSpec(
+        "quantize_int8_asymmetric",
+        ops.quantize_int8_asymmetric,
+        quantize_calls,
+        {"x": Role()},
+        verify=verify_quantize_int8_asymmetric,
+        bad=bad_quantize,
+        keeps_dtype=False,
+    ),
+    OpSpec(
         "quantize_fp8",
         ops.quantize_fp8,
         quantize_calls,
@@ -487,6 +497,8 @@ SPECS = (
             "weight": Role((0, 1)),
             "weight_scale": Role((0,)),
             "bias": Role((0,), optional=True),
+            "x_zero_point": Role((0,), optional=True),
+            "weight_sum": Role((0,), optional=True),
         },
         formulas.int8_linear,
         bad=bad_int8,

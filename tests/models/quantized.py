@@ -48,6 +48,7 @@ class Form:
     format: str
     group_size: int | None = None
     channel: bool = False
+    zero_points_of_tokens: bool = False
     ignore: tuple[str, ...] = ("lm_head",)
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -58,6 +59,9 @@ class Form:
         if self.channel:
             changes = {"group_size": None, "strategy": "channel"}
         scheme.weights = scheme.weights.model_copy(update=changes)
+        if self.zero_points_of_tokens:
+            assert scheme.input_activations is not None
+            scheme.input_activations = scheme.input_activations.model_copy(update={"symmetric": False})
         return scheme
 
     def quantization_config(self) -> dict[str, Any]:
@@ -143,6 +147,7 @@ def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 FORMS: dict[str, Form | ToolForm | BlockForm] = {
     "int8": Form("W8A8", "int-quantized"),
+    "int8 zero points": Form("W8A8", "int-quantized", zero_points_of_tokens=True),
     "fp8": Form("FP8_DYNAMIC", "float-quantized"),
     "fp8 tensor": Form("FP8", "float-quantized"),
     "fp8 blocks": BlockForm(),
@@ -163,6 +168,14 @@ def _round_activations(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) 
     x = args[0].float()
     scale = x.abs().amax(-1, keepdim=True) / 127
     return ((x / scale).round() * scale).to(args[0].dtype)
+
+
+def _round_activations_with_zero_points(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    x, form = args[0].float(), FORMS["int8 zero points"]
+    assert isinstance(form, Form)
+    scale, zero = calculate_qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), form.scheme().input_activations)
+    codes = (x / scale + zero).round().clamp(-128, 127)
+    return ((codes - zero) * scale).to(args[0].dtype)
 
 
 def _round_activations_to_fp8(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -202,7 +215,9 @@ def write(folder: Path, form: Form | ToolForm | BlockForm, **config: Any) -> Lla
             tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
             parameter.copy_(dense)
             if not isinstance(form, ToolForm) and form.preset in _ROUNDED:
-                model.get_submodule(layer).register_forward_pre_hook(_ROUNDED[form.preset])
+                has_zero_points = isinstance(form, Form) and form.zero_points_of_tokens
+                hook = _round_activations_with_zero_points if has_zero_points else _ROUNDED[form.preset]
+                model.get_submodule(layer).register_forward_pre_hook(hook)
         else:
             tensors[name] = parameter.clone()
     folder.mkdir(exist_ok=True)

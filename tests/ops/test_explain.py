@@ -337,6 +337,14 @@ def test_norms_and_gates_get_tiles_that_they_have() -> None:
     assert {(128, 256), (192, 192)} <= tiles
 
 
+def test_scales_of_blocks_and_zero_points_get_tiles_that_they_have() -> None:
+    for m, n, k in itertools.product((1, 40, 64, 65, 128, 200, 768, 4096), (6144, 28672), (4096, 14336)):
+        config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True, block_scales=True)
+        assert config["few_rows"] == (m <= 64)
+        assert config["block_n"] == 64 if config["few_rows"] else config["block_n"] % 128 == 0
+        assert _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, zero_points=True)["block_n"] != 224
+
+
 MOST_LOST = dict.fromkeys(("bf16", "int8", "fp8_fast", "fp8"), (39, 0.05, 0.005))  # problems, of any, in the mean
 MOST_LOST |= {
     "gated": (40, 0.05, 0.005),
