@@ -6,8 +6,7 @@
 //   of many rows   a thread's sums are of two rows of x; a part of its columns, 128, has one scale of weight
 //   of few rows    they are of two columns in eight, which are rows of x; its rows of weight have one scale
 //
-// Of many rows, a panel's scales are asked for when those of the one before have become factors: products run
-// meanwhile. Few rows have more of them and wait for memory in any case: theirs come while they do, or while products
+// Of many rows, a panel's scales are asked for before the products of the one before. Few rows have more of them and wait for memory in any case: theirs come while they do, or while products
 // run.
 //
 // Each type has
@@ -64,20 +63,23 @@ class GemmSm90ManyRowsScales {
     const int32_t block = first_n / kGemmSm90ScaleBlock;
     of_weight_ += block * p.weight_scale_stride;
     next_part_ = block < last_block ? p.weight_scale_stride : 0;
-    fetch();
+    now_ = fetch();
+    panels_.advance();
   }
 
-  __device__ __forceinline__ void ask(int) {}
+  __device__ __forceinline__ void ask(int row) {
+    if (row == 0) next_ = fetch();
+  }
 
   template <int PART_ROWS, bool LAST>
   __device__ __forceinline__ void take(int row) {
     static_assert(PART_ROWS == kGemmSm90ScaleBlock);
-    const float of_weight = weight_[row / kGemmSm90ScaleBlock];
+    const float of_weight = now_.weight[row / kGemmSm90ScaleBlock];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) factors_[r] = rows_[r] * of_weight;
+    for (int r = 0; r < 2; ++r) factors_[r] = now_.rows[r] * of_weight;
     if constexpr (LAST) {
+      now_ = next_;
       panels_.advance();
-      fetch();
     }
   }
 
@@ -93,19 +95,26 @@ class GemmSm90ManyRowsScales {
  private:
   static constexpr int kParts = BLOCK_N / kGemmSm90ScaleBlock;
 
-  __device__ __forceinline__ void fetch() {
+  struct Panel {
+    float rows[2], weight[kParts];
+  };
+
+  __device__ __forceinline__ Panel fetch() const {
     const int64_t panel = panels_.current();
+    Panel found;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rows_[r] = of_rows_[r][panel * x_stride_];
+    for (int r = 0; r < 2; ++r) found.rows[r] = of_rows_[r][panel * x_stride_];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) weight_[part] = __ldg(of_weight_ + part * next_part_ + panel);
+    for (int part = 0; part < kParts; ++part) found.weight[part] = __ldg(of_weight_ + part * next_part_ + panel);
+    return found;
   }
 
   GemmSm90ScalePanels panels_;
   int64_t x_stride_, next_part_;
   const float* of_weight_;
   const float* of_rows_[2];
-  float rows_[2], weight_[kParts], factors_[2];
+  Panel now_, next_;
+  float factors_[2];
 };
 
 // PART_M rows of x at a time.
