@@ -133,7 +133,8 @@ class Runner:
     @property
     def kv_block_bytes(self) -> int:
         """Of a block on all ranks, each counted as rank 0, which has the most."""
-        return self.kv_memory.nbytes // self.config.num_kv_blocks * self.model.tp.size
+        num_ranks = 1 if self.ranks is None else self.ranks.size
+        return self.kv_memory.nbytes // self.config.num_kv_blocks * num_ranks
 
     def compute(self, step: Step) -> Computed:
         """The forward pass of the step that lies in the host's buffer, on all ranks."""
