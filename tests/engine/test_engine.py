@@ -526,7 +526,7 @@ class Faulty:
 
     def __init__(self, network: DecoderModel, bad_step: int, fault: BaseException | None = None) -> None:
         self.network, self.config, self.bad_step, self.fault = network, network.config, bad_step, fault
-        self.num_steps = 0
+        self.num_steps, self.tp = 0, network.tp
 
     def __call__(self, *args: Any) -> torch.Tensor:
         self.num_steps += 1
