@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 # What is converted on the device at a time: its memory as stored.
-_CONVERTED_BYTES = 64 << 20
+_CONVERTED_BYTES = 128 << 20
+# Handing a thread its work, and hearing that it is done, take it longer than copying a megabyte.
+_PIECES_A_JOB = 4
 
 
 class Copier:
@@ -52,7 +54,7 @@ class ThreadedCopier(Copier):
         if out.device != self._device or not stored.numel():
             out.copy_(stored)
         elif out.dtype == stored.dtype and out.is_contiguous():
-            self._start(out, stored)
+            self._start(out, stored, _PIECES_A_JOB)
         else:  # converted there, a part at a time
             out, stored = (t.unsqueeze(0) if t.dim() == 0 else t for t in (out, stored))
             step = max(1, _CONVERTED_BYTES // stored[0].nbytes)
@@ -63,7 +65,7 @@ class ThreadedCopier(Copier):
         out = torch.empty(stored.shape, dtype=stored.dtype, device=device)
         if device != self._device or not stored.numel():
             return out.copy_(stored)
-        for job in self._start(out, stored):
+        for job in self._start(out, stored, 1):  # it is waited for: as many threads as there are pieces
             job.result()
         self._order_after_copies()
         return out
@@ -78,26 +80,28 @@ class ThreadedCopier(Copier):
         self._pool.shutdown(cancel_futures=True)
         self._order_after_copies()  # of those that are under way, even if their memory is given up now
 
-    def _start(self, out: torch.Tensor, stored: torch.Tensor) -> list[Future[None]]:
+    def _start(self, out: torch.Tensor, stored: torch.Tensor, pieces_a_job: int) -> list[Future[None]]:
         """Begins to copy, and returns what is to be waited for. What is small is copied at once, as another thread would take
         longer to wake up."""
         if self._stream is not None:  # the memory may have been another tensor's, whose work has not ended
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        jobs: list[Future[None]] = []
-        for target, chunk in _chunks(out, stored, self._buffer_bytes):
-            if chunk.numel() <= self._buffer_bytes // 16:
-                self._copy_chunk(target, chunk)
-                continue
+        pieces = list(_chunks(out, stored, self._buffer_bytes))
+        if stored.nbytes <= self._buffer_bytes // 16:
+            self._copy_pieces(pieces)
+            return []
+        jobs = []
+        for first in range(0, len(pieces), pieces_a_job):
             while len(self._jobs) >= self._most_jobs:
                 self._jobs.popleft().result()
-            jobs.append(self._pool.submit(self._copy_chunk, target, chunk))
+            jobs.append(self._pool.submit(self._copy_pieces, pieces[first : first + pieces_a_job]))
             self._jobs.append(jobs[-1])
         return jobs
 
-    def _copy_chunk(self, target: torch.Tensor, chunk: torch.Tensor) -> None:
+    def _copy_pieces(self, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         buffers = self._free.pop()
         try:
-            buffers.send(target, chunk)
+            for target, piece in pieces:
+                buffers.send(target, piece)
         finally:
             self._free.append(buffers)
 
