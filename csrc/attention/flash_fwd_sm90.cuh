@@ -827,16 +827,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     }
   };
-  // Takes the next tile in which a key is seen; rows of others are written here. False if there are no more.
-  const auto find_tile = [&] {
-    while (true) {
-      const FlashTile& tile = tiles.wait();
-      if (tile.end_step < 0) return false;
-      if (tile.begin_step < tile.end_step) return true;
-      store_empty(tile);
-      tiles.release();
-    }
-  };
   const auto last_row = [&](const FlashTile& t) {  // its token
     return min(token_of_group(t, 63), t.q_len - 1);
   };
@@ -870,6 +860,29 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       wait_for_v();
       release_v();
     }
+  };
+  // A tile's last group may have no rows, since the sequence ends before them: then its tile is another's work only.
+  const auto has_rows = [&](const FlashTile& t) { return token_of_group(t, 0) < t.q_len; };
+  // Takes the next tile in which a row of this group may see a key; rows of others are written here. False if there are
+  // no more.
+  const auto find_tile = [&] {
+    while (true) {
+      const FlashTile& tile = tiles.wait();
+      if (tile.end_step < 0) return false;
+      if (tile.begin_step < tile.end_step) {
+        if (has_rows(tile)) return true;
+        smem.q_full[q_ring.stage()].wait(q_ring.parity());
+        release(smem.q_empty[q_ring.stage()]);
+        q_ring.advance();
+        pass_over(tile.end_step - tile.begin_step);
+      }
+      store_empty(tile);
+      tiles.release();
+    }
+  };
+  const auto pass_over_unseen = [&] {
+    const int32_t num_blocks = num_unseen(tiles.now());
+    pass_over(num_blocks);
     end_step -= num_blocks;
   };
   const auto release_scores = [&](int32_t step) {
@@ -905,7 +918,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
   if (!find_tile()) return;
   begin_tile();
-  pass_over(num_unseen(tiles.now()));
+  pass_over_unseen();
   start_first_scores();
   finish_first_scores();
 
@@ -987,7 +1000,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
 
     const FlashTile& next = tiles.wait_for_next();
-    const bool goes_on = next.begin_step < next.end_step && num_unseen(next) == 0;
+    const bool goes_on = next.begin_step < next.end_step && has_rows(next) && num_unseen(next) == 0;
     locate();
     wait_for_v();
     if (goes_on) {
@@ -1007,7 +1020,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       tiles.release();
       if (!find_tile()) return;
       begin_tile();
-      pass_over(num_unseen(tiles.now()));
+      pass_over_unseen();
       start_first_scores();
     }
     finish_first_scores();
