@@ -170,7 +170,7 @@ class DecodeLoader {
 
   // One tile ahead of its use.
   __device__ __forceinline__ void find_page() {
-    if (p_.paged && key_is_visible()) page_ = __ldg(block_table_ + p_.block_size_div.divide(key_));
+    if (p_.paged && key_is_visible()) page_ = block_table_[p_.block_size_div.divide(key_)];
   }
 
   __device__ __forceinline__ void load_rows(Stage& stage) const {
