@@ -170,7 +170,7 @@ class DecodeLoader {
 
   // One tile ahead of its use.
   __device__ __forceinline__ void find_page() {
-    if (p_.paged && key_is_visible()) page_ = __ldg(block_table_ + p_.block_size_div.divide(key_));
+    if (p_.paged && key_is_visible()) page_ = block_table_[p_.block_size_div.divide(key_)];
   }
 
   __device__ __forceinline__ void load_rows(Stage& stage) const {
@@ -389,6 +389,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     if (entries <= kMost && entry < entries) prefetch_l2(p.block_table + entry);
   }
 
+  // Prompts' kernel does not wait for the kernel in front of this one, and must not begin before that has ended.
+  if constexpr (!BESIDE) grid_dependency_launch();
+  grid_dependency_wait();
   if constexpr (BESIDE) grid_dependency_launch();
   const DecodePlan<Mask> plan(p, team, std::bool_constant<INVARIANT>());
   if (plan.begin_tile >= plan.end_tile) return;
@@ -727,8 +730,8 @@ cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream)
   const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
   const auto kernel = p.config.batch_invariant ? paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, true>
                                                : paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, false>;
-  return launch_kernel(kernel, p.config.num_ctas, 32 * num_warps, smem_bytes, stream, p,
-                       ScoreScale::make(p.softmax_scale, p.softcap));
+  return launch_kernel_behind(kernel, p.config.num_ctas, 32 * num_warps, smem_bytes, stream, p,
+                              ScoreScale::make(p.softmax_scale, p.softcap));
 }
 
 }  // namespace fastattn

@@ -14,8 +14,8 @@ constexpr int64_t kPartSize = 8 * kNumThreads;  // of a row
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
     add_rows_kernel(const __grid_constant__ AddRowsParams p, int32_t parts_per_row) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t row = static_cast<int32_t>(blockIdx.x) / parts_per_row;
   const int64_t first = (static_cast<int32_t>(blockIdx.x) - row * parts_per_row) * kPartSize + threadIdx.x;
   T* const out = static_cast<T*>(p.out) + row * p.row_size;

@@ -26,8 +26,8 @@ constexpr int kVecs = 2;  // of a thread
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kMaxThreads)
     embedding_kernel(const __grid_constant__ EmbeddingParams p, FastDivide pieces_per_token) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t token_idx = pieces_per_token.divide(blockIdx.x);
   const int32_t piece = blockIdx.x - token_idx * pieces_per_token.divisor;
   const int64_t first = (static_cast<int64_t>(piece) * kVecs * blockDim.x + threadIdx.x) * VEC;

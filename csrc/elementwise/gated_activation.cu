@@ -22,8 +22,8 @@ constexpr int64_t kMaxThreads = 256;
 template <typename T, int VEC, Activation ACTIVATION>
 __global__ void __launch_bounds__(kMaxThreads)
     gated_activation_kernel(const __grid_constant__ GatedActivationParams p, FastDivide pieces_per_row) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t row_idx = pieces_per_row.divide(blockIdx.x);
   const int32_t piece = blockIdx.x - row_idx * pieces_per_row.divisor;
   const int64_t column = (static_cast<int64_t>(piece) * blockDim.x + threadIdx.x) * VEC;

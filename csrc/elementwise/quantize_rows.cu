@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
   using T = typename Cache::T;
   using Index = typename Cache::Index;
   constexpr int VEC = Cache::VEC;
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t row_idx = blockIdx.x;
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
 template <typename T, typename Q, int VEC, bool GATED>
 __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_constant__ QuantizeRowsParams p) {
   constexpr int LANES = 16, PER_LANE = kQuantizeGroup / LANES;
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t num_groups = static_cast<int32_t>((p.row_size + kQuantizeGroup - 1) / kQuantizeGroup);
   const int32_t idx = static_cast<int32_t>(blockIdx.x) * (256 / LANES) + static_cast<int32_t>(threadIdx.x) / LANES;
   const int32_t row_idx = idx / num_groups, group_idx = idx - row_idx * num_groups;

@@ -247,8 +247,8 @@ template <typename T, typename KV, int VEC, int LANES, bool INTERLEAVED>
 __global__ void __launch_bounds__(32 * kWarps, 4)
     rope_kv_write_kernel(const __grid_constant__ RopeKvWriteParams p, FastDivide groups_per_token) {
   constexpr bool IS_8BIT = sizeof(KV) == 1;
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int64_t token_idx = groups_per_token.divide(blockIdx.x);
   const int32_t group = groups_per_token.remainder(blockIdx.x);
   int32_t head_idx = (group * blockDim.x + threadIdx.x) / LANES;

@@ -22,7 +22,8 @@
 //
 // A weight that is read once is the first to leave the L2 cache: what is there stays, and nothing that was written
 // there has to make room by going to memory. Its first stages are asked for, as far as L2, before the kernel in front
-// has ended.
+// has ended. So that these come when memory would have nothing to do, and not long before they are read, the kernel
+// behind may begin once this one's last loads are on their way.
 //
 // Limits: as in gemm_sm90.cuh.
 #pragma once
@@ -91,7 +92,6 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     fence_barrier_init();
   }
   __syncthreads();
-  grid_dependency_launch();
 
   // What a lane multiplies the sums of its four columns by and adds to them, and the first of its rows.
   constexpr int PER_COLUMN = Epilogue::kRows;
@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
       }
     }
     __syncwarp();
+    grid_dependency_launch();
   } else {
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();

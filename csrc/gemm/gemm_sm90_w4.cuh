@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
     fence_barrier_init();
   }
   __syncthreads();
-  grid_dependency_launch();
 
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
@@ -115,6 +114,7 @@ __global__ void __launch_bounds__(2 * BLOCK_N + 32, CTAS_PER_SM)
       }
     }
     __syncwarp();
+    grid_dependency_launch();  // when memory would soon have nothing to do: gemm_sm90_few_rows.cuh
   } else {
     // ------------------------------------------------------------------------------ consumers
     const int row = warp_idx * 16 + lane / 4;  // and the one 8 below

@@ -209,8 +209,7 @@ struct Mxfp4ToFp8Sm90 {
     return static_cast<const uint8_t*>(p.weight_scale) + row * p.scale_stride + column / 32;
   }
   __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, int64_t row, int32_t column) {
-    return {{__ldg(address(p, row, column)), __ldg(address(p, row, second_half_of(p, column)))},
-            __ldg(p.row_exponent + row)};
+    return {{__ldg(address(p, row, column)), __ldg(address(p, row, second_half_of(p, column)))}, p.row_exponent[row]};
   }
   __device__ static __forceinline__ Scales of(const Raw& low, const Raw& high, int idx) {
     return {magnitudes_times(scale(low, idx)), magnitudes_times(scale(high, idx))};

@@ -93,7 +93,7 @@ struct GemmSm90W4A8 {
   }
   __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, int64_t row) {
     if constexpr (GROUP == 32) {
-      return __ldg(p.row_scale + row);
+      return p.row_scale[row];
     } else {
       return p.global_scale == nullptr ? 8.0f : 8.0f / __ldg(p.global_scale + row);
     }

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(1024, 1)
   const auto load_from = [](const void* values) {
     return [values](Index vec_idx) { return load_pack_early<VEC>(static_cast<const T*>(values) + vec_idx * VEC); };
   };
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
 
   Cache row, gain, shift;
   row.fill(num_vecs, load_from(x));

@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
   const auto load_weight = [&](Index vec_idx) {
     return weight != nullptr ? load_from(weight)(vec_idx) : ones(vec_idx);
   };
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
 
   Cache row, old, gain;
   row.fill(num_vecs, load_from(x));

@@ -20,8 +20,8 @@ constexpr int kMostBegins = 1024;  // that a CTA keeps; of more rows, those of e
 __global__ void __launch_bounds__(kNumThreads)
     adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, int32_t step, int32_t num_begins) {
   static __shared__ int32_t begins[kMostBegins + 1];  // the last is the end of all
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int32_t num_rows = static_cast<int32_t>(p.num_rows);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
   const bool is_entry = i < p.nnz;

@@ -27,8 +27,8 @@ constexpr int64_t kTokensPerCta = kNumThreads * 32;
 
 __global__ void __launch_bounds__(kNumThreads)
     apply_token_bitmask_kernel(const __grid_constant__ ApplyTokenBitmaskParams p, FastDivide pieces_per_mask) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int64_t mask_idx = pieces_per_mask.divide(blockIdx.x);
   const int lane = threadIdx.x % 32;
   const int64_t first = pieces_per_mask.remainder(blockIdx.x) * kTokensPerCta + threadIdx.x / 32 * 1024;  // of the warp

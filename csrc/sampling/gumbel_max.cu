@@ -31,8 +31,8 @@ __device__ __forceinline__ uint64_t best_of_threads(uint64_t choice) {
 
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads) gumbel_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const int64_t row_idx = blockIdx.x / p.num_parts;
   const int32_t begin = static_cast<int32_t>(blockIdx.x - row_idx * p.num_parts) * kGumbelPartSize;
   const int32_t end = min(begin + kGumbelPartSize, p.vocab_size);
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kNumThreads) gumbel_choices_kernel(const __gri
 }
 
 __global__ void __launch_bounds__(kNumThreads) best_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
-  grid_dependency_wait();
   grid_dependency_launch();
+  grid_dependency_wait();
   const uint64_t* const of_row = p.choices + blockIdx.x * p.num_parts;
   uint64_t best = kNoChoice;
   for (int64_t i = threadIdx.x; i < p.num_parts; i += kNumThreads) best = better_choice(best, of_row[i]);

@@ -53,6 +53,7 @@ __device__ void sample_row(const SampleParams& p, Row<T>& row, SampleStorage& sm
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
   __shared__ SampleStorage smem;
+  grid_dependency_launch();
   grid_dependency_wait();  // whoever makes the logits may let this kernel begin before it has ended
   const Team team = Team::of_cluster();
   const int64_t row_idx = blockIdx.x / team.num_ctas;
