@@ -127,12 +127,28 @@ struct DecodeMixture {
   }
 };
 
+// A KV head and 16 of its rows.
+struct DecodeColumn {
+  int32_t kv_head_idx, first_row;
+
+  DecodeColumn() = default;
+  __device__ __forceinline__ DecodeColumn(const PagedDecodeParams& p, int32_t column_idx) {
+    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
+    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
+    first_row = row_tile * kPagedDecodeRows;
+  }
+
+  // Of a row of the KV head.
+  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
+    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
+  }
+};
+
 // The tiles of a team, and where they begin; found by whole warps.
 template <typename Mask>
-struct DecodePlan {
+struct DecodePlan : DecodeColumn {
   int32_t num_columns;
   int32_t column_idx, part_idx;
-  int32_t kv_head_idx, first_row;
   int32_t tiles_per_part;
   int32_t begin_tile, end_tile;
   int32_t seq_idx;    // that has begin_tile
@@ -157,9 +173,7 @@ struct DecodePlan {
       }
     }
     column_idx = team_idx - part_idx * num_columns;
-    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
-    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
-    first_row = row_tile * kPagedDecodeRows;
+    static_cast<DecodeColumn&>(*this) = DecodeColumn(p, column_idx);
     // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
     const auto num_tiles = [&](int32_t seq) {
       return seq < p.num_seqs ? DecodeSequence<Mask>(p, seq, first_row).num_tiles(p) : 0;
@@ -228,11 +242,6 @@ struct DecodePlan {
       }
     }
     find(begin_tile);
-  }
-
-  // Of a row of the KV head.
-  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
-    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
   }
 };
 
