@@ -24,8 +24,9 @@
 // A team is a CTA's warps. Beside prompts, which another kernel computes on the SMs that this one leaves (BESIDE), a
 // CTA is large enough for one an SM and has two teams; and how many teams have parts, follows from the lengths too.
 //
-// A warp takes 16 keys of each tile, by itself: it loads them (cp.async) into a ring of its own, which runs ahead over
-// the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but at the end of a sequence:
+// A warp takes 16 keys of each tile (32 at a head dim of 64), by itself: it loads them (cp.async) into a ring of its
+// own, which runs ahead over the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but
+// at the end of a sequence:
 //
 //     warp 0   ═ tile 0 keys  0-15 ═╪═ tile 1 keys  0-15 ═╪═ …   ┐
 //     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the team's
@@ -62,6 +63,8 @@
 // table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number outside the cache gives a row of
 // zeros. A key within that union that only some rows see is read and must be finite for all.
 //
+// Few short sequences have a kernel of their own, in paged_decode_cluster.cuh.
+//
 // Limits: D and Dv are multiples of 8 (of 16, K and V of 8 bits) up to 256; rows 16-byte aligned; fewer than 2^30 tiles
 // a head at full length.
 #pragma once
@@ -69,8 +72,8 @@
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
+#include "attention/paged_decode_cluster.cuh"
 #include "attention/paged_decode_launch.h"
-#include "attention/paged_decode_warp.cuh"
 
 namespace fastattn {
 
@@ -379,6 +382,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
+  if constexpr (!BESIDE && std::is_same_v<Mask, AttentionMask>) {
+    if (p.config.cluster_log2 > 0) return launch_paged_decode_cluster<T, KV, HEAD_DIM>(p, stream);
+  }
   const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);
   const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
   const auto kernel = p.config.batch_invariant ? paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, true>

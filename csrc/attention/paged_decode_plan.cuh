@@ -2,6 +2,7 @@
 // it from the lengths for itself.
 #pragma once
 
+#include "arch/global_memory.cuh"
 #include "arch/mbarrier.cuh"
 #include "attention/mask.cuh"
 #include "attention/paged_decode.h"
@@ -19,27 +20,32 @@ struct DecodeSequence {
 
   DecodeSequence() = default;
   __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
+    // All that follows from memory is asked for before any of it is used.
     const bool packed_q = p.cu_seqlens_q != nullptr;
-    q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
-    int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+    q_start = packed_q ? load_early(p.cu_seqlens_q + seq_idx) : 0;
+    const int32_t q_end = packed_q ? load_early(p.cu_seqlens_q + seq_idx + 1) : p.batch_q_len;
+    const int32_t used_q = p.seqused_q == nullptr ? INT32_MAX : load_early(p.seqused_q + seq_idx);
+    const int32_t k_len = key_length(p, seq_idx);
+    int32_t all_q_len = q_end - q_start;
     if (all_q_len > p.max_q_len) all_q_len = 0;
-    const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
+    const int32_t q_len = max(min(used_q, all_q_len), 0);
     num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     first_token = p.group_size.divide(first_row);
     last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
-    mask = Mask::make(p, q_len, key_length(p, seq_idx), q_start);
+    mask = Mask::make(p, q_len, k_len, q_start);
     visible = {0, 0};
     if (num_rows > 0) visible = mask.seen_by_any(first_token, last_token);
   }
 
   static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
+    const int32_t used = p.seqused_k == nullptr ? INT32_MAX : load_early(p.seqused_k + seq_idx);
     int64_t most = static_cast<int64_t>(p.max_blocks) * p.block_size;
     if (!p.paged) {
-      most = p.cu_seqlens_k == nullptr ? p.batch_k_len : p.cu_seqlens_k[seq_idx + 1] - p.cu_seqlens_k[seq_idx];
+      const bool packed = p.cu_seqlens_k != nullptr;
+      most = packed ? load_early(p.cu_seqlens_k + seq_idx + 1) - load_early(p.cu_seqlens_k + seq_idx) : p.batch_k_len;
     }
-    if (p.seqused_k == nullptr) return static_cast<int32_t>(most);
-    return static_cast<int32_t>(min(static_cast<int64_t>(max(p.seqused_k[seq_idx], 0)), most));
+    return static_cast<int32_t>(min(static_cast<int64_t>(max(used, 0)), most));
   }
 
   // Tiles are aligned: the first one may begin before the visible keys.

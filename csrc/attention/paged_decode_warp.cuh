@@ -24,10 +24,10 @@ namespace fastattn {
 // Of one warp. Once consumed, a stage can take its O: 16 rows of fp32 are as large as its keys and values.
 template <typename KV, int HEAD_DIM>
 struct PagedDecodeRing {
-  static constexpr int kStages = paged_decode_stages(HEAD_DIM);
+  static constexpr int kStages = paged_decode_stages(HEAD_DIM, sizeof(KV) == 1);
   static constexpr int kMaxThreads = 32 * paged_decode_max_warps(HEAD_DIM);
   static constexpr bool k8Bit = sizeof(KV) == 1;
-  static constexpr int kKeys = paged_decode_warp_keys(k8Bit);
+  static constexpr int kKeys = paged_decode_warp_keys(HEAD_DIM, k8Bit);
   static constexpr int kColumns = HEAD_DIM * sizeof(KV) / 2;  // of a row, as 16-bit values
 
   struct Rows {
@@ -39,7 +39,7 @@ struct PagedDecodeRing {
     float v_scale[kKeys];
   };
   using Stage = std::conditional_t<k8Bit, RowsWithScales, Rows>;
-  static_assert(sizeof(Rows) == kPagedDecodeRows * HEAD_DIM * sizeof(float));
+  static_assert(sizeof(Rows) >= kPagedDecodeRows * HEAD_DIM * sizeof(float));
 
   alignas(128) Stage stages[kStages];
 };
@@ -60,7 +60,8 @@ __device__ __forceinline__ int out_offset(int row, int group) {
 // Loads
 
 // Asks for a tile of a warp's. Lane l says where the l-th of its rows lies: key l of 16 for l < 16, value l - 16 for
-// the others; or, of 8 bits, key l of 32, and then value l. `block` is its page, or of contiguous keys the sequence.
+// the others; or, where a tile has 32, key l, and then value l. `block` is its page, or of contiguous keys the
+// sequence.
 template <typename KV, int HEAD_DIM>
 struct DecodeRows {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
@@ -240,14 +241,17 @@ struct DecodeProducts {
       const WarpOperandB<HEAD_DIM> keys(now.k, 0);
 #pragma unroll
       for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
-        uint32_t k_frag[4];
-        keys.load(k_frag, 0, kk);
         auto& sums = kk % 2 == 0 ? scores[0] : odd_scores;
-        mma_m16n8k16<T>(sums[0], q_frag[kk], k_frag[0], k_frag[1]);
-        mma_m16n8k16<T>(sums[1], q_frag[kk], k_frag[2], k_frag[3]);
+#pragma unroll
+        for (int tile = 0; tile < KEY_TILES; tile += 2) {
+          uint32_t k_frag[4];
+          keys.load(k_frag, tile * 8, kk);
+          mma_m16n8k16<T>(sums[tile], q_frag[kk], k_frag[0], k_frag[1]);
+          mma_m16n8k16<T>(sums[tile + 1], q_frag[kk], k_frag[2], k_frag[3]);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
+      for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
     }
 
     const Mask& mask = sequence.mask;
