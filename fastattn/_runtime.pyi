@@ -122,6 +122,7 @@ def paged_decode_config(
     beside_prompts: bool = ...,
     is_8bit: bool = ...,
     batch_invariant: bool = ...,
+    has_tree: bool = ...,
 ) -> dict[str, int]: ...
 def flash_fwd_sm90_config(
     num_seqs: int,

@@ -38,6 +38,10 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "paged_decode_kernelI6__half13__nv_fp8_e4m3Li256": (450, "the same"),
     "paged_decode_kernelI13__nv_bfloat16aLi256": (450, "the same"),
     "paged_decode_kernelI6__halfaLi256": (450, "the same"),
+    "paged_decode_cluster_kernelI13__nv_bfloat1613__nv_fp8_e4m3Li256": (340, "the same"),
+    "paged_decode_cluster_kernelI6__half13__nv_fp8_e4m3Li256": (340, "the same"),
+    "paged_decode_cluster_kernelI13__nv_bfloat16aLi256": (280, "the same"),
+    "paged_decode_cluster_kernelI6__halfaLi256": (280, "the same"),
     "Li64ENS_7PagedKvIS1_EENS_8TreeMaskEEEvNS_15FlashSm80Params": (
         200,
         "a path has three values where a range has two; calls without trees have instances of their own",

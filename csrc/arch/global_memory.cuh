@@ -12,13 +12,19 @@ __device__ __forceinline__ void add_to_global(float* address, const float (&valu
                : "memory");
 }
 
-// 16 bytes, asked for here. The compiler moves a load of its own down to where the value is used, and of several with
+// Asked for here. The compiler moves a load of its own down to where the value is used, and of several with
 // conditions makes one latency of memory after the other.
 __device__ __forceinline__ uint4 load_early(const uint4* address) {
   uint4 value;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ int32_t load_early(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address));
   return value;
 }
 

@@ -30,6 +30,27 @@ struct MBarrier {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(cluster_address(&state, rank)) : "memory");
   }
 
+  // Writes to where another CTA of the cluster, or this one, has `target`, and its barrier of the same place counts the
+  // bytes. Whoever waits there sees them, without a fence, and nobody waits here. V is of 8 or 16 bytes.
+  template <typename V>
+  __device__ __forceinline__ void store_at_cta(uint32_t rank, V* target, const V& value) {
+    static_assert(sizeof(V) == 8 || sizeof(V) == 16);
+    uint32_t words[4];
+    __builtin_memcpy(words, &value, sizeof(V));
+    const uint32_t address = cluster_address(target, rank), barrier = cluster_address(&state, rank);
+    if constexpr (sizeof(V) == 8) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(address),
+          "r"(words[0]), "r"(words[1]), "r"(barrier)
+          : "memory");
+    } else {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(address),
+          "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
+          : "memory");
+    }
+  }
+
   // One arrival, and so many bytes that copies will still bring.
   __device__ __forceinline__ void arrive_expect_bytes(uint32_t num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(&state)),

@@ -17,6 +17,14 @@ __device__ __forceinline__ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(smem_bytes) + 1023) & ~uintptr_t{1023});
 }
 
+// The same for what needs no more than 128, and without the addition: so the compiler knows that it is shared memory.
+template <typename Storage>
+__device__ __forceinline__ Storage& shared_storage_of_128() {
+  static_assert(alignof(Storage) <= 128);
+  extern __shared__ __align__(128) unsigned char smem_bytes_of_128[];
+  return *reinterpret_cast<Storage*>(smem_bytes_of_128);
+}
+
 // A load that the compiler does not keep the result of, or move.
 __device__ __forceinline__ int32_t load_shared(uint32_t address) {
   int32_t value;

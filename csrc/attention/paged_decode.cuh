@@ -24,8 +24,9 @@
 // A team is a CTA's warps. Beside prompts, which another kernel computes on the SMs that this one leaves (BESIDE), a
 // CTA is large enough for one an SM and has two teams; and how many teams have parts, follows from the lengths too.
 //
-// A warp takes 16 keys of each tile, by itself: it loads them (cp.async) into a ring of its own, which runs ahead over
-// the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but at the end of a sequence:
+// A warp takes 16 keys of each tile (32 at a head dim of 64), by itself: it loads them (cp.async) into a ring of its
+// own, which runs ahead over the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but
+// at the end of a sequence:
 //
 //     warp 0   ═ tile 0 keys  0-15 ═╪═ tile 1 keys  0-15 ═╪═ …   ┐
 //     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the team's
@@ -62,66 +63,19 @@
 // table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number outside the cache gives a row of
 // zeros. A key within that union that only some rows see is read and must be finite for all.
 //
+// Few short sequences have a kernel of their own, in paged_decode_cluster.cuh.
+//
 // Limits: D and Dv are multiples of 8 (of 16, K and V of 8 bits) up to 256; rows 16-byte aligned; fewer than 2^30 tiles
 // a head at full length.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
-#include "arch/cp_async.cuh"
-#include "arch/e4m3.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
-#include "arch/reduce.cuh"
-#include "arch/warp_gemm_8bit.cuh"
-#include "arch/warp_gemm_sm80.cuh"
+#include "attention/paged_decode_cluster.cuh"
 #include "attention/paged_decode_launch.h"
-#include "attention/paged_decode_plan.cuh"
-#include "attention/softmax.cuh"
 
 namespace fastattn {
-
-// ---------------------------------------------------------------------------------------------
-// Shared memory
-
-// Of one warp. Once consumed, a stage can take its O: 16 rows of fp32 are as large as its keys and values.
-template <typename KV, int HEAD_DIM>
-struct PagedDecodeRing {
-  static constexpr int kStages = paged_decode_stages(HEAD_DIM);
-  static constexpr int kMaxThreads = 32 * paged_decode_max_warps(HEAD_DIM);
-  static constexpr bool k8Bit = sizeof(KV) == 1;
-  static constexpr int kKeys = paged_decode_warp_keys(k8Bit);
-  static constexpr int kColumns = HEAD_DIM * sizeof(KV) / 2;  // of a row, as 16-bit values
-
-  struct Rows {
-    uint16_t k[kKeys * kColumns];
-    uint16_t v[kKeys * kColumns];
-  };
-  struct RowsWithScales : Rows {
-    float k_scale[kKeys];  // of tokens only
-    float v_scale[kKeys];
-  };
-  using Stage = std::conditional_t<k8Bit, RowsWithScales, Rows>;
-  static_assert(sizeof(Rows) == kPagedDecodeRows * HEAD_DIM * sizeof(float));
-
-  alignas(128) Stage stages[kStages];
-};
-
-// What a warp has found for each row, beside O.
-struct DecodeRowSums {
-  float row_max[kPagedDecodeRows];
-  float row_sum[kPagedDecodeRows];
-};
-
-// Where four neighbouring dims of a row lie in a stage that holds O: rows begin in different banks.
-template <int HEAD_DIM>
-__device__ __forceinline__ int out_offset(int row, int group) {
-  return row * HEAD_DIM + (group ^ (row & 7)) * 4;
-}
 
 // ---------------------------------------------------------------------------------------------
 // Loads of one warp, tile after tile over the borders of sequences. Lane l knows where the l-th of a tile's rows lies:
@@ -132,10 +86,6 @@ class DecodeLoader {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
   using Stage = typename Ring::Stage;
   static constexpr int KEYS = Ring::kKeys;
-  static constexpr int CHUNK = 16 / sizeof(KV);                                           // elements of 16 bytes
-  static constexpr int CHUNKS = HEAD_DIM / CHUNK;                                         // of a row
-  static constexpr int LANES = (CHUNKS & (CHUNKS - 1)) == 0 ? CHUNKS : CHUNKS & -CHUNKS;  // along a row
-  static constexpr int ROWS_PER_PASS = 32 / LANES;
 
  public:
   __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan<Mask>& plan)
@@ -175,52 +125,13 @@ class DecodeLoader {
 
   __device__ __forceinline__ void load_rows(Stage& stage) const {
     bool exists = key_is_visible();
-    const int64_t block = page_;
     int32_t token = first_token_ + key_;
     if (p_.paged) {
       exists = exists && page_ >= 0 && page_ < p_.num_blocks;
       token = p_.block_size_div.remainder(key_);
     }
-    const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists);
-    const auto row_of = [&](bool is_value) {
-      const KV* const row = static_cast<const KV*>(is_value ? p_.v : p_.k) +
-                            plan_.kv_head_idx * (is_value ? p_.v_head_stride : p_.k_head_stride);
-      if (!exists) return row;
-      return row + block * (is_value ? p_.v_block_stride : p_.k_block_stride) +
-             token * (is_value ? p_.v_token_stride : p_.k_token_stride);
-    };
-    const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS);
-    load_operand(stage.k, own_row, 0, rows_exist, p_.head_dim);
-    load_operand(stage.v, KEYS < 32 ? own_row : row_of(true), KEYS % 32, rows_exist, p_.v_head_dim);
-    if constexpr (Ring::k8Bit) {
-      if (p_.scales_of_tokens) {
-        const auto load_scale = [&](float* target, const KvScale& scale) {
-          const float* source = scale.data + plan_.kv_head_idx * scale.head_stride;
-          if (exists) source += block * scale.block_stride + token * scale.token_stride;
-          cp_async_4(target + threadIdx.x % 32, source, exists);
-        };
-        load_scale(stage.k_scale, p_.k_scale);
-        load_scale(stage.v_scale, p_.v_scale);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load_operand(uint16_t* tile, const KV* own_row, int first_lane, uint32_t rows_exist,
-                                               int32_t head_dim) const {
-    const int lane = threadIdx.x % 32;
-    const int lane_row = lane / LANES;
-    const uint64_t policy = plan_.tiles_per_part <= p_.config.few_tiles ? evict_first_policy() : evict_normal_policy();
-#pragma unroll
-    for (int i = 0; i < KEYS; i += ROWS_PER_PASS) {
-      const KV* const source = reinterpret_cast<const KV*>(
-          __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own_row), first_lane + i + lane_row));
-#pragma unroll
-      for (int chunk = lane % LANES; chunk < CHUNKS; chunk += LANES) {
-        const bool in_row = chunk * CHUNK < head_dim;
-        cp_async_16(tile + swizzled<Ring::kColumns>(i + lane_row, chunk), source + (in_row ? chunk * CHUNK : 0),
-                    in_row && (rows_exist >> (first_lane + i + lane_row) & 1) != 0, policy);
-      }
-    }
+    const DecodeRows<KV, HEAD_DIM> rows = {p_, plan_.kv_head_idx, plan_.tiles_per_part <= p_.config.few_tiles};
+    rows.load(stage, exists, page_, token);
   }
 
   const PagedDecodeParams& p_;
@@ -235,128 +146,6 @@ class DecodeLoader {
 };
 
 // ---------------------------------------------------------------------------------------------
-// K and V of 8 bits
-
-// Half of the fragments that warp_scores_8bit wants: a lane's share of a row of q, in fp16 and times a power of two,
-// and what its products are to be multiplied by to undo that. Dims from head_dim on are zeros. By whole warps.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4], float& row_scale, const T* row,
-                                            int half, int32_t head_dim) {
-  constexpr int CHUNKS = HEAD_DIM / 16;
-  uint2 fours[CHUNKS];
-  float largest = 0.0f;
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    fours[chunk] = make_uint2(0, 0);
-    if (chunk * 16 < head_dim) {
-      fours[chunk] = *reinterpret_cast<const uint2*>(row + chunk * 16 + threadIdx.x % 4 * 4);
-    }
-    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
-  }
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-  // From the bits of its exponent; above 2^126 the inverse would be 0.
-  const uint32_t exponent = min(__float_as_uint(largest) >> 23, 253u);
-  row_scale = __uint_as_float(exponent << 23);
-  const float inverse = __uint_as_float((254u - exponent) << 23);
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
-    q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
-    q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
-  }
-}
-
-__device__ __forceinline__ float scale_of_head(const KvScale& scale, int32_t kv_head_idx) {
-  return scale.data == nullptr ? 1.0f : scale.data[kv_head_idx * scale.head_stride];
-}
-
-// Those of a lane's columns of the scores, or ones.
-template <int KEY_TILES>
-__device__ __forceinline__ void scales_of_lane(float (&scales)[KEY_TILES][2], const float* of_keys, bool there) {
-#pragma unroll
-  for (int tile = 0; tile < KEY_TILES; ++tile) {
-    const float2 pair =
-        there ? *reinterpret_cast<const float2*>(of_keys + tile * 8 + threadIdx.x % 4 * 2) : make_float2(1.0f, 1.0f);
-    scales[tile][0] = pair.x;
-    scales[tile][1] = pair.y;
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Results
-
-// Four dims of a row relative to a reference of exponentials, and their sum.
-struct DecodePartial {
-  float row_max = -INFINITY;
-  float row_sum = 0.0f;
-  float sums[4] = {};
-
-  // All of N more at once; the order of additions is theirs. One that has seen nothing changes no bit. What is rounded
-  // when is explicit: this is compiled in several places, and which of them adds up a sequence depends on the batch.
-  template <int N>
-  __device__ __forceinline__ void add(const float2 (&others)[N], const float4 (&other_sums)[N]) {
-    float new_max = row_max;
-#pragma unroll
-    for (int i = 0; i < N; ++i) new_max = fmaxf(new_max, others[i].x);
-    const float correction = exp2_approx(row_max - finite_max(new_max));
-    row_max = new_max;
-    row_sum = __fmul_rn(row_sum, correction);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = __fmul_rn(sums[i], correction);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float weight = exp2_approx(others[i].x - finite_max(new_max));
-      row_sum = __fmaf_rn(weight, others[i].y, row_sum);
-      sums[0] = __fmaf_rn(weight, other_sums[i].x, sums[0]);
-      sums[1] = __fmaf_rn(weight, other_sums[i].y, sums[1]);
-      sums[2] = __fmaf_rn(weight, other_sums[i].z, sums[2]);
-      sums[3] = __fmaf_rn(weight, other_sums[i].w, sums[3]);
-    }
-  }
-};
-
-// Where a column's rows of a sequence go.
-template <typename T, typename Mask>
-struct DecodeOutput {
-  const PagedDecodeParams& p;
-  const DecodePlan<Mask>& plan;
-  int64_t out_token;  // the sequence's first one in out
-  int64_t lse_begin;  // where the sequence begins in lse
-  int32_t num_rows;
-
-  __device__ __forceinline__ DecodeOutput(const PagedDecodeParams& params, const DecodePlan<Mask>& of_cta,
-                                          const DecodeSequence<Mask>& sequence, int32_t seq_idx)
-      : p(params), plan(of_cta), num_rows(sequence.num_rows) {
-    const bool packed_q = p.cu_seqlens_q != nullptr;
-    out_token = packed_q ? sequence.q_start : static_cast<int64_t>(seq_idx) * p.batch_q_len;
-    lse_begin = packed_q ? sequence.q_start : out_token * p.num_heads;
-  }
-
-  __device__ __forceinline__ void store(int32_t row, int group, const DecodePartial& result) const {
-    const int32_t token = p.group_size.divide(plan.first_row + row);
-    const int32_t head = plan.head(p, plan.first_row + row);
-    const float sink = p.sinks == nullptr || row >= num_rows ? -INFINITY : p.sinks[head] * kLog2E;
-    const RowResult final = finish_row(result.row_max, result.row_sum, sink);
-    const float (&sums)[4] = result.sums;
-    const int64_t element = ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
-    if (__builtin_expect(p.out_scale != nullptr, 0)) {
-      const float inverse = __fdividef(final.inverse, *p.out_scale);
-      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
-          pack_e4m3(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
-    } else {
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + element) =
-          make_uint2(pack_pair<T>(sums[0] * final.inverse, sums[1] * final.inverse),
-                     pack_pair<T>(sums[2] * final.inverse, sums[3] * final.inverse));
-    }
-    if (group == 0) {
-      p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
-    }
-  }
-};
-
-// ---------------------------------------------------------------------------------------------
 // Kernel
 
 // T: of q and out. KV: T, __nv_fp8_e4m3 or int8_t. Mask: AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
@@ -364,8 +153,7 @@ template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE, boo
 __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
-  constexpr bool K_8BIT = Ring::k8Bit;
-  constexpr int KEYS = Ring::kKeys, KEY_TILES = KEYS / 8;
+  constexpr int KEYS = Ring::kKeys;
   constexpr int STAGES = Ring::kStages;
   constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -396,10 +184,6 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const DecodePlan<Mask> plan(p, team, std::bool_constant<INVARIANT>());
   if (plan.begin_tile >= plan.end_tile) return;
   DecodeLoader<KV, HEAD_DIM, Mask, Team> loader(p, plan);
-
-  // Softcap and ALiBi give scores in base 2; without them the softmax scales.
-  const bool general = score_scale.softcap > 0.0f || p.alibi_slopes != nullptr;
-  const float softmax_scale = general ? 1.0f : score_scale.pre;
 
   const auto partial_row = [&](int64_t slot, int32_t row) { return slot * p.config.rows_of_slot + row; };
   const auto partial_out = [&](int64_t slot_row, int group) {
@@ -448,23 +232,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   DecodeCursor<Mask> cursor(plan);
   DecodeSequence<Mask> sequence;
   int32_t first_key = 0;
-  uint32_t q_frag[HEAD_DIM / 16][4];
-  OnlineSoftmax<1> softmax;
-  float acc[1][HEAD_DIM / 8][4];
-  // K and V of 8 bits: what scores are to be multiplied by, and O.
-  constexpr float kLeastScale = 1e-30f;
-  float row_scale[2], value_scale = 1.0f;
-  // The KV head's row of a lane's scores [..][2 * half ..]; behind the end it is the last one again.
-  const auto lane_row = [&](int half) {
-    return plan.first_row + max(min(half * 8 + lane / 4, sequence.num_rows - 1), 0);
-  };
-
-  const auto begin_sums = [&] {
-    if (K_8BIT && p.scales_of_tokens) value_scale = kLeastScale;
-    softmax = OnlineSoftmax<1>();
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] = 0.0f;
-  };
+  DecodeProducts<T, KV, HEAD_DIM> products;
   // Batch-invariant, of the sequence in hand, once first_key is that of the next tile; made anew, since registers are
   // short.
   const auto splits_now = [&](int32_t tile) {
@@ -473,13 +241,13 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   };
 
   int stage = 0;
-  if constexpr (INVARIANT) begin_sums();
+  if constexpr (INVARIANT) products.begin(p);
   // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
   for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
     if (tile == next_begin) {
-      if constexpr (!INVARIANT) begin_sums();
+      if constexpr (!INVARIANT) products.begin(p);
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
@@ -490,21 +258,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         const T* const source = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride +
                                 (sequence.q_start + p.group_size.divide(row_of_head)) * p.q_token_stride +
                                 plan.head(p, row_of_head) * p.q_head_stride;
-        if constexpr (K_8BIT) {
-          load_q_8bit<T, HEAD_DIM>(q_frag, row_scale[half], source, half, row < sequence.num_rows ? p.head_dim : 0);
-          if (!p.scales_of_tokens) row_scale[half] *= scale_of_head(p.k_scale, plan.kv_head_idx);
-        } else {
-#pragma unroll
-          for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
-            const bool valid = row < sequence.num_rows && chunk * 8 < p.head_dim;
-            const T* const pair = source + chunk * 8 + 2 * (lane % 4);
-            q_frag[chunk / 2][chunk % 2 * 2 + half] = valid ? *reinterpret_cast<const uint32_t*>(pair) : 0;
-          }
-        }
+        products.load_q(p, half, source, row < sequence.num_rows, plan.kv_head_idx);
       }
-      if constexpr (K_8BIT) {
-        if (!p.scales_of_tokens) value_scale = scale_of_head(p.v_scale, plan.kv_head_idx);
-      }
+      products.load_value_scale(p, plan.kv_head_idx);
     }
     cp_async_wait<STAGES - 2>();
     __syncwarp();  // the other lanes' copies are here, and all are done with the stage before, which is loaded next
@@ -513,80 +269,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     if (tile < plan.begin_tile) continue;
     typename Ring::Stage& now = rings[warp_idx].stages[stage];
 
-    float scores[1][KEY_TILES][4] = {};
-    if constexpr (K_8BIT) {
-      warp_scores_8bit<KV>(scores[0], q_frag, KeyRows<HEAD_DIM>(now.k));
-      float k_scale[KEY_TILES][2];
-      scales_of_lane(k_scale, now.k_scale, p.scales_of_tokens);
-#pragma unroll
-      for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= row_scale[i % 4 / 2] * k_scale[i / 4][i % 2];
-    } else {
-      float odd_scores[KEY_TILES][4] = {};  // a second chain of products
-      const WarpOperandB<HEAD_DIM> keys(now.k, 0);
-#pragma unroll
-      for (int kk = 0; kk < HEAD_DIM / 16; ++kk) {
-        uint32_t k_frag[4];
-        keys.load(k_frag, 0, kk);
-        auto& sums = kk % 2 == 0 ? scores[0] : odd_scores;
-        mma_m16n8k16<T>(sums[0], q_frag[kk], k_frag[0], k_frag[1]);
-        mma_m16n8k16<T>(sums[1], q_frag[kk], k_frag[2], k_frag[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] += odd_scores[i / 4][i % 4];
-    }
-
-    const Mask& mask = sequence.mask;
-    const int32_t lane_key = first_key + 2 * (lane % 4);
-    if (general) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row = lane_row(half);
-        const typename Mask::Row mask_row = mask.row(p.group_size.divide(row));
-        float slope = 0.0f;
-        if (p.alibi_slopes != nullptr) {
-          slope = kLog2E * p.alibi_slopes[(cursor.next_seq_idx - 1) * p.alibi_batch_stride + plan.head(p, row)];
-        }
-#pragma unroll
-        for (int j = 0; j < 2 * KEY_TILES; ++j) {
-          float& score = scores[0][j / 2][half * 2 + j % 2];
-          score *= score_scale.pre;
-          if (score_scale.softcap > 0.0f) score = score_scale.softcap * tanh_exp2(score);
-          score -= slope * mask_row.distance(lane_key + j / 2 * 8 + j % 2);
-        }
-      }
-    }
-    // Not where all rows see all of the warp's keys.
-    const KeyRange seen_by_all = mask.seen_by_all(sequence.first_token, sequence.last_token);
-    if (first_key < seen_by_all.begin || first_key + KEYS > seen_by_all.end) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const typename Mask::Row mask_row = mask.row(p.group_size.divide(lane_row(half)));
-#pragma unroll
-        for (int j = 0; j < 2 * KEY_TILES; ++j) {
-          if (!mask_row.sees(lane_key + j / 2 * 8 + j % 2)) scores[0][j / 2][half * 2 + j % 2] = -INFINITY;
-        }
-      }
-    }
-    softmax.update(scores, acc, softmax_scale);
-    if constexpr (K_8BIT) {
-      if (p.scales_of_tokens) {
-        const float largest = warp_reduce(fabsf(now.v_scale[lane]), [](float a, float b) { return fmaxf(a, b); });
-        if (largest > value_scale) {
-          const float correction = value_scale / largest;
-          value_scale = largest;
-#pragma unroll
-          for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] *= correction;
-        }
-        float v_scale[KEY_TILES][2];
-        scales_of_lane(v_scale, now.v_scale, true);
-        const float inverse = 1.0f / value_scale;
-#pragma unroll
-        for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= v_scale[i / 4][i % 2] * inverse;
-      }
-      warp_gemm_8bit<KV>(acc[0], scores[0], KeyRows<HEAD_DIM>(now.v));
-    } else {
-      warp_gemm_registers<T, 3>(acc, scores, WarpOperandB<HEAD_DIM, true>(now.v, 0));
-    }
+    products.add(p, score_scale, plan, sequence, cursor.next_seq_idx - 1, first_key, now);
     first_key += p.config.block_n;
     if (tile + 1 < min(cursor.seq_end, plan.end_tile)) {
       if constexpr (!INVARIANT) continue;
@@ -596,31 +279,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 
     // ---- the end of a sequence, or of the team's part of it, or of a split: the warps' results go to the stages
     // consumed last
-    softmax.finish(softmax_scale);
-    __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (half * 8 >= sequence.num_rows) continue;
-      const int row = half * 8 + lane / 4;
-      if (lane % 4 == 0) {
-        warp_sums[warp_idx].row_max[row] = softmax.row_max[0][half];
-        warp_sums[warp_idx].row_sum[row] = softmax.row_sum[0][half];
-      }
-      float* const target = reinterpret_cast<float*>(&now);
-#pragma unroll
-      for (int nn = 0; nn < HEAD_DIM / 8; ++nn) {
-        const float (&sums)[4] = acc[0][nn];
-        if constexpr (!K_8BIT) {
-          *reinterpret_cast<float2*>(target + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4 / 2) + lane % 2 * 2) =
-              make_float2(sums[2 * half], sums[2 * half + 1]);
-        } else if (nn % 2 == 0) {
-          const float (&odd_sums)[4] = acc[0][nn + 1];
-          *reinterpret_cast<float4*>(target + out_offset<HEAD_DIM>(row, nn * 2 + lane % 4)) =
-              make_float4(sums[2 * half] * value_scale, odd_sums[2 * half] * value_scale,
-                          sums[2 * half + 1] * value_scale, odd_sums[2 * half + 1] * value_scale);
-        }
-      }
-    }
+    products.finish(p, score_scale, sequence.num_rows, now, warp_sums[warp_idx]);
     team.sync();
     const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
     const DecodeOutput<T, Mask> output(p, plan, sequence, cursor.next_seq_idx - 1);
@@ -665,7 +324,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         });
       }
     }
-    if constexpr (INVARIANT) begin_sums();
+    if constexpr (INVARIANT) products.begin(p);
   }
 
   // ---- what is handed on is there: this thread has seen that all have written
@@ -726,6 +385,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
+  if constexpr (!BESIDE && std::is_same_v<Mask, AttentionMask>) {
+    if (p.config.cluster_log2 > 0) return launch_paged_decode_cluster<T, KV, HEAD_DIM>(p, stream);
+  }
   const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);
   const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
   const auto kernel = p.config.batch_invariant ? paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, true>

@@ -16,18 +16,24 @@ constexpr int kPagedDecodeRows = 16;
 // Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a kernel
 // with larger tiles is better.
 constexpr int kPagedDecodeRowTiles = 2;
+
+// CTAs of a cluster at most: all GPUs that have clusters take those.
+constexpr int kPagedDecodeMostClusterLog2 = 3;
+
 // Query tokens of a sequence that are as many rows.
 constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
   return kPagedDecodeRowTiles * kPagedDecodeRows / group_size;
 }
 
-// Of a tile, for one warp: as many as make a stage of the same bytes.
-constexpr int paged_decode_warp_keys(bool is_8bit) { return is_8bit ? 32 : 16; }
+// Of a tile, for one warp. Rows of few bytes come faster, and with fewer instructions, 32 at a time.
+constexpr int paged_decode_warp_keys(int head_dim, bool is_8bit) { return is_8bit || head_dim == 64 ? 32 : 16; }
 
 // Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim. One of them is
 // consumed, so that an SM of Hopper has 64 or 96 KiB in flight, twice what the memory brings it in a microsecond and
 // more; with still more they only wait in queues.
-constexpr int paged_decode_stages(int head_dim) { return head_dim == 128 || head_dim == 256 ? 2 : 3; }
+constexpr int paged_decode_stages(int head_dim, bool is_8bit) {
+  return head_dim == 128 || head_dim == 256 || (head_dim == 64 && !is_8bit) ? 2 : 3;
+}
 
 // Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (72 KiB
 // is within the limit of sm_86); Hopper holds two of those an SM. Beside prompts, which fit beside none, these two are
@@ -36,7 +42,7 @@ constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 
 
 // Batch-invariant: keys of a split, the unit that a part takes whole. Longer sequences than so many splits hold have
 // splits of twice as many keys, and so on: who ends one has to add them all up, from a workspace that holds them.
-constexpr int paged_decode_split_keys(bool is_8bit) { return 16 * paged_decode_warp_keys(is_8bit); }
+constexpr int paged_decode_split_keys(bool is_8bit) { return is_8bit ? 512 : 256; }
 constexpr int kPagedDecodeMostSplits = 32;
 
 struct PagedDecodeProblem {
@@ -51,6 +57,7 @@ struct PagedDecodeProblem {
   bool is_8bit = false;          // K and V
   bool beside_prompts = false;   // which the Hopper kernel computes at the same time
   bool batch_invariant = false;  // a sequence's result does not depend on the others
+  bool has_tree = false;
 };
 
 struct PagedDecodeConfig {
@@ -75,6 +82,7 @@ struct PagedDecodeConfig {
   // A team has two areas of so many slots in the workspace, a slot for results of so many rows.
   int32_t slots_of_area;
   int32_t rows_of_slot;
+  int32_t cluster_log2;  // above 0: a sequence's column is a cluster's of so many CTAs (paged_decode_cluster.cuh)
 };
 
 // A function of sizes that the host knows: who takes which keys, the kernel derives from the lengths, so that a
@@ -91,13 +99,14 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
   const int64_t rows = problem.max_seqlen_q * (problem.num_heads / problem.num_kv_heads);
   config.num_row_tiles = (rows + kPagedDecodeRows - 1) / kPagedDecodeRows;
   config.num_columns = problem.num_kv_heads * config.num_row_tiles;
-  const bool few_rows = config.num_row_tiles <= kPagedDecodeRowTiles;  // more only where no other kernel reads K and V
-  if (config.head_dim == 0 || config.num_columns == 0 || (!few_rows && !problem.is_8bit)) return config;
+  const bool few_row_tiles =
+      config.num_row_tiles <= kPagedDecodeRowTiles;  // more only where no other kernel reads K and V
+  if (config.head_dim == 0 || config.num_columns == 0 || (!few_row_tiles && !problem.is_8bit)) return config;
 
   const int max_warps = paged_decode_max_warps(config.head_dim);
   const auto use = [&](int num_warps) {
     config.num_warps = num_warps;
-    config.block_n = num_warps * paged_decode_warp_keys(problem.is_8bit);
+    config.block_n = num_warps * paged_decode_warp_keys(config.head_dim, problem.is_8bit);
     config.block_n_log2 = 0;
     while (1 << config.block_n_log2 < config.block_n) ++config.block_n_log2;
     config.max_tiles =
@@ -140,10 +149,29 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
         num_splits > 1 ? static_cast<int32_t>(std::min<int64_t>(num_splits, kPagedDecodeMostSplits)) + 1 : 0;
   }
 
+  // Few short sequences. Clusters of more than two are laid out on half of the SMs, since GPCs differ in theirs, and
+  // what does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them.
+  constexpr int64_t kMostClusterKeys = 512;
+  if (problem.large_smem && config.num_row_tiles == 1 && !problem.beside_prompts && !problem.batch_invariant &&
+      !problem.has_tree) {
+    const int64_t num_pairs = problem.num_seqs * config.num_columns;
+    const int64_t small_keys = max_warps / 2 * paged_decode_warp_keys(config.head_dim, problem.is_8bit);
+    const auto fits = [&](int32_t log2) { return num_pairs << log2 <= problem.num_sms / (log2 > 1 ? 2 : 1); };
+    int32_t log2 = 0;
+    while (log2 < kPagedDecodeMostClusterLog2 && fits(log2 + 1) && small_keys << log2 < problem.max_seqlen_k) ++log2;
+    if (log2 > 0 && problem.max_seqlen_k <= kMostClusterKeys << log2) {
+      use(small_keys << log2 >= problem.max_seqlen_k ? max_warps / 2 : max_warps);
+      config.cluster_log2 = log2;
+      config.num_parts = config.parts_of_head = problem.num_seqs << log2;
+      config.num_teams = config.num_ctas = num_pairs << log2;
+      config.slots_of_area = 0;
+    }
+  }
+
   // Many row tiles are to find in the L2 cache what others have read a while ago.
   const int64_t tile_bytes = config.block_n * config.head_dim * (problem.is_8bit ? 2 : 4);
   const int64_t num_readers = std::max<int64_t>(1, config.parts_of_head * problem.num_kv_heads);
-  if (few_rows) config.few_tiles = static_cast<int32_t>(kFewBytes / (tile_bytes * num_readers));
+  if (few_row_tiles) config.few_tiles = static_cast<int32_t>(kFewBytes / (tile_bytes * num_readers));
 
   // Tiles and slots are counted in 32 bits.
   config.fits = config.max_tiles < INT32_MAX / 2 && config.num_ctas < INT32_MAX / 2 &&

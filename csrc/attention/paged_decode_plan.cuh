@@ -2,6 +2,7 @@
 // it from the lengths for itself.
 #pragma once
 
+#include "arch/global_memory.cuh"
 #include "arch/mbarrier.cuh"
 #include "attention/mask.cuh"
 #include "attention/paged_decode.h"
@@ -19,27 +20,32 @@ struct DecodeSequence {
 
   DecodeSequence() = default;
   __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
+    // All that follows from memory is asked for before any of it is used.
     const bool packed_q = p.cu_seqlens_q != nullptr;
-    q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
-    int32_t all_q_len = packed_q ? p.cu_seqlens_q[seq_idx + 1] - q_start : p.batch_q_len;
+    q_start = packed_q ? load_early(p.cu_seqlens_q + seq_idx) : 0;
+    const int32_t q_end = packed_q ? load_early(p.cu_seqlens_q + seq_idx + 1) : p.batch_q_len;
+    const int32_t used_q = p.seqused_q == nullptr ? INT32_MAX : load_early(p.seqused_q + seq_idx);
+    const int32_t k_len = key_length(p, seq_idx);
+    int32_t all_q_len = q_end - q_start;
     if (all_q_len > p.max_q_len) all_q_len = 0;
-    const int32_t q_len = p.seqused_q == nullptr ? all_q_len : max(min(p.seqused_q[seq_idx], all_q_len), 0);
+    const int32_t q_len = max(min(used_q, all_q_len), 0);
     num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     first_token = p.group_size.divide(first_row);
     last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
-    mask = Mask::make(p, q_len, key_length(p, seq_idx), q_start);
+    mask = Mask::make(p, q_len, k_len, q_start);
     visible = {0, 0};
     if (num_rows > 0) visible = mask.seen_by_any(first_token, last_token);
   }
 
   static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
+    const int32_t used = p.seqused_k == nullptr ? INT32_MAX : load_early(p.seqused_k + seq_idx);
     int64_t most = static_cast<int64_t>(p.max_blocks) * p.block_size;
     if (!p.paged) {
-      most = p.cu_seqlens_k == nullptr ? p.batch_k_len : p.cu_seqlens_k[seq_idx + 1] - p.cu_seqlens_k[seq_idx];
+      const bool packed = p.cu_seqlens_k != nullptr;
+      most = packed ? load_early(p.cu_seqlens_k + seq_idx + 1) - load_early(p.cu_seqlens_k + seq_idx) : p.batch_k_len;
     }
-    if (p.seqused_k == nullptr) return static_cast<int32_t>(most);
-    return static_cast<int32_t>(min(static_cast<int64_t>(max(p.seqused_k[seq_idx], 0)), most));
+    return static_cast<int32_t>(min(static_cast<int64_t>(max(used, 0)), most));
   }
 
   // Tiles are aligned: the first one may begin before the visible keys.
@@ -127,12 +133,28 @@ struct DecodeMixture {
   }
 };
 
+// A KV head and 16 of its rows.
+struct DecodeColumn {
+  int32_t kv_head_idx, first_row;
+
+  DecodeColumn() = default;
+  __device__ __forceinline__ DecodeColumn(const PagedDecodeParams& p, int32_t column_idx) {
+    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
+    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
+    first_row = row_tile * kPagedDecodeRows;
+  }
+
+  // Of a row of the KV head.
+  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
+    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
+  }
+};
+
 // The tiles of a team, and where they begin; found by whole warps.
 template <typename Mask>
-struct DecodePlan {
+struct DecodePlan : DecodeColumn {
   int32_t num_columns;
   int32_t column_idx, part_idx;
-  int32_t kv_head_idx, first_row;
   int32_t tiles_per_part;
   int32_t begin_tile, end_tile;
   int32_t seq_idx;    // that has begin_tile
@@ -157,9 +179,7 @@ struct DecodePlan {
       }
     }
     column_idx = team_idx - part_idx * num_columns;
-    const int32_t row_tile = p.num_kv_heads_div.divide(column_idx);
-    kv_head_idx = column_idx - row_tile * p.num_kv_heads;
-    first_row = row_tile * kPagedDecodeRows;
+    static_cast<DecodeColumn&>(*this) = DecodeColumn(p, column_idx);
     // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
     const auto num_tiles = [&](int32_t seq) {
       return seq < p.num_seqs ? DecodeSequence<Mask>(p, seq, first_row).num_tiles(p) : 0;
@@ -228,11 +248,6 @@ struct DecodePlan {
       }
     }
     find(begin_tile);
-  }
-
-  // Of a row of the KV head.
-  __device__ __forceinline__ int32_t head(const PagedDecodeParams& p, int32_t row) const {
-    return kv_head_idx * p.group_size.divisor + p.group_size.remainder(row);
   }
 };
 

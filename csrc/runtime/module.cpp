@@ -171,19 +171,21 @@ void bind_kernel_configs(py::module_& m) {
       "paged_decode_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
          int64_t max_seqlen_k, int64_t num_sms, bool large_smem, bool beside_prompts, bool is_8bit,
-         bool batch_invariant) {
+         bool batch_invariant, bool has_tree) {
         const PagedDecodeConfig c =
             paged_decode_config({num_seqs, num_heads, num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k, num_sms,
-                                 large_smem, is_8bit, beside_prompts, batch_invariant});
+                                 large_smem, is_8bit, beside_prompts, batch_invariant, has_tree});
         return py::dict("fits"_a = c.fits, "head_dim"_a = c.head_dim, "block_m"_a = kPagedDecodeRows,
                         "block_n"_a = c.block_n, "num_warps"_a = c.num_warps, "num_columns"_a = c.num_columns,
                         "max_tiles"_a = c.max_tiles, "num_parts"_a = c.num_parts, "num_teams"_a = c.num_teams,
                         "num_ctas"_a = c.num_ctas, "parts_of_head"_a = c.parts_of_head,
                         "split_tiles"_a = c.batch_invariant ? 1 << c.split_tiles_log2 : 0,
-                        "slots_of_area"_a = c.slots_of_area, "rows_of_slot"_a = c.rows_of_slot);
+                        "slots_of_area"_a = c.slots_of_area, "rows_of_slot"_a = c.rows_of_slot,
+                        "cluster_size"_a = 1 << c.cluster_log2);
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a,
-      "large_smem"_a, "beside_prompts"_a = false, "is_8bit"_a = false, "batch_invariant"_a = false);
+      "large_smem"_a, "beside_prompts"_a = false, "is_8bit"_a = false, "batch_invariant"_a = false,
+      "has_tree"_a = false);
   m.def(
       "flash_fwd_sm90_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,

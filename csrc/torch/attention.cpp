@@ -37,7 +37,7 @@ PagedDecodeConfig decode_config_of(const AttentionCall& call) {
   return paged_decode_config({call.num_seqs, call.num_heads(), call.num_kv_heads(),
                               std::max(call.head_dim(), call.v_head_dim()), call.max_seqlen_q, call.max_seqlen_k,
                               num_sms_of(call.q), max_smem_of(call.q) >= 227 << 10, is_8bit(call.k), call.beside,
-                              call.batch_invariant});
+                              call.batch_invariant, call.tree_mask.has_value()});
 }
 
 FlashFwdSm90Config sm90_config_of(const AttentionCall& call) {
@@ -64,7 +64,7 @@ bool for_sm90(const Checks& checks, const AttentionCall& call) {
 }
 
 cudaError_t run(const Tensor& q, PagedDecodeParams p, cudaStream_t stream) {
-  const int64_t num_marks = p.config.parts_of_head > 1 ? p.config.num_teams : 0;
+  const int64_t num_marks = p.config.slots_of_area > 0 ? p.config.num_teams : 0;
   const int64_t num_slots = 2 * p.config.num_teams * p.config.slots_of_area;
   Tensor partial_out = empty(q, {num_slots, p.config.rows_of_slot, p.v_head_dim}, ScalarType::Float);
   Tensor partial_sum = empty(q, {num_slots, p.config.rows_of_slot, 2}, ScalarType::Float);

@@ -58,7 +58,7 @@ def paged_attention(
     cu_seqlens_q: (B + 1) int32, ascending from 0 to T: sequence b has the queries from cu_seqlens_q[b] up to
       cu_seqlens_q[b + 1].
     seqused_k: (B) int32, keys of each sequence. block_table: (B, max_blocks) int32, its pages; what lies past
-      ceil(seqused_k / block_size) is never read.
+      ceil(seqused_k / block_size) is never used.
     max_seqlen_q: at least the longest query run.
     softmax_scale: 1/√D if None. causal: aligned bottom-right, the last query stands at the last key.
     window_size: how many keys to the left and to the right a query sees besides its own, -1 is open.

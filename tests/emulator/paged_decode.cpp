@@ -24,7 +24,7 @@ struct Workspace {
     const size_t num_rows = size_t{2} * p.config.num_teams * p.config.slots_of_area * p.config.rows_of_slot;
     partial_out.assign(num_rows * p.v_head_dim, NAN);
     partial_sum.assign(num_rows, float2{NAN, NAN});
-    marks.resize(p.config.parts_of_head > 1 ? p.config.num_teams : 0);
+    marks.resize(p.config.slots_of_area > 0 ? p.config.num_teams : 0);
     for (uint64_t& mark : marks) mark = draws();
     p.partial_out = partial_out.data();
     p.partial_sum = partial_sum.data();
@@ -128,18 +128,18 @@ void run_call(int head_dim) {
     p.scales_of_tokens = call.scales_of_tokens;
   }
   if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
-  const int num_sms = pick({1, 3, 8, 30});
+  const int num_sms = pick({1, 3, 8, 30, 132});
   const int max_k_len = paged ? call.max_blocks * call.page_size : call.max_k_len();
   const bool beside = p.max_q_len < INT32_MAX && !call.has_tree && one_in(2), batch_invariant = paged && one_in(2);
-  p.config = fastattn::paged_decode_config({call.num_seqs, call.num_heads, call.num_kv_heads,
-                                            std::max(call.head_dim, call.v_head_dim),
-                                            std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len,
-                                            num_sms, one_in(2), sizeof(KV) == 1, beside, batch_invariant});
+  p.config = fastattn::paged_decode_config(
+      {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
+       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len, num_sms, one_in(2), sizeof(KV) == 1,
+       beside, batch_invariant, call.has_tree});
   if (batch_invariant) set_split(p, pick({p.config.split_tiles_log2, 0, 1}), max_k_len);
-  current_call += ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " +
-                  std::to_string(p.config.num_parts) + " parts, " + std::to_string(p.config.num_ctas) +
-                  " CTAs, max_q_len " + std::to_string(p.max_q_len) +
-                  (p.config.beside_prompts ? ", beside prompts" : "");
+  current_call +=
+      ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " + std::to_string(p.config.num_parts) +
+      " parts, " + std::to_string(p.config.num_ctas) + " CTAs, max_q_len " + std::to_string(p.max_q_len) +
+      (p.config.beside_prompts ? ", beside prompts" : "") + ", clusters of 2^" + std::to_string(p.config.cluster_log2);
   if (batch_invariant) current_call += ", splits of 2^" + std::to_string(p.config.split_tiles_log2) + " tiles";
   if (!p.config.fits) fail("the kernel does not take the call");
   const Workspace workspace(p);

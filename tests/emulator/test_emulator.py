@@ -158,6 +158,7 @@ class Mutant:
 FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
 FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
+DECODE_CLUSTER = "attention/paged_decode_cluster.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
 GEMM_SCALES = "gemm/gemm_sm90_block_scales.cuh"
@@ -169,6 +170,7 @@ ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
+KERNEL_OF |= {DECODE_CLUSTER: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
@@ -296,7 +298,7 @@ MUTANTS = [
     Mutant(
         "a split goes on with the sums of the one before",
         DECODE,
-        "    if constexpr (INVARIANT) begin_sums();\n  }\n",
+        "    if constexpr (INVARIANT) products.begin(p);\n  }\n",
         "  }\n",
         "paged_decode_hd64.cu",
         "64",
@@ -305,8 +307,11 @@ MUTANTS = [
     Mutant(
         "splits are added up into 16 bits where the output has 8",
         DECODE,
-        "if (__builtin_expect(p.out_scale != nullptr, 0)) {",
-        "if (__builtin_expect(p.out_scale != nullptr && plan.seq_begin >= plan.begin_tile, 0)) {",
+        "  const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);\n",
+        """  PagedDecodeParams other = p;
+  other.out_scale = nullptr;
+  const DecodeOutput<T, Mask> output(other, plan, ended, plan.seq_idx);
+""",
         "paged_decode_hd64.cu",
         "64",
         "expected",
@@ -324,6 +329,15 @@ MUTANTS = [
         "stages are loaded while other warps read results from them",
         DECODE,
         "    team.sync();  // the stages are free again\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "a row of Q that another warp loads is not waited for",
+        DECODE_CLUSTER,
+        "      __syncthreads();  // Q has come\n",
         "",
         "paged_decode_hd64.cu",
         "64",

@@ -115,9 +115,14 @@ def test_decode_has_one_wave_of_ctas(
         return
     assert config["num_columns"] == kv_heads * -(-rows // config["block_m"])
     assert config["num_ctas"] == config["num_parts"] * config["num_columns"]
-    assert 1 <= config["num_parts"] <= config["max_tiles"]
+    if config["cluster_size"] > 1:  # each column of a sequence is a cluster's
+        assert large_smem and rows <= 16 and config["cluster_size"] <= 8
+        assert config["num_parts"] == num_seqs * config["cluster_size"]
+        assert config["num_ctas"] <= num_sms and config["slots_of_area"] == 0
+    else:
+        assert 1 <= config["num_parts"] <= config["max_tiles"]
     assert config["max_tiles"] == num_seqs * max(1, -(-max_seqlen_k // config["block_n"]))
-    assert config["block_n"] == 16 * config["num_warps"]
+    assert config["block_n"] == (32 if head_dim <= 64 else 16) * config["num_warps"]
     assert config["num_ctas"] <= 2 * num_sms or config["num_parts"] == 1
     assert large_smem or config["num_warps"] <= 4
 

@@ -19,6 +19,7 @@ inline void add_to_global(float* address, const float (&values)[4]) {
 }
 inline void store_release(uint64_t* address, uint64_t value) { *address = value; }
 inline void prefetch_l2(const void*) {}
+inline int32_t load_early(const int32_t* address) { return *address; }
 inline uint4 load_early(const uint4* address) { return *address; }
 
 // Kernels count the tiles that they hand out. CTAs run one after the other, and so that the first does not get all,

@@ -25,6 +25,17 @@ struct MBarrier {
     emulator::require_running(static_cast<int>(rank));
     of_cta(static_cast<int>(rank)).arrive();
   }
+  template <typename V>
+  void store_at_cta(uint32_t rank, V* target, const V& value) {
+    const int to = static_cast<int>(rank);
+    MBarrier& barrier = of_cta(to);
+    void* const address = emulator::smem_of(to) + shared_address(target);
+    emulator::cta.pending.push_back([=, &barrier] {
+      emulator::require_running(to);
+      std::memcpy(address, &value, sizeof(V));
+      barrier.complete_bytes(sizeof(V));
+    });
+  }
   void arrive_expect_bytes(uint32_t num_bytes) {
     num_bytes_expected += static_cast<int32_t>(num_bytes);
     if (--num_missing < 0) emulator::fail("an arrival too many: " + text());

@@ -16,6 +16,11 @@ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(emulator::smem_of(emulator::this_rank()));
 }
 
+template <typename Storage>
+Storage& shared_storage_of_128() {
+  return shared_storage<Storage>();
+}
+
 inline int32_t load_shared(uint32_t address) {
   int32_t value;
   std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
