@@ -37,9 +37,13 @@ KERNELS = {
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": [
-        *sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+        *sorted(
+            {*CSRC.glob("gemm/gemm_*sm90*.cu")}
+            - {*CSRC.glob("gemm/gemm_sm90_w4*.cu"), *CSRC.glob("gemm/gemm_sparse*.cu")}
+        ),
         CSRC / "sampling/gumbel_max.cu",
     ],
+    "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
