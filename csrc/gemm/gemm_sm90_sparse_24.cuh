@@ -20,14 +20,15 @@
 //   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //
-// Drawn for 128 and 256 rows of x. Tiles of 16 and 64 have clusters of one CTA, and the weight, which they read once, is
-// the first to leave the L2 cache.
+// Drawn for 128 and 256 rows of x. Tiles of 16 and 64 have clusters of one CTA. A weight that is read once is the first
+// to leave the L2 cache.
 //
-// Stages of all tiles are shared out with config.stream_k (gemm_sm90_stream_k.cuh), which few rows always have: each CTA
-// reads as much. How rows of out leave: gemm_sm90_transposed_rows.cuh.
+// With config.stream_k the stages of all tiles are shared out (gemm_sm90_stream_k.cuh), so that each CTA reads as much,
+// whatever N is. How rows of out leave: gemm_sm90_transposed_rows.cuh.
 //
-// Limits: 16-byte aligned rows of x and of the stored weight, N a multiple of 8. Rows past N and columns past K are zeros
-// in shared memory; where rows of x are not there lies what was there before, which is multiplied, but not stored.
+// Limits: 16-byte aligned rows of x and of the stored weight, N a multiple of 8. Rows past N and columns past K are
+// zeros in shared memory; where rows of x are not there lies what was there before, which is multiplied, but not
+// stored.
 #pragma once
 
 #include <algorithm>
@@ -96,7 +97,8 @@ struct GemmSm90SparseProducts {
                    .uniform_plus(stage * Storage::kWeightBytes + group * 64 * Storage::kPanelBytes)),
         x(WgmmaDescriptor::make<128>(smem.x[0], 0).uniform_plus(stage * Storage::kXBytes)) {
 #pragma unroll
-    for (int i = 0; i < Storage::kWords; ++i) words[i] = load_shared(shared_address(&smem.metadata[stage][i][threadIdx.x]));
+    for (int i = 0; i < Storage::kWords; ++i)
+      words[i] = load_shared(shared_address(&smem.metadata[stage][i][threadIdx.x]));
   }
 
   // Of two, which of 16 bits have one word of metadata, and of so many rows of x.
@@ -254,8 +256,8 @@ __global__ void __launch_bounds__(kGemmSm90SparseThreads, 1)
       const int32_t share = p.config.rows / NUM_CTAS;  // of a tile's rows of x
       const uint32_t stage_bytes = Storage::kWeightBytes + Storage::kMetadataBytes +
                                    static_cast<uint32_t>(p.config.rows) * 128 * Storage::kXPanels;
-      const int64_t units = (p.k + kGemmSm90SparsePaddedK - 1) / kGemmSm90SparsePaddedK *
-                            (kGemmSm90SparsePaddedK / kGemmSm90SparseUnitK);
+      const int64_t units =
+          (p.k + kGemmSm90SparsePaddedK - 1) / kGemmSm90SparsePaddedK * (kGemmSm90SparsePaddedK / kGemmSm90SparseUnitK);
       if (m_tiles == 1) {  // as far as L2, before the kernel in front has ended
         const Tile tile = tile_of(walk.tile(0));
         for (int32_t step = walk.begin(0); step < min(walk.begin(0) + STAGES, walk.end(0)); ++step) {
@@ -392,8 +394,8 @@ cudaError_t launch_gemm_sm90_sparse(const GemmSm90SparseParams& p, cudaStream_t 
                          kGemmSm90SparseThreads, sizeof(Storage) + 1024, stream, args);
 }
 
-// Which exist, for every kind: add a case here and a tile in gemm_sm90_sparse_24_config.h. Few rows wait for memory, and
-// may have other sums.
+// Which exist, for every kind: add a case here and a tile in gemm_sm90_sparse_24_config.h. Few rows wait for memory,
+// and may have other sums.
 template <typename Operands, typename FewRowsOperands = Operands>
 cudaError_t run_gemm_sm90_sparse(const GemmSm90SparseParams& p, cudaStream_t stream) {
   switch (p.config.tile.block_m) {

@@ -1,5 +1,5 @@
-// out = x weight^T + bias with a weight that is 2:4 sparse, for Hopper (wgmma.mma_async.sp): of each four neighbours in a
-// row two at most are not zero, and two are stored. The kernel is in gemm_sm90_sparse_24.cuh.
+// out = x weight^T + bias with a weight that is 2:4 sparse, for Hopper (wgmma.mma_async.sp): of each four neighbours in
+// a row two at most are not zero, and two are stored. The kernel is in gemm_sm90_sparse_24.cuh.
 #pragma once
 
 #include "gemm/gemm_sm90.h"

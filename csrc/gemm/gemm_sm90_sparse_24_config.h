@@ -8,9 +8,9 @@
 
 namespace fastattn {
 
-constexpr int kGemmSm90SparseN = 128;         // rows of weight of a CTA
-constexpr int kGemmSm90SparseUnitK = 64;      // columns that have a word of metadata for each of 256 threads
-constexpr int kGemmSm90SparsePaddedK = 512;   // which those of metadata are a multiple of: whole stages of any tile
+constexpr int kGemmSm90SparseN = 128;        // rows of weight of a CTA
+constexpr int kGemmSm90SparseUnitK = 64;     // columns that have a word of metadata for each of 256 threads
+constexpr int kGemmSm90SparsePaddedK = 512;  // which those of metadata are a multiple of: whole stages of any tile
 
 constexpr GemmSm90Tile kGemmSm90SparseTiles[] = {{16, 128}, {64, 128}, {128, 128}, {256, 128}};
 
@@ -49,7 +49,8 @@ inline void set_gemm_sm90_sparse_grid(GemmSm90Config& config, const GemmSm90Prob
 inline double gemm_sm90_sparse_time(const GemmSm90Config& config, const GemmSm90Problem& problem) {
   const int block_m = config.tile.block_m, sharing = gemm_sm90_sparse_sharing(block_m);
   const double element_bytes = static_cast<double>(problem.element_bytes);
-  const double weight_bytes = static_cast<double>(problem.n) * static_cast<double>(problem.k) * (element_bytes / 2 + 0.125);
+  const double weight_bytes =
+      static_cast<double>(problem.n) * static_cast<double>(problem.k) * (element_bytes / 2 + 0.125);
   const int64_t num_tiles = config.m_tiles * config.n_tiles, num_clusters = config.num_ctas / sharing;
   const int64_t num_stages = ceil_div(problem.k, gemm_sm90_sparse_stage_k(block_m, problem.element_bytes));
   // 32 bytes of a stored row: products of two groups, bound by what shared memory gives, and what comes out of L2.

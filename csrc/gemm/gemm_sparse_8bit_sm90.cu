@@ -5,9 +5,8 @@
 namespace fastattn {
 
 cudaError_t gemm_sparse_int8_sm90(const GemmSm90SparseParams& params, cudaStream_t stream) {
-  return dispatch_half(params.dtype, [&](auto type) {
-    return run_gemm_sm90_sparse<GemmSm90Int8<decltype(type)>>(params, stream);
-  });
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_sparse<GemmSm90Int8<decltype(type)>>(params, stream); });
 }
 
 cudaError_t gemm_sparse_fp8_sm90(const GemmSm90SparseParams& params, cudaStream_t stream) {

@@ -5,9 +5,8 @@
 namespace fastattn {
 
 cudaError_t gemm_sparse_sm90(const GemmSm90SparseParams& params, cudaStream_t stream) {
-  return dispatch_half(params.dtype, [&](auto type) {
-    return run_gemm_sm90_sparse<GemmSm90Dense<decltype(type)>>(params, stream);
-  });
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_sparse<GemmSm90Dense<decltype(type)>>(params, stream); });
 }
 
 }  // namespace fastattn

@@ -1,8 +1,7 @@
 // A thread has four neighbours of a row, two of which are stored.
-#include "gemm/sparse_24_to_dense.h"
-
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
+#include "gemm/sparse_24_to_dense.h"
 
 namespace fastattn {
 namespace {

@@ -21,7 +21,7 @@ struct Scales {
 };
 
 Tensor run_sparse_linear(const SparseLinear& kind, const Tensor& x, const std::optional<Scales>& scales,
-                         const Tensor& stored, const Tensor& metadata, const MaybeTensor& bias, Tensor out,
+                         const Tensor& stored, const Tensor& metadata_given, const MaybeTensor& bias, Tensor out,
                          bool fast_accum) {
   const int64_t m = num_rows_of(x), k = x.size(x.dim() - 1), n = stored.size(0);
   const Checks checks(kind.op, "x", x);
@@ -29,9 +29,8 @@ Tensor run_sparse_linear(const SparseLinear& kind, const Tensor& x, const std::o
   checks.that(k < kind.max_k, "x has K = " + std::to_string(k) + ", expected K < " + std::to_string(kind.max_k));
   checks.shape("values", stored, {n, k / 2}).dtype("values", stored, {x.scalar_type()});
   const int64_t units = ceil_div(k, kGemmSm90SparsePaddedK) * (kGemmSm90SparsePaddedK / kGemmSm90SparseUnitK);
-  checks.shape("metadata", metadata, {ceil_div(n, kGemmSm90SparseN), units, 256})
-      .dtype("metadata", metadata, {ScalarType::Int});
-  checks.that(metadata.is_contiguous(), "metadata is not contiguous");
+  checks.shape("metadata", metadata_given, {ceil_div(n, kGemmSm90SparseN), units, 256})
+      .dtype("metadata", metadata_given, {ScalarType::Int});
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {out.scalar_type()});
   const auto check_scale = [&](const char* name, const Tensor& scale, int64_t rows) {
     const bool is_shared = scale.dim() == 1 && scale.size(0) == 1;
@@ -58,6 +57,7 @@ Tensor run_sparse_linear(const SparseLinear& kind, const Tensor& x, const std::o
     p.weight_scale_stride = weight_scale_stride;
     return p;
   };
+  const Tensor metadata = metadata_given.is_contiguous() ? metadata_given : packed_copy(metadata_given);
   const auto* const words = static_cast<const uint32_t*>(metadata.data_ptr());
   if (fits_gemm_sm90(rows, halves, {}, out) && reinterpret_cast<uintptr_t>(words) % 16 == 0) {
     auto p = params(GemmSm90SparseParams(), halves);

@@ -62,7 +62,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     of_four = places(weight)
     indices = torch.stack([of_four & 3, of_four >> 2], -1).long()
-    values = _whole(weight).reshape(rows, columns // 4, 4).gather(-1, indices).view(weight.dtype).view(rows, columns // 2)
+    values = (
+        _whole(weight).reshape(rows, columns // 4, 4).gather(-1, indices).view(weight.dtype).view(rows, columns // 2)
+    )
     blocks, units, _ = metadata_shape(rows, columns)
     padding = (0, units * UNIT // 4 - columns // 4, 0, blocks * ROWS - rows)
     halves = functional.pad(of_four, padding, value=_PLACES[0]).view(blocks * ROWS, units * UNIT // 8, 2)
@@ -75,7 +77,12 @@ def unpack(values: Tensor, metadata: Tensor) -> Tensor:
     """The weight (N, K) that values (N, K/2) and metadata are."""
     rows, half = values.shape
     blocks, units, _ = metadata.shape
-    by_row = metadata.view(torch.uint8).view(_view(values.itemsize, blocks, units)).permute(0, 2, 3, 6, 4, 1, 5, 7)
+    by_row = (
+        metadata.contiguous()
+        .view(torch.uint8)
+        .view(_view(values.itemsize, blocks, units))
+        .permute(0, 2, 3, 6, 4, 1, 5, 7)
+    )
     packed = by_row.reshape(blocks * ROWS, units * UNIT // 8)
     of_four = torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:rows, : half // 2]
     indices = torch.stack([of_four & 3, of_four >> 2], -1).long()

@@ -158,8 +158,8 @@ void compute_sparse_product(const Product* const (&lanes)[32], int first_row) {
   float a[16][K] = {};
   for (int row = 0; row < 16; ++row) {
     for (int chunk = 0; chunk < K / 4; ++chunk) {
-      int thread, bit;  // of the four with rows `row % 8` and + 8
-      if (sizeof(T) == 2) {  // two threads have 16 columns each, of both rows
+      int thread, bit;                 // of the four with rows `row % 8` and + 8
+      if constexpr (sizeof(T) == 2) {  // two threads have 16 columns each, of both rows
         thread = 2 * lanes[0]->selector + chunk / 4;
         bit = row / 8 * 16 + chunk % 4 * 4;
       } else {  // each of four has 32 columns of a row

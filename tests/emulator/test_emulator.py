@@ -171,12 +171,14 @@ W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
+SPARSE, TRANSPOSED = "gemm/gemm_sm90_sparse_24.cuh", "gemm/gemm_sm90_transposed_rows.cuh"
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80, SPARSE)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
+KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -515,7 +517,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows of out are written over before they have left",
-        W4_MANY,
+        TRANSPOSED,
         "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
         "",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
@@ -648,6 +650,35 @@ MUTANTS = [
         "distance = LANES / 4;",
         "gemm_sampled_sm90_few_rows.cu",
         "8",
+        "expected",
+    ),
+    Mutant(
+        "every other product has the metadata of the one before",
+        SPARSE,
+        "Product::template ss<kSharesWord>(",
+        "Product::template ss<0>(",
+        "gemm_sparse_sm90.cu",
+        "16",
+        "expected",
+    ),
+    Mutant(
+        "a stage of a sparse product is released before the products that read it are over",
+        SPARSE,
+        """      wgmma_wait<1>();
+      release(before);""",
+        """      wgmma_wait<1>();
+      release(stage);""",
+        "gemm_sparse_sm90.cu",
+        "256",
+        "in the call: seed",
+    ),
+    Mutant(
+        "sums of the CTA that has a tile's first columns are left out",
+        SPARSE,
+        "for (int32_t other = cluster - 1; other >= first; --other) {",
+        "for (int32_t other = cluster - 1; other > first; --other) {",
+        "gemm_sparse_sm90.cu",
+        "64",
         "expected",
     ),
     Mutant(
