@@ -11,32 +11,42 @@
 //              with q / 2 = SELECTOR, so that a register has two products' metadata
 //   8 bits     columns 32 (q / 2) and on, 32 of them: row g + 8 (q % 2); SELECTOR 0
 //
-// (PTX ISA, "Sparse matrix storage" of wgmma.mma_async.sp.) A register may be overwritten when the product has been
-// issued; everything else is as in arch/wgmma.cuh.
+// (PTX ISA, "Sparse matrix storage" of wgmma.mma_async.sp.)
+//
+// Order: as in arch/wgmma.cuh, and between a product and its wait nothing may touch the register of its metadata
+// either. PTX says so of accumulators and fragments of A only, but with metadata loaded anew sums were wrong on an
+// H200.
 #pragma once
 
 #include "arch/wgmma.cuh"
 
 namespace fastattn {
 
+// pin_registers for metadata.
+template <int NUM_WORDS>
+__device__ __forceinline__ void pin_metadata(uint32_t (&words)[NUM_WORDS]) {
+#pragma unroll
+  for (uint32_t& word : words) asm volatile("" : "+r"(word)::"memory");
+}
+
 template <typename T, int N>
 struct SparseWgmma;
 
 #undef FA_ACC
 #define FA_ACC(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define FA_SPARSE(TYPE, SUM, SHAPE, NAMES, BEHIND, N, P0, P1, P2, P3, P4)                                    \
-  template <>                                                                                                \
-  struct SparseWgmma<TYPE, N> {                                                                              \
-    template <int SELECTOR>                                                                                  \
-    __device__ __forceinline__ static void ss(SUM (&d)[N / 8][4], uint64_t a, uint64_t b, uint32_t metadata, \
-                                              int scale_d) {                                                 \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P3                                                    \
-                   ", 0;\n"                                                                                  \
-                   "wgmma.mma_async.sp.sync.aligned.m64n" #N SHAPE "." NAMES " {" FA_REGS##N                 \
-                   "}, " P0 ", " P1 ", " P2 ", " P4 ", p" BEHIND ";\n}\n"                                    \
-                   : FA_ACCS##N                                                                              \
-                   : "l"(a), "l"(b), "r"(metadata), "r"(scale_d), "n"(SELECTOR));                            \
-    }                                                                                                        \
+#define FA_SPARSE(TYPE, SUM, SHAPE, NAMES, BEHIND, N, P0, P1, P2, P3, P4)                                           \
+  template <>                                                                                                       \
+  struct SparseWgmma<TYPE, N> {                                                                                     \
+    template <int SELECTOR>                                                                                         \
+    __device__ __forceinline__ static void ss(SUM (&d)[N / 8][4], uint64_t a, uint64_t b, const uint32_t& metadata, \
+                                              int scale_d) {                                                        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P3                                                           \
+                   ", 0;\n"                                                                                         \
+                   "wgmma.mma_async.sp.sync.aligned.m64n" #N SHAPE "." NAMES " {" FA_REGS##N                        \
+                   "}, " P0 ", " P1 ", " P2 ", " P4 ", p" BEHIND ";\n}\n"                                           \
+                   : FA_ACCS##N                                                                                     \
+                   : "l"(a), "l"(b), "r"(metadata), "r"(scale_d), "n"(SELECTOR));                                   \
+    }                                                                                                               \
   };
 #define FA_SPARSE_FLOATS(...)                                                          \
   FA_SPARSE(__nv_bfloat16, float, "k32", "f32.bf16.bf16", ", 1, 1, 0, 0", __VA_ARGS__) \

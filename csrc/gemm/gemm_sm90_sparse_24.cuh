@@ -88,60 +88,72 @@ template <typename Operands, int BLOCK_M>
 struct GemmSm90SparseProducts {
   using Storage = GemmSm90SparseStorage<Operands, BLOCK_M>;
   using Element = typename Operands::Element;
+  using Metadata = uint32_t[Storage::kWords];
   static constexpr int kProducts = Storage::kRowBytes / 32;
   WgmmaDescriptor weight, x;
-  uint32_t words[Storage::kWords];
 
-  __device__ __forceinline__ GemmSm90SparseProducts(const Storage& smem, uint32_t stage, int group)
+  __device__ __forceinline__ GemmSm90SparseProducts(const Storage& smem, uint32_t stage, int group, Metadata& metadata)
       : weight(WgmmaDescriptor::make<Storage::kPanelBytes>(smem.weight[0], 0)
                    .uniform_plus(stage * Storage::kWeightBytes + group * 64 * Storage::kPanelBytes)),
         x(WgmmaDescriptor::make<128>(smem.x[0], 0).uniform_plus(stage * Storage::kXBytes)) {
 #pragma unroll
-    for (int i = 0; i < Storage::kWords; ++i)
-      words[i] = load_shared(shared_address(&smem.metadata[stage][i][threadIdx.x]));
+    for (int i = 0; i < Storage::kWords; ++i) {
+      metadata[i] = load_shared(shared_address(&smem.metadata[stage][i][threadIdx.x]));
+    }
   }
 
   // Of two, which of 16 bits have one word of metadata, and of so many rows of x.
   template <int ROWS, typename Sum>
-  __device__ __forceinline__ void start_two(Sum (&acc)[ROWS / 8][4], int first, int first_row, bool accumulate) const {
+  __device__ __forceinline__ void start_two(Sum (&acc)[ROWS / 8][4], const Metadata& metadata, int first, int first_row,
+                                            bool accumulate) const {
     constexpr bool kSharesWord = sizeof(Element) == 2;
     const uint32_t x_offset = first / 2 * Storage::kXPanelBytes + first_row * 128;
     const uint32_t weight_offset =
         first * 32 / Storage::kPanelBytes * Storage::kWeightPanelBytes + first * 32 % Storage::kPanelBytes;
     using Product = SparseWgmma<Element, ROWS>;
-    Product::template ss<0>(acc, weight.plus(weight_offset), x.plus(x_offset), words[kSharesWord ? first / 2 : first],
-                            accumulate);
+    Product::template ss<0>(acc, weight.plus(weight_offset), x.plus(x_offset),
+                            metadata[kSharesWord ? first / 2 : first], accumulate);
     Product::template ss<kSharesWord>(acc, weight.plus(weight_offset + 32), x.plus(x_offset + 64),
-                                      words[kSharesWord ? first / 2 : first + 1], 1);
+                                      metadata[kSharesWord ? first / 2 : first + 1], 1);
   }
 };
 
 // acc (64, BLOCK_M) of a group over so many stages, one at least. A stage is released when the products of the next one
-// have been issued: the tensor cores always have some at hand.
+// have been issued: the tensor cores always have some at hand. Metadata of two stages are in registers, in turns.
 template <typename Operands, int BLOCK_M, typename Release>
 __device__ __forceinline__ void multiply_sparse_stages(
     typename Operands::Sum (&acc)[BLOCK_M / 8][4], GemmSm90SparseStorage<Operands, BLOCK_M>& smem,
     RingPosition<GemmSm90SparseStorage<Operands, BLOCK_M>::kStages>& position, int32_t num_stages, int group,
     Release release) {
   using Products = GemmSm90SparseProducts<Operands, BLOCK_M>;
+  typename Products::Metadata metadata[2];
   uint32_t before = 0;
 #pragma unroll 1
-  for (int32_t i = 0; i < num_stages; ++i) {
-    const uint32_t stage = position.stage();
-    smem.full[stage].wait(position.parity());
-    const Products products(smem, stage, group);
-    wgmma_fence();
+  for (int32_t first = 0; first < num_stages; first += 2) {
 #pragma unroll
-    for (int j = 0; j < Products::kProducts; j += 2) products.template start_two<BLOCK_M>(acc, j, 0, i > 0 || j > 0);
-    wgmma_commit();
-    if (i > 0) {
-      wgmma_wait<1>();
-      release(before);
+    for (int i = 0; i < 2; ++i) {
+      if (first + i == num_stages) break;
+      const uint32_t stage = position.stage();
+      smem.full[stage].wait(position.parity());
+      const Products products(smem, stage, group, metadata[i]);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < Products::kProducts; j += 2) {
+        products.template start_two<BLOCK_M>(acc, metadata[i], j, 0, first + i + j > 0);
+      }
+      wgmma_commit();
+      if (first + i > 0) {
+        wgmma_wait<1>();
+        pin_metadata(metadata[1 - i]);
+        release(before);
+      }
+      before = stage;
+      position.advance();
     }
-    before = stage;
-    position.advance();
   }
   wgmma_wait<0>();
+  pin_metadata(metadata[0]);
+  pin_metadata(metadata[1]);
   pin_registers(acc);
   release(before);
 }
@@ -161,20 +173,22 @@ __device__ __forceinline__ void multiply_sparse_stages_in_two_levels(
     for (int i = 0; i < 4; ++i) acc[t][i] = 0.0f;
   }
   float part[PART_M / 8][4];
+  typename Products::Metadata metadata;
 #pragma unroll 1
   for (int32_t i = 0; i < num_stages; ++i) {
     const uint32_t stage = position.stage();
     smem.full[stage].wait(position.parity());
-    const Products products(smem, stage, group);
+    const Products products(smem, stage, group, metadata);
 #pragma unroll
     for (int j = 0; j < Products::kProducts; j += 4) {
 #pragma unroll
       for (int row = 0; row < BLOCK_M; row += PART_M) {
         wgmma_fence();
-        products.template start_two<PART_M>(part, j, row, false);
-        products.template start_two<PART_M>(part, j + 2, row, true);
+        products.template start_two<PART_M>(part, metadata, j, row, false);
+        products.template start_two<PART_M>(part, metadata, j + 2, row, true);
         wgmma_commit();
         wgmma_wait<0>();
+        pin_metadata(metadata);
         pin_registers(part);
         if (j + 4 == Products::kProducts && row + PART_M == BLOCK_M) release(stage);
 #pragma unroll

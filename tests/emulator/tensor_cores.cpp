@@ -166,7 +166,7 @@ void compute_sparse_product(const Product* const (&lanes)[32], int first_row) {
         thread = chunk / 8 * 2 + row / 8;
         bit = chunk % 8 * 4;
       }
-      const uint32_t places = lanes[row % 8 * 4 + thread]->metadata >> bit & 15;
+      const uint32_t places = *lanes[row % 8 * 4 + thread]->metadata >> bit & 15;
       const uint32_t first = places & 3, second = places >> 2;
       if (first >= second) fail("metadata " + std::to_string(places) + " of a sparse product, which is none");
       a[row][chunk * 4 + first] = OperandInSmem(lanes[0]->a).at<T, false>(first_row + row, chunk * 2);

@@ -661,16 +661,15 @@ MUTANTS = [
         "16",
         "expected",
     ),
+    # Results differed from run to run on an H200; no document says how long a product reads its metadata.
     Mutant(
-        "a stage of a sparse product is released before the products that read it are over",
+        "a register is overwritten from which a product still reads metadata",
         SPARSE,
-        """      wgmma_wait<1>();
-      release(before);""",
-        """      wgmma_wait<1>();
-      release(stage);""",
+        "      const Products products(smem, stage, group, metadata[i]);\n",
+        "      const Products products(smem, stage, group, metadata[i]);\n      metadata[1 - i][0] = 0x44444444;\n",
         "gemm_sparse_sm90.cu",
         "256",
-        "in the call: seed",
+        "expected",
     ),
     Mutant(
         "sums of the CTA that has a tile's first columns are left out",

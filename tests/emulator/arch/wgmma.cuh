@@ -17,7 +17,7 @@ struct Product {
   const uint32_t* a_in_registers;  // (4) or nullptr
   uint64_t a, b;
   bool accumulates;
-  uint32_t metadata = 0;  // of sparse ones
+  const uint32_t* metadata = nullptr;  // of sparse ones, a register
   int selector = 0;
 };
 

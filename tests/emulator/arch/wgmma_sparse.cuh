@@ -1,5 +1,4 @@
-// Hopper's warpgroup product with a 2:4 sparse left operand: as arch/wgmma.cuh, but that metadata is taken when the
-// product is issued. PTX holds a program to leave alone, until it has waited, accumulators and fragments of A only.
+// Hopper's warpgroup product with a 2:4 sparse left operand: as arch/wgmma.cuh. Metadata are read as late as all else.
 #pragma once
 
 #include "arch/wgmma.cuh"
@@ -14,13 +13,16 @@ void compute_sparse_product(const Product* const (&lanes)[32], int first_row);
 
 namespace fastattn {
 
+template <typename Words>
+void pin_metadata(Words&) {}
+
 template <typename T, int N>
 struct SparseWgmma {
   template <int SELECTOR>
-  static void ss(emulator::SumOf<T> (&d)[N / 8][4], uint64_t a, uint64_t b, uint32_t metadata, int scale_d) {
+  static void ss(emulator::SumOf<T> (&d)[N / 8][4], uint64_t a, uint64_t b, const uint32_t& metadata, int scale_d) {
     static_assert(SELECTOR == 0 || (SELECTOR == 1 && sizeof(T) == 2), "all other selectors are undefined");
     emulator::products.add(
-        {emulator::compute_sparse_product<T>, N, d[0], nullptr, a, b, scale_d != 0, metadata, SELECTOR});
+        {emulator::compute_sparse_product<T>, N, d[0], nullptr, a, b, scale_d != 0, &metadata, SELECTOR});
   }
 };
 
