@@ -45,8 +45,8 @@ inline void set_gemm_sm90_sparse_grid(GemmSm90Config& config, const GemmSm90Prob
   config.num_ctas = sharing * std::min(shares, std::max<int64_t>(1, problem.num_sms / sharing));
 }
 
-// Microseconds, about, by arithmetic. Of 64 problems measured on an H200 what it chooses takes the fastest's time, 0.3 %
-// more in the mean and 6 % at most (docs/design/gemm_sm90.md, sparse weights).
+// Microseconds, about, by arithmetic. For 64 problems measured on an H200 what it chooses takes 0.3 % more than the
+// fastest in the mean, 6 % at most (docs/design/gemm_sm90.md).
 inline double gemm_sm90_sparse_time(const GemmSm90Config& config, const GemmSm90Problem& problem) {
   const int block_m = config.tile.block_m, sharing = gemm_sm90_sparse_sharing(block_m);
   const double element_bytes = static_cast<double>(problem.element_bytes);
@@ -82,8 +82,8 @@ inline GemmSm90Config gemm_sm90_sparse_config(const GemmSm90Problem& problem) {
       config.stream_k = stream_k;
       config.num_splits = 1;
       set_gemm_sm90_sparse_grid(config, problem);
-      // CTAs that are at different places of K share less in the L2 cache: with more tiles than a wave has that costs as
-      // much as an even share gains, and up to a third more.
+      // CTAs that are at different places of K share less in the L2 cache: with more tiles than a wave has that costs
+      // more than an even share gains.
       const int sharing = gemm_sm90_sparse_sharing(tile.block_m);
       if (stream_k && config.m_tiles * config.n_tiles >= problem.num_sms / sharing) continue;
       const double us = gemm_sm90_sparse_time(config, problem);
