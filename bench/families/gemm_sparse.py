@@ -39,7 +39,9 @@ def case(context: Context, kind: str, m: int, n: int, k: int) -> Case:
         call = {"x": x, "values": values, "metadata": metadata}
         op: Callable[..., Tensor] = ops.sparse_linear
         formula, rate = formulas.sparse_linear, "bf16_tflop_s"
-        peers = {"dense": lambda: lambda: ops.linear(x, weight), "cusparselt": lambda: _cusparselt(x, weight)}
+        peers = {"dense": lambda: lambda: ops.linear(x, weight)}
+        if x.is_cuda:
+            peers["cusparselt"] = lambda: _cusparselt(x, weight)
     else:
         quantize = ops.quantize_int8 if kind == "int8" else ops.quantize_fp8
         (q, x_scale), (weight_q, weight_scale) = quantize(x), quantize(weight)

@@ -107,7 +107,7 @@ BESIDE = {
     "gemm int8": {"int_mm", "vllm"},
     "gemm fp8": {"scaled_mm", "vllm"},
     "gemm fp8 blocks": {"vllm"},
-    "sparse gemm bf16": {"dense", "cusparselt"},
+    "sparse gemm bf16": {"dense"},  # cuSPARSELt has no CPU
     "sparse gemm int8": {"dense"},
     "sparse gemm fp8": {"dense"},
     "gradients full": {"fa2"},
