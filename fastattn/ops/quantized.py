@@ -315,8 +315,8 @@ def int8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum)
-    _check_may_be_one("int8_linear", "x_scale", x_scale, "M", x.shape[0])
-    _check_may_be_one("int8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
+    check_may_be_one("int8_linear", "x_scale", x_scale, "M", x.shape[0])
+    check_may_be_one("int8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     check_out_dtype("int8_linear", x, bias, out_dtype)
     if (x_zero_point is None) != (weight_sum is None):
         given, missing = ("x_zero_point", "weight_sum") if weight_sum is None else ("weight_sum", "x_zero_point")

@@ -69,10 +69,10 @@ _check_sparse = compile_check(
 _check_int8 = compile_check(
     "sparse_int8_linear",
     TensorArg("x", "M K", INT8),
-    TensorArg("x_scale", "M", FP32),
+    TensorArg("x_scale", "Sx", FP32),
     TensorArg("values", "N H", INT8),
     _METADATA,
-    TensorArg("weight_scale", "N", FP32),
+    TensorArg("weight_scale", "Sw", FP32),
     TensorArg("bias", "N", FLOAT, optional=True),
 )
 _check_fp8 = compile_check(
@@ -186,8 +186,9 @@ def sparse_int8_linear(
     On Hopper, where N is a multiple of 8, K of 32 and rows are 16-byte aligned, on its sparse tensor cores, which read half of the
     weight and 1/8 of it as metadata. Other calls, and other GPUs, write the weight out first.
 
-    x: (M, K) int8 and x_scale: (M) fp32, from `quantize_int8`. K < 2¹⁷.
-    values: (N, K/2) int8 and metadata: (⌈N/128⌉, 8·⌈K/512⌉, 256) int32, from `pack_sparse_24`; weight_scale: (N) fp32, a scale a row.
+    x: (M, K) int8 and x_scale: (M) fp32, from `quantize_int8`, or (1), a scale for all rows. K < 2¹⁷.
+    values: (N, K/2) int8 and metadata: (⌈N/128⌉, 8·⌈K/512⌉, 256) int32, from `pack_sparse_24`; weight_scale: (N) fp32, a
+        scale a row, or (1).
     bias: (N) in out_dtype.
     out_dtype: bf16 or fp16, on the CPU also fp32.
 
@@ -197,6 +198,8 @@ def sparse_int8_linear(
     op = "sparse_int8_linear"
     _check_int8(x, x_scale, values, metadata, weight_scale, bias)
     _check_packing(op, x, values, metadata)
+    check_may_be_one(op, "x_scale", x_scale, "M", x.shape[0])
+    check_may_be_one(op, "weight_scale", weight_scale, "N", values.shape[0])
     check_out_dtype(op, x, bias, out_dtype)
     if x.shape[1] > MAX_INT8_K:
         fail_value(op, f"x has shape {tuple(x.shape)}, expected K ≤ {MAX_INT8_K}: longer sums leave int32")

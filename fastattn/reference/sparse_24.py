@@ -106,7 +106,7 @@ def sparse_int8_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """x (M, K) int8, x_scale (M), values (N, K/2) int8, weight_scale (N), bias (N) → (M, N)."""
-    return quantized.int8_linear(x, x_scale, unpack(values, metadata), weight_scale, bias, out_dtype)
+    return quantized.int8_linear(x, x_scale, unpack(values, metadata), weight_scale, bias, None, None, out_dtype)
 
 
 def sparse_fp8_linear(

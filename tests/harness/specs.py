@@ -564,9 +564,9 @@ SPECS = (
         ops.sparse_int8_linear,
         sparse_int8_calls,
         {
-            "x": Role((0, 1)),
+            "x": Role((1,)),
             "x_scale": Role((0,)),
-            "values": Role((0, 1)),
+            "values": Role((1,)),
             "metadata": _METADATA,
             "weight_scale": Role((0,)),
             "bias": Role((0,), optional=True),
