@@ -26,6 +26,9 @@ from tests.harness.formulas import (
     rms_norm,
     rms_norm_gated_linear,
     rms_norm_linear,
+    sparse_fp8_linear,
+    sparse_int8_linear,
+    sparse_linear,
     swiglu,
 )
 
@@ -53,6 +56,9 @@ __all__ = [
     "rms_norm_gated_linear",
     "rms_norm_linear",
     "rope_kv_write",
+    "sparse_fp8_linear",
+    "sparse_int8_linear",
+    "sparse_linear",
     "swiglu",
     "token_logprobs",
     "varlen_attention",

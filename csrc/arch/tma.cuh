@@ -51,4 +51,13 @@ __device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap& map, int32_t 
       : "memory");
 }
 
+// Bytes that lie side by side, a multiple of 16 from an address that is one, to shared memory. By one thread.
+__device__ __forceinline__ void tma_load_bytes(void* destination, const void* source, MBarrier& barrier,
+                                               uint32_t num_bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                   shared_address(destination)),
+               "l"(source), "r"(num_bytes), "r"(shared_address(&barrier.state))
+               : "memory");
+}
+
 }  // namespace fastattn

@@ -84,6 +84,18 @@ struct GemmSm90HandedSums {
     }
     named_barrier_sync(barrier, 128);
   }
+  // The same of `count` CTAs, each `step` behind the one before, all at once.
+  template <typename Params>
+  __device__ __forceinline__ static void await_all(const Params& p, int32_t first_cta, int32_t step, int32_t count,
+                                                   int group, int barrier) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x) % 128; i < count; i += 128) {
+      uint64_t* const mark = p.marks + (first_cta + i * step) * kGemmSm90StreamKGroups + group;
+      while (load_acquire(mark) != p.launch_id) {
+      }
+      *mark = 0;
+    }
+    named_barrier_sync(barrier, 128);
+  }
   template <int FOURS>
   __device__ __forceinline__ void add_to(Sum (&values)[FOURS][4], int first = 0) const {
     constexpr int BATCH = FOURS < 8 ? FOURS : 8;  // on their way at the same time

@@ -20,8 +20,7 @@
 //   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …       (in a stage: gemm_sm90_w4_products.cuh)
 //   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //
-// A group's sums have rows of weight in lanes and rows of x in registers: a column's factor and bias are a lane's own.
-// Rounded they go through shared memory, tiles of 8 x 8 being transposed, and leave by 128 bytes of a row of out.
+// How rows of out leave: gemm_sm90_transposed_rows.cuh.
 //
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, as in gemm_sm90.cuh.
 //
@@ -36,11 +35,11 @@
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/launch_id.h"
-#include "arch/mma_sm80.cuh"
 #include "arch/registers.cuh"
 #include "arch/tensor_map.h"
 #include "arch/tma.cuh"
 #include "gemm/gemm_sm90_stream_k.cuh"
+#include "gemm/gemm_sm90_transposed_rows.cuh"
 #include "gemm/gemm_sm90_w4_products.cuh"
 
 namespace fastattn {
@@ -56,76 +55,9 @@ constexpr int kGemmSm90W4CtaN = 64 * kGemmSm90W4Consumers;            // rows of
 constexpr int kGemmSm90W4SmemBytes = 227 * 1024 - 1024;               // of a CTA; the rest is spent on alignment
 constexpr int kGemmSm90W4ConsumerRegisters = 232, kGemmSm90W4ProducerRegisters = 40;
 
-// Of a group's tile 64 rows of out at a time, rounded, on their way to memory, and what they are multiplied by.
-template <typename Operands, int BLOCK_M>
-struct GemmSm90W4Rows {
-  using T = typename Operands::Out;
-  static constexpr int kRows = 64;
-  static constexpr bool kScaled = sizeof(typename Operands::Element) == 1;
-  alignas(128) unsigned char staged[kRows][128];  // in each row chunks of 16 bytes change places
-  float x_scales[kScaled ? kRows : 1];
-
-  // What a thread of the group is to have of the rows' scales.
-  using OwnScales = float[2];
-  __device__ __forceinline__ static void fetch(OwnScales& own, const GemmSm90W4Params& p, int32_t first_m) {
-    if constexpr (kScaled) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t row = first_m + i * 128 + static_cast<int32_t>(threadIdx.x) % 128;
-        own[i] = row < p.m ? Operands::x_scale(p, row) : 0.0f;
-      }
-    }
-  }
-
-  // By the same: 64 columns of out. A warp has 16 of them, a lane the sums of two, 8 apart, with `factors` and `bias`.
-  __device__ __forceinline__ void store(const float (&acc)[BLOCK_M / 8][4], const OwnScales& own,
-                                        const float (&factors)[2], const float (&bias)[2], const GemmSm90W4Params& p,
-                                        int32_t first_m, int32_t first_n, int barrier) {
-    const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
-    // A warp stores four tiles of 8 x 8 at once, both halves of its 16 columns for 16 rows; a lane says where one of
-    // the 8 rows of one of them goes. Of what lies there then, eight lanes write a row.
-    const uint32_t base = shared_address(staged);
-    const uint32_t target =
-        base + (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
-    const int32_t row = thread / 8, column = first_n + thread % 8 * 8;
-    const uint32_t source = base + row * 128 + (thread % 8 ^ row % 8) * 16;
-    const int32_t num_rows = column < p.n ? static_cast<int32_t>(p.m) - first_m : 0;
-    T* const out = static_cast<T*>(p.out) + (first_m + row) * p.n + column;
-#pragma unroll
-    for (int first = 0; first < BLOCK_M; first += kRows) {
-      if constexpr (kScaled) {
-        if (thread / kRows == first / kRows % 2) x_scales[thread % kRows] = own[first / 128];
-      }
-      named_barrier_sync(barrier, 128);  // what was staged has been read
-#pragma unroll
-      for (int t = 0; t < kRows / 8; t += 2) {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int tile = first / 8 + t + i / 2, half = i % 2, row_of_lane = (t + i / 2) * 8 + lane % 4 * 2;
-          float2 scales = {1.0f, 1.0f};
-          if constexpr (kScaled) scales = *reinterpret_cast<const float2*>(&x_scales[row_of_lane]);
-          w[i] = pack_pair<T>(acc[tile][2 * half] * (scales.x * factors[half]) + bias[half],
-                              acc[tile][2 * half + 1] * (scales.y * factors[half]) + bias[half]);
-        }
-        store_matrices_trans(target + t * 8 * 128, w);
-      }
-      named_barrier_sync(barrier, 128);
-      uint4 chunks[kRows / 16];
-#pragma unroll
-      for (int i = 0; i < kRows / 16; ++i) chunks[i] = load_shared_16_bytes(source + i * 16 * 128);
-#pragma unroll
-      for (int i = 0; i < kRows / 16; ++i) {
-        const int32_t place = first + i * 16;
-        if (place + row < num_rows) *reinterpret_cast<uint4*>(out + place * p.n) = chunks[i];
-      }
-    }
-  }
-};
-
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4ManyRowsStorage {
-  using Rows = GemmSm90W4Rows<Operands, BLOCK_M>;
+  using Rows = GemmSm90TransposedRows<typename Operands::Out, BLOCK_M, sizeof(typename Operands::Element) == 1, 64>;
   static constexpr uint32_t kXBytes = BLOCK_M * 128, kWeightBytes = kGemmSm90W4CtaN * kGemmSm90W4StageK / 2;
   static constexpr int kWeightStages = 3;
   static constexpr int kBytes = kGemmSm90W4SmemBytes - kGemmSm90W4Consumers * sizeof(Rows) -
@@ -255,7 +187,8 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       next = tile_of(walk.tile(next_part));
       float factors[2], bias[2] = {};
       typename Storage::Rows::OwnScales x_scales;
-      Storage::Rows::fetch(x_scales, p, tile.first_m);
+      const int32_t num_rows = static_cast<int32_t>(p.m);
+      Storage::Rows::fetch(x_scales, tile.first_m, num_rows, [&](int64_t row) { return Operands::x_scale(p, row); });
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t row = min(tile.first_n + n_of_lane + i * 8, static_cast<int32_t>(p.n) - 1);
@@ -309,7 +242,8 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
           handed.add_to(acc);
         } while (GemmSm90Walk::run_begin(num_tiles * num_stages, other, num_clusters) > first_stage);
       }
-      smem.rows[group].store(acc, x_scales, factors, bias, p, tile.first_m, tile.first_n + group * 64, 1 + group);
+      smem.rows[group].store(acc, x_scales, factors, bias, static_cast<T*>(p.out), p.n, tile.first_m, num_rows,
+                             tile.first_n + group * 64, 1 + group);
     }
   }
   cluster_meet();  // the other CTA may still write to this one

@@ -63,6 +63,7 @@ def cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield from _block_copies(s, rand, device, size)
     yield from _linears(s, rand, size)
     yield from _few_bits(s, rand, device, size)
+    yield from _sparse(s, rand, device, size)
     yield from _attention(s, rand, int32, device, size)
     yield from _sampling(s, device, dtype)
 
@@ -222,6 +223,39 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
     ):
         moved = weight_bytes + m * k * x_size + m * n * size
         yield Case(name, f"{m} × {k} → {n}", build, moved, 2 * m * n * k)
+
+
+def _sparse(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size: int) -> Iterator[Case]:
+    """Products with 2:4 sparse weights, there too. Operations are those of the numbers that are stored."""
+    m, k, n = s.num_tokens, s.hidden_size, 2 * s.intermediate_size
+    if k % 4:
+        return
+
+    def pruned() -> Tensor:
+        return rand(n, k) * (torch.arange(k, device=device) % 4 < 2)
+
+    def sparse_linear() -> Call:
+        x, (values, metadata) = rand(m, k), ops.pack_sparse_24(pruned())
+        return lambda: ops.sparse_linear(x, values, metadata)
+
+    def sparse_8bit(
+        quantize: Callable[[Tensor], tuple[Tensor, Tensor]], product: Callable[..., Tensor]
+    ) -> Callable[[], Call]:
+        def build() -> Call:
+            x, weight = rand(m, k), pruned()
+            (x_q, x_scale), (weight_q, scale) = quantize(x), quantize(weight)
+            values, metadata = ops.pack_sparse_24(weight_q)
+            return lambda: product(x_q, x_scale, values, metadata, scale, out_dtype=x.dtype)
+
+        return build
+
+    for name, build, weight_size in (
+        ("sparse_linear", sparse_linear, size),
+        ("sparse_int8_linear", sparse_8bit(ops.quantize_int8, ops.sparse_int8_linear), 1),
+        ("sparse_fp8_linear", sparse_8bit(ops.quantize_fp8, ops.sparse_fp8_linear), 1),
+    ):
+        moved = n * k * weight_size // 2 + n * k // 8 + m * k * weight_size + m * n * size
+        yield Case(name, f"{m} × {k} → {n}", build, moved, m * n * k)
 
 
 def _attention(

@@ -26,6 +26,13 @@ from fastattn.ops.quantized import (
 )
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
+from fastattn.ops.sparse_24 import (
+    pack_sparse_24,
+    sparse_fp8_linear,
+    sparse_int8_linear,
+    sparse_linear,
+    unpack_sparse_24,
+)
 
 __all__ = [
     "CascadeLevel",
@@ -51,6 +58,7 @@ __all__ = [
     "linear",
     "lm_head_sample",
     "merge_attention_states",
+    "pack_sparse_24",
     "paged_attention",
     "quantize_fp8",
     "quantize_fp8_groups",
@@ -62,10 +70,14 @@ __all__ = [
     "rope_kv_write",
     "sample",
     "shared_prefix_levels",
+    "sparse_fp8_linear",
+    "sparse_int8_linear",
+    "sparse_linear",
     "speculative_sample",
     "swap_blocks",
     "swiglu",
     "token_logprobs",
+    "unpack_sparse_24",
     "varlen_attention",
     "varlen_attention_backward",
 ]

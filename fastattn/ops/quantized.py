@@ -229,7 +229,7 @@ def _check_fp4_group(op: str, group_size: int) -> None:
         fail_value(op, f"group_size is {group_size}, expected {allowed}")
 
 
-def _check_may_be_one(op: str, name: str, scale: Tensor, letter: str, rows: int) -> None:
+def check_may_be_one(op: str, name: str, scale: Tensor, letter: str, rows: int) -> None:
     """A scale for each of the rows, or one for all."""
     if scale.shape[0] not in (1, rows):
         fail_value(op, f"{name} has shape {tuple(scale.shape)}, expected ({letter},) or (1,), with {letter} = {rows}")
@@ -315,8 +315,8 @@ def int8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum)
-    _check_may_be_one("int8_linear", "x_scale", x_scale, "M", x.shape[0])
-    _check_may_be_one("int8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
+    check_may_be_one("int8_linear", "x_scale", x_scale, "M", x.shape[0])
+    check_may_be_one("int8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     check_out_dtype("int8_linear", x, bias, out_dtype)
     if (x_zero_point is None) != (weight_sum is None):
         given, missing = ("x_zero_point", "weight_sum") if weight_sum is None else ("weight_sum", "x_zero_point")
@@ -351,8 +351,8 @@ def fp8_linear(
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum)
-    _check_may_be_one("fp8_linear", "x_scale", x_scale, "M", x.shape[0])
-    _check_may_be_one("fp8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
+    check_may_be_one("fp8_linear", "x_scale", x_scale, "M", x.shape[0])
+    check_may_be_one("fp8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     check_out_dtype("fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum)
     return out
@@ -447,7 +447,7 @@ def fp4_fp8_linear(
     _check_fp4_fp8(x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, fast_accum)
     _check_fp4_group("fp4_fp8_linear", group_size)
     _check_packing("fp4_fp8_linear", x, weight_packed, weight_scale, group_size, 2)
-    _check_may_be_one("fp4_fp8_linear", "x_scale", x_scale, "M", x.shape[0])
+    check_may_be_one("fp4_fp8_linear", "x_scale", x_scale, "M", x.shape[0])
     check_out_dtype("fp4_fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp4_fp8_linear(
         x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, out_dtype, fast_accum

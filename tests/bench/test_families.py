@@ -26,6 +26,7 @@ from bench.families import (
     gemm_8bit,
     gemm_bf16,
     gemm_fp4,
+    gemm_sparse,
     lm_head,
     norm_gemm,
     paged,
@@ -65,6 +66,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "gemm int8": partial(gemm_8bit.int8, m=20, n=48, k=64),
     "gemm fp8": partial(gemm_8bit.fp8, m=20, n=48, k=64),
     "gemm fp8 blocks": partial(gemm_8bit.fp8_blocks, m=5, n=256, k=384),
+    **{f"sparse gemm {kind}": partial(gemm_sparse.case, kind=kind, m=5, n=48, k=64) for kind in gemm_sparse.KINDS},
     "flash full": partial(flash_fwd.flash, dim=64, length=48, causal=False, heads=2, tokens=96),
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
@@ -105,6 +107,9 @@ BESIDE = {
     "gemm int8": {"int_mm", "vllm"},
     "gemm fp8": {"scaled_mm", "vllm"},
     "gemm fp8 blocks": {"vllm"},
+    "sparse gemm bf16": {"dense"},  # cuSPARSELt has no CPU
+    "sparse gemm int8": {"dense"},
+    "sparse gemm fp8": {"dense"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
@@ -504,6 +509,7 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
             for name in ("gemm_bf16", "gemm_int8", "gemm_fp8", "gemm_fp8_block")
         },
         "gemm_fp4": {r"^m(1|2|4|8|16|32|64)_": 60, r"^w4a8_m(512|1024|4096|8192)_": 32, ".*": 188},
+        "gemm_sparse": {"_bf16$": 44, "_int8$": 44, "_fp8$": 44},
         "norm_gemm": {"_rms$": 36, "_layer$": 36, ".*": 72},
         "gated_linear": {"_rms$": 36, ".*": 72},
         "lm_head": {"_greedy$": 15, "_drawn$": 15, ".*": 30},

@@ -1,6 +1,7 @@
 // What the tensor cores compute: compiled once for all kernels, with all optimization.
 #include "arch/mma_sm80.cuh"
 #include "arch/wgmma.cuh"
+#include "arch/wgmma_sparse.cuh"
 
 namespace emulator {
 
@@ -94,27 +95,20 @@ SumOf<T> kept_of(SumOf<T> sum) {
 
 }  // namespace
 
-template <typename T, bool A_MN_MAJOR, bool B_MN_MAJOR>
-void compute_product(const Product* const (&lanes)[32], int first_row) {
-  constexpr int K = 32 / sizeof(T), MOST_COLUMNS = 256;
+namespace {
+
+constexpr int kMostColumns = 256;
+
+// Rows of A, and all of B, K of each.
+template <typename T, bool B_MN_MAJOR, int K>
+void multiply(const Product* const (&lanes)[32], const float (&a)[16][K]) {
   const int N = lanes[0]->num_columns;
   using Sum = SumOf<T>;
-  float a[16][K], b[K][MOST_COLUMNS];
-  Sum sums[MOST_COLUMNS];
+  float b[K][kMostColumns];
+  Sum sums[kMostColumns];
   const OperandInSmem b_in_smem(lanes[0]->b);
   for (int k = 0; k < K; ++k) {
     for (int n = 0; n < N; ++n) b[k][n] = b_in_smem.at<T, B_MN_MAJOR>(n, k);
-  }
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < K; ++k) {
-      if (lanes[0]->a_in_registers == nullptr) {
-        a[row][k] = OperandInSmem(lanes[0]->a).at<T, A_MN_MAJOR>(first_row + row, k);
-      } else {  // four bytes of a row in each register, of rows + 8, of bytes + 16, of both
-        const int byte = k * static_cast<int>(sizeof(T));
-        const uint32_t* const fragment = lanes[row % 8 * 4 + byte % 16 / 4]->a_in_registers;
-        a[row][k] = value_at<T>(reinterpret_cast<const char*>(fragment + row / 8 + byte / 16 * 2) + byte % 4);
-      }
-    }
   }
   const auto acc = [&](int row, int n) -> Sum& {
     return static_cast<Sum*>(lanes[row % 8 * 4 + n % 8 / 2]->acc)[n / 8 * 4 + row / 8 * 2 + n % 2];
@@ -128,6 +122,26 @@ void compute_product(const Product* const (&lanes)[32], int first_row) {
   }
 }
 
+}  // namespace
+
+template <typename T, bool A_MN_MAJOR, bool B_MN_MAJOR>
+void compute_product(const Product* const (&lanes)[32], int first_row) {
+  constexpr int K = 32 / sizeof(T);
+  float a[16][K];
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < K; ++k) {
+      if (lanes[0]->a_in_registers == nullptr) {
+        a[row][k] = OperandInSmem(lanes[0]->a).at<T, A_MN_MAJOR>(first_row + row, k);
+      } else {  // four bytes of a row in each register, of rows + 8, of bytes + 16, of both
+        const int byte = k * static_cast<int>(sizeof(T));
+        const uint32_t* const fragment = lanes[row % 8 * 4 + byte % 16 / 4]->a_in_registers;
+        a[row][k] = value_at<T>(reinterpret_cast<const char*>(fragment + row / 8 + byte / 16 * 2) + byte % 4);
+      }
+    }
+  }
+  multiply<T, B_MN_MAJOR>(lanes, a);
+}
+
 template void compute_product<__half, false, false>(const Product* const (&)[32], int);
 template void compute_product<__half, false, true>(const Product* const (&)[32], int);
 template void compute_product<__half, true, true>(const Product* const (&)[32], int);
@@ -136,6 +150,36 @@ template void compute_product<__nv_bfloat16, false, true>(const Product* const (
 template void compute_product<__nv_bfloat16, true, true>(const Product* const (&)[32], int);
 template void compute_product<__nv_fp8_e4m3, false, false>(const Product* const (&)[32], int);
 template void compute_product<int8_t, false, false>(const Product* const (&)[32], int);
+
+// The metadata's places as PTX has them ("Sparse wgmma.mma_async.sp", its figures of who has which chunks of four).
+template <typename T>
+void compute_sparse_product(const Product* const (&lanes)[32], int first_row) {
+  constexpr int K = 64 / sizeof(T);
+  float a[16][K] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int chunk = 0; chunk < K / 4; ++chunk) {
+      int thread, bit;                 // of the four with rows `row % 8` and + 8
+      if constexpr (sizeof(T) == 2) {  // two threads have 16 columns each, of both rows
+        thread = 2 * lanes[0]->selector + chunk / 4;
+        bit = row / 8 * 16 + chunk % 4 * 4;
+      } else {  // each of four has 32 columns of a row
+        thread = chunk / 8 * 2 + row / 8;
+        bit = chunk % 8 * 4;
+      }
+      const uint32_t places = *lanes[row % 8 * 4 + thread]->metadata >> bit & 15;
+      const uint32_t first = places & 3, second = places >> 2;
+      if (first >= second) fail("metadata " + std::to_string(places) + " of a sparse product, which is none");
+      a[row][chunk * 4 + first] = OperandInSmem(lanes[0]->a).at<T, false>(first_row + row, chunk * 2);
+      a[row][chunk * 4 + second] = OperandInSmem(lanes[0]->a).at<T, false>(first_row + row, chunk * 2 + 1);
+    }
+  }
+  multiply<T, false>(lanes, a);
+}
+
+template void compute_sparse_product<__half>(const Product* const (&)[32], int);
+template void compute_sparse_product<__nv_bfloat16>(const Product* const (&)[32], int);
+template void compute_sparse_product<__nv_fp8_e4m3>(const Product* const (&)[32], int);
+template void compute_sparse_product<int8_t>(const Product* const (&)[32], int);
 
 void compute_group(ProductQueue* const* const* queues, int first_row) {
   const size_t num_products = (*queues[0])->groups.front().size();
@@ -146,7 +190,8 @@ void compute_group(ProductQueue* const* const* queues, int first_row) {
       lanes[lane] = &group[i];
       const Product &mine = group[i], &first = *lanes[0];
       if (group.size() != num_products || mine.a != first.a || mine.b != first.b || mine.compute != first.compute ||
-          mine.num_columns != first.num_columns || mine.accumulates != first.accumulates) {
+          mine.num_columns != first.num_columns || mine.accumulates != first.accumulates ||
+          mine.selector != first.selector) {
         fail("lanes of a warp have issued different products");
       }
     }

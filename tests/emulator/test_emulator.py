@@ -37,9 +37,13 @@ KERNELS = {
     "flash_sm80": [*sorted(CSRC.glob("attention/flash_sm80*.cu")), CSRC / "attention/flash_combine.cu"],
     "paged_decode": sorted(CSRC.glob("attention/paged_decode*.cu")),
     "gemm_sm90": [
-        *sorted({*CSRC.glob("gemm/gemm_*sm90*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4*.cu")}),
+        *sorted(
+            {*CSRC.glob("gemm/gemm_*sm90*.cu")}
+            - {*CSRC.glob("gemm/gemm_sm90_w4*.cu"), *CSRC.glob("gemm/gemm_sparse*.cu")}
+        ),
         CSRC / "sampling/gumbel_max.cu",
     ],
+    "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
@@ -168,13 +172,15 @@ W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
-KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80)}
+SPARSE, TRANSPOSED = "gemm/gemm_sm90_sparse_24.cuh", "gemm/gemm_sm90_transposed_rows.cuh"
+KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80, SPARSE)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {DECODE_CLUSTER: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
+KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -525,7 +531,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows of out are written over before they have left",
-        W4_MANY,
+        TRANSPOSED,
         "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
         "",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
@@ -658,6 +664,34 @@ MUTANTS = [
         "distance = LANES / 4;",
         "gemm_sampled_sm90_few_rows.cu",
         "8",
+        "expected",
+    ),
+    Mutant(
+        "every other product has the metadata of the one before",
+        SPARSE,
+        "Product::template ss<kSharesWord>(",
+        "Product::template ss<0>(",
+        "gemm_sparse_sm90.cu",
+        "16",
+        "expected",
+    ),
+    # Results differed from run to run on an H200; no document says how long a product reads its metadata.
+    Mutant(
+        "a register is overwritten from which a product still reads metadata",
+        SPARSE,
+        "      const Products products(smem, stage, group, metadata[i]);\n",
+        "      const Products products(smem, stage, group, metadata[i]);\n      metadata[1 - i][0] = 0x44444444;\n",
+        "gemm_sparse_sm90.cu",
+        "256",
+        "expected",
+    ),
+    Mutant(
+        "sums of the CTA that has a tile's first columns are left out",
+        SPARSE,
+        "for (int32_t other = cluster - 1; other >= first; --other) {",
+        "for (int32_t other = cluster - 1; other > first; --other) {",
+        "gemm_sparse_sm90.cu",
+        "64",
         "expected",
     ),
     Mutant(

@@ -124,6 +124,55 @@ def fp8_linear(
     return [out if bias is None else out + bias.to(c)]
 
 
+def sparse_24_weight(values: Tensor, metadata: Tensor) -> Tensor:
+    """(N, K) fp64 of values (N, K/2), by where a product's registers have the four bits of a row and of four columns."""
+    n, half = values.shape
+    row = torch.arange(n, device=values.device)[:, None]
+    four = torch.arange(half // 2, device=values.device)[None]
+    in_unit, is_high = four % 16, row // 8 % 2
+    if values.itemsize == 1:  # a lane of four has 32 columns of a row
+        quarter, bit = in_unit // 8 * 2 + is_high, in_unit % 8 * 4
+    else:  # 16 columns of two rows
+        quarter, bit = in_unit // 4, is_high * 16 + in_unit % 4 * 4
+    place = metadata[row // 128, four // 16, row % 128 // 16 * 32 + row % 8 * 4 + quarter] >> bit
+    weight = torch.zeros(n, half // 2, 4, dtype=torch.float64, device=values.device)
+    places = torch.stack([place & 3, place >> 2 & 3], -1).long()
+    return weight.scatter_(-1, places, values.double().reshape(n, half // 2, 2)).view(n, 2 * half)
+
+
+def sparse_linear(
+    c: torch.dtype, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None
+) -> list[Tensor]:
+    return linear(c, x, sparse_24_weight(values, metadata), bias)
+
+
+def sparse_int8_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    return int8_linear(c, x, x_scale, sparse_24_weight(values, metadata), weight_scale, bias)
+
+
+def sparse_fp8_linear(
+    c: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    fast_accum: bool = False,
+) -> list[Tensor]:
+    return fp8_linear(c, x, x_scale, sparse_24_weight(values, metadata), weight_scale, bias)
+
+
 def fp8_block_linear(
     c: torch.dtype,
     x: Tensor,

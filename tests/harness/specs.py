@@ -80,6 +80,14 @@ from tests.harness.sampling_calls import (
     verify_sample,
     verify_speculative,
 )
+from tests.harness.sparse_calls import (
+    bad_sparse,
+    bad_sparse_fp8,
+    bad_sparse_int8,
+    sparse_calls,
+    sparse_fp8_calls,
+    sparse_int8_calls,
+)
 
 Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
 SHAPES = ((3, 64), (1, 8), (0, 16), (127,), (2, 3, 577), (2, 0, 8), (65, 128), (5, 1), (4, 4096))
@@ -394,6 +402,8 @@ def _without_grad(roles: dict[str, Role]) -> dict[str, Role]:
     return {name: replace(role, grad=False) for name, role in roles.items()}
 
 
+_METADATA = Role((0, 1, 2))
+
 SPECS = (
     OpSpec("rms_norm", ops.rms_norm, norm_calls, _NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
     OpSpec(
@@ -540,6 +550,45 @@ SPECS = (
         },
         formulas.fp8_block_linear,
         bad=bad_fp8_blocks,
+    ),
+    OpSpec(
+        "sparse_linear",
+        ops.sparse_linear,
+        sparse_calls,
+        {"x": Role(), "values": Role((0, 1)), "metadata": _METADATA, "bias": Role((0,), optional=True)},
+        formulas.sparse_linear,
+        bad=bad_sparse,
+    ),
+    OpSpec(
+        "sparse_int8_linear",
+        ops.sparse_int8_linear,
+        sparse_int8_calls,
+        {
+            "x": Role((1,)),
+            "x_scale": Role((0,)),
+            "values": Role((1,)),
+            "metadata": _METADATA,
+            "weight_scale": Role((0,)),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.sparse_int8_linear,
+        bad=bad_sparse_int8,
+    ),
+    OpSpec(
+        "sparse_fp8_linear",
+        ops.sparse_fp8_linear,
+        sparse_fp8_calls,
+        {
+            "x": Role((1,)),
+            "x_scale": Role((0,)),
+            "values": Role((1,)),
+            "metadata": _METADATA,
+            "weight_scale": Role((0,)),
+            "bias": Role((0,), optional=True),
+        },
+        formulas.sparse_fp8_linear,
+        scalars={"fast_accum": "flag"},
+        bad=bad_sparse_fp8,
     ),
     OpSpec(
         "int4_linear",

@@ -50,4 +50,17 @@ inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& bar
   tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
 
+inline void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes) {
+  const uint32_t target = shared_address(destination);
+  if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || num_bytes % 16 != 0) {
+    emulator::fail("bytes from or to an address that is not a multiple of 16, or not a multiple of 16 of them");
+  }
+  std::memset(destination, 0xff, num_bytes);
+  unsigned char* const smem = emulator::smem_of(emulator::this_rank());
+  emulator::cta.pending.push_back([=, &barrier] {
+    std::memcpy(smem + target, source, num_bytes);
+    barrier.complete_bytes(num_bytes);
+  });
+}
+
 }  // namespace fastattn

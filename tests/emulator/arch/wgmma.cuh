@@ -17,6 +17,8 @@ struct Product {
   const uint32_t* a_in_registers;  // (4) or nullptr
   uint64_t a, b;
   bool accumulates;
+  const uint32_t* metadata = nullptr;  // of sparse ones, a register
+  int selector = 0;
 };
 
 template <typename T>
