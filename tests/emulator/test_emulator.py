@@ -568,10 +568,9 @@ MUTANTS = [
     Mutant(
         "sums of a panel are multiplied by the scales of the one before",
         GEMM_SCALES,
-        """      panels_.advance();
-      fetch();""",
-        """      fetch();
-      panels_.advance();""",
+        """    now_ = fetch();
+    panels_.advance();""",
+        "    now_ = fetch();",
         "gemm_fp8_blocks_sm90.cu",
         "128",
         "expected",
