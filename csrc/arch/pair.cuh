@@ -38,4 +38,13 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// Where which of the two an element is shows at run time only.
+__device__ __forceinline__ uint32_t pack_pair_as(bool fp16, float low, float high) {
+  return fp16 ? pack_pair<__half>(low, high) : pack_pair<__nv_bfloat16>(low, high);
+}
+
+__device__ __forceinline__ float2 unpack_pair_as(bool fp16, uint32_t pair) {
+  return fp16 ? unpack_pair<__half>(pair) : unpack_pair<__nv_bfloat16>(pair);
+}
+
 }  // namespace fastattn

@@ -3,25 +3,15 @@
 
 namespace fastattn {
 
-template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128, AttentionMask>(const PagedDecodeParams&,
-                                                                                           cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128, AttentionMask>(const PagedDecodeParams&,
-                                                                                    cudaStream_t);
-template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128, AttentionMask>(const PagedDecodeParams&,
-                                                                                    cudaStream_t);
-template cudaError_t launch_paged_decode<__half, int8_t, 128, AttentionMask>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128, TreeMask>(const PagedDecodeParams&,
+template cudaError_t launch_paged_decode<uint16_t, __nv_fp8_e4m3, 128, AttentionMask>(const PagedDecodeParams&,
                                                                                       cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__half, int8_t, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, __nv_fp8_e4m3, 128, AttentionMask, true>(
-    const PagedDecodeParams&, cudaStream_t);
-template cudaError_t launch_paged_decode<__nv_bfloat16, int8_t, 128, AttentionMask, true>(const PagedDecodeParams&,
-                                                                                          cudaStream_t);
-template cudaError_t launch_paged_decode<__half, __nv_fp8_e4m3, 128, AttentionMask, true>(const PagedDecodeParams&,
-                                                                                          cudaStream_t);
-template cudaError_t launch_paged_decode<__half, int8_t, 128, AttentionMask, true>(const PagedDecodeParams&,
-                                                                                   cudaStream_t);
+template cudaError_t launch_paged_decode<uint16_t, int8_t, 128, AttentionMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<uint16_t, __nv_fp8_e4m3, 128, TreeMask>(const PagedDecodeParams&,
+                                                                                 cudaStream_t);
+template cudaError_t launch_paged_decode<uint16_t, int8_t, 128, TreeMask>(const PagedDecodeParams&, cudaStream_t);
+template cudaError_t launch_paged_decode<uint16_t, __nv_fp8_e4m3, 128, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                            cudaStream_t);
+template cudaError_t launch_paged_decode<uint16_t, int8_t, 128, AttentionMask, true>(const PagedDecodeParams&,
+                                                                                     cudaStream_t);
 
 }  // namespace fastattn

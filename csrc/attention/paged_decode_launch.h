@@ -9,7 +9,7 @@ namespace fastattn {
 struct AttentionMask;
 struct TreeMask;
 
-// T: of q and out. KV: of k and v.
+// T: of q and out, uint16_t with K and V of 8 bits: bf16 or fp16, as the call says. KV: of k and v.
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE = false>
 cudaError_t launch_paged_decode(const PagedDecodeParams& params, cudaStream_t stream);
 

@@ -124,11 +124,14 @@ struct DecodeRows {
 // ---------------------------------------------------------------------------------------------
 // K and V of 8 bits
 
+// Q and out are bf16 or fp16, which these kernels see at run time only (T is uint16_t): products are fp16's in any
+// case.
+
 // Half of the fragments that warp_scores_8bit wants: a lane's share of a row of q, in fp16 and times a power of two,
 // and what its products are to be multiplied by to undo that. Dims from head_dim on are zeros. By whole warps.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4], float& row_scale, const T* row,
-                                            int half, int32_t head_dim) {
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4], float& row_scale, const uint16_t* row,
+                                            bool fp16, int half, int32_t head_dim) {
   constexpr int CHUNKS = HEAD_DIM / 16;
   uint2 fours[CHUNKS];
   float largest = 0.0f;
@@ -138,7 +141,7 @@ __device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4]
     if (chunk * 16 < head_dim) {
       fours[chunk] = *reinterpret_cast<const uint2*>(row + chunk * 16 + threadIdx.x % 4 * 4);
     }
-    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
+    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
     largest = fmaxf(largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
   }
   largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
@@ -149,7 +152,7 @@ __device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4]
   const float inverse = __uint_as_float((254u - exponent) << 23);
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const float2 low = unpack_pair<T>(fours[chunk].x), high = unpack_pair<T>(fours[chunk].y);
+    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
     q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
     q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
   }
@@ -199,7 +202,7 @@ struct DecodeProducts {
   __device__ __forceinline__ void load_q(const PagedDecodeParams& p, int half, const T* row, bool exists,
                                          int32_t kv_head_idx) {
     if constexpr (K_8BIT) {
-      load_q_8bit<T, HEAD_DIM>(q_frag, row_scale[half], row, half, exists ? p.head_dim : 0);
+      load_q_8bit<HEAD_DIM>(q_frag, row_scale[half], row, p.dtype == DType::kFloat16, half, exists ? p.head_dim : 0);
       if (!p.scales_of_tokens) row_scale[half] *= scale_of_head(p.k_scale, kv_head_idx);
     } else {
 #pragma unroll
@@ -409,9 +412,16 @@ struct DecodeOutput {
       *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
           pack_e4m3(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
     } else {
+      const auto pack = [&](float low, float high) {
+        if constexpr (std::is_same_v<T, uint16_t>) {
+          return pack_pair_as(p.dtype == DType::kFloat16, low, high);
+        } else {
+          return pack_pair<T>(low, high);
+        }
+      };
       *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + element) =
-          make_uint2(pack_pair<T>(sums[0] * final.inverse, sums[1] * final.inverse),
-                     pack_pair<T>(sums[2] * final.inverse, sums[3] * final.inverse));
+          make_uint2(pack(sums[0] * final.inverse, sums[1] * final.inverse),
+                     pack(sums[2] * final.inverse, sums[3] * final.inverse));
     }
     if (group == 0) {
       p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
