@@ -148,7 +148,8 @@ class DecodeLoader {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// T: of q and out; uint16_t, which of the two is said by the call, where KV is __nv_fp8_e4m3 or int8_t, else T. Mask: AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
+// T: of q and out; uint16_t, which of the two is said by the call, where KV is __nv_fp8_e4m3 or int8_t, else T. Mask:
+// AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE, bool INVARIANT>
 __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {

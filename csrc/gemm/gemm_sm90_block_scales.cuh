@@ -6,8 +6,8 @@
 //   of many rows   a thread's sums are of two rows of x; a part of its columns, 128, has one scale of weight
 //   of few rows    they are of two columns in eight, which are rows of x; its rows of weight have one scale
 //
-// Of many rows, a panel's scales are asked for before the products of the one before. Few rows have more of them and wait for memory in any case: theirs come while they do, or while products
-// run.
+// Of many rows, a panel's scales are asked for before the products of the one before. Few rows have more of them and
+// wait for memory in any case: theirs come while they do, or while products run.
 //
 // Each type has
 //   ask    for those of the part that begins at row `row` of B, before its products
