@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from fastattn.nn.gated_mlp import GatedMLP as GatedMLP
     from fastattn.nn.linear import Linear as Linear
     from fastattn.nn.norm_linear import NormLinear as NormLinear
+    from fastattn.ops import fp4_linear as fp4_linear
+    from fastattn.ops import fp8_linear as fp8_linear
+    from fastattn.ops import gated_linear as gated_linear
+    from fastattn.ops import int4_linear as int4_linear
+    from fastattn.ops import int8_linear as int8_linear
+    from fastattn.ops import layer_norm_linear as layer_norm_linear
+    from fastattn.ops import linear as linear
+    from fastattn.ops import rms_norm_linear as rms_norm_linear
     from fastattn.ops.attention_merge import merge_attention_states as merge_attention_states
     from fastattn.ops.explain import explain as explain
 
@@ -49,6 +57,14 @@ _LAZY = {
     "Linear": "fastattn.nn.linear",
     "NormLinear": "fastattn.nn.norm_linear",
     "GatedMLP": "fastattn.nn.gated_mlp",
+    "linear": "fastattn.ops",
+    "gated_linear": "fastattn.ops",
+    "rms_norm_linear": "fastattn.ops",
+    "layer_norm_linear": "fastattn.ops",
+    "int8_linear": "fastattn.ops",
+    "fp8_linear": "fastattn.ops",
+    "int4_linear": "fastattn.ops",
+    "fp4_linear": "fastattn.ops",
     "merge_attention_states": "fastattn.ops.attention_merge",
     "sdpa": "fastattn.integrations.sdpa",
     "replace_sdpa": "fastattn.integrations.sdpa",

@@ -120,7 +120,8 @@ def test_paths_exist(page: Path) -> None:
 
 
 def public_names() -> list[tuple[str, Any]]:
-    found = [(f"fastattn.{name}", getattr(fastattn, name)) for name in fastattn.__all__]
+    # An operator that the package has under its own name too is documented among the operators.
+    found = [(f"fastattn.{name}", getattr(fastattn, name)) for name in fastattn.__all__ if name not in ops.__all__]
     found += [(f"fastattn.ops.{name}", getattr(ops, name)) for name in ops.__all__]
     for module in (m for _, m in list(found) if inspect.ismodule(m) and m is not ops):
         found += [(f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__]

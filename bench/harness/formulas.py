@@ -69,8 +69,14 @@ __all__ = [
 _SCORES = 1 << 28
 
 
-def embedding(c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0) -> list[Tensor]:
-    return [weight[token_ids.long()].to(c) * scale]
+def embedding(
+    c: torch.dtype, token_ids: Tensor, weight: Tensor, scale: float = 1.0, drawn: Tensor | None = None
+) -> list[Tensor]:
+    ids = token_ids.long()
+    if drawn is not None:
+        ids = torch.where(ids < 0, drawn.long()[(-1 - ids).clamp(min=0)], ids)
+    known = (ids >= 0) & (ids < weight.shape[0])
+    return [weight[ids * known].to(c) * known[:, None] * scale]
 
 
 def copy_blocks(c: torch.dtype, k_cache: Tensor, v_cache: Tensor, block_mapping: Tensor) -> list[Tensor]:
