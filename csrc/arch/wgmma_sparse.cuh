@@ -6,9 +6,8 @@
 // Metadata, four bits for four columns: the place of the first element stored and, shifted by two, of the second, which
 // comes later. Lane 4 g + q of warp w, which has rows 16 w … 16 w + 15, gives a register:
 //
-//   16 bits    columns 16 (q % 2) and on, 16 of them: row g in bits 0 … 15, row g + 8 in bits 16 … 31; only of the
-//   lanes
-//              with q / 2 = SELECTOR, so that a register has two products' metadata
+//   16 bits    columns 16 (q % 2) and on, 16 of them: row g in bits 0 … 15, row g + 8 in bits 16 … 31; only of
+//              the lanes with q / 2 = SELECTOR, so that a register has two products' metadata
 //   8 bits     columns 32 (q / 2) and on, 32 of them: row g + 8 (q % 2); SELECTOR 0
 //
 // (PTX ISA, "Sparse matrix storage" of wgmma.mma_async.sp.)
