@@ -71,14 +71,20 @@ class DecoderModel(nn.Module):
         drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """token_ids (T,) int32 → hidden states (T, hidden_size), final norm applied. drawn: see `nn.Embedding`."""
-        residual = self.embed_tokens(token_ids, drawn)
+        x, residual = self.run_layers(self.embed_tokens(token_ids, drawn), meta, kv_cache)
+        hidden: torch.Tensor = self.norm(residual) if x is None else self.norm(x, residual)
+        return hidden
+
+    def run_layers(
+        self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """residual (T, hidden_size), in place → what is still to be added to it, and the stream."""
         x: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
             is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
             table = self.cos_sin_local if is_local else self.cos_sin
             x, residual = layer(x, residual, table, meta, *kv_cache[index])
-        hidden: torch.Tensor = self.norm(residual) if x is None else self.norm(x, residual)
-        return hidden
+        return x, residual
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden (n, hidden_size) → logits (n, vocab_size) in its dtype, fp32 with a softcap; in ``out`` if given. On a rank

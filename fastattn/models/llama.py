@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import nn
+from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
-from fastattn.models.decoder import DecoderLayer, DecoderModel
+from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache
 
 # Up to here a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are residuals.
 _NORMS_INSIDE_ROWS = 64
@@ -74,11 +74,78 @@ class LlamaLayer(DecoderLayer):
 
 
 class LlamaForCausalLM(DecoderModel):
+    # For so many sequences with one new token each, all layers are one kernel; 0 until the weights are as it wants them.
+    max_one_kernel_tokens = 0
+
     def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
         super().__init__(config, [LlamaLayer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)
+        self.workspace: torch.Tensor | None = None
 
     def pack(self) -> None:
         super().pack()
-        for layer in self.layers:
-            if isinstance(layer, LlamaLayer) and layer.can_have_norms_inside:
-                layer.put_norms_inside()
+        layers = [layer for layer in self.layers if isinstance(layer, LlamaLayer) and layer.can_have_norms_inside]
+        for layer in layers:
+            layer.put_norms_inside()
+        c, table = self.config, self.cos_sin
+        assert isinstance(table, torch.Tensor)
+        if len(layers) == c.num_layers <= 128 and _is_plain(c) and table.shape[1] == c.head_dim:
+            sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
+            self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes)
+
+    def run_layers(
+        self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        num_tokens = residual.shape[0]
+        one_each = meta.max_seqlen_q == 1 and meta.block_table.shape[0] == num_tokens and not meta.calibrate
+        block_size, dtype = kv_cache[0][0].shape[1], kv_cache[0][0].dtype
+        takes_cache = dtype is residual.dtype and block_size & (block_size - 1) == 0
+        if not (one_each and takes_cache and 0 < num_tokens <= self.max_one_kernel_tokens):
+            return super().run_layers(residual, meta, kv_cache)
+        self.decode_layers(residual, meta, kv_cache)
+        return None, residual
+
+    def decode_layers(self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache) -> None:
+        """All layers for the newest token of each sequence, by one kernel, in place."""
+        layers, c = [layer for layer in self.layers if isinstance(layer, LlamaLayer)], self.config
+        assert isinstance(self.cos_sin, torch.Tensor)
+        attention = [layer.self_attn for layer in layers]
+        weights = ops.DecoderWeights(
+            qkv=[a.qkv_proj.weight for a in attention],
+            out=[a.o_proj.weight for a in attention],
+            gate_up=[layer.mlp.gate_up_proj.weight for layer in layers],
+            down=[layer.mlp.down_proj.weight for layer in layers],
+            qkv_bias=[a.qkv_proj.bias for a in attention if a.qkv_proj.bias is not None],
+            q_norm=[a.q_norm.weight for a in attention if a.q_norm is not None],
+            k_norm=[a.k_norm.weight for a in attention if a.k_norm is not None],
+        )
+        if self.workspace is None:
+            sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
+            self.workspace = ops.decode_layers_workspace(*sizes, residual.device)
+        ops.decode_layers(
+            residual,
+            weights,
+            [cache[0] for cache in kv_cache],
+            [cache[1] for cache in kv_cache],
+            self.cos_sin,
+            meta.positions,
+            meta.slot_mapping,
+            meta.seqused_k,
+            meta.block_table,
+            self.workspace,
+            num_heads=c.num_heads,
+            softmax_scale=attention[0].softmax_scale,
+            activation=c.activation,
+            norm_eps=c.rms_norm_eps,
+            qk_norm_eps=attention[0].qk_norm_eps,
+        )
+
+
+def _is_plain(c: ModelConfig) -> bool:
+    """Nothing in the layers that the kernel for all of them does not do."""
+    return (
+        not any(c.layer_is_sliding)
+        and not c.attn_softcap
+        and not c.attention_out_bias
+        and not c.mlp_bias
+        and c.activation in ("silu", "gelu_tanh")
+    )

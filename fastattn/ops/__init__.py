@@ -7,6 +7,12 @@ from fastattn.ops.attention_backward import batch_attention_backward, varlen_att
 from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
+from fastattn.ops.decode_layers import (
+    DecoderWeights,
+    decode_layers,
+    decode_layers_max_tokens,
+    decode_layers_workspace,
+)
 from fastattn.ops.embedding import embedding
 from fastattn.ops.fp8_blocks import fp8_block_linear, quantize_fp8_groups
 from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
@@ -36,6 +42,7 @@ from fastattn.ops.sparse_24 import (
 
 __all__ = [
     "CascadeLevel",
+    "DecoderWeights",
     "add_rms_norm",
     "adjust_logits",
     "apply_token_bitmask",
@@ -43,6 +50,9 @@ __all__ = [
     "batch_attention_backward",
     "cascade_attention",
     "copy_blocks",
+    "decode_layers",
+    "decode_layers_max_tokens",
+    "decode_layers_workspace",
     "embedding",
     "fp4_fp8_linear",
     "fp4_linear",

@@ -1,0 +1,102 @@
+#include "decoder/decode_layers_sm90.h"
+#include "gemm/gemm_sm90.h"
+#include "torch/checks.h"
+#include "torch/gated_activation_call.h"
+
+namespace fastattn {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_norm, Tensors k_norm, Tensors out,
+                      Tensors gate_up, Tensors down, const Tensor& cos_sin, const Tensor& positions,
+                      const Tensor& slot_mapping, const Tensor& seqused_k, const Tensor& block_table, Tensors k_cache,
+                      Tensors v_cache, const MaybeTensor& workspace, int64_t num_heads, const std::string& activation,
+                      double softmax_scale, double norm_eps, double qk_norm_eps) {
+  const char* op = "decode_layers";
+  const Checks checks(op, "residual", residual);
+  checks.shape("residual", residual, {kAny, kAny}).dtype("residual", residual, kHalves);
+  checks.that(residual.is_contiguous(), "residual is not contiguous");
+  const std::initializer_list<ScalarType> same = {residual.scalar_type()};
+  const int64_t num_tokens = residual.size(0), n = residual.size(1), num_layers = static_cast<int64_t>(qkv.size());
+  checks.that(num_layers >= 1 && num_layers <= kDecodeMaxLayers, "there are no layers, or more than 128");
+  checks.that(k_cache.size() == qkv.size() && v_cache.size() == qkv.size() && k_cache[0].dim() == 4,
+              "k_cache and v_cache are not a (num_blocks, block_size, Hk, D) for each layer");
+  const int64_t block_size = k_cache[0].size(1), num_kv_heads = k_cache[0].size(2), head_dim = k_cache[0].size(3);
+  const auto sized = [&](const Tensors& list, bool optional) {
+    return static_cast<int64_t>(list.size()) == num_layers || (optional && list.empty());
+  };
+  checks.that(sized(out, false) && sized(gate_up, false) && sized(down, false) && sized(qkv_bias, true) &&
+                  sized(q_norm, true) && sized(k_norm, true),
+              "a list has another length than qkv_weight");
+  checks.shape("positions", positions, {num_tokens}).dtype("positions", positions, {ScalarType::Int});
+  checks.shape("slot_mapping", slot_mapping, {num_tokens}).dtype("slot_mapping", slot_mapping, {ScalarType::Int});
+  checks.shape("seqused_k", seqused_k, {num_tokens}).dtype("seqused_k", seqused_k, {ScalarType::Int});
+  checks.shape("block_table", block_table, {num_tokens, kAny}).dtype("block_table", block_table, {ScalarType::Int});
+  checks.shape("cos_sin", cos_sin, {kAny, head_dim}).dtype("cos_sin", cos_sin, {ScalarType::Float});
+  checks.that(cos_sin.is_contiguous(), "cos_sin is not contiguous");
+  checks.that(workspace.has_value(), "workspace is None, expected one of decode_layers_workspace words on a GPU");
+  checks.dtype("workspace", *workspace, {ScalarType::Int}).shape("workspace", *workspace, {kAny});
+
+  const OnDeviceOf guard(residual);
+  DecodeLayersParams p;
+  const int64_t rows = (num_heads + 2 * num_kv_heads) * head_dim;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const int64_t intermediate = gate_up[i].size(0) / 2;
+    const auto weight = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+      checks.shape(name, t, shape)
+          .dtype(name, t, same)
+          .that(t.is_contiguous(), std::string(name) + " is not contiguous");
+      return static_cast<const void*>(t.data_ptr());
+    };
+    DecodeLayer& layer = p.layers[i];
+    layer.qkv = weight("qkv_weight", qkv[i], {rows, n});
+    layer.out = weight("out_weight", out[i], {n, num_heads * head_dim});
+    layer.gate_up = weight("gate_up_weight", gate_up[i], {2 * (i == 0 ? intermediate : p.intermediate_size), n});
+    layer.down = weight("down_weight", down[i], {n, intermediate});
+    const std::initializer_list<int64_t> cache = {kAny, block_size, num_kv_heads, head_dim};
+    layer.k_cache = const_cast<void*>(weight("k_cache", k_cache[i], cache));
+    layer.v_cache = const_cast<void*>(weight("v_cache", v_cache[i], cache));
+    if (!qkv_bias.empty()) layer.qkv_bias = weight("qkv_bias", qkv_bias[i], {rows});
+    if (!q_norm.empty()) layer.q_norm = weight("q_norm_weight", q_norm[i], {head_dim});
+    if (!k_norm.empty()) layer.k_norm = weight("k_norm_weight", k_norm[i], {head_dim});
+    p.intermediate_size = static_cast<int32_t>(intermediate);
+  }
+  p.residual = residual.data_ptr();
+  p.cos_sin = data<float>(cos_sin);
+  p.positions = data<int32_t>(positions);
+  p.slot_mapping = data<int32_t>(slot_mapping);
+  p.seqused_k = data<int32_t>(seqused_k);
+  p.block_table = data<int32_t>(block_table);
+  p.workspace = static_cast<uint32_t*>(workspace->data_ptr());
+  p.workspace_words = workspace->numel();
+  p.block_table_stride = block_table.stride(0);
+  p.max_position = static_cast<int32_t>(cos_sin.size(0));
+  p.num_layers = static_cast<int32_t>(num_layers);
+  p.num_tokens = static_cast<int32_t>(num_tokens);
+  p.hidden_size = static_cast<int32_t>(n);
+  p.num_heads = static_cast<int32_t>(num_heads);
+  p.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  p.head_dim = static_cast<int32_t>(head_dim);
+  p.block_size = static_cast<int32_t>(block_size);
+  p.num_sms = static_cast<int32_t>(num_sms_of(residual));
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.norm_eps = static_cast<float>(norm_eps);
+  p.qk_norm_eps = static_cast<float>(qk_norm_eps);
+  p.dtype = dtype_of(residual);
+  GemmSm90Params gate;
+  const Activation kind = activation_named(checks, activation);
+  checks.that(kind != Activation::kGelu, "activation is 'gelu', expected 'silu' or 'gelu_tanh' on a GPU");
+  kind == Activation::kSilu ? set_silu_gate(gate) : set_gelu_tanh_gate(gate);
+  p.gate_linear = gate.gate_linear;
+  p.gate_cubic = gate.gate_cubic;
+  checks.that(capability_of(residual) == 90, "the GPU is not of compute capability 9.0");
+  if (num_tokens == 0) return;
+  check_launch(op, decode_layers_sm90(p, stream_of(residual)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) { m.impl("decode_layers", TORCH_BOX(&decode_layers_op)); }
+
+}  // namespace fastattn

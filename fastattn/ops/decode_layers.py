@@ -1,0 +1,224 @@
+"""All layers of a decoder for a few tokens as one operator, which on Hopper is one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._library import define, has_cuda_kernel
+from fastattn.ops.checks import FLOAT, FP32, INT32, NonNegative, TensorArg, compile_check, fail_type, fail_value
+from fastattn.reference import decode_layers as reference
+
+MAX_DECODE_TOKENS = 4
+_MAX_LAYERS = 128
+_MAX_SPLITS, _MAX_GROUP = 32, 4
+# Of a Hopper GPU, and of the kernel: what a stage of weights takes, and how many pay.
+_NUM_SMS, _SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 132, 227 * 1024, 16896, 6
+_ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+_decode_layers = define(
+    "decode_layers(Tensor(a!) residual, Tensor[] qkv_weight, Tensor[] qkv_bias, Tensor[] q_norm_weight, "
+    "Tensor[] k_norm_weight, Tensor[] out_weight, Tensor[] gate_up_weight, Tensor[] down_weight, Tensor cos_sin, "
+    "Tensor positions, Tensor slot_mapping, Tensor seqused_k, Tensor block_table, Tensor(b!)[] k_cache, "
+    "Tensor(c!)[] v_cache, Tensor(d!)? workspace, int num_heads, str activation, float softmax_scale, float norm_eps, float qk_norm_eps) -> ()",
+    reference.decode_layers,
+    _fake,
+)
+
+_check = compile_check(
+    "decode_layers",
+    TensorArg("residual", "T N", FLOAT, mutated=True),
+    TensorArg("cos_sin", "max_position D", FP32),
+    TensorArg("positions", "T", INT32),
+    TensorArg("slot_mapping", "T", INT32),
+    TensorArg("seqused_k", "T", INT32),
+    TensorArg("block_table", "T max_blocks", INT32),
+    TensorArg("workspace", "words", INT32, optional=True, mutated=True),
+    NonNegative("norm_eps"),
+    NonNegative("qk_norm_eps"),
+)
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """Of each layer: qkv ((H + 2 Hk) D, N), out (N, H D), gate_up (2 I, N) in turns of eight rows (`fastattn.nn.interleave_gate_up`),
+    down (N, I); qkv and gate_up with the norm's weight in front of them folded in (`fastattn.nn.fold_rms_norm`). Empty or one a layer:
+    qkv_bias ((H + 2 Hk) D), q_norm and k_norm (D). All contiguous."""
+
+    qkv: Sequence[Tensor]
+    out: Sequence[Tensor]
+    gate_up: Sequence[Tensor]
+    down: Sequence[Tensor]
+    qkv_bias: Sequence[Tensor] = field(default=())
+    q_norm: Sequence[Tensor] = field(default=())
+    k_norm: Sequence[Tensor] = field(default=())
+
+
+def decode_layers_max_tokens(
+    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """For how many tokens the kernel is the better choice for layers of these sizes, 0 if it does not take them: beside what
+    is multiplied, shared memory must have room for the weights that come in the meantime."""
+    widest = max(intermediate_size, hidden_size, num_heads * head_dim)
+    fits = (
+        head_dim in (64, 128)
+        and hidden_size % 64 == 0
+        and intermediate_size % 64 == 0
+        and num_heads % num_kv_heads == 0
+        and num_heads // num_kv_heads <= _MAX_GROUP
+        and intermediate_size >= 8 * _NUM_SMS
+        and hidden_size <= 8 * 16 * _NUM_SMS
+    )
+    for tokens in range(MAX_DECODE_TOKENS if fits else 0, 0, -1):
+        taken = tokens * (2 * widest + 64 + 2048) + 40 * head_dim * 4 + 12 * 1024
+        if tokens * num_heads <= _NUM_SMS and (_SHARED_MEMORY - taken) // _STAGE_BYTES >= _MIN_STAGES:
+            return tokens
+    return 0
+
+
+def decode_layers_workspace(
+    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> Tensor:
+    """Memory in which the kernel's CTAs hand results to each other, int32 zeros: for all calls of a model on one stream, one
+    after the other; whoever runs two at a time has one for each."""
+    rows = (num_heads + 2 * num_kv_heads) * head_dim + num_heads * head_dim + 2 * hidden_size + intermediate_size
+    partial = num_heads * _MAX_SPLITS * (head_dim // 2 + 1) * 4
+    return torch.zeros(4 + MAX_DECODE_TOKENS * (rows + partial), dtype=torch.int32, device=device)
+
+
+def decode_layers(
+    residual: Tensor,
+    weights: DecoderWeights,
+    k_cache: Sequence[Tensor],
+    v_cache: Sequence[Tensor],
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    workspace: Tensor | None = None,
+    *,
+    num_heads: int,
+    softmax_scale: float,
+    activation: str = "silu",
+    norm_eps: float = 1e-6,
+    qk_norm_eps: float = 1e-6,
+) -> None:
+    """All layers of a Llama-like decoder for the newest token of each of T sequences, in place on the residual stream:
+
+        h += out(attention(rope(norm(qkv(h)))))      h += down(act(gate(h)) * up(h))      of each layer, h normalized (RMS)
+
+    On Hopper one launch, cooperative: a CTA on each SM, which hand their results to each other, while the weights of what
+    comes next are on their way (as HazyResearch's megakernel, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles).
+    It needs T ≤ 4, D 64 or 128, H ≤ 4 Hk, N, I and H D multiples of 64, a block_size that is a power of two, and 132 SMs or
+    as many CTAs as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
+    operators one after the other.
+
+    residual: (T, N), bf16 or fp16, on the CPU also fp32; contiguous, changed in place.
+    weights: `DecoderWeights`, in residual's dtype.
+    k_cache, v_cache: of each layer (num_blocks, block_size, Hk, D), residual's dtype, contiguous; the tokens' keys and values
+      are written to them.
+    cos_sin: (max_position, D) fp32, as in `rope_kv_write`, all dims rotated. positions, slot_mapping: (T) int32, as there.
+    seqused_k: (T) int32, keys of each sequence, the newest counted; 0 for a row of padding, whose result says nothing.
+    block_table: (T, max_blocks) int32, pages as in `paged_attention`.
+    workspace: `decode_layers_workspace`, needed on a GPU.
+
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check(
+        residual, cos_sin, positions, slot_mapping, seqused_k, block_table, workspace, norm_eps, qk_norm_eps
+    )  # fmt: skip
+    _check_caches(residual, cos_sin, k_cache, v_cache, num_heads)
+    _check_weights(residual, weights, k_cache, num_heads)
+    if activation not in _ACTIVATIONS:
+        fail_value(
+            "decode_layers", f"activation is {activation!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}"
+        )
+    if residual.is_cuda:
+        if not has_cuda_kernel("decode_layers"):
+            fail_value("decode_layers", f"residual is on {residual.device}, and the CUDA kernels are not built")
+        if residual.shape[0] > MAX_DECODE_TOKENS:
+            fail_value(
+                "decode_layers",
+                f"residual has {residual.shape[0]} tokens, expected at most {MAX_DECODE_TOKENS} on a GPU",
+            )
+        if workspace is None:
+            fail_value("decode_layers", "workspace is None, expected a tensor of decode_layers_workspace on a GPU")
+    _decode_layers(
+        residual, weights.qkv, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.out, weights.gate_up,
+        weights.down, cos_sin, positions, slot_mapping, seqused_k, block_table, k_cache, v_cache, workspace, num_heads,
+        activation, softmax_scale, norm_eps, qk_norm_eps,
+    )  # fmt: skip
+
+
+def _check_caches(
+    residual: Tensor, cos_sin: Tensor, k_cache: Sequence[Tensor], v_cache: Sequence[Tensor], num_heads: int
+) -> None:
+    if not 1 <= len(k_cache) <= _MAX_LAYERS:
+        fail_value("decode_layers", f"k_cache has {len(k_cache)} tensors, expected 1 to {_MAX_LAYERS}, one a layer")
+    if len(v_cache) != len(k_cache):
+        fail_value("decode_layers", f"v_cache has {len(v_cache)} tensors, expected {len(k_cache)} as k_cache")
+    shape = tuple(k_cache[0].shape)
+    for name, caches in (("k_cache", k_cache), ("v_cache", v_cache)):
+        for i, t in enumerate(caches):
+            if not isinstance(t, Tensor):
+                fail_type("decode_layers", f"{name}[{i}] is a {type(t).__name__}, expected a Tensor")
+            if t.dtype is not residual.dtype:
+                fail_type("decode_layers", f"{name}[{i}] is {t.dtype}, expected {residual.dtype} as residual")
+            if tuple(t.shape) != shape or len(shape) != 4 or t.device != residual.device or not t.is_contiguous():
+                fail_value(
+                    "decode_layers",
+                    f"{name}[{i}] is {tuple(t.shape)} on {t.device}, expected a contiguous (num_blocks, block_size, Hk, D) "
+                    f"on {residual.device}, the same for all layers",
+                )
+    if shape[3] != cos_sin.shape[1]:
+        fail_value(
+            "decode_layers", f"cos_sin has {cos_sin.shape[1]} columns, expected D = {shape[3]} from k_cache {shape}"
+        )
+    if num_heads < 1 or num_heads % shape[2]:
+        fail_value(
+            "decode_layers", f"num_heads is {num_heads}, expected a multiple of Hk = {shape[2]} from k_cache {shape}"
+        )
+
+
+def _check_weights(residual: Tensor, weights: DecoderWeights, k_cache: Sequence[Tensor], num_heads: int) -> None:
+    num_layers, (num_kv_heads, head_dim) = len(k_cache), k_cache[0].shape[2:]
+    n, rows = residual.shape[1], (num_heads + 2 * num_kv_heads) * head_dim
+    if len(weights.down) != num_layers:
+        fail_value("decode_layers", f"weights.down has {len(weights.down)} tensors, expected {num_layers} as k_cache")
+    intermediate = weights.down[0].shape[-1]
+    expected: tuple[tuple[str, tuple[int, ...], bool], ...] = (
+        ("qkv", (rows, n), False),
+        ("out", (n, num_heads * head_dim), False),
+        ("gate_up", (2 * intermediate, n), False),
+        ("down", (n, intermediate), False),
+        ("qkv_bias", (rows,), True),
+        ("q_norm", (head_dim,), True),
+        ("k_norm", (head_dim,), True),
+    )
+    for name, shape, optional in expected:
+        tensors = getattr(weights, name)
+        if len(tensors) != num_layers and not (optional and len(tensors) == 0):
+            fail_value("decode_layers", f"weights.{name} has {len(tensors)} tensors, expected {num_layers} as k_cache")
+        for i, t in enumerate(tensors):
+            if t.dtype is not residual.dtype:
+                fail_type("decode_layers", f"weights.{name}[{i}] is {t.dtype}, expected {residual.dtype} as residual")
+            if tuple(t.shape) != shape or t.device != residual.device or not t.is_contiguous():
+                fail_value(
+                    "decode_layers",
+                    f"weights.{name}[{i}] is {tuple(t.shape)} on {t.device}, expected a contiguous {shape} on "
+                    f"{residual.device}",
+                )
+    if len(weights.q_norm) != len(weights.k_norm):
+        fail_value(
+            "decode_layers",
+            f"weights.k_norm has {len(weights.k_norm)} tensors, expected {len(weights.q_norm)} as q_norm",
+        )

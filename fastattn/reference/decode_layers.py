@@ -1,0 +1,59 @@
+"""A decoder's layers for one token of each sequence, one operator after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.reference.attention import paged_attention
+from fastattn.reference.gated_linear import rms_norm_gated_linear
+from fastattn.reference.linear import linear
+from fastattn.reference.norm_linear import rms_norm_linear
+from fastattn.reference.rope import rope_kv_write
+
+
+def decode_layers(
+    residual: Tensor,
+    qkv_weight: list[Tensor],
+    qkv_bias: list[Tensor],
+    q_norm_weight: list[Tensor],
+    k_norm_weight: list[Tensor],
+    out_weight: list[Tensor],
+    gate_up_weight: list[Tensor],
+    down_weight: list[Tensor],
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    k_cache: list[Tensor],
+    v_cache: list[Tensor],
+    workspace: Tensor | None,
+    num_heads: int,
+    activation: str,
+    softmax_scale: float,
+    norm_eps: float,
+    qk_norm_eps: float,
+) -> None:
+    """residual (T, N) in place. What is rounded is what the operators one by one round."""
+    num_kv_heads, head_dim = k_cache[0].shape[-2:]
+    cu_seqlens_q = torch.arange(residual.shape[0] + 1, dtype=torch.int32, device=residual.device)
+    for i in range(len(qkv_weight)):
+        bias = qkv_bias[i] if qkv_bias else None
+        qkv = rms_norm_linear(residual, qkv_weight[i], bias, norm_eps).view(len(residual), -1, head_dim)
+        q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], 1)
+        q_norm, k_norm = (q_norm_weight[i], k_norm_weight[i]) if q_norm_weight else (None, None)
+        rope_kv_write(
+            q, k, v, cos_sin, positions, slot_mapping, k_cache[i], v_cache[i], q_norm, k_norm, None, None, qk_norm_eps,
+            False, False,
+        )  # fmt: skip
+        out, _ = paged_attention(
+            q, k_cache[i], v_cache[i], cu_seqlens_q, seqused_k, block_table, None, None, None, None, None, None, 1,
+            softmax_scale, True, -1, -1, 0.0, False,
+        )  # fmt: skip
+        _add(residual, out.flatten(1), out_weight[i])
+        _add(residual, rms_norm_gated_linear(residual, gate_up_weight[i], None, activation, norm_eps), down_weight[i])
+
+
+def _add(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    residual.copy_(residual.float() + linear(x.float(), weight.float(), None))

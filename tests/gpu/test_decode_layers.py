@@ -1,0 +1,79 @@
+"""The kernel for all layers of a decoder, beside fp64 and the kernels one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn import ops
+from tests.harness.decode_layers import make_call
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+SMOLLM2 = (576, 1536, 9, 3, 64)
+SMALL = (1024, 3072, 16, 8, 128)
+CALLS = [
+    (30, SMOLLM2, [1000], {}),
+    (2, SMOLLM2, [1], {}),
+    (3, SMOLLM2, [1, 65, 0, 7001], {"block_size": 32}),
+    (2, (4096, 14336, 32, 8, 128), [777], {}),
+    (2, (4096, 14336, 32, 8, 128), [64, 129, 4000], {}),
+    (3, SMALL, [63, 128, 900], {"bias": True, "head_norms": True, "block_size": 8}),
+    (3, SMALL, [2, 17], {"activation": "gelu_tanh", "block_size": 128}),
+    (2, (2048, 8192, 32, 8, 64), [40, 300, 1, 2049], {}),
+    (2, (1088, 1216, 4, 4, 128), [33], {}),
+]
+
+
+def workspace(sizes: tuple[int, int, int, int, int]) -> torch.Tensor:
+    return ops.decode_layers_workspace(*sizes, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", range(len(CALLS)))
+def test_it_is_as_exact_as_the_kernels_one_by_one(index: int, dtype: torch.dtype) -> None:
+    num_layers, sizes, lengths, options = CALLS[index]
+    call = make_call(CUDA, dtype, num_layers, sizes, lengths, seed=index, **options)
+    memory = workspace(sizes)
+    found, k_cache, v_cache = call.run(memory)
+    rows = [row for row, length in enumerate(lengths) if length]
+    exact = call.exact()[rows]
+    error = float((found[rows].double() - exact).abs().max())
+    allowed = float((call.layer_by_layer()[rows].double() - exact).abs().max())
+    assert error <= 2 * allowed + 1e-6, (error, allowed)
+    for _ in range(5):  # the workspace goes on counting
+        again, k_again, v_again = call.run(memory)
+        assert torch.equal(found[rows], again[rows])
+        for a, b in zip((*k_cache, *v_cache), (*k_again, *v_again), strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    slots = call.rows["slot_mapping"][rows].long()
+    for before, after in zip((*call.k_cache, *call.v_cache), (*k_cache, *v_cache), strict=True):
+        assert bool(after.flatten(0, 1)[slots].isfinite().all())
+        kept = torch.ones(before.shape[0] * before.shape[1], dtype=torch.bool, device=CUDA)
+        kept[slots] = False
+        assert torch.equal(before.flatten(0, 1)[kept].nan_to_num(7.0), after.flatten(0, 1)[kept].nan_to_num(7.0))
+
+
+def test_a_graph_serves_other_lengths_and_numbers_of_rows_share_a_workspace() -> None:
+    memory = workspace(SMOLLM2)
+    call = make_call(CUDA, torch.bfloat16, 4, SMOLLM2, [700, 900], seed=1)
+    one = make_call(CUDA, torch.bfloat16, 4, SMOLLM2, [50], seed=2)
+    residual, lengths = call.residual.clone(), call.rows["seqused_k"]
+    expected = {}
+    for length in (1, 300, 700):
+        lengths[0] = length
+        expected[length] = call.run(workspace(SMOLLM2))[0]
+    expected_one = one.run(workspace(SMOLLM2))[0]
+    graph = torch.cuda.CUDAGraph()
+    k_cache, v_cache = ([t.clone() for t in caches] for caches in (call.k_cache, call.v_cache))
+    with torch.cuda.graph(graph):
+        ops.decode_layers(
+            residual, call.weights, k_cache, v_cache, **call.rows, workspace=memory, num_heads=9, softmax_scale=0.125,
+            norm_eps=1e-5,
+        )  # fmt: skip
+    for length in (300, 1, 700, 300):
+        lengths[0] = length
+        residual.copy_(call.residual)
+        graph.replay()
+        assert torch.equal(residual, expected[length]), length
+        assert torch.equal(one.run(memory)[0], expected_one)

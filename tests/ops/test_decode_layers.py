@@ -1,0 +1,65 @@
+"""All layers of a decoder as one operator: the same as layer by layer, and errors that name what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastattn import ops
+from tests.harness.decode_layers import DecodeCall, make_call
+
+CPU = torch.device("cpu")
+SIZES = (64, 128, 4, 2, 64)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "head_norms"])
+def test_it_is_the_formula(kind: str) -> None:
+    call = make_call(
+        CPU, torch.float32, 3, SIZES, [1, 17, 0, 40], bias=kind == "bias", head_norms=kind == "head_norms",
+        activation="gelu_tanh" if kind == "bias" else "silu",
+    )  # fmt: skip
+    found, k_cache, v_cache = call.run(None)
+    rows = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(found[rows].double(), call.exact()[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[rows], call.layer_by_layer()[rows], rtol=1e-4, atol=1e-4)
+    for before, after in zip((*call.k_cache, *call.v_cache), (*k_cache, *v_cache), strict=True):
+        changed = (before != after) & ~(before.isnan() & after.isnan())
+        slots = changed.flatten(2).any(2).flatten().nonzero().flatten()
+        assert slots.tolist() == sorted(s for s in call.rows["slot_mapping"].tolist() if s >= 0)
+
+
+def _changed(call: DecodeCall, **changes: object) -> DecodeCall:
+    return dataclasses.replace(call, **changes)  # type: ignore[arg-type]
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    call = make_call(CPU, torch.bfloat16, 2, SIZES, [3, 5])
+    weights = call.weights
+    short = dataclasses.replace(weights, out=weights.out[:1])
+    wide = dataclasses.replace(weights, gate_up=[weights.gate_up[0], weights.gate_up[1][:-2]])
+    other = dataclasses.replace(weights, down=[weights.down[0], weights.down[1].float()])
+    lone = dataclasses.replace(weights, q_norm=[torch.ones(64, dtype=torch.bfloat16)] * 2)
+    for changes, message in (
+        ({"weights": short}, r"weights.out has 1 tensors, expected 2 as k_cache"),
+        ({"weights": wide}, r"weights.gate_up\[1\] is \(254, 64\) on cpu, expected a contiguous \(256, 64\)"),
+        ({"weights": lone}, r"weights.k_norm has 0 tensors, expected 2 as q_norm"),
+        ({"k_cache": []}, r"k_cache has 0 tensors, expected 1 to 128"),
+        ({"v_cache": call.v_cache[:1]}, r"v_cache has 1 tensors, expected 2 as k_cache"),
+        ({"activation": "gelu"}, r"activation is 'gelu', expected one of 'silu', 'gelu_tanh'"),
+        ({"sizes": (64, 128, 3, 2, 64)}, r"num_heads is 3, expected a multiple of Hk = 2"),
+        ({"rows": {**call.rows, "cos_sin": call.rows["cos_sin"][:, :32]}}, r"cos_sin has 32 columns, expected D = 64"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_layers: {message}"):
+            _changed(call, **changes).run(None)
+    with pytest.raises(TypeError, match=r"weights.down\[1\] is torch.float32, expected torch.bfloat16 as residual"):
+        _changed(call, weights=other).run(None)
+
+
+def test_which_models_it_is_for() -> None:
+    assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 64) == 4  # SmolLM2-135M
+    assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128) == 3  # Llama-3-8B
+    assert ops.decode_layers_max_tokens(8192, 28672, 64, 8, 128) == 0  # 8 heads a KV head
+    assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 96) == 0
+    assert ops.decode_layers_max_tokens(512, 512, 8, 8, 64) == 0  # fewer gates than CTAs
