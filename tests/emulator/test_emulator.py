@@ -443,7 +443,7 @@ MUTANTS = [
     Mutant(
         "sums are written where the other group still reads operands",
         FEW_ROWS,
-        "    named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring\n",
+        "    named_barrier_sync(1, 128 * GROUPS);  // all groups are done with the ring\n",
         "",
         "gemm_sm90_few_rows.cu",
         "64",
