@@ -51,9 +51,9 @@ constexpr Instantiation kInOrder = {{BLOCK_M, 64, CTAS_PER_SM, false, true},
                                     launch_gemm_sm90_in_order<Operands, BLOCK_M, CTAS_PER_SM, Epilogue>};
 template <typename Operands, typename Epilogue>
 constexpr Instantiation kAllInOrder[] = {
-    kInOrder<Operands, 8, 2, Epilogue>,   kInOrder<Operands, 8, 1, Epilogue>,  kInOrder<Operands, 16, 2, Epilogue>,
-    kInOrder<Operands, 16, 1, Epilogue>,  kInOrder<Operands, 32, 2, Epilogue>, kInOrder<Operands, 32, 1, Epilogue>,
-    kInOrder<Operands, 64, 2, Epilogue>,  kInOrder<Operands, 64, 1, Epilogue>, kInOrder<Operands, 128, 1, Epilogue>,
+    kInOrder<Operands, 8, 2, Epilogue>,  kInOrder<Operands, 8, 1, Epilogue>,  kInOrder<Operands, 16, 2, Epilogue>,
+    kInOrder<Operands, 16, 1, Epilogue>, kInOrder<Operands, 32, 2, Epilogue>, kInOrder<Operands, 32, 1, Epilogue>,
+    kInOrder<Operands, 64, 2, Epilogue>, kInOrder<Operands, 64, 1, Epilogue>, kInOrder<Operands, 128, 1, Epilogue>,
 };
 
 template <typename Operands>

@@ -51,9 +51,9 @@ constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32
 // The same, in order; of those above, tiles of 128 rows of weight are. A CTA has as many rows of weight as its
 // configuration says, multiples of 8, or of 16 with gates.
 constexpr GemmSm90Tile kGemmSm90InOrderTiles[] = {
-    {8, 64, 2, false, true},  {8, 64, 1, false, true},  {16, 64, 2, false, true}, {16, 64, 1, false, true},
-    {32, 64, 2, false, true}, {32, 64, 1, false, true}, {64, 64, 2, false, true}, {64, 64, 1, false, true},
-    {128, 64, 1, false, true}};
+    {8, 64, 2, false, true},  {8, 64, 1, false, true},  {16, 64, 2, false, true},
+    {16, 64, 1, false, true}, {32, 64, 2, false, true}, {32, 64, 1, false, true},
+    {64, 64, 2, false, true}, {64, 64, 1, false, true}, {128, 64, 1, false, true}};
 
 // Which of these there are: where blocks have scales, few rows are 64 at most. With more, the scales of x's rows, of
 // which a thread has one for every fourth, take longer than the weight.
@@ -104,10 +104,10 @@ struct GemmSm90Config {
   int num_splits;   // few rows: CTAs of a cluster, which share the K of a tile
   int64_t m_tiles;  // few rows: of CTAs, else of pairs of CTAs
   int64_t n_tiles;
-  int rows;        // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
-  int group_rows;  // tiles are taken column by column in groups of so many rows of tiles
-  bool stream_k;   // many rows: pairs of CTAs have equal shares of the stages of all tiles, not whole tiles
-  bool has_norm;   // whose sums are handed on too
+  int rows;         // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
+  int group_rows;   // tiles are taken column by column in groups of so many rows of tiles
+  bool stream_k;    // many rows: pairs of CTAs have equal shares of the stages of all tiles, not whole tiles
+  bool has_norm;    // whose sums are handed on too
   int weight_rows;  // that a CTA has of a tile's, or a pair of CTAs: all but the last one of a column as many
   int64_t num_ctas;
 

@@ -313,7 +313,7 @@ cudaError_t launch_gemm_sm90_few_rows_of(const typename Epilogue::Params& p, int
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
   return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, kGemmSm90Consumers>(p, BLOCK_N,
-                                                                                                          stream);
+                                                                                                             stream);
 }
 
 template <typename Operands, int BLOCK_M, int CTAS_PER_SM, typename Epilogue>

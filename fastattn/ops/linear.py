@@ -29,7 +29,7 @@ _X, _WEIGHT = TensorArg("x", "... K", FLOAT), TensorArg("weight", "N K", "x")
 _BIAS = TensorArg("bias", "N", "x", optional=True)
 _check_linear = compile_check("linear", _X, _WEIGHT, _BIAS, Flag("batch_invariant"))
 _check_linear_add = compile_check(
-    "linear", _X, _WEIGHT, _BIAS, TensorArg("residual", "... N", "x"), kernel="linear_add"
+    "linear", _X, _WEIGHT, _BIAS, TensorArg("residual", "... N", "x"), Flag("batch_invariant"), kernel="linear_add"
 )
 
 
@@ -60,10 +60,10 @@ def linear(
         _check_linear(x, weight, bias, batch_invariant)
         out: Tensor = _linear(x, weight, bias, batch_invariant)
         return out
-    if batch_invariant:
-        fail_value("linear", "batch_invariant is True with a residual, expected False: how it is rounded depends on the rows")
-    _check_linear_add(x, weight, bias, residual)
+    _check_linear_add(x, weight, bias, residual, batch_invariant)
     if x.shape[:-1] != residual.shape[:-1]:
         fail_value("linear", f"residual has shape {tuple(residual.shape)}, expected {(*x.shape[:-1], weight.shape[0])}")
+    if batch_invariant:
+        fail_value("linear", "batch_invariant is True with a residual, expected False: how it is rounded depends on the rows")
     added: Tensor = _linear_add(x, weight, bias, residual)
     return added
