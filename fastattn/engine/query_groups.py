@@ -24,7 +24,9 @@ def group_size(group: int, window: int | None, token_scales: bool) -> int:
     return 1 << (_ROWS // group).bit_length() - 1
 
 
-def query_groups(cu_seqlens_q: np.ndarray, seqused_k: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def query_groups(
+    cu_seqlens_q: np.ndarray, seqused_k: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each sequence's queries, cut at the positions that are multiples of ``size``, as sequences of their own.
 
     cu_seqlens_q (B + 1), seqused_k (B): as `ops.paged_attention` has them. Returns the same of the G groups, and which sequence
@@ -41,16 +43,14 @@ def query_groups(cu_seqlens_q: np.ndarray, seqused_k: np.ndarray, size: int) -> 
     return starts.astype(np.int32), (position[last] + 1).astype(np.int32), sequence[last].astype(np.int32)
 
 
-def in_groups(
-    meta: AttentionMetadata, cu_seqlens_q: np.ndarray, seqused_k: np.ndarray, size: int
-) -> AttentionMetadata:
+def in_groups(meta: AttentionMetadata, cu_seqlens_q: np.ndarray, seqused_k: np.ndarray, size: int) -> AttentionMetadata:
     """The step's metadata with groups for sequences. cu_seqlens_q, seqused_k: the same as in meta, on the host."""
     starts, used, sequence = query_groups(cu_seqlens_q, seqused_k, size)
     both = torch.from_numpy(np.concatenate([starts, used, sequence]))
     device = meta.block_table.device
     if device.type == "cuda":
         both = both.pin_memory().to(device, non_blocking=True)
-    starts_t, used_t, sequence_t = both.split([len(starts), len(used), len(sequence)])
+    starts_t, used_t, sequence_t = torch.split(both, [len(starts), len(used), len(sequence)])
     return replace(
         meta,
         cu_seqlens_q=starts_t,

@@ -227,9 +227,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
         if draft is not None:
             startup.lap("draft")
-        load = partial(
-            load_model, source, device, dtype, sizes.max_model_len, batch_invariant=options.batch_invariant
-        )
+        load = partial(load_model, source, device, dtype, sizes.max_model_len, batch_invariant=options.batch_invariant)
         startup.weight_bytes = sum(plan.stored_bytes.values())
         step_memory = None
         if ranks is None:

@@ -69,7 +69,11 @@ class LlamaLayer(DecoderLayer):
         may round otherwise than those of many rows."""
         attention, mlp = self.self_attn, self.mlp
         linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if self.batch_invariant or attention.tp.size > 1 or not all(layer.is_plain and layer.weight.is_cuda for layer in linears):
+        if (
+            self.batch_invariant
+            or attention.tp.size > 1
+            or not all(layer.is_plain and layer.weight.is_cuda for layer in linears)
+        ):
             return False
         return torch.cuda.get_device_capability(linears[0].weight.device) == (9, 0)
 

@@ -64,6 +64,8 @@ def linear(
     if x.shape[:-1] != residual.shape[:-1]:
         fail_value("linear", f"residual has shape {tuple(residual.shape)}, expected {(*x.shape[:-1], weight.shape[0])}")
     if batch_invariant:
-        fail_value("linear", "batch_invariant is True with a residual, expected False: how it is rounded depends on the rows")
+        fail_value(
+            "linear", "batch_invariant is True with a residual, expected False: how it is rounded depends on the rows"
+        )
     added: Tensor = _linear_add(x, weight, bias, residual)
     return added

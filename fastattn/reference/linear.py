@@ -31,7 +31,7 @@ def row_by_row(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if rows.shape[0] == 0:
         return product(x)
-    out = torch.cat([product(row.clone()) for row in rows.split(1)])
+    out = torch.cat([product(row.clone()) for row in torch.split(rows, 1)])
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

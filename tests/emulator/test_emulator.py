@@ -155,7 +155,7 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 for those with stream-K
+    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 with stream-K, 3 in order
     finds: str  # what the report says, at least
 
 
@@ -447,6 +447,15 @@ MUTANTS = [
         "",
         "gemm_sm90_few_rows.cu",
         "64",
+        "expected",
+    ),
+    Mutant(
+        "one group of 64 rows leaves every other panel to another",
+        GEMM_TILES,
+        "static constexpr int kPanelsApart = 64 * GROUPS / A_ROWS;",
+        "static constexpr int kPanelsApart = A_ROWS == 64 ? 2 : 1;",
+        "gemm_sm90_in_order.cu",
+        "3",
         "expected",
     ),
     Mutant(

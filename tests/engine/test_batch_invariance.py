@@ -128,8 +128,10 @@ def test_what_cannot_be_invariant_is_refused() -> None:
         EngineConfig(64, 64, batch_invariant=True, kv_cache_dtype="fp8", kv_cache_scales="calculate")
     with pytest.raises(ValueError, match="tensor_parallel_size is 2 with batch_invariant, allowed is 1"):
         EngineOptions(batch_invariant=True, tensor_parallel_size=2)
-    options = EngineOptions(device="cpu", batch_invariant=True, max_model_len=64, num_kv_blocks=16, quantization="nvfp4")
-    with pytest.raises(ValueError, match="batch_invariant is True with Fp4Weight at layers.0.self_attn.qkv_proj"):
+    options = EngineOptions(
+        device="cpu", batch_invariant=True, max_model_len=64, num_kv_blocks=16, quantization="nvfp4"
+    )
+    with pytest.raises(ValueError, match=r"batch_invariant is True with Fp4Weight at layers\.0\.self_attn\.qkv_proj"):
         build_engine(TinySource(), options)
     many = TinySource(config=replace(CONFIG, num_heads=33, num_kv_heads=1))
     with pytest.raises(ValueError, match="33 query heads to a KV head, allowed are up to 32"):
