@@ -49,7 +49,7 @@ constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
 
 // The same, in order; of those above, tiles of 128 rows of weight are. A CTA has as many rows of weight as its
-// configuration says, multiples of 8, or of 16 with gates.
+// configuration says, 16 to 64 by steps of 8, or of 16 with gates. With 8 the copy engine has more to do than memory.
 constexpr GemmSm90Tile kGemmSm90InOrderTiles[] = {
     {8, 64, 2, false, true},  {8, 64, 1, false, true},  {16, 64, 2, false, true},
     {16, 64, 1, false, true}, {32, 64, 2, false, true}, {32, 64, 1, false, true},
@@ -221,20 +221,19 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
     }
   };
   constexpr int64_t kMostFewRows = 256;
-  const auto takes = [&](const GemmSm90Tile& tile) {
-    const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
-    return !too_large && tile.block_m >= std::min<int64_t>(problem.m, 128);
+  const auto too_large = [&](const GemmSm90Tile& tile) {  // a smaller one does
+    return tile.block_m > 8 && tile.block_m / 2 >= problem.m;
   };
   if (problem.m <= kMostFewRows && problem.in_order) {
-    const int step = problem.gated ? 16 : 8;
     for (const GemmSm90Tile& tile : kGemmSm90InOrderTiles) {
-      if (!takes(tile)) continue;
-      for (int rows = step; rows <= tile.block_n; rows += step) consider(true, tile, 1, false, rows);
+      if (too_large(tile) || 2 * tile.block_m < problem.m) continue;
+      for (int rows = 16; rows <= tile.block_n; rows += problem.gated ? 16 : 8) consider(true, tile, 1, false, rows);
     }
   }
   if (problem.m <= kMostFewRows) {
     for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
-      if (!takes(tile) || !gemm_sm90_has_few_rows_tile(tile, problem.block_scales)) continue;
+      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
+      if (!gemm_sm90_has_few_rows_tile(tile, problem.block_scales)) continue;
       if (problem.in_order) {
         if (tile.block_n == 128) consider(true, tile, 1);
         continue;

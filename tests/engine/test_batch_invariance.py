@@ -35,7 +35,7 @@ MODELS = {
     "plain": (TinySource(), "auto"),
     "window": (TinySource(config=replace(CONFIG, sliding_window=9, qk_norm=True)), "auto"),
     "int8": (with_quantization(TinySource(config=replace(CONFIG, head_dim=16, num_kv_heads=1)), "int8"), "int8"),
-    "fp8": (with_quantization(TinySource(), "fp8"), "auto"),
+    "fp8": (with_quantization(TinySource(config=replace(CONFIG, attention_bias=True)), "fp8"), "auto"),
 }
 
 
