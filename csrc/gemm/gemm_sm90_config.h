@@ -226,7 +226,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   };
   if (problem.m <= kMostFewRows && problem.in_order) {
     for (const GemmSm90Tile& tile : kGemmSm90InOrderTiles) {
-      if (too_large(tile) || 2 * tile.block_m < problem.m) continue;
+      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, 64) || 2 * tile.block_m < problem.m) continue;
       for (int rows = 16; rows <= tile.block_n; rows += problem.gated ? 16 : 8) consider(true, tile, 1, false, rows);
     }
   }
