@@ -148,6 +148,7 @@ def gemm_sm90_config(
     gated: bool = ...,
     block_scales: bool = ...,
     zero_points: bool = ...,
+    in_order: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
     m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int = 2, two_levels: bool = False

@@ -32,6 +32,7 @@ struct GemmProblem {
   int64_t k;
   bool rows_aligned;  // 16-byte aligned rows of x and weight, K a multiple of 8
   int64_t num_sms;
+  bool batch_invariant = false;  // K is not split: all tiles add up a sum in the same order
 };
 
 struct GemmConfig {
@@ -42,7 +43,7 @@ struct GemmConfig {
   int64_t n_tiles;
 };
 
-// The result depends on M (tile and splits), so a row is not bitwise independent of its batch.
+// How K is split depends on M, so that a row is not bitwise independent of its batch unless it is to be.
 inline GemmConfig gemm_sm80_config(const GemmProblem& problem) {
   constexpr int64_t kMaxSplits = 16;
   constexpr int64_t kMinStepsPerSplit = 4;
@@ -70,7 +71,7 @@ inline GemmConfig gemm_sm80_config(const GemmProblem& problem) {
   // its fp32 tile, so it must have some steps of its own, and none may be empty.
   const int64_t tiles = config.m_tiles * config.n_tiles;
   const int64_t num_steps = ceil_div(problem.k, tile.block_k);
-  if (!config.fallback && tiles > 0 && tiles < problem.num_sms) {
+  if (!config.fallback && !problem.batch_invariant && tiles > 0 && tiles < problem.num_sms) {
     const int64_t wanted = std::min({2 * problem.num_sms / tiles, kMaxSplits, num_steps / kMinStepsPerSplit});
     if (wanted > 1) {
       config.num_splits = static_cast<int>(ceil_div(num_steps, ceil_div(num_steps, wanted)));

@@ -46,6 +46,16 @@ constexpr Instantiation kAllFewRows[] = {
     kFewRows<Operands, 128, 128, 2, Epilogue>, kFewRows<Operands, 256, 128, 1, Epilogue>,
 };
 
+template <typename Operands, int BLOCK_M, int CTAS_PER_SM, typename Epilogue>
+constexpr Instantiation kInOrder = {{BLOCK_M, 64, CTAS_PER_SM, false, true},
+                                    launch_gemm_sm90_in_order<Operands, BLOCK_M, CTAS_PER_SM, Epilogue>};
+template <typename Operands, typename Epilogue>
+constexpr Instantiation kAllInOrder[] = {
+    kInOrder<Operands, 8, 2, Epilogue>,  kInOrder<Operands, 8, 1, Epilogue>,  kInOrder<Operands, 16, 2, Epilogue>,
+    kInOrder<Operands, 16, 1, Epilogue>, kInOrder<Operands, 32, 2, Epilogue>, kInOrder<Operands, 32, 1, Epilogue>,
+    kInOrder<Operands, 64, 2, Epilogue>, kInOrder<Operands, 64, 1, Epilogue>, kInOrder<Operands, 128, 1, Epilogue>,
+};
+
 template <typename Operands>
 constexpr Instantiation kBlocksManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 256, true>,
                                              kManyRows<Operands, 192, 128>};
@@ -62,15 +72,23 @@ cudaError_t launch_of(const Instantiation (&table)[N], const GemmSm90Params& par
   const GemmSm90Tile& wanted = params.config.tile;
   for (const Instantiation& entry : table) {
     if (entry.tile.block_m == wanted.block_m && entry.tile.block_n == wanted.block_n &&
-        entry.tile.ctas_per_sm == wanted.ctas_per_sm && entry.tile.turns == wanted.turns) {
+        entry.tile.ctas_per_sm == wanted.ctas_per_sm && entry.tile.turns == wanted.turns &&
+        entry.tile.in_order == wanted.in_order) {
       return entry.launch(params, stream);
     }
   }
   return cudaErrorInvalidValue;
 }
 
+// Of kinds of operands that have them: a norm's rows are summed up beside the products, in another order.
+template <typename Operands>
+constexpr bool kHasInOrder = Operands::kNorm == GemmSm90Norm::kNone && !std::is_same_v<typename Operands::Sum, int32_t>;
+
 template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands, typename Epilogue = GemmSm90Plain>
 cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
+  if constexpr (kHasInOrder<FewRowsOperands>) {
+    if (params.config.tile.in_order) return launch_of(kAllInOrder<FewRowsOperands, Epilogue>, params, stream);
+  }
   if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands, Epilogue>, params, stream);
   if constexpr (Epilogue::kRows == 2) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);

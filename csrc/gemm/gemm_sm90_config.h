@@ -14,6 +14,8 @@ struct GemmSm90Tile {
   int block_m, block_n;
   int ctas_per_sm = 1;  // that share its memory
   bool turns = false;   // whether its groups have the tensor cores in turns
+  // Of few rows: whether one group multiplies all of K, one panel after the other, as those of many rows do.
+  bool in_order = false;
 };
 
 // Of gemm_sm90.cuh.
@@ -45,6 +47,13 @@ constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
 // Of gemm_sm90_few_rows.cuh.
 constexpr GemmSm90Tile kGemmSm90FewRowsTiles[] = {{8, 64, 2},  {16, 64, 2},  {32, 64, 2},   {64, 64, 2},
                                                   {64, 64, 1}, {128, 64, 1}, {128, 128, 2}, {256, 128, 1}};
+
+// The same, in order; of those above, tiles of 128 rows of weight are. A CTA has as many rows of weight as its
+// configuration says, 16 to 64 by steps of 8, or of 16 with gates. With 8 the copy engine has more to do than memory.
+constexpr GemmSm90Tile kGemmSm90InOrderTiles[] = {
+    {8, 64, 2, false, true},  {8, 64, 1, false, true},  {16, 64, 2, false, true},
+    {16, 64, 1, false, true}, {32, 64, 2, false, true}, {32, 64, 1, false, true},
+    {64, 64, 2, false, true}, {64, 64, 1, false, true}, {128, 64, 1, false, true}};
 
 // Which of these there are: where blocks have scales, few rows are 64 at most. With more, the scales of x's rows, of
 // which a thread has one for every fourth, take longer than the weight.
@@ -81,6 +90,8 @@ struct GemmSm90Problem {
   bool gated = false;         // rows of weight are those of gates and ups by eights
   bool block_scales = false;  // of 128 x 128, with sums in two levels
   bool zero_points = false;   // of x, in int8
+  // Each sum is added up in the same order whatever M is: that of K, by one group of one CTA.
+  bool in_order = false;
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -93,10 +104,11 @@ struct GemmSm90Config {
   int num_splits;   // few rows: CTAs of a cluster, which share the K of a tile
   int64_t m_tiles;  // few rows: of CTAs, else of pairs of CTAs
   int64_t n_tiles;
-  int rows;        // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
-  int group_rows;  // tiles are taken column by column in groups of so many rows of tiles
-  bool stream_k;   // many rows: pairs of CTAs have equal shares of the stages of all tiles, not whole tiles
-  bool has_norm;   // whose sums are handed on too
+  int rows;         // of x that a CTA has of a tile's: all CTAs as many, and nothing is loaded that is not there
+  int group_rows;   // tiles are taken column by column in groups of so many rows of tiles
+  bool stream_k;    // many rows: pairs of CTAs have equal shares of the stages of all tiles, not whole tiles
+  bool has_norm;    // whose sums are handed on too
+  int weight_rows;  // that a CTA has of a tile's, or a pair of CTAs: all but the last one of a column as many
   int64_t num_ctas;
 
   // With stream_k, in the workspaces: what a CTA hands on, and a mark of each of its groups.
@@ -110,7 +122,8 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   const int64_t num_sharing = config.few_rows ? 1 : 2;  // CTAs with a tile's rows
   config.m_tiles = ceil_div(problem.m, num_sharing * config.tile.block_m);
   config.rows = static_cast<int>(ceil_div(problem.m, num_sharing * config.m_tiles));
-  config.n_tiles = ceil_div(problem.n, config.tile.block_n);
+  if (config.weight_rows == 0) config.weight_rows = config.tile.block_n;
+  config.n_tiles = ceil_div(problem.n, config.weight_rows);
   // What the pairs that run at a time read together is the least where their tiles are a square; groups are of a size.
   const double square = std::sqrt(static_cast<double>(problem.num_pairs() * config.tile.block_n) /
                                   static_cast<double>(num_sharing * config.tile.block_m));
@@ -163,13 +176,14 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double ctas_per_sm = static_cast<double>(config.tile.ctas_per_sm);
 
   // What bounds a step of a CTA: how much the copy engine has in flight, what an SM takes in, or its tensor cores.
-  const double step_bytes = static_cast<double>(128 * ring.panels * (block_m + block_n));
+  const int64_t weight_rows = config.weight_rows;
+  const double step_bytes = static_cast<double>(128 * ring.panels * (block_m + weight_rows));
   const double step_flops = static_cast<double>(128 * ring.panels * block_m * block_n);
   const double at_once = std::min(ctas_per_sm, std::max(1.0, num_ctas / num_sms));  // CTAs of an SM
   const double step_us =
       std::max({1.7 / (ring.num_stages - 1), at_once * step_bytes / 85e3, at_once * step_flops / 6.5e6});
   // Sums go to shared memory and come back from there, or from another SM's.
-  const double parts = block_n == 64 ? 2.0 : 1.0;
+  const double parts = block_n == 64 && !config.tile.in_order ? 2.0 : 1.0;
   const double sums_us = parts * static_cast<double>(block_m * block_n) * (in_cluster ? 2.0e-4 : 1.0e-4) +
                          0.3 * static_cast<double>(config.num_splits - 1);
   // Clusters of more than two leave SMs over. Of single CTAs, two an SM, one begins where another ends.
@@ -187,13 +201,15 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   return 8.0 + std::max({read_us, l2_us, waves_us}) + 0.02 * waves_us + between_us + sums_us;
 }
 
-// The best by that measure. A row's result depends on M (tile and splits), so that it is not bitwise independent of its
-// batch.
+// The best by that measure. Unless it is to be in order, a row's result depends on M (tile and splits), so that it is
+// not bitwise independent of its batch.
 inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   GemmSm90Config best = {};
   double best_us = 0.0;
-  const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits, bool stream_k = false) {
+  const auto consider = [&](bool few_rows, const GemmSm90Tile& tile, int num_splits, bool stream_k = false,
+                            int weight_rows = 0) {
     GemmSm90Config config = {};
+    config.weight_rows = weight_rows;
     config.few_rows = few_rows;
     config.stream_k = stream_k;
     config.tile = tile;
@@ -205,11 +221,23 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
     }
   };
   constexpr int64_t kMostFewRows = 256;
+  const auto too_large = [&](const GemmSm90Tile& tile) {  // a smaller one does
+    return tile.block_m > 8 && tile.block_m / 2 >= problem.m;
+  };
+  if (problem.m <= kMostFewRows && problem.in_order) {
+    for (const GemmSm90Tile& tile : kGemmSm90InOrderTiles) {
+      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, 64) || 2 * tile.block_m < problem.m) continue;
+      for (int rows = 16; rows <= tile.block_n; rows += problem.gated ? 16 : 8) consider(true, tile, 1, false, rows);
+    }
+  }
   if (problem.m <= kMostFewRows) {
     for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
-      const bool too_large = tile.block_m > 8 && tile.block_m / 2 >= problem.m;  // a smaller one does
-      if (too_large || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
+      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
       if (!gemm_sm90_has_few_rows_tile(tile, problem.block_scales)) continue;
+      if (problem.in_order) {
+        if (tile.block_n == 128) consider(true, tile, 1);
+        continue;
+      }
       const int64_t num_steps = ceil_div(problem.num_panels(), gemm_sm90_few_rows_ring(tile).panels);
       for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
     }
@@ -223,7 +251,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
       }
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
-      if (gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&
+      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&
           num_tiles * problem.num_panels() < INT32_MAX) {
         consider(false, tile, 1, true);
       }

@@ -17,6 +17,10 @@
 //
 // Drawn for block_n = 128. Of 64 rows both groups have all, and every other panel of K: two parts of a CTA's sums.
 //
+// In order: one group has all 64 rows and all panels, and no K is split, so that each sum is added up as the kernel for
+// many rows does it. What splits would share out is rows of weight instead: a CTA has config.weight_rows of them, and
+// what lies in the place of others is multiplied, but goes nowhere.
+//
 // Two CTAs an SM where that pays: what one's beginning and end leave of the memory's rate, the other takes. Memory
 // serves all that run alike, so that it matters little if some SMs have one and some two.
 //
@@ -38,35 +42,36 @@
 
 namespace fastattn {
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue,
+          int GROUPS = kGemmSm90Consumers>
 struct GemmSm90FewRowsStorage {
   static constexpr GemmSm90FewRowsRing kRing = gemm_sm90_few_rows_ring({BLOCK_M, BLOCK_N, CTAS_PER_SM});
   // Of sums in two levels.
   static constexpr int kPartM = std::min(BLOCK_M, CTAS_PER_SM == 2 ? 32 : 64);
 
-  using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * kGemmSm90Consumers, Epilogue::kRows>;
+  using Sums = GemmSm90Sums<typename Operands::Sum, BLOCK_M, BLOCK_N, 4 * GROUPS, Epilogue::kRows>;
   // Times eight rows whose moments a warp has.
-  static constexpr int kNumEights = std::max(1, BLOCK_M* Sums::kParts / (8 * 4 * kGemmSm90Consumers));
+  static constexpr int kNumEights = std::max(1, BLOCK_M* Sums::kParts / (8 * 4 * GROUPS));
   using Moments = std::conditional_t<Operands::kNorm == GemmSm90Norm::kNone, GemmSm90NoOthers,
                                      GemmSm90SharedMoments<Sums::kParts, BLOCK_M>>;
 
   union {
-    GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages> ring;
+    GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages, GROUPS> ring;
     Sums sums;  // when it is no longer needed
   };
   MBarrier full[kRing.num_stages], empty[kRing.num_stages];
   Moments moments;
 };
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
-__global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue, int GROUPS>
+__global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     gemm_sm90_few_rows_kernel(const __grid_constant__ GemmSm90ArgsWith<typename Epilogue::Params> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
-  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, GROUPS>;
   using Ring = decltype(Storage::ring);
   constexpr int STAGES = Ring::kStages;
-  constexpr int NUM_WARPS = 4 * kGemmSm90Consumers;
+  constexpr int NUM_WARPS = 4 * GROUPS;
   constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
   constexpr bool kCentred = Operands::kNorm == GemmSm90Norm::kLayer;
 
@@ -79,7 +84,8 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   // Clusters that share rows of weight are neighbours.
   const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
-  const int32_t first_n = tile_idx / m_tiles * BLOCK_N, first_m = tile_idx % m_tiles * p.config.rows;
+  const int32_t weight_rows = GROUPS == 1 ? p.config.weight_rows : BLOCK_N;
+  const int32_t first_n = tile_idx / m_tiles * weight_rows, first_m = tile_idx % m_tiles * p.config.rows;
   const int32_t all_steps = static_cast<int32_t>((p.k + Ring::kStageK - 1) / Ring::kStageK);
   const int32_t begin_step = static_cast<int32_t>(int64_t{rank} * all_steps / num_splits);
   const int32_t end_step = static_cast<int32_t>((int64_t{rank} + 1) * all_steps / num_splits);
@@ -96,6 +102,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   // What a lane multiplies the sums of its four columns by and adds to them, and the first of its rows.
   constexpr int PER_COLUMN = Epilogue::kRows;
   const int64_t width = p.n / PER_COLUMN;  // of out
+  const int64_t end_column = GROUPS == 1 ? min(width, int64_t{(first_n + weight_rows) / PER_COLUMN}) : width;
   const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
@@ -105,7 +112,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
   constexpr bool kStores = Epilogue::kStores;
   std::conditional_t<kStores, Epilogue, GemmSm90NoOthers> of_row;
   const auto load_factors = [&] {
-    if (column >= width) return;
+    if (column >= end_column) return;
 #pragma unroll
     for (int i = 0; i < PER_COLUMN; ++i) {
       const int32_t weight_row = weight_row_of<Epilogue>(column, i);
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     // ------------------------------------------------------------------------------- producer
     if (lane == 0) {
       const uint64_t policy = evict_first_policy();
-      const uint32_t stage_bytes = Ring::kBytesA + Ring::kPanels * kGemmSm90PanelBytes * p.config.rows;
+      const uint32_t stage_bytes = Ring::kPanels * kGemmSm90PanelBytes * (weight_rows + p.config.rows);
       const int32_t end_ahead = min(begin_step + STAGES, end_step);
       for (int32_t panel = begin_step * Ring::kPanels; panel < end_ahead * Ring::kPanels; ++panel) {
         tma_prefetch_4d(args.weight, panel * Ring::kPanel, first_n, 0, 0, policy);
@@ -217,13 +224,13 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
         smem.moments.keep(moments, part, first_row, lane);
       }
     }
-    named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring
+    named_barrier_sync(1, 128 * GROUPS);  // all groups are done with the ring
     smem.sums.keep(acc[0], warp_idx, lane);
   }
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
-  if (warp_idx < NUM_WARPS && (kStores || column < width)) {
+  if (warp_idx < NUM_WARPS && (kStores || column < end_column)) {
     if constexpr (!EARLY) load_factors();
     const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
       GemmSm90RowNorm norm;
@@ -254,10 +261,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
           value.w = (value.w - norm.mean * weight_sums[i][1].y) * norm.scale;
         }
         if constexpr (Operands::kScaled) {
-          value.x *= row_scale * scales[i][0].x;
-          value.y *= row_scale * scales[i][0].y;
-          value.z *= row_scale * scales[i][1].x;
-          value.w *= row_scale * scales[i][1].y;
+          // Not contracted with the bias: the kernel for many rows cannot.
+          value.x = __fmul_rn(value.x, row_scale * scales[i][0].x);
+          value.y = __fmul_rn(value.y, row_scale * scales[i][0].y);
+          value.z = __fmul_rn(value.z, row_scale * scales[i][1].x);
+          value.w = __fmul_rn(value.w, row_scale * scales[i][1].y);
         }
         of_columns[0][i] = value.x + bias[i][0].x;
         of_columns[1][i] = value.y + bias[i][0].y;
@@ -287,19 +295,30 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
-cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
-  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>;
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue, int GROUPS>
+cudaError_t launch_gemm_sm90_few_rows_of(const typename Epilogue::Params& p, int weight_rows, cudaStream_t stream) {
+  using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, GROUPS>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
   GemmSm90ArgsWith<typename Epilogue::Params> args = {p, {}, {}};
   cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, config.rows, false);
   if (error == cudaSuccess) {
-    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N, false);
+    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, weight_rows, false);
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue>, config.num_ctas,
-                         config.num_splits, kGemmSm90Threads, sizeof(Storage) + 1024, stream, args);
+  return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, GROUPS>,
+                         config.num_ctas, config.num_splits, 128 * GROUPS + 32, sizeof(Storage) + 1024, stream, args);
+}
+
+template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
+cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
+  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, kGemmSm90Consumers>(p, BLOCK_N,
+                                                                                                             stream);
+}
+
+template <typename Operands, int BLOCK_M, int CTAS_PER_SM, typename Epilogue>
+cudaError_t launch_gemm_sm90_in_order(const typename Epilogue::Params& p, cudaStream_t stream) {
+  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, 64, CTAS_PER_SM, Epilogue, 1>(p, p.config.weight_rows, stream);
 }
 
 // With the tile that the call's configuration names, of those up to MOST_ROWS, for epilogues that only this kernel has.

@@ -1,5 +1,5 @@
 // The launcher templates of the Hopper GEMMs: declared here for the dispatch table, defined in gemm_sm90.cuh and
-// gemm_sm90_few_rows.cuh, instantiated in gemm_*sm90_*_rows.cu, so that they compile in parallel.
+// gemm_sm90_few_rows.cuh, instantiated in gemm_*sm90_{*_rows,in_order}.cu, so that they compile in parallel.
 #pragma once
 
 #include "gemm/gemm_sm90.h"
@@ -12,5 +12,7 @@ template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS = false, typen
 cudaError_t launch_gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue = GemmSm90Plain>
 cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& params, cudaStream_t stream);
+template <typename Operands, int BLOCK_M, int CTAS_PER_SM, typename Epilogue = GemmSm90Plain>
+cudaError_t launch_gemm_sm90_in_order(const typename Epilogue::Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

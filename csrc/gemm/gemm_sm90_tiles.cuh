@@ -49,10 +49,11 @@ struct GemmSm90Turns {
 };
 
 // A ring of stages, each PANELS panels of A_ROWS rows of the operand that fills wgmma's 64 rows, and of B_ROWS of the
-// other.
-template <typename T, int A_ROWS, int B_ROWS, int PANELS, int STAGES>
+// other. Of 64 rows for two groups each of these takes every other panel.
+template <typename T, int A_ROWS, int B_ROWS, int PANELS, int STAGES, int GROUPS = A_ROWS == 64 ? 2 : A_ROWS / 64>
 struct GemmSm90Ring {
   static_assert(STAGES >= 2, "a stage is released while the next one is computed");
+  static constexpr int kPanelsApart = 64 * GROUPS / A_ROWS;  // of a group's
   static constexpr int kRowsA = A_ROWS, kPanels = PANELS, kStages = STAGES;
   static constexpr int kPanel = kGemmSm90PanelBytes / sizeof(T), kStageK = PANELS * kPanel;  // columns
   static constexpr uint32_t kBytesA = A_ROWS * kStageK * sizeof(T), kBytesB = B_ROWS * kStageK * sizeof(T);
@@ -131,7 +132,7 @@ struct GemmSm90Storage {
 // Where a group finds its operands in the first stage.
 template <typename Ring>
 struct GemmSm90Descriptors {
-  static constexpr int kPanelsApart = Ring::kRowsA == 64 ? 2 : 1;
+  static constexpr int kPanelsApart = Ring::kPanelsApart;
   static constexpr uint32_t kPanelBytesA = Ring::kBytesA / Ring::kPanels, kPanelBytesB = Ring::kBytesB / Ring::kPanels;
   WgmmaDescriptor a, b;
 
@@ -338,7 +339,7 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float factor = j % 2 == 0 ? factors.x : factors.y;
-          if constexpr (Operands::kScaled) values[i][j] *= of_row.scale[j / 2] * factor;
+          if constexpr (Operands::kScaled) values[i][j] = __fmul_rn(values[i][j], of_row.scale[j / 2] * factor);
           if constexpr (Operands::kNorm == GemmSm90Norm::kLayer) values[i][j] -= of_row.mean[j / 2] * factor;
           if constexpr (Operands::kNorm != GemmSm90Norm::kNone) values[i][j] *= of_row.scale[j / 2];
         }

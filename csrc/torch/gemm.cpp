@@ -20,7 +20,8 @@ struct DenseLayer {
 };
 
 Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& weight, const MaybeTensor& weight_sum,
-                   const MaybeTensor& bias, double eps, std::optional<Activation> activation = std::nullopt) {
+                   const MaybeTensor& bias, double eps, std::optional<Activation> activation = std::nullopt,
+                   bool batch_invariant = false) {
   const Checks checks(kind.op, "x", x_given);
   checks.rows("x", x_given).dtype("x", x_given, kHalves);
   std::vector<int64_t> shape = shape_of(x_given);
@@ -48,13 +49,19 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     p.eps = static_cast<float>(eps);
     if (weight_sum) p.weight_sum = data<float>(*weight_sum);
     if (activation) *activation == Activation::kSilu ? set_silu_gate(p) : set_gelu_tanh_gate(p);
-    p.config = gemm_sm90_config({p.m, n, k, num_sms_of(x), 2, false, kind.norm, activation.has_value()});
+    p.config = gemm_sm90_config({.m = p.m,
+                                 .n = n,
+                                 .k = k,
+                                 .num_sms = num_sms_of(x),
+                                 .norm = kind.norm,
+                                 .gated = activation.has_value(),
+                                 .in_order = batch_invariant});
     const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
     return out;
   }
   if (activation) {
-    const Tensor product = dense_layer(kind, x, weight, weight_sum, bias, eps);
+    const Tensor product = dense_layer(kind, x, weight, weight_sum, bias, eps, std::nullopt, batch_invariant);
     run_gated_activation(kind.op, product, *activation, true, out);
     return out;
   }
@@ -65,7 +72,7 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
   }
   const Matrix rows = matrix_of_x();
   auto p = gemm_params_of<GemmSm80Params>(rows, columns, bias, out);
-  run_gemm_sm80(kind.op, p, rows.aligned() && columns.aligned(), k, ScalarType::Float, x, gemm_sm80);
+  run_gemm_sm80(kind.op, p, rows.aligned() && columns.aligned(), k, ScalarType::Float, x, gemm_sm80, batch_invariant);
   return out;
 }
 
@@ -83,8 +90,8 @@ void normalize(const char* op, const Tensor& x, double eps, Tensor& out) {
   check_launch(op, launch(p, stream_of(x)));
 }
 
-Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return dense_layer({"linear", gemm_sm90}, x, weight, std::nullopt, bias, 0.0);
+Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool batch_invariant) {
+  return dense_layer({"linear", gemm_sm90}, x, weight, std::nullopt, bias, 0.0, std::nullopt, batch_invariant);
 }
 
 // The kernel for a few rows adds the residual before it rounds; elsewhere it is added to what `linear` gives.
@@ -139,10 +146,10 @@ Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::opti
 }
 
 Tensor gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::string& activation) {
+                       const std::string& activation, bool batch_invariant) {
   const DenseLayer kind = {"gated_linear", gemm_sm90, GemmSm90Norm::kNone, nullptr, gemm_gated_sm90};
   const Checks checks(kind.op, "x", x);
-  return dense_layer(kind, x, weight, std::nullopt, bias, 0.0, activation_named(checks, activation));
+  return dense_layer(kind, x, weight, std::nullopt, bias, 0.0, activation_named(checks, activation), batch_invariant);
 }
 
 Tensor rms_norm_gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -75,7 +75,7 @@ struct ZeroPoints {
 
 Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tensor& x_scale, const Tensor& weight,
                         const Tensor& weight_scale, const MaybeTensor& bias, ScalarType out_dtype, bool fast_accum,
-                        const ZeroPoints& zero = {}) {
+                        const ZeroPoints& zero = {}, bool batch_invariant = false) {
   const Checks checks(kind.op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, {kind.dtype});
   const int64_t m = x.size(0), k = x.size(1);
@@ -93,6 +93,7 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {out_dtype});
   checks.that(zero.x_zero_point.has_value() == zero.weight_sum.has_value(),
               "x_zero_point and weight_sum are expected together, or neither");
+  checks.that(!(batch_invariant && fast_accum), "fast_accum is true, expected false with batch_invariant");
   if (zero.x_zero_point) {
     checks.shape("x_zero_point", *zero.x_zero_point, {x_scale.size(0)})
         .dtype("x_zero_point", *zero.x_zero_point, {ScalarType::Int});
@@ -130,13 +131,15 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
                                  .num_sms = num_sms_of(x),
                                  .element_bytes = 1,
                                  .two_levels = two_levels,
-                                 .zero_points = zero.x_zero_point.has_value()});
+                                 .zero_points = zero.x_zero_point.has_value(),
+                                 .in_order = batch_invariant});
     const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, kind.sm90(p, stream_of(x)));
     return out;
   }
   auto p = params(GemmSm80Params());
-  run_gemm_sm80(kind.op, p, rows.aligned() && columns.aligned(), ceil_div(k, 2), kind.sum_dtype, x, kind.sm80);
+  run_gemm_sm80(kind.op, p, rows.aligned() && columns.aligned(), ceil_div(k, 2), kind.sum_dtype, x, kind.sm80,
+                batch_invariant);
   return out;
 }
 
@@ -148,10 +151,10 @@ Tensor int8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weig
 }
 
 Tensor fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
-                     const std::optional<Tensor>& bias, ScalarType out_dtype, bool fast_accum) {
+                     const std::optional<Tensor>& bias, ScalarType out_dtype, bool fast_accum, bool batch_invariant) {
   const EightBitLinear kind = {"fp8_linear", ScalarType::Float8_e4m3fn, ScalarType::Float, gemm_fp8_sm90,
                                gemm_fp8_sm80};
-  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum);
+  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, {}, batch_invariant);
 }
 
 Tensor fp8_block_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,

@@ -23,8 +23,8 @@ bool fits_gemm_sm90(const Matrix& x, const Matrix& weight, std::initializer_list
 }
 
 void run_gemm_sm80(const char* op, GemmSm80Params& p, bool rows_aligned, int64_t units, ScalarType sum_dtype,
-                   const Tensor& x, cudaError_t (*launch)(const GemmSm80Params&, cudaStream_t)) {
-  p.config = gemm_sm80_config({p.m, p.n, units, rows_aligned, num_sms_of(x)});
+                   const Tensor& x, cudaError_t (*launch)(const GemmSm80Params&, cudaStream_t), bool batch_invariant) {
+  p.config = gemm_sm80_config({p.m, p.n, units, rows_aligned, num_sms_of(x), batch_invariant});
   std::optional<Tensor> workspace;
   if (p.config.num_splits > 1) {
     workspace = empty(x, {p.config.num_splits, p.m, p.n}, sum_dtype);

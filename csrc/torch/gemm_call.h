@@ -46,6 +46,7 @@ Params gemm_params_of(const Matrix& x, const Matrix& weight, const MaybeTensor& 
 
 // Chooses the tile and launches on p, which is complete but for config and workspace. units: K in 16-bit units of x.
 void run_gemm_sm80(const char* op, GemmSm80Params& p, bool rows_aligned, int64_t units, ScalarType sum_dtype,
-                   const Tensor& x, cudaError_t (*launch)(const GemmSm80Params&, cudaStream_t));
+                   const Tensor& x, cudaError_t (*launch)(const GemmSm80Params&, cudaStream_t),
+                   bool batch_invariant = false);
 
 }  // namespace fastattn

@@ -133,6 +133,14 @@ EnablePrefixCaching = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant/--no-batch-invariant",
+        help="Give a request the same bits whatever else is computed with it, however; slower.",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 
 def _parse_speculative(text: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastattn._runtime import BatchBuilder, TokenSequence
@@ -131,6 +132,13 @@ class BatchBuffers:
             self.device_buffer[: step.nbytes].copy_(self.host[: step.nbytes], non_blocking=True)
             self._copied.record()
         return self.view(step.num_tokens, step.num_seqs, step.num_logits, step.max_seqlen_q)
+
+    def lengths(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        """What was filled: cu_seqlens_q (num_seqs + 1) and seqused_k (num_seqs), int32, on the host."""
+        sizes = {"cu_seqlens_q": step.num_seqs + 1, "seqused_k": step.num_seqs}
+        offsets = {name: offset for name, (offset, _, _) in self.builder.layout().items()}
+        starts, used = (self.host[offsets[name] :][: 4 * n].view(torch.int32).numpy() for name, n in sizes.items())
+        return starts, used
 
     def wait(self) -> None:
         """Returns when the host's buffer may be overwritten: a step without a token to sample does not wait for its copy."""

@@ -24,7 +24,8 @@ class EngineConfig:
     request goes before all priorities. max_num_waiting: longer queues refuse new requests. seed: where requests without
     a seed get theirs from. use_cuda_graphs: replay decode steps as graphs (CUDA only).
     async_scheduling: a step is scheduled and queued while the one before it runs. debug_checks: verify the KV
-    bookkeeping after each step. speculative: guess tokens and verify them, several a step; None is off.
+    bookkeeping after each step. batch_invariant: a request's tokens and log-probabilities are the same bits whatever else is
+    computed with it, and however. speculative: guess tokens and verify them, several a step; None is off.
     """
 
     max_model_len: int
@@ -44,6 +45,7 @@ class EngineConfig:
     use_cuda_graphs: bool = True
     async_scheduling: bool = False
     debug_checks: bool = False
+    batch_invariant: bool = False
     speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +73,13 @@ class EngineConfig:
             )
         if self.async_scheduling and self.speculative is not None:
             raise ValueError("EngineConfig: async_scheduling is True, allowed is False with speculative decoding")
+        if self.batch_invariant and self.speculative is not None:
+            raise ValueError("EngineConfig: batch_invariant is True, allowed is False with speculative decoding")
+        if self.batch_invariant and self.kv_cache_scales == "calculate":
+            raise ValueError(
+                "EngineConfig: batch_invariant is True with kv_cache_scales 'calculate', allowed are scales that do not follow from "
+                "the first step's tokens"
+            )
         if self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"EngineConfig: block_size is {self.block_size!r}, allowed are 8, 16, 32, 64, 128 and 256")
         if self.policy not in ("fcfs", "priority", "fair"):

@@ -61,6 +61,10 @@ class Intake:
             raise ValueError(
                 "add_request: resume_token_ids is given with PoolingParams, allowed is None: no tokens come"
             )
+        if pooling.pooling == "mean" and self._config.batch_invariant:
+            raise ValueError(
+                "add_request: pooling is 'mean' with batch_invariant, allowed is 'last' there: a mean is summed up step by step"
+            )
         text, token_ids = self._tokenize(prompt)
         self._check_length(token_ids, self._config.max_model_len, "max_model_len")
         self._check_blocks(len(token_ids), f"{len(token_ids)} prompt tokens")

@@ -20,6 +20,7 @@ from fastattn.engine.host_memory import pin
 from fastattn.engine.kv_cache import BlockCopy, Route
 from fastattn.engine.kv_scales import warn_of_ones
 from fastattn.engine.pooler import Pooler
+from fastattn.engine.query_groups import group_size, in_groups
 from fastattn.engine.ranks import RankGroup
 from fastattn.engine.request import Request
 from fastattn.engine.sampler import Draw, Sampler, token_logprobs
@@ -68,6 +69,10 @@ class Runner:
         """step_memory: the step buffer that all ranks of a group see. ranks: the others, for rank 0. kv_scales: what
         `load_kv_scales` gave; without them static scales are calibrated in the first step."""
         self.model, self.config, self.device, self.ranks, self.trace = model, config, device, ranks, trace
+        if config.batch_invariant != model.batch_invariant:
+            raise ValueError(
+                f"Runner: config.batch_invariant is {config.batch_invariant}, expected the model's, {model.batch_invariant}"
+            )
         c = model.config
         self.kv_memory = KVMemory(
             kv_cache_format(config.kv_cache_dtype, dtype, c.head_dim, config.kv_cache_scales),
@@ -85,6 +90,10 @@ class Runner:
             for tensor in self.host_blocks:
                 pin(tensor)
         self._calibrates = self.kv_memory.form.static_scales and kv_scales is None
+        self._group_size: int | None = None  # of queries that come to attention together; None: those of a sequence
+        if config.batch_invariant:
+            form = self.kv_memory.form
+            self._group_size = group_size(c.num_heads // c.num_kv_heads, c.sliding_window, form.has_token_scales)
         self.buffers = BatchBuffers(device, config, step_memory)
         self.sampler = Sampler()
         self.pooler = Pooler()
@@ -154,6 +163,9 @@ class Runner:
     def compute_part(self, step: Step) -> Computed:
         """This rank's part of the forward pass."""
         batch = self.buffers.load(step)
+        if self._group_size is not None and step.max_seqlen_q > 1:
+            attention = in_groups(batch.attention, *self.buffers.lengths(step), self._group_size)
+            batch = replace(batch, attention=attention)
         if step.copies:
             self._copy_blocks(step.copies)
         if step.graph:

@@ -41,7 +41,8 @@ class EngineOptions:
     for, with its static scales, else the model's dtype; of "fp8" and "int8" that are asked for, dynamic scales.
     async_scheduling: a step is scheduled and queued while the one before it runs; None: on GPUs, but for several ranks and
     speculative decoding. kv_offloading_size: GiB of host memory, of all ranks together, for KV blocks that are evicted; None
-    is off. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
+    is off. batch_invariant: a request's tokens and log-probabilities are the same bits alone and in any batch, however its prompt is
+    cut, with prefix hits and after preemption; on one GPU (or CPU), without speculative decoding. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
     trace: file that takes a trace of every step, for Perfetto; compressed if it ends in .gz.
     """
@@ -66,6 +67,7 @@ class EngineOptions:
     use_cuda_graphs: bool = True
     async_scheduling: bool | None = None
     debug_checks: bool = False
+    batch_invariant: bool = False
     speculative: SpeculativeConfig | None = None
     rank_timeout_seconds: float | None = None
     trace: str | None = None
@@ -89,6 +91,11 @@ class EngineOptions:
                 )
         check_quantization(self.quantization)
         check_trace_path(self.trace)
+        if self.batch_invariant and size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {size} with batch_invariant, allowed is 1 there: the order in which ranks' results are added "
+                "depends on the size of a step"
+            )
         if self.async_scheduling and (size > 1 or self.speculative is not None):
             raise ValueError(
                 "async_scheduling is True, allowed is False or None with several ranks or speculative decoding, whose steps "
@@ -168,6 +175,7 @@ def engine_config(
         use_cuda_graphs=options.use_cuda_graphs,
         async_scheduling=options.overlaps(sizes.device_type),
         debug_checks=options.debug_checks,
+        batch_invariant=options.batch_invariant,
         speculative=options.speculative,
     )
 
@@ -219,7 +227,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
         speculator = build_speculator(config, source.config, tokenizer, draft, device, dtype, show_progress)
         if draft is not None:
             startup.lap("draft")
-        load = partial(load_model, source, device, dtype, sizes.max_model_len)
+        load = partial(load_model, source, device, dtype, sizes.max_model_len, batch_invariant=options.batch_invariant)
         startup.weight_bytes = sum(plan.stored_bytes.values())
         step_memory = None
         if ranks is None:

@@ -13,6 +13,9 @@ from fastattn.reference import linear as reference
 
 KVCache = Sequence[nn.LayerCache]
 
+# Query heads to a KV head that one kernel has for prompts and for single tokens.
+LARGEST_GROUP = 32
+
 
 class DecoderLayer(nn.Module):
     """One block. ``x``: what the previous one left to add to the residual stream, None for nothing; it is added in place.
@@ -92,14 +95,36 @@ class DecoderModel(nn.Module):
         if self.lm_head is not None:
             logits = self.lm_head(hidden)
         elif self.packed_head is not None:
-            logits = reference.packed_linear(hidden, self.packed_head, None)
+            logits = reference.packed_linear(hidden, self.packed_head, None, self.batch_invariant)
         else:
-            logits = ops.linear(hidden, self.embed_tokens.weight)
+            logits = ops.linear(hidden, self.embed_tokens.weight, batch_invariant=self.batch_invariant)
         logits = self.tp.gather_columns(logits, self.config.vocab_size)
         if self.config.final_softcap:
             logits = logits.float()
             logits.div_(self.config.final_softcap).tanh_().mul_(self.config.final_softcap)
         return logits if out is None else out.copy_(logits)
+
+    def make_batch_invariant(self) -> None:
+        """From now on a token's hidden states and logits have the same bits in every step, as long as attention's queries come as
+        `query_groups` has them. Before the weights are loaded. Raises ValueError for a model that cannot be so."""
+        group = self.config.num_heads // self.config.num_kv_heads
+        if group > LARGEST_GROUP:
+            raise ValueError(
+                f"batch_invariant is True with {group} query heads to a KV head, allowed are up to {LARGEST_GROUP}"
+            )
+        if self.tp.size > 1:
+            raise ValueError(
+                f"batch_invariant is True with tensor_parallel_size {self.tp.size}, allowed is 1: the order in which ranks' "
+                "results are added depends on the size of a step"
+            )
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.QuantizedWeight) and not layer.can_be_batch_invariant:
+                raise ValueError(
+                    f"batch_invariant is True with {type(layer).__name__} at {name}, allowed are weights in 16 bits, INT8 and FP8 "
+                    "with scales of rows"
+                )
+            if isinstance(layer, nn.Module):
+                layer.batch_invariant = True
 
     @property
     def num_kv_heads(self) -> int:

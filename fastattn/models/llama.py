@@ -65,10 +65,15 @@ class LlamaLayer(DecoderLayer):
 
     @property
     def can_have_norms_inside(self) -> bool:
-        """Its products are plain ones of a single Hopper GPU, with kernels that normalize their rows and add to their results."""
+        """Its products are plain ones of a single Hopper GPU, with kernels that normalize their rows and add to their results; and
+        may round otherwise than those of many rows."""
         attention, mlp = self.self_attn, self.mlp
         linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if attention.tp.size > 1 or not all(layer.is_plain and layer.weight.is_cuda for layer in linears):
+        if (
+            self.batch_invariant
+            or attention.tp.size > 1
+            or not all(layer.is_plain and layer.weight.is_cuda for layer in linears)
+        ):
             return False
         return torch.cuda.get_device_capability(linears[0].weight.device) == (9, 0)
 

@@ -37,8 +37,10 @@ def build_model(
     return _allocate(build_meta(config, max_model_len, tp), device, dtype)
 
 
-def build_meta(config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> DecoderModel:
-    """The model without memory for its weights."""
+def build_meta(
+    config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE, batch_invariant: bool = False
+) -> DecoderModel:
+    """The model without memory for its weights. batch_invariant: see `DecoderModel.make_batch_invariant`."""
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"model: architecture is {config.architecture!r}, supported are {sorted(ARCHITECTURES)}")
     with torch.device("meta"):
@@ -46,6 +48,8 @@ def build_meta(config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = 
         if config.quantization is not None:
             for name, layer in model.linears():
                 layer.quantize([config.quantization.scheme(piece.name) for piece in layer.pieces(name)])
+        if batch_invariant:
+            model.make_batch_invariant()
         return model
 
 
@@ -85,6 +89,7 @@ def load_model(
     max_model_len: int,
     show_progress: bool = False,
     tp: nn.TensorParallel = nn.ALONE,
+    batch_invariant: bool = False,
 ) -> DecoderModel:
     """Builds the model of ``source`` and decodes each stored tensor, or this rank's part of it, straight into its place: on a GPU,
     where several threads read the file.
@@ -92,7 +97,7 @@ def load_model(
     Raises ValueError, before anything is allocated or read, if the file lacks a tensor that the model needs, has one of another shape,
     or has one that the model does not know. Scales of a KV cache are the cache's (`read_kv_scales`).
     """
-    meta = build_meta(source.config, max_model_len, tp)
+    meta = build_meta(source.config, max_model_len, tp, batch_invariant)
     wanted = {weight.name: weight for weight in meta.weights()}
     stored = {name: info for name, info in source.tensors().items() if not is_kv_scale(name)}
     if source.config.tie_word_embeddings:

@@ -121,6 +121,7 @@ class Attention(Module):
             softcap=self.softcap,
             k_scale=k_scale,
             v_scale=v_scale,
+            batch_invariant=self.batch_invariant,
         )
         return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual))
 

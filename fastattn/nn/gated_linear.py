@@ -34,7 +34,7 @@ class GatedLinear(MergedLinear):
         if norm_eps is not None:
             return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved:
-            return ops.gated_linear(x, self.weight, self.bias, self.activation)
+            return ops.gated_linear(x, self.weight, self.bias, self.activation, batch_invariant=self.batch_invariant)
         return _ACTIVATIONS[self.activation](self.product(x))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

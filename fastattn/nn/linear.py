@@ -63,8 +63,8 @@ class Linear(Module):
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
         if self.packed is not None:
-            return reference.packed_linear(x, self.packed, self.bias)
-        return ops.linear(x, self.weight, self.bias)
+            return reference.packed_linear(x, self.packed, self.bias, self.batch_invariant)
+        return ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
     @property
     def is_plain(self) -> bool:

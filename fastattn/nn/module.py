@@ -34,7 +34,12 @@ class Module(torch.nn.Module):
 
     A destination may be a row slice of a fused weight (q, k and v in one matrix), so that a loader decodes each tensor
     straight to its final place and nothing is concatenated afterwards.
+
+    batch_invariant: a token's results have the same bits whatever other tokens are computed with it, of its own sequence or of
+    others (`DecoderModel.make_batch_invariant`).
     """
+
+    batch_invariant = False
 
     def weights(self, prefix: str) -> Weights:
         for name, child in self.named_children():

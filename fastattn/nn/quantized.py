@@ -66,7 +66,7 @@ class Piece:
 class QuantizedWeight(Module):
     """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
     that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
-    rearranges what was read, ``forward`` multiplies. takes_activation: it may be called with a gated activation too, "silu" or
+    rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. takes_activation: it may be called with a gated activation too, "silu" or
     "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated."""
 
     packed: list[torch.Tensor] | None = None
@@ -74,6 +74,7 @@ class QuantizedWeight(Module):
     staged: frozenset[str] = frozenset()
     packed_away: frozenset[str] = frozenset({"codes", "scale"})
     takes_activation = False
+    can_be_batch_invariant = False
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -152,6 +153,7 @@ class Int8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale"})
     packed_away = frozenset({"codes"})
     takes_activation = True
+    can_be_batch_invariant = True  # sums are exact
 
     def __init__(self, rows: int, columns: int, scheme: Int8Scheme) -> None:
         super().__init__(rows, columns)
@@ -212,6 +214,7 @@ class Fp8Weight(QuantizedWeight):
     staged = frozenset({"stored_scale"})
     packed_away = frozenset({"codes"})
     takes_activation = True
+    can_be_batch_invariant = True
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp8Scheme) -> None:
         super().__init__(rows, columns)
@@ -238,7 +241,9 @@ class Fp8Weight(QuantizedWeight):
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
         q, scale = ops.quantize_fp8(x, activation=activation)
-        return ops.fp8_linear(q, scale, self.codes.view(q.dtype), self.scale, bias, out_dtype=x.dtype)
+        weight = self.codes.view(q.dtype)
+        invariant = self.batch_invariant
+        return ops.fp8_linear(q, scale, weight, self.scale, bias, out_dtype=x.dtype, batch_invariant=invariant)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [self.codes.view(torch.float8_e4m3fn).float()]
@@ -246,7 +251,7 @@ class Fp8Weight(QuantizedWeight):
     def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
         q, scale = ops.quantize_fp8(x, activation=activation)
-        sums = dense.packed_linear(q.float(), self.packed[0], None)
+        sums = dense.packed_linear(q.float(), self.packed[0], None, self.batch_invariant)
         return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.ops._library import define
-from fastattn.ops.checks import FLOAT, NonNegative, TensorArg, compile_check, fail_value
+from fastattn.ops.checks import FLOAT, Flag, NonNegative, TensorArg, compile_check, fail_value
 from fastattn.reference import gated_linear as reference
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -16,7 +16,9 @@ def _fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 
 
 _gated_linear = define(
-    "gated_linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor", reference.gated_linear, _fake
+    "gated_linear(Tensor x, Tensor weight, Tensor? bias, str activation, bool batch_invariant=False) -> Tensor",
+    reference.gated_linear,
+    _fake,
 )
 _rms_norm_gated_linear = define(
     "rms_norm_gated_linear(Tensor x, Tensor weight, Tensor? bias, str activation, float eps) -> Tensor",
@@ -26,7 +28,7 @@ _rms_norm_gated_linear = define(
 
 _X, _WEIGHT = TensorArg("x", "... K", FLOAT), TensorArg("weight", "2N K", "x")
 _BIAS = TensorArg("bias", "2N", "x", optional=True)
-_check_gated_linear = compile_check("gated_linear", _X, _WEIGHT, _BIAS)
+_check_gated_linear = compile_check("gated_linear", _X, _WEIGHT, _BIAS, Flag("batch_invariant"))
 _check_rms_norm_gated_linear = compile_check("rms_norm_gated_linear", _X, _WEIGHT, _BIAS, NonNegative("eps"))
 
 
@@ -35,7 +37,14 @@ def _check_activation(op: str, activation: str) -> None:
         fail_value(op, f"activation is {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu") -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
     """`act(x @ gateᵀ + gate_bias) * (x @ upᵀ + up_bias)`, the first half of a gated MLP (https://arxiv.org/abs/2002.05202).
 
     Rows of weight are gate and up in turns, eight each: gate 0 to 7, up 0 to 7, gate 8 to 15, and so on; the last block is
@@ -48,13 +57,14 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
     weight: (2N, K), bias: (2N), x's dtype.
     activation: of the gate, "silu" (SwiGLU), "gelu_tanh" or "gelu", which is with erf (GeGLU).
+    batch_invariant: as in `linear`.
 
     Returns (…, N) in x's dtype, contiguous; fp32 inside. For inference: no backward.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_gated_linear(x, weight, bias)
+    _check_gated_linear(x, weight, bias, batch_invariant)
     _check_activation("gated_linear", activation)
-    out: Tensor = _gated_linear(x, weight, bias, activation)
+    out: Tensor = _gated_linear(x, weight, bias, activation, batch_invariant)
     return out
 
 

@@ -58,6 +58,7 @@ def _fake_fp8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
 
@@ -114,7 +115,7 @@ _int8_linear = define(
 )
 _fp8_linear = define(
     "fp8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype,"
-    " bool fast_accum) -> Tensor",
+    " bool fast_accum, bool batch_invariant=False) -> Tensor",
     reference.fp8_linear,
     _fake_fp8,
 )
@@ -175,6 +176,7 @@ _check_fp8 = compile_check(
     TensorArg("weight_scale", "Sw", FP32),
     TensorArg("bias", "N", FLOAT, optional=True),
     Flag("fast_accum"),
+    Flag("batch_invariant"),
 )
 _check_int4 = compile_check(
     "int4_linear",
@@ -311,7 +313,7 @@ def int8_linear(
     weight_sum: (N) int32, the sum of each row of weight's codes, `weight.sum(1, dtype=torch.int32)`, made once.
     out_dtype: bf16 or fp16, on the CPU also fp32.
 
-    Returns (M, N) in out_dtype, contiguous.
+    Returns (M, N) in out_dtype, contiguous; a row's bits do not depend on other rows.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum)
@@ -337,6 +339,7 @@ def fp8_linear(
     *,
     out_dtype: torch.dtype,
     fast_accum: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`(x @ weightᵀ) · x_scale · weight_scale + bias` in fp8; the sums in fp32, rounded once.
 
@@ -346,15 +349,18 @@ def fp8_linear(
     out_dtype: bf16 or fp16, on the CPU also fp32.
     fast_accum: sums may have the 14 bits that Hopper's tensor cores keep of them, where that is faster; otherwise such sums
         are of 128 products, and fp32 from there on. As torch._scaled_mm's use_fast_accum.
+    batch_invariant: as in `linear`; not with fast_accum.
 
     Returns (M, N) in out_dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum)
+    _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum, batch_invariant)
     check_may_be_one("fp8_linear", "x_scale", x_scale, "M", x.shape[0])
     check_may_be_one("fp8_linear", "weight_scale", weight_scale, "N", weight.shape[0])
     check_out_dtype("fp8_linear", x, bias, out_dtype)
-    out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum)
+    if batch_invariant and fast_accum:
+        fail_value("fp8_linear", "batch_invariant is True with fast_accum, expected one of them at most")
+    out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, batch_invariant)
     return out
 
 

@@ -191,7 +191,8 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """Sequence b has queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and seqused_k[b] keys in pages block_table[b].
 
-    batch_invariant: one after the other, and none in a product that is padded to another's length.
+    batch_invariant: one query after the other, over the keys that it sees and no others, but for trees and where it sees keys
+    behind it.
     """
     out, lse = empty_results(q, q.shape[-1])
     if out_scale is not None:
@@ -215,7 +216,13 @@ def paged_attention(
         k = pages_of(k_cache, k_scale, pages, num_keys)
         v = pages_of(v_cache, v_scale, pages, num_keys)
         tree = None if tree_mask is None else Tree.make(tree_mask[own])
-        _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes_of(alibi_slopes, b), sinks, tree)
+        slopes = slopes_of(alibi_slopes, b)
+        if batch_invariant and tree is None and scoring.right == 0:
+            for row in range(starts[b], starts[b + 1]):
+                one, seen = slice(row, row + 1), max(0, num_keys - (starts[b + 1] - 1 - row))
+                _attend(q[one].clone(), k[:seen], v[:seen], out[one], lse[:, one], scoring, slopes, sinks)
+            continue
+        _attend(q[own], k, v, out[own], lse[:, own], scoring, slopes, sinks, tree)
     return out if out_scale is None else _to_e4m3(out / out_scale), lse
 
 

@@ -12,9 +12,11 @@ from fastattn.reference.norm_linear import rms_norm_linear
 _BLOCK = 8  # rows of gates that lie together, as many as a tile of the tensor cores' sums has columns
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, batch_invariant: bool = False
+) -> Tensor:
     """x (…, K), weight (2N, K), bias (2N), both from `interleave_gate_up` → (…, N). fp32 inside."""
-    wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
+    wide = linear(x.float(), weight.float(), None if bias is None else bias.float(), batch_invariant)
     return _gated(wide, activation).to(x.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,14 +13,26 @@ from torch.nn import functional
 _FEW_ROWS = 16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool = False) -> Tensor:
     """x (…, K), weight (N, K), bias (N) → (…, N)."""
+    if batch_invariant:
+        return row_by_row(lambda row: linear(row, weight, bias), x)
     if x.dtype is torch.float32:
         return _product(x, weight, bias)
     if x.dtype is torch.bfloat16 and bias is None:
         # torch's own bf16 product accumulates in fp32 and rounds once; its fp16 product and its bias do not.
         return functional.linear(x, weight)
     return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def row_by_row(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x), of x (…, K), one row at a time: in what order a BLAS library adds up depends on the number of rows, and on where
+    in memory one begins."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if rows.shape[0] == 0:
+        return product(x)
+    out = torch.cat([product(row.clone()) for row in torch.split(rows, 1)])
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -58,7 +72,9 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, batch_invariant: bool = False) -> Tensor:
     """`linear` with a weight from `pack`. x (…, K) fp32 → (…, N)."""
+    if batch_invariant:
+        return row_by_row(lambda row: packed_linear(row, packed, bias), x)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out

@@ -88,9 +88,10 @@ def fp8_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x (M, K) e4m3, x_scale (M) or (1), weight (N, K) e4m3, weight_scale (N) or (1), bias (N) → (M, N)."""
-    sums = dense.linear(x.float(), weight.float(), None)
+    sums = dense.linear(x.float(), weight.float(), None, batch_invariant)
     return scale_8bit_sums(sums, x_scale, weight_scale, bias, out_dtype)
 
 

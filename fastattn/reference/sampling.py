@@ -63,7 +63,8 @@ def _top_p(weights: Tensor, top_p: Tensor) -> Tensor:
     limited = top_p < 1
     if not limited.any():
         return weights
-    bound = top_p.double().unsqueeze(1) * weights.sum(1, keepdim=True, dtype=torch.float64)
+    total = weights.cumsum(1, dtype=torch.float64)[:, -1:]  # in the order of ids, as a sum by threads is not
+    bound = top_p.double().unsqueeze(1) * total
     for candidates in (min(_CANDIDATES, weights.shape[1]), weights.shape[1]):
         ranked = weights.topk(candidates, dim=1).values
         kept = ranked.cumsum(1, dtype=torch.float64) - ranked < bound  # mass before each: the first of a tie decides
@@ -145,7 +146,8 @@ def speculative_sample(
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-softmax of the chosen tokens, their ranks, and the num_top best with their ids."""
     x = logits.float()
-    lse = x.logsumexp(1, keepdim=True)
+    # One by one: a single row's sum would be shared out among threads, and have other bits than beside others.
+    lse = torch.cat([row.logsumexp(1, keepdim=True) for row in torch.split(x, 1)])
     chosen = x.gather(1, token_ids.long().unsqueeze(1))
     rank = (x > chosen).sum(1, dtype=torch.int32) + 1
     ids = _best_ids(x, num_top)

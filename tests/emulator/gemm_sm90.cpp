@@ -45,7 +45,9 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int stage_k =
       static_cast<int>(128 / sizeof(E)) * (few_rows ? fastattn::gemm_sm90_few_rows_ring(tile).panels : 1);
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
-  const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
+  const int num_splits =
+      few_rows && !tile.in_order ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
+  if (tile.in_order) config.weight_rows = 8 * per_column * between(1, tile.block_n / (8 * per_column));
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
   const bool two_levels = kFp8 && !fast_accum;
   config.stream_k = !few_rows && gemm_sm90_streams(tile, two_levels) && one_in(2);
@@ -132,6 +134,7 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
                   TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
                   std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                  (tile.in_order ? std::to_string(config.weight_rows) + " rows in order, " : "") +
                   (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
                   std::to_string(config.num_ctas) + " CTAs";
 
@@ -354,6 +357,10 @@ void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
 
 template <typename T>
 void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
+  if (tile.in_order) {
+    if (one_in(3)) return run_call<__nv_fp8_e4m3, T>(few_rows, tile, false);
+    return run_call<T, T>(few_rows, tile, false, Norm::kNone, pick({Gate::kNone, Gate::kSilu, Gate::kGeluTanh}));
+  }
   const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
   const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
   const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
@@ -393,14 +400,16 @@ int main(int argc, char** argv) {
     std::vector<Choice> choices;
     for (const auto& tile : fastattn::kGemmSm90Tiles) choices.push_back({false, tile});
     for (const auto& tile : fastattn::kGemmSm90FewRowsTiles) choices.push_back({true, tile});
-    constexpr int kTurns = 1, kStreams = 2;  // in place of a tile's rows: those with turns, and with stream-K
+    for (const auto& tile : fastattn::kGemmSm90InOrderTiles) choices.push_back({true, tile});
+    constexpr int kTurns = 1, kStreams = 2, kInOrder = 3;  // in place of a tile's rows: those with turns, and so on
     const auto has_other_size = [&](const Choice& choice) {
       if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false);
-      return size != 0 && (choice.tile.turns ? kTurns : choice.tile.block_m) != size;
+      const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
+      return size != 0 && own != size;
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
-    if (choice.few_rows && seed / choices.size() % 3 == 2) {
+    if (choice.few_rows && !choice.tile.in_order && seed / choices.size() % 3 == 2) {
       const bool samples = choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {
         samples ? run_sampled_call<__half>(choice.tile) : run_added_call<__half>(choice.tile);

@@ -155,7 +155,7 @@ class Mutant:
     before: str
     after: str
     unit: str  # that is compiled with it
-    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 for those with stream-K
+    size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 with stream-K, 3 in order
     finds: str  # what the report says, at least
 
 
@@ -443,10 +443,19 @@ MUTANTS = [
     Mutant(
         "sums are written where the other group still reads operands",
         FEW_ROWS,
-        "    named_barrier_sync(1, 128 * kGemmSm90Consumers);  // both groups are done with the ring\n",
+        "    named_barrier_sync(1, 128 * GROUPS);  // all groups are done with the ring\n",
         "",
         "gemm_sm90_few_rows.cu",
         "64",
+        "expected",
+    ),
+    Mutant(
+        "one group of 64 rows leaves every other panel to another",
+        GEMM_TILES,
+        "static constexpr int kPanelsApart = 64 * GROUPS / A_ROWS;",
+        "static constexpr int kPanelsApart = A_ROWS == 64 ? 2 : 1;",
+        "gemm_sm90_in_order.cu",
+        "3",
         "expected",
     ),
     Mutant(

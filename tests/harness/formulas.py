@@ -51,7 +51,12 @@ def geglu(c: torch.dtype, x: Tensor, approximate: str = "tanh") -> list[Tensor]:
 
 
 def linear(
-    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    c: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
     out = F.linear(x.to(c), weight.to(c), None if bias is None else bias.to(c))
     return [out if residual is None else out + residual.to(c)]
@@ -70,7 +75,12 @@ def layer_norm_linear(
 
 
 def gated_linear(
-    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu"
+    c: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
     """Row by row of the weight: blocks of eight gates and their ups, the last one shorter."""
     n = weight.shape[0] // 2
@@ -117,6 +127,7 @@ def fp8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
+    batch_invariant: bool = False,
 ) -> list[Tensor]:
     rows = x.double() * x_scale.double()[:, None]
     columns = weight.double() * weight_scale.double()[:, None]

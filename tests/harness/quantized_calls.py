@@ -190,7 +190,7 @@ def fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
             "weight_scale": gen.rand(1 if index % 4 == 2 else n) * 0.01,
             "out_dtype": dtype,
         }
-        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype)}
+        yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype), "batch_invariant": True}
         yield f"{rows} {k} {n} no bias", call | {"bias": None}
 
 

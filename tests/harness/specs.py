@@ -177,7 +177,7 @@ def linear_add_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]
         call |= {"bias": gen.randn(n, dtype=dtype) if k < 100 else None}
         yield f"{leading} {k} {n} residual", call | {"residual": gen.randn(*leading, n, dtype=dtype, scale=k**0.5)}
     for name, call in linear_calls(gen, dtype):
-        yield name, call | {"residual": None}
+        yield name, call | {"residual": None, "batch_invariant": call["bias"] is None}
 
 
 def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
@@ -227,6 +227,11 @@ def gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call
 def rms_norm_gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, call in gated_linear_calls(gen, dtype):
         yield name, call | {"eps": 1e-6}
+
+
+def bad_linear(gen: Gen, base: Call) -> Bad:
+    if base["residual"] is not None:
+        yield "batch-invariant", {"batch_invariant": True}, ValueError, ("batch_invariant is True with a residual",)
 
 
 def bad_gated_linear(gen: Gen, base: Call) -> Bad:
@@ -436,6 +441,8 @@ SPECS = (
             "residual": Role((0, 1), optional=True),
         },
         formulas.linear,
+        scalars={"batch_invariant": "flag"},
+        bad=bad_linear,
     ),
     OpSpec(
         "rms_norm_linear",
@@ -451,6 +458,7 @@ SPECS = (
         gated_linear_calls,
         {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
         formulas.gated_linear,
+        scalars={"batch_invariant": "flag"},
         bad=bad_gated_linear,
     ),
     OpSpec(
@@ -525,7 +533,7 @@ SPECS = (
             "bias": Role((0,), optional=True),
         },
         formulas.fp8_linear,
-        scalars={"fast_accum": "flag"},
+        scalars={"fast_accum": "flag", "batch_invariant": "flag"},
         bad=bad_fp8,
     ),
     OpSpec(

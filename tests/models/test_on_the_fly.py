@@ -89,6 +89,12 @@ def test_ranks_have_parts_of_the_same_numbers(name: str) -> None:
     )
 
 
+def test_biases_are_the_models() -> None:
+    source = replace(SOURCE, config=replace(SOURCE.config, attention_bias=True))
+    fly, plain = (load_model(s, CPU, torch.float32, 64) for s in (with_quantization(source, "int8"), source))
+    assert torch.equal(fly.layers[0].self_attn.qkv_proj.bias, plain.layers[0].self_attn.qkv_proj.bias)
+
+
 def test_activations_of_weights_in_fp4(tmp_path: Path) -> None:
     """A file says one thing and the option another; which weights, it cannot say."""
     stored = open_model(quantize(SOURCE, tmp_path / "out", QuantizeOptions(scheme="mxfp4", rounding="nearest")))

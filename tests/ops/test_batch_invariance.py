@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,59 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(eight_bits: bool) 
         for b, (out, lse) in zip(members, attend(members), strict=True):
             assert torch.equal(out, alone[b][0])
             assert torch.equal(lse, alone[b][1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    m=st.integers(1, 5000),
+    n=st.integers(1, 4000).map(lambda n: 16 * n),
+    k=st.integers(1, 2000).map(lambda k: 16 * k),
+    num_sms=st.sampled_from((78, 114, 132)),
+    kind=st.sampled_from(({}, {"gated": True}, {"two_levels": True, "element_bytes": 1})),
+)
+def test_a_product_in_order_is_one_run_of_k_for_each_sum(m: int, n: int, k: int, num_sms: int, kind: Any) -> None:
+    found = _runtime.gemm_sm90_config(m, n, k, num_sms, in_order=True, **kind)
+    assert (found["num_splits"], found["stream_k"]) == (1, False)
+    assert found["in_order"] or found["block_n"] > 64, "two groups share the panels of tiles of 64 rows"
+    assert found["weight_rows"] % (16 if "gated" in kind else 8) == 0
+    assert 0 < found["weight_rows"] <= found["block_n"]
+    assert (found["n_tiles"] - 1) * found["weight_rows"] < n <= found["n_tiles"] * found["weight_rows"]
+
+
+def test_rows_of_products_have_the_bits_that_they_have_alone() -> None:
+    """On the CPU, where in fp32 and fp16 the usual ones have others for 1 to 7 rows."""
+    gen = torch.Generator().manual_seed(6)
+    x, weight, bias = (torch.randn(*shape, generator=gen) for shape in ((40, 999), (100, 999), (100,)))
+    q, scale = ops.quantize_fp8(x)
+    wq, weight_scale = ops.quantize_fp8(weight)
+    like = {"out_dtype": torch.float32, "batch_invariant": True}
+    products = [
+        lambda i, j: ops.linear(x[i:j], weight, bias, batch_invariant=True),
+        lambda i, j: ops.linear(x[i:j].half(), weight.half(), batch_invariant=True),
+        lambda i, j: ops.gated_linear(x[i:j], weight, bias, batch_invariant=True),
+        lambda i, j: ops.fp8_linear(q[i:j], scale[i:j], wq, weight_scale, bias, **like),
+    ]
+    for product in products:
+        whole = product(0, 40)
+        for i, j in ((0, 1), (3, 4), (1, 8), (5, 22)):
+            assert torch.equal(product(i, j), whole[i:j])
+    with pytest.raises(ValueError, match="batch_invariant is True with fast_accum"):
+        ops.fp8_linear(q, scale, wq, weight_scale, fast_accum=True, **like)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
+def test_queries_of_a_sequence_have_the_bits_that_they_have_alone(window: tuple[int, int]) -> None:
+    """On the CPU, in one call or in several."""
+    gen = torch.Generator().manual_seed(7)
+    k, v = (torch.randn(5, 16, 2, 32, generator=gen) for _ in "kv")
+    q, table = torch.randn(70, 6, 32, generator=gen), torch.tensor([[3, 0, 4, 1, 2]]).int()
+
+    def attend(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        starts, used = torch.tensor([0, end - first]).int(), torch.tensor([end]).int()
+        options: Any = {"window_size": window, "batch_invariant": True}
+        return ops.paged_attention(q[first:end], k, v, starts, used, table, end - first, **options)
+
+    out, lse = attend(0, 70)
+    for first, end in ((0, 1), (20, 37), (37, 38), (69, 70)):
+        for found, expected in zip(attend(first, end), (out[first:end], lse[:, first:end]), strict=True):
+            assert torch.equal(found, expected)

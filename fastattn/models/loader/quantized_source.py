@@ -131,7 +131,7 @@ class _RoundedSource(_ConfiguredSource):
 
     def read(self, name: str, out: Tensor, shard: Shard | None = None, copier: Copier | None = None) -> None:
         matrix, _, suffix = name.rpartition(".")
-        if matrix not in self._matrices:
+        if matrix not in self._matrices or suffix == "bias":
             super().read(name, out, shard, copier)
             return
         stored = self._rounded(matrix, out.device, copier)[suffix]
