@@ -63,5 +63,7 @@ cudaError_t gemm_mxfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t str
 cudaError_t gemm_int4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_nvfp4_fp8_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_mxfp4_fp8_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

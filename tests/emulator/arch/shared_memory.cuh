@@ -21,6 +21,11 @@ Storage& shared_storage_of_128() {
   return shared_storage<Storage>();
 }
 
+template <typename Storage>
+Storage& shared_storage_of_1024() {
+  return shared_storage<Storage>();
+}
+
 inline int32_t load_shared(uint32_t address) {
   int32_t value;
   std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
