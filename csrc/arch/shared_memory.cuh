@@ -54,6 +54,12 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint2 load_shared_8_bytes(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_shared_2_bytes(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");

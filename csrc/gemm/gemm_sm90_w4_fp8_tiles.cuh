@@ -1,4 +1,4 @@
-// Tiles of FP4 weights whose columns are in order 8 (gemm_sm90_w4_tiles.cuh) on their way to e4m3, for products with x
+// Tiles of FP4 weights whose columns are in order 8 (gemm_sm90_w4_tiled_operands.cuh) on their way to e4m3, for products with x
 // in e4m3: what a lane makes of a word, which is eight weights, and of a scale.
 //
 //   NVFP4   e4m3(E2M1 * scale / 8)              a row's sums are multiplied by x_scale * 8 / global_scale
@@ -9,8 +9,10 @@
 // product with the scale is exact in fp16, so that a weight rounds once.
 #pragma once
 
+#include "arch/byte_permute.cuh"
 #include "arch/e2m1.cuh"
 #include "arch/e4m3.cuh"
+#include "arch/shared_memory.cuh"
 
 namespace fastattn {
 
@@ -37,13 +39,17 @@ struct ScaledMagnitudes {
   }
 };
 
-// Four weights of a row and four of the one 8 below. The magnitudes of either are a byte permute's selector, the lower
-// and the upper half of the word; signs are the upper bits of bytes (first row) and of their lower halves (second).
-__device__ __forceinline__ void make_fp8_weights(uint32_t& first, uint32_t& second, uint32_t word,
-                                                 const uint2& of_first, const uint2& of_second) {
-  const uint32_t magnitudes = word & 0x77777777u;
-  first = __byte_perm(of_first.x, of_first.y, magnitudes) ^ (word & 0x80808080u);
-  second = __byte_perm(of_second.x, of_second.y, magnitudes >> 16) ^ (word << 4 & 0x80808080u);
+// The eight weights of a word, four of either row, of scales that are byte `idx` of words. `magnitudes`: where the table
+// begins in shared memory. Magnitudes of codes are a byte permute's selector, the lower and the upper half of the word;
+// signs are the upper bits of bytes (first row) and of their lower halves (second).
+__device__ __forceinline__ void make_fp8_weights(uint32_t& first, uint32_t& second, uint32_t codes, uint32_t magnitudes,
+                                                 uint32_t first_scales, int first_idx, uint32_t second_scales,
+                                                 int second_idx) {
+  const uint2 of_first = load_shared_8_bytes(address_of_eight(magnitudes, first_scales, first_idx));
+  const uint2 of_second = load_shared_8_bytes(address_of_eight(magnitudes, second_scales, second_idx));
+  const uint32_t selectors = codes & 0x77777777u;
+  first = look_up_bytes(of_first, selectors) ^ (codes & 0x80808080u);
+  second = look_up_bytes(of_second, selectors >> 16) ^ (codes << 4 & 0x80808080u);
 }
 
 }  // namespace fastattn

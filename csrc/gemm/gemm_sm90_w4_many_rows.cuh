@@ -3,7 +3,7 @@
 // takes.
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
-//   x (M, K)   weight: tiles of codes, and scales as they want them (gemm_sm90_w4_tiles.cuh)   out (M, N)
+//   x (M, K)   weight: tiles of codes, and scales as they want them (gemm_sm90_w4_tiled_operands.cuh)   out (M, N)
 //
 //                         x tile (block_m x 128 bytes), half of it
 //                         loaded by each CTA of a cluster, for both
@@ -17,7 +17,7 @@
 //              └─────┘   └───────────────────────────────────┘
 //
 //   a warp               codes(k), half of x(k) for both CTAs ─► codes(k+1), half of x(k+1) ─► … on to the next tile
-//   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …       (a panel: gemm_sm90_w4_tiles.cuh)
+//   group 0              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …       (a panel: gemm_sm90_w4_tiled_operands.cuh)
 //   group 1              k=0 │ 1 │ 2 │ … │ K-1 │ write │ k=0 │ 1 │ …
 //
 // How rows of out leave: gemm_sm90_transposed_rows.cuh.
@@ -40,7 +40,7 @@
 #include "arch/tma.cuh"
 #include "gemm/gemm_sm90_stream_k.cuh"
 #include "gemm/gemm_sm90_transposed_rows.cuh"
-#include "gemm/gemm_sm90_w4_tiles.cuh"
+#include "gemm/gemm_sm90_w4_tiled_operands.cuh"
 
 namespace fastattn {
 
@@ -57,13 +57,14 @@ constexpr int kGemmSm90W4ConsumerRegisters = 232, kGemmSm90W4ProducerRegisters =
 
 template <typename Operands, int BLOCK_M>
 struct GemmSm90W4ManyRowsStorage {
-  using Rows = GemmSm90TransposedRows<typename Operands::Out, BLOCK_M, sizeof(typename Operands::Element) == 1, 64>;
+  using Rows = GemmSm90TransposedRows<typename Operands::Out, BLOCK_M, sizeof(typename Operands::Element) == 1,
+                                      std::min(BLOCK_M, 64)>;
   static constexpr int kPanel = 128 / sizeof(typename Operands::Element);  // columns
   static constexpr int kTiles = kPanel / kW4TileK, kRowTiles = kGemmSm90W4CtaN / kW4TileRows;
   static constexpr uint32_t kXBytes = BLOCK_M * 128, kCodeBytes = kRowTiles * kTiles * kW4TileBytes;
   static constexpr int kBytes =
       kGemmSm90W4SmemBytes - kGemmSm90W4Consumers * sizeof(Rows) - sizeof(typename Operands::Shared);
-  static constexpr int kStages = std::min<int>(8, kBytes / (kXBytes + kCodeBytes + 2 * sizeof(MBarrier)));
+  static constexpr int kStages = std::min<int>(16, kBytes / (kXBytes + kCodeBytes + 2 * sizeof(MBarrier)));
 
   alignas(1024) unsigned char x[kStages][kXBytes];
   alignas(128) unsigned char codes[kStages][kRowTiles][kTiles][kW4TileBytes];
@@ -125,10 +126,10 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     return Tile{row * BLOCK_M, (column * NUM_CTAS + rank) * kGemmSm90W4CtaN};
   };
 
-  RingPosition<STAGES> position;
   if (warp_idx >= NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
     give_registers<kGemmSm90W4ProducerRegisters>();
+    RingPosition<STAGES> position;
     if (warp_idx == NUM_WARPS && lane == 0) {
       constexpr int HALF_M = BLOCK_M / NUM_CTAS;
       for (int32_t part = 0; part < walk.num_parts; ++part) {
@@ -158,13 +159,17 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     const int group = warp_idx / 4;
     const int32_t n_of_lane = warp_idx * 16 + lane / 4;  // of a tile, and the one 8 below
     const uint32_t first_codes = shared_address(smem.codes[0][warp_idx]) + lane * 16;
+    const uint32_t shared = shared_address(&smem.shared);
     const WgmmaDescriptor first_x = WgmmaDescriptor::make<128>(smem.x[0], 0);
-    const auto release = [&](uint32_t count) {
-      if (lane < NUM_CTAS) smem.empty[count % STAGES].arrive_at_cta(lane);
+    RingPosition<STAGES> position;
+    uint32_t last_stage = 0;
+    const auto release_last = [&] {
+      if (lane < NUM_CTAS) smem.empty[last_stage].arrive_at_cta(lane);
     };
     GemmSm90W4TileScales<Operands> scales;
     Tile next = tile_of(walk.tile(0));
-    scales.load(p, next.first_n + warp_idx * 16, walk.begin(0), lane);
+    scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
+    scales.load(p, walk.begin(0), lane);
     float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];
 #pragma unroll 1
@@ -187,19 +192,21 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       for (int32_t i = begin; i < end; ++i) {
         scales.take();
         const bool is_last = i == end - 1;
-        scales.load(p, (is_last ? next : tile).first_n + warp_idx * 16, is_last ? next_begin : i + 1, lane);
+        if (is_last) scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
+        scales.load(p, is_last ? next_begin : i + 1, lane);
 #pragma unroll
         for (int panel = 0; panel < STAGE_K / PANEL; ++panel) {
           const bool is_first = panel == 0 && i == begin;
           const uint32_t stage = position.stage();
           smem.full[stage].wait(position.parity());
           const auto released = [&](int step) {
-            if (step == 1 && !is_first) release(position.count - 1);
+            if (step == 1 && !is_first) release_last();
           };
           multiply_w4_panel<Operands, BLOCK_M>(acc, a, first_codes + stage * Storage::kCodeBytes, scales,
-                                               panel * Storage::kTiles, smem.shared,
+                                               panel * Storage::kTiles, shared,
                                                first_x.uniform_plus(stage * Storage::kXBytes), is_first, lane,
                                                released);
+          last_stage = stage;
           position.advance();
         }
       }
@@ -207,7 +214,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       pin_registers(a[0]);
       pin_registers(a[1]);
       pin_registers(acc);
-      release(position.count - 1);
+      release_last();
       if (end < num_stages) {
         const Handed handed(p, blockIdx.x, group);
         handed.put(acc);
@@ -265,6 +272,8 @@ cudaError_t launch_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_
 template <typename Operands>
 cudaError_t run_gemm_sm90_w4_many_rows(const GemmSm90W4Params& p, cudaStream_t stream) {
   switch (p.config.tile.block_m) {
+    case 64:
+      return launch_gemm_sm90_w4_many_rows<Operands, 64>(p, stream);
     case 128:
       return launch_gemm_sm90_w4_many_rows<Operands, 128>(p, stream);
     case 192:

@@ -38,6 +38,13 @@ inline float2 load_shared_pair(uint32_t address) {
   return value;
 }
 
+inline uint2 load_shared_8_bytes(uint32_t address) {
+  if (address % 8 != 0) emulator::fail("8 bytes from an address that is not a multiple of 8");
+  uint2 value;
+  std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
+  return value;
+}
+
 inline uint4 load_shared_16_bytes(uint32_t address) {
   if (address % 16 != 0) emulator::fail("16 bytes from an address that is not a multiple of 16");
   uint4 value;

@@ -5,7 +5,7 @@
 // them is, with columns in
 //   order 16, x in 16 bits   the fragment of 16 columns: 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of both rows
 //   order 8, x in 8 bits     half of that of 32: four columns of both rows, from 4 t (even words) or 16 + 4 t on
-// (the bits in it: gemm_sm90_w4_formats.cuh, gemm_sm90_w4_fp8_tiles.cuh; fastattn/reference/w4_tiles.py makes them).
+// (the bits in it: gemm_sm90_w4_16_bit_tiles.cuh, gemm_sm90_w4_fp8_tiles.cuh; fastattn/reference/w4_tiles.py).
 // FP4's scales lie in the same order, those of a tile's row g and then of row g + 8 together.
 //
 //   kind                      x      A fragment                          sums are multiplied by
@@ -16,8 +16,10 @@
 //   Element, Out    the elements of x, of out and bias
 //   kDType          the former's
 //   kTwoLevels      the tensor cores add up 128 columns, registers the rest (gemm_sm90_operands.cuh)
-//   Shared          what a CTA keeps in shared memory for it, made by `fill` (a barrier must follow)
-//   Raw, load       what memory has of a lane's two rows of scales for a tile
+//   Shared          what a CTA keeps in shared memory for it, made by `fill` (a barrier must follow); its address is the
+//                   last argument of make_fragment
+//   Row, row        where memory has the scales of a lane's two rows of a row of tiles
+//   Raw, load       what it has of them for a tile
 //   kWords, of      what a lane makes of that, and the four lanes of a row hand to each other: words
 //   make_fragment   of product `product` of a tile, from the lane's codes and those words
 //   x_scale         of a row of x
@@ -28,21 +30,41 @@
 #include "arch/mbarrier.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
-#include "gemm/gemm_sm90_w4_formats.cuh"
+#include "gemm/gemm_sm90_w4_16_bit_tiles.cuh"
 #include "gemm/gemm_sm90_w4_fp8_tiles.cuh"
 
 namespace fastattn {
 
-constexpr int kW4TileRows = 16, kW4TileK = 64, kW4TileBytes = 512;
+template <typename FormatOfWeight>
+struct GemmSm90W4TilesA16 {
+  using Format = FormatOfWeight;
+  using Element = typename Format::T;
+  using Out = Element;
+  using Row = typename Format::Row;
+  using Raw = typename Format::Raw;
+  static constexpr DType kDType = GemmSm90Dense<Element>::kDType;
+  static constexpr bool kTwoLevels = false;
+  static constexpr int kWords = Format::kWords;
+  struct Shared {
+    __device__ __forceinline__ void fill() {}
+  };
 
-// A row group of a tile, and which: the last ones stand in for those past the end of a row or of the matrix, where x is
-// zero or the result is not stored.
-struct W4TilePlace {
-  int64_t row_tile, tile;  // of so many a row of tiles
-  int64_t num_tiles;
-  int lane;
+  __device__ static __forceinline__ Row row(const GemmSm90W4Params& p, int32_t row_tile, int lane) {
+    return Format::row(p, row_tile, lane);
+  }
+  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, const Row& row, int32_t tile) {
+    return Format::load(p, row, tile);
+  }
+  __device__ static __forceinline__ void of(uint32_t (&words)[kWords], const Raw& raw) { Format::of(words, raw); }
+  __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const uint32_t (&codes)[4], int product,
+                                                       const uint32_t (&words)[kWords], uint32_t) {
+    Format::make_fragment(a, codes[product], product, words);
+  }
 
-  __device__ __forceinline__ int64_t group() const { return (row_tile * num_tiles + tile) * 8 + lane / 4; }
+  __device__ static __forceinline__ float x_scale(const GemmSm90W4Params&, int64_t) { return 1.0f; }
+  __device__ static __forceinline__ float column_factor(const GemmSm90W4Params& p, int64_t row) {
+    return p.global_scale == nullptr ? Format::kSumFactor : Format::kSumFactor / __ldg(p.global_scale + row);
+  }
 };
 
 // With x in e4m3. GROUP: 16 is NVFP4, 32 is MXFP4.
@@ -56,8 +78,13 @@ struct GemmSm90W4TilesA8 {
   static constexpr int kWords = 32 / GROUP;
   using Raw = std::conditional_t<GROUP == 16, uint2, uint32_t>;
 
-  __device__ static __forceinline__ Raw load(const GemmSm90W4Params& p, const W4TilePlace& place) {
-    return __ldg(static_cast<const Raw*>(p.weight_scale) + place.group());
+  using Row = const Raw*;
+
+  __device__ static __forceinline__ Row row(const GemmSm90W4Params& p, int32_t row_tile, int lane) {
+    return fp4_scales<Raw>(p, row_tile, lane);
+  }
+  __device__ static __forceinline__ Raw load(const GemmSm90W4Params&, const Row& row, int32_t tile) {
+    return __ldg(row + tile * 8);
   }
   __device__ static __forceinline__ void of(uint32_t (&words)[kWords], const Raw& raw) {
     if constexpr (GROUP == 16) {
@@ -68,13 +95,12 @@ struct GemmSm90W4TilesA8 {
     }
   }
   __device__ static __forceinline__ void make_fragment(uint32_t (&a)[4], const uint32_t (&codes)[4], int product,
-                                                       const uint32_t (&words)[kWords], const Shared& magnitudes) {
+                                                       const uint32_t (&words)[kWords], uint32_t magnitudes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int word = 2 * product + i, span = word * 16 / GROUP;
-      const uint32_t first = __byte_perm(words[0], 0, 0x4440u + span);
-      const uint32_t second = __byte_perm(words[kWords - 1], 0, 0x4440u + (GROUP == 16 ? span : 2 + span));
-      make_fp8_weights(a[2 * i], a[2 * i + 1], codes[word], magnitudes.of[first], magnitudes.of[second]);
+      make_fp8_weights(a[2 * i], a[2 * i + 1], codes[word], magnitudes, words[0], span, words[kWords - 1],
+                       GROUP == 16 ? span : 2 + span);
     }
   }
 
@@ -91,15 +117,18 @@ struct GemmSm90W4TilesA8 {
 template <typename Operands>
 struct GemmSm90W4TileScales {
   static constexpr int kWords = Operands::kWords;
+  typename Operands::Row row;
   typename Operands::Raw next;
   uint32_t own[kWords];
 
-  // Of the stage `step` of rows first_n to first_n + 15.
-  __device__ __forceinline__ void load(const GemmSm90W4Params& p, int32_t first_n, int32_t step, int lane) {
-    const int64_t num_tiles = p.k / kW4TileK, last_row_tile = (p.n - 1) / kW4TileRows;
-    const int64_t tile = step * (kGemmSm90W4StageK / kW4TileK) + lane % 4;
-    next = Operands::load(
-        p, {min(int64_t{first_n / kW4TileRows}, last_row_tile), min(tile, num_tiles - 1), num_tiles, lane});
+  // Rows first_n to first_n + 15. The last ones that there are, and the last columns, stand in for those past the ends:
+  // x is zero there, or the result is not stored.
+  __device__ __forceinline__ void begin(const GemmSm90W4Params& p, int32_t first_n, int lane) {
+    row = Operands::row(p, min(first_n, static_cast<int32_t>(p.n) - 1) / kW4TileRows, lane);
+  }
+  __device__ __forceinline__ void load(const GemmSm90W4Params& p, int32_t step, int lane) {
+    const int32_t tile = step * (kGemmSm90W4StageK / kW4TileK) + lane % 4;
+    next = Operands::load(p, row, min(tile, static_cast<int32_t>(p.k) / kW4TileK - 1));
   }
   __device__ __forceinline__ void take() { Operands::of(own, next); }
   __device__ __forceinline__ void hand_out(uint32_t (&words)[kWords], int tile, int lane) const {
@@ -120,7 +149,7 @@ struct GemmSm90W4TileScales {
 template <typename Operands, int BLOCK_M, typename Released>
 __device__ __forceinline__ void multiply_w4_panel(float (&acc)[BLOCK_M / 8][4], uint32_t (&a)[2][2][4],
                                                   uint32_t codes_of_lane, const GemmSm90W4TileScales<Operands>& scales,
-                                                  int first_tile, const typename Operands::Shared& shared,
+                                                  int first_tile, uint32_t shared,
                                                   WgmmaDescriptor x, bool is_first, int lane, Released released) {
   using Product = Wgmma<typename Operands::Element, BLOCK_M>;
   constexpr int TILES = 128 / sizeof(typename Operands::Element) / kW4TileK, PRODUCTS = 4 / TILES;  // of a tile
