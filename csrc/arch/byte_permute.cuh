@@ -7,8 +7,8 @@
 
 namespace fastattn {
 
-// Four of the eight bytes of a table, by the three lower bits of the selector's four lowest halves of bytes, whose fourth
-// bits are 0. __byte_perm would clear those first, and again where the selector has been made of half a word.
+// Four of the eight bytes of a table, by the three lower bits of the selector's four lowest halves of bytes, whose
+// fourth bits are 0. __byte_perm would clear those first, and again where the selector has been made of half a word.
 __device__ __forceinline__ uint32_t look_up_bytes(const uint2& table, uint32_t selector) {
   uint32_t bytes;
   asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(bytes) : "r"(table.x), "r"(table.y), "r"(selector));

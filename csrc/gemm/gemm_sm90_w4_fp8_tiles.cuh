@@ -1,5 +1,5 @@
-// Tiles of FP4 weights whose columns are in order 8 (gemm_sm90_w4_tiled_operands.cuh) on their way to e4m3, for products with x
-// in e4m3: what a lane makes of a word, which is eight weights, and of a scale.
+// Tiles of FP4 weights whose columns are in order 8 (gemm_sm90_w4_tiled_operands.cuh) on their way to e4m3, for
+// products with x in e4m3: what a lane makes of a word, which is eight weights, and of a scale.
 //
 //   NVFP4   e4m3(E2M1 * scale / 8)              a row's sums are multiplied by x_scale * 8 / global_scale
 //   MXFP4   e4m3(E2M1 * 2^(scale - 127))                                       x_scale / global_scale
@@ -39,9 +39,9 @@ struct ScaledMagnitudes {
   }
 };
 
-// The eight weights of a word, four of either row, of scales that are byte `idx` of words. `magnitudes`: where the table
-// begins in shared memory. Magnitudes of codes are a byte permute's selector, the lower and the upper half of the word;
-// signs are the upper bits of bytes (first row) and of their lower halves (second).
+// The eight weights of a word, four of either row, of scales that are byte `idx` of words. `magnitudes`: where the
+// table begins in shared memory. Magnitudes of codes are a byte permute's selector, the lower and the upper half of the
+// word; signs are the upper bits of bytes (first row) and of their lower halves (second).
 __device__ __forceinline__ void make_fp8_weights(uint32_t& first, uint32_t& second, uint32_t codes, uint32_t magnitudes,
                                                  uint32_t first_scales, int first_idx, uint32_t second_scales,
                                                  int second_idx) {

@@ -202,10 +202,9 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
           const auto released = [&](int step) {
             if (step == 1 && !is_first) release_last();
           };
-          multiply_w4_panel<Operands, BLOCK_M>(acc, a, first_codes + stage * Storage::kCodeBytes, scales,
-                                               panel * Storage::kTiles, shared,
-                                               first_x.uniform_plus(stage * Storage::kXBytes), is_first, lane,
-                                               released);
+          multiply_w4_panel<Operands, BLOCK_M>(
+              acc, a, first_codes + stage * Storage::kCodeBytes, scales, panel * Storage::kTiles, shared,
+              first_x.uniform_plus(stage * Storage::kXBytes), is_first, lane, released);
           last_stage = stage;
           position.advance();
         }

@@ -16,7 +16,8 @@
 //   Element, Out    the elements of x, of out and bias
 //   kDType          the former's
 //   kTwoLevels      the tensor cores add up 128 columns, registers the rest (gemm_sm90_operands.cuh)
-//   Shared          what a CTA keeps in shared memory for it, made by `fill` (a barrier must follow); its address is the
+//   Shared          what a CTA keeps in shared memory for it, made by `fill` (a barrier must follow); its address is
+//   the
 //                   last argument of make_fragment
 //   Row, row        where memory has the scales of a lane's two rows of a row of tiles
 //   Raw, load       what it has of them for a tile
@@ -112,8 +113,8 @@ struct GemmSm90W4TilesA8 {
   }
 };
 
-// What the four lanes of a row have in turns: each loads the scales of one of a stage's four tiles, one stage ahead, and
-// makes words of them.
+// What the four lanes of a row have in turns: each loads the scales of one of a stage's four tiles, one stage ahead,
+// and makes words of them.
 template <typename Operands>
 struct GemmSm90W4TileScales {
   static constexpr int kWords = Operands::kWords;
@@ -138,8 +139,8 @@ struct GemmSm90W4TileScales {
 };
 
 // acc (64, BLOCK_M) += the products of a panel of x, 128 bytes a row, and the weight, in two sets of two fragments that
-// live from one panel to the next. `codes_of_lane`: where the lane's codes of the panel's first tile lie; first_tile: of
-// the stage.
+// live from one panel to the next. `codes_of_lane`: where the lane's codes of the panel's first tile lie; first_tile:
+// of the stage.
 //
 //   step i of 2: wait for the products of step i - 2 │ released(i) │ A fragments in their place │ products of i
 //                ◄────────────────────── the products of i - 1 run ──────────────────────►
@@ -149,8 +150,8 @@ struct GemmSm90W4TileScales {
 template <typename Operands, int BLOCK_M, typename Released>
 __device__ __forceinline__ void multiply_w4_panel(float (&acc)[BLOCK_M / 8][4], uint32_t (&a)[2][2][4],
                                                   uint32_t codes_of_lane, const GemmSm90W4TileScales<Operands>& scales,
-                                                  int first_tile, uint32_t shared,
-                                                  WgmmaDescriptor x, bool is_first, int lane, Released released) {
+                                                  int first_tile, uint32_t shared, WgmmaDescriptor x, bool is_first,
+                                                  int lane, Released released) {
   using Product = Wgmma<typename Operands::Element, BLOCK_M>;
   constexpr int TILES = 128 / sizeof(typename Operands::Element) / kW4TileK, PRODUCTS = 4 / TILES;  // of a tile
   uint32_t codes[TILES][4], words[TILES][Operands::kWords];

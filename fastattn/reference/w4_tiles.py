@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.reference.quantize import pack_nibbles, unpack_nibbles
+from fastattn.reference.quantize import e8m0_step, pack_nibbles, unpack_nibbles
 
 ROWS, COLUMNS = 16, 64  # of a tile
 ORDERS = (16, 8)
@@ -67,6 +67,29 @@ def unpack_scales(tiles: Tensor) -> Tensor:
     row_tiles, column_tiles, of_tile = tiles.shape[0], tiles.shape[1], tiles.shape[2] // ROWS
     split = tiles.reshape(row_tiles, column_tiles, 8, 2, of_tile).permute(0, 3, 2, 1, 4)
     return split.reshape(row_tiles * ROWS, column_tiles * of_tile)
+
+
+# MXFP4's scales in tiles are relative to their row's largest, which is this, 2⁶: so E2M1 times a scale fits e4m3, and in 16 bits the
+# scale can take a factor along. Of a row whose scales are all below _LEAST the largest is less, since the rest must fit fp32.
+_LARGEST, _LEAST = 133, 7
+_E8M0_NAN, _E8M0_ONE = 255, 127
+
+
+def relative_mxfp4(scale: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """scale (N, G) uint8, global_scale (N) fp32 → the same of the same weight, with no scale of more than 2⁶: what a row's scales
+    lose its global scale gains. Those that would be less than 2⁻¹²⁷ become that."""
+    is_nan = scale == _E8M0_NAN
+    largest = scale.int().masked_fill(is_nan, 0).amax(1).clamp(min=_LEAST)
+    moved = (scale.int() + (_LARGEST - largest)[:, None]).clamp(min=0).masked_fill(is_nan, _E8M0_NAN)
+    factor = e8m0_step(_LARGEST + _E8M0_ONE - largest)
+    return moved.to(torch.uint8), factor if global_scale is None else global_scale * factor
+
+
+def absolute_mxfp4(scale: Tensor, global_scale: Tensor) -> Tensor:
+    """What `relative_mxfp4` has made scales and the global scale of, if there was none before."""
+    is_nan = scale == _E8M0_NAN
+    moved = scale.int() - (torch.frexp(global_scale).exponent - 1)[:, None]
+    return moved.clamp(0, _E8M0_NAN - 1).masked_fill(is_nan, _E8M0_NAN).to(torch.uint8)
 
 
 # --- the bits of a word, int64 from 0 to 2³² - 1
