@@ -1,0 +1,177 @@
+// Draws calls of the Hopper GEMM for few rows and weights of 4 bits in tiles, and holds their results against a
+// reference.
+#include "gemm/gemm_sm90_w4_tiles.h"
+
+#include <algorithm>
+
+#include "arch/e2m1.cuh"
+#include "drawn_call.h"
+
+namespace {
+
+using namespace emulator;
+using fastattn::GemmSm90W4TilesParams;
+using fastattn::GemmSm90W4TilesShape;
+
+struct Format {
+  const char* name;
+  int group;
+  cudaError_t (*launch)(const GemmSm90W4TilesParams&, cudaStream_t);
+};
+const Format kFormats[] = {{"nvfp4", 16, fastattn::gemm_nvfp4_tiles_sm90},
+                           {"mxfp4", 32, fastattn::gemm_mxfp4_tiles_sm90}};
+
+float e2m1_value(int code) {
+  constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];
+}
+
+uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
+uint32_t both(int bit) { return 0x10001u << bit; }
+
+// fastattn/reference/w4_tiles.py: four pairs of codes to a word.
+uint32_t fp4_word(const int (&codes)[4][2]) {
+  uint32_t pairs[4];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = 0;
+    for (int half = 0; half < 2; ++half) {
+      pairs[i] |= static_cast<uint32_t>((codes[i][half] & 8) << 12 | (codes[i][half] & 7) << 6) << 16 * half;
+    }
+  }
+  const uint32_t c = pairs[2], d = pairs[3];
+  uint32_t word = pairs[0] | rotated(pairs[1], 20);
+  word |= (d ^ rotated(word, 8)) >> 2 & (both(13) | both(5));
+  word |= (c ^ word << 2) >> 6 & (both(9) | both(2) | both(1));
+  word |= rotated(d ^ word << 2, 24) & both(0);
+  word |= (c ^ word << 6) >> 2 & both(4);
+  return word | (rotated(d ^ word << 2, 24) & both(14));
+}
+
+template <typename T>
+void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
+  constexpr int kBehind = 64;  // elements behind out that nobody may write
+  GemmSm90W4TilesParams p;
+  p.dtype = TypeInfo<T>::kDType;
+  const int pass = fastattn::gemm_sm90_w4_tiles_pass(shape.block_m);
+  p.m = pick({1, between(1, shape.block_m), shape.block_m});
+  p.n = 16 * pick({1, between(1, 8), between(1, 40)});
+  p.k = 64 * pick({1, between(1, 12), between(1, 40), one_in(4) ? between(pass - 1, 2 * pass + 2) : 7});
+  const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
+  p.config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
+
+  p.x_stride = p.k + 8 * pick({0, 0, 1, 5});
+  Tensor<T> x(p.m * p.x_stride + 8);  // NaN between the rows
+  const bool units = one_in(4);       // rows of x, which make single weights, exact ones
+  for (int64_t m = 0; m < p.m; ++m) {
+    const int64_t unit = between(0, static_cast<int>(p.k) - 1);
+    for (int64_t k = 0; k < p.k; ++k) x.set(m * p.x_stride + k, units ? static_cast<float>(k == unit) : normal());
+  }
+  const int64_t columns = p.k / 64, num_groups = p.k / format.group, of_tile = 64 / format.group;
+  std::vector<uint8_t> codes(p.n * p.k), scale_bits(p.n * num_groups);
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(between(0, 15));
+  for (uint8_t& bits : scale_bits) {
+    bits = static_cast<uint8_t>(format.group == 16 ? between(0, 126) | between(0, 1) << 7 : between(110, 132));
+  }
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  std::vector<Chunk> tiles(p.n / 16 * columns * 32);
+  std::vector<Chunk> scale_tiles(p.n * num_groups / 16);
+  for (int64_t row = 0; row < p.n / 16; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int j = 0; j < 4; ++j) {
+          int of_word[4][2];
+          for (int i = 0; i < 8; ++i) {
+            const int64_t n = row * 16 + lane / 4 + i / 2 % 2 * 8;
+            const int64_t k = column * 64 + j * 16 + lane % 4 * 2 + i / 4 * 8 + i % 2;
+            of_word[i / 2][i % 2] = codes[n * p.k + k];
+          }
+          tiles[(row * columns + column) * 32 + lane].words[j] = fp4_word(of_word);
+        }
+      }
+      uint8_t* const scales = reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
+      for (int i = 0; i < 16 * of_tile; ++i) {
+        const int64_t n = row * 16 + i / (2 * of_tile) + i / of_tile % 2 * 8;
+        scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
+      }
+    }
+  }
+  std::vector<float> global_scales(p.n);
+  for (float& scale : global_scales) scale = 50.0f + static_cast<float>(between(0, 1000));
+  Tensor<T> bias(p.n);
+  for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
+  std::vector<T> out(p.m * p.n + kBehind, T(NAN));
+  p.x = x.data.data();
+  p.weight = tiles.data();
+  p.weight_scale = scale_tiles.data();
+  // Sums of thousands of 6 * 448 leave fp16.
+  p.global_scale = !units && (format.group == 16 || one_in(2)) ? global_scales.data() : nullptr;
+  p.bias = !units && one_in(2) ? bias.data.data() : nullptr;
+  p.out = out.data();
+  current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
+                  std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(shape.block_m) +
+                  " x " + std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
+                  std::to_string(p.config.num_ctas) + " CTAs";
+
+  std::vector<double> weight(p.n * p.k);
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t k = 0; k < p.k; ++k) {
+      const uint8_t bits = scale_bits[n * num_groups + k / format.group];
+      const float scale = format.group == 16 ? fastattn::from_e4m3<float>(bits) : fastattn::from_e8m0<float>(bits);
+      weight[n * p.k + k] = static_cast<float>(T(e2m1_value(codes[n * p.k + k]) * scale));
+    }
+  }
+  const auto launch = [&] {
+    if (format.launch(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  };
+  launch();
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t k = 0; k < p.k; ++k) {
+        const double term = double{x.values[m * p.x_stride + k]} * weight[n * p.k + k];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double divisor = p.global_scale == nullptr ? 1.0 : global_scales[n];
+      const double expected = sum / divisor + (p.bias == nullptr ? 0.0 : bias.values[n]);
+      const double got = static_cast<float>(out[m * p.n + n]);
+      // Rounded once, from a sum in fp32.
+      const double allowed = units ? 0.0
+                                   : std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
+                                         size / divisor * 0x1p-20 + 1e-6;
+      if (!(std::fabs(got - expected) <= allowed)) {
+        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
+             std::to_string(expected));
+      }
+    }
+  }
+  for (int i = 0; i < kBehind; ++i) {
+    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
+  }
+  if (!one_in(3)) return;
+  const std::vector<T> first = out;
+  std::fill(out.begin(), out.end(), T(NAN));
+  launch();
+  if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_calls(argc, argv, [](int seed, int size) {
+    constexpr int NUM_SHAPES = std::size(fastattn::kGemmSm90W4TilesShapes);
+    int idx = seed % NUM_SHAPES;
+    for (int i = 0; i < NUM_SHAPES; ++i) {
+      if (fastattn::kGemmSm90W4TilesShapes[i].block_m == size) idx = i;
+    }
+    const GemmSm90W4TilesShape& shape = fastattn::kGemmSm90W4TilesShapes[idx];
+    const Format& format = kFormats[between(0, 1)];
+    if (one_in(2)) {
+      run_call<__half>(format, shape);
+    } else {
+      run_call<__nv_bfloat16>(format, shape);
+    }
+  });
+}
