@@ -6,7 +6,7 @@ namespace fastattn {
 
 cudaError_t gemm_mxfp4_tiles_sm90(const GemmSm90W4TilesParams& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    return run_gemm_sm90_w4_tiles<Mxfp4Tile<decltype(type)>>(params, stream);
+    return run_gemm_sm90_w4_tiles<Fp4Tile<decltype(type), 32>>(params, stream);
   });
 }
 

@@ -27,8 +27,6 @@
 // Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16.
 #pragma once
 
-#include <iterator>
-
 #include "arch/cluster.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -41,30 +39,32 @@
 
 namespace fastattn {
 
-template <typename Format, int BLOCK_M, int ROW_TILES>
+template <typename Format, typename Shape>
 struct GemmSm90W4TilesStorage {
   using T = typename Format::T;
-  static constexpr int kWarps = kGemmSm90W4TilesWarps;
-  static constexpr int kStages = 3, kStageTiles = 4 / ROW_TILES;
-  static constexpr int kPassTiles = gemm_sm90_w4_tiles_pass(BLOCK_M);
-  static constexpr int kColumns = 16 * ROW_TILES;                          // of out, in a block
-  static constexpr int kShares = kWarps + gemm_sm90_w4_tiles_max_blocks(BLOCK_M) - 1;  // of blocks, that warps have
+  static constexpr int kStages = Shape::kStages, kStageTiles = Shape::kStageTiles, kRowTiles = Shape::kRowTiles;
+  static constexpr int kBlockM = Shape::kBlockM;
+  static constexpr int kColumns = 16 * kRowTiles;  // of out, in a block
+  static constexpr int kShares = Shape::kWarps + Shape::kMaxBlocks - 1;  // of blocks, that warps have
 
+  // Of INT4 no scales.
+  static constexpr int kScaleBytes = Format::kTileBytes > 0 ? kStageTiles * Format::kTileBytes : 1;
   struct Stage {
-    alignas(128) uint4 codes[ROW_TILES][kStageTiles][32];
-    alignas(16) unsigned char scales[ROW_TILES][kStageTiles][Format::kTileBytes];
+    alignas(128) uint4 codes[kRowTiles][kStageTiles][32];
+    alignas(16) unsigned char scales[kRowTiles][kScaleBytes];
   };
-  Stage ring[kWarps][kStages];
+  Stage ring[Shape::kWarps][kStages];
   // Rows are 16 bytes apart modulo 128, so that eight of them lie in different banks.
-  alignas(128) T x[BLOCK_M][64 * kPassTiles + 8];
+  alignas(128) T x[kBlockM][64 * Shape::kPassTiles + 8];
   // Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
-  alignas(16) float sums[kShares][BLOCK_M][kColumns + 4];
-  MBarrier full[kWarps][kStages], x_full, x_empty;
+  alignas(16) float sums[kShares][kBlockM][kColumns + 4];
+  MBarrier full[Shape::kWarps][kStages], x_full, x_empty;
 };
 
-// What a CTA of a cluster has of the columns, in tiles, and how they are shared out.
+// What a CTA of a cluster has of the columns, in tiles. It goes over all of its blocks for `pass` of them, then for the
+// next ones, the last time perhaps for fewer.
 struct W4TilesColumns {
-  int32_t first, num, pass;  // pass: of each pass, but for the last one, which may have less
+  int32_t first, num, pass;
 
   __device__ __forceinline__ W4TilesColumns(int32_t all, int32_t rank, int32_t num_splits, int32_t most_of_pass) {
     first = rank * all / num_splits;
@@ -74,70 +74,74 @@ struct W4TilesColumns {
   }
 };
 
-// The tiles of a pass that a warp has, by blocks: `begin` to `end`.
+// The first of a pass's tiles, by blocks, that a warp has.
+template <int WARPS>
 __device__ __forceinline__ int32_t w4_tiles_share(int32_t num_tiles, int32_t warp_idx) {
-  return warp_idx * num_tiles / kGemmSm90W4TilesWarps;
+  return warp_idx * num_tiles / WARPS;
 }
 // And the warp that has one of them.
+template <int WARPS>
 __device__ __forceinline__ int32_t w4_tiles_owner(int32_t num_tiles, int32_t tile) {
-  return ((tile + 1) * kGemmSm90W4TilesWarps - 1) / num_tiles;
+  return ((tile + 1) * WARPS - 1) / num_tiles;
 }
 
-// A warp's way through its share, up to STAGE tiles of a block at a time.
+// A warp's share of each pass: where it begins, and how many tiles it is.
+struct W4TilesShare {
+  int32_t block, column, num;
+  W4TilesColumns columns;
+};
+
+// A warp's way through it, up to STAGE tiles of a block at a time.
 template <int STAGE>
 struct W4TilesWalk {
-  int32_t pass = 0, block, column, left;
+  int32_t first = 0;  // column of the pass
+  int32_t block, column, left;
+  int32_t covered, num;  // tiles of the step: as if the pass were a whole one, and those that there are
 
-  struct Share {
-    int32_t block, column, num;  // where it begins, tiles
-    W4TilesColumns columns;
-  };
-
-  __device__ __forceinline__ explicit W4TilesWalk(const Share& share) { begin(share); }
-
-  // Tiles of the pass that the step covers, and how many of them there are.
-  __device__ __forceinline__ int32_t covered(const Share& share) const {
-    return min(min(STAGE, share.columns.pass - column), left);
+  __device__ __forceinline__ explicit W4TilesWalk(const W4TilesShare& share) {
+    begin(share);
+    if (share.num == 0) first = share.columns.num;
+    measure(share);
   }
-  __device__ __forceinline__ int32_t num_tiles(const Share& share) const {
-    return min(covered(share), share.columns.num - pass * share.columns.pass - column);
-  }
-  __device__ __forceinline__ bool is_over(const Share& share) const {
-    return share.num == 0 || pass * share.columns.pass >= share.columns.num;
-  }
+  __device__ __forceinline__ bool is_over(const W4TilesShare& share) const { return first >= share.columns.num; }
   // To the next step that has tiles, or the end.
-  __device__ __forceinline__ void advance(const Share& share) {
+  __device__ __forceinline__ void advance(const W4TilesShare& share) {
     do {
-      const int32_t step = covered(share);
-      column += step;
-      left -= step;
+      column += covered;
+      left -= covered;
       if (column == share.columns.pass) {
         column = 0;
         ++block;
       }
       if (left == 0) {
-        ++pass;
+        first += share.columns.pass;
         begin(share);
       }
-    } while (!is_over(share) && num_tiles(share) <= 0);
+      measure(share);
+    } while (num <= 0 && !is_over(share));
   }
 
  private:
-  __device__ __forceinline__ void begin(const Share& share) {
+  __device__ __forceinline__ void begin(const W4TilesShare& share) {
     block = share.block;
     column = share.column;
     left = share.num;
   }
+  __device__ __forceinline__ void measure(const W4TilesShare& share) {
+    covered = min(min(STAGE, share.columns.pass - column), left);
+    num = min(covered, share.columns.num - first - column);
+  }
 };
 
-template <typename Format, int BLOCK_M, int ROW_TILES>
-__global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
+template <typename Format, typename Shape>
+__global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     gemm_sm90_w4_tiles_kernel(const __grid_constant__ GemmSm90W4TilesParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Format::T;
-  using Storage = GemmSm90W4TilesStorage<Format, BLOCK_M, ROW_TILES>;
-  constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles;
-  using Walk = W4TilesWalk<STAGE_TILES>;
+  using Storage = GemmSm90W4TilesStorage<Format, Shape>;
+  using Walk = W4TilesWalk<Shape::kStageTiles>;
+  constexpr int BLOCK_M = Shape::kBlockM, ROW_TILES = Shape::kRowTiles, WARPS = Shape::kWarps;
+  constexpr int STAGES = Shape::kStages;
 
   Storage& smem = shared_storage_of_128<Storage>();
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -148,49 +152,49 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 
   const int32_t all_rows = static_cast<int32_t>(p.n / 16), all_columns = static_cast<int32_t>(p.k / 64);  // tiles
   const int32_t all_blocks = (all_rows + ROW_TILES - 1) / ROW_TILES;
-  const int32_t first_block = static_cast<int32_t>(int64_t{cluster} * all_blocks / num_clusters);
-  const int32_t num_blocks =
-      static_cast<int32_t>((int64_t{cluster} + 1) * all_blocks / num_clusters) - first_block;
-  const W4TilesColumns columns(all_columns, rank, num_splits, Storage::kPassTiles);
-  const int32_t first_share = w4_tiles_share(num_blocks * columns.pass, warp_idx);
-  const typename Walk::Share share = {first_share / columns.pass, first_share % columns.pass,
-                                      w4_tiles_share(num_blocks * columns.pass, warp_idx + 1) - first_share, columns};
+  const int32_t first_block = cluster * all_blocks / num_clusters;
+  const int32_t num_blocks = (cluster + 1) * all_blocks / num_clusters - first_block;
+  const W4TilesColumns columns(all_columns, rank, num_splits, Shape::kPassTiles);
+  const int32_t first_share = w4_tiles_share<WARPS>(num_blocks * columns.pass, warp_idx);
+  const W4TilesShare share = {first_share / columns.pass, first_share % columns.pass,
+                              w4_tiles_share<WARPS>(num_blocks * columns.pass, warp_idx + 1) - first_share, columns};
 
-  if (threadIdx.x < Storage::kWarps * STAGES) smem.full[threadIdx.x / STAGES][threadIdx.x % STAGES].init(1);
+  if (threadIdx.x < WARPS * STAGES) smem.full[threadIdx.x / STAGES][threadIdx.x % STAGES].init(1);
   if (threadIdx.x == 0) {
     smem.x_full.init(1);
-    smem.x_empty.init(Storage::kWarps);
+    smem.x_empty.init(WARPS);
   }
   fence_barrier_init();
   __syncthreads();
 
-  // ---- the weight: by lane 0, of the stage that `ahead` is at
+  // ---- the weight: to a stage what `ahead` is at
   const uint64_t policy = evict_first_policy();
   Walk ahead(share);
-  RingPosition<STAGES> loaded, multiplied;
-  const auto load_stage = [&] {
+  const auto load_stage = [&](int idx) {
     if (ahead.is_over(share)) return;
     if (lane == 0) {
-      const uint32_t num = static_cast<uint32_t>(ahead.num_tiles(share));
-      typename Storage::Stage& stage = smem.ring[warp_idx][loaded.stage()];
-      MBarrier& full = smem.full[warp_idx][loaded.stage()];
+      const uint32_t num = static_cast<uint32_t>(ahead.num);
+      typename Storage::Stage& stage = smem.ring[warp_idx][idx];
+      MBarrier& full = smem.full[warp_idx][idx];
       full.arrive_expect_bytes(ROW_TILES * num * (512 + Format::kTileBytes));
+      const int32_t row = (first_block + ahead.block) * ROW_TILES, column = columns.first + ahead.first + ahead.column;
 #pragma unroll
       for (int i = 0; i < ROW_TILES; ++i) {
         // Below the last row stands the last one: its sums go nowhere.
-        const int32_t row = min((first_block + ahead.block) * ROW_TILES + i, all_rows - 1);
-        const int64_t tile = int64_t{row} * all_columns + columns.first + ahead.pass * columns.pass + ahead.column;
-        tma_load_bytes(stage.codes[i], static_cast<const unsigned char*>(p.weight) + tile * 512, full, num * 512,
+        const uint32_t tile = min(row + i, all_rows - 1) * all_columns + column;
+        tma_load_bytes(stage.codes[i], static_cast<const uint4*>(p.weight) + uint64_t{tile} * 32, full, num * 512,
                        policy);
-        tma_load_bytes(stage.scales[i], static_cast<const unsigned char*>(p.weight_scale) + tile * Format::kTileBytes,
-                       full, num * Format::kTileBytes, policy);
+        if constexpr (Format::kTileBytes > 0) {
+          tma_load_bytes(stage.scales[i],
+                         static_cast<const unsigned char*>(p.weight_scale) + uint64_t{tile} * Format::kTileBytes, full,
+                         num * Format::kTileBytes, policy);
+        }
       }
     }
-    loaded.advance();
     ahead.advance(share);
   };
 #pragma unroll 1
-  for (int i = 0; i < STAGES; ++i) load_stage();
+  for (int i = 0; i < STAGES; ++i) load_stage(i);
 
   // ---- what sums are multiplied by and added to, as far as L2; x
   const int32_t out_columns = num_blocks * Storage::kColumns, first_column = first_block * Storage::kColumns;
@@ -199,10 +203,10 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
     if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
     if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
   }
-  const auto load_x = [&](int32_t pass) {
-    const int32_t num = min(columns.pass, columns.num - pass * columns.pass);
+  const auto load_x = [&](int32_t first) {
+    const int32_t num = min(columns.pass, columns.num - first);
     smem.x_full.arrive_expect_bytes(static_cast<uint32_t>(p.m) * num * 64 * sizeof(T));
-    const T* source = static_cast<const T*>(p.x) + int64_t{columns.first + pass * columns.pass} * 64;
+    const T* source = static_cast<const T*>(p.x) + int64_t{columns.first + first} * 64;
     for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
       tma_load_bytes(smem.x[row], source, smem.x_full, num * 64 * sizeof(T));
     }
@@ -213,23 +217,32 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 
   // ---- products
   const uint32_t x_row = shared_address(smem.x[lane % 8]) + lane / 8 * 16;  // of the matrix that a lane points to
-  float acc[ROW_TILES][BLOCK_M / 8][4];
-  Walk now(share);
+  // Of a single product for each fragment every other one has sums of its own, so that they need not wait so long.
+  constexpr int CHAINS = ROW_TILES * BLOCK_M == 8 ? 2 : 1;
+  float acc[CHAINS][ROW_TILES][BLOCK_M / 8][4];
+  Walk now(share), next(share);  // next: for formats with scales that come a step ahead
+  typename Format::template Step<ROW_TILES, Shape::kStageTiles> step_scales;
+  const auto load_scales = [&] {
+    step_scales.load(p, (first_block + next.block) * ROW_TILES, columns.first + next.first + next.column, lane);
+  };
+  load_scales();
+  int stage_idx = 0;
+  uint32_t parity = 0;
 #pragma unroll 1
-  for (int32_t pass = 0; pass * columns.pass < columns.num; ++pass) {
+  for (int32_t first = 0, pass = 0; first < columns.num; first += columns.pass, ++pass) {
     if (pass > 0) {
       __syncwarp();
       if (lane == 0) smem.x_empty.arrive();
       if (threadIdx.x == 0) {
         smem.x_empty.wait((pass - 1) % 2);
-        load_x(pass);
+        load_x(first);
       }
       __syncwarp();
     }
     smem.x_full.wait(pass % 2);
-    bool is_first = true;  // of a block, in this pass
+    bool begins = true;  // a block, in this pass
 #pragma unroll 1
-    while (!now.is_over(share) && now.pass == pass) {
+    while (now.first == first) {
       const int32_t block = now.block;
       float(&sums)[BLOCK_M][Storage::kColumns + 4] = smem.sums[warp_idx + block];
       const auto each_sum = [&](auto f) {
@@ -239,19 +252,26 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
           for (int t = 0; t < BLOCK_M / 8; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              f(acc[r][t][i], sums[t * 8 + lane % 4 * 2 + i % 2][r * 16 + lane / 4 + i / 2 * 8]);
+              f(acc[0][r][t][i], acc[CHAINS - 1][r][t][i],
+                sums[t * 8 + lane % 4 * 2 + i % 2][r * 16 + lane / 4 + i / 2 * 8]);
             }
           }
         }
       };
-      if (is_first) each_sum([&](float& a, const float& sum) { a = pass == 0 ? 0.0f : sum; });
-
-      const int32_t num = now.num_tiles(share);
-      const typename Storage::Stage& stage = smem.ring[warp_idx][multiplied.stage()];
-      smem.full[warp_idx][multiplied.stage()].wait(multiplied.parity());
+      if (begins) {
+        each_sum([&](float& a, float& other, const float& sum) {
+          other = 0.0f;
+          a = pass == 0 ? 0.0f : sum;
+        });
+      }
+      step_scales.take();
+      next.advance(share);
+      if (!next.is_over(share)) load_scales();
+      const typename Storage::Stage& stage = smem.ring[warp_idx][stage_idx];
       uint32_t x_tile = x_row + now.column * 128;
-#pragma unroll 1
-      for (int32_t tile = 0; tile < num; ++tile, x_tile += 128) {
+      smem.full[warp_idx][stage_idx].wait(parity);
+#pragma unroll 2
+      for (int32_t tile = 0; tile < now.num; ++tile, x_tile += 128) {
         uint32_t b[BLOCK_M / 8][2][4];
 #pragma unroll
         for (int t = 0; t < BLOCK_M / 8; ++t) {
@@ -263,24 +283,29 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
         for (int r = 0; r < ROW_TILES; ++r) {
           const uint4 codes = stage.codes[r][tile][lane];
           const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const Format scales(stage.scales[r][tile], lane);
+          const Format scales(step_scales, stage.scales[r] + tile * Format::kTileBytes, r, tile, lane);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             uint32_t a[4];
             scales.make_fragment(a, words[j], j, lane);
 #pragma unroll
             for (int t = 0; t < BLOCK_M / 8; ++t) {
-              mma_m16n8k16<T>(acc[r][t], a, b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]);
+              mma_m16n8k16<T>(acc[j % CHAINS][r][t], a, b[t][j / 2][j % 2 * 2], b[t][j / 2][j % 2 * 2 + 1]);
             }
           }
         }
       }
       __syncwarp();  // all lanes have read the stage
-      load_stage();
-      multiplied.advance();
+      load_stage(stage_idx);
+      if (++stage_idx == STAGES) {
+        stage_idx = 0;
+        parity ^= 1;
+      }
       now.advance(share);
-      is_first = now.block != block || now.pass != pass;
-      if (is_first) each_sum([&](const float& a, float& sum) { sum = a; });
+      begins = now.block != block || now.first != first;
+      if (begins) {
+        each_sum([&](float a, float other, float& sum) { sum = CHAINS == 1 ? a : a + other; });
+      }
     }
   }
   grid_dependency_launch();
@@ -290,8 +315,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
   constexpr int FOURS = Storage::kColumns / 4;  // of a block
   const int32_t fours = num_blocks * FOURS, num_fours = fours * static_cast<int32_t>(p.m);
 #pragma unroll 1
-  for (int32_t i = rank * static_cast<int32_t>(blockDim.x) + static_cast<int32_t>(threadIdx.x); i < num_fours;
-       i += num_splits * static_cast<int32_t>(blockDim.x)) {
+  for (int32_t i = rank * 32 * WARPS + static_cast<int32_t>(threadIdx.x); i < num_fours; i += num_splits * 32 * WARPS) {
     const int32_t row = i / fours, block = i % fours / FOURS, in_block = i % FOURS * 4;
     const int32_t column = first_column + block * Storage::kColumns + in_block;
     if (column >= p.n) continue;
@@ -304,11 +328,11 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
     }
     float4 sum = {};
     for (int32_t split = 0; split < num_splits; ++split) {
-      const W4TilesColumns its(all_columns, split, num_splits, Storage::kPassTiles);
+      const W4TilesColumns its(all_columns, split, num_splits, Shape::kPassTiles);
       const int32_t num_tiles = num_blocks * its.pass;
-      const int32_t last = w4_tiles_owner(num_tiles, (block + 1) * its.pass - 1);
-      for (int32_t warp = w4_tiles_owner(num_tiles, block * its.pass); warp <= last; ++warp) {
-        if (w4_tiles_share(num_tiles, warp) == w4_tiles_share(num_tiles, warp + 1)) continue;
+      const int32_t last = w4_tiles_owner<WARPS>(num_tiles, (block + 1) * its.pass - 1);
+      for (int32_t warp = w4_tiles_owner<WARPS>(num_tiles, block * its.pass); warp <= last; ++warp) {
+        if (w4_tiles_share<WARPS>(num_tiles, warp) == w4_tiles_share<WARPS>(num_tiles, warp + 1)) continue;
         const auto value = load_cluster<float4>(cluster_address(&smem.sums[warp + block][row][in_block], split));
         sum.x += value.x;
         sum.y += value.y;
@@ -330,24 +354,34 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Format, int BLOCK_M, int ROW_TILES>
+// Rows of x; of the weight ROW_TILES tiles, one above the other, are a block; a stage has STAGE_TILES tiles of each.
+template <int BLOCK_M, int ROW_TILES, int WARPS, int STAGE_TILES, int STAGES>
+struct GemmSm90W4TilesShapeOf {
+  static constexpr int kBlockM = BLOCK_M, kRowTiles = ROW_TILES, kWarps = WARPS, kStageTiles = STAGE_TILES;
+  static constexpr int kStages = STAGES;
+  static constexpr int kPassTiles = gemm_sm90_w4_tiles_pass(BLOCK_M);
+  static constexpr int kMaxBlocks = gemm_sm90_w4_tiles_max_blocks(ROW_TILES);
+};
+
+template <typename Format, typename Shape>
 cudaError_t launch_gemm_sm90_w4_tiles(const GemmSm90W4TilesParams& p, cudaStream_t stream) {
-  using Storage = GemmSm90W4TilesStorage<Format, BLOCK_M, ROW_TILES>;
+  using Storage = GemmSm90W4TilesStorage<Format, Shape>;
   static_assert(sizeof(Storage) <= 227 * 1024);
-  return launch_clusters(gemm_sm90_w4_tiles_kernel<Format, BLOCK_M, ROW_TILES>, p.config.num_ctas, p.config.num_splits,
-                         32 * kGemmSm90W4TilesWarps, sizeof(Storage), stream, p);
+  return launch_clusters(gemm_sm90_w4_tiles_kernel<Format, Shape>, p.config.num_ctas, p.config.num_splits,
+                         32 * Shape::kWarps, sizeof(Storage), stream, p);
 }
 
-template <typename Format, int SHAPE_IDX = 0>
+template <typename Format>
 cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4TilesParams& p, cudaStream_t stream) {
-  if constexpr (SHAPE_IDX < std::size(kGemmSm90W4TilesShapes)) {
-    constexpr GemmSm90W4TilesShape kShape = kGemmSm90W4TilesShapes[SHAPE_IDX];
-    if (p.config.shape.block_m == kShape.block_m && p.config.shape.row_tiles == kShape.row_tiles) {
-      return launch_gemm_sm90_w4_tiles<Format, kShape.block_m, kShape.row_tiles>(p, stream);
-    }
-    return run_gemm_sm90_w4_tiles<Format, SHAPE_IDX + 1>(p, stream);
-  } else {
-    return cudaErrorInvalidValue;
+  switch (p.config.shape.block_m) {
+    case 8:
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<8, 1, 8, 8, 3>>(p, stream);
+    case 16:
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<16, 2, 8, 4, 3>>(p, stream);
+    case 32:
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<32, 2, 8, 4, 2>>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "arch/dtype.h"
+#include "arch/fast_divide.h"
 #include "gemm/gemm_sm90_w4_tiles_config.h"
 
 namespace fastattn {
@@ -15,7 +16,11 @@ namespace fastattn {
 struct GemmSm90W4TilesParams {
   const void* x = nullptr;             // (M, K) T, rows 16-byte aligned and apart
   const void* weight = nullptr;        // (N / 16, K / 64) tiles of 512 bytes, order 16
-  const void* weight_scale = nullptr;  // nvfp4: (N / 16, K / 64) tiles of 64 e4m3; mxfp4: of 32 e8m0
+  // nvfp4: (N / 16, K / 64) tiles of 64 e4m3; mxfp4: of 32 e8m0, at most 133; int4: (N, G) T, G groups of columns.
+  const void* weight_scale = nullptr;
+  const int8_t* zero_point = nullptr;  // int4: (N, G) or nullptr, -8 ... 7
+  int64_t scale_stride = 0, zero_point_stride = 0;  // int4
+  FastDivide group_size = {};                       // int4: a multiple of 64, or all of K
   const float* global_scale = nullptr;  // (N) or nullptr
   const void* bias = nullptr;           // (N) T, 8-byte aligned, or nullptr
   void* out = nullptr;                  // (M, N) T, contiguous
@@ -30,5 +35,6 @@ struct GemmSm90W4TilesParams {
 // Each enqueues the kernel. cudaErrorInvalidValue if no instantiation fits.
 cudaError_t gemm_nvfp4_tiles_sm90(const GemmSm90W4TilesParams& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_tiles_sm90(const GemmSm90W4TilesParams& params, cudaStream_t stream);
+cudaError_t gemm_int4_tiles_sm90(const GemmSm90W4TilesParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

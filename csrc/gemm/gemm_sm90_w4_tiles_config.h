@@ -6,18 +6,16 @@
 
 namespace fastattn {
 
-constexpr int kGemmSm90W4TilesWarps = 16;  // of a CTA, which has an SM for itself
-
 // Rows of x and tiles of weight that a warp multiplies at a time, one above the other, which share what is read of x.
 struct GemmSm90W4TilesShape {
   int block_m;
   int row_tiles;
 };
-constexpr GemmSm90W4TilesShape kGemmSm90W4TilesShapes[] = {{8, 1}, {16, 2}};
+constexpr GemmSm90W4TilesShape kGemmSm90W4TilesShapes[] = {{8, 1}, {16, 2}, {32, 2}};
 
 // Columns of x that are in shared memory at a time, 64 KiB of it; and blocks of row_tiles tiles that a CTA may have.
 constexpr int gemm_sm90_w4_tiles_pass(int block_m) { return 512 / block_m; }  // tiles of columns
-constexpr int gemm_sm90_w4_tiles_max_blocks(int block_m) { return 128 / block_m; }
+constexpr int gemm_sm90_w4_tiles_max_blocks(int row_tiles) { return 16 / row_tiles; }
 
 struct GemmSm90W4TilesConfig {
   GemmSm90W4TilesShape shape;
@@ -35,7 +33,7 @@ inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_of(const GemmSm90W4TilesShape& s
                                                    int64_t num_sms) {
   const int64_t num_blocks = ceil_div(n, 16 * shape.row_tiles);
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[num_splits] * num_sms / 132);
-  const int64_t num_clusters = std::max(std::min(num_blocks, at_once), ceil_div(num_blocks, gemm_sm90_w4_tiles_max_blocks(shape.block_m)));
+  const int64_t num_clusters = std::max(std::min(num_blocks, at_once), ceil_div(num_blocks, gemm_sm90_w4_tiles_max_blocks(shape.row_tiles)));
   return {shape, num_splits, num_clusters * num_splits};
 }
 

@@ -15,11 +15,12 @@ using fastattn::GemmSm90W4TilesShape;
 
 struct Format {
   const char* name;
-  int group;
+  int group;  // 0: int4, of any size
   cudaError_t (*launch)(const GemmSm90W4TilesParams&, cudaStream_t);
 };
 const Format kFormats[] = {{"nvfp4", 16, fastattn::gemm_nvfp4_tiles_sm90},
-                           {"mxfp4", 32, fastattn::gemm_mxfp4_tiles_sm90}};
+                           {"mxfp4", 32, fastattn::gemm_mxfp4_tiles_sm90},
+                           {"int4", 0, fastattn::gemm_int4_tiles_sm90}};
 
 float e2m1_value(int code) {
   constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -47,6 +48,12 @@ uint32_t fp4_word(const int (&codes)[4][2]) {
   return word | (rotated(d ^ word << 2, 24) & both(14));
 }
 
+uint32_t int4_word(const int (&codes)[4][2]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(codes[i][0] | codes[i][1] << 16) << 4 * i;
+  return word;
+}
+
 template <typename T>
 void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
@@ -66,17 +73,39 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
     const int64_t unit = between(0, static_cast<int>(p.k) - 1);
     for (int64_t k = 0; k < p.k; ++k) x.set(m * p.x_stride + k, units ? static_cast<float>(k == unit) : normal());
   }
-  const int64_t columns = p.k / 64, num_groups = p.k / format.group, of_tile = 64 / format.group;
+  const int64_t columns = p.k / 64;
+  const int64_t group = format.group != 0 ? format.group : pick<int64_t>({64, 128, 192, p.k});
+  const int64_t num_groups = fastattn::ceil_div(p.k, group), of_tile = format.group != 0 ? 64 / group : 0;
+  p.group_size = fastattn::FastDivide(static_cast<int32_t>(group));
+  p.scale_stride = num_groups + pick({0, 0, 3});
+  p.zero_point_stride = num_groups + pick({0, 3});
+  const bool has_zero_points = format.group == 0 && one_in(2);
   std::vector<uint8_t> codes(p.n * p.k), scale_bits(p.n * num_groups);
   for (uint8_t& code : codes) code = static_cast<uint8_t>(between(0, 15));
-  for (uint8_t& bits : scale_bits) {
-    bits = static_cast<uint8_t>(format.group == 16 ? between(0, 126) | between(0, 1) << 7 : between(110, 132));
+  Tensor<T> scales(format.group == 0 ? p.n * p.scale_stride : 0);  // NaN between the rows
+  std::vector<int8_t> zero_points(p.n * p.zero_point_stride);
+  std::vector<float> values(p.n * num_groups);  // of scales
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      float& value = values[n * num_groups + g];
+      if (format.group == 0) {
+        scales.set(n * p.scale_stride + g, std::fabs(normal()) * 0.1f);
+        value = scales.values[n * p.scale_stride + g];
+        zero_points[n * p.zero_point_stride + g] = static_cast<int8_t>(has_zero_points ? between(-8, 7) : 0);
+      } else {
+        // Of MXFP4 none beyond 2^6, and in fp16 what its smallest number still holds.
+        const int bits = format.group == 16 ? between(0, 126) | between(0, 1) << 7 : between(112, 133);
+        scale_bits[n * num_groups + g] = static_cast<uint8_t>(bits);
+        value = format.group == 16 ? fastattn::from_e4m3<float>(static_cast<uint8_t>(bits))
+                                   : fastattn::from_e8m0<float>(static_cast<uint8_t>(bits));
+      }
+    }
   }
   struct alignas(16) Chunk {
     uint32_t words[4];
   };
   std::vector<Chunk> tiles(p.n / 16 * columns * 32);
-  std::vector<Chunk> scale_tiles(p.n * num_groups / 16);
+  std::vector<Chunk> scale_tiles(format.group != 0 ? p.n * num_groups / 16 : 0);
   for (int64_t row = 0; row < p.n / 16; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
       for (int lane = 0; lane < 32; ++lane) {
@@ -87,13 +116,13 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
             const int64_t k = column * 64 + j * 16 + lane % 4 * 2 + i / 4 * 8 + i % 2;
             of_word[i / 2][i % 2] = codes[n * p.k + k];
           }
-          tiles[(row * columns + column) * 32 + lane].words[j] = fp4_word(of_word);
+          tiles[(row * columns + column) * 32 + lane].words[j] = format.group == 0 ? int4_word(of_word) : fp4_word(of_word);
         }
       }
-      uint8_t* const scales = reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
+      uint8_t* const its_scales = reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
       for (int i = 0; i < 16 * of_tile; ++i) {
         const int64_t n = row * 16 + i / (2 * of_tile) + i / of_tile % 2 * 8;
-        scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
+        its_scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
       }
     }
   }
@@ -104,22 +133,25 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   std::vector<T> out(p.m * p.n + kBehind, T(NAN));
   p.x = x.data.data();
   p.weight = tiles.data();
-  p.weight_scale = scale_tiles.data();
+  p.weight_scale = format.group == 0 ? static_cast<const void*>(scales.data.data()) : scale_tiles.data();
+  p.zero_point = has_zero_points ? zero_points.data() : nullptr;
   // Sums of thousands of 6 * 448 leave fp16.
-  p.global_scale = !units && (format.group == 16 || one_in(2)) ? global_scales.data() : nullptr;
+  p.global_scale = !units && format.group != 0 && (format.group == 16 || one_in(2)) ? global_scales.data() : nullptr;
   p.bias = !units && one_in(2) ? bias.data.data() : nullptr;
   p.out = out.data();
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
-                  std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(shape.block_m) +
+                  std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
+                  (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) +
                   " x " + std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
                   std::to_string(p.config.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
     for (int64_t k = 0; k < p.k; ++k) {
-      const uint8_t bits = scale_bits[n * num_groups + k / format.group];
-      const float scale = format.group == 16 ? fastattn::from_e4m3<float>(bits) : fastattn::from_e8m0<float>(bits);
-      weight[n * p.k + k] = static_cast<float>(T(e2m1_value(codes[n * p.k + k]) * scale));
+      const int code = codes[n * p.k + k];
+      const int zero_point = zero_points[n * p.zero_point_stride + k / group];
+      const float number = format.group == 0 ? static_cast<float>(code - 8 - zero_point) : e2m1_value(code);
+      weight[n * p.k + k] = static_cast<float>(T(number * values[n * num_groups + k / group]));
     }
   }
   const auto launch = [&] {
@@ -167,7 +199,7 @@ int main(int argc, char** argv) {
       if (fastattn::kGemmSm90W4TilesShapes[i].block_m == size) idx = i;
     }
     const GemmSm90W4TilesShape& shape = fastattn::kGemmSm90W4TilesShapes[idx];
-    const Format& format = kFormats[between(0, 1)];
+    const Format& format = kFormats[between(0, 2)];
     if (one_in(2)) {
       run_call<__half>(format, shape);
     } else {
