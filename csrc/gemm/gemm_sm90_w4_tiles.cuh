@@ -79,11 +79,21 @@ template <int WARPS>
 __device__ __forceinline__ int32_t w4_tiles_share(int32_t num_tiles, int32_t warp_idx) {
   return warp_idx * num_tiles / WARPS;
 }
-// And the warp that has one of them.
+// The warps that have tiles of a block, from the first to the last; one between them has none where there are more warps
+// than tiles.
 template <int WARPS>
-__device__ __forceinline__ int32_t w4_tiles_owner(int32_t num_tiles, int32_t tile) {
-  return ((tile + 1) * WARPS - 1) / num_tiles;
-}
+struct W4TilesOwners {
+  int32_t num_tiles, first, last;
+
+  __device__ __forceinline__ W4TilesOwners(int32_t num_blocks, int32_t block, int32_t columns) {
+    num_tiles = num_blocks * columns;
+    first = ((block * columns + 1) * WARPS - 1) / num_tiles;
+    last = ((block + 1) * columns * WARPS - 1) / num_tiles;
+  }
+  __device__ __forceinline__ bool has_none(int32_t warp_idx) const {
+    return w4_tiles_share<WARPS>(num_tiles, warp_idx) == w4_tiles_share<WARPS>(num_tiles, warp_idx + 1);
+  }
+};
 
 // A warp's share of each pass: where it begins, and how many tiles it is.
 struct W4TilesShare {
@@ -309,40 +319,49 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
   }
   grid_dependency_launch();
-  cluster_sync();
 
-  // ---- epilogue: a thread writes four columns at a time
+  // ---- epilogue: a thread writes four columns, of every so many rows
   constexpr int FOURS = Storage::kColumns / 4;  // of a block
-  const int32_t fours = num_blocks * FOURS, num_fours = fours * static_cast<int32_t>(p.m);
-#pragma unroll 1
-  for (int32_t i = rank * 32 * WARPS + static_cast<int32_t>(threadIdx.x); i < num_fours; i += num_splits * 32 * WARPS) {
-    const int32_t row = i / fours, block = i % fours / FOURS, in_block = i % FOURS * 4;
-    const int32_t column = first_column + block * Storage::kColumns + in_block;
-    if (column >= p.n) continue;
-    float factors[4], bias[4] = {};
+  static_assert(Shape::kMaxBlocks * FOURS <= 32 * WARPS);
+  const int32_t fours = num_blocks * FOURS, four = static_cast<int32_t>(threadIdx.x) % fours;
+  const int32_t rows_at_once = 32 * WARPS / fours, first_row = static_cast<int32_t>(threadIdx.x) / fours;
+  const int32_t block = four / FOURS, in_block = four % FOURS * 4, column = first_column + four * 4;
+  const bool is_there = first_row < rows_at_once && column < p.n;
+  float factors[4] = {}, bias[4] = {};
+  if (is_there) {
     if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      factors[j] =
-          p.global_scale == nullptr ? Format::kSumFactor : Format::kSumFactor / __ldg(p.global_scale + column + j);
+    for (int i = 0; i < 4; ++i) {
+      factors[i] =
+          p.global_scale == nullptr ? Format::kSumFactor : Format::kSumFactor / __ldg(p.global_scale + column + i);
     }
-    float4 sum = {};
-    for (int32_t split = 0; split < num_splits; ++split) {
-      const W4TilesColumns its(all_columns, split, num_splits, Shape::kPassTiles);
-      const int32_t num_tiles = num_blocks * its.pass;
-      const int32_t last = w4_tiles_owner<WARPS>(num_tiles, (block + 1) * its.pass - 1);
-      for (int32_t warp = w4_tiles_owner<WARPS>(num_tiles, block * its.pass); warp <= last; ++warp) {
-        if (w4_tiles_share<WARPS>(num_tiles, warp) == w4_tiles_share<WARPS>(num_tiles, warp + 1)) continue;
-        const auto value = load_cluster<float4>(cluster_address(&smem.sums[warp + block][row][in_block], split));
-        sum.x += value.x;
-        sum.y += value.y;
-        sum.z += value.z;
-        sum.w += value.w;
+  }
+  // Which warps of a CTA have some of the block; all CTAs alike, if they have as many columns.
+  W4TilesOwners<WARPS> owners(num_blocks, block, columns.pass);
+  const bool alike = all_columns % num_splits == 0;
+  cluster_sync();
+
+  if (is_there) {
+    for (int32_t row = rank * rows_at_once + first_row; row < p.m; row += num_splits * rows_at_once) {
+      float4 sum = {};
+      for (int32_t split = 0; split < num_splits; ++split) {
+        if (!alike) {
+          owners = W4TilesOwners<WARPS>(num_blocks, block,
+                                        W4TilesColumns(all_columns, split, num_splits, Shape::kPassTiles).pass);
+        }
+        for (int32_t warp = owners.first; warp <= owners.last; ++warp) {
+          if (owners.has_none(warp)) continue;
+          const auto value = load_cluster<float4>(cluster_address(&smem.sums[warp + block][row][in_block], split));
+          sum.x += value.x;
+          sum.y += value.y;
+          sum.z += value.z;
+          sum.w += value.w;
+        }
       }
+      const float values[4] = {sum.x * factors[0] + bias[0], sum.y * factors[1] + bias[1],
+                               sum.z * factors[2] + bias[2], sum.w * factors[3] + bias[3]};
+      store_vec<4>(static_cast<T*>(p.out) + row * p.n + column, values);
     }
-    const float values[4] = {sum.x * factors[0] + bias[0], sum.y * factors[1] + bias[1], sum.z * factors[2] + bias[2],
-                             sum.w * factors[3] + bias[3]};
-    store_vec<4>(static_cast<T*>(p.out) + row * p.n + column, values);
   }
   if (num_splits > 1) {
     __syncwarp();
