@@ -21,7 +21,7 @@
 // for (kPassTiles) are there at a time, for all warps; they pass over all blocks for these, then for the next ones, and
 // keep the sums of their shares beside it.
 //
-// The codes of a word are in the order that is least work (e2m1_pairs below). A lane makes the scales of two rows for a
+// The codes of a word are in the order that is least work (small_e2m1_pairs). A lane makes the scales of two rows for a
 // quarter of a tile's columns, which the four lanes of a row hand on.
 //
 // Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16.

@@ -1,5 +1,5 @@
 // Weights of 4 bits in tiles on their way to A fragments: a type for each format, an object of which has the scales of
-// a tile. Numbers are those of gemm_sm90_w4_formats.cuh, to the bit.
+// a tile. Numbers are those of gemm_sm90_w4_16_bit_tiles.cuh, to the bit.
 //
 // Each type has
 //   T               of x and of the fragments
@@ -11,32 +11,10 @@
 #pragma once
 
 #include "arch/e4m3.cuh"
-#include "gemm/gemm_sm90_w4_formats.cuh"
+#include "gemm/gemm_sm90_w4_16_bit_tiles.cuh"
 #include "gemm/gemm_sm90_w4_tiles.h"
 
 namespace fastattn {
-
-__device__ __forceinline__ uint32_t rotate_left(uint32_t word, int num_bits) {
-  return word << num_bits | word >> (32 - num_bits);
-}
-
-// A word's codes as the four registers of a fragment: sign, exponent and mantissa where T has its own, which is the
-// number times 2^-126 (bf16) or 2^-14 (fp16). Of bf16, signs are seven bits above their numbers, and three pairs are
-// all that can lie so in a word; with two of them in sums of bits, four can.
-template <typename T>
-__device__ __forceinline__ void small_e2m1_pairs(uint32_t (&pairs)[4], uint32_t word) {
-  constexpr uint32_t kPair = 0x81c081c0u, kNumber = 0x01c001c0u;
-  const uint32_t shifted = word << 2;
-  pairs[0] = word & kPair;
-  pairs[1] = rotate_left(word, 12) & kPair;
-  pairs[2] = (shifted ^ word << 6) & kPair;
-  pairs[3] = (shifted ^ rotate_left(word, 8)) & kPair;
-  if constexpr (kIsHalf<T>) {
-    // Three bits up, and the sign stays where it is.
-#pragma unroll
-    for (uint32_t& pair : pairs) pair += (pair & kNumber) * 7;
-  }
-}
 
 // Where all scales come with the codes.
 template <int ROW_TILES, int STAGE_TILES>
@@ -45,8 +23,7 @@ struct NoStepScales {
   __device__ __forceinline__ void take() {}
 };
 
-// A scale of E2M1 takes 2^119 (fp16: 2^7) along, so that one multiplication makes the weight, 2^-7 of it, exactly: of
-// NVFP4, which is at most 448, and of MXFP4, where tiles have none beyond 2^6 (fastattn/reference/w4_tiles.py).
+// NVFP4 in groups of 16 columns, MXFP4 of 32.
 template <typename Element, int GROUP>
 struct Fp4Tile {
   static_assert(GROUP == 16 || GROUP == 32);
@@ -54,12 +31,12 @@ struct Fp4Tile {
   template <int ROW_TILES, int STAGE_TILES>
   using Step = NoStepScales<ROW_TILES, STAGE_TILES>;
   static constexpr int kTileBytes = 16 * 64 / GROUP;
-  static constexpr float kSumFactor = Nvfp4Sm90<T>::kSumFactor;
+  static constexpr float kSumFactor = GROUP == 16 ? Nvfp4Tiles<T>::kSumFactor : Mxfp4Tiles<T>::kSumFactor;
 
   // Lane 4 g + t makes those of the t-th group of rows g and g + 8, which has the upper row's scales, then the lower's.
   template <typename Steps>
   __device__ __forceinline__ Fp4Tile(const Steps&, const unsigned char* scales, int, int, int lane) {
-    constexpr float kFactor = Nvfp4Sm90<T>::kScaleFactor;
+    constexpr float kFactor = GROUP == 16 ? Nvfp4Sm90<T>::kScaleFactor : Mxfp4Tiles<T>::kScaleFactor;
     if constexpr (GROUP == 16) {
       const uint2 all = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
       uint32_t halves[2];
@@ -79,11 +56,7 @@ struct Fp4Tile {
   __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t word, int j, int lane) const {
     const uint32_t scales = __shfl_sync(0xffffffffu, own_, (lane & 28) | j * 16 / GROUP);
     small_e2m1_pairs<T>(a, word);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Pair<T> scale = i % 2 == 0 ? half_of<0, T>(scales) : half_of<1, T>(scales);
-      a[i] = bits_of<T>(__hmul2(as_pair<T>(a[i]), scale));
-    }
+    multiply_pairs<T>(a, scales);
   }
 
  private:
