@@ -1,3 +1,4 @@
+#include "gemm/gemm_sm90_w4_tiles.h"
 #include "torch/gemm_workspaces.h"
 #include "torch/w4_tiles.h"
 
@@ -23,6 +24,7 @@ struct FourBitWeight {
   int64_t scale_alignment;       // of a row of scales, in scales, for sm_90
   Launch sm80;
   cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
+  cudaError_t (*sm90_tiles)(const GemmSm90W4TilesParams&, cudaStream_t);
 
   bool is_int4() const { return packed_dtype == ScalarType::Int; }
 };
@@ -74,6 +76,28 @@ bool takes_sm90(const FourBitWeight& w, const GemmSm90W4Params& p, int64_t num_g
          fits_copy_engine(p.weight, p.n, p.k / 2, p.weight_stride);
 }
 
+// The same call for the kernel that takes few rows of x and tiles.
+GemmSm90W4TilesParams tiles_params_of(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config) {
+  GemmSm90W4TilesParams tiles;
+  tiles.x = p.x;
+  tiles.weight = p.weight;
+  tiles.weight_scale = p.weight_scale;
+  tiles.zero_point = p.zero_point;
+  tiles.scale_stride = p.scale_stride;
+  tiles.zero_point_stride = p.zero_point_stride;
+  tiles.group_size = p.group_size;
+  tiles.global_scale = p.global_scale;
+  tiles.bias = p.bias;
+  tiles.out = p.out;
+  tiles.m = p.m;
+  tiles.n = p.n;
+  tiles.k = p.k;
+  tiles.x_stride = p.x_stride;
+  tiles.dtype = p.dtype;
+  tiles.config = config;
+  return tiles;
+}
+
 // extras: checks and gives what is particular to a format, after the shapes are known to fit.
 template <typename Extras>
 Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std::optional<Tensor>& bias,
@@ -105,6 +129,13 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
       fits_copy_engine(x_given.data_ptr(), num_rows_of(x_given), 2 * k, 2 * rows_of(x_given).inner_stride);
   const Tensor x = in_runs || (tiles && !fits) ? packed_copy(x_given) : x_given;
   auto hopper = params_of<GemmSm90W4Params>(w, found, x, bias, group_size, out);
+  if (tiles) {
+    const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
+    if (config.num_ctas > 0 && reinterpret_cast<uintptr_t>(hopper.bias) % 8 == 0) {
+      check_launch(w.op, w.sm90_tiles(tiles_params_of(hopper, config), stream_of(x)));
+      return out;
+    }
+  }
   if (tiles || takes_sm90(w, hopper, num_groups, x)) {
     const double weight_bits =
         4.0 + 8.0 * static_cast<double>(w.scale.element_size()) / static_cast<double>(group_size);
@@ -139,7 +170,8 @@ Tensor int4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor
                                 .span_sm90 = 64,
                                 .scale_alignment = 1,
                                 .sm80 = gemm_int4_sm80,
-                                .sm90 = gemm_int4_sm90};
+                                .sm90 = gemm_int4_sm90,
+                                .sm90_tiles = gemm_int4_tiles_sm90};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t num_groups) {
     FourBitExtras extras;
     if (!zero_point) return extras;
@@ -164,7 +196,8 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
                                 .span_sm90 = group_size,
                                 .scale_alignment = nvfp4 ? 4 : 2,
                                 .sm80 = nvfp4 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
-                                .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90};
+                                .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90,
+                                .sm90_tiles = nvfp4 ? gemm_nvfp4_tiles_sm90 : gemm_mxfp4_tiles_sm90};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t) {
     checks.that(group_size == 16 || group_size == 32,
                 "group_size is " + std::to_string(group_size) + ", expected 16 or 32");

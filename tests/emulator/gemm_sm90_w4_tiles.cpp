@@ -61,8 +61,9 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   p.dtype = TypeInfo<T>::kDType;
   const int pass = fastattn::gemm_sm90_w4_tiles_pass(shape.block_m);
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
-  p.n = 16 * pick({1, between(1, 8), between(1, 40)});
-  p.k = 64 * pick({1, between(1, 12), between(1, 40), one_in(4) ? between(pass - 1, 2 * pass + 2) : 7});
+  const bool more_passes = one_in(6);
+  p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
+  p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
   const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
   p.config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
 

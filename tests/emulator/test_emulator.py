@@ -44,6 +44,7 @@ KERNELS = {
         CSRC / "sampling/gumbel_max.cu",
     ],
     "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
+    "gemm_sm90_w4_tiles": sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
     "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
@@ -169,6 +170,7 @@ GEMM_SCALES = "gemm/gemm_sm90_block_scales.cuh"
 GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
+W4_TILES, W4_TILES_FORMATS = "gemm/gemm_sm90_w4_tiles.cuh", "gemm/gemm_sm90_w4_tiles_formats.cuh"
 W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
@@ -181,6 +183,7 @@ KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
+KERNEL_OF |= {W4_TILES: "gemm_sm90_w4_tiles", W4_TILES_FORMATS: "gemm_sm90_w4_tiles"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -487,6 +490,42 @@ MUTANTS = [
       scales.load(p, first_n + row, step, lane);""",
         "gemm_sm90_w4_nvfp4.cu",
         "16",
+        "expected",
+    ),
+    Mutant(
+        "a warp's stage is loaded again before it is multiplied",
+        W4_TILES,
+        "      smem.full[warp_idx][stage_idx].wait(parity);\n",
+        "      smem.full[warp_idx][stage_idx].wait(parity);\n      load_stage(stage_idx);\n",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "16",
+        "in the call: seed",
+    ),
+    Mutant(
+        "columns of x are overwritten that other warps still multiply",
+        W4_TILES,
+        "        smem.x_empty.wait((pass - 1) % 2);\n",
+        "",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "16",
+        "in the call: seed",
+    ),
+    Mutant(
+        "all CTAs of a cluster are taken to have as many columns",
+        W4_TILES,
+        "all_columns % num_splits == 0;",
+        "true;",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "scales of INT4 are those of the step before",
+        W4_TILES,
+        "      next.advance(share);\n      if (!next.is_over(share)) load_scales();",
+        "      if (!next.is_over(share)) load_scales();\n      next.advance(share);",
+        "gemm_sm90_w4_int4_tiles.cu",
+        "8",
         "expected",
     ),
     Mutant(
