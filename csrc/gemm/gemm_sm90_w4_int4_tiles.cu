@@ -4,9 +4,10 @@
 
 namespace fastattn {
 
-cudaError_t gemm_int4_tiles_sm90(const GemmSm90W4TilesParams& params, cudaStream_t stream) {
+cudaError_t gemm_int4_tiles_sm90(const GemmSm90W4Params& params, const GemmSm90W4TilesConfig& config,
+                                 cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    return run_gemm_sm90_w4_tiles<Int4Tile<decltype(type)>>(params, stream);
+    return run_gemm_sm90_w4_tiles<Int4Tile<decltype(type)>>(params, config, stream);
   });
 }
 

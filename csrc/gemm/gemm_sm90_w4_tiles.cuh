@@ -1,6 +1,7 @@
-// The Hopper GEMM for a few rows of x and a weight of 4 bits in tiles: memory's rate, with as little work as there can be.
+// The Hopper GEMM for a few rows of x and a weight of 4 bits in tiles: memory's rate, with as little work as there can
+// be.
 //
-//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
+//   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once; times x_scale[m] of x in e4m3
 //   x (M, K)   weight (N / 16, K / 64) tiles (fastattn/reference/w4_tiles.py)   out (M, N)
 //
 // A tile is 16 rows and 64 columns, 512 bytes of which each lane takes 16: four A fragments of mma.m16n8k16.
@@ -39,12 +40,17 @@
 
 namespace fastattn {
 
+struct GemmSm90W4TilesArgs {
+  GemmSm90W4Params p;
+  GemmSm90W4TilesConfig config;
+};
+
 template <typename Format, typename Shape>
 struct GemmSm90W4TilesStorage {
   using T = typename Format::T;
   static constexpr int kStages = Shape::kStages, kStageTiles = Shape::kStageTiles, kRowTiles = Shape::kRowTiles;
   static constexpr int kBlockM = Shape::kBlockM;
-  static constexpr int kColumns = 16 * kRowTiles;  // of out, in a block
+  static constexpr int kColumns = 16 * kRowTiles;                        // of out, in a block
   static constexpr int kShares = Shape::kWarps + Shape::kMaxBlocks - 1;  // of blocks, that warps have
 
   // Of INT4 no scales.
@@ -79,8 +85,8 @@ template <int WARPS>
 __device__ __forceinline__ int32_t w4_tiles_share(int32_t num_tiles, int32_t warp_idx) {
   return warp_idx * num_tiles / WARPS;
 }
-// The warps that have tiles of a block, from the first to the last; one between them has none where there are more warps
-// than tiles.
+// The warps that have tiles of a block, from the first to the last; one between them has none where there are more
+// warps than tiles.
 template <int WARPS>
 struct W4TilesOwners {
   int32_t num_tiles, first, last;
@@ -145,20 +151,23 @@ struct W4TilesWalk {
 
 template <typename Format, typename Shape>
 __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
-    gemm_sm90_w4_tiles_kernel(const __grid_constant__ GemmSm90W4TilesParams p) {
+    gemm_sm90_w4_tiles_kernel(const __grid_constant__ GemmSm90W4TilesArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Format::T;
+  using Out = typename Format::Out;
   using Storage = GemmSm90W4TilesStorage<Format, Shape>;
   using Walk = W4TilesWalk<Shape::kStageTiles>;
   constexpr int BLOCK_M = Shape::kBlockM, ROW_TILES = Shape::kRowTiles, WARPS = Shape::kWarps;
   constexpr int STAGES = Shape::kStages;
+  constexpr bool kWidened = sizeof(typename Format::X) == 1;  // x becomes T on its way to shared memory
 
   Storage& smem = shared_storage_of_128<Storage>();
+  const GemmSm90W4Params& p = args.p;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
-  const int32_t rank = static_cast<int32_t>(cluster_rank()), num_splits = p.config.num_splits;
+  const int32_t rank = static_cast<int32_t>(cluster_rank()), num_splits = args.config.num_splits;
   const int32_t cluster = static_cast<int32_t>(blockIdx.x) / num_splits;
-  const int32_t num_clusters = static_cast<int32_t>(p.config.num_ctas) / num_splits;
+  const int32_t num_clusters = static_cast<int32_t>(args.config.num_ctas) / num_splits;
 
   const int32_t all_rows = static_cast<int32_t>(p.n / 16), all_columns = static_cast<int32_t>(p.k / 64);  // tiles
   const int32_t all_blocks = (all_rows + ROW_TILES - 1) / ROW_TILES;
@@ -171,7 +180,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 
   if (threadIdx.x < WARPS * STAGES) smem.full[threadIdx.x / STAGES][threadIdx.x % STAGES].init(1);
   if (threadIdx.x == 0) {
-    smem.x_full.init(1);
+    smem.x_full.init(kWidened ? WARPS : 1);
     smem.x_empty.init(WARPS);
   }
   fence_barrier_init();
@@ -211,19 +220,34 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   if (const int32_t column = first_column + static_cast<int32_t>(threadIdx.x) * 32;
       column < min(first_column + out_columns, static_cast<int32_t>(p.n))) {
     if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
-    if (p.bias != nullptr) prefetch_l2(static_cast<const T*>(p.bias) + column);
+    if (p.bias != nullptr) prefetch_l2(static_cast<const Out*>(p.bias) + column);
   }
+  // Of x in T by the copy engine, by one thread; else by all of them.
   const auto load_x = [&](int32_t first) {
-    const int32_t num = min(columns.pass, columns.num - first);
-    smem.x_full.arrive_expect_bytes(static_cast<uint32_t>(p.m) * num * 64 * sizeof(T));
-    const T* source = static_cast<const T*>(p.x) + int64_t{columns.first + first} * 64;
-    for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
-      tma_load_bytes(smem.x[row], source, smem.x_full, num * 64 * sizeof(T));
+    const int32_t num = min(columns.pass, columns.num - first), first_of_x = (columns.first + first) * 64;
+    const typename Format::X* source = static_cast<const typename Format::X*>(p.x) + first_of_x;
+    if constexpr (kWidened) {
+      for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
+        for (int32_t i = static_cast<int32_t>(threadIdx.x); i < num * 4; i += 32 * WARPS) {
+          uint4 halves[2];
+          Format::widen(halves, reinterpret_cast<const uint4*>(source)[i]);
+          uint4* const target = reinterpret_cast<uint4*>(smem.x[row]) + 2 * i;
+          target[0] = halves[0];
+          target[1] = halves[1];
+        }
+      }
+      __syncwarp();
+      if (lane == 0) smem.x_full.arrive();
+    } else if (threadIdx.x == 0) {
+      smem.x_full.arrive_expect_bytes(static_cast<uint32_t>(p.m) * num * 64 * sizeof(T));
+      for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
+        tma_load_bytes(smem.x[row], source, smem.x_full, num * 64 * sizeof(T));
+      }
     }
+    __syncwarp();
   };
   grid_dependency_wait();
-  if (threadIdx.x == 0) load_x(0);
-  __syncwarp();
+  load_x(0);
 
   // ---- products
   const uint32_t x_row = shared_address(smem.x[lane % 8]) + lane / 8 * 16;  // of the matrix that a lane points to
@@ -243,18 +267,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     if (pass > 0) {
       __syncwarp();
       if (lane == 0) smem.x_empty.arrive();
-      if (threadIdx.x == 0) {
-        smem.x_empty.wait((pass - 1) % 2);
-        load_x(first);
-      }
-      __syncwarp();
+      if (kWidened || threadIdx.x == 0) smem.x_empty.wait((pass - 1) % 2);
+      load_x(first);
     }
     smem.x_full.wait(pass % 2);
     bool begins = true;  // a block, in this pass
 #pragma unroll 1
     while (now.first == first) {
       const int32_t block = now.block;
-      float(&sums)[BLOCK_M][Storage::kColumns + 4] = smem.sums[warp_idx + block];
+      float (&sums)[BLOCK_M][Storage::kColumns + 4] = smem.sums[warp_idx + block];
       const auto each_sum = [&](auto f) {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
@@ -329,7 +350,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   const bool is_there = first_row < rows_at_once && column < p.n;
   float factors[4] = {}, bias[4] = {};
   if (is_there) {
-    if (p.bias != nullptr) load_vec<4>(static_cast<const T*>(p.bias) + column, bias);
+    if (p.bias != nullptr) load_vec<4>(static_cast<const Out*>(p.bias) + column, bias);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       factors[i] =
@@ -343,6 +364,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 
   if (is_there) {
     for (int32_t row = rank * rows_at_once + first_row; row < p.m; row += num_splits * rows_at_once) {
+      const float x_scale = p.x_scale == nullptr ? 1.0f : p.x_scale[row * p.x_scale_stride];
       float4 sum = {};
       for (int32_t split = 0; split < num_splits; ++split) {
         if (!alike) {
@@ -358,9 +380,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
           sum.w += value.w;
         }
       }
-      const float values[4] = {sum.x * factors[0] + bias[0], sum.y * factors[1] + bias[1],
-                               sum.z * factors[2] + bias[2], sum.w * factors[3] + bias[3]};
-      store_vec<4>(static_cast<T*>(p.out) + row * p.n + column, values);
+      const float values[4] = {sum.x * (x_scale * factors[0]) + bias[0], sum.y * (x_scale * factors[1]) + bias[1],
+                               sum.z * (x_scale * factors[2]) + bias[2], sum.w * (x_scale * factors[3]) + bias[3]};
+      store_vec<4>(static_cast<Out*>(p.out) + row * p.n + column, values);
     }
   }
   if (num_splits > 1) {
@@ -383,22 +405,24 @@ struct GemmSm90W4TilesShapeOf {
 };
 
 template <typename Format, typename Shape>
-cudaError_t launch_gemm_sm90_w4_tiles(const GemmSm90W4TilesParams& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config,
+                                      cudaStream_t stream) {
   using Storage = GemmSm90W4TilesStorage<Format, Shape>;
   static_assert(sizeof(Storage) <= 227 * 1024);
-  return launch_clusters(gemm_sm90_w4_tiles_kernel<Format, Shape>, p.config.num_ctas, p.config.num_splits,
-                         32 * Shape::kWarps, sizeof(Storage), stream, p);
+  return launch_clusters(gemm_sm90_w4_tiles_kernel<Format, Shape>, config.num_ctas, config.num_splits,
+                         32 * Shape::kWarps, sizeof(Storage), stream, GemmSm90W4TilesArgs{p, config});
 }
 
 template <typename Format>
-cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4TilesParams& p, cudaStream_t stream) {
-  switch (p.config.shape.block_m) {
+cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config,
+                                   cudaStream_t stream) {
+  switch (config.shape.block_m) {
     case 8:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<8, 1, 8, 8, 3>>(p, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<8, 1, 8, 8, 3>>(p, config, stream);
     case 16:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<16, 2, 8, 4, 3>>(p, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<16, 2, 8, 4, 3>>(p, config, stream);
     case 32:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<32, 2, 8, 4, 2>>(p, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<32, 2, 8, 4, 2>>(p, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

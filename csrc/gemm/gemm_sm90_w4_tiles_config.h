@@ -23,9 +23,7 @@ struct GemmSm90W4TilesConfig {
   int64_t num_ctas;
 
   // What a CTA has, at most: blocks of rows, and tiles of columns.
-  int64_t num_blocks(int64_t n) const {
-    return ceil_div(ceil_div(n, 16 * shape.row_tiles), num_ctas / num_splits);
-  }
+  int64_t num_blocks(int64_t n) const { return ceil_div(ceil_div(n, 16 * shape.row_tiles), num_ctas / num_splits); }
   int64_t num_columns(int64_t k) const { return ceil_div(k / 64, num_splits); }
 };
 
@@ -33,7 +31,8 @@ inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_of(const GemmSm90W4TilesShape& s
                                                    int64_t num_sms) {
   const int64_t num_blocks = ceil_div(n, 16 * shape.row_tiles);
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[num_splits] * num_sms / 132);
-  const int64_t num_clusters = std::max(std::min(num_blocks, at_once), ceil_div(num_blocks, gemm_sm90_w4_tiles_max_blocks(shape.row_tiles)));
+  const int64_t num_clusters =
+      std::max(std::min(num_blocks, at_once), ceil_div(num_blocks, gemm_sm90_w4_tiles_max_blocks(shape.row_tiles)));
   return {shape, num_splits, num_clusters * num_splits};
 }
 

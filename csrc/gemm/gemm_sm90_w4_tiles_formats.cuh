@@ -2,7 +2,7 @@
 // a tile. Numbers are those of gemm_sm90_w4_16_bit_tiles.cuh, to the bit.
 //
 // Each type has
-//   T               of x and of the fragments
+//   X, T, Out       of x, of the fragments, of out and bias
 //   kTileBytes      scales of a tile, which come with its codes
 //   kSumFactor      by which sums of the products are too small
 //   Step            scales that do not: of the tiles that a warp multiplies at a time, ROW_TILES times STAGE_TILES,
@@ -10,16 +10,16 @@
 //   make_fragment   of a word of codes, columns 16 j to 16 j + 15 of the tile
 #pragma once
 
+#include "arch/byte_permute.cuh"
 #include "arch/e4m3.cuh"
 #include "gemm/gemm_sm90_w4_16_bit_tiles.cuh"
-#include "gemm/gemm_sm90_w4_tiles.h"
 
 namespace fastattn {
 
 // Where all scales come with the codes.
 template <int ROW_TILES, int STAGE_TILES>
 struct NoStepScales {
-  __device__ __forceinline__ void load(const GemmSm90W4TilesParams&, int32_t, int32_t, int) {}
+  __device__ __forceinline__ void load(const GemmSm90W4Params&, int32_t, int32_t, int) {}
   __device__ __forceinline__ void take() {}
 };
 
@@ -27,7 +27,9 @@ struct NoStepScales {
 template <typename Element, int GROUP>
 struct Fp4Tile {
   static_assert(GROUP == 16 || GROUP == 32);
+  using X = Element;
   using T = Element;
+  using Out = Element;
   template <int ROW_TILES, int STAGE_TILES>
   using Step = NoStepScales<ROW_TILES, STAGE_TILES>;
   static constexpr int kTileBytes = 16 * 64 / GROUP;
@@ -53,8 +55,11 @@ struct Fp4Tile {
                           from_e8m0<float>(static_cast<uint8_t>(all >> 16)) * kFactor);
     }
   }
+  __device__ __forceinline__ uint32_t scales_of(int j, int lane) const {
+    return __shfl_sync(0xffffffffu, own_, (lane & 28) | j * 16 / GROUP);
+  }
   __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t word, int j, int lane) const {
-    const uint32_t scales = __shfl_sync(0xffffffffu, own_, (lane & 28) | j * 16 / GROUP);
+    const uint32_t scales = scales_of(j, lane);
     small_e2m1_pairs<T>(a, word);
     multiply_pairs<T>(a, scales);
   }
@@ -69,7 +74,9 @@ struct Fp4Tile {
 // bf16 the scale must be below 2^122.
 template <typename Element>
 struct Int4Tile {
+  using X = Element;
   using T = Element;
+  using Out = Element;
   static constexpr int kTileBytes = 0;
   static constexpr float kSumFactor = 1.0f;
 
@@ -83,8 +90,7 @@ struct Int4Tile {
     uint32_t scale[ROW_TILES][kOwn], zero[ROW_TILES][kOwn];
 
     // Of tiles from these on; past the last one, or the last row, stands that one.
-    __device__ __forceinline__ void load(const GemmSm90W4TilesParams& p, int32_t row_tile, int32_t column_tile,
-                                         int lane) {
+    __device__ __forceinline__ void load(const GemmSm90W4Params& p, int32_t row_tile, int32_t column_tile, int lane) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
         const int64_t row = min(row_tile + r, static_cast<int32_t>(p.n / 16) - 1) * 16 + lane / 4;
@@ -140,8 +146,7 @@ struct Int4Tile {
       const Pair<T> scale = i % 2 == 0 ? half_of<0, T>(scale_) : half_of<1, T>(scale_);
       const Pair<T> zero = i % 2 == 0 ? half_of<0, T>(zero_) : half_of<1, T>(zero_);
       if constexpr (kIsHalf<T>) {
-        a[i] = bits_of<T>(
-            __hmul2(__hsub2(as_pair<T>(codes | (i % 2 == 0 ? 0x64006400u : 0x54005400u)), zero), scale));
+        a[i] = bits_of<T>(__hmul2(__hsub2(as_pair<T>(codes | (i % 2 == 0 ? 0x64006400u : 0x54005400u)), zero), scale));
       } else {
         a[i] = bits_of<T>(__hmul2(__hfma2(as_pair<T>(codes), as_pair<T>(0x7f007f00u), zero), scale));
       }
@@ -150,6 +155,41 @@ struct Int4Tile {
 
  private:
   uint32_t scale_, zero_;
+};
+
+// With x in e4m3, tiles in order 8 and products in fp16, which holds x, E2M1 times a scale, and so every weight,
+// exactly: more than the kernel for many rows, of which NVFP4's weights are rounded to e4m3. Which columns of 16 lie
+// where is the same for x and the weight: of each four the first two, then the others.
+template <typename OutElement, int GROUP>
+struct Fp4TileOfFp8 : Fp4Tile<__half, GROUP> {
+  using Base = Fp4Tile<__half, GROUP>;
+  using X = __nv_fp8_e4m3;
+  using T = __half;
+  using Out = OutElement;
+
+  using Base::Base;
+
+  __device__ static __forceinline__ void widen(uint4 (&halves)[2], const uint4& x) {
+    uint32_t pairs[4][2];
+    unpack_e4m3(pairs[0], x.x);
+    unpack_e4m3(pairs[1], x.y);
+    unpack_e4m3(pairs[2], x.z);
+    unpack_e4m3(pairs[3], x.w);
+    halves[0] = {pairs[0][0], pairs[1][0], pairs[2][0], pairs[3][0]};
+    halves[1] = {pairs[0][1], pairs[1][1], pairs[2][1], pairs[3][1]};
+  }
+  __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t word, int j, int lane) const {
+    // fp16's upper bytes of 0, 0.5 ... 6, times 2^-14.
+    const uint2 magnitudes = {0x06040200u, 0x0e0c0a08u};
+    const uint32_t selectors = word & 0x77777777u;
+    const uint32_t upper = look_up_bytes(magnitudes, selectors) | (word & 0x80808080u);
+    const uint32_t lower = look_up_bytes(magnitudes, selectors >> 16) | (word << 4 & 0x80808080u);
+    a[0] = __byte_perm(upper, 0, 0x1404);
+    a[1] = __byte_perm(lower, 0, 0x1404);
+    a[2] = __byte_perm(upper, 0, 0x3424);
+    a[3] = __byte_perm(lower, 0, 0x3424);
+    multiply_pairs<T>(a, Base::scales_of(j, lane));
+  }
 };
 
 }  // namespace fastattn

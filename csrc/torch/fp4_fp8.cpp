@@ -1,4 +1,5 @@
 #include "gemm/fp4_to_fp8.h"
+#include "gemm/gemm_sm90_w4_tiles.h"
 #include "torch/gemm_workspaces.h"
 #include "torch/w4_tiles.h"
 
@@ -64,6 +65,12 @@ Tensor fp4_fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& w
     p.x_scale = data<float>(x_scale);
     p.x_scale_stride = one_x_scale ? 0 : 1;
     p.fast_accum = fast_accum;
+    const GemmSm90W4TilesConfig few_rows = gemm_sm90_w4_tiles_config(m, n, k, problem.num_sms);
+    if (tiles && few_rows.num_ctas > 0 && reinterpret_cast<uintptr_t>(p.bias) % 8 == 0) {
+      check_launch(kOp, group_size == 16 ? gemm_nvfp4_fp8_tiles_sm90(p, few_rows, stream)
+                                         : gemm_mxfp4_fp8_tiles_sm90(p, few_rows, stream));
+      return out;
+    }
     p.config = gemm_sm90_w4_config(problem);
     std::optional<W4Tiles> made;
     std::optional<Tensor> row_exponent, row_scale;

@@ -24,7 +24,7 @@ struct FourBitWeight {
   int64_t scale_alignment;       // of a row of scales, in scales, for sm_90
   Launch sm80;
   cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
-  cudaError_t (*sm90_tiles)(const GemmSm90W4TilesParams&, cudaStream_t);
+  cudaError_t (*sm90_tiles)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
 
   bool is_int4() const { return packed_dtype == ScalarType::Int; }
 };
@@ -76,28 +76,6 @@ bool takes_sm90(const FourBitWeight& w, const GemmSm90W4Params& p, int64_t num_g
          fits_copy_engine(p.weight, p.n, p.k / 2, p.weight_stride);
 }
 
-// The same call for the kernel that takes few rows of x and tiles.
-GemmSm90W4TilesParams tiles_params_of(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config) {
-  GemmSm90W4TilesParams tiles;
-  tiles.x = p.x;
-  tiles.weight = p.weight;
-  tiles.weight_scale = p.weight_scale;
-  tiles.zero_point = p.zero_point;
-  tiles.scale_stride = p.scale_stride;
-  tiles.zero_point_stride = p.zero_point_stride;
-  tiles.group_size = p.group_size;
-  tiles.global_scale = p.global_scale;
-  tiles.bias = p.bias;
-  tiles.out = p.out;
-  tiles.m = p.m;
-  tiles.n = p.n;
-  tiles.k = p.k;
-  tiles.x_stride = p.x_stride;
-  tiles.dtype = p.dtype;
-  tiles.config = config;
-  return tiles;
-}
-
 // extras: checks and gives what is particular to a format, after the shapes are known to fit.
 template <typename Extras>
 Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std::optional<Tensor>& bias,
@@ -111,8 +89,7 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const int64_t num_groups = ceil_div(k, group_size);
   const bool tiles = in_tiles(w.packed);
   if (!tiles) checks.shape("weight_packed", w.packed, {kAny, ceil_div(k, w.per_element)});
-  const int64_t n =
-      tiles ? check_w4_tiles(checks, w.packed, w.scale, group_size, k, w.is_int4()) : w.packed.size(0);
+  const int64_t n = tiles ? check_w4_tiles(checks, w.packed, w.scale, group_size, k, w.is_int4()) : w.packed.size(0);
   if (!tiles || w.is_int4()) checks.shape("weight_scale", w.scale, {n, num_groups});
   checks.dtype("weight_packed", w.packed, {w.packed_dtype}).dtype("weight_scale", w.scale, {w.scale_dtype});
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x_given.scalar_type()});
@@ -132,7 +109,7 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   if (tiles) {
     const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
     if (config.num_ctas > 0 && reinterpret_cast<uintptr_t>(hopper.bias) % 8 == 0) {
-      check_launch(w.op, w.sm90_tiles(tiles_params_of(hopper, config), stream_of(x)));
+      check_launch(w.op, w.sm90_tiles(hopper, config, stream_of(x)));
       return out;
     }
   }

@@ -10,17 +10,21 @@
 namespace {
 
 using namespace emulator;
-using fastattn::GemmSm90W4TilesParams;
+using fastattn::GemmSm90W4Params;
+using fastattn::GemmSm90W4TilesConfig;
 using fastattn::GemmSm90W4TilesShape;
 
 struct Format {
   const char* name;
+  bool fp8;   // x in e4m3, tiles in order 8
   int group;  // 0: int4, of any size
-  cudaError_t (*launch)(const GemmSm90W4TilesParams&, cudaStream_t);
+  cudaError_t (*launch)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
 };
-const Format kFormats[] = {{"nvfp4", 16, fastattn::gemm_nvfp4_tiles_sm90},
-                           {"mxfp4", 32, fastattn::gemm_mxfp4_tiles_sm90},
-                           {"int4", 0, fastattn::gemm_int4_tiles_sm90}};
+const Format kFormats[] = {{"nvfp4", false, 16, fastattn::gemm_nvfp4_tiles_sm90},
+                           {"mxfp4", false, 32, fastattn::gemm_mxfp4_tiles_sm90},
+                           {"int4", false, 0, fastattn::gemm_int4_tiles_sm90},
+                           {"nvfp4 and fp8", true, 16, fastattn::gemm_nvfp4_fp8_tiles_sm90},
+                           {"mxfp4 and fp8", true, 32, fastattn::gemm_mxfp4_fp8_tiles_sm90}};
 
 float e2m1_value(int code) {
   constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -54,10 +58,21 @@ uint32_t int4_word(const int (&codes)[4][2]) {
   return word;
 }
 
-template <typename T>
+// In order 8: the first two pairs are the upper row's four columns.
+uint32_t fp8_word(const int (&codes)[4][2]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) {
+    const int code = codes[i / 2][i % 2], sign = 8 * (i % 4) + (i < 4 ? 7 : 3);
+    word |= static_cast<uint32_t>(code & 7) << 4 * i | static_cast<uint32_t>(code >> 3) << sign;
+  }
+  return word;
+}
+
+// X of x, T of out.
+template <typename X, typename T>
 void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
-  GemmSm90W4TilesParams p;
+  GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
   const int pass = fastattn::gemm_sm90_w4_tiles_pass(shape.block_m);
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
@@ -65,11 +80,11 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
   p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
   const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
-  p.config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
+  const GemmSm90W4TilesConfig config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
 
-  p.x_stride = p.k + 8 * pick({0, 0, 1, 5});
-  Tensor<T> x(p.m * p.x_stride + 8);  // NaN between the rows
-  const bool units = one_in(4);       // rows of x, which make single weights, exact ones
+  p.x_stride = p.k + 16 / sizeof(X) * pick({0, 0, 1, 5});
+  Tensor<X> x(p.m * p.x_stride + 16);  // NaN between the rows
+  const bool units = one_in(4);        // rows of x, which make single weights, exact ones
   for (int64_t m = 0; m < p.m; ++m) {
     const int64_t unit = between(0, static_cast<int>(p.k) - 1);
     for (int64_t k = 0; k < p.k; ++k) x.set(m * p.x_stride + k, units ? static_cast<float>(k == unit) : normal());
@@ -113,14 +128,18 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
         for (int j = 0; j < 4; ++j) {
           int of_word[4][2];
           for (int i = 0; i < 8; ++i) {
-            const int64_t n = row * 16 + lane / 4 + i / 2 % 2 * 8;
-            const int64_t k = column * 64 + j * 16 + lane % 4 * 2 + i / 4 * 8 + i % 2;
+            const int64_t n = row * 16 + lane / 4 + (format.fp8 ? i / 4 : i / 2 % 2) * 8;
+            const int64_t k =
+                column * 64 + j * 16 + (format.fp8 ? lane % 4 * 4 + i % 4 : lane % 4 * 2 + i / 4 * 8 + i % 2);
             of_word[i / 2][i % 2] = codes[n * p.k + k];
           }
-          tiles[(row * columns + column) * 32 + lane].words[j] = format.group == 0 ? int4_word(of_word) : fp4_word(of_word);
+          tiles[(row * columns + column) * 32 + lane].words[j] = format.fp8          ? fp8_word(of_word)
+                                                                 : format.group == 0 ? int4_word(of_word)
+                                                                                     : fp4_word(of_word);
         }
       }
-      uint8_t* const its_scales = reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
+      uint8_t* const its_scales =
+          reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
       for (int i = 0; i < 16 * of_tile; ++i) {
         const int64_t n = row * 16 + i / (2 * of_tile) + i / of_tile % 2 * 8;
         its_scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
@@ -139,12 +158,18 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   // Sums of thousands of 6 * 448 leave fp16.
   p.global_scale = !units && format.group != 0 && (format.group == 16 || one_in(2)) ? global_scales.data() : nullptr;
   p.bias = !units && one_in(2) ? bias.data.data() : nullptr;
+  std::vector<float> x_scales(p.m, 1.0f);
+  if (!units) {
+    for (float& scale : x_scales) scale = std::exp2(normal());
+  }
+  p.x_scale = format.fp8 ? x_scales.data() : nullptr;
+  p.x_scale_stride = one_in(4) ? 0 : 1;
   p.out = out.data();
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
-                  (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) +
-                  " x " + std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
-                  std::to_string(p.config.num_ctas) + " CTAs";
+                  (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) + " x " +
+                  std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
@@ -152,11 +177,12 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
       const int code = codes[n * p.k + k];
       const int zero_point = zero_points[n * p.zero_point_stride + k / group];
       const float number = format.group == 0 ? static_cast<float>(code - 8 - zero_point) : e2m1_value(code);
-      weight[n * p.k + k] = static_cast<float>(T(number * values[n * num_groups + k / group]));
+      const float value = number * values[n * num_groups + k / group];
+      weight[n * p.k + k] = format.fp8 ? value : static_cast<float>(T(value));  // with x in e4m3 no rounding
     }
   }
   const auto launch = [&] {
-    if (format.launch(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+    if (format.launch(p, config, nullptr) != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
   for (int64_t m = 0; m < p.m; ++m) {
@@ -167,7 +193,8 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
         sum += term;
         size += std::fabs(term);
       }
-      const double divisor = p.global_scale == nullptr ? 1.0 : global_scales[n];
+      const double x_scale = format.fp8 ? x_scales[m * p.x_scale_stride] : 1.0;
+      const double divisor = (p.global_scale == nullptr ? 1.0 : global_scales[n]) / x_scale;
       const double expected = sum / divisor + (p.bias == nullptr ? 0.0 : bias.values[n]);
       const double got = static_cast<float>(out[m * p.n + n]);
       // Rounded once, from a sum in fp32.
@@ -200,11 +227,11 @@ int main(int argc, char** argv) {
       if (fastattn::kGemmSm90W4TilesShapes[i].block_m == size) idx = i;
     }
     const GemmSm90W4TilesShape& shape = fastattn::kGemmSm90W4TilesShapes[idx];
-    const Format& format = kFormats[between(0, 2)];
-    if (one_in(2)) {
-      run_call<__half>(format, shape);
-    } else {
-      run_call<__nv_bfloat16>(format, shape);
+    const Format& format = kFormats[between(0, 4)];
+    if (format.fp8) {
+      return one_in(2) ? run_call<__nv_fp8_e4m3, __half>(format, shape)
+                       : run_call<__nv_fp8_e4m3, __nv_bfloat16>(format, shape);
     }
+    return one_in(2) ? run_call<__half, __half>(format, shape) : run_call<__nv_bfloat16, __nv_bfloat16>(format, shape);
   });
 }
