@@ -257,7 +257,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   Walk now(share), next(share);  // next: for formats with scales that come a step ahead
   typename Format::template Step<ROW_TILES, Shape::kStageTiles> step_scales;
   const auto load_scales = [&] {
-    step_scales.load(p, (first_block + next.block) * ROW_TILES, columns.first + next.first + next.column, lane);
+    if constexpr (Format::kTileBytes == 0) {
+      step_scales.load(p, (first_block + next.block) * ROW_TILES, columns.first + next.first + next.column, lane);
+    }
   };
   load_scales();
   int stage_idx = 0;
@@ -295,9 +297,11 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
           a = pass == 0 ? 0.0f : sum;
         });
       }
-      step_scales.take();
-      next.advance(share);
-      if (!next.is_over(share)) load_scales();
+      if constexpr (Format::kTileBytes == 0) {
+        step_scales.take();
+        next.advance(share);
+        if (!next.is_over(share)) load_scales();
+      }
       const typename Storage::Stage& stage = smem.ring[warp_idx][stage_idx];
       uint32_t x_tile = x_row + now.column * 128;
       smem.full[warp_idx][stage_idx].wait(parity);

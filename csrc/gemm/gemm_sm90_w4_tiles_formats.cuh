@@ -5,7 +5,7 @@
 //   X, T, Out       of x, of the fragments, of out and bias
 //   kTileBytes      scales of a tile, which come with its codes
 //   kSumFactor      by which sums of the products are too small
-//   Step            scales that do not: of the tiles that a warp multiplies at a time, ROW_TILES times STAGE_TILES,
+//   Step            scales where none do: of the tiles that a warp multiplies at a time, ROW_TILES times STAGE_TILES,
 //                   loaded a step ahead
 //   make_fragment   of a word of codes, columns 16 j to 16 j + 15 of the tile
 #pragma once
@@ -18,10 +18,7 @@ namespace fastattn {
 
 // Where all scales come with the codes.
 template <int ROW_TILES, int STAGE_TILES>
-struct NoStepScales {
-  __device__ __forceinline__ void load(const GemmSm90W4Params&, int32_t, int32_t, int) {}
-  __device__ __forceinline__ void take() {}
-};
+struct NoStepScales {};
 
 // NVFP4 in groups of 16 columns, MXFP4 of 32.
 template <typename Element, int GROUP>

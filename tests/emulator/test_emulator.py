@@ -522,8 +522,8 @@ MUTANTS = [
     Mutant(
         "scales of INT4 are those of the step before",
         W4_TILES,
-        "      next.advance(share);\n      if (!next.is_over(share)) load_scales();",
-        "      if (!next.is_over(share)) load_scales();\n      next.advance(share);",
+        "        next.advance(share);\n        if (!next.is_over(share)) load_scales();",
+        "        if (!next.is_over(share)) load_scales();\n        next.advance(share);",
         "gemm_sm90_w4_int4_tiles.cu",
         "8",
         "expected",
