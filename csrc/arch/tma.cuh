@@ -69,4 +69,11 @@ __device__ __forceinline__ void tma_load_bytes(void* destination, const void* so
       : "memory");
 }
 
+// And only as far as the L2 cache.
+__device__ __forceinline__ void tma_prefetch_bytes(const void* source, uint32_t num_bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;\n" ::"l"(source), "r"(num_bytes),
+               "l"(policy)
+               : "memory");
+}
+
 }  // namespace fastattn

@@ -28,6 +28,8 @@
 // Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16.
 #pragma once
 
+#include <iterator>
+
 #include "arch/cluster.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -186,34 +188,48 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   fence_barrier_init();
   __syncthreads();
 
-  // ---- the weight: to a stage what `ahead` is at
+  // ---- the weight: what a walk is at, to a stage, or as far as L2. By lane 0, of each tile of the block.
   const uint64_t policy = evict_first_policy();
+  const auto each_tile = [&](const Walk& walk, auto load) {
+    const int32_t row = (first_block + walk.block) * ROW_TILES, column = columns.first + walk.first + walk.column;
+    const uint32_t num = static_cast<uint32_t>(walk.num);
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+      // Below the last row stands the last one: its sums go nowhere.
+      const uint32_t tile = min(row + i, all_rows - 1) * all_columns + column;
+      load(i, static_cast<const uint4*>(p.weight) + uint64_t{tile} * 32, num * 512,
+           static_cast<const unsigned char*>(p.weight_scale) + uint64_t{tile} * Format::kTileBytes,
+           num * Format::kTileBytes);
+    }
+  };
   Walk ahead(share);
   const auto load_stage = [&](int idx) {
     if (ahead.is_over(share)) return;
     if (lane == 0) {
-      const uint32_t num = static_cast<uint32_t>(ahead.num);
       typename Storage::Stage& stage = smem.ring[warp_idx][idx];
       MBarrier& full = smem.full[warp_idx][idx];
-      full.arrive_expect_bytes(ROW_TILES * num * (512 + Format::kTileBytes));
-      const int32_t row = (first_block + ahead.block) * ROW_TILES, column = columns.first + ahead.first + ahead.column;
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; ++i) {
-        // Below the last row stands the last one: its sums go nowhere.
-        const uint32_t tile = min(row + i, all_rows - 1) * all_columns + column;
-        tma_load_bytes(stage.codes[i], static_cast<const uint4*>(p.weight) + uint64_t{tile} * 32, full, num * 512,
-                       policy);
-        if constexpr (Format::kTileBytes > 0) {
-          tma_load_bytes(stage.scales[i],
-                         static_cast<const unsigned char*>(p.weight_scale) + uint64_t{tile} * Format::kTileBytes, full,
-                         num * Format::kTileBytes, policy);
-        }
-      }
+      full.arrive_expect_bytes(ROW_TILES * static_cast<uint32_t>(ahead.num) * (512 + Format::kTileBytes));
+      each_tile(ahead,
+                [&](int i, const uint4* codes, uint32_t num_codes, const unsigned char* scales, uint32_t num_scales) {
+                  tma_load_bytes(stage.codes[i], codes, full, num_codes, policy);
+                  if constexpr (Format::kTileBytes > 0)
+                    tma_load_bytes(stage.scales[i], scales, full, num_scales, policy);
+                });
     }
     ahead.advance(share);
   };
+  Walk asked(share);
 #pragma unroll 1
-  for (int i = 0; i < STAGES; ++i) load_stage(i);
+  for (int i = 0; i < STAGES && !asked.is_over(share); ++i) {
+    if (lane == 0) {
+      each_tile(asked,
+                [&](int, const uint4* codes, uint32_t num_codes, const unsigned char* scales, uint32_t num_scales) {
+                  tma_prefetch_bytes(codes, num_codes, policy);
+                  if constexpr (Format::kTileBytes > 0) tma_prefetch_bytes(scales, num_scales, policy);
+                });
+    }
+    asked.advance(share);
+  }
 
   // ---- what sums are multiplied by and added to, as far as L2; x
   const int32_t out_columns = num_blocks * Storage::kColumns, first_column = first_block * Storage::kColumns;
@@ -222,7 +238,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     if (p.global_scale != nullptr) prefetch_l2(p.global_scale + column);
     if (p.bias != nullptr) prefetch_l2(static_cast<const Out*>(p.bias) + column);
   }
-  // Of x in T by the copy engine, by one thread; else by all of them.
+  // x in T by the copy engine, a warp a row; else by all threads.
   const auto load_x = [&](int32_t first) {
     const int32_t num = min(columns.pass, columns.num - first), first_of_x = (columns.first + first) * 64;
     const typename Format::X* source = static_cast<const typename Format::X*>(p.x) + first_of_x;
@@ -238,16 +254,23 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       }
       __syncwarp();
       if (lane == 0) smem.x_full.arrive();
-    } else if (threadIdx.x == 0) {
-      smem.x_full.arrive_expect_bytes(static_cast<uint32_t>(p.m) * num * 64 * sizeof(T));
-      for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
-        tma_load_bytes(smem.x[row], source, smem.x_full, num * 64 * sizeof(T));
+    } else {
+      if (threadIdx.x == 0) {
+        smem.x_full.arrive_expect_bytes(static_cast<uint32_t>(p.m) * num * 64 * sizeof(T));
+      }
+      if (lane == 0) {
+        for (int32_t row = warp_idx; row < p.m; row += WARPS) {
+          tma_load_bytes(smem.x[row], source + row * p.x_stride, smem.x_full, num * 64 * sizeof(T));
+        }
       }
     }
     __syncwarp();
   };
   grid_dependency_wait();
+  // In front of the weight, behind which the copy engine would let it wait.
   load_x(0);
+#pragma unroll 1
+  for (int i = 0; i < STAGES; ++i) load_stage(i);
 
   // ---- products
   const uint32_t x_row = shared_address(smem.x[lane % 8]) + lane / 8 * 16;  // of the matrix that a lane points to
@@ -269,7 +292,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     if (pass > 0) {
       __syncwarp();
       if (lane == 0) smem.x_empty.arrive();
-      if (kWidened || threadIdx.x == 0) smem.x_empty.wait((pass - 1) % 2);
+      smem.x_empty.wait((pass - 1) % 2);
       load_x(first);
     }
     smem.x_full.wait(pass % 2);
@@ -399,13 +422,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-// Rows of x; of the weight ROW_TILES tiles, one above the other, are a block; a stage has STAGE_TILES tiles of each.
-template <int BLOCK_M, int ROW_TILES, int WARPS, int STAGE_TILES, int STAGES>
+// One of kGemmSm90W4TilesShapes, with STAGES stages of STAGE_TILES tiles of each of a block's rows of tiles.
+template <int IDX, int STAGE_TILES, int STAGES, int WARPS = 8>
 struct GemmSm90W4TilesShapeOf {
-  static constexpr int kBlockM = BLOCK_M, kRowTiles = ROW_TILES, kWarps = WARPS, kStageTiles = STAGE_TILES;
-  static constexpr int kStages = STAGES;
-  static constexpr int kPassTiles = gemm_sm90_w4_tiles_pass(BLOCK_M);
-  static constexpr int kMaxBlocks = gemm_sm90_w4_tiles_max_blocks(ROW_TILES);
+  static constexpr GemmSm90W4TilesShape kShape = kGemmSm90W4TilesShapes[IDX];
+  static constexpr int kBlockM = kShape.block_m, kRowTiles = kShape.row_tiles, kWarps = WARPS;
+  static constexpr int kPassTiles = kShape.pass_tiles, kMaxBlocks = kShape.max_blocks;
+  static constexpr int kStageTiles = STAGE_TILES, kStages = STAGES;
 };
 
 template <typename Format, typename Shape>
@@ -420,13 +443,12 @@ cudaError_t launch_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W
 template <typename Format>
 cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config,
                                    cudaStream_t stream) {
+  static_assert(std::size(kGemmSm90W4TilesShapes) == 2);
   switch (config.shape.block_m) {
     case 8:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<8, 1, 8, 8, 3>>(p, config, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<0, 8, 2>>(p, config, stream);
     case 16:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<16, 2, 8, 4, 3>>(p, config, stream);
-    case 32:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<32, 2, 8, 4, 2>>(p, config, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<1, 3, 2>>(p, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -74,7 +74,7 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
-  const int pass = fastattn::gemm_sm90_w4_tiles_pass(shape.block_m);
+  const int pass = shape.pass_tiles;
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
   const bool more_passes = one_in(6);
   p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));

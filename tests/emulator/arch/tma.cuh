@@ -63,4 +63,10 @@ inline void tma_load_bytes(void* destination, const void* source, MBarrier& barr
   });
 }
 
+inline void tma_prefetch_bytes(const void* source, uint32_t num_bytes, uint64_t) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || num_bytes % 16 != 0) {
+    emulator::fail("bytes from an address that is not a multiple of 16, or not a multiple of 16 of them");
+  }
+}
+
 }  // namespace fastattn
