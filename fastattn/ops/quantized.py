@@ -259,10 +259,14 @@ def _check_tiles(
         fail_value(op, f"group_size is {group_size}, expected a multiple of {TILE_COLUMNS} with weight_packed in tiles")
     if scale is not None and scale.shape[2] != TILE_ROWS * TILE_COLUMNS // group_size:
         expected = TILE_ROWS * TILE_COLUMNS // group_size
-        fail_value(op, f"weight_scale has shape {tuple(scale.shape)}, expected (N/{TILE_ROWS}, K/{TILE_COLUMNS}, {expected})")
+        fail_value(
+            op, f"weight_scale has shape {tuple(scale.shape)}, expected (N/{TILE_ROWS}, K/{TILE_COLUMNS}, {expected})"
+        )
     for name, t in of_rows.items():
         if t is not None and t.shape[0] != num_rows:
-            fail_value(op, f"{name} has shape {tuple(t.shape)}, expected N = {num_rows} rows, as weight_packed in tiles has")
+            fail_value(
+                op, f"{name} has shape {tuple(t.shape)}, expected N = {num_rows} rows, as weight_packed in tiles has"
+            )
     for name, t in (("weight_packed", weight_packed), ("weight_scale", scale)):
         if t is not None and not t.is_contiguous():
             fail_value(op, f"{name} has strides {t.stride()}, expected contiguous tiles")
