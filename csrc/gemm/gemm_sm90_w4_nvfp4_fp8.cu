@@ -6,9 +6,8 @@ namespace fastattn {
 
 cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream) {
   if (params.config.many_rows) return gemm_nvfp4_fp8_sm90_many_rows(params, stream);
-  return dispatch_half(params.dtype, [&](auto type) {
-    return run_gemm_sm90_w4<GemmSm90W4A8<decltype(type), 16, true>>(params, stream);
-  });
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_w4<GemmSm90W4A8<decltype(type), 16>>(params, stream); });
 }
 
 }  // namespace fastattn

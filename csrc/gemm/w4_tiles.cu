@@ -47,7 +47,7 @@ template <W4Order ORDER>
 __global__ void __launch_bounds__(kThreads) w4_tiles_kernel(const __grid_constant__ W4TilesParams p) {
   grid_dependency_launch();
   grid_dependency_wait();
-  __shared__ int shifts[16];  // from a row's scales to those in tiles
+  static __shared__ int shifts[16];  // from a row's scales to those in tiles
   const int thread = static_cast<int>(threadIdx.x), lane = thread / 4, word = thread % 4;
   const int64_t num_tiles = p.k / 64, num_parts = (num_tiles + kTiles - 1) / kTiles, groups = 64 / p.group_size;
   const int64_t row_tile = blockIdx.x / num_parts, first_row = row_tile * 16;

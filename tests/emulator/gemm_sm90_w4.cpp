@@ -6,6 +6,7 @@
 #include "arch/e2m1.cuh"
 #include "drawn_call.h"
 #include "gemm/fp4_to_fp8.h"
+#include "gemm/w4_tiles.h"
 
 namespace {
 
@@ -92,6 +93,44 @@ std::vector<uint8_t> scale_tiles_of(int64_t n, int64_t k, int64_t groups, Scale 
   return bytes;
 }
 
+// Holds what the kernel makes of a weight's rows against tiles; scales of groups of 32 are relative to a row's largest.
+void check_w4_tiles(const GemmSm90W4Params& p, fastattn::W4Order order, int group, const std::vector<uint32_t>& tiles) {
+  std::vector<uint32_t> made(tiles.size());
+  std::vector<float> global_scale(p.n);
+  fastattn::W4TilesParams params;
+  params.packed = static_cast<const uint8_t*>(p.weight);
+  params.packed_stride = p.weight_stride;
+  params.global_scale = p.global_scale;
+  params.order = order;
+  params.n = p.n;
+  params.k = p.k;
+  params.tiles = made.data();
+  params.scaled_globally = global_scale.data();
+  std::vector<uint8_t> scales;
+  const auto* const given = static_cast<const uint8_t*>(p.weight_scale);
+  if (group != 0) {
+    params.scale = given;
+    params.scale_stride = p.scale_stride;
+    params.group_size = group;
+    scales.resize(p.n * p.k / group);
+    params.scale_tiles = scales.data();
+  }
+  if (w4_tiles(params, nullptr) != cudaSuccess) fail("no kernel takes the weight");
+  if (made != tiles) fail("tiles of codes are others");
+  if (group == 0) return;
+  std::vector<int> shifts(p.n);
+  for (int64_t n = 0; group == 32 && n < p.n; ++n) {
+    const uint8_t* const row = given + n * p.scale_stride;
+    shifts[n] = 133 - *std::max_element(row, row + p.k / 32);
+    const float before = p.global_scale == nullptr ? 1.0f : p.global_scale[n];
+    if (global_scale[n] != std::ldexp(before, shifts[n])) fail("another global scale");
+  }
+  const auto moved = [&](int64_t n, int64_t g) {
+    return static_cast<uint8_t>(std::max(given[n * p.scale_stride + g] + shifts[n], 0));
+  };
+  if (scales != scale_tiles_of(p.n, p.k, 64 / group, moved)) fail("tiles of scales are others");
+}
+
 template <typename T>
 void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile& tile) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
@@ -171,6 +210,7 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
   std::vector<uint8_t> scale_tiles;
   if (many_rows) {
     tiles = tiles_of(p.n, p.k, 16, format.group == 0 ? int4_word : fp4_word, code_of);
+    check_w4_tiles(p, format.group == 0 ? fastattn::W4Order::kInt4 : fastattn::W4Order::kFp4, format.group, tiles);
     p.weight = tiles.data();
     if (format.group != 0) {
       scale_tiles = scale_tiles_of(p.n, p.k, 64 / format.group,
@@ -334,6 +374,7 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
                      [&](int64_t n, int64_t k) { return codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15; });
     scale_tiles =
         scale_tiles_of(p.n, p.k, 64 / group, [&](int64_t n, int64_t g) { return scales[n * p.scale_stride + g]; });
+    check_w4_tiles(p, fastattn::W4Order::kFp8, group, tiles);
     p.weight = tiles.data();
     p.weight_scale = scale_tiles.data();
   }
