@@ -33,9 +33,10 @@ struct GemmSm90W4Problem {
   int64_t num_sms;
   int64_t x_bytes = 2;      // of an element of x
   bool two_levels = false;  // of sums: always the kernel for many rows
-  bool in_tiles = false;    // the weight, as only the kernel for many rows takes it; others are put in tiles before it
+  bool in_tiles = false;    // the weight, as only the kernel for many rows takes it
+  bool may_tile = true;     // others may be put in tiles for it
 
-  bool fits_tiles() const { return n % 16 == 0 && k % 64 == 0; }
+  bool fits_many_rows() const { return in_tiles || (may_tile && n % 16 == 0 && k % 64 == 0); }
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
 
@@ -142,7 +143,7 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   } else if (!problem.in_tiles && !problem.two_levels) {
     for (const GemmSm90Tile& tile : kGemmSm90W4Fp8Tiles) consider_few_rows(tile);
   }
-  if (!problem.fits_tiles()) return best;
+  if (!problem.fits_many_rows()) return best;
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
     const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;
     if (takes_registers) continue;

@@ -55,7 +55,7 @@ Tensor fp4_fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& w
   const double weight_bits = 4.0 + 8.0 / static_cast<double>(group_size);
   const GemmSm90W4Problem problem = {m, n, k, weight_bits, num_sms_of(x), 1, !fast_accum, tiles};
   const bool takes_sm90 = k % 32 == 0 && scales_aligned && fits_gemm_sm90(rows, packed, {bias}, out) &&
-                          (problem.fits_tiles() || fast_accum);
+                          (problem.fits_many_rows() || fast_accum);
   if (tiles || takes_sm90) {
     auto p = gemm_params_of<GemmSm90W4Params>(rows, packed, bias, out);
     p.k = k;

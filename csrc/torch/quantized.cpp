@@ -116,7 +116,9 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   if (tiles || takes_sm90(w, hopper, num_groups, x)) {
     const double weight_bits =
         4.0 + 8.0 * static_cast<double>(w.scale.element_size()) / static_cast<double>(group_size);
-    hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x), 2, false, tiles});
+    // MXFP4's scales become relative to their row's largest in tiles, and one 2^133 below it would not be exact.
+    const bool may_tile = w.is_int4() || group_size != 32;
+    hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x), 2, false, tiles, may_tile});
     std::optional<W4Tiles> made;
     if (hopper.config.many_rows && !tiles) {
       made = put_in_tiles(w.op, hopper, w.is_int4() ? W4Order::kInt4 : W4Order::kFp4, group_size, x);

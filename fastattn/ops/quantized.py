@@ -453,8 +453,8 @@ def fp4_linear(
 
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
     weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i; or the tiles that
-        `pack_w4_tiles` makes of it with order 16. Those are for a CPU and for GPUs of compute capability 9.0, which put other
-        weights in tiles in each call with many rows of x.
+        `pack_w4_tiles` makes of it with order 16. Those are for a CPU and for GPUs of compute capability 9.0. Other weights take
+        longer there with many rows of x: NVFP4 is put in tiles in each call, MXFP4 has a slower kernel.
     weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns; or, then too, what `pack_w4_scales` makes.
     group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
     global_scale: (N) fp32, one a row; with tiles what `pack_w4_scales` makes of it.
@@ -496,7 +496,7 @@ def fp4_fp8_linear(
 
     x: (M, K) float8_e4m3fn and x_scale: (M) fp32, from `quantize_fp8`, or (1), a scale for all rows.
     weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i; or the tiles that
-        `pack_w4_tiles` makes of it with order 8, as in `fp4_linear`.
+        `pack_w4_tiles` makes of it with order 8, which take less time as in `fp4_linear`.
     weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns; or, then too, what `pack_w4_scales` makes.
     group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
     global_scale: (N) fp32, one a row, which weights are divided by; with tiles what `pack_w4_scales` makes of it.
