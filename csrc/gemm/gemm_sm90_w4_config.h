@@ -85,10 +85,10 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
     const int64_t num_tiles = config.m_tiles * config.n_tiles, num_clusters = config.num_ctas / 2;
     const int64_t num_stages = ceil_div(problem.k, kGemmSm90W4StageK), waves = ceil_div(num_tiles, num_clusters);
     const int64_t most_stages = config.stream_k ? ceil_div(num_tiles * num_stages, num_clusters) : waves * num_stages;
-    const double convert_us = bytes ? 0.22 + 0.35 * scale_bits : 0.184;
+    const double convert_us = bytes ? 0.23 + 0.1 * scale_bits : 0.115, row_us = bytes ? 0.0014 : 0.0017;
     // With all SMs at work each is slower.
     const double busy = static_cast<double>(num_clusters) / static_cast<double>(problem.num_pairs());
-    const double panel_us = (convert_us + 0.00165 * block_m) * (1.0 + 0.08 * busy);  // 128 bytes of x's rows
+    const double panel_us = (convert_us + row_us * block_m) * (1.0 + 0.08 * busy);  // 128 bytes of x's rows
     const double panels = static_cast<double>(most_stages * problem.x_bytes * kGemmSm90W4StageK / 128);
     // One tile's sums go to memory, and those of all others that share a tile come from there. Over many tiles less is
     // found in the L2 cache.

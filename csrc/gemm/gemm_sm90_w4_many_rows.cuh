@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
   using Handed = GemmSm90HandedSums<float, BLOCK_M / 8>;
   constexpr int STAGES = Storage::kStages, PANEL = Storage::kPanel;
-  constexpr int STAGE_K = kGemmSm90W4StageK;
+  constexpr int STAGE_K = kGemmSm90W4StageK, PANELS = STAGE_K / PANEL;
   constexpr int NUM_CTAS = 2;  // of a cluster
   constexpr int NUM_WARPS = 4 * kGemmSm90W4Consumers;
 
@@ -178,6 +178,12 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     Tile next = tile_of(walk.tile(0));
     scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
     scales.load(p, walk.begin(0), lane);
+    scales.take();
+    // A panel's codes are read while the one before it is multiplied.
+    GemmSm90W4Panel<Operands> panels[2];
+    uint32_t stage = position.stage();
+    smem.full[stage].wait(position.parity());
+    panels[0].load(first_codes, scales, 0, lane);
     float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];
 #pragma unroll 1
@@ -198,23 +204,29 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       }
 #pragma unroll 1
       for (int32_t i = begin; i < end; ++i) {
-        scales.take();
-        const bool is_last = i == end - 1;
+        const bool is_last = i == end - 1, is_very_last = is_last && part == walk.num_parts - 1;
         if (is_last) scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
         scales.load(p, is_last ? next_begin : i + 1, lane);
 #pragma unroll
-        for (int panel = 0; panel < STAGE_K / PANEL; ++panel) {
+        for (int panel = 0; panel < PANELS; ++panel) {
           const bool is_first = panel == 0 && i == begin;
-          const uint32_t stage = position.stage();
-          smem.full[stage].wait(position.parity());
+          const uint32_t own_stage = stage;
+          const auto ahead = [&] {
+            if (panel == PANELS - 1) scales.take();
+            // Behind the last panel of all it is read again: a branch here would have ptxas serialize the products.
+            position.count += panel == PANELS - 1 && is_very_last ? 0 : 1;
+            stage = position.stage();
+            smem.full[stage].wait(position.parity());
+            panels[(panel + 1) % 2].load(first_codes + stage * Storage::kCodeBytes, scales,
+                                         (panel + 1) % PANELS * Storage::kTiles, lane);
+          };
           const auto released = [&](int step) {
             if (step == 1 && !is_first) release_last();
           };
-          multiply_w4_panel<Operands, BLOCK_M>(
-              acc, a, first_codes + stage * Storage::kCodeBytes, scales, panel * Storage::kTiles, shared,
-              first_x.uniform_plus(stage * Storage::kXBytes), is_first, lane, released);
-          last_stage = stage;
-          position.advance();
+          multiply_w4_panel<Operands, BLOCK_M>(acc, a, panels[panel % 2], shared,
+                                               first_x.uniform_plus(own_stage * Storage::kXBytes), is_first, ahead,
+                                               released);
+          last_stage = own_stage;
         }
       }
       wgmma_wait<0>();
