@@ -51,7 +51,9 @@ template <typename Format, typename Shape>
 struct GemmSm90W4TilesStorage {
   using T = typename Format::T;
   static constexpr int kStages = Shape::kStages, kStageTiles = Shape::kStageTiles, kRowTiles = Shape::kRowTiles;
-  static constexpr int kColumns = 16 * kRowTiles;  // of out, in a block
+  static constexpr int kBlockM = Shape::kBlockM;
+  static constexpr int kColumns = 16 * kRowTiles;                        // of out, in a block
+  static constexpr int kShares = Shape::kWarps + Shape::kMaxBlocks - 1;  // of blocks, that warps have
 
   // Of INT4 no scales.
   static constexpr int kScaleBytes = Format::kTileBytes > 0 ? kStageTiles * Format::kTileBytes : 1;
@@ -59,18 +61,12 @@ struct GemmSm90W4TilesStorage {
     alignas(128) uint4 codes[kRowTiles][kStageTiles][32];
     alignas(16) unsigned char scales[kRowTiles][kScaleBytes];
   };
-  // Of a warp and a block. Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
-  struct Sums {
-    alignas(16) float of[Shape::kBlockM][kColumns + 4];
-  };
-
-  Stage ring[kGemmSm90W4TilesWarps][kStages];
-  MBarrier full[kGemmSm90W4TilesWarps][kStages], x_full, x_empty;
-  Sums sums[1];  // config.num_shares of them, and behind them rows of x, as many as there are
-
-  __device__ __forceinline__ unsigned char* x(const GemmSm90W4TilesConfig& config) {
-    return reinterpret_cast<unsigned char*>(sums + config.num_shares);
-  }
+  Stage ring[Shape::kWarps][kStages];
+  // Rows are 16 bytes apart modulo 128, so that eight of them lie in different banks.
+  alignas(128) T x[kBlockM][64 * Shape::kPassTiles + 8];
+  // Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
+  alignas(16) float sums[kShares][kBlockM][kColumns + 4];
+  MBarrier full[Shape::kWarps][kStages], x_full, x_empty;
 };
 
 // What a CTA of a cluster has of the columns, in tiles. It goes over all of its blocks for `pass` of them, then for the
@@ -156,15 +152,15 @@ struct W4TilesWalk {
 };
 
 template <typename Format, typename Shape>
-__global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
+__global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     gemm_sm90_w4_tiles_kernel(const __grid_constant__ GemmSm90W4TilesArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Format::T;
   using Out = typename Format::Out;
   using Storage = GemmSm90W4TilesStorage<Format, Shape>;
   using Walk = W4TilesWalk<Shape::kStageTiles>;
-  constexpr int BLOCK_M = Shape::kBlockM, ROW_TILES = Shape::kRowTiles, STAGES = Shape::kStages;
-  constexpr int WARPS = kGemmSm90W4TilesWarps;
+  constexpr int BLOCK_M = Shape::kBlockM, ROW_TILES = Shape::kRowTiles, WARPS = Shape::kWarps;
+  constexpr int STAGES = Shape::kStages;
   constexpr bool kWidened = sizeof(typename Format::X) == 1;  // x becomes T on its way to shared memory
 
   Storage& smem = shared_storage_of_128<Storage>();
@@ -179,9 +175,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
   const int32_t all_blocks = (all_rows + ROW_TILES - 1) / ROW_TILES;
   const int32_t first_block = cluster * all_blocks / num_clusters;
   const int32_t num_blocks = (cluster + 1) * all_blocks / num_clusters - first_block;
-  const W4TilesColumns columns(all_columns, rank, num_splits, args.config.pass_tiles);
-  unsigned char* const x = smem.x(args.config);
-  const int32_t x_row_bytes = args.config.pass_tiles * 128 + 16;  // eight rows lie in different banks
+  const W4TilesColumns columns(all_columns, rank, num_splits, Shape::kPassTiles);
   const int32_t first_share = w4_tiles_share<WARPS>(num_blocks * columns.pass, warp_idx);
   const W4TilesShare share = {first_share / columns.pass, first_share % columns.pass,
                               w4_tiles_share<WARPS>(num_blocks * columns.pass, warp_idx + 1) - first_share, columns};
@@ -210,10 +204,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
   };
   Walk ahead(share);
   const auto load_stage = [&](int idx) {
-    if (ahead.is_over(share)) {
-      grid_dependency_launch();  // when memory would soon have nothing to do: gemm_sm90_few_rows.cuh
-      return;
-    }
+    if (ahead.is_over(share)) return;
     if (lane == 0) {
       typename Storage::Stage& stage = smem.ring[warp_idx][idx];
       MBarrier& full = smem.full[warp_idx][idx];
@@ -256,7 +247,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
         for (int32_t i = static_cast<int32_t>(threadIdx.x); i < num * 4; i += 32 * WARPS) {
           uint4 halves[2];
           Format::widen(halves, reinterpret_cast<const uint4*>(source)[i]);
-          uint4* const target = reinterpret_cast<uint4*>(x + row * x_row_bytes) + 2 * i;
+          uint4* const target = reinterpret_cast<uint4*>(smem.x[row]) + 2 * i;
           target[0] = halves[0];
           target[1] = halves[1];
         }
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
       }
       if (lane == 0) {
         for (int32_t row = warp_idx; row < p.m; row += WARPS) {
-          tma_load_bytes(x + row * x_row_bytes, source + row * p.x_stride, smem.x_full, num * 64 * sizeof(T));
+          tma_load_bytes(smem.x[row], source + row * p.x_stride, smem.x_full, num * 64 * sizeof(T));
         }
       }
     }
@@ -282,12 +273,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
   for (int i = 0; i < STAGES; ++i) load_stage(i);
 
   // ---- products
-  // Of each eight rows of x the row of the matrix that a lane points to. For those that are not there stands the last.
-  uint32_t x_rows[BLOCK_M / 8];
-#pragma unroll
-  for (int t = 0; t < BLOCK_M / 8; ++t) {
-    x_rows[t] = shared_address(x) + min(t * 8 + lane % 8, static_cast<int>(p.m) - 1) * x_row_bytes + lane / 8 * 16;
-  }
+  const uint32_t x_row = shared_address(smem.x[lane % 8]) + lane / 8 * 16;  // of the matrix that a lane points to
   // Of a single product for each fragment every other one has sums of its own, so that they need not wait so long.
   constexpr int CHAINS = ROW_TILES * BLOCK_M == 8 ? 2 : 1;
   float acc[CHAINS][ROW_TILES][BLOCK_M / 8][4];
@@ -314,7 +300,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 #pragma unroll 1
     while (now.first == first) {
       const int32_t block = now.block;
-      typename Storage::Sums& sums = smem.sums[warp_idx + block];
+      float (&sums)[BLOCK_M][Storage::kColumns + 4] = smem.sums[warp_idx + block];
       const auto each_sum = [&](auto f) {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
@@ -323,7 +309,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               f(acc[0][r][t][i], acc[CHAINS - 1][r][t][i],
-                sums.of[t * 8 + lane % 4 * 2 + i % 2][r * 16 + lane / 4 + i / 2 * 8]);
+                sums[t * 8 + lane % 4 * 2 + i % 2][r * 16 + lane / 4 + i / 2 * 8]);
             }
           }
         }
@@ -340,14 +326,14 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
         if (!next.is_over(share)) load_scales();
       }
       const typename Storage::Stage& stage = smem.ring[warp_idx][stage_idx];
-      uint32_t x_tile = now.column * 128;
+      uint32_t x_tile = x_row + now.column * 128;
       smem.full[warp_idx][stage_idx].wait(parity);
 #pragma unroll 2
       for (int32_t tile = 0; tile < now.num; ++tile, x_tile += 128) {
         uint32_t b[BLOCK_M / 8][2][4];
 #pragma unroll
         for (int t = 0; t < BLOCK_M / 8; ++t) {
-          const uint32_t rows = x_rows[t] + x_tile;
+          const uint32_t rows = x_tile + t * 8 * sizeof(smem.x[0]);
           ldmatrix_x4(b[t][0], rows);
           ldmatrix_x4(b[t][1], rows + 64);
         }
@@ -380,6 +366,7 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
       }
     }
   }
+  grid_dependency_launch();
 
   // ---- epilogue: a thread writes four columns, of every so many rows
   constexpr int FOURS = Storage::kColumns / 4;  // of a block
@@ -409,11 +396,11 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
       for (int32_t split = 0; split < num_splits; ++split) {
         if (!alike) {
           owners = W4TilesOwners<WARPS>(num_blocks, block,
-                                        W4TilesColumns(all_columns, split, num_splits, args.config.pass_tiles).pass);
+                                        W4TilesColumns(all_columns, split, num_splits, Shape::kPassTiles).pass);
         }
         for (int32_t warp = owners.first; warp <= owners.last; ++warp) {
           if (owners.has_none(warp)) continue;
-          const auto value = load_cluster<float4>(cluster_address(&smem.sums[warp + block].of[row][in_block], split));
+          const auto value = load_cluster<float4>(cluster_address(&smem.sums[warp + block][row][in_block], split));
           sum.x += value.x;
           sum.y += value.y;
           sum.z += value.z;
@@ -435,21 +422,22 @@ __global__ void __launch_bounds__(32 * kGemmSm90W4TilesWarps, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <int IDX>
+// One of kGemmSm90W4TilesShapes, with STAGES stages of STAGE_TILES tiles of each of a block's rows of tiles.
+template <int IDX, int STAGE_TILES, int STAGES, int WARPS = 8>
 struct GemmSm90W4TilesShapeOf {
   static constexpr GemmSm90W4TilesShape kShape = kGemmSm90W4TilesShapes[IDX];
-  static constexpr int kBlockM = kShape.block_m, kRowTiles = kShape.row_tiles, kMaxBlocks = kShape.max_blocks;
-  static constexpr int kStageTiles = kShape.stage_tiles, kStages = kShape.stages;
+  static constexpr int kBlockM = kShape.block_m, kRowTiles = kShape.row_tiles, kWarps = WARPS;
+  static constexpr int kPassTiles = kShape.pass_tiles, kMaxBlocks = kShape.max_blocks;
+  static constexpr int kStageTiles = STAGE_TILES, kStages = STAGES;
 };
 
 template <typename Format, typename Shape>
 cudaError_t launch_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4TilesConfig& config,
                                       cudaStream_t stream) {
-  static_assert(sizeof(GemmSm90W4TilesStorage<Format, Shape>) <=
-                kGemmSm90W4TilesWarps * Shape::kStages * Shape::kRowTiles * Shape::kStageTiles * 576 + 1024 +
-                    sizeof(typename GemmSm90W4TilesStorage<Format, Shape>::Sums));
+  using Storage = GemmSm90W4TilesStorage<Format, Shape>;
+  static_assert(sizeof(Storage) <= 227 * 1024);
   return launch_clusters(gemm_sm90_w4_tiles_kernel<Format, Shape>, config.num_ctas, config.num_splits,
-                         32 * kGemmSm90W4TilesWarps, config.smem_bytes, stream, GemmSm90W4TilesArgs{p, config});
+                         32 * Shape::kWarps, sizeof(Storage), stream, GemmSm90W4TilesArgs{p, config});
 }
 
 template <typename Format>
@@ -458,9 +446,9 @@ cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4Ti
   static_assert(std::size(kGemmSm90W4TilesShapes) == 2);
   switch (config.shape.block_m) {
     case 8:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<0>>(p, config, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<0, 8, 2>>(p, config, stream);
     case 16:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<1>>(p, config, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<1, 3, 2>>(p, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -74,13 +74,13 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
+  const int pass = shape.pass_tiles;
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
-  p.n = 16 * pick({1, between(1, 8), between(1, 40)});
-  p.k = 64 * pick({1, between(1, 12), between(1, 24)});
+  const bool more_passes = one_in(6);
+  p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
+  p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
   const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
-  GemmSm90W4TilesConfig config =
-      fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.m, p.n, p.k, pick<int64_t>({1, 20, 132}));
-  if (one_in(3)) config.pass_tiles = between(1, config.pass_tiles);
+  const GemmSm90W4TilesConfig config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
 
   p.x_stride = p.k + 16 / sizeof(X) * pick({0, 0, 1, 5});
   Tensor<X> x(p.m * p.x_stride + 16);  // NaN between the rows
@@ -169,7 +169,7 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
                   (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) + " x " +
                   std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
-                  std::to_string(config.pass_tiles) + " of a pass, " + std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(config.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
