@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   using Storage = GemmSm90W4ManyRowsStorage<Operands, BLOCK_M>;
   using Handed = GemmSm90HandedSums<float, BLOCK_M / 8>;
   constexpr int STAGES = Storage::kStages, PANEL = Storage::kPanel;
-  constexpr int STAGE_K = kGemmSm90W4StageK, PANELS = STAGE_K / PANEL;
+  constexpr int STAGE_K = kGemmSm90W4StageK;
   constexpr int NUM_CTAS = 2;  // of a cluster
   constexpr int NUM_WARPS = 4 * kGemmSm90W4Consumers;
 
@@ -104,10 +104,11 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
   __syncwarp();
   cluster_meet();
   grid_dependency_launch();
+  grid_dependency_wait();
 
   // ---- which tiles
   const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);  // of clusters
-  const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles), num_tiles = m_tiles * n_tiles;
+  const int32_t num_tiles = static_cast<int32_t>(p.config.m_tiles) * n_tiles;
   const int32_t cluster = static_cast<int32_t>(blockIdx.x) / NUM_CTAS;
   const int32_t num_clusters = static_cast<int32_t>(gridDim.x) / NUM_CTAS;
   const int32_t num_stages = (static_cast<int32_t>(p.k) - 1) / STAGE_K + 1;
@@ -119,21 +120,12 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     const int32_t group_rows = p.config.group_rows;
     const int32_t group = idx / (group_rows * n_tiles);
     const int32_t in_group = idx - group * group_rows * n_tiles;
-    const int32_t rows = min(group_rows, m_tiles - group * group_rows);
+    const int32_t rows = min(group_rows, static_cast<int32_t>(p.config.m_tiles) - group * group_rows);
     const int32_t column = in_group / rows;
     const int32_t row = group * group_rows + in_group - column * rows;
     return Tile{row * BLOCK_M, (column * NUM_CTAS + rank) * kGemmSm90W4CtaN};
   };
 
-  if (m_tiles == 1 && warp_idx == NUM_WARPS && lane == 0) {
-    // The first codes, which nobody else reads, come as far as the L2 cache before the kernel in front has ended.
-    const uint64_t policy = evict_first_policy();
-    const int32_t begin = walk.begin(0) * STAGE_K, end = walk.end(0) * STAGE_K;
-    for (int32_t column = begin; column < min(begin + STAGES * PANEL, end); column += PANEL) {
-      tma_prefetch_4d(args.weight, 0, column / kW4TileK, tile_of(walk.tile(0)).first_n / kW4TileRows, 0, policy);
-    }
-  }
-  grid_dependency_wait();
   if (warp_idx >= NUM_WARPS) {
     // ------------------------------------------------------------------------------- producer
     give_registers<kGemmSm90W4ProducerRegisters>();
@@ -178,12 +170,6 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
     Tile next = tile_of(walk.tile(0));
     scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
     scales.load(p, walk.begin(0), lane);
-    scales.take();
-    // A panel's codes are read while the one before it is multiplied.
-    GemmSm90W4Panel<Operands> panels[2];
-    uint32_t stage = position.stage();
-    smem.full[stage].wait(position.parity());
-    panels[0].load(first_codes, scales, 0, lane);
     float acc[BLOCK_M / 8][4];
     uint32_t a[2][2][4];
 #pragma unroll 1
@@ -204,29 +190,23 @@ __global__ void __launch_bounds__(kGemmSm90W4Threads, 1)
       }
 #pragma unroll 1
       for (int32_t i = begin; i < end; ++i) {
-        const bool is_last = i == end - 1, is_very_last = is_last && part == walk.num_parts - 1;
+        scales.take();
+        const bool is_last = i == end - 1;
         if (is_last) scales.begin(p, next.first_n + warp_idx * kW4TileRows, lane);
         scales.load(p, is_last ? next_begin : i + 1, lane);
 #pragma unroll
-        for (int panel = 0; panel < PANELS; ++panel) {
+        for (int panel = 0; panel < STAGE_K / PANEL; ++panel) {
           const bool is_first = panel == 0 && i == begin;
-          const uint32_t own_stage = stage;
-          const auto ahead = [&] {
-            if (panel == PANELS - 1) scales.take();
-            // Behind the last panel of all it is read again: a branch here would have ptxas serialize the products.
-            position.count += panel == PANELS - 1 && is_very_last ? 0 : 1;
-            stage = position.stage();
-            smem.full[stage].wait(position.parity());
-            panels[(panel + 1) % 2].load(first_codes + stage * Storage::kCodeBytes, scales,
-                                         (panel + 1) % PANELS * Storage::kTiles, lane);
-          };
+          const uint32_t stage = position.stage();
+          smem.full[stage].wait(position.parity());
           const auto released = [&](int step) {
             if (step == 1 && !is_first) release_last();
           };
-          multiply_w4_panel<Operands, BLOCK_M>(acc, a, panels[panel % 2], shared,
-                                               first_x.uniform_plus(own_stage * Storage::kXBytes), is_first, ahead,
-                                               released);
-          last_stage = own_stage;
+          multiply_w4_panel<Operands, BLOCK_M>(
+              acc, a, first_codes + stage * Storage::kCodeBytes, scales, panel * Storage::kTiles, shared,
+              first_x.uniform_plus(stage * Storage::kXBytes), is_first, lane, released);
+          last_stage = stage;
+          position.advance();
         }
       }
       wgmma_wait<0>();

@@ -138,52 +138,42 @@ struct GemmSm90W4TileScales {
   }
 };
 
-// A lane's codes of a panel, 128 bytes of a row of x, and the words of their scales.
-template <typename Operands>
-struct GemmSm90W4Panel {
-  static constexpr int kTiles = 128 / sizeof(typename Operands::Element) / kW4TileK;
-  uint32_t codes[kTiles][4], words[kTiles][Operands::kWords];
-
-  // `codes_of_lane`: where those of the first tile lie; first_tile: of the stage.
-  __device__ __forceinline__ void load(uint32_t codes_of_lane, const GemmSm90W4TileScales<Operands>& scales,
-                                       int first_tile, int lane) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const uint4 loaded = load_shared_16_bytes(codes_of_lane + t * kW4TileBytes);
-      codes[t][0] = loaded.x;
-      codes[t][1] = loaded.y;
-      codes[t][2] = loaded.z;
-      codes[t][3] = loaded.w;
-      scales.hand_out(words[t], first_tile + t, lane);
-    }
-  }
-};
-
-// acc (64, BLOCK_M) += the products of a panel, in two sets of two fragments that live from one panel to the next.
+// acc (64, BLOCK_M) += the products of a panel of x, 128 bytes a row, and the weight, in two sets of two fragments that
+// live from one panel to the next. `codes_of_lane`: where the lane's codes of the panel's first tile lie; first_tile:
+// of the stage.
 //
-//   step i of 2: ahead │ wait for the products of step i - 2 │ released(i) │ A fragments in their place │ products of i
-//   (step 0 only)      ◄──────────────────── the products of i - 1 run ────────────────────►
+//   step i of 2: wait for the products of step i - 2 │ released(i) │ A fragments in their place │ products of i
+//                ◄────────────────────── the products of i - 1 run ──────────────────────►
 //
-// A step has two products, 64 bytes of a row of x. ahead(): asks for the next panel (in step 1 ptxas would serialize
-// the products). released(i): what the products up to i - 2 have read is free. is_first: acc has nothing yet. Sums in
-// two levels are of a panel, and added up when its products are over.
-template <typename Operands, int BLOCK_M, typename Ahead, typename Released>
+// A step has two products, 64 bytes of a row of x. released(i): what the products up to i - 2 have read is free.
+// is_first: acc has nothing yet. Sums in two levels are of a panel, and added up when its products are over.
+template <typename Operands, int BLOCK_M, typename Released>
 __device__ __forceinline__ void multiply_w4_panel(float (&acc)[BLOCK_M / 8][4], uint32_t (&a)[2][2][4],
-                                                  const GemmSm90W4Panel<Operands>& panel, uint32_t shared,
-                                                  WgmmaDescriptor x, bool is_first, Ahead ahead, Released released) {
+                                                  uint32_t codes_of_lane, const GemmSm90W4TileScales<Operands>& scales,
+                                                  int first_tile, uint32_t shared, WgmmaDescriptor x, bool is_first,
+                                                  int lane, Released released) {
   using Product = Wgmma<typename Operands::Element, BLOCK_M>;
-  constexpr int PRODUCTS = 4 / GemmSm90W4Panel<Operands>::kTiles;  // of a tile
+  constexpr int TILES = 128 / sizeof(typename Operands::Element) / kW4TileK, PRODUCTS = 4 / TILES;  // of a tile
+  uint32_t codes[TILES][4], words[TILES][Operands::kWords];
+#pragma unroll
+  for (int t = 0; t < TILES; ++t) {
+    const uint4 loaded = load_shared_16_bytes(codes_of_lane + t * kW4TileBytes);
+    codes[t][0] = loaded.x;
+    codes[t][1] = loaded.y;
+    codes[t][2] = loaded.z;
+    codes[t][3] = loaded.w;
+    scales.hand_out(words[t], first_tile + t, lane);
+  }
   float part[Operands::kTwoLevels ? BLOCK_M / 8 : 1][4];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (i == 0) ahead();
     wgmma_wait<1>();
     pin_registers(a[i]);
     released(i);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int product = 2 * i + j, tile = product / PRODUCTS;
-      Operands::make_fragment(a[i][j], panel.codes[tile], product % PRODUCTS, panel.words[tile], shared);
+      Operands::make_fragment(a[i][j], codes[tile], product % PRODUCTS, words[tile], shared);
     }
     wgmma_fence();
     if constexpr (Operands::kTwoLevels) {
