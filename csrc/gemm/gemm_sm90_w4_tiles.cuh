@@ -243,13 +243,25 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     const int32_t num = min(columns.pass, columns.num - first), first_of_x = (columns.first + first) * 64;
     const typename Format::X* source = static_cast<const typename Format::X*>(p.x) + first_of_x;
     if constexpr (kWidened) {
-      for (int32_t row = 0; row < p.m; ++row, source += p.x_stride) {
+      constexpr int AT_ONCE = 8;  // rows whose loads are on their way together
+#pragma unroll 1
+      for (int32_t row = 0; row < p.m; row += AT_ONCE) {
+#pragma unroll 1
         for (int32_t i = static_cast<int32_t>(threadIdx.x); i < num * 4; i += 32 * WARPS) {
-          uint4 halves[2];
-          Format::widen(halves, reinterpret_cast<const uint4*>(source)[i]);
-          uint4* const target = reinterpret_cast<uint4*>(smem.x[row]) + 2 * i;
-          target[0] = halves[0];
-          target[1] = halves[1];
+          uint4 codes[AT_ONCE] = {};
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            if (row + j < p.m) codes[j] = reinterpret_cast<const uint4*>(source + (row + j) * p.x_stride)[i];
+          }
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            if (row + j >= p.m) continue;
+            uint4 halves[2];
+            Format::widen(halves, codes[j]);
+            uint4* const target = reinterpret_cast<uint4*>(smem.x[row + j]) + 2 * i;
+            target[0] = halves[0];
+            target[1] = halves[1];
+          }
         }
       }
       __syncwarp();
@@ -448,7 +460,7 @@ cudaError_t run_gemm_sm90_w4_tiles(const GemmSm90W4Params& p, const GemmSm90W4Ti
     case 8:
       return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<0, 8, 2>>(p, config, stream);
     case 16:
-      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<1, 3, 2>>(p, config, stream);
+      return launch_gemm_sm90_w4_tiles<Format, GemmSm90W4TilesShapeOf<1, 4, 2>>(p, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -14,7 +14,7 @@ struct GemmSm90W4TilesShape {
   int pass_tiles;
   int max_blocks;
 };
-constexpr GemmSm90W4TilesShape kGemmSm90W4TilesShapes[] = {{8, 1, 112, 16}, {16, 2, 64, 7}};
+constexpr GemmSm90W4TilesShape kGemmSm90W4TilesShapes[] = {{8, 1, 112, 16}, {16, 2, 56, 8}};
 
 struct GemmSm90W4TilesConfig {
   GemmSm90W4TilesShape shape;
@@ -30,7 +30,8 @@ inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_of(const GemmSm90W4TilesShape& s
   return {shape, num_splits, num_clusters * num_splits};
 }
 
-// Nanoseconds, about, on an H100: of what the SM with most of the work reads, and what there is beside that.
+// Microseconds, about, as an H100 takes them: of what the SM with most of the work reads, and what there is beside
+// that.
 inline double gemm_sm90_w4_tiles_time(const GemmSm90W4TilesConfig& config, int64_t m, int64_t n, int64_t k,
                                       int64_t num_sms) {
   const GemmSm90W4TilesShape& shape = config.shape;
@@ -38,24 +39,25 @@ inline double gemm_sm90_w4_tiles_time(const GemmSm90W4TilesConfig& config, int64
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[config.num_splits] * num_sms / 132);
   const int64_t waves = ceil_div(num_clusters, at_once), columns = ceil_div(k / 64, config.num_splits);
   const int64_t tiles = ceil_div(ceil_div(n, 16 * shape.row_tiles), num_clusters) * shape.row_tiles * columns;
-  const double weight_ns = 25.0 * static_cast<double>(tiles), x_ns = 2.5 * static_cast<double>(m * columns);
-  const double passes_ns = 1500.0 * static_cast<double>(ceil_div(columns, shape.pass_tiles) - 1);
-  const double splits_ns = config.num_splits > 1 ? 300.0 + 100.0 * config.num_splits : 0.0;
-  return static_cast<double>(waves) * (weight_ns + x_ns + passes_ns + splits_ns + 1000.0);
+  const double weight_us = 0.025 * static_cast<double>(tiles), x_us = 0.0025 * static_cast<double>(m * columns);
+  const double passes_us = 1.5 * static_cast<double>(ceil_div(columns, shape.pass_tiles) - 1);
+  const double splits_us = 0.3 * static_cast<double>(config.num_splits - 1);
+  return 8.7 + static_cast<double>(waves) * (weight_us + x_us + passes_us + splits_us + 1.0);
 }
 
 // The smallest shape for so many rows, and the best split by that measure. 0 CTAs if no shape has so many.
 inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
+  constexpr int64_t kMostSplits = 4;  // larger clusters leave SMs over
   GemmSm90W4TilesConfig best = {};
   for (const GemmSm90W4TilesShape& shape : kGemmSm90W4TilesShapes) {
     if (shape.block_m < m) continue;
-    double best_ns = 0.0;
-    for (int splits = 1; splits <= std::min<int64_t>(k / 64, 8); ++splits) {
+    double best_us = 0.0;
+    for (int splits = 1; splits <= std::min<int64_t>(k / 64, kMostSplits); ++splits) {
       const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_of(shape, splits, n, num_sms);
-      const double ns = gemm_sm90_w4_tiles_time(config, m, n, k, num_sms);
-      if (best.num_ctas != 0 && ns >= best_ns) continue;
+      const double us = gemm_sm90_w4_tiles_time(config, m, n, k, num_sms);
+      if (best.num_ctas != 0 && us >= best_us) continue;
       best = config;
-      best_ns = ns;
+      best_us = us;
     }
     break;
   }

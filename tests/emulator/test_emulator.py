@@ -507,7 +507,7 @@ MUTANTS = [
     Mutant(
         "columns of x are overwritten that other warps still multiply",
         W4_TILES,
-        "        smem.x_empty.wait((pass - 1) % 2);\n",
+        "      smem.x_empty.wait((pass - 1) % 2);\n",
         "",
         "gemm_sm90_w4_nvfp4_tiles.cu",
         "16",
