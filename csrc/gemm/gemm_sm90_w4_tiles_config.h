@@ -41,7 +41,7 @@ inline double gemm_sm90_w4_tiles_time(const GemmSm90W4TilesConfig& config, int64
   const int64_t tiles = ceil_div(ceil_div(n, 16 * shape.row_tiles), num_clusters) * shape.row_tiles * columns;
   const double weight_us = 0.025 * static_cast<double>(tiles), x_us = 0.0025 * static_cast<double>(m * columns);
   const double passes_us = 1.5 * static_cast<double>(ceil_div(columns, shape.pass_tiles) - 1);
-  const double splits_us = 0.3 * static_cast<double>(config.num_splits - 1);
+  const double splits_us = 0.5 * static_cast<double>(config.num_splits - 1);
   return 8.7 + static_cast<double>(waves) * (weight_us + x_us + passes_us + splits_us + 1.0);
 }
 
