@@ -13,14 +13,14 @@
 //   block 2     │ warp 2    │ warp 3 │                     │   warp begins and ends within a block.
 //               └────────────────────┴─────────────────────┘
 //
-//   each warp     stage i+3 of its share by the copy engine ◄─ is free ─ stage i: A fragments, products
+//   each warp     stage i+2 of its share by the copy engine ◄─ is free ─ stage i: A fragments, products
 //   then          sums to shared memory │ barrier │ each CTA adds up those of all warps that share a block, and of all
 //                 CTAs, in their order  │ bias, round, store
 //
 // A warp brings its own share of the weight, in its own stages, and nobody else waits for it or for what it waits for.
-// The first stages are under way before the kernel in front has ended. Of x as many columns as shared memory has place
-// for (kPassTiles) are there at a time, for all warps; they pass over all blocks for these, then for the next ones, and
-// keep the sums of their shares beside it.
+// The first stages are asked for, as far as L2, before the kernel in front has ended. Of x as many columns as shared
+// memory has place for (kPassTiles) are there at a time, for all warps; they pass over all blocks for these, then for
+// the next ones, and keep the sums of their shares beside it.
 //
 // The codes of a word are in the order that is least work (small_e2m1_pairs). A lane makes the scales of two rows for a
 // quarter of a tile's columns, which the four lanes of a row hand on.
