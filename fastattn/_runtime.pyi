@@ -151,5 +151,12 @@ def gemm_sm90_config(
     in_order: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
-    m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int = 2, two_levels: bool = False
+    m: int,
+    n: int,
+    k: int,
+    weight_bits: float,
+    num_sms: int,
+    x_bytes: int = 2,
+    two_levels: bool = False,
+    in_tiles: bool = False,
 ) -> dict[str, int]: ...

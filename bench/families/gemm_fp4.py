@@ -5,7 +5,8 @@ w4a8: x in fp8, quantized before the measured call as in gemm_fp8; the peer is c
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def quantized_weight(context: Context, name: str, n: int, k: int) -> dict[str, A
     scale = torch.randint(low, high, groups, generator=rng, device=device, dtype=torch.uint8)
     call = {"weight_packed": codes, "weight_scale": scale, "group_size": FORMATS[name]}
     return call | ({"global_scale": torch.full((n,), _GLOBAL_SCALE, device=device)} if name == "nvfp4" else {})
+
+
+def on_tiles(op: Callable[..., Tensor], weight: dict[str, Any], order: int) -> Callable[..., Tensor]:
+    """The operator on the weight in tiles, as a model on Hopper has it, made once; it is given the weight that they are made of."""
+    device = weight["weight_packed"].device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return op
+    tiles = {"weight_packed": ops.pack_w4_tiles(weight["weight_packed"], order)}
+    if weight["weight_packed"].dtype is torch.uint8:
+        scales = ops.pack_w4_scales(weight["weight_scale"], weight["group_size"], weight.get("global_scale"))
+        tiles |= dict(zip(("weight_scale", "global_scale"), scales, strict=True))
+
+    @wraps(op)
+    def call(**given: Any) -> Tensor:
+        return op(**(given | tiles))
+
+    return call
 
 
 def dense_weight(name: str, call: dict[str, Any], k: int) -> Tensor:
@@ -88,7 +106,7 @@ def gemm(context: Context, name: str, m: int, n: int, k: int) -> Case:
     op, formula = (ops.int4_linear, formulas.int4_linear) if name == "int4" else (ops.fp4_linear, formulas.fp4_linear)
     stored = sum(t.numel() * t.element_size() for t in weight.values() if isinstance(t, Tensor))
     return op_case(
-        op,
+        on_tiles(op, weight, 16),
         {"x": x, **weight},
         formula,
         peers={"marlin": lambda: marlin(name, x, weight, n, k), "cublas": cublas},
@@ -116,7 +134,7 @@ def gemm_fp8(context: Context, name: str, m: int, n: int, k: int) -> Case:
 
     stored = sum(t.numel() * t.element_size() for t in weight.values() if isinstance(t, Tensor))
     return op_case(
-        ops.fp4_fp8_linear,
+        on_tiles(ops.fp4_fp8_linear, weight, 8),
         call | {"fast_accum": context.device.type == "cuda"},
         formulas.fp4_fp8_linear,
         peers={"cublas": cublas},

@@ -25,6 +25,13 @@ __device__ __forceinline__ Storage& shared_storage_of_128() {
   return *reinterpret_cast<Storage*>(smem_bytes_of_128);
 }
 
+// The same for swizzled tiles, where the CTA has no other shared memory: addresses in it are constants.
+template <typename Storage>
+__device__ __forceinline__ Storage& shared_storage_of_1024() {
+  extern __shared__ __align__(1024) unsigned char smem_bytes_of_1024[];
+  return *reinterpret_cast<Storage*>(smem_bytes_of_1024);
+}
+
 // A load that the compiler does not keep the result of, or move.
 __device__ __forceinline__ int32_t load_shared(uint32_t address) {
   int32_t value;
@@ -44,6 +51,12 @@ __device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "r"(address)
                : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint2 load_shared_8_bytes(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
   return value;
 }
 

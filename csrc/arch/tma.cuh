@@ -59,5 +59,21 @@ __device__ __forceinline__ void tma_load_bytes(void* destination, const void* so
                "l"(source), "r"(num_bytes), "r"(shared_address(&barrier.state))
                : "memory");
 }
+// With a policy for the L2 cache.
+__device__ __forceinline__ void tma_load_bytes(void* destination, const void* source, MBarrier& barrier,
+                                               uint32_t num_bytes, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
+          "r"(shared_address(destination)),
+      "l"(source), "r"(num_bytes), "r"(shared_address(&barrier.state)), "l"(policy)
+      : "memory");
+}
+
+// And only as far as the L2 cache.
+__device__ __forceinline__ void tma_prefetch_bytes(const void* source, uint32_t num_bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;\n" ::"l"(source), "r"(num_bytes),
+               "l"(policy)
+               : "memory");
+}
 
 }  // namespace fastattn

@@ -217,10 +217,10 @@ constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations[] = {
     kGemmSm90W4Of<Operands, 64, 128, 2>, kGemmSm90W4Of<Operands, 128, 128, 1>, kGemmSm90W4Of<Operands, 128, 192, 1>,
 };
 template <typename T, int GROUP>
-constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations<GemmSm90W4A8<T, GROUP, true>>[] = {
-    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 16, 128, 2>,
-    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 64, 128, 2>,
-    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP, true>, 128, 128, 1>,
+constexpr GemmSm90W4Instantiation kGemmSm90W4Instantiations<GemmSm90W4A8<T, GROUP>>[] = {
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP>, 16, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP>, 64, 128, 2>,
+    kGemmSm90W4Of<GemmSm90W4A8<T, GROUP>, 128, 128, 1>,
 };
 
 template <typename Operands>

@@ -1,6 +1,7 @@
-// out = x weight^T + bias for Hopper with weights of 4 bits, which become bf16 or fp16 on their way to the tensor
-// cores, in registers: for few rows of x (gemm_sm90_w4.cuh) and for many (gemm_sm90_w4_many_rows.cuh). Which, and its
-// tile: gemm_sm90_w4_config.h. Each format has a .cu for either.
+// out = x weight^T + bias for Hopper with weights of 4 bits, which become numbers of 16 or 8 bits on their way to the
+// tensor cores, in registers: for few rows of x and weights as checkpoints have them (gemm_sm90_w4.cuh), for many and
+// weights in tiles (gemm_sm90_w4_many_rows.cuh). Which, and its tile: gemm_sm90_w4_config.h. Each format has a .cu for
+// either.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,12 +18,13 @@ namespace fastattn {
 // of x and weight 16-byte aligned. G groups of group_size columns have a scale each, the last one may be shorter.
 struct GemmSm90W4Params {
   const void* x = nullptr;       // (M, K) X
-  const void* weight = nullptr;  // (N, K / 2) bytes of two codes, the even column in the low half
+  const void* weight = nullptr;  // (N, K / 2) bytes of two codes, the even column in the low half; of many rows tiles
   const void* bias = nullptr;    // (N) T, 8-byte aligned, or nullptr
   void* out = nullptr;           // (M, N) T, contiguous
 
-  const void* weight_scale =
-      nullptr;  // int4: (N, G) T; nvfp4: (N, G) e4m3, rows 4-byte aligned; mxfp4: (N, G) e8m0, 2-byte
+  // int4: (N, G) T; nvfp4: (N, G) e4m3, rows 4-byte aligned; mxfp4: (N, G) e8m0, 2-byte. Of many rows FP4's are tiles,
+  // and mxfp4's at most 133, or 255.
+  const void* weight_scale = nullptr;
   const int8_t* zero_point = nullptr;   // int4: (N, G) or nullptr, -8 ... 7
   const float* global_scale = nullptr;  // fp4: (N) or nullptr
   int64_t scale_stride = 0;
@@ -32,7 +34,7 @@ struct GemmSm90W4Params {
   const float* x_scale = nullptr;  // (M), or one with stride 0
   int64_t x_scale_stride = 1;
   const uint8_t* row_exponent = nullptr;  // mxfp4: (N), the largest of a row's scales, and what multiplies its sums,
-  const float* row_scale = nullptr;       // as gemm/fp4_to_fp8.h finds them
+  const float* row_scale = nullptr;       // as gemm/fp4_to_fp8.h finds them; not of many rows
   bool fast_accum = false;                // sums may have the 14 bits of the tensor cores
   FastDivide group_size = {};             // int4: a multiple of 64, or all of K
 
@@ -50,7 +52,8 @@ struct GemmSm90W4Params {
   uint64_t launch_id = 0;  // set by the launch
 };
 
-// Each enqueues the kernel. cudaErrorInvalidValue if no instantiation fits.
+// Each enqueues the kernel that config says, for many rows one of those below. cudaErrorInvalidValue if no
+// instantiation fits.
 cudaError_t gemm_int4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 16, e4m3
 cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream);  // groups of 32, e8m0
@@ -59,9 +62,11 @@ cudaError_t gemm_mxfp4_sm90(const GemmSm90W4Params& params, cudaStream_t stream)
 cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream);
 
-// Of the first three the kernels for many rows, which they call where config says so.
+// Many rows, and a weight in tiles (fastattn/reference/w4_tiles.py): N a multiple of 16, K of 64.
 cudaError_t gemm_int4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_nvfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 cudaError_t gemm_mxfp4_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_nvfp4_fp8_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
+cudaError_t gemm_mxfp4_fp8_sm90_many_rows(const GemmSm90W4Params& params, cudaStream_t stream);
 
 }  // namespace fastattn

@@ -14,7 +14,7 @@ constexpr GemmSm90Tile kGemmSm90W4Fp8Tiles[] = {{16, 128, 2}, {64, 128, 2}, {128
 
 // And of a pair of CTAs in gemm_sm90_w4_many_rows.cuh, which share the rows of weight. Sums in two levels take twice
 // the registers.
-constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{128, 256}, {192, 256}, {256, 256}};
+constexpr GemmSm90Tile kGemmSm90W4ManyRowsTiles[] = {{64, 256}, {128, 256}, {192, 256}, {256, 256}};
 constexpr int kGemmSm90W4TwoLevelsMaxM = 128;
 
 // Of more waves the last one is a small part, and each cluster's run of tiles loses what others leave in the L2 cache.
@@ -33,7 +33,10 @@ struct GemmSm90W4Problem {
   int64_t num_sms;
   int64_t x_bytes = 2;      // of an element of x
   bool two_levels = false;  // of sums: always the kernel for many rows
+  bool in_tiles = false;    // the weight, as only the kernel for many rows takes it
+  bool may_tile = true;     // others may be put in tiles for it
 
+  bool fits_many_rows() const { return in_tiles || (may_tile && n % 16 == 0 && k % 64 == 0); }
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 };
 
@@ -82,17 +85,18 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
     const int64_t num_tiles = config.m_tiles * config.n_tiles, num_clusters = config.num_ctas / 2;
     const int64_t num_stages = ceil_div(problem.k, kGemmSm90W4StageK), waves = ceil_div(num_tiles, num_clusters);
     const int64_t most_stages = config.stream_k ? ceil_div(num_tiles * num_stages, num_clusters) : waves * num_stages;
-    const double convert_us = bytes ? 0.22 + 0.35 * scale_bits : 0.184;
+    const double convert_us = bytes ? 0.23 + 0.1 * scale_bits : 0.115, row_us = bytes ? 0.0014 : 0.0017;
     // With all SMs at work each is slower.
     const double busy = static_cast<double>(num_clusters) / static_cast<double>(problem.num_pairs());
-    const double panel_us = (convert_us + 0.00165 * block_m) * (1.0 + 0.08 * busy);  // 128 bytes of x's rows
+    const double panel_us = (convert_us + row_us * block_m) * (1.0 + 0.08 * busy);  // 128 bytes of x's rows
     const double panels = static_cast<double>(most_stages * problem.x_bytes * kGemmSm90W4StageK / 128);
     // One tile's sums go to memory, and those of all others that share a tile come from there. Over many tiles less is
     // found in the L2 cache.
     const double num_others = static_cast<double>(ceil_div(num_clusters, num_tiles));
     const double handed_us = config.stream_k ? block_m * (0.009 + 0.0095 * num_others) + 0.02 * panels * panel_us : 0.0;
-    return std::max((bytes ? 6.2 : 4.2) + 2.75 * static_cast<double>(waves) + panels * panel_us + handed_us,
-                    8.0 + read_us);
+    const double tiling_us = problem.in_tiles ? 0.0 : 5.0 + 2.0 * read_us;
+    return tiling_us + std::max((bytes ? 6.2 : 4.2) + 2.75 * static_cast<double>(waves) + panels * panel_us + handed_us,
+                                8.0 + read_us);
   }
 
   const int64_t num_clusters = config.m_tiles * config.n_tiles, num_splits = config.num_splits;
@@ -110,7 +114,7 @@ inline double gemm_sm90_w4_time(const GemmSm90W4Config& config, const GemmSm90W4
   return 9.2 + std::max(read_us, turns * block_n / 128.0 * step_us) + sums_us + more_waves * (1.5 + sums_us);
 }
 
-// The best by that measure, over all tiles and 1 to 8 splits.
+// The best by that measure, over all tiles and 1 to 8 splits; of no CTAs where no kernel takes the problem.
 inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
   GemmSm90W4Config best = {};
   double best_us = 0.0;
@@ -134,11 +138,12 @@ inline GemmSm90W4Config gemm_sm90_w4_config(const GemmSm90W4Problem& problem) {
     if (tile.block_m < std::min<int64_t>(problem.m, 64)) return;
     for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(false, tile, splits);
   };
-  if (problem.x_bytes == 2) {
+  if (!problem.in_tiles && problem.x_bytes == 2) {
     for (const GemmSm90Tile& tile : kGemmSm90W4Tiles) consider_few_rows(tile);
-  } else if (!problem.two_levels) {
+  } else if (!problem.in_tiles && !problem.two_levels) {
     for (const GemmSm90Tile& tile : kGemmSm90W4Fp8Tiles) consider_few_rows(tile);
   }
+  if (!problem.fits_many_rows()) return best;
   for (const GemmSm90Tile& tile : kGemmSm90W4ManyRowsTiles) {
     const bool takes_registers = problem.two_levels && tile.block_m > kGemmSm90W4TwoLevelsMaxM;
     if (takes_registers) continue;

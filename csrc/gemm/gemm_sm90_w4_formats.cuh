@@ -147,7 +147,11 @@ struct Int4Sm90 {
   }
   template <int HALF>
   __device__ static __forceinline__ Pair<T> weight(uint32_t word, uint32_t select, const Scales& scales) {
-    const uint32_t codes = __byte_perm(word << 4, word, select) & 0x00f000f0u;
+    return number<HALF>(__byte_perm(word << 4, word, select) & 0x00f000f0u, scales);
+  }
+  // Of codes in bits 4 to 7 of either half.
+  template <int HALF>
+  __device__ static __forceinline__ Pair<T> number(uint32_t codes, const Scales& scales) {
     const Pair<T> zero = half_of<HALF, T>(scales.zero);
     if constexpr (kIsHalf<T>) {
       return __hmul2(__hsub2(as_pair<T>(codes | 0x54005400u), zero), half_of<HALF, T>(scales.scale));

@@ -1,18 +1,13 @@
 // e4m3 times NVFP4 weights, which become e4m3.
 #include "arch/dispatch.h"
 #include "gemm/gemm_sm90_w4.cuh"
-#include "gemm/gemm_sm90_w4_many_rows.cuh"
 
 namespace fastattn {
 
 cudaError_t gemm_nvfp4_fp8_sm90(const GemmSm90W4Params& params, cudaStream_t stream) {
-  return dispatch_half(params.dtype, [&](auto type) {
-    using T = decltype(type);
-    using Fast = GemmSm90W4A8<T, 16, true>;
-    if (!params.config.many_rows) return run_gemm_sm90_w4<Fast>(params, stream);
-    return params.fast_accum ? run_gemm_sm90_w4_many_rows<Fast>(params, stream)
-                             : run_gemm_sm90_w4_many_rows<GemmSm90W4A8<T, 16, false>>(params, stream);
-  });
+  if (params.config.many_rows) return gemm_nvfp4_fp8_sm90_many_rows(params, stream);
+  return dispatch_half(params.dtype,
+                       [&](auto type) { return run_gemm_sm90_w4<GemmSm90W4A8<decltype(type), 16>>(params, stream); });
 }
 
 }  // namespace fastattn

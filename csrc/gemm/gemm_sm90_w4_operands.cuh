@@ -1,5 +1,5 @@
-// What the tensor cores multiply in the Hopper GEMMs for weights of 4 bits: a type for each kind, the template argument
-// of gemm_sm90_w4_products.cuh and gemm_sm90_w4_many_rows.cuh.
+// What the tensor cores multiply in the Hopper GEMM for weights of 4 bits as checkpoints have them: a type for each
+// kind, the template argument of gemm_sm90_w4_products.cuh and gemm_sm90_w4.cuh.
 //
 //   kind                    x      A fragment                                     sums are multiplied by
 //   GemmSm90W4A16<Format>   T      T, as Format has it                            kSumFactor / global_scale
@@ -9,7 +9,6 @@
 // Each type has
 //   Element, Out    the elements of x, of out and bias
 //   kDType          the former's
-//   kTwoLevels      the tensor cores add up 128 columns, registers the rest (gemm_sm90_operands.cuh)
 //   Format          scales, as in gemm_sm90_w4_formats.cuh
 //   Codes, load     what a lane takes of 32 columns of its two rows, 8 apart, the first one's at `address`
 //   make_fragment   of product 0 or 1 of two, whose columns begin with `column` of the stage
@@ -29,7 +28,6 @@ struct GemmSm90W4A16 {
   using Element = typename Format::T;
   using Out = Element;
   static constexpr DType kDType = GemmSm90Dense<Element>::kDType;
-  static constexpr bool kTwoLevels = false;
 
   struct Codes {
     uint4 low, high;
@@ -59,14 +57,13 @@ struct GemmSm90W4A16 {
 // With x in e4m3. GROUP: 16 is NVFP4, 32 is MXFP4. A weight is rounded once: its product with the scale is exact in
 // fp16. Scales of MXFP4 are relative to the row's largest (row_exponent), which is brought to 2^6, so that 6 * 2^6
 // fits: exact down to 2^-8, fourteen powers of two below. Those of NVFP4 are at most 448, and 6 * 448 / 8 fits.
-template <typename T, int GROUP, bool FAST_ACCUM>
+template <typename T, int GROUP>
 struct GemmSm90W4A8 {
   static_assert(GROUP == 16 || GROUP == 32);
   using Format = std::conditional_t<GROUP == 16, Nvfp4ToFp8Sm90, Mxfp4ToFp8Sm90>;
   using Element = __nv_fp8_e4m3;
   using Out = T;
   static constexpr DType kDType = DType::kFloat8E4M3;
-  static constexpr bool kTwoLevels = !FAST_ACCUM;
 
   // Of 16 columns lane 4 g + t has 4, bytes 2 t and 2 t + 1 of eight.
   struct Codes {

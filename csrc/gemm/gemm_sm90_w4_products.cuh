@@ -1,5 +1,5 @@
-// What the Hopper GEMMs for weights of 4 bits share: the products of 256 columns, of which a lane makes wgmma's left
-// operand in registers while the products before them run.
+// The products of a stage in the Hopper GEMM for weights of 4 bits as checkpoints have them (gemm_sm90_w4.cuh): 256
+// columns, of which a lane makes wgmma's left operand in registers while the products before them run.
 #pragma once
 
 #include "arch/mbarrier.cuh"
@@ -17,7 +17,6 @@ namespace fastattn {
 //
 // i counts two products, 64 bytes of a row of x. released(i): what the products up to i - 2 have read is free. x_of(i):
 // where the panel of x is, 128 bytes a row, that i has half of. is_first: acc has nothing yet.
-// Sums in two levels are of a panel, and added up when its products are over.
 template <typename Operands, int BLOCK_M, typename Released, typename XOf>
 __device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], uint32_t (&a)[2][2][4], uint32_t rows,
                                                   const GemmSm90W4Scales<typename Operands::Format>& scales,
@@ -25,7 +24,6 @@ __device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], 
   using Element = typename Operands::Element;
   using Product = Wgmma<Element, BLOCK_M>;
   constexpr int COLUMNS = 64 / sizeof(Element), CODES = COLUMNS / 32;
-  float part[Operands::kTwoLevels ? BLOCK_M / 8 : 1][4];
 #pragma unroll
   for (int i = 0; i < kGemmSm90W4StageK / COLUMNS; ++i) {
     uint32_t (&fragments)[2][4] = a[i % 2];
@@ -41,23 +39,9 @@ __device__ __forceinline__ void multiply_w4_stage(float (&acc)[BLOCK_M / 8][4], 
     }
     const WgmmaDescriptor x = x_of(i);
     wgmma_fence();
-    if constexpr (Operands::kTwoLevels) {
-      Product::rs_k(part, fragments[0], x.plus(i % 2 * 64), i % 2);
-      Product::rs_k(part, fragments[1], x.plus(i % 2 * 64 + 32), 1);
-      wgmma_commit();
-      if (i % 2 == 0) continue;
-      wgmma_wait<0>();
-      pin_registers(part);
-#pragma unroll
-      for (int t = 0; t < BLOCK_M / 8; ++t) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[t][j] = i == 1 && is_first ? part[t][j] : acc[t][j] + part[t][j];
-      }
-    } else {
-      Product::rs_k(acc, fragments[0], x.plus(i % 2 * 64), i > 0 || !is_first);
-      Product::rs_k(acc, fragments[1], x.plus(i % 2 * 64 + 32), 1);
-      wgmma_commit();
-    }
+    Product::rs_k(acc, fragments[0], x.plus(i % 2 * 64), i > 0 || !is_first);
+    Product::rs_k(acc, fragments[1], x.plus(i % 2 * 64 + 32), 1);
+    wgmma_commit();
   }
 }
 

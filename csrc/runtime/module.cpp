@@ -222,13 +222,15 @@ void bind_kernel_configs(py::module_& m) {
       "block_scales"_a = false, "zero_points"_a = false, "in_order"_a = false);
   m.def(
       "gemm_sm90_w4_config",
-      [](int64_t rows, int64_t n, int64_t k, double weight_bits, int64_t num_sms, int64_t x_bytes, bool two_levels) {
-        const GemmSm90W4Config c = gemm_sm90_w4_config({rows, n, k, weight_bits, num_sms, x_bytes, two_levels});
+      [](int64_t rows, int64_t n, int64_t k, double weight_bits, int64_t num_sms, int64_t x_bytes, bool two_levels,
+         bool in_tiles) {
+        const GemmSm90W4Config c =
+            gemm_sm90_w4_config({rows, n, k, weight_bits, num_sms, x_bytes, two_levels, in_tiles});
         return py::dict("many_rows"_a = c.many_rows, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
                         "ctas_per_sm"_a = c.tile.ctas_per_sm, "num_splits"_a = c.num_splits, "stream_k"_a = c.stream_k,
                         "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
       },
-      "m"_a, "n"_a, "k"_a, "weight_bits"_a, "num_sms"_a, "x_bytes"_a = 2, "two_levels"_a = false);
+      "m"_a, "n"_a, "k"_a, "weight_bits"_a, "num_sms"_a, "x_bytes"_a = 2, "two_levels"_a = false, "in_tiles"_a = false);
 }
 
 }  // namespace

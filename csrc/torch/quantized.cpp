@@ -1,5 +1,6 @@
-#include "gemm/gemm_sm90_w4.h"
+#include "gemm/gemm_sm90_w4_tiles.h"
 #include "torch/gemm_workspaces.h"
+#include "torch/w4_tiles.h"
 
 namespace fastattn {
 namespace {
@@ -13,16 +14,19 @@ bool aligned_bytes(const void* base, int64_t stride_bytes) {
 // A quantized weight of 4 bits, how it is laid out, and the kernels for it.
 struct FourBitWeight {
   const char* op;
-  const Tensor& packed;  // (N, ceil(K / per_element))
+  const Tensor& packed;  // (N, ceil(K / per_element)), or tiles
   int64_t per_element;   // codes to an element of packed
   ScalarType packed_dtype;
-  const Tensor& scale;  // (N, G)
+  const Tensor& scale;  // (N, G), or tiles
   ScalarType scale_dtype;
   int64_t group_size;
   int64_t span_sm80, span_sm90;  // the fast kernels take groups that are multiples of these
   int64_t scale_alignment;       // of a row of scales, in scales, for sm_90
   Launch sm80;
   cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
+  cudaError_t (*sm90_tiles)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
+
+  bool is_int4() const { return packed_dtype == ScalarType::Int; }
 };
 
 // What only some formats have: (N, G) int8, and (N) fp32.
@@ -46,7 +50,7 @@ Params params_of(const FourBitWeight& w, const FourBitExtras& extras, const Tens
   p.zero_point_stride = extras.zero_point_stride;
   p.global_scale = extras.global_scale;
   p.m = num_rows_of(x);
-  p.n = w.packed.size(0);
+  p.n = out.size(-1);
   p.k = shape_of(x).back();
   p.x_stride = rows_of(x).inner_stride;
   p.weight_stride = w.packed.stride(0) * (w.per_element / 2);
@@ -82,11 +86,12 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const int64_t k = shape.back();
   checks.that(w.group_size >= 1, "group_size is " + std::to_string(w.group_size) + ", expected group_size >= 1");
   const int64_t group_size = w.group_size < k ? w.group_size : k > 0 ? k : 1;
-  checks.shape("weight_packed", w.packed, {kAny, ceil_div(k, w.per_element)})
-      .dtype("weight_packed", w.packed, {w.packed_dtype});
-  const int64_t n = w.packed.size(0);
   const int64_t num_groups = ceil_div(k, group_size);
-  checks.shape("weight_scale", w.scale, {n, num_groups}).dtype("weight_scale", w.scale, {w.scale_dtype});
+  const bool tiles = in_tiles(w.packed);
+  if (!tiles) checks.shape("weight_packed", w.packed, {kAny, ceil_div(k, w.per_element)});
+  const int64_t n = tiles ? check_w4_tiles(checks, w.packed, w.scale, group_size, k, w.is_int4()) : w.packed.size(0);
+  if (!tiles || w.is_int4()) checks.shape("weight_scale", w.scale, {n, num_groups});
+  checks.dtype("weight_packed", w.packed, {w.packed_dtype}).dtype("weight_scale", w.scale, {w.scale_dtype});
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x_given.scalar_type()});
   const FourBitExtras found = extras(checks, n, num_groups);
   shape.back() = n;
@@ -94,13 +99,30 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   if (out.numel() == 0) return out;
 
   const OnDeviceOf guard(x_given);
-  // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride.
-  const Tensor x = rows_of(x_given).inner() < num_rows_of(x_given) ? packed_copy(x_given) : x_given;
+  // Rows in two runs (a slice of the middle dimension) are packed first: the kernels know one stride. So are those that
+  // the copy engine does not take, where nothing else takes the weight.
+  const bool in_runs = rows_of(x_given).inner() < num_rows_of(x_given);
+  const bool fits =
+      fits_copy_engine(x_given.data_ptr(), num_rows_of(x_given), 2 * k, 2 * rows_of(x_given).inner_stride);
+  const Tensor x = in_runs || (tiles && !fits) ? packed_copy(x_given) : x_given;
   auto hopper = params_of<GemmSm90W4Params>(w, found, x, bias, group_size, out);
-  if (takes_sm90(w, hopper, num_groups, x)) {
+  if (tiles) {
+    const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
+    if (config.num_ctas > 0 && reinterpret_cast<uintptr_t>(hopper.bias) % 8 == 0) {
+      check_launch(w.op, w.sm90_tiles(hopper, config, stream_of(x)));
+      return out;
+    }
+  }
+  if (tiles || takes_sm90(w, hopper, num_groups, x)) {
     const double weight_bits =
         4.0 + 8.0 * static_cast<double>(w.scale.element_size()) / static_cast<double>(group_size);
-    hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x)});
+    // MXFP4's scales become relative to their row's largest in tiles, and one 2^133 below it would not be exact.
+    const bool may_tile = w.is_int4() || group_size != 32;
+    hopper.config = gemm_sm90_w4_config({hopper.m, n, k, weight_bits, num_sms_of(x), 2, false, tiles, may_tile});
+    std::optional<W4Tiles> made;
+    if (hopper.config.many_rows && !tiles) {
+      made = put_in_tiles(w.op, hopper, w.is_int4() ? W4Order::kInt4 : W4Order::kFp4, group_size, x);
+    }
     const std::optional<Tensor> workspaces = workspaces_of(hopper, x);
     check_launch(w.op, w.sm90(hopper, stream_of(x)));
     return out;
@@ -127,7 +149,8 @@ Tensor int4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor
                                 .span_sm90 = 64,
                                 .scale_alignment = 1,
                                 .sm80 = gemm_int4_sm80,
-                                .sm90 = gemm_int4_sm90};
+                                .sm90 = gemm_int4_sm90,
+                                .sm90_tiles = gemm_int4_tiles_sm90};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t num_groups) {
     FourBitExtras extras;
     if (!zero_point) return extras;
@@ -152,7 +175,8 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
                                 .span_sm90 = group_size,
                                 .scale_alignment = nvfp4 ? 4 : 2,
                                 .sm80 = nvfp4 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
-                                .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90};
+                                .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90,
+                                .sm90_tiles = nvfp4 ? gemm_nvfp4_tiles_sm90 : gemm_mxfp4_tiles_sm90};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t) {
     checks.that(group_size == 16 || group_size == 32,
                 "group_size is " + std::to_string(group_size) + ", expected 16 or 32");

@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
+from fastattn.nn.fp4 import Fp4Scheme
 from fastattn.nn.fp8_blocks import Fp8BlockScheme
 from fastattn.nn.gated_mlp import GatedMLP
 from fastattn.nn.int4 import AwqScheme, GptqScheme, Int4Scheme
@@ -19,7 +20,7 @@ from fastattn.nn.norm import RMSNorm
 from fastattn.nn.norm_linear import NormLinear
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
 from fastattn.nn.parallel_mlp import ParallelMLP
-from fastattn.nn.quantized import Fp4Scheme, Fp8Scheme, Int8Scheme, QuantizedWeight, Scheme
+from fastattn.nn.quantized import Fp8Scheme, Int8Scheme, QuantizedWeight, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
 from fastattn.reference.gated_linear import interleave_gate_up, split_gate_up

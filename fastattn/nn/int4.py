@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from fastattn import ops
+from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, empty_parameter, fixed_parameter
 from fastattn.nn.quantized import FLOATS, Piece, QuantizedWeight
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
-from fastattn.reference import quantize
+from fastattn.reference import quantize, w4_tiles
 from fastattn.reference import quantized as reference
 
 
@@ -65,7 +66,7 @@ class AwqScheme(Int4Scheme):
         return f"{super().__str__()} (AWQ)"
 
 
-class Int4Weight(QuantizedWeight):
+class Int4Weight(FourBitWeight):
     packed_away = frozenset({"codes", "scale", "zero_point", "order"})
 
     def __init__(self, rows: int, columns: int, scheme: Int4Scheme) -> None:
@@ -77,6 +78,21 @@ class Int4Weight(QuantizedWeight):
         self.scale = empty_parameter(rows, self.num_groups)
         self.zero_point = None if scheme.symmetric else fixed_parameter(torch.int8, rows, self.num_groups)
         self.order: torch.nn.Parameter | None = None  # (K) int32: which column of x each of ours is multiplied with
+
+    @property
+    def fits_tiles(self) -> bool:
+        whole = self.group_size % w4_tiles.COLUMNS == 0 or self.num_groups == 1
+        return super().fits_tiles and whole
+
+    def as_stored(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.in_tiles:
+            state["codes"] = w4_tiles.unpack_tiles(state["codes"], self.tile_order)
+        return state
+
+    def as_packed(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.in_tiles:
+            state["codes"] = w4_tiles.pack_tiles(state["codes"], self.tile_order)
+        return state
 
     def groups(self, piece: Piece) -> Shard | None:
         """The shard of a tensor that has an entry for a group of columns."""

@@ -1,8 +1,8 @@
 """Weights of few bits inside a linear layer: what a checkpoint stores for each format, and how it is multiplied with.
 
 A scheme says how weights are stored; `scheme.weight(...)` makes the module that holds one. On a GPU that module keeps the packed
-form. On a CPU, where no kernel reads it, `pack` turns it into fp32 in oneDNN's layout: results are those of the operators, speed and
-memory are those of a dense model.
+form, weights of 4 bits in tiles where there are kernels for those (`fastattn.nn.four_bits`). On a CPU, where no kernel reads it, `pack`
+turns it into fp32 in oneDNN's layout: results are those of the operators, speed and memory are those of a dense model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from fastattn import ops
 from fastattn.nn.module import Module, Weight, Weights, fixed_parameter
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
-from fastattn.reference import quantize
 from fastattn.reference import quantized as reference
 
 FLOATS = ("F32", "F16", "BF16")
@@ -253,84 +252,3 @@ class Fp8Weight(QuantizedWeight):
         q, scale = ops.quantize_fp8(x, activation=activation)
         sums = dense.packed_linear(q.float(), self.packed[0], None, self.batch_invariant)
         return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)
-
-
-@dataclass(frozen=True)
-class Fp4Scheme:
-    """E2M1 weights with a scale for each group_size columns: 16 is NVFP4 (e4m3, and an fp32 scale for the whole matrix), 32 is
-    MXFP4 (powers of two). Activations stay as they are (W4A16), or are rounded to e4m3 as they come, with a scale a token (W4A8)."""
-
-    group_size: int
-    fp8_activations: bool = False
-
-    def weight(self, rows: int, columns: int, pieces: Sequence[Piece]) -> QuantizedWeight:
-        return Fp4Weight(rows, columns, pieces, self)
-
-    def __str__(self) -> str:
-        name = "NVFP4" if self.group_size == quantize.NVFP4_GROUP else "MXFP4"
-        return f"{name} ({'W4A8' if self.fp8_activations else 'W4A16'})"
-
-
-class Fp4Weight(QuantizedWeight):
-    fixed_dtypes = frozenset({"global_scale", "stored_global_scale"})
-    staged = frozenset({"stored_global_scale"})
-
-    def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp4Scheme) -> None:
-        super().__init__(rows, columns)
-        self.group_size, self.fp8_activations = scheme.group_size, scheme.fp8_activations
-        self.scale_types = ("F8_E4M3",) if self.group_size == quantize.NVFP4_GROUP else ("U8", "F8_E8M0")
-        self.codes = fixed_parameter(torch.uint8, rows, -(-columns // 2))
-        self.scale = fixed_parameter(torch.uint8, rows, -(-columns // self.group_size))
-        # One for a matrix of the checkpoint; a row of ours each, because several of them may stand here.
-        self.global_scale: torch.nn.Parameter | None = None
-        self.stored_global_scale: torch.nn.Parameter | None = None
-        self.row_factor: torch.Tensor | None = None  # of what `pack` has made, with activations in fp8
-        if self.group_size == quantize.NVFP4_GROUP:
-            self.global_scale = fixed_parameter(torch.float32, rows)
-            self.stored_global_scale = fixed_parameter(torch.float32, len(pieces))
-
-    def stored(self, piece: Piece) -> Weights:
-        yield Weight(
-            f"{piece.name}.weight_packed", self.codes[piece.rows], piece.columns(2, "codes to a byte"), ("U8",)
-        )
-        groups = piece.columns(self.group_size, "a group")
-        yield Weight(f"{piece.name}.weight_scale", self.scale[piece.rows], groups, self.scale_types)
-        if self.stored_global_scale is not None:
-            own = self.stored_global_scale[piece.index : piece.index + 1]
-            yield Weight(f"{piece.name}.weight_global_scale", own, None, ("F32",))
-
-    def finish(self, pieces: Sequence[Piece]) -> None:
-        if self.stored_global_scale is None:
-            return
-        assert self.global_scale is not None
-        set_rows(self.global_scale, self.stored_global_scale, pieces, "weight_global_scale")
-        self.stored_global_scale = None
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.packed is not None:
-            return self.packed_forward(x, bias)
-        weight = self.codes, self.scale, self.group_size, self.global_scale, bias
-        if not self.fp8_activations:
-            return ops.fp4_linear(x, *weight)
-        q, scale = ops.quantize_fp8(x)
-        return ops.fp4_fp8_linear(q, scale, *weight, out_dtype=x.dtype)
-
-    def dense_parts(self) -> list[torch.Tensor]:
-        if self.fp8_activations:
-            codes, factor = reference.fp4_as_fp8(
-                self.codes, self.scale, self.global_scale, self.group_size, self.columns
-            )
-            self.row_factor = factor
-            return [codes.float()]
-        # fp32 holds every product of a number and a scale, as x's dtype need not: the result is the same or nearer.
-        return [reference.fp4_weight(self.codes, self.scale, self.group_size, self.columns, torch.float32)]
-
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.packed is not None
-        if self.fp8_activations:
-            assert self.row_factor is not None
-            q, scale = ops.quantize_fp8(x)
-            sums = dense.packed_linear(q.float(), self.packed[0], None)
-            return reference.scale_8bit_sums(sums, scale, self.row_factor, bias, x.dtype)
-        out = dense.packed_linear(x.float(), self.packed[0], None)
-        return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)

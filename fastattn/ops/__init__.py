@@ -39,6 +39,7 @@ from fastattn.ops.sparse_24 import (
     sparse_linear,
     unpack_sparse_24,
 )
+from fastattn.ops.w4_tiles import pack_w4_scales, pack_w4_tiles, unpack_w4_scales, unpack_w4_tiles
 
 __all__ = [
     "CascadeLevel",
@@ -69,6 +70,8 @@ __all__ = [
     "lm_head_sample",
     "merge_attention_states",
     "pack_sparse_24",
+    "pack_w4_scales",
+    "pack_w4_tiles",
     "paged_attention",
     "quantize_fp8",
     "quantize_fp8_groups",
@@ -88,6 +91,8 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "unpack_sparse_24",
+    "unpack_w4_scales",
+    "unpack_w4_tiles",
     "varlen_attention",
     "varlen_attention_backward",
 ]

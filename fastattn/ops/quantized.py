@@ -25,10 +25,12 @@ from fastattn.ops.checks import (
 )
 from fastattn.ops.gated_linear import ACTIVATIONS
 from fastattn.reference import quantized as reference
+from fastattn.reference import w4_tiles
 
 # Above it a sum of K products of int8 may leave int32, and with zero points of codes less one.
 MAX_INT8_K = 2**17 - 1
 MAX_INT8_K_ASYMMETRIC = 2**16 - 1
+TILE_ROWS, TILE_COLUMNS = w4_tiles.ROWS, w4_tiles.COLUMNS
 FP4_GROUPS = {16: "e4m3 (NVFP4)", 32: "e8m0 (MXFP4)"}
 
 
@@ -63,16 +65,25 @@ def _fake_fp8(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
+def _in_tiles(weight: Tensor) -> bool:
+    return isinstance(weight, Tensor) and weight.dim() == 3
+
+
+def _num_rows(weight: Tensor) -> int:
+    """Of a weight of 4 bits, which may be in tiles."""
+    return weight.shape[0] * (TILE_ROWS if _in_tiles(weight) else 1)
+
+
 def _fake_int4(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], _num_rows(weight)))
 
 
 def _fake_fp4(
     x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], _num_rows(weight)))
 
 
 def _fake_fp4_fp8(
@@ -86,7 +97,7 @@ def _fake_fp4_fp8(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    return x.new_empty((x.shape[0], _num_rows(weight)), dtype=out_dtype)
 
 
 _quantize_int8 = define(
@@ -178,44 +189,53 @@ _check_fp8 = compile_check(
     Flag("fast_accum"),
     Flag("batch_invariant"),
 )
-_check_int4 = compile_check(
-    "int4_linear",
-    TensorArg("x", "... K", FLOAT),
-    TensorArg("weight_packed", "N W", INT32),
-    TensorArg("weight_scale", "N G", "x"),
-    TensorArg("zero_point", "N G", INT8, optional=True),
-    AtLeast("group_size", 1),
-    TensorArg("bias", "N", "x", optional=True),
+_check_int4, _check_int4_tiles = (
+    compile_check(
+        "int4_linear",
+        TensorArg("x", "... K", FLOAT),
+        TensorArg("weight_packed", weight, INT32),
+        TensorArg("weight_scale", "N G", "x"),
+        TensorArg("zero_point", "N G", INT8, optional=True),
+        AtLeast("group_size", 1),
+        TensorArg("bias", "N", "x", optional=True),
+    )
+    for weight in ("N W", "R C W")
 )
-_check_fp4 = compile_check(
-    "fp4_linear",
-    TensorArg("x", "... K", FLOAT),
-    TensorArg("weight_packed", "N W", UINT8),
-    TensorArg("weight_scale", "N G", UINT8),
-    TensorArg("global_scale", "N", FP32, optional=True),
-    AtLeast("group_size", 1),
-    TensorArg("bias", "N", "x", optional=True),
+_check_fp4, _check_fp4_tiles = (
+    compile_check(
+        "fp4_linear",
+        TensorArg("x", "... K", FLOAT),
+        TensorArg("weight_packed", weight, UINT8),
+        TensorArg("weight_scale", scale, UINT8),
+        TensorArg("global_scale", "N", FP32, optional=True),
+        AtLeast("group_size", 1),
+        TensorArg("bias", "N", "x", optional=True),
+    )
+    for weight, scale in (("N W", "N G"), ("R C W", "R C S"))
 )
-
-_check_fp4_fp8 = compile_check(
-    "fp4_fp8_linear",
-    TensorArg("x", "M K", E4M3),
-    TensorArg("x_scale", "Sx", FP32),
-    TensorArg("weight_packed", "N W", UINT8),
-    TensorArg("weight_scale", "N G", UINT8),
-    TensorArg("global_scale", "N", FP32, optional=True),
-    AtLeast("group_size", 1),
-    TensorArg("bias", "N", FLOAT, optional=True),
-    Flag("fast_accum"),
+_check_fp4_fp8, _check_fp4_fp8_tiles = (
+    compile_check(
+        "fp4_fp8_linear",
+        TensorArg("x", "M K", E4M3),
+        TensorArg("x_scale", "Sx", FP32),
+        TensorArg("weight_packed", weight, UINT8),
+        TensorArg("weight_scale", scale, UINT8),
+        TensorArg("global_scale", "N", FP32, optional=True),
+        AtLeast("group_size", 1),
+        TensorArg("bias", "N", FLOAT, optional=True),
+        Flag("fast_accum"),
+    )
+    for weight, scale in (("N W", "N G"), ("R C W", "R C S"))
 )
 
 
 def _check_packing(
     op: str, x: Tensor, weight_packed: Tensor, weight_scale: Tensor, group_size: int, per_word: int
 ) -> None:
-    """weight_packed holds K columns, per_word to an element; weight_scale one a group of them."""
+    """weight_packed holds K columns, per_word to an element, unless in tiles; weight_scale one a group of them."""
     columns = x.shape[-1]
-    for name, t, each in (("weight_packed", weight_packed, per_word), ("weight_scale", weight_scale, group_size)):
+    of_columns = [("weight_packed", weight_packed, per_word), ("weight_scale", weight_scale, group_size)]
+    for name, t, each in of_columns[1:] if _in_tiles(weight_packed) else of_columns:
         expected = -(-columns // each)
         if t.shape[1] != expected:
             fail_value(
@@ -223,6 +243,35 @@ def _check_packing(
                 f"{name} has shape {tuple(t.shape)}, expected (N, {expected}): {each} columns to an element, "
                 f"with K = {columns} from x {tuple(x.shape)}",
             )
+
+
+def _check_tiles(
+    op: str, x: Tensor, weight_packed: Tensor, of_rows: dict[str, Tensor | None], scale: Tensor | None, group_size: int
+) -> None:
+    """A weight in tiles has K columns; scale, FP4's, is in tiles of the same. of_rows: what has an entry for each row, first."""
+    columns, num_rows = x.shape[-1], _num_rows(weight_packed)
+    words = TILE_ROWS * TILE_COLUMNS // 2 // weight_packed.element_size()
+    if columns == 0 or columns % TILE_COLUMNS or tuple(weight_packed.shape[1:]) != (columns // TILE_COLUMNS, words):
+        fail_value(
+            op,
+            f"weight_packed has shape {tuple(weight_packed.shape)}, in tiles, expected (N/{TILE_ROWS}, K/{TILE_COLUMNS}, {words}) with "
+            f"K = {columns}, a multiple of {TILE_COLUMNS}, from x {tuple(x.shape)}",
+        )
+    if scale is None and group_size % TILE_COLUMNS and group_size < columns:
+        fail_value(op, f"group_size is {group_size}, expected a multiple of {TILE_COLUMNS} with weight_packed in tiles")
+    if scale is not None and scale.shape[2] != TILE_ROWS * TILE_COLUMNS // group_size:
+        expected = TILE_ROWS * TILE_COLUMNS // group_size
+        fail_value(
+            op, f"weight_scale has shape {tuple(scale.shape)}, expected (N/{TILE_ROWS}, K/{TILE_COLUMNS}, {expected})"
+        )
+    for name, t in of_rows.items():
+        if t is not None and t.shape[0] != num_rows:
+            fail_value(
+                op, f"{name} has shape {tuple(t.shape)}, expected N = {num_rows} rows, as weight_packed in tiles has"
+            )
+    for name, t in (("weight_packed", weight_packed), ("weight_scale", scale)):
+        if t is not None and not t.is_contiguous():
+            fail_value(op, f"{name} has strides {t.stride()}, expected contiguous tiles")
 
 
 def _check_fp4_group(op: str, group_size: int) -> None:
@@ -375,7 +424,9 @@ def int4_linear(
     """`x @ weightᵀ + bias` with weight = (code − zero_point) · weight_scale, rounded to x's dtype; fp32 sums, rounded once.
 
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
-    weight_packed: (N, ⌈K/8⌉) int32, codes −8 … 7 as code + 8, column 8i + j in bits 4j to 4j + 3 of element i.
+    weight_packed: (N, ⌈K/8⌉) int32, codes −8 … 7 as code + 8, column 8i + j in bits 4j to 4j + 3 of element i; or the tiles that
+        `pack_w4_tiles` makes of it, with groups of multiples of 64 columns, or one. Those are for a CPU and for GPUs of compute
+        capability 9.0, which put other weights in tiles in each call with many rows of x.
     weight_scale: (N, ⌈K/group_size⌉) in x's dtype, one a group of columns; the last group may be shorter.
     group_size: columns of a group; K for a scale a row.
     zero_point: like weight_scale, int8 from −8 to 7: the code of 0, which is 0 without it.
@@ -384,7 +435,11 @@ def int4_linear(
     Returns (…, N) in x's dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_int4(x, weight_packed, weight_scale, zero_point, group_size, bias)
+    if _in_tiles(weight_packed):
+        _check_int4_tiles(x, weight_packed, weight_scale, zero_point, group_size, bias)
+        _check_tiles("int4_linear", x, weight_packed, {"weight_scale": weight_scale, "bias": bias}, None, group_size)
+    else:
+        _check_int4(x, weight_packed, weight_scale, zero_point, group_size, bias)
     _check_packing("int4_linear", x, weight_packed, weight_scale, group_size, 8)
     out: Tensor = _int4_linear(x, weight_packed, weight_scale, zero_point, group_size, bias)
     return out
@@ -403,18 +458,26 @@ def fp4_linear(
     With e4m3 scales the weights are exact in bf16 and fp16; so they are with powers of two, where x's dtype has the range.
 
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
-    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i.
-    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns.
+    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i; or the tiles that
+        `pack_w4_tiles` makes of it with order 16. Those are for a CPU and for GPUs of compute capability 9.0. Other weights take
+        longer there with many rows of x: NVFP4 is put in tiles in each call, MXFP4 has a slower kernel.
+    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns; or, then too, what `pack_w4_scales` makes.
     group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
-    global_scale: (N) fp32, one a row.
+    global_scale: (N) fp32, one a row; with tiles what `pack_w4_scales` makes of it.
     bias: (N) in x's dtype.
 
     Returns (…, N) in x's dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_fp4(x, weight_packed, weight_scale, global_scale, group_size, bias)
+    in_tiles = _in_tiles(weight_packed)
+    check = _check_fp4_tiles if in_tiles else _check_fp4
+    check(x, weight_packed, weight_scale, global_scale, group_size, bias)
     _check_fp4_group("fp4_linear", group_size)
-    _check_packing("fp4_linear", x, weight_packed, weight_scale, group_size, 2)
+    if in_tiles:
+        of_rows = {"global_scale": global_scale, "bias": bias}
+        _check_tiles("fp4_linear", x, weight_packed, of_rows, weight_scale, group_size)
+    else:
+        _check_packing("fp4_linear", x, weight_packed, weight_scale, group_size, 2)
     out: Tensor = _fp4_linear(x, weight_packed, weight_scale, global_scale, group_size, bias)
     return out
 
@@ -438,10 +501,11 @@ def fp4_fp8_linear(
     three bits behind the first: an error of at most 2⁻⁴ of the weight, or 2⁻⁷ of global_scale's unit where that is more.
 
     x: (M, K) float8_e4m3fn and x_scale: (M) fp32, from `quantize_fp8`, or (1), a scale for all rows.
-    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i.
-    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns.
+    weight_packed: (N, ⌈K/2⌉) uint8, E2M1 codes of columns 2i and 2i + 1 in the low and high half of element i; or the tiles that
+        `pack_w4_tiles` makes of it with order 8, which take less time as in `fp4_linear`.
+    weight_scale: (N, ⌈K/group_size⌉) uint8, the bits of one scale a group of columns; or, then too, what `pack_w4_scales` makes.
     group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
-    global_scale: (N) fp32, one a row, which weights are divided by.
+    global_scale: (N) fp32, one a row, which weights are divided by; with tiles what `pack_w4_scales` makes of it.
     bias: (N) in out_dtype.
     out_dtype: bf16 or fp16, on the CPU also fp32.
     fast_accum: sums may have the 14 bits that Hopper's tensor cores keep of them, where that is faster: an error of 2e-3 beside
@@ -450,9 +514,15 @@ def fp4_fp8_linear(
     Returns (M, N) in out_dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_fp4_fp8(x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, fast_accum)
+    in_tiles = _in_tiles(weight_packed)
+    check = _check_fp4_fp8_tiles if in_tiles else _check_fp4_fp8
+    check(x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, fast_accum)
     _check_fp4_group("fp4_fp8_linear", group_size)
-    _check_packing("fp4_fp8_linear", x, weight_packed, weight_scale, group_size, 2)
+    if in_tiles:
+        of_rows = {"global_scale": global_scale, "bias": bias}
+        _check_tiles("fp4_fp8_linear", x, weight_packed, of_rows, weight_scale, group_size)
+    else:
+        _check_packing("fp4_fp8_linear", x, weight_packed, weight_scale, group_size, 2)
     check_may_be_one("fp4_fp8_linear", "x_scale", x_scale, "M", x.shape[0])
     check_out_dtype("fp4_fp8_linear", x, bias, out_dtype)
     out: Tensor = _fp4_fp8_linear(

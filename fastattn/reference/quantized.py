@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference import linear as dense
-from fastattn.reference import quantize
+from fastattn.reference import quantize, w4_tiles
 from fastattn.reference.activation import gated_activation
 
 FP8_BLOCK = 128  # rows, and columns, that share a scale
@@ -163,14 +163,18 @@ def fp4_weight(packed: Tensor, scale: Tensor, group_size: int, num_columns: int,
 def int4_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
-    """x (…, K), packed (N, ⌈K/8⌉), scale and zero_point (N, G), bias (N) → (…, N)."""
+    """x (…, K), packed (N, ⌈K/8⌉) or tiles, scale and zero_point (N, G), bias (N) → (…, N)."""
+    if packed.dim() == 3:
+        packed = w4_tiles.unpack_tiles(packed, 16)
     return dense.linear(x, int4_weight(packed, scale, zero_point, group_size, x.shape[-1]), bias)
 
 
 def fp4_linear(
     x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
 ) -> Tensor:
-    """x (…, K), packed (N, ⌈K/2⌉), scale (N, G), global_scale and bias (N) → (…, N)."""
+    """x (…, K), packed (N, ⌈K/2⌉) and scale (N, G) or tiles of both, global_scale and bias (N) → (…, N)."""
+    if packed.dim() == 3:
+        packed, scale = w4_tiles.unpack_tiles(packed, 16), w4_tiles.unpack_scales(scale)
     weight = fp4_weight(packed, scale, group_size, x.shape[-1], x.dtype)
     return scale_fp4_sums(dense.linear(x.float(), weight.float(), None), global_scale, bias, x.dtype)
 
@@ -207,7 +211,9 @@ def fp4_fp8_linear(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
-    """x (M, K) e4m3, x_scale (M) or (1), packed (N, ⌈K/2⌉), scale (N, G), global_scale and bias (N) → (M, N)."""
+    """x (M, K) e4m3, x_scale (M) or (1), packed (N, ⌈K/2⌉) and scale (N, G) or tiles of both, global_scale and bias (N) → (M, N)."""
+    if packed.dim() == 3:
+        packed, scale = w4_tiles.unpack_tiles(packed, 8), w4_tiles.unpack_scales(scale)
     weight, factor = fp4_as_fp8(packed, scale, global_scale, group_size, x.shape[1])
     return fp8_linear(x, x_scale, weight, factor, bias, out_dtype, fast_accum)
 

@@ -6,6 +6,7 @@
 #include "arch/e2m1.cuh"
 #include "drawn_call.h"
 #include "gemm/fp4_to_fp8.h"
+#include "gemm/w4_tiles.h"
 
 namespace {
 
@@ -27,6 +28,109 @@ float e2m1_value(int code) {
   return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];
 }
 
+// --- weights in tiles, as the kernels for many rows take them (fastattn/reference/w4_tiles.py)
+
+uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
+
+// Of codes in the order of a fragment's registers, columns 2 t and 2 t + 1 of row g, of row g + 8, then 8 further on.
+uint32_t fp4_word(const int (&codes)[8]) {
+  uint32_t pairs[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto number = [&](int code) { return static_cast<uint32_t>((code & 8) << 12 | (code & 7) << 6); };
+    pairs[i] = number(codes[2 * i]) | number(codes[2 * i + 1]) << 16;
+  }
+  const auto [a, b, c, d] = pairs;
+  uint32_t word = a | rotated(b, 20);
+  word |= (d ^ rotated(word, 8)) >> 2 & 0x20202020u;
+  word |= (c ^ word << 2) >> 6 & 0x02060206u;
+  word |= rotated(d ^ word << 2, 24) & 0x00010001u;
+  word |= (c ^ word << 6) >> 2 & 0x00100010u;
+  return word | (rotated(d ^ word << 2, 24) & 0x40004000u);
+}
+
+uint32_t int4_word(const int (&codes)[8]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[i]) << (i / 2 * 4 + i % 2 * 16);
+  return word;
+}
+
+// Of four columns of row g, and of row g + 8.
+uint32_t fp8_word(const int (&codes)[8]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) {
+    word |= static_cast<uint32_t>(codes[i] & 7) << 4 * i;
+    word |= static_cast<uint32_t>(codes[i] >> 3) << (i % 4 * 8 + (i < 4 ? 7 : 3));
+  }
+  return word;
+}
+
+// code(n, k) is a code.
+template <typename Code>
+std::vector<uint32_t> tiles_of(int64_t n, int64_t k, int order, uint32_t (*word_of)(const int (&)[8]), Code code) {
+  std::vector<uint32_t> words(n * k / 8);
+  for (int64_t idx = 0; idx < n * k / 8; ++idx) {
+    const int64_t word = idx % 4, lane = idx / 4 % 32, tile = idx / 128 % (k / 64), row_tile = idx / 128 / (k / 64);
+    int codes[8];
+    for (int i = 0; i < 8; ++i) {
+      const int64_t lower = order == 16 ? i / 2 % 2 : i / 4;
+      const int64_t column = order == 16 ? lane % 4 * 2 + i % 2 + i / 4 * 8 : lane % 4 * 4 + i % 4;
+      codes[i] = code(row_tile * 16 + lane / 4 + lower * 8, tile * 64 + word * 16 + column);
+    }
+    words[idx] = word_of(codes);
+  }
+  return words;
+}
+
+// scale(n, g) is a scale of one of a tile's `groups`.
+template <typename Scale>
+std::vector<uint8_t> scale_tiles_of(int64_t n, int64_t k, int64_t groups, Scale scale) {
+  std::vector<uint8_t> bytes(n * k / 64 * groups);
+  for (int64_t idx = 0; idx < static_cast<int64_t>(bytes.size()); ++idx) {
+    const int64_t group = idx % groups, lower = idx / groups % 2, g = idx / groups / 2 % 8;
+    const int64_t tile = idx / groups / 16 % (k / 64), row_tile = idx / groups / 16 / (k / 64);
+    bytes[idx] = scale(row_tile * 16 + g + lower * 8, tile * groups + group);
+  }
+  return bytes;
+}
+
+// Holds what the kernel makes of a weight's rows against tiles; scales of groups of 32 are relative to a row's largest.
+void check_w4_tiles(const GemmSm90W4Params& p, fastattn::W4Order order, int group, const std::vector<uint32_t>& tiles) {
+  std::vector<uint32_t> made(tiles.size());
+  std::vector<float> global_scale(p.n);
+  fastattn::W4TilesParams params;
+  params.packed = static_cast<const uint8_t*>(p.weight);
+  params.packed_stride = p.weight_stride;
+  params.global_scale = p.global_scale;
+  params.order = order;
+  params.n = p.n;
+  params.k = p.k;
+  params.tiles = made.data();
+  params.scaled_globally = global_scale.data();
+  std::vector<uint8_t> scales;
+  const auto* const given = static_cast<const uint8_t*>(p.weight_scale);
+  if (group != 0) {
+    params.scale = given;
+    params.scale_stride = p.scale_stride;
+    params.group_size = group;
+    scales.resize(p.n * p.k / group);
+    params.scale_tiles = scales.data();
+  }
+  if (w4_tiles(params, nullptr) != cudaSuccess) fail("no kernel takes the weight");
+  if (made != tiles) fail("tiles of codes are others");
+  if (group == 0) return;
+  std::vector<int> shifts(p.n);
+  for (int64_t n = 0; group == 32 && n < p.n; ++n) {
+    const uint8_t* const row = given + n * p.scale_stride;
+    shifts[n] = 133 - *std::max_element(row, row + p.k / 32);
+    const float before = p.global_scale == nullptr ? 1.0f : p.global_scale[n];
+    if (global_scale[n] != std::ldexp(before, shifts[n])) fail("another global scale");
+  }
+  const auto moved = [&](int64_t n, int64_t g) {
+    return static_cast<uint8_t>(std::max(given[n * p.scale_stride + g] + shifts[n], 0));
+  };
+  if (scales != scale_tiles_of(p.n, p.k, 64 / group, moved)) fail("tiles of scales are others");
+}
+
 template <typename T>
 void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile& tile) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
@@ -37,7 +141,7 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
   config.tile = tile;
   config.stream_k = many_rows && one_in(2);
   p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
-  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
+  p.n = many_rows ? 16 * between(1, 2 * tile.block_n / 16 + 2) : 8 * between(1, 2 * tile.block_n / 8 + 3);
   p.k = 64 * pick({1, 4, between(1, 12), between(12, 40)});
   const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
   set_gemm_sm90_w4_grid(config, {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 7, 14, 132}) : 132},
@@ -101,10 +205,24 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
                   (config.stream_k ? ", stream-K" : "") + ", " + std::to_string(config.num_splits) + " splits, " +
                   std::to_string(config.num_ctas) + " CTAs";
 
+  const auto code_of = [&](int64_t n, int64_t k) { return codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15; };
+  std::vector<uint32_t> tiles;
+  std::vector<uint8_t> scale_tiles;
+  if (many_rows) {
+    tiles = tiles_of(p.n, p.k, 16, format.group == 0 ? int4_word : fp4_word, code_of);
+    check_w4_tiles(p, format.group == 0 ? fastattn::W4Order::kInt4 : fastattn::W4Order::kFp4, format.group, tiles);
+    p.weight = tiles.data();
+    if (format.group != 0) {
+      scale_tiles = scale_tiles_of(p.n, p.k, 64 / format.group,
+                                   [&](int64_t n, int64_t g) { return scale_bits[n * p.scale_stride + g]; });
+      p.weight_scale = scale_tiles.data();
+    }
+  }
+
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
     for (int64_t k = 0; k < p.k; ++k) {
-      const int code = codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15;
+      const int code = code_of(n, k);
       const float scale = values[n * num_groups + k / group];
       const int zero_point = zero_points[n * p.zero_point_stride + (format.group == 0 ? k / group : 0)];
       const float number = format.group == 0 ? static_cast<float>(code - 8 - zero_point) : e2m1_value(code);
@@ -157,8 +275,9 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
   config.tile = tile;
   config.stream_k = many_rows && one_in(2);
   p.m = pick({1, between(1, tile.block_m), between(1, 2 * tile.block_m)});
-  p.n = 8 * between(1, 2 * tile.block_n / 8 + 3);
-  p.k = 32 * pick({1, 4, between(1, 12), between(12, 40)});
+  p.n = many_rows ? 16 * between(1, 2 * tile.block_n / 16 + 2) : 8 * between(1, 2 * tile.block_n / 8 + 3);
+  p.k =
+      many_rows ? 64 * pick({1, 2, between(1, 6), between(6, 20)}) : 32 * pick({1, 4, between(1, 12), between(12, 40)});
   const int64_t num_steps = fastattn::ceil_div(p.k, fastattn::kGemmSm90W4StageK);
   set_gemm_sm90_w4_grid(config,
                         {p.m, p.n, p.k, 4.5, many_rows ? pick<int64_t>({1, 2, 7, 14, 132}) : 132, 1, !p.fast_accum},
@@ -179,7 +298,11 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
   const int64_t num_groups = p.k / group;
   p.scale_stride = num_groups + 2 * pick({0, 0, 1});
   std::vector<uint8_t> scales(p.n * p.scale_stride, group == 16 ? 0x7f : 0xff);  // NaN between the rows
-  const int first = std::is_same_v<T, __half> ? between(95, 110) : between(60, 150), spread = pick({3, 14, 40});
+  // In tiles a scale is at most 133, and no row's largest matters to it.
+  const int spread = pick({3, 14, 40});
+  const int first = many_rows                   ? between(120, 133) - spread
+                    : std::is_same_v<T, __half> ? between(95, 110)
+                                                : between(60, 150);
   for (int64_t n = 0; n < p.n; ++n) {
     for (int64_t g = 0; g < num_groups; ++g) {
       const int bits = group == 16 ? between(0, 126) | between(0, 1) << 7 : between(first, first + spread);
@@ -226,25 +349,43 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
   std::vector<double> weight(p.n * p.k), factors(p.n);
   for (int64_t n = 0; n < p.n; ++n) {
     const uint8_t* const row = &scales[n * p.scale_stride];
-    const int largest = *std::max_element(row, row + num_groups);
+    const int largest = many_rows ? 133 : *std::max_element(row, row + num_groups);
     const double divisor = p.global_scale == nullptr ? 1.0 : global_scales[n];
     factors[n] = (group == 16 ? 8.0 : std::exp2(largest - 127 - 6)) / divisor;
-    if (group == 32 && exponents[n] != largest) fail("another scale is said to be the largest");
-    if (!(std::fabs(row_scales[n] - factors[n]) <= factors[n] * 0x1p-23)) fail("a row's factor is another one");
+    if (!many_rows && group == 32 && exponents[n] != largest) fail("another scale is said to be the largest");
+    if (!many_rows && !(std::fabs(row_scales[n] - factors[n]) <= factors[n] * 0x1p-23)) {
+      fail("a row's factor is another one");
+    }
     for (int64_t k = 0; k < p.k; ++k) {
       const double step =
           group == 16 ? fastattn::from_e4m3<float>(row[k / 16]) / 8.0 : std::exp2(6 + row[k / 32] - largest);
       const double value = e2m1_value(codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15) * step;
       const __nv_fp8_e4m3 rounded(static_cast<float>(value));
       weight[n * p.k + k] = static_cast<float>(rounded);
-      if (q[n * p.k + k] != rounded.__x) fail("a weight in memory is another one");
+      if (!many_rows && q[n * p.k + k] != rounded.__x) fail("a weight in memory is another one");
     }
   }
   p.row_scale = row_scales.data();
   p.row_exponent = exponents.data();
+  std::vector<uint32_t> tiles;
+  std::vector<uint8_t> scale_tiles;
+  if (many_rows) {
+    tiles = tiles_of(p.n, p.k, 8, fp8_word,
+                     [&](int64_t n, int64_t k) { return codes[n * p.weight_stride + k / 2] >> k % 2 * 4 & 15; });
+    scale_tiles =
+        scale_tiles_of(p.n, p.k, 64 / group, [&](int64_t n, int64_t g) { return scales[n * p.scale_stride + g]; });
+    check_w4_tiles(p, fastattn::W4Order::kFp8, group, tiles);
+    p.weight = tiles.data();
+    p.weight_scale = scale_tiles.data();
+  }
 
   const auto launch = [&] {
-    const cudaError_t error = group == 16 ? gemm_nvfp4_fp8_sm90(p, nullptr) : gemm_mxfp4_fp8_sm90(p, nullptr);
+    cudaError_t error;
+    if (many_rows) {
+      error = group == 16 ? gemm_nvfp4_fp8_sm90_many_rows(p, nullptr) : gemm_mxfp4_fp8_sm90_many_rows(p, nullptr);
+    } else {
+      error = group == 16 ? gemm_nvfp4_fp8_sm90(p, nullptr) : gemm_mxfp4_fp8_sm90(p, nullptr);
+    }
     if (error != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();

@@ -44,7 +44,11 @@ KERNELS = {
         CSRC / "sampling/gumbel_max.cu",
     ],
     "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
-    "gemm_sm90_w4": [*sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")), CSRC / "gemm/fp4_to_fp8.cu"],
+    "gemm_sm90_w4_tiles": sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
+    "gemm_sm90_w4": [
+        *sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
+        *(CSRC / f"gemm/{name}.cu" for name in ("fp4_to_fp8", "w4_tiles")),
+    ],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
         *sorted(CSRC.glob("norm/*.cu")),
@@ -169,7 +173,8 @@ GEMM_SCALES = "gemm/gemm_sm90_block_scales.cuh"
 GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
-W4_MANY, W4_OPERANDS = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_operands.cuh"
+W4_TILES, W4_TILES_FORMATS = "gemm/gemm_sm90_w4_tiles.cuh", "gemm/gemm_sm90_w4_tiles_formats.cuh"
+W4_MANY, W4_TILED = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_tiled_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
 SPARSE, TRANSPOSED = "gemm/gemm_sm90_sparse_24.cuh", "gemm/gemm_sm90_transposed_rows.cuh"
@@ -179,8 +184,9 @@ KERNEL_OF |= {DECODE_CLUSTER: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
-KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_OPERANDS: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
+KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_TILED: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
+KERNEL_OF |= {W4_TILES: "gemm_sm90_w4_tiles", W4_TILES_FORMATS: "gemm_sm90_w4_tiles"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -499,14 +505,46 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "a warp's stage is loaded again before it is multiplied",
+        W4_TILES,
+        "      smem.full[warp_idx][stage_idx].wait(parity);\n",
+        "      smem.full[warp_idx][stage_idx].wait(parity);\n      load_stage(stage_idx);\n",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "16",
+        "in the call: seed",
+    ),
+    Mutant(
+        "columns of x are overwritten that other warps still multiply",
+        W4_TILES,
+        "      smem.x_empty.wait((pass - 1) % 2);\n",
+        "",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "16",
+        "in the call: seed",
+    ),
+    Mutant(
+        "all CTAs of a cluster are taken to have as many columns",
+        W4_TILES,
+        "all_columns % num_splits == 0;",
+        "true;",
+        "gemm_sm90_w4_nvfp4_tiles.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "scales of INT4 are those of the step before",
+        W4_TILES,
+        "        next.advance(share);\n        if (!next.is_over(share)) load_scales();",
+        "        if (!next.is_over(share)) load_scales();\n        next.advance(share);",
+        "gemm_sm90_w4_int4_tiles.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
         "a panel of x is released while a product reads it",
         W4_MANY,
-        """          if (j % 2 == 0 || (j == 1 && i == begin)) return;
-          release(position.count - 2);
-          if (j == 1) release_weight""",
-        """          if (j % 2 == 1 || (j == 0 && i == begin)) return;
-          release(position.count - 1);
-          if (j == 0) release_weight""",
+        "if (step == 1 && !is_first) release_last();",
+        "if (step == 0 && !is_first) release_last();",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
         "expected",
@@ -514,8 +552,8 @@ MUTANTS = [
     Mutant(
         "a panel of x is overwritten that the other CTA still reads",
         W4_MANY,
-        "smem.empty[count % STAGES].arrive_at_cta(lane);",
-        "smem.empty[count % STAGES].arrive_at_cta(rank);",
+        "smem.empty[last_stage].arrive_at_cta(lane);",
+        "smem.empty[last_stage].arrive_at_cta(rank);",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
         "deadlock",
@@ -523,8 +561,8 @@ MUTANTS = [
     Mutant(
         "the next tile begins with scales of this one",
         W4_MANY,
-        "scales.load(p, (is_last ? next : tile).first_n + n_of_lane,",
-        "scales.load(p, tile.first_n + n_of_lane,",
+        "if (is_last) scales.begin(p, next.first_n",
+        "if (is_last) scales.begin(p, tile.first_n",
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1192",
         "expected",
@@ -549,10 +587,10 @@ MUTANTS = [
     ),
     Mutant(
         "half of the columns have the other half's scale",
-        W4_OPERANDS,
-        "if constexpr (GROUP == 16) second = of_stage.at(column + 16, lane);",
-        "",
-        "gemm_sm90_w4_nvfp4_fp8.cu",
+        W4_TILED,
+        "span = word * 16 / GROUP;",
+        "span = product * 32 / GROUP;",
+        "gemm_sm90_w4_nvfp4_fp8_many_rows.cu",
         "1192",
         "expected",
     ),

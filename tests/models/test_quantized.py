@@ -18,6 +18,7 @@ from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import open_model
 from fastattn.models.quantization import kv_cache_scheme_from_hf, quantization_from_hf
 from fastattn.models.registry import build_meta, load_model, loaded_bytes
+from fastattn.nn.fp4 import Fp4Weight
 from tests.engine.tiny import full_logits
 from tests.models.quantized import FORMS, SMALL, Form, round_groups_to_fp8, write
 
@@ -142,6 +143,9 @@ def test_planned_memory_is_what_is_taken(name: str, tmp_path: Path) -> None:
     assert meta.num_parameters == sum(p.numel() for p in dense.parameters())
     for unpacked, device_type in ((True, "cuda"), (False, "cpu")):
         model = load(tmp_path, torch.bfloat16, unpacked)
+        for module in model.modules():
+            if isinstance(module, Fp4Weight) and module.is_relative_on(device_type):
+                module.make_relative()  # as `pack` does there
         taken: dict[torch.dtype, int] = {}
         packed = [t for m in model.modules() if isinstance(m, nn.QuantizedWeight) for t in m.packed or ()]
         for t in (*model.parameters(), *packed):

@@ -401,11 +401,16 @@ def test_few_rows_fill_the_sms_in_one_wave() -> None:
     num_sms=st.sampled_from((1, 16, 114, 132)),
     x_bytes=st.sampled_from((1, 2)),
     two_levels=st.booleans(),
+    in_tiles=st.booleans(),
 )
 def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
-    m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int, two_levels: bool
+    m: int, n: int, k: int, weight_bits: float, num_sms: int, x_bytes: int, two_levels: bool, in_tiles: bool
 ) -> None:
-    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, num_sms, x_bytes, two_levels)
+    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, num_sms, x_bytes, two_levels, in_tiles)
+    if config["num_ctas"] == 0:  # rows that neither kernel takes
+        assert two_levels and not in_tiles and n % 16
+        return
+    assert config["many_rows"] or not in_tiles
     assert (config["m_tiles"] - 1) * config["block_m"] < m <= config["m_tiles"] * config["block_m"]
     assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
     tiles = config["m_tiles"] * config["n_tiles"]
@@ -413,76 +418,76 @@ def test_the_tiles_of_a_product_with_weights_of_4_bits_cover_it(
         assert config["num_splits"] == 1
         shares = tiles * -(-k // 256) if config["stream_k"] else tiles
         assert config["num_ctas"] == 2 * min(shares, max(1, num_sms // 2))  # pairs
-        assert not two_levels or config["block_m"] == 128
+        assert not two_levels or config["block_m"] <= 128
+        assert in_tiles or n % 16 == 0
     else:
         assert not config["stream_k"] and (x_bytes == 2 or not two_levels)
         assert config["num_ctas"] == tiles * config["num_splits"]
         assert 1 <= config["num_splits"] <= min(8, -(-k // 256))  # no part of K is empty
 
 
-# Microseconds on an H200 of the four fastest: of many rows, by whole tiles or stream-K, a tile's rows of x; of few rows,
-# those of x and of weight, and splits.
-TIMES_OF_4_BITS: dict[tuple[int, int, int, float, int], dict[tuple[str | int, ...], float]] = {
+# Microseconds on an H100 of the four fastest, of weights in tiles: by whole tiles or stream-K, a tile's rows of x.
+TIMES_OF_4_BITS: dict[tuple[int, int, int, float, int], dict[tuple[str, int], float]] = {
     # (m, n, k, bits of a weight, bytes of x)
-    (64, 28672, 4096, 4.5, 1): {
-        ("few", 64, 128, 1): 47.8,
-        ("stream_k", 128): 53.5,
-        ("whole", 128): 56.4,
-        ("stream_k", 192): 61.6,
-    },
-    (128, 6144, 4096, 4.5, 2): {
-        ("few", 128, 128, 2): 23.5,
-        ("stream_k", 128): 23.9,
-        ("stream_k", 192): 28.0,
-        ("stream_k", 256): 31.5,
+    (64, 6144, 4096, 4.5, 2): {
+        ("stream_k", 64): 19.3,
+        ("stream_k", 128): 21.7,
+        ("whole", 64): 23.6,
+        ("whole", 128): 27.9,
     },
     (256, 6144, 4096, 4.5, 2): {
-        ("few", 128, 192, 2): 30.3,
-        ("stream_k", 128): 32.7,
-        ("stream_k", 256): 32.7,
-        ("whole", 128): 35.4,
+        ("stream_k", 128): 28.5,
+        ("whole", 128): 29.2,
+        ("stream_k", 256): 32.1,
+        ("stream_k", 192): 34.4,
     },
-    (256, 4096, 14336, 4.5, 2): {
-        ("stream_k", 256): 53.9,
-        ("stream_k", 128): 60.4,
-        ("few", 128, 128, 2): 62.0,
-        ("stream_k", 192): 73.1,
-    },
-    (512, 6144, 4096, 4.5, 2): {
-        ("stream_k", 256): 44.4,
-        ("whole", 256): 47.5,
-        ("few", 128, 192, 1): 48.2,
-        ("stream_k", 192): 50.9,
+    (1024, 6144, 4096, 4.125, 2): {
+        ("stream_k", 256): 75.7,
+        ("whole", 128): 84.8,
+        ("stream_k", 192): 85.2,
+        ("stream_k", 128): 87.6,
     },
     (512, 28672, 4096, 4.5, 2): {
-        ("stream_k", 256): 167.2,
-        ("whole", 256): 180.3,
-        ("stream_k", 192): 201.8,
-        ("whole", 128): 212.7,
+        ("stream_k", 256): 161.8,
+        ("whole", 256): 175.5,
+        ("whole", 128): 175.7,
+        ("stream_k", 192): 179.7,
     },
-    (768, 28672, 4096, 4.5, 1): {
-        ("stream_k", 256): 177.3,
-        ("whole", 256): 191.9,
-        ("whole", 192): 196.0,
-        ("stream_k", 192): 202.7,
+    (128, 28672, 4096, 4.5, 1): {
+        ("whole", 128): 52.9,
+        ("stream_k", 128): 53.3,
+        ("whole", 192): 56.5,
+        ("stream_k", 192): 57.8,
     },
-    (1024, 6144, 4096, 4.5, 2): {
-        ("stream_k", 256): 76.4,
-        ("whole", 256): 92.8,
-        ("few", 128, 192, 1): 93.2,
-        ("stream_k", 192): 93.5,
+    (128, 4096, 14336, 4.5, 2): {
+        ("stream_k", 128): 37.5,
+        ("stream_k", 192): 42.8,
+        ("stream_k", 64): 44.0,
+        ("stream_k", 256): 51.5,
     },
-    (1024, 4096, 14336, 4.5, 2): {
-        ("whole", 256): 152.2,
-        ("stream_k", 256): 156.1,
-        ("stream_k", 192): 193.2,
-        ("few", 128, 128, 1): 203.5,
+    (1024, 4096, 14336, 4.25, 2): {
+        ("whole", 256): 147.7,
+        ("stream_k", 256): 153.3,
+        ("whole", 128): 168.1,
+        ("stream_k", 192): 170.6,
+    },
+    (512, 4096, 14336, 4.5, 1): {
+        ("stream_k", 256): 56.8,
+        ("stream_k", 192): 63.3,
+        ("whole", 128): 63.7,
+        ("stream_k", 128): 66.4,
+    },
+    (64, 8192, 8192, 4.25, 1): {
+        ("stream_k", 64): 32.3,
+        ("stream_k", 128): 33.8,
+        ("whole", 64): 38.3,
+        ("whole", 128): 39.8,
     },
     (1024, 8192, 8192, 4.25, 1): {
-        ("whole", 256): 115.1,
-        ("stream_k", 256): 120.6,
-        ("whole", 192): 145.4,
-        ("stream_k", 192): 148.0,
+        ("whole", 256): 96.7,
+        ("stream_k", 256): 105.9,
+        ("whole", 192): 121.0,
+        ("stream_k", 192): 127.3,
     },
 }
 
@@ -492,14 +497,16 @@ def test_the_tile_of_a_product_with_weights_of_4_bits_is_the_fastest_measured(
     call: tuple[int, int, int, float, int],
 ) -> None:
     m, n, k, weight_bits, x_bytes = call
-    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, 132, x_bytes)
-    chosen: tuple[str | int, ...]
-    if config["many_rows"]:
-        chosen = ("stream_k" if config["stream_k"] else "whole", config["block_m"])
-    else:
-        chosen = ("few", config["block_m"], config["block_n"], config["num_splits"])
+    config = _runtime.gemm_sm90_w4_config(m, n, k, weight_bits, 132, x_bytes, in_tiles=True)
+    chosen = "stream_k" if config["stream_k"] else "whole", config["block_m"]
     times = TIMES_OF_4_BITS[call]
     assert times[chosen] <= 1.03 * min(times.values())
+
+
+def test_weights_of_4_bits_as_rows_have_the_kernel_for_few_until_tiles_pay() -> None:
+    """Putting them in tiles in the call costs what reading and writing them does."""
+    for m, many_rows in ((1, False), (64, False), (2048, True)):
+        assert _runtime.gemm_sm90_w4_config(m, 28672, 4096, 4.5, 132)["many_rows"] is many_rows
 
 
 @pytest.mark.parametrize("x_bytes", [1, 2])

@@ -21,6 +21,11 @@ Storage& shared_storage_of_128() {
   return shared_storage<Storage>();
 }
 
+template <typename Storage>
+Storage& shared_storage_of_1024() {
+  return shared_storage<Storage>();
+}
+
 inline int32_t load_shared(uint32_t address) {
   int32_t value;
   std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
@@ -29,6 +34,13 @@ inline int32_t load_shared(uint32_t address) {
 
 inline float2 load_shared_pair(uint32_t address) {
   float2 value;
+  std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
+  return value;
+}
+
+inline uint2 load_shared_8_bytes(uint32_t address) {
+  if (address % 8 != 0) emulator::fail("8 bytes from an address that is not a multiple of 8");
+  uint2 value;
   std::memcpy(&value, emulator::smem_of(emulator::this_rank()) + address, sizeof(value));
   return value;
 }

@@ -50,7 +50,7 @@ inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& bar
   tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
 
-inline void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes) {
+inline void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes, uint64_t = 0) {
   const uint32_t target = shared_address(destination);
   if (target % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0 || num_bytes % 16 != 0) {
     emulator::fail("bytes from or to an address that is not a multiple of 16, or not a multiple of 16 of them");
@@ -61,6 +61,12 @@ inline void tma_load_bytes(void* destination, const void* source, MBarrier& barr
     std::memcpy(smem + target, source, num_bytes);
     barrier.complete_bytes(num_bytes);
   });
+}
+
+inline void tma_prefetch_bytes(const void* source, uint32_t num_bytes, uint64_t) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || num_bytes % 16 != 0) {
+    emulator::fail("bytes from an address that is not a multiple of 16, or not a multiple of 16 of them");
+  }
 }
 
 }  // namespace fastattn

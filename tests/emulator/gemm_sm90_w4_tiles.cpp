@@ -1,0 +1,237 @@
+// Draws calls of the Hopper GEMM for few rows and weights of 4 bits in tiles, and holds their results against a
+// reference.
+#include "gemm/gemm_sm90_w4_tiles.h"
+
+#include <algorithm>
+
+#include "arch/e2m1.cuh"
+#include "drawn_call.h"
+
+namespace {
+
+using namespace emulator;
+using fastattn::GemmSm90W4Params;
+using fastattn::GemmSm90W4TilesConfig;
+using fastattn::GemmSm90W4TilesShape;
+
+struct Format {
+  const char* name;
+  bool fp8;   // x in e4m3, tiles in order 8
+  int group;  // 0: int4, of any size
+  cudaError_t (*launch)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
+};
+const Format kFormats[] = {{"nvfp4", false, 16, fastattn::gemm_nvfp4_tiles_sm90},
+                           {"mxfp4", false, 32, fastattn::gemm_mxfp4_tiles_sm90},
+                           {"int4", false, 0, fastattn::gemm_int4_tiles_sm90},
+                           {"nvfp4 and fp8", true, 16, fastattn::gemm_nvfp4_fp8_tiles_sm90},
+                           {"mxfp4 and fp8", true, 32, fastattn::gemm_mxfp4_fp8_tiles_sm90}};
+
+float e2m1_value(int code) {
+  constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];
+}
+
+uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
+uint32_t both(int bit) { return 0x10001u << bit; }
+
+// fastattn/reference/w4_tiles.py: four pairs of codes to a word.
+uint32_t fp4_word(const int (&codes)[4][2]) {
+  uint32_t pairs[4];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = 0;
+    for (int half = 0; half < 2; ++half) {
+      pairs[i] |= static_cast<uint32_t>((codes[i][half] & 8) << 12 | (codes[i][half] & 7) << 6) << 16 * half;
+    }
+  }
+  const uint32_t c = pairs[2], d = pairs[3];
+  uint32_t word = pairs[0] | rotated(pairs[1], 20);
+  word |= (d ^ rotated(word, 8)) >> 2 & (both(13) | both(5));
+  word |= (c ^ word << 2) >> 6 & (both(9) | both(2) | both(1));
+  word |= rotated(d ^ word << 2, 24) & both(0);
+  word |= (c ^ word << 6) >> 2 & both(4);
+  return word | (rotated(d ^ word << 2, 24) & both(14));
+}
+
+uint32_t int4_word(const int (&codes)[4][2]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(codes[i][0] | codes[i][1] << 16) << 4 * i;
+  return word;
+}
+
+// In order 8: the first two pairs are the upper row's four columns.
+uint32_t fp8_word(const int (&codes)[4][2]) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) {
+    const int code = codes[i / 2][i % 2], sign = 8 * (i % 4) + (i < 4 ? 7 : 3);
+    word |= static_cast<uint32_t>(code & 7) << 4 * i | static_cast<uint32_t>(code >> 3) << sign;
+  }
+  return word;
+}
+
+// X of x, T of out.
+template <typename X, typename T>
+void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
+  constexpr int kBehind = 64;  // elements behind out that nobody may write
+  GemmSm90W4Params p;
+  p.dtype = TypeInfo<T>::kDType;
+  const int pass = shape.pass_tiles;
+  p.m = pick({1, between(1, shape.block_m), shape.block_m});
+  const bool more_passes = one_in(6);
+  p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
+  p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
+  const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
+  const GemmSm90W4TilesConfig config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
+
+  p.x_stride = p.k + 16 / sizeof(X) * pick({0, 0, 1, 5});
+  Tensor<X> x(p.m * p.x_stride + 16);  // NaN between the rows
+  const bool units = one_in(4);        // rows of x, which make single weights, exact ones
+  for (int64_t m = 0; m < p.m; ++m) {
+    const int64_t unit = between(0, static_cast<int>(p.k) - 1);
+    for (int64_t k = 0; k < p.k; ++k) x.set(m * p.x_stride + k, units ? static_cast<float>(k == unit) : normal());
+  }
+  const int64_t columns = p.k / 64;
+  const int64_t group = format.group != 0 ? format.group : pick<int64_t>({64, 128, 192, p.k});
+  const int64_t num_groups = fastattn::ceil_div(p.k, group), of_tile = format.group != 0 ? 64 / group : 0;
+  p.group_size = fastattn::FastDivide(static_cast<int32_t>(group));
+  p.scale_stride = num_groups + pick({0, 0, 3});
+  p.zero_point_stride = num_groups + pick({0, 3});
+  const bool has_zero_points = format.group == 0 && one_in(2);
+  std::vector<uint8_t> codes(p.n * p.k), scale_bits(p.n * num_groups);
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(between(0, 15));
+  Tensor<T> scales(format.group == 0 ? p.n * p.scale_stride : 0);  // NaN between the rows
+  std::vector<int8_t> zero_points(p.n * p.zero_point_stride);
+  std::vector<float> values(p.n * num_groups);  // of scales
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      float& value = values[n * num_groups + g];
+      if (format.group == 0) {
+        scales.set(n * p.scale_stride + g, std::fabs(normal()) * 0.1f);
+        value = scales.values[n * p.scale_stride + g];
+        zero_points[n * p.zero_point_stride + g] = static_cast<int8_t>(has_zero_points ? between(-8, 7) : 0);
+      } else {
+        // Of MXFP4 none beyond 2^6, and in fp16 what its smallest number still holds.
+        const int bits = format.group == 16 ? between(0, 126) | between(0, 1) << 7 : between(112, 133);
+        scale_bits[n * num_groups + g] = static_cast<uint8_t>(bits);
+        value = format.group == 16 ? fastattn::from_e4m3<float>(static_cast<uint8_t>(bits))
+                                   : fastattn::from_e8m0<float>(static_cast<uint8_t>(bits));
+      }
+    }
+  }
+  struct alignas(16) Chunk {
+    uint32_t words[4];
+  };
+  std::vector<Chunk> tiles(p.n / 16 * columns * 32);
+  std::vector<Chunk> scale_tiles(format.group != 0 ? p.n * num_groups / 16 : 0);
+  for (int64_t row = 0; row < p.n / 16; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int j = 0; j < 4; ++j) {
+          int of_word[4][2];
+          for (int i = 0; i < 8; ++i) {
+            const int64_t n = row * 16 + lane / 4 + (format.fp8 ? i / 4 : i / 2 % 2) * 8;
+            const int64_t k =
+                column * 64 + j * 16 + (format.fp8 ? lane % 4 * 4 + i % 4 : lane % 4 * 2 + i / 4 * 8 + i % 2);
+            of_word[i / 2][i % 2] = codes[n * p.k + k];
+          }
+          tiles[(row * columns + column) * 32 + lane].words[j] = format.fp8          ? fp8_word(of_word)
+                                                                 : format.group == 0 ? int4_word(of_word)
+                                                                                     : fp4_word(of_word);
+        }
+      }
+      uint8_t* const its_scales =
+          reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
+      for (int i = 0; i < 16 * of_tile; ++i) {
+        const int64_t n = row * 16 + i / (2 * of_tile) + i / of_tile % 2 * 8;
+        its_scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
+      }
+    }
+  }
+  std::vector<float> global_scales(p.n);
+  for (float& scale : global_scales) scale = 50.0f + static_cast<float>(between(0, 1000));
+  Tensor<T> bias(p.n);
+  for (int64_t n = 0; n < p.n; ++n) bias.set(n, normal());
+  std::vector<T> out(p.m * p.n + kBehind, T(NAN));
+  p.x = x.data.data();
+  p.weight = tiles.data();
+  p.weight_scale = format.group == 0 ? static_cast<const void*>(scales.data.data()) : scale_tiles.data();
+  p.zero_point = has_zero_points ? zero_points.data() : nullptr;
+  // Sums of thousands of 6 * 448 leave fp16.
+  p.global_scale = !units && format.group != 0 && (format.group == 16 || one_in(2)) ? global_scales.data() : nullptr;
+  p.bias = !units && one_in(2) ? bias.data.data() : nullptr;
+  std::vector<float> x_scales(p.m, 1.0f);
+  if (!units) {
+    for (float& scale : x_scales) scale = std::exp2(normal());
+  }
+  p.x_scale = format.fp8 ? x_scales.data() : nullptr;
+  p.x_scale_stride = one_in(4) ? 0 : 1;
+  p.out = out.data();
+  current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
+                  std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
+                  (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) + " x " +
+                  std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
+                  std::to_string(config.num_ctas) + " CTAs";
+
+  std::vector<double> weight(p.n * p.k);
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t k = 0; k < p.k; ++k) {
+      const int code = codes[n * p.k + k];
+      const int zero_point = zero_points[n * p.zero_point_stride + k / group];
+      const float number = format.group == 0 ? static_cast<float>(code - 8 - zero_point) : e2m1_value(code);
+      const float value = number * values[n * num_groups + k / group];
+      weight[n * p.k + k] = format.fp8 ? value : static_cast<float>(T(value));  // with x in e4m3 no rounding
+    }
+  }
+  const auto launch = [&] {
+    if (format.launch(p, config, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+  };
+  launch();
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double sum = 0.0, size = 0.0;
+      for (int64_t k = 0; k < p.k; ++k) {
+        const double term = double{x.values[m * p.x_stride + k]} * weight[n * p.k + k];
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double x_scale = format.fp8 ? x_scales[m * p.x_scale_stride] : 1.0;
+      const double divisor = (p.global_scale == nullptr ? 1.0 : global_scales[n]) / x_scale;
+      const double expected = sum / divisor + (p.bias == nullptr ? 0.0 : bias.values[n]);
+      const double got = static_cast<float>(out[m * p.n + n]);
+      // Rounded once, from a sum in fp32.
+      const double allowed = units ? 0.0
+                                   : std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
+                                         size / divisor * 0x1p-20 + 1e-6;
+      if (!(std::fabs(got - expected) <= allowed)) {
+        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
+             std::to_string(expected));
+      }
+    }
+  }
+  for (int i = 0; i < kBehind; ++i) {
+    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
+  }
+  if (!one_in(3)) return;
+  const std::vector<T> first = out;
+  std::fill(out.begin(), out.end(), T(NAN));
+  launch();
+  if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_calls(argc, argv, [](int seed, int size) {
+    constexpr int NUM_SHAPES = std::size(fastattn::kGemmSm90W4TilesShapes);
+    int idx = seed % NUM_SHAPES;
+    for (int i = 0; i < NUM_SHAPES; ++i) {
+      if (fastattn::kGemmSm90W4TilesShapes[i].block_m == size) idx = i;
+    }
+    const GemmSm90W4TilesShape& shape = fastattn::kGemmSm90W4TilesShapes[idx];
+    const Format& format = kFormats[between(0, 4)];
+    if (format.fp8) {
+      return one_in(2) ? run_call<__nv_fp8_e4m3, __half>(format, shape)
+                       : run_call<__nv_fp8_e4m3, __nv_bfloat16>(format, shape);
+    }
+    return one_in(2) ? run_call<__half, __half>(format, shape) : run_call<__nv_bfloat16, __nv_bfloat16>(format, shape);
+  });
+}

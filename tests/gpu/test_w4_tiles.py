@@ -1,0 +1,91 @@
+"""Weights of 4 bits in tiles: few rows of x, as rows of weight give them and the same again; more columns than shared memory holds of x.
+And many rows, of weights that are in tiles and of those that the call puts in tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn import ops
+from fastattn.reference import quantized as reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (272, 960), (4096, 14336), (28672, 4096)])
+def test_few_rows_from_tiles(n: int, k: int, rows: int) -> None:
+    torch.manual_seed(0)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    scale = torch.randint(0x20, 0x40, (n, k // 16), dtype=torch.uint8, device="cuda")
+    global_scale, bias = torch.rand(n, device="cuda") + 30, torch.randn(n, device="cuda").bfloat16()
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    q, x_scale = ops.quantize_fp8(x)
+    scale_tiles, _ = ops.pack_w4_scales(scale, 16)
+    weight = reference.fp4_weight(packed, scale, 16, k, torch.float64) / global_scale[:, None].double()
+
+    tiles = ops.pack_w4_tiles(packed)
+    out = ops.fp4_linear(x, tiles, scale_tiles, 16, global_scale, bias)
+    expected = x.double() @ weight.t() + bias.double()
+    assert (out.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+    assert torch.equal(out, ops.fp4_linear(x, tiles, scale_tiles, 16, global_scale, bias))
+
+    out = ops.fp4_fp8_linear(
+        q, x_scale, ops.pack_w4_tiles(packed, 8), scale_tiles, 16, global_scale, bias, out_dtype=torch.bfloat16
+    )
+    expected = (q.double() * x_scale[:, None].double()) @ weight.t() + bias.double()
+    # Weights are exact up to 16 rows, and above rounded to e4m3.
+    assert (out.double() - expected).abs().max() <= (2**-8 if rows <= 16 else 2**-4) * expected.abs().max()
+
+    codes, step = packed.view(torch.int32), (torch.rand(n, k // 64, device="cuda") * 0.1).bfloat16()
+    zero_point = torch.randint(-8, 8, (n, k // 64), dtype=torch.int8, device="cuda")
+    out = ops.int4_linear(x, ops.pack_w4_tiles(codes), step, 64, zero_point, bias)
+    expected = x.double() @ reference.int4_weight(codes, step, zero_point, 64, k).double().t() + bias.double()
+    assert (out.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [33, 300, 1100])
+@pytest.mark.parametrize(("n", "k"), [(272, 960), (6144, 4096)])
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_many_rows(n: int, k: int, group_size: int, rows: int) -> None:
+    torch.manual_seed(1)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    low, high = (0x20, 0x40) if group_size == 16 else (118, 124)
+    scale = torch.randint(low, high, (n, k // group_size), dtype=torch.uint8, device="cuda")
+    global_scale, bias = torch.rand(n, device="cuda") + 30, torch.randn(n, device="cuda").bfloat16()
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    q, x_scale = ops.quantize_fp8(x)
+    scale_tiles, tiles_global_scale = ops.pack_w4_scales(scale, group_size, global_scale)
+    weight = (
+        reference.fp4_weight(packed, scale, group_size, k, torch.bfloat16).double() / global_scale[:, None].double()
+    )
+    as_fp8, factor = reference.fp4_as_fp8(packed, scale, global_scale, group_size, k)
+    for order, expected in (
+        (16, x.double() @ weight.t()),
+        (8, (q.double() * x_scale[:, None].double()) @ (as_fp8.double() * factor[:, None].double()).t()),
+    ):
+        rows_of = packed, scale, group_size, global_scale, bias
+        in_tiles = ops.pack_w4_tiles(packed, order), scale_tiles, group_size, tiles_global_scale, bias
+        for call in (rows_of, in_tiles):
+            if order == 16:
+                outs = [ops.fp4_linear(x, *call) for _ in range(2)]
+            else:
+                outs = [ops.fp4_fp8_linear(q, x_scale, *call, out_dtype=x.dtype) for _ in range(2)]
+            wanted = expected + bias.double()
+            assert (outs[0].double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+            assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("rows", [33, 300, 1100])
+@pytest.mark.parametrize("group_size", [64, 4096])
+def test_many_rows_of_int4(group_size: int, rows: int) -> None:
+    torch.manual_seed(2)
+    n, k = 1040, 4096
+    codes = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), dtype=torch.int32, device="cuda")
+    step = (torch.rand(n, k // group_size, device="cuda") * 0.1).bfloat16()
+    zero_point = torch.randint(-8, 8, step.shape, dtype=torch.int8, device="cuda")
+    x = torch.randn(rows, k, device="cuda").bfloat16()
+    expected = x.double() @ reference.int4_weight(codes, step, zero_point, group_size, k).double().t()
+    for weight in (codes, ops.pack_w4_tiles(codes)):
+        out = ops.int4_linear(x, weight, step, group_size, zero_point)
+        assert (out.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
