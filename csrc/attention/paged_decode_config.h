@@ -14,7 +14,7 @@ constexpr bool paged_decode_has_8bit(int head_dim) { return head_dim == 64 || he
 constexpr int kPagedDecodeRows = 16;
 
 // Row tiles of a KV head read the same keys at the same time, the second from the L2 cache. With more of them a kernel
-// with larger tiles is better.
+// with larger tiles is better; with two already over pages, where rows are long and it packs the heads of a group.
 constexpr int kPagedDecodeRowTiles = 2;
 
 // CTAs of a cluster at most: all GPUs that have clusters take those.
@@ -33,6 +33,12 @@ constexpr int paged_decode_warp_keys(int head_dim, bool is_8bit) { return is_8bi
 // more; with still more they only wait in queues.
 constexpr int paged_decode_stages(int head_dim, bool is_8bit) {
   return head_dim == 128 || head_dim == 256 || (head_dim == 64 && !is_8bit) ? 2 : 3;
+}
+
+// In a cluster one more, since half of the SMs must bring what all do elsewhere. Not of 8 bits, which take longer to
+// multiply.
+constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit) {
+  return paged_decode_stages(head_dim, is_8bit) + (is_8bit ? 0 : 1);
 }
 
 // Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (72 KiB
@@ -149,9 +155,10 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
         num_splits > 1 ? static_cast<int32_t>(std::min<int64_t>(num_splits, kPagedDecodeMostSplits)) + 1 : 0;
   }
 
-  // Few short sequences. Clusters of more than two are laid out on half of the SMs, since GPCs differ in theirs, and
-  // what does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them.
-  constexpr int64_t kMostClusterKeys = 512;
+  // Few sequences. Clusters of more than two are laid out on half of the SMs, since GPCs differ in theirs, and what
+  // does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them; unless
+  // there is one sequence, of 16 bits, and SMs enough to read it as fast as all of them.
+  constexpr int64_t kMostClusterKeys = 2048;
   if (problem.large_smem && config.num_row_tiles == 1 && !problem.beside_prompts && !problem.batch_invariant &&
       !problem.has_tree) {
     const int64_t num_pairs = problem.num_seqs * config.num_columns;
@@ -159,7 +166,8 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     const auto fits = [&](int32_t log2) { return num_pairs << log2 <= problem.num_sms / (log2 > 1 ? 2 : 1); };
     int32_t log2 = 0;
     while (log2 < kPagedDecodeMostClusterLog2 && fits(log2 + 1) && small_keys << log2 < problem.max_seqlen_k) ++log2;
-    if (log2 > 0 && problem.max_seqlen_k <= kMostClusterKeys << log2) {
+    const bool is_alone = problem.num_seqs == 1 && !problem.is_8bit && (num_pairs << log2) * 5 >= problem.num_sms * 2;
+    if (log2 > 0 && (is_alone || problem.max_seqlen_k <= kMostClusterKeys << log2)) {
       use(small_keys << log2 >= problem.max_seqlen_k ? max_warps / 2 : max_warps);
       config.cluster_log2 = log2;
       config.num_parts = config.parts_of_head = problem.num_seqs << log2;

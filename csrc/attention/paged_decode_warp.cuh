@@ -78,16 +78,10 @@ struct DecodeRows {
 
   __device__ __forceinline__ void load(Stage& stage, bool exists, int64_t block, int32_t token) const {
     const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists);
-    const auto row_of = [&](bool is_value) {
-      const KV* const row =
-          static_cast<const KV*>(is_value ? p.v : p.k) + kv_head_idx * (is_value ? p.v_head_stride : p.k_head_stride);
-      if (!exists) return row;
-      return row + block * (is_value ? p.v_block_stride : p.k_block_stride) +
-             token * (is_value ? p.v_token_stride : p.k_token_stride);
-    };
-    const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS);
+    const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS, exists, block, token);
     load_operand(stage.k, own_row, 0, rows_exist, p.head_dim);
-    load_operand(stage.v, KEYS < 32 ? own_row : row_of(true), KEYS % 32, rows_exist, p.v_head_dim);
+    load_operand(stage.v, KEYS < 32 ? own_row : row_of(true, exists, block, token), KEYS % 32, rows_exist,
+                 p.v_head_dim);
     if constexpr (Ring::k8Bit) {
       if (p.scales_of_tokens) {
         const auto load_scale = [&](float* target, const KvScale& scale) {
@@ -101,7 +95,26 @@ struct DecodeRows {
     }
   }
 
+  // Asks for the rows, of a page that exists, in the L2 cache; whether they are to be loaded need not be known yet.
+  __device__ __forceinline__ void prefetch(int64_t block, int32_t token) const {
+    static_assert(KEYS == 16);
+    const bool is_value = threadIdx.x % 32 >= KEYS;
+    const KV* const row = row_of(is_value, true, block, token);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM; i += 128 / sizeof(KV)) {
+      if (i < (is_value ? p.v_head_dim : p.head_dim)) prefetch_l2(row + i);
+    }
+  }
+
  private:
+  __device__ __forceinline__ const KV* row_of(bool is_value, bool exists, int64_t block, int32_t token) const {
+    const KV* const row =
+        static_cast<const KV*>(is_value ? p.v : p.k) + kv_head_idx * (is_value ? p.v_head_stride : p.k_head_stride);
+    if (!exists) return row;
+    return row + block * (is_value ? p.v_block_stride : p.k_block_stride) +
+           token * (is_value ? p.v_token_stride : p.k_token_stride);
+  }
+
   __device__ __forceinline__ void load_operand(uint16_t* tile, const KV* own_row, int first_lane, uint32_t rows_exist,
                                                int32_t head_dim) const {
     const int lane = threadIdx.x % 32;

@@ -292,10 +292,10 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
   const MaybeTensor& tree_mask = call.tree_mask;
   const int64_t num_seqs = call.num_seqs, max_seqlen_q = call.max_seqlen_q;
   // The copy engine brings 8 rows of a page at least, as its swizzle repeats, of what is there and does not repeat. The
-  // decode kernel takes two tiles of rows too: they share what they read. The Hopper kernel takes a tile for each
-  // query head, or packs the heads of a group where rows are few. In a mixed batch with prompts, where it does not, a
-  // single token would take as many: those are left to the decode kernel. It has no trees: sequences that may be one
-  // and are too long for the decode kernel are flash_sm80's.
+  // Hopper kernel takes a tile for each query head, or packs the heads of a group where rows are few: then it is better
+  // than two tiles of the decode kernel's, which bring K and V out of the L2 cache twice, unless K and V are few bytes.
+  // In a mixed batch with prompts, where it does not, a single token would take as many: those are left to the decode
+  // kernel. It has no trees: sequences that may be one and are too long for the decode kernel are flash_sm80's.
   // Batch-invariant, who has a sequence follows from its own number of tokens.
   const bool copyable = k_cache.numel() > 0 && block_table.numel() > 0 && k_cache.size(1) % 8 == 0 &&
                         rows_distinct(k_cache) && rows_distinct(v_cache);
@@ -303,7 +303,8 @@ void run_paged(const char* op, const Checks& checks, const AttentionCall& call, 
   const int64_t least_tokens = tree_mask              ? kMaxTreeTokens + 1
                                : call.batch_invariant ? few_tokens + 1
                                                       : 64;  // of a prompt
-  const bool many_rows = !tree_mask && max_seqlen_q * call.num_heads() >= 64 * call.num_kv_heads();
+  const int64_t few_rows = is_8bit(k_cache) || call.head_dim() <= 64 ? 63 : kPagedDecodeRows;
+  const bool many_rows = !tree_mask && max_seqlen_q * call.num_heads() > few_rows * call.num_kv_heads();
   const bool long_ones = max_seqlen_q >= least_tokens || (many_rows && sm90_config_of(call).packs);
   const bool sm90 = copyable && long_ones && for_sm90(checks, call);
   const bool mixed =
