@@ -33,12 +33,13 @@ struct GemmSm90NothingAdded {
 template <typename T, int HALVES, int BLOCK_N>
 struct GemmSm90AddedRows {
   static constexpr int kChunks = BLOCK_N / 32 * HALVES;
-  // Chunks on their way. With halves the other group's products hide what one waits for, and registers are few.
-  static constexpr int kAhead = HALVES == 2 ? 0 : 2, kSlots = HALVES == 2 ? 1 : 2;
+  // Chunks that are asked for behind the last products; two for each that is stored, since its sums leave room for
+  // them.
+  static constexpr int kAhead = BLOCK_N == 192 ? 2 : BLOCK_N == 256 ? 3 : 4;
   const GemmSm90AddedParams& p;
   int32_t row, column, end_row;  // of a lane's first 8 columns; where rows end
   int lane;
-  uint4 asked[kSlots][2];
+  uint4 asked[kChunks][2];  // of which few are alive at a time
   float squares[HALVES][2] = {};
 
   // first_row: of the warp, whose rows end at `end`.
@@ -46,8 +47,8 @@ struct GemmSm90AddedRows {
                                                int32_t first_n, int of_lane)
       : p(params), row(first_row + of_lane / 4), column(first_n + of_lane % 4 * 8), end_row(end), lane(of_lane) {}
 
-  __device__ __forceinline__ const T* address(int row_offset, int column_offset) const {
-    return static_cast<const T*>(p.residual) + (row + row_offset) * p.residual_stride + column + column_offset;
+  __device__ __forceinline__ const T* address(int32_t of_row, int32_t of_column) const {
+    return static_cast<const T*>(p.residual) + of_row * p.residual_stride + of_column;
   }
 
   __device__ __forceinline__ bool has(int row_offset, int column_offset) const {
@@ -62,7 +63,7 @@ struct GemmSm90AddedRows {
       for (int offset = 0; offset < 64 * HALVES; offset += offset % 64 == 0 ? 8 : 56) {
         // One of a row's four lanes asks for a line.
         if (lane % 4 == of_line / 64 % 4 && has(offset, of_line - lane % 4 * 8)) {
-          prefetch_l2(address(offset, of_line - lane % 4 * 8));
+          prefetch_l2(address(row + offset, column + of_line - lane % 4 * 8));
         }
       }
     }
@@ -76,10 +77,9 @@ struct GemmSm90AddedRows {
 
   // Adds a chunk's to its sums: four tiles of eight columns.
   __device__ __forceinline__ void add_to(float (&values)[4][4], int chunk) {
-    if constexpr (kAhead == 0) ask(chunk);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4& of_row = asked[chunk % kSlots][r];
+      const uint4& of_row = asked[chunk][r];
       uint32_t words[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
       gather_columns(words, lane);  // which undoes itself
 #pragma unroll
@@ -89,7 +89,6 @@ struct GemmSm90AddedRows {
         values[i][2 * r + 1] += pair.y;
       }
     }
-    if (kAhead > 0 && chunk + kAhead < kChunks) ask(chunk + kAhead);
   }
 
   // Writes what a lane has of a chunk's row, 8 columns, by whole warps. No pointer to a row of out is kept: there are
@@ -100,6 +99,7 @@ struct GemmSm90AddedRows {
       T* const out = static_cast<T*>(p.out) + (row + offset) * p.n + column + first;
       *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
     }
+    if (r == 1 && chunk + kAhead < kChunks) ask(chunk + kAhead);
     if (p.squares == nullptr) return;
     float& sum = squares[half][r];
     if (column + first < static_cast<int32_t>(p.n)) {
@@ -120,16 +120,13 @@ struct GemmSm90AddedRows {
   }
 
  private:
+  // What lies outside gets what is at the edge, which goes nowhere.
   __device__ __forceinline__ void ask(int chunk) {
-    const int first = chunk / HALVES * 32;
+    const int32_t of_column = min(column + chunk / HALVES * 32, static_cast<int32_t>(p.n) - 8);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int offset = chunk % HALVES * 64 + 8 * r;
-      uint4& words = asked[chunk % kSlots][r];
-      words = make_uint4(0, 0, 0, 0);
-      if (has(offset, first)) {
-        words = load_early(reinterpret_cast<const uint4*>(address(offset, first)));
-      }
+      const int32_t of_row = min(row + chunk % HALVES * 64 + 8 * r, end_row - 1);
+      asked[chunk][r] = load_early(reinterpret_cast<const uint4*>(address(of_row, of_column)));
     }
   }
 };

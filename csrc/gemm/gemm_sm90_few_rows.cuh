@@ -176,6 +176,11 @@ __global__ void __launch_bounds__(kGemmSm90Threads, CTAS_PER_SM)
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();
     if constexpr (EARLY) load_factors();  // they are here when products have ended
+    if constexpr (Epilogue::kAdds) {      // as far as L2 what other rows of this lane get
+      for (int32_t r = row; r < num_rows && column < width; r += num_splits * Storage::Sums::kRowsAtOnce) {
+        if (!EARLY || r != row) of_row.prefetch(p, first_m + r, column);
+      }
+    }
     const int group = warp_idx / 4;
     const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();

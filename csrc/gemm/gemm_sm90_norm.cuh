@@ -96,11 +96,23 @@ struct GemmSm90RowMoments {
                                        int32_t num_shares) {
     const int32_t num_parts = num_squares_parts(p.k);
     const int32_t begin = share * num_parts / num_shares, end = (share + 1) * num_parts / num_shares;
+    constexpr int kAtOnce = NUM_EIGHTS < 8 ? 8 / NUM_EIGHTS : 1;  // of a row, on their way together
+    const float* const of_row = p.x_squares + int64_t{first_row + lane / 4} * num_parts;
+    for (int32_t first = begin + lane % 4; first < end; first += 4 * kAtOnce) {
+      float asked[kAtOnce][NUM_EIGHTS] = {};
 #pragma unroll
-    for (int i = 0; i < NUM_EIGHTS; ++i) {
-      const int64_t row = min(first_row + i * 8 + lane / 4, static_cast<int32_t>(p.m) - 1);
-      const float* const of_row = p.x_squares + row * num_parts;
-      for (int32_t part = begin + lane % 4; part < end; part += 4) of[i].squares += of_row[part];
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < NUM_EIGHTS; ++i) {
+          const bool is_there = first + 4 * j < end && first_row + i * 8 + lane / 4 < p.m;
+          if (is_there) asked[j][i] = of_row[i * 8 * num_parts + first + 4 * j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < NUM_EIGHTS; ++i) of[i].squares += asked[j][i];
+      }
     }
   }
 
@@ -151,24 +163,32 @@ struct GemmSm90RowMoments {
 };
 
 // Many rows whose sums of squares are given: of a lane's two rows, 8 apart, of each half of a tile, every fourth. A
-// lane asks for one beside a stage's products and adds it beside the next one's, so that nothing waits.
-template <int HALVES>
+// lane asks for one beside a stage's products and adds it beside those of a stage that is kAhead behind: a step of a
+// narrow tile is shorter than the way to L2 and back.
+template <int HALVES, int BLOCK_N>
 struct GemmSm90GivenSquares {
-  float asked[HALVES][2] = {}, squares[HALVES][2] = {};
+  static constexpr int kAhead = HALVES * BLOCK_N > 256 ? 2 : 3;  // there are no registers for more
+  float asked[kAhead][HALVES][2] = {}, squares[HALVES][2] = {};
+
+  // How often it looks.
+  __device__ __forceinline__ static int32_t num_looks(const GemmSm90Params& p) {
+    return (num_squares_parts(p.k) + 3) / 4 + kAhead;
+  }
 
   // What is to be done beside the i-th stage of a tile.
   __device__ __forceinline__ void look(const GemmSm90Params& p, int32_t row, int lane, int32_t i) {
-    const int32_t num_parts = num_squares_parts(p.k);
-    if (4 * (i - 1) >= num_parts) return;
-    const int32_t part = 4 * i + lane % 4;
+    if (i >= num_looks(p)) return;
+    const int32_t num_parts = num_squares_parts(p.k), part = 4 * i + lane % 4;
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        squares[half][r] += asked[half][r];
-        asked[half][r] = 0.0f;
+        squares[half][r] += asked[kAhead - 1][half][r];
+#pragma unroll
+        for (int back = kAhead - 1; back > 0; --back) asked[back][half][r] = asked[back - 1][half][r];
+        asked[0][half][r] = 0.0f;
         const int32_t of_row = row + half * 64 + r * 8;
-        if (part < num_parts && of_row < p.m) asked[half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
+        if (part < num_parts && of_row < p.m) asked[0][half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
       }
     }
   }
@@ -178,7 +198,7 @@ struct GemmSm90GivenSquares {
   __device__ __forceinline__ void finish(RowFactors (&of_rows)[HALVES], const GemmSm90Params& p, int32_t row, int lane,
                                          int32_t num_stages) {
 #pragma unroll 1
-    for (int32_t i = num_stages; 4 * (i - 1) < num_squares_parts(p.k); ++i) look(p, row, lane, i);
+    for (int32_t i = num_stages; i < num_looks(p); ++i) look(p, row, lane, i);
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
 #pragma unroll

@@ -7,6 +7,7 @@
 // An object is what a lane needs of a row besides; `load` asks for it, of the first row before the products.
 #pragma once
 
+#include "arch/global_memory.cuh"
 #include "arch/vec.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
 #include "sampling/gumbel_max.cuh"
@@ -53,9 +54,14 @@ struct GemmSm90Added : GemmSm90Stores {
   static constexpr bool kAdds = true;
   uint2 residual = {};
 
+  __device__ __forceinline__ static const uint2* address(const Params& p, int32_t row, int32_t column) {
+    return reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.residual) + row * p.residual_stride + column);
+  }
+  __device__ __forceinline__ static void prefetch(const Params& p, int32_t row, int32_t column) {
+    prefetch_l2(address(p, row, column));
+  }
   __device__ __forceinline__ void load(const Params& p, int32_t row, int32_t column) {
-    const uint16_t* const of_row = static_cast<const uint16_t*>(p.residual) + row * p.residual_stride;
-    residual = *reinterpret_cast<const uint2*>(of_row + column);
+    residual = *address(p, row, column);
   }
 
   template <typename T, int>
