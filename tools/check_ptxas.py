@@ -47,7 +47,6 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "Li256ENS_13AttentionMaskELb0ELb1EEEvNS_17PagedDecodeParams": (560, "the same"),
     "rope_kv_write_kernel": (32, "on sm_80, around the division by a scale"),
     "quantize_rows_kernel": (16, "the same"),
-    "Li128ELi256ELb0ENS_13GemmSm90AddedE": (8, "an address in shared memory, read once a tile"),
     "Li64ELi128ELi2EEEvNS_14GemmSm90W4ArgsE": (8, "one value, where two CTAs share an SM"),
 }
 

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
       const int32_t end_row = min(tile.first_m + cta_rows, num_rows);
       const bool ends_tile = end == num_steps;
-      GemmSm90GivenSquares<HALVES, BLOCK_N> given;
+      GemmSm90GivenSquares<HALVES> given(p);
       using Added = std::conditional_t<Epilogue::kAdds, GemmSm90AddedRows<T, HALVES, BLOCK_N>, GemmSm90NothingAdded>;
       Added added(p, first_row, end_row, tile.first_n, lane);
       const auto beside_products = [&](uint32_t stage, int32_t step) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
           } while (GemmSm90Walk::run_begin(num_tiles * num_steps, other, num_clusters) > first_step);
         }
       }
-      if constexpr (kGiven) given.finish(of_rows, p, first_row + lane / 4, lane, end - begin);
+      if constexpr (kGiven) given.finish(of_rows, p, first_row + lane / 4, lane);
       if constexpr (kCounts) {
         moments.finish();
 #pragma unroll

@@ -34,12 +34,13 @@ template <typename T, int HALVES, int BLOCK_N>
 struct GemmSm90AddedRows {
   static constexpr int kChunks = BLOCK_N / 32 * HALVES;
   // Chunks that are asked for behind the last products; two for each that is stored, since its sums leave room for
-  // them.
-  static constexpr int kAhead = BLOCK_N == 192 ? 2 : BLOCK_N == 256 ? 3 : 4;
+  // Chunks on their way, as many as there are registers for. Of 192 columns in turns none: the other group's products
+  // hide what is waited for.
+  static constexpr int kAhead = HALVES == 1 ? 2 : BLOCK_N == 192 ? 0 : 4, kSlots = kAhead == 0 ? 1 : kAhead;
   const GemmSm90AddedParams& p;
   int32_t row, column, end_row;  // of a lane's first 8 columns; where rows end
   int lane;
-  uint4 asked[kChunks][2];  // of which few are alive at a time
+  uint4 asked[kSlots][2];
   float squares[HALVES][2] = {};
 
   // first_row: of the warp, whose rows end at `end`.
@@ -77,9 +78,10 @@ struct GemmSm90AddedRows {
 
   // Adds a chunk's to its sums: four tiles of eight columns.
   __device__ __forceinline__ void add_to(float (&values)[4][4], int chunk) {
+    if constexpr (kAhead == 0) ask(chunk);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint4& of_row = asked[chunk][r];
+      const uint4& of_row = asked[chunk % kSlots][r];
       uint32_t words[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
       gather_columns(words, lane);  // which undoes itself
 #pragma unroll
@@ -89,6 +91,7 @@ struct GemmSm90AddedRows {
         values[i][2 * r + 1] += pair.y;
       }
     }
+    if (kAhead > 0 && chunk + kAhead < kChunks) ask(chunk + kAhead);
   }
 
   // Writes what a lane has of a chunk's row, 8 columns, by whole warps. No pointer to a row of out is kept: there are
@@ -99,7 +102,6 @@ struct GemmSm90AddedRows {
       T* const out = static_cast<T*>(p.out) + (row + offset) * p.n + column + first;
       *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (r == 1 && chunk + kAhead < kChunks) ask(chunk + kAhead);
     if (p.squares == nullptr) return;
     float& sum = squares[half][r];
     if (column + first < static_cast<int32_t>(p.n)) {
@@ -120,13 +122,14 @@ struct GemmSm90AddedRows {
   }
 
  private:
-  // What lies outside gets what is at the edge, which goes nowhere.
   __device__ __forceinline__ void ask(int chunk) {
-    const int32_t of_column = min(column + chunk / HALVES * 32, static_cast<int32_t>(p.n) - 8);
+    const int half = chunk % HALVES, first = chunk / HALVES * 32;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int32_t of_row = min(row + chunk % HALVES * 64 + 8 * r, end_row - 1);
-      asked[chunk][r] = load_early(reinterpret_cast<const uint4*>(address(of_row, of_column)));
+      const int offset = half * 64 + 8 * r;
+      uint4& words = asked[chunk % kSlots][r];
+      words = make_uint4(0, 0, 0, 0);
+      if (has(offset, first)) words = load_early(reinterpret_cast<const uint4*>(address(row + offset, column + first)));
     }
   }
 };

@@ -35,10 +35,10 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one; where a residual is added 64 have a sum of squares, and 192 in turns leave it no registers.
+// columns have one, and where a residual is added 64 have a sum of squares.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
                                   bool block_scales = false, bool zero_points = false, bool added = false) {
-  if (added && (tile.block_n % kGemmSm90SquaresPart != 0 || (tile.turns && tile.block_n == 192))) return false;
+  if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);

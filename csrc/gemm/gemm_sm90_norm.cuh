@@ -163,42 +163,28 @@ struct GemmSm90RowMoments {
 };
 
 // Many rows whose sums of squares are given: of a lane's two rows, 8 apart, of each half of a tile, every fourth. A
-// lane asks for one beside a stage's products and adds it beside those of a stage that is kAhead behind: a step of a
-// narrow tile is shorter than the way to L2 and back.
-template <int HALVES, int BLOCK_N>
+// lane asks for one beside a stage's products and adds it kSteps stages later: one step of a narrow tile is shorter
+// than the way to L2 and back. Nothing moves from register to register meanwhile, since that would wait for it.
+template <int HALVES>
 struct GemmSm90GivenSquares {
-  static constexpr int kAhead = HALVES * BLOCK_N > 256 ? 2 : 3;  // there are no registers for more
-  float asked[kAhead][HALVES][2] = {}, squares[HALVES][2] = {};
+  static constexpr int kSteps = 3;
+  int32_t num_parts, first = 0, next = 0;  // the parts that are asked for next, and beside which stage
+  float asked[HALVES][2] = {}, squares[HALVES][2] = {};
 
-  // How often it looks.
-  __device__ __forceinline__ static int32_t num_looks(const GemmSm90Params& p) {
-    return (num_squares_parts(p.k) + 3) / 4 + kAhead;
-  }
+  __device__ __forceinline__ explicit GemmSm90GivenSquares(const GemmSm90Params& p)
+      : num_parts(num_squares_parts(p.k)) {}
 
   // What is to be done beside the i-th stage of a tile.
   __device__ __forceinline__ void look(const GemmSm90Params& p, int32_t row, int lane, int32_t i) {
-    if (i >= num_looks(p)) return;
-    const int32_t num_parts = num_squares_parts(p.k), part = 4 * i + lane % 4;
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        squares[half][r] += asked[kAhead - 1][half][r];
-#pragma unroll
-        for (int back = kAhead - 1; back > 0; --back) asked[back][half][r] = asked[back - 1][half][r];
-        asked[0][half][r] = 0.0f;
-        const int32_t of_row = row + half * 64 + r * 8;
-        if (part < num_parts && of_row < p.m) asked[0][half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
-      }
-    }
+    if (i == next && first < num_parts + 4) step(p, row, lane);
   }
 
-  // Behind num_stages of them, the tile's or fewer: every lane gets what its rows are multiplied by.
+  // Behind the last one: every lane gets what its rows are multiplied by.
   template <typename RowFactors>
-  __device__ __forceinline__ void finish(RowFactors (&of_rows)[HALVES], const GemmSm90Params& p, int32_t row, int lane,
-                                         int32_t num_stages) {
+  __device__ __forceinline__ void finish(RowFactors (&of_rows)[HALVES], const GemmSm90Params& p, int32_t row,
+                                         int lane) {
 #pragma unroll 1
-    for (int32_t i = num_stages; i < num_looks(p); ++i) look(p, row, lane, i);
+    while (first < num_parts + 4) step(p, row, lane);
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
 #pragma unroll
@@ -209,6 +195,23 @@ struct GemmSm90GivenSquares {
         of_rows[half].scale[r] = row_norm_of<GemmSm90Norm::kRmsGiven>(p, moments, 0.0f).scale;
       }
     }
+  }
+
+ private:
+  __device__ __forceinline__ void step(const GemmSm90Params& p, int32_t row, int lane) {
+    const int32_t part = first + lane % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        squares[half][r] += asked[half][r];
+        asked[half][r] = 0.0f;
+        const int32_t of_row = row + half * 64 + r * 8;
+        if (part < num_parts && of_row < p.m) asked[half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
+      }
+    }
+    first += 4;
+    next += kSteps;
   }
 };
 

@@ -8,11 +8,9 @@ from fastattn import nn
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderLayer, DecoderModel
 
-# Up to here a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are residuals.
-_NORMS_INSIDE_ROWS = 64
-# And from here on, as six kernels too: a pass over the rows for each norm takes longer than what is added to the products, of
-# which the one of gates and ups is given the sums of squares.
-_SUMS_GIVEN_ROWS = 1024
+# Up to the first a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are
+# residuals. From the second on too: a pass over the rows for each norm takes longer than what is added to the products.
+_FEW_ROWS, _MANY_ROWS = 64, 4096
 
 
 class LlamaLayer(DecoderLayer):
@@ -47,16 +45,10 @@ class LlamaLayer(DecoderLayer):
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if x is None and self.norms_inside:
-            rows, eps = residual.shape[0], self.input_layernorm.eps
-            if rows <= _NORMS_INSIDE_ROWS:
-                residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
-                return None, self.mlp(residual, residual=residual, norm_eps=eps)
-            if rows >= _SUMS_GIVEN_ROWS:
-                residual, sums = self.self_attn.with_sums(
-                    residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps
-                )
-                return None, self.mlp(residual, residual=residual, norm_eps=eps, sums_of_squares=sums)
+        if x is None and self.norms_inside and not _FEW_ROWS < residual.shape[0] < _MANY_ROWS:
+            eps = self.input_layernorm.eps
+            residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
+            return None, self.mlp(residual, residual=residual, norm_eps=eps)
         x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
         x = self.self_attn(x, cos_sin, meta, *cache)
         x = self.post_attention_layernorm(x, residual)

@@ -73,38 +73,16 @@ class Attention(Module):
         x: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: AttentionMetadata,
-        *cache: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        norm_eps: float | None = None,
-    ) -> torch.Tensor:
-        """x (T, hidden_size); cos_sin (max_position, head_dim); cache: see `LayerCache`. residual, norm_eps: see
-        `ParallelMLP`."""
-        return self.tp.all_reduce(self.o_proj(self._attend(x, cos_sin, meta, norm_eps, *cache), residual))
-
-    def with_sums(
-        self,
-        x: torch.Tensor,
-        cos_sin: torch.Tensor,
-        meta: AttentionMetadata,
-        *cache: torch.Tensor,
-        residual: torch.Tensor,
-        norm_eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Also the sums of squares of what `forward` gives; see `Linear.with_sums`."""
-        return self.o_proj.with_sums(self._attend(x, cos_sin, meta, norm_eps, *cache), residual)
-
-    def _attend(
-        self,
-        x: torch.Tensor,
-        cos_sin: torch.Tensor,
-        meta: AttentionMetadata,
-        norm_eps: float | None,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        *,
+        residual: torch.Tensor | None = None,
+        norm_eps: float | None = None,
     ) -> torch.Tensor:
-        """What the output projection takes, (T, num_heads · head_dim)."""
+        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`. residual, norm_eps:
+        see `ParallelMLP`."""
         qkv = self.qkv_proj(x, norm_eps=norm_eps).view(x.shape[0], -1, self.head_dim)
         q = qkv[:, : self.num_heads]
         k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
@@ -144,7 +122,7 @@ class Attention(Module):
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        return out.view(x.shape[0], -1)
+        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual))
 
     def _calibrate(
         self,

@@ -28,18 +28,11 @@ class GatedLinear(MergedLinear):
         self.activation = activation
 
     def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        norm_eps: float | None = None,
-        sums_of_squares: torch.Tensor | None = None,
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
     ) -> torch.Tensor:
-        """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns. sums_of_squares: of x, for
-        the norm, as `Linear.with_sums` gives them."""
+        """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
         if norm_eps is not None:
-            return ops.rms_norm_gated_linear(
-                x, self.weight, self.bias, self.activation, norm_eps, sums_of_squares=sums_of_squares
-            )
+            return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved:
             return ops.gated_linear(x, self.weight, self.bias, self.activation)
         return _ACTIVATIONS[self.activation](self.product(x))

@@ -66,10 +66,6 @@ class Linear(Module):
             return reference.packed_linear(x, self.packed, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
-    def with_sums(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Also the sums of the result's squares that a norm inside the next layer takes; of a plain weight."""
-        return ops.linear(x, self.weight, self.bias, residual=residual, with_sums=True)
-
     @property
     def is_plain(self) -> bool:
         """The weight is here as one matrix of numbers."""

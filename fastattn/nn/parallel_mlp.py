@@ -28,19 +28,12 @@ class ParallelMLP(Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        norm_eps: float | None = None,
-        sums_of_squares: torch.Tensor | None = None,
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
     ) -> torch.Tensor:
-        """residual, norm_eps: added to the result and normalizing x in the products' kernels, on a single rank;
-        sums_of_squares: of x, for the norm."""
+        """residual, norm_eps: added to the result and normalizing x in the products' kernels, on a single rank."""
         gate_up, down = self.gate_up_proj, self.down_proj.quantized
         inside = residual is not None or norm_eps is not None
         if down is not None and down.takes_activation and not gate_up.interleaved and not inside:
             # One kernel activates and rounds.
             return self.tp.all_reduce(down(gate_up.product(x), self.down_proj.bias, gate_up.activation))
-        return self.tp.all_reduce(
-            self.down_proj(gate_up(x, norm_eps=norm_eps, sums_of_squares=sums_of_squares), residual)
-        )
+        return self.tp.all_reduce(self.down_proj(gate_up(x, norm_eps=norm_eps), residual))

@@ -415,7 +415,7 @@ MUTANTS = [
     Mutant(
         "squares of the columns that other CTAs have are left out",
         GEMM,
-        "if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);",
+        "if constexpr (kCounts) moments.add_from(handed, BLOCK_N / 8);",
         "",
         "gemm_rms_norm_sm90_many_rows.cu",
         "2",
@@ -677,8 +677,8 @@ MUTANTS = [
     Mutant(
         "the last of the given squares are asked for, but not added",
         GEMM_NORM,
-        "if (4 * (i - 1) >= num_parts) return;",
-        "if (4 * i >= num_parts) return;",
+        "while (first < num_parts + 4) step(p, row, lane);",
+        "",
         "gemm_rms_norm_given_sm90_many_rows.cu",
         "128",
         "expected",
