@@ -61,7 +61,7 @@ def rms_norm_linear(
     weight: (N, K), bias: (N), x's dtype.
     eps: finite, ≥ 0.
     sums_of_squares: (…, ⌈K / 64⌉) fp32, of the squares of 64 columns of x each, as `linear(…, residual=, with_sums=True)`
-        gives them with x. The kernel then counts none itself, and takes as long as `linear`.
+        gives them with x. The kernel then counts none itself.
 
     Returns (…, N) in x's dtype, contiguous; fp32 inside, rounded once.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
