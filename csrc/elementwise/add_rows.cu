@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kNumThreads = 256;
 constexpr int64_t kPartSize = 8 * kNumThreads;  // of a row
+constexpr int64_t kSumSize = 64;                // columns whose squares are added up: gemm/gemm_sm90.h
 
 template <typename T>
 __global__ void __launch_bounds__(kNumThreads)
@@ -17,12 +18,26 @@ __global__ void __launch_bounds__(kNumThreads)
   grid_dependency_launch();
   grid_dependency_wait();
   const int32_t row = static_cast<int32_t>(blockIdx.x) / parts_per_row;
-  const int64_t first = (static_cast<int32_t>(blockIdx.x) - row * parts_per_row) * kPartSize + threadIdx.x;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp_idx = static_cast<int>(threadIdx.x) / 32;
+  const int64_t part = static_cast<int32_t>(blockIdx.x) - row * parts_per_row;
+  const int64_t first = part * kPartSize + warp_idx * (kPartSize / kNumThreads * 32);  // a warp's columns lie together
   T* const out = static_cast<T*>(p.out) + row * p.row_size;
   const T* const added = static_cast<const T*>(p.rows) + p.of_rows.offset(row);
+  float* const squares = p.squares == nullptr ? nullptr : p.squares + row * ((p.row_size + kSumSize - 1) / kSumSize);
+  float sum = 0.0f;
 #pragma unroll
-  for (int64_t column = first; column < first + kPartSize; column += kNumThreads) {
-    if (column < p.row_size) out[column] = round_to<T>(to_float(out[column]) + to_float(added[column]));
+  for (int i = 0; i < kPartSize / kNumThreads; ++i) {
+    const int64_t column = first + i * 32 + lane;
+    if (column < p.row_size) {
+      const T value = round_to<T>(to_float(out[column]) + to_float(added[column]));
+      out[column] = value;
+      sum += to_float(value) * to_float(value);
+    }
+    if (squares == nullptr || i % 2 == 0) continue;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (lane == 0 && first + (i - 1) * 32 < p.row_size) squares[first / kSumSize + i / 2] = sum;
+    sum = 0.0f;
   }
 }
 

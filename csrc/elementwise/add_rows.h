@@ -1,4 +1,4 @@
-// Rows added to those of a product, in place. The kernel is in add_rows.cu.
+// Rows added to those of a product, in place, and sums of the results' squares. The kernel is in add_rows.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +14,7 @@ struct AddRowsParams {
   void* out = nullptr;         // (M, N), contiguous
   const void* rows = nullptr;  // (M, N)
   Rows of_rows;                // where its rows begin
+  float* squares = nullptr;    // (M, N / 64 rounded up) or nullptr: sums over 64 columns of a row
   int64_t num_rows = 0;        // M
   int64_t row_size = 0;        // N
   DType dtype = DType::kBFloat16;

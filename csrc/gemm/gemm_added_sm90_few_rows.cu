@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-cudaError_t gemm_added_sm90(const GemmSm90AddedParams& p, cudaStream_t stream) {
+cudaError_t launch_gemm_added_sm90_few_rows(const GemmSm90AddedParams& p, cudaStream_t stream) {
   return dispatch_half(p.dtype, [&](auto type) {
     return launch_gemm_sm90_few_rows_tile<GemmSm90Dense<decltype(type)>, GemmSm90Added>(p, stream);
   });

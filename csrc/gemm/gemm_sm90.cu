@@ -94,7 +94,7 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
-  } else if constexpr (ManyRowsOperands::kNorm != GemmSm90Norm::kNone) {
+  } else if constexpr (gemm_sm90_counts(ManyRowsOperands::kNorm)) {
     return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
@@ -109,7 +109,9 @@ cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
 
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    return launch<GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>>(params, stream);
+    using Operands = GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>;
+    using Given = GemmSm90Normed<decltype(type), GemmSm90Norm::kRmsGiven>;
+    return params.x_squares == nullptr ? launch<Operands>(params, stream) : launch<Operands, Given>(params, stream);
   });
 }
 
@@ -123,8 +125,15 @@ cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
     using Operands = GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>;
-    return launch<Operands, Operands, GemmSm90Gated>(params, stream);
+    using Given = GemmSm90Normed<decltype(type), GemmSm90Norm::kRmsGiven>;
+    return params.x_squares == nullptr ? launch<Operands, Operands, GemmSm90Gated>(params, stream)
+                                       : launch<Operands, Given, GemmSm90Gated>(params, stream);
   });
+}
+
+cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream) {
+  return params.config.few_rows ? launch_gemm_added_sm90_few_rows(params, stream)
+                                : launch_gemm_added_sm90_many_rows(params, stream);
 }
 
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {

@@ -48,6 +48,8 @@
 // memory.
 #pragma once
 
+#include <iterator>
+
 #include "arch/launch_id.h"
 #include "gemm/gemm_sm90_launch.h"
 #include "gemm/gemm_sm90_norm.cuh"
@@ -71,7 +73,7 @@ constexpr bool kGemmSm90Streams = gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
 __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, 1)
-    gemm_sm90_kernel(const __grid_constant__ GemmSm90Args args) {
+    gemm_sm90_kernel(const __grid_constant__ GemmSm90ArgsWith<typename Epilogue::Params> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
@@ -87,7 +89,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
   constexpr bool STREAMS = kGemmSm90Streams<Operands, BLOCK_M, BLOCK_N, TURNS>;
 
   Storage& smem = shared_storage<Storage>();
-  const GemmSm90Params& p = args.p;
+  const typename Epilogue::Params& p = args.p;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const uint32_t rank = cluster_rank();
@@ -161,19 +163,31 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
     const auto release = [&](uint32_t stage) {
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
-    constexpr bool kNormed = Operands::kNorm != GemmSm90Norm::kNone;
-    static_assert(!kNormed || !OWN_TILES, "a warp looks at 16 rows");
+    constexpr bool kCounts = kGemmSm90Counts<Operands::kNorm>, kGiven = Operands::kNorm == GemmSm90Norm::kRmsGiven;
+    static_assert(!kCounts || !OWN_TILES, "a warp looks at 16 rows");
     GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
-    using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8 + (kNormed ? 1 : 0)>;
+    using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8 + (kCounts ? 1 : 0)>;
     int buffer = 0;
 #pragma unroll 1
     for (int32_t part = OWN_TILES ? group : 0; part < walk.num_parts; part += HALVES) {
       const Tile tile = tile_of(walk.tile(part));
       const int32_t begin = walk.begin(part), end = walk.end(part);
+      const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
+      const int32_t end_row = min(tile.first_m + cta_rows, num_rows);
+      const bool ends_tile = end == num_steps;
+      GemmSm90GivenSquares<HALVES> given(p);
+      using Added = std::conditional_t<Epilogue::kAdds, GemmSm90AddedRows<T, HALVES, BLOCK_N>, GemmSm90NothingAdded>;
+      Added added(p, first_row, end_row, tile.first_n, lane);
       const auto beside_products = [&](uint32_t stage, int32_t step) {
-        if constexpr (kNormed) {
+        if constexpr (kCounts) {
           const int32_t columns_left = static_cast<int32_t>(p.k) - (begin + step) * PANEL;
           moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, columns_left, lane);
+        }
+        if constexpr (kGiven) {
+          if (ends_tile) given.look(p, first_row + lane / 4, lane, step);
+        }
+        if constexpr (Epilogue::kAdds) {
+          if (ends_tile && step == 0) added.prefetch();
         }
         if constexpr (OWN_TILES) {
           if (step == num_steps - 1) turns.end();  // the other's products queue up behind the last ones
@@ -182,16 +196,14 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       using Element = typename Operands::Element;
       auto& columns = smem.columns[buffer][group];
       buffer ^= 1;
-      const bool ends_tile = end == num_steps;
       if (ends_tile) columns.fetch(p, tile.first_n);
 
-      const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
       GemmSm90RowFactors of_rows[HALVES];
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         load_row_scales<Operands>(of_rows[half], p, first_row + half * 64, lane);
       }
-      if constexpr (kNormed) moments.begin(p, first_row, lane);
+      if constexpr (kCounts) moments.begin(p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
         if constexpr (kGemmSm90HasBlockScales<Operands>) {
@@ -205,14 +217,16 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       } else {
         if constexpr (OWN_TILES) turns.take();
         multiply_stages<Element, BLOCK_N>(acc, smem.ring, smem.full, position, end - begin, OWN_TILES ? 0 : group,
-                                          release, beside_products);
+                                          release, beside_products, [&] {
+                                            if (ends_tile) added.begin();
+                                          });
         if constexpr (OWN_TILES) position.count += num_steps;  // the other's
       }
       if constexpr (STREAMS) {
         if (!ends_tile) {
           const Handed handed(p, blockIdx.x, group);
           handed.put(acc[0]);
-          if constexpr (kNormed) moments.put(handed, BLOCK_N / 8);
+          if constexpr (kCounts) moments.put(handed, BLOCK_N / 8);
           handed.hand_on(p.launch_id, kGemmSm90GroupBarrier + group);
           continue;
         }
@@ -224,11 +238,12 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
             const Handed handed(p, other * NUM_CTAS + static_cast<int32_t>(rank), group);
             handed.await(p.launch_id, kGemmSm90GroupBarrier + group);
             handed.add_to(acc[0]);
-            if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);
+            if constexpr (kCounts) moments.add_from(handed, BLOCK_N / 8);
           } while (GemmSm90Walk::run_begin(num_tiles * num_steps, other, num_clusters) > first_step);
         }
       }
-      if constexpr (kNormed) {
+      if constexpr (kGiven) given.finish(of_rows, p, first_row + lane / 4, lane);
+      if constexpr (kCounts) {
         moments.finish();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -238,8 +253,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
         }
       }
       columns.arrive(p, kGemmSm90GroupBarrier + group);
-      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, min(tile.first_m + cta_rows, num_rows),
-                                    tile.first_n, lane);
+      store_rows<BLOCK_N, Epilogue>(acc, columns, of_rows, p, first_row, end_row, tile.first_n, added, lane);
     }
   }
   cluster_meet();  // the other CTA may still write to this one
@@ -250,9 +264,9 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
 // Host
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
-cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90(const typename Epilogue::Params& p, cudaStream_t stream) {
   using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
-  GemmSm90Args args = {p, {}, {}};
+  GemmSm90ArgsWith<typename Epilogue::Params> args = {p, {}, {}};
   cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, p.config.rows, true);
   if (error == cudaSuccess) {
     error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, BLOCK_N / 2, true);
@@ -261,6 +275,23 @@ cudaError_t launch_gemm_sm90(const GemmSm90Params& p, cudaStream_t stream) {
   if (p.config.stream_k) args.p.launch_id = new_launch_id();
   return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
                          GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, sizeof(Storage) + 1024, stream, args);
+}
+
+// Of an epilogue that adds, with the tile that the call's configuration names.
+template <typename Operands, typename Epilogue, size_t TILE_IDX = 0>
+cudaError_t launch_gemm_added_sm90_tile(const typename Epilogue::Params& p, cudaStream_t stream) {
+  if constexpr (TILE_IDX < std::size(kGemmSm90Tiles)) {
+    constexpr GemmSm90Tile kTile = kGemmSm90Tiles[TILE_IDX];
+    if constexpr (gemm_sm90_has_tile(kTile, false, false, false, false, false, true)) {
+      const GemmSm90Tile& wanted = p.config.tile;
+      if (wanted.block_m == kTile.block_m && wanted.block_n == kTile.block_n && wanted.turns == kTile.turns) {
+        return launch_gemm_sm90<Operands, kTile.block_m, kTile.block_n, kTile.turns, Epilogue>(p, stream);
+      }
+    }
+    return launch_gemm_added_sm90_tile<Operands, Epilogue, TILE_IDX + 1>(p, stream);
+  } else {
+    return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace fastattn

@@ -50,6 +50,9 @@ struct GemmSm90Params {
   // Of gates: out is (M, N / 2), N a multiple of 16, rows of weight as gemm_sm90_epilogue.cuh says;
   // act(g) = g / (1 + 2^-(gate_linear g + gate_cubic g^3)).
   float gate_linear = 0.0f, gate_cubic = 0.0f;
+
+  // Of RMSNorm, where they are known: sums of the squares of 64 columns of x.
+  const float* x_squares = nullptr;  // (M, K / 64 rounded up), contiguous
 };
 
 // What makes it SiLU, and GeLU in its tanh form.
@@ -73,8 +76,9 @@ struct GemmSm90SampledParams : GemmSm90Params {
 
 // out = x weight^T + bias + residual, rounded once.
 struct GemmSm90AddedParams : GemmSm90Params {
-  const void* residual = nullptr;  // (M, N) T, rows 8-byte aligned
-  int64_t residual_stride = 0;     // elements, a multiple of 4
+  const void* residual = nullptr;  // (M, N) T, rows 16-byte aligned, in the kernel for few rows 8-byte
+  int64_t residual_stride = 0;     // elements
+  float* squares = nullptr;        // (M, N / 64 rounded up) or nullptr: sums of the squares of 64 columns of out
 };
 
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.
@@ -83,12 +87,13 @@ cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stream);  // with scales of 128 x 128
-cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);    // of x's rows, normalized
-cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);  // the same
+// Of x's rows, normalized. With x_squares their squares are not added up again.
+cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 // Few rows only, and in tiles of kGemmSm90MostSampledRows of them at most.
 cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);
-cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);  // few rows only
+cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stream);
 
 }  // namespace fastattn

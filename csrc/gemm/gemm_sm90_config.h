@@ -7,7 +7,15 @@
 
 namespace fastattn {
 
-enum class GemmSm90Norm { kNone, kRms, kLayer };  // of x's rows
+enum class GemmSm90Norm { kNone, kRms, kLayer, kRmsGiven };  // of x's rows; the last: their squares are known
+
+// Whether a product adds up itself what a norm needs, beside the product.
+constexpr bool gemm_sm90_counts(GemmSm90Norm norm) {
+  return norm == GemmSm90Norm::kRms || norm == GemmSm90Norm::kLayer;
+}
+
+// Columns of a row whose squares are added up to one number (gemm_sm90_added_rows.cuh): of tiles of all widths but 224.
+constexpr int kGemmSm90SquaresPart = 64;
 
 // A CTA's tile: so many rows of x and of weight.
 struct GemmSm90Tile {
@@ -29,9 +37,10 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one.
+// columns have one, and where a residual is added 64 have a sum of squares.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
-                                  bool block_scales = false, bool zero_points = false) {
+                                  bool block_scales = false, bool zero_points = false, bool added = false) {
+  if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
@@ -77,6 +86,9 @@ constexpr GemmSm90FewRowsRing gemm_sm90_few_rows_ring(const GemmSm90Tile& tile) 
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Sums of squares of a row of so many columns.
+constexpr int64_t gemm_sm90_squares_parts(int64_t columns) { return ceil_div(columns, kGemmSm90SquaresPart); }
+
 // Operands of 8 bits have half the bytes, and tensor cores that are twice as fast: for a panel of 128 bytes everything
 // is as with 16 bits, and there are half as many.
 struct GemmSm90Problem {
@@ -92,6 +104,7 @@ struct GemmSm90Problem {
   bool zero_points = false;   // of x, in int8
   // Each sum is added up in the same order whatever M is: that of K, by one group of one CTA.
   bool in_order = false;
+  bool added = false;  // a residual is
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
@@ -132,7 +145,7 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
   const int64_t shares = config.stream_k ? num_tiles * problem.num_panels() : num_tiles;
   config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(shares, problem.num_pairs());
-  config.has_norm = problem.norm != GemmSm90Norm::kNone;
+  config.has_norm = gemm_sm90_counts(problem.norm);
 }
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
@@ -140,7 +153,7 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double weight_us = static_cast<double>(problem.element_bytes) * static_cast<double>(problem.n) *
                            static_cast<double>(problem.k) / 2.75e6;  // to read it
   const int64_t block_m = config.tile.block_m, block_n = config.tile.block_n;
-  const bool has_norm = problem.norm != GemmSm90Norm::kNone, has_mean = problem.norm == GemmSm90Norm::kLayer;
+  const bool has_norm = gemm_sm90_counts(problem.norm), has_mean = problem.norm == GemmSm90Norm::kLayer;
   if (!config.few_rows) {
     const int64_t num_tiles = config.m_tiles * config.n_tiles, num_pairs = config.num_ctas / 2;
     const double num_waves = static_cast<double>(ceil_div(num_tiles, num_pairs));
@@ -244,9 +257,9 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      const bool has_norm = problem.norm != GemmSm90Norm::kNone;
+      const bool has_norm = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
-                              problem.zero_points)) {
+                              problem.zero_points, problem.added)) {
         continue;
       }
       consider(false, tile, 1);

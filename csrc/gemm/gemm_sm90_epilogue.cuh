@@ -18,6 +18,7 @@
 //   kRows   rows of weight for a column of out
 //   apply   what is made of their sums
 //   kStores few rows: whether it writes itself what a lane has, four columns of a row (gemm_sm90_stores.cuh)
+//   kAdds   many rows: whether it adds others' rows (gemm_sm90_added_rows.cuh)
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ namespace fastattn {
 struct GemmSm90Plain {
   using Params = GemmSm90Params;
   static constexpr int kRows = 1;
-  static constexpr bool kStores = false;
+  static constexpr bool kStores = false, kAdds = false;
   template <typename Params>
   __device__ static __forceinline__ float apply(const Params&, const float (&sums)[1]) {
     return sums[0];
@@ -42,7 +43,7 @@ struct GemmSm90Plain {
 struct GemmSm90Gated {
   using Params = GemmSm90Params;
   static constexpr int kRows = 2;
-  static constexpr bool kStores = false;
+  static constexpr bool kStores = false, kAdds = false;
   __device__ static __forceinline__ float apply(const GemmSm90Params& p, const float (&sums)[2]) {
     const float gate = sums[0];
     const float square = fminf(gate * gate, 0x1p60f);  // infinity times a factor of 0 would be NaN

@@ -183,6 +183,11 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();
     if constexpr (EARLY) load_factors();  // they are here when products have ended
+    if constexpr (Epilogue::kAdds) {      // as far as L2 what other rows of this lane get
+      for (int32_t r = row; r < num_rows && column < width; r += num_splits * Storage::Sums::kRowsAtOnce) {
+        if (!EARLY || r != row) of_row.prefetch(p, first_m + r, column);
+      }
+    }
     const int group = warp_idx / 4;
     const auto release = [&](uint32_t stage) {
       if (lane == 0) smem.empty[stage].arrive();
@@ -195,10 +200,14 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     const bool has_rows = first_row < BLOCK_M;
     GemmSm90RowMoments<T, Operands::kNorm, NUM_EIGHTS> moments;
     if constexpr (kNormed) moments.begin(p, first_m + first_row, lane);
+    const bool counts = has_rows && (kCentred || p.x_squares == nullptr);
+    if constexpr (kNormed && !kCentred) {
+      if (has_rows && !counts) moments.take(p, first_m + first_row, lane, rank * PARTS + part, num_splits * PARTS);
+    }
     const auto add_moments = [&](uint32_t stage, int32_t step) {
       if constexpr (kNormed) {
         const int32_t first_k = (begin_step + step) * Ring::kStageK + part * Ring::kPanel;
-        if (has_rows) {
+        if (counts) {
           moments.add(smem.ring.b[stage][part] + first_row * Ring::kPanel, static_cast<int32_t>(p.k) - first_k, lane);
         }
       }
@@ -216,7 +225,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
           acc[0], smem.ring, smem.full, position, end_step - begin_step, group, release, GemmSm90Turns<false>{group});
     } else {
       multiply_stages<Element, BLOCK_M>(acc, smem.ring, smem.full, position, end_step - begin_step, group, release,
-                                        add_moments);
+                                        add_moments, [] {});
     }
     if constexpr (kNormed) {
       if (has_rows) {

@@ -14,6 +14,8 @@
 //              │    …    │    …    │    …    │    …    │
 //              └────┴────┴────┴────┴────┴────┴────┴────┘
 //
+// RMSNorm's sums may be given: of parts of 64 columns, which the product that wrote x has added up.
+//
 // LayerNorm's sums are of x - x[m, 0]. A row's own element is at most sqrt(K) standard deviations from its mean, so
 // that the variance, a difference of two sums, keeps its digits however large the mean is.
 #pragma once
@@ -49,7 +51,7 @@ template <GemmSm90Norm NORM>
 __device__ __forceinline__ GemmSm90RowNorm row_norm_of(const GemmSm90Params& p, const GemmSm90Moments& moments,
                                                        float first) {
   const float k = static_cast<float>(p.k);
-  if constexpr (NORM == GemmSm90Norm::kRms) return {rsqrtf(moments.squares / k + p.eps), 0.0f};
+  if constexpr (NORM != GemmSm90Norm::kLayer) return {rsqrtf(moments.squares / k + p.eps), 0.0f};
   const float mean = moments.sum / k, var = moments.squares / k - mean * mean;
   return {rsqrtf((var < 0.0f ? 0.0f : var) + p.eps), first + mean};  // a NaN stays one
 }
@@ -85,6 +87,31 @@ struct GemmSm90RowMoments {
         add_pair(of[i], words.y, origin);
         add_pair(of[i], words.z, origin);
         add_pair(of[i], words.w, origin);
+      }
+    }
+  }
+
+  // In place of all that, of given sums of squares a share.
+  __device__ __forceinline__ void take(const GemmSm90Params& p, int32_t first_row, int lane, int32_t share,
+                                       int32_t num_shares) {
+    const int32_t num_parts = num_squares_parts(p.k);
+    const int32_t begin = share * num_parts / num_shares, end = (share + 1) * num_parts / num_shares;
+    constexpr int kAtOnce = NUM_EIGHTS < 8 ? 8 / NUM_EIGHTS : 1;  // of a row, on their way together
+    const float* const of_row = p.x_squares + int64_t{first_row + lane / 4} * num_parts;
+    for (int32_t first = begin + lane % 4; first < end; first += 4 * kAtOnce) {
+      float asked[kAtOnce][NUM_EIGHTS] = {};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < NUM_EIGHTS; ++i) {
+          const bool is_there = first + 4 * j < end && first_row + i * 8 + lane / 4 < p.m;
+          if (is_there) asked[j][i] = of_row[i * 8 * num_parts + first + 4 * j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < NUM_EIGHTS; ++i) of[i].squares += asked[j][i];
       }
     }
   }
@@ -132,6 +159,59 @@ struct GemmSm90RowMoments {
     }
     moments.squares += pair.x * pair.x;
     moments.squares += pair.y * pair.y;
+  }
+};
+
+// Many rows whose sums of squares are given: of a lane's two rows, 8 apart, of each half of a tile, every fourth. A
+// lane asks for one beside a stage's products and adds it kSteps stages later: one step of a narrow tile is shorter
+// than the way to L2 and back. Nothing moves from register to register meanwhile, since that would wait for it.
+template <int HALVES>
+struct GemmSm90GivenSquares {
+  static constexpr int kSteps = 3;
+  int32_t num_parts, first = 0, next = 0;  // the parts that are asked for next, and beside which stage
+  float asked[HALVES][2] = {}, squares[HALVES][2] = {};
+
+  __device__ __forceinline__ explicit GemmSm90GivenSquares(const GemmSm90Params& p)
+      : num_parts(num_squares_parts(p.k)) {}
+
+  // What is to be done beside the i-th stage of a tile.
+  __device__ __forceinline__ void look(const GemmSm90Params& p, int32_t row, int lane, int32_t i) {
+    if (i == next && first < num_parts + 4) step(p, row, lane);
+  }
+
+  // Behind the last one: every lane gets what its rows are multiplied by.
+  template <typename RowFactors>
+  __device__ __forceinline__ void finish(RowFactors (&of_rows)[HALVES], const GemmSm90Params& p, int32_t row,
+                                         int lane) {
+#pragma unroll 1
+    while (first < num_parts + 4) step(p, row, lane);
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        GemmSm90Moments moments = {0.0f, squares[half][r]};
+        moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 1);
+        moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 2);
+        of_rows[half].scale[r] = row_norm_of<GemmSm90Norm::kRmsGiven>(p, moments, 0.0f).scale;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void step(const GemmSm90Params& p, int32_t row, int lane) {
+    const int32_t part = first + lane % 4;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        squares[half][r] += asked[half][r];
+        asked[half][r] = 0.0f;
+        const int32_t of_row = row + half * 64 + r * 8;
+        if (part < num_parts && of_row < p.m) asked[half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
+      }
+    }
+    first += 4;
+    next += kSteps;
   }
 };
 

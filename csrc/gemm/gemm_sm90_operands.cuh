@@ -42,6 +42,14 @@ struct GemmSm90Dense {
   static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
 };
 
+template <GemmSm90Norm NORM>
+constexpr bool kGemmSm90Counts = gemm_sm90_counts(NORM);
+
+// Sums of squares of a row of so many columns, on the device.
+__device__ __forceinline__ int32_t num_squares_parts(int64_t columns) {
+  return (static_cast<int32_t>(columns) + kGemmSm90SquaresPart - 1) / kGemmSm90SquaresPart;
+}
+
 template <typename T, GemmSm90Norm NORM>
 struct GemmSm90Normed : GemmSm90Dense<T> {
   static constexpr GemmSm90Norm kNorm = NORM;

@@ -14,6 +14,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "gemm/gemm_sm90.h"
+#include "gemm/gemm_sm90_added_rows.cuh"
 #include "gemm/gemm_sm90_block_scales.cuh"
 #include "gemm/gemm_sm90_epilogue.cuh"
 #include "gemm/gemm_sm90_operands.cuh"
@@ -150,11 +151,13 @@ __device__ __forceinline__ auto part_of(Sum (&acc)[NUM_TILES][4], int row) -> Su
 // acc (64 HALVES, B_ROWS) = A B^T over so many stages, one at least. A consumer takes rows 64 `group` and on of A;
 // where there are 64 only, every other panel of them, and two consumers have to add up what they get. A stage is
 // released when the products of the next one have been issued: the tensor cores always have some at hand.
-// look_at(stage, i): what else is to be done with stage i, while its products run.
-template <typename T, int B_ROWS, int HALVES, typename Sum, typename Ring, typename Release, typename LookAt>
+// look_at(stage, i): what else is to be done with stage i, while its products run. before_last: when nothing is left
+// to do but to wait for the last ones.
+template <typename T, int B_ROWS, int HALVES, typename Sum, typename Ring, typename Release, typename LookAt,
+          typename BeforeLast>
 __device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4], const Ring& ring, MBarrier* full,
                                                 RingPosition<Ring::kStages>& position, int32_t num_stages, int group,
-                                                Release release, LookAt look_at) {
+                                                Release release, LookAt look_at, BeforeLast before_last) {
   using Descriptors = GemmSm90Descriptors<Ring>;
   constexpr int PART_ROWS = Ring::kRowsA > 128 && B_ROWS > 192 ? B_ROWS / 2 : B_ROWS;
   const Descriptors first(ring, group);
@@ -191,6 +194,7 @@ __device__ __forceinline__ void multiply_stages(Sum (&acc)[HALVES][B_ROWS / 8][4
     before = stage;
     position.advance();
   }
+  before_last();
   wgmma_wait<0>();
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) pin_registers(acc[half]);
@@ -291,11 +295,13 @@ __device__ __forceinline__ void take_off_zero_points(int32_t (&sums)[NUM_TILES][
 
 // What a warp has of a tile, 16 rows of each half of it, scaled, with the bias added, and what the epilogue makes of
 // that, to memory, as far as they lie before end_row.
-template <int BLOCK_N, typename Epilogue = GemmSm90Plain, int HALVES, typename Operands, typename Sum, typename Params>
+template <int BLOCK_N, typename Epilogue = GemmSm90Plain, int HALVES, typename Operands, typename Sum, typename Params,
+          typename Added>
 __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
                                            const GemmSm90Columns<Operands, BLOCK_N>& columns,
                                            const GemmSm90RowFactors (&of_rows)[HALVES], const Params& p,
-                                           int32_t first_row, int32_t end_row, int32_t first_n, int lane) {
+                                           int32_t first_row, int32_t end_row, int32_t first_n, Added& added,
+                                           int lane) {
   using T = typename Operands::Out;
   // A lane has rows `row` and + 8 of a half, and after gather_columns 8 columns of 32 of each.
   constexpr int PER_COLUMN = Epilogue::kRows;
@@ -352,6 +358,8 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
           for (int j = 0; j < 4; ++j) values[i][j] += j % 2 == 0 ? value.x : value.y;
         }
       }
+      const int chunk = t / 4 * HALVES + half;
+      if constexpr (Epilogue::kAdds) added.add_to(values, chunk);
 #pragma unroll
       for (int i = 0; i < 4; i += PER_COLUMN) {
 #pragma unroll
@@ -372,7 +380,9 @@ __device__ __forceinline__ void store_rows(Sum (&acc)[HALVES][BLOCK_N / 8][4],
         }
         if ((t + 4) / PER_COLUMN % 4 != 0) continue;
         gather_columns(w, lane);
-        if (first < ends[half][r]) {
+        if constexpr (Epilogue::kAdds) {
+          added.store(w, chunk, r);
+        } else if (first < ends[half][r]) {
           *reinterpret_cast<uint4*>(rows[half][r] + first) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }

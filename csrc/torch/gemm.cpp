@@ -19,9 +19,15 @@ struct DenseLayer {
   cudaError_t (*gated_sm90)(const GemmSm90Params&, cudaStream_t) = nullptr;
 };
 
+// Of sums of the squares of 64 columns each: of rows (..., N) it is (..., N / 64 rounded up).
+std::vector<int64_t> shape_of_sums(std::vector<int64_t> rows) {
+  rows.back() = gemm_sm90_squares_parts(rows.back());
+  return rows;
+}
+
 Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& weight, const MaybeTensor& weight_sum,
                    const MaybeTensor& bias, double eps, std::optional<Activation> activation = std::nullopt,
-                   bool batch_invariant = false) {
+                   bool batch_invariant = false, const MaybeTensor& sums_of_squares = std::nullopt) {
   const Checks checks(kind.op, "x", x_given);
   checks.rows("x", x_given).dtype("x", x_given, kHalves);
   std::vector<int64_t> shape = shape_of(x_given);
@@ -32,6 +38,12 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
   if (bias) checks.shape("bias", *bias, {n}).dtype("bias", *bias, {x_given.scalar_type()});
   if (activation) {
     checks.that(n % 2 == 0, "weight has " + std::to_string(n) + " rows, expected as many of gates as of ups");
+  }
+  if (sums_of_squares) {
+    checks.rows("sums_of_squares", *sums_of_squares).dtype("sums_of_squares", *sums_of_squares, {ScalarType::Float});
+    checks.that(
+        shape_of(*sums_of_squares) == shape_of_sums(shape),
+        "sums_of_squares has not the shape (..., " + std::to_string(gemm_sm90_squares_parts(k)) + ") of x's rows");
   }
   shape.back() = activation ? n / 2 : n;
   Tensor out = empty(x_given, shape, x_given.scalar_type());
@@ -49,11 +61,16 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     p.eps = static_cast<float>(eps);
     if (weight_sum) p.weight_sum = data<float>(*weight_sum);
     if (activation) *activation == Activation::kSilu ? set_silu_gate(p) : set_gelu_tanh_gate(p);
+    std::optional<Tensor> sums;
+    if (sums_of_squares) {
+      sums = sums_of_squares->is_contiguous() ? *sums_of_squares : packed_copy(*sums_of_squares);
+      p.x_squares = data<float>(*sums);
+    }
     p.config = gemm_sm90_config({.m = p.m,
                                  .n = n,
                                  .k = k,
                                  .num_sms = num_sms_of(x),
-                                 .norm = kind.norm,
+                                 .norm = sums ? GemmSm90Norm::kRmsGiven : kind.norm,
                                  .gated = activation.has_value(),
                                  .in_order = batch_invariant});
     const auto workspaces = workspaces_of(p, x);
@@ -61,7 +78,8 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
     return out;
   }
   if (activation) {
-    const Tensor product = dense_layer(kind, x, weight, weight_sum, bias, eps, std::nullopt, batch_invariant);
+    const Tensor product =
+        dense_layer(kind, x, weight, weight_sum, bias, eps, std::nullopt, batch_invariant, sums_of_squares);
     run_gated_activation(kind.op, product, *activation, true, out);
     return out;
   }
@@ -94,8 +112,10 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   return dense_layer({"linear", gemm_sm90}, x, weight, std::nullopt, bias, 0.0, std::nullopt, batch_invariant);
 }
 
-// The kernel for a few rows adds the residual before it rounds; elsewhere it is added to what `linear` gives.
-Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& residual) {
+// Hopper's kernels add the residual before they round; elsewhere it is added to what `linear` gives. sums: of the
+// result's squares, where they are wanted.
+Tensor linear_added(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& residual,
+                    Tensor* sums = nullptr) {
   const DenseLayer kind = {"linear", gemm_sm90};
   const Checks checks(kind.op, "x", x);
   checks.rows("x", x).dtype("x", x, kHalves).rows("residual", residual).dtype("residual", residual, {x.scalar_type()});
@@ -109,29 +129,33 @@ Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<
 
   const int64_t m = num_rows_of(x);
   const Rows of_x = rows_of(x), of_residual = rows_of(residual);
-  if (m * n > 0 && of_x.inner() == m && of_residual.inner() == m && of_residual.inner_stride % 4 == 0 &&
-      reinterpret_cast<uintptr_t>(residual.data_ptr()) % 8 == 0) {
-    const OnDeviceOf guard(x);
+  const OnDeviceOf guard(x);
+  if (sums != nullptr) *sums = empty(x, shape_of_sums(shape), ScalarType::Float);
+  float* const squares = sums != nullptr ? static_cast<float*>(sums->data_ptr()) : nullptr;
+  if (m * n > 0 && of_x.inner() == m && of_residual.inner() == m) {
     const Matrix rows = {x.data_ptr(), m, k, of_x.inner_stride, 2}, columns = matrix_of(weight);
     Tensor out = empty(x, shape, x.scalar_type());
-    GemmSm90Config config = {};
-    if (fits_gemm_sm90(rows, columns, {bias}, out)) config = gemm_sm90_config({m, n, k, num_sms_of(x)});
-    if (config.few_rows) {
+    if (fits_gemm_sm90(rows, columns, {bias}, out)) {
       auto p = gemm_params_of<GemmSm90AddedParams>(rows, columns, bias, out);
-      p.config = config;
-      p.residual = residual.data_ptr();
-      p.residual_stride = of_residual.inner_stride;
-      check_launch(kind.op, gemm_added_sm90(p, stream_of(x)));
-      return out;
+      p.config = gemm_sm90_config({.m = m, .n = n, .k = k, .num_sms = num_sms_of(x), .added = true});
+      const int64_t unit = p.config.few_rows ? 4 : 8;  // elements that a thread asks for
+      if (of_residual.inner_stride % unit == 0 && reinterpret_cast<uintptr_t>(residual.data_ptr()) % (2 * unit) == 0) {
+        p.residual = residual.data_ptr();
+        p.residual_stride = of_residual.inner_stride;
+        p.squares = squares;
+        const auto workspaces = workspaces_of(p, x);
+        check_launch(kind.op, gemm_added_sm90(p, stream_of(x)));
+        return out;
+      }
     }
   }
   Tensor out = dense_layer(kind, x, weight, std::nullopt, bias, 0.0);
   if (out.numel() == 0) return out;
-  const OnDeviceOf guard(x);
   AddRowsParams p;
   p.out = out.data_ptr();
   p.rows = residual.data_ptr();
   p.of_rows = of_residual;
+  p.squares = squares;
   p.num_rows = m;
   p.row_size = n;
   p.dtype = dtype_of(out);
@@ -139,10 +163,22 @@ Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<
   return out;
 }
 
-Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+Tensor linear_add_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& residual) {
+  return linear_added(x, weight, bias, residual);
+}
+
+std::tuple<Tensor, Tensor> linear_add_sums_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                              const Tensor& residual) {
+  Tensor sums;
+  Tensor out = linear_added(x, weight, bias, residual, &sums);
+  return {out, sums};
+}
+
+Tensor rms_norm_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+                          const std::optional<Tensor>& sums_of_squares) {
   const DenseLayer kind = {"rms_norm_linear", gemm_rms_norm_sm90, GemmSm90Norm::kRms,
                            normalize<RmsNormParams, rms_norm>};
-  return dense_layer(kind, x, weight, std::nullopt, bias, eps);
+  return dense_layer(kind, x, weight, std::nullopt, bias, eps, std::nullopt, false, sums_of_squares);
 }
 
 Tensor gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -153,11 +189,13 @@ Tensor gated_linear_op(const Tensor& x, const Tensor& weight, const std::optiona
 }
 
 Tensor rms_norm_gated_linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                const std::string& activation, double eps) {
+                                const std::string& activation, double eps,
+                                const std::optional<Tensor>& sums_of_squares) {
   const DenseLayer kind = {"rms_norm_gated_linear", gemm_rms_norm_sm90, GemmSm90Norm::kRms,
                            normalize<RmsNormParams, rms_norm>, gemm_rms_norm_gated_sm90};
   const Checks checks(kind.op, "x", x);
-  return dense_layer(kind, x, weight, std::nullopt, bias, eps, activation_named(checks, activation));
+  return dense_layer(kind, x, weight, std::nullopt, bias, eps, activation_named(checks, activation), false,
+                     sums_of_squares);
 }
 
 Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor& weight_sum,
@@ -238,6 +276,7 @@ std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weig
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear_op));
   m.impl("linear_add", TORCH_BOX(&linear_add_op));
+  m.impl("linear_add_sums", TORCH_BOX(&linear_add_sums_op));
   m.impl("rms_norm_linear", TORCH_BOX(&rms_norm_linear_op));
   m.impl("gated_linear", TORCH_BOX(&gated_linear_op));
   m.impl("rms_norm_gated_linear", TORCH_BOX(&rms_norm_gated_linear_op));

@@ -11,8 +11,8 @@ namespace fastattn {
 inline bool in_tiles(const Tensor& weight_packed) { return weight_packed.dim() == 3; }
 
 // Bytes of FP4 or words of INT4, whose scales are checked as those of rows are. Gives N.
-inline int64_t check_w4_tiles(const Checks& checks, const Tensor& packed, const Tensor& scale,
-                              int64_t group_size, int64_t k, bool is_int4) {
+inline int64_t check_w4_tiles(const Checks& checks, const Tensor& packed, const Tensor& scale, int64_t group_size,
+                              int64_t k, bool is_int4) {
   const auto whole = [&](const char* name, const Tensor& t) {
     checks.that(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
                 std::string(name) + " is not contiguous or not 16-byte aligned, as tiles must be");

@@ -8,8 +8,9 @@ from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache
 
-# Up to here a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are residuals.
-_NORMS_INSIDE_ROWS = 64
+# Up to the first a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are
+# residuals. From the second on too: a pass over the rows for each norm takes longer than what is added to the products.
+_FEW_ROWS, _MANY_ROWS = 64, 4096
 
 
 class LlamaLayer(DecoderLayer):
@@ -44,7 +45,7 @@ class LlamaLayer(DecoderLayer):
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if x is None and self.norms_inside and residual.shape[0] <= _NORMS_INSIDE_ROWS:
+        if x is None and self.norms_inside and not _FEW_ROWS < residual.shape[0] < _MANY_ROWS:
             eps = self.input_layernorm.eps
             residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
             return None, self.mlp(residual, residual=residual, norm_eps=eps)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.ops._library import define
-from fastattn.ops.checks import FLOAT, Flag, NonNegative, TensorArg, compile_check, fail_value
+from fastattn.ops.checks import FLOAT, FP32, Flag, NonNegative, TensorArg, compile_check, fail_value
+from fastattn.ops.norm_linear import check_sums
 from fastattn.reference import gated_linear as reference
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -21,7 +22,7 @@ _gated_linear = define(
     _fake,
 )
 _rms_norm_gated_linear = define(
-    "rms_norm_gated_linear(Tensor x, Tensor weight, Tensor? bias, str activation, float eps) -> Tensor",
+    "rms_norm_gated_linear(Tensor x, Tensor weight, Tensor? bias, str activation, float eps, Tensor? sums_of_squares) -> Tensor",
     reference.rms_norm_gated_linear,
     _fake,
 )
@@ -29,7 +30,14 @@ _rms_norm_gated_linear = define(
 _X, _WEIGHT = TensorArg("x", "... K", FLOAT), TensorArg("weight", "2N K", "x")
 _BIAS = TensorArg("bias", "2N", "x", optional=True)
 _check_gated_linear = compile_check("gated_linear", _X, _WEIGHT, _BIAS, Flag("batch_invariant"))
-_check_rms_norm_gated_linear = compile_check("rms_norm_gated_linear", _X, _WEIGHT, _BIAS, NonNegative("eps"))
+_check_rms_norm_gated_linear = compile_check(
+    "rms_norm_gated_linear",
+    _X,
+    _WEIGHT,
+    _BIAS,
+    TensorArg("sums_of_squares", "... P", FP32, optional=True),
+    NonNegative("eps"),
+)
 
 
 def _check_activation(op: str, activation: str) -> None:
@@ -69,14 +77,22 @@ def gated_linear(
 
 
 def rms_norm_gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu", eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    eps: float = 1e-6,
+    *,
+    sums_of_squares: Tensor | None = None,
 ) -> Tensor:
     """`gated_linear(rms_norm(x), weight, bias, activation)`, with the norm's weight in `weight`: `fastattn.nn.fold_rms_norm`
     puts it there, before or after rows are interleaved.
 
-    On Hopper one kernel where `gated_linear` is one; elsewhere three. eps: finite, ≥ 0. The rest is as in `gated_linear`.
+    On Hopper one kernel where `gated_linear` is one; elsewhere three. eps: finite, ≥ 0. sums_of_squares: as in
+    `rms_norm_linear`. The rest is as in `gated_linear`.
     """
-    _check_rms_norm_gated_linear(x, weight, bias, eps)
+    _check_rms_norm_gated_linear(x, weight, bias, sums_of_squares, eps)
+    check_sums("rms_norm_gated_linear", x, sums_of_squares)
     _check_activation("rms_norm_gated_linear", activation)
-    out: Tensor = _rms_norm_gated_linear(x, weight, bias, activation, eps)
+    out: Tensor = _rms_norm_gated_linear(x, weight, bias, activation, eps, sums_of_squares)
     return out

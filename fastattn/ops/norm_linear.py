@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.ops._library import define
-from fastattn.ops.checks import FLOAT, FP32, NonNegative, TensorArg, compile_check
+from fastattn.ops.checks import FLOAT, FP32, NonNegative, TensorArg, compile_check, fail_value
+from fastattn.ops.linear import sums_shape
 from fastattn.reference import norm_linear as reference
 
 
@@ -14,7 +15,9 @@ def _fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 
 
 _rms_norm_linear = define(
-    "rms_norm_linear(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", reference.rms_norm_linear, _fake
+    "rms_norm_linear(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? sums_of_squares) -> Tensor",
+    reference.rms_norm_linear,
+    _fake,
 )
 _layer_norm_linear = define(
     "layer_norm_linear(Tensor x, Tensor weight, Tensor weight_sum, Tensor? bias, float eps) -> Tensor",
@@ -24,13 +27,30 @@ _layer_norm_linear = define(
 
 _X, _WEIGHT = TensorArg("x", "... K", FLOAT), TensorArg("weight", "N K", "x")
 _BIAS = TensorArg("bias", "N", "x", optional=True)
-_check_rms_norm_linear = compile_check("rms_norm_linear", _X, _WEIGHT, _BIAS, NonNegative("eps"))
+_SUMS = TensorArg("sums_of_squares", "... P", FP32, optional=True)
+_check_rms_norm_linear = compile_check("rms_norm_linear", _X, _WEIGHT, _BIAS, _SUMS, NonNegative("eps"))
 _check_layer_norm_linear = compile_check(
     "layer_norm_linear", _X, _WEIGHT, TensorArg("weight_sum", "N", FP32), _BIAS, NonNegative("eps")
 )
 
 
-def rms_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def check_sums(op: str, x: Tensor, sums_of_squares: Tensor | None) -> None:
+    """That they are of x's rows."""
+    if sums_of_squares is not None and sums_of_squares.shape != (expected := sums_shape(x.shape)):
+        fail_value(
+            op,
+            f"sums_of_squares has shape {tuple(sums_of_squares.shape)}, expected {expected} as x is {tuple(x.shape)}",
+        )
+
+
+def rms_norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    sums_of_squares: Tensor | None = None,
+) -> Tensor:
     """`linear(rms_norm(x), weight, bias)`, with the norm's weight in `weight`: `fastattn.nn.fold_rms_norm` puts it there.
 
     On Hopper one kernel, which takes x as it is, adds up its rows' squares beside the product and divides by their root
@@ -40,12 +60,15 @@ def rms_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: 
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
     weight: (N, K), bias: (N), x's dtype.
     eps: finite, ≥ 0.
+    sums_of_squares: (…, ⌈K / 64⌉) fp32, of the squares of 64 columns of x each, as `linear(…, residual=, with_sums=True)`
+        gives them with x. The kernel then counts none itself.
 
     Returns (…, N) in x's dtype, contiguous; fp32 inside, rounded once.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
-    _check_rms_norm_linear(x, weight, bias, eps)
-    out: Tensor = _rms_norm_linear(x, weight, bias, eps)
+    _check_rms_norm_linear(x, weight, bias, sums_of_squares, eps)
+    check_sums("rms_norm_linear", x, sums_of_squares)
+    out: Tensor = _rms_norm_linear(x, weight, bias, eps, sums_of_squares)
     return out
 
 

@@ -20,9 +20,16 @@ def gated_linear(
     return _gated(wide, activation).to(x.dtype)
 
 
-def rms_norm_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, eps: float) -> Tensor:
-    """The same of x / sqrt(mean(x²) + eps)."""
-    return _gated(rms_norm_linear(x.float(), weight, bias, eps), activation).to(x.dtype)
+def rms_norm_gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    eps: float,
+    sums_of_squares: Tensor | None = None,
+) -> Tensor:
+    """The same of x / sqrt(mean(x²) + eps). sums_of_squares: as in `rms_norm_linear`."""
+    return _gated(rms_norm_linear(x.float(), weight, bias, eps, sums_of_squares), activation).to(x.dtype)
 
 
 def _gated(product: Tensor, activation: str) -> Tensor:

@@ -41,6 +41,21 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     return product.add_(residual.float()).to(x.dtype)
 
 
+SQUARES_PART = 64  # columns of a row whose squares are one sum, as many as a tile of few rows has
+
+
+def linear_add_sums(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the `sums_of_squares` of what it gives."""
+    out = linear_add(x, weight, bias, residual)
+    return out, sums_of_squares(out)
+
+
+def sums_of_squares(x: Tensor) -> Tensor:
+    """x (…, N) → of the squares of 64 neighbouring columns each, (…, ⌈N / 64⌉) fp32."""
+    squares = functional.pad(x.float().square(), (0, -x.shape[-1] % SQUARES_PART))
+    return squares.view(*squares.shape[:-1], squares.shape[-1] // SQUARES_PART, SQUARES_PART).sum(-1)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: K may be 0
     num_rows = rows.shape[0]

@@ -8,8 +8,16 @@ from torch.nn import functional
 from fastattn.reference.linear import linear
 
 
-def rms_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """x (…, K), weight (N, K), bias (N) → x / sqrt(mean(x²) + eps) · weightᵀ + bias, (…, N). fp32 inside."""
+def rms_norm_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, sums_of_squares: Tensor | None = None
+) -> Tensor:
+    """x (…, K), weight (N, K), bias (N) → x / sqrt(mean(x²) + eps) · weightᵀ + bias, (…, N). fp32 inside.
+
+    sums_of_squares: of x's rows, in parts, (…, P), in place of x's own.
+    """
+    if sums_of_squares is not None and x.shape[-1] > 0:
+        mean = sums_of_squares.sum(-1, keepdim=True) / x.shape[-1]
+        return _linear(x.float() * (mean + eps).rsqrt(), weight, bias).to(x.dtype)
     return _linear(functional.rms_norm(x.float(), x.shape[-1:], None, eps), weight, bias).to(x.dtype)
 
 

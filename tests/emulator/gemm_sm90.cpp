@@ -125,9 +125,17 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     weight_sum[n] = static_cast<float>(std::accumulate(row, row + p.k, 0.0));
   }
   if (norm == Norm::kLayer) p.weight_sum = weight_sum.data();
+  // Not those of x, so that a kernel that adds up others is found out.
+  const int64_t num_parts = fastattn::gemm_sm90_squares_parts(p.k);
+  std::vector<float> x_squares(p.m * num_parts);
+  for (float& squares : x_squares) squares = 64.0f * std::exp2(normal());
+  if (norm == Norm::kRmsGiven) p.x_squares = x_squares.data();
   if (gate == Gate::kSilu) set_silu_gate(p);
   if (gate == Gate::kGeluTanh) set_gelu_tanh_gate(p);
-  const char* const norm_name = norm == Norm::kRms ? "RMSNorm of " : norm == Norm::kLayer ? "LayerNorm of " : "";
+  const char* const norm_name = norm == Norm::kRms        ? "RMSNorm of "
+                                : norm == Norm::kLayer    ? "LayerNorm of "
+                                : norm == Norm::kRmsGiven ? "RMSNorm, squares given, of "
+                                                          : "";
   const char* const gate_name = gate == Gate::kSilu ? "SiLU of " : gate == Gate::kGeluTanh ? "GeLU of " : "";
   current_call += std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
                   (blocks ? " in blocks" : "") + (zero_points ? " with zero points" : "") + " to " +
@@ -142,10 +150,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     const cudaError_t error = blocks                 ? gemm_fp8_blocks_sm90(p, nullptr)
                               : kFp8                 ? gemm_fp8_sm90(p, nullptr)
                               : kScaled              ? gemm_int8_sm90(p, nullptr)
-                              : gate != Gate::kNone  ? (norm == Norm::kRms ? fastattn::gemm_rms_norm_gated_sm90
-                                                                           : fastattn::gemm_gated_sm90)(p, nullptr)
-                              : norm == Norm::kRms   ? gemm_rms_norm_sm90(p, nullptr)
+                              : gate != Gate::kNone  ? (norm != Norm::kNone ? fastattn::gemm_rms_norm_gated_sm90
+                                                                            : fastattn::gemm_gated_sm90)(p, nullptr)
                               : norm == Norm::kLayer ? gemm_layer_norm_sm90(p, nullptr)
+                              : norm != Norm::kNone  ? gemm_rms_norm_sm90(p, nullptr)
                                                      : gemm_sm90(p, nullptr);
     if (error != cudaSuccess) fail("no instantiation takes the call");
   };
@@ -161,6 +169,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
                                              : 0.0;
     double squares = 0.0;
     for (int64_t k = 0; k < p.k; ++k) squares += (row[k] - mean) * (row[k] - mean);
+    if (norm == Norm::kRmsGiven) {
+      const float* const given = x_squares.data() + m * num_parts;
+      squares = std::accumulate(given, given + num_parts, 0.0);
+    }
     const double norm_scale = norm == Norm::kNone ? 1.0 : 1.0 / std::sqrt(squares / num_columns + p.eps);
     struct Sum {
       double value, allowed;  // what fp32 may be off
@@ -213,21 +225,22 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
 }
 
-// A call of the kernel for a few rows whose sums are of integers, and exact, so that results are known to the last bit.
+// A call whose sums are of integers, and exact, so that results are known to the last bit.
 template <typename T>
 struct ExactCall {
   Tensor<T> x, weight, bias;
 
-  ExactCall(const fastattn::GemmSm90Tile& tile, GemmSm90Params& p) {
+  ExactCall(bool few_rows, const fastattn::GemmSm90Tile& tile, GemmSm90Params& p) {
     p.dtype = TypeInfo<T>::kDType;
-    p.config.few_rows = true;
+    p.config.few_rows = few_rows;
     p.config.tile = tile;
+    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false) && one_in(2);
     p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
     p.n = 8 * between(1, 3 * tile.block_n / 8);
     p.k = 8 * between(1, 60);
     const int64_t num_steps = fastattn::ceil_div(p.k, 64 * fastattn::gemm_sm90_few_rows_ring(tile).panels);
-    const int num_splits = static_cast<int>(std::min<int64_t>(num_steps, pick({1, 1, 2, 5})));
-    set_gemm_sm90_grid(p.config, {p.m, p.n, p.k, 132}, num_splits);
+    const int num_splits = few_rows ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 1, 2, 5}))) : 1;
+    set_gemm_sm90_grid(p.config, {p.m, p.n, p.k, few_rows ? 132 : pick<int64_t>({2, 4, 7})}, num_splits);
     x = draw_matrix(p.m, p.k, p.x_stride);
     weight = draw_matrix(p.n, p.k, p.weight_stride);
     bias = Tensor<T>(p.n);
@@ -235,7 +248,8 @@ struct ExactCall {
     p.bias = one_in(2) ? bias.data.data() : nullptr;
     current_call += std::string(": ") + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                     std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " + std::to_string(tile.block_m) +
-                    " x " + std::to_string(tile.block_n) + ", " + std::to_string(num_splits) + " splits";
+                    " x " + std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+                    (p.config.stream_k ? "stream-K, " : "") + std::to_string(num_splits) + " splits";
   }
 
   static Tensor<T> draw_matrix(int64_t rows, int64_t columns, int64_t& stride) {
@@ -260,19 +274,23 @@ struct ExactCall {
   }
 };
 
-// A product with a residual, which is rounded once.
+// A product with a residual, which is rounded once, and the squares of what it gives.
 template <typename T>
-void run_added_call(const fastattn::GemmSm90Tile& tile) {
+void run_added_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   constexpr int kBehind = 16;
   fastattn::GemmSm90AddedParams p;
-  const ExactCall<T> call(tile, p);
+  const ExactCall<T> call(few_rows, tile, p);
   call.take(p);
+  const Workspaces workspaces(p);
   Tensor<T> residual = ExactCall<T>::draw_matrix(p.m, p.n, p.residual_stride);
   for (float& value : residual.values) value *= 0.25f;
   for (size_t i = 0; i < residual.values.size(); ++i) residual.data[i] = T(residual.values[i]);
   std::vector<T> out(p.m * p.n + kBehind, T(NAN));
+  const int64_t num_parts = fastattn::gemm_sm90_squares_parts(p.n);
+  std::vector<float> squares(p.m * num_parts + kBehind, NAN);
   p.residual = residual.data.data();
   p.out = out.data();
+  p.squares = one_in(3) ? nullptr : squares.data();
   current_call += " and a residual";
   if (gemm_added_sm90(p, nullptr) != cudaSuccess) fail("no instantiation takes the call");
   for (int64_t i = 0; i < p.m * p.n; ++i) {
@@ -285,6 +303,18 @@ void run_added_call(const fastattn::GemmSm90Tile& tile) {
   }
   for (int i = 0; i < kBehind; ++i) {
     if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
+    if (!std::isnan(squares[p.m * num_parts + i])) fail("a write behind the end of squares");
+  }
+  for (int64_t i = 0; p.squares != nullptr && i < p.m * num_parts; ++i) {
+    const int64_t row = i / num_parts, first = i % num_parts * fastattn::kGemmSm90SquaresPart;
+    double expected = 0.0;
+    for (int64_t n = first; n < std::min(p.n, first + fastattn::kGemmSm90SquaresPart); ++n) {
+      expected += std::pow(static_cast<double>(static_cast<float>(out[row * p.n + n])), 2);
+    }
+    if (!(std::fabs(squares[i] - expected) <= expected * 0x1p-20)) {
+      fail("squares[" + std::to_string(row) + ", " + std::to_string(i % num_parts) + "] is " +
+           std::to_string(squares[i]) + ", expected " + std::to_string(expected));
+    }
   }
 }
 
@@ -294,7 +324,7 @@ void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
   constexpr uint64_t kUntouched = 0x7ff8dead7ff8dead;
   constexpr int kBehind = 16;
   fastattn::GemmSm90SampledParams p;
-  ExactCall<T> call(tile, p);
+  ExactCall<T> call(true, tile, p);
   const auto any_of = [](int64_t count) { return between(0, static_cast<int>(count) - 1); };
   if (one_in(3)) call.x.set(any_of(p.m) * p.x_stride, pick({NAN, INFINITY}));  // -1 for this row
   if (one_in(3)) call.weight.set(any_of(p.n) * p.weight_stride, INFINITY);     // of a token
@@ -375,11 +405,12 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
       if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
       return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
     case 2:
+      if (one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
       if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
       return run_call<T, T>(few_rows, tile, false);
     case 3:
       if (has_gates) {
-        return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kNone,
+        return run_call<T, T>(few_rows, tile, false, pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}),
                               one_in(2) ? Gate::kSilu : Gate::kGeluTanh);
       }
       [[fallthrough]];
@@ -409,12 +440,15 @@ int main(int argc, char** argv) {
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
-    if (choice.few_rows && !choice.tile.in_order && seed / choices.size() % 3 == 2) {
-      const bool samples = choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
+    const bool few_rows = choice.few_rows;
+    const bool adds = (few_rows && !choice.tile.in_order) ||
+                      fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, false, true);
+    if (adds && seed / choices.size() % 3 == 2) {
+      const bool samples = few_rows && choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {
-        samples ? run_sampled_call<__half>(choice.tile) : run_added_call<__half>(choice.tile);
+        samples ? run_sampled_call<__half>(choice.tile) : run_added_call<__half>(few_rows, choice.tile);
       } else {
-        samples ? run_sampled_call<__nv_bfloat16>(choice.tile) : run_added_call<__nv_bfloat16>(choice.tile);
+        samples ? run_sampled_call<__nv_bfloat16>(choice.tile) : run_added_call<__nv_bfloat16>(few_rows, choice.tile);
       }
     } else if (one_in(2)) {
       run_call_of_any<__half>(choice.few_rows, choice.tile);

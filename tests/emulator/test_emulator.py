@@ -176,13 +176,13 @@ W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_TILES, W4_TILES_FORMATS = "gemm/gemm_sm90_w4_tiles.cuh", "gemm/gemm_sm90_w4_tiles_formats.cuh"
 W4_MANY, W4_TILED = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_tiled_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
-GEMM_STORES = "gemm/gemm_sm90_stores.cuh"
+GEMM_STORES, GEMM_ADDED = "gemm/gemm_sm90_stores.cuh", "gemm/gemm_sm90_added_rows.cuh"
 SPARSE, TRANSPOSED = "gemm/gemm_sm90_sparse_24.cuh", "gemm/gemm_sm90_transposed_rows.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80, SPARSE)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
 KERNEL_OF |= {DECODE_CLUSTER: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
-KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
+KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_ADDED: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_TILED: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
@@ -421,7 +421,7 @@ MUTANTS = [
     Mutant(
         "squares of the columns that other CTAs have are left out",
         GEMM,
-        "if constexpr (kNormed) moments.add_from(handed, BLOCK_N / 8);",
+        "if constexpr (kCounts) moments.add_from(handed, BLOCK_N / 8);",
         "",
         "gemm_rms_norm_sm90_many_rows.cu",
         "2",
@@ -701,6 +701,42 @@ MUTANTS = [
         "",
         "gemm_added_sm90_few_rows.cu",
         "64",
+        "expected",
+    ),
+    Mutant(
+        "a residual's columns stay with the lane that asked for them",
+        GEMM_ADDED,
+        "      gather_columns(words, lane);  // which undoes itself\n",
+        "",
+        "gemm_added_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "a row's squares are those of half of its lanes",
+        GEMM_ADDED,
+        "    sum += __shfl_xor_sync(0xffffffffu, sum, 2);\n",
+        "",
+        "gemm_added_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "the last of the given squares are asked for, but not added",
+        GEMM_NORM,
+        "while (first < num_parts + 4) step(p, row, lane);",
+        "",
+        "gemm_rms_norm_given_sm90_many_rows.cu",
+        "128",
+        "expected",
+    ),
+    Mutant(
+        "every CTA of a cluster adds up all of the given squares",
+        FEW_ROWS,
+        "rank * PARTS + part, num_splits * PARTS",
+        "0, 1",
+        "gemm_rms_norm_sm90_few_rows.cu",
+        "8",
         "expected",
     ),
     Mutant(

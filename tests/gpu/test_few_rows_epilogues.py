@@ -1,4 +1,4 @@
-"""What the few-rows product writes instead of sums, at models' sizes: tokens of a head, sums with a residual."""
+"""What products write instead of sums, at models' sizes: tokens of a head, sums with a residual and their squares."""
 
 from __future__ import annotations
 
@@ -55,8 +55,12 @@ def test_a_residual_is_added_before_the_sum_is_rounded(n: int, k: int, dtype: to
     """Of integers and quarters, whose sums are exact, the same bits as a product in fp64, also with gaps between rows."""
     gen = torch.Generator().manual_seed(k)
     weight = torch.randint(-1, 2, (n, k), generator=gen).to(CUDA, dtype)
-    for rows in (1, 2, 16, 33, 64, 100, 128):
+    for rows in (1, 2, 16, 33, 64, 100, 128, 200, 257, 384, 512, 768, 1030, 4096):
         x = torch.randint(-2, 3, (rows, k), generator=gen).to(CUDA, dtype)
         residual = (torch.randint(-100, 101, (rows, n + 8), generator=gen).to(CUDA, torch.float32) / 4).to(dtype)[:, :n]
         expected = (x.double() @ weight.double().t() + residual.double()).to(dtype)
-        assert torch.equal(ops.linear(x, weight, residual=residual), expected), rows
+        out, sums = ops.linear(x, weight, residual=residual, with_sums=True)
+        assert torch.equal(out, expected) and torch.equal(ops.linear(x, weight, residual=residual), expected), rows
+        exact = out.double().square().view(rows, n // 64, 64).sum(-1)
+        torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=0)
+        assert torch.equal(sums, ops.linear(x, weight, residual=residual, with_sums=True)[1]), rows

@@ -62,10 +62,21 @@ def linear(
     return [out if residual is None else out + residual.to(c)]
 
 
+def _rms_normed(c: torch.dtype, x: Tensor, eps: float, sums_of_squares: Tensor | None) -> Tensor:
+    if sums_of_squares is None:
+        return rms_norm(c, x, torch.ones_like(x[..., :1]), eps)[0]
+    return x.to(c) / (sums_of_squares.to(c).sum(-1, keepdim=True) / max(x.shape[-1], 1) + eps).sqrt()
+
+
 def rms_norm_linear(
-    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
+    c: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    sums_of_squares: Tensor | None = None,
 ) -> list[Tensor]:
-    return linear(c, rms_norm(c, x, torch.ones_like(x[..., :1]), eps)[0], weight, bias)
+    return linear(c, _rms_normed(c, x, eps, sums_of_squares), weight, bias)
 
 
 def layer_norm_linear(
@@ -97,9 +108,15 @@ def gated_linear(
 
 
 def rms_norm_gated_linear(
-    c: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu", eps: float = 1e-6
+    c: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    eps: float = 1e-6,
+    sums_of_squares: Tensor | None = None,
 ) -> list[Tensor]:
-    return gated_linear(c, rms_norm(c, x, torch.ones_like(x[..., :1]), eps)[0], weight, bias, activation)
+    return gated_linear(c, _rms_normed(c, x, eps, sums_of_squares), weight, bias, activation)
 
 
 def int8_linear(

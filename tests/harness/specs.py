@@ -180,9 +180,16 @@ def linear_add_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]
         yield name, call | {"residual": None, "batch_invariant": call["bias"] is None}
 
 
+def sums_of_squares(x: Tensor) -> Tensor:
+    """Of 64 columns each, as the product that wrote x would give them."""
+    parts = [part.float().square().sum(-1) for part in x.split(64, -1)] if x.shape[-1] else []
+    return torch.stack(parts, -1) if parts else x.new_empty((*x.shape[:-1], 0), dtype=torch.float32)
+
+
 def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, call in linear_calls(gen, dtype):
-        yield name, call | {"eps": 1e-6}
+        given = None if call["bias"] is None else sums_of_squares(call["x"])
+        yield name, call | {"eps": 1e-6, "sums_of_squares": given}
     for rows, k, n in ((3, 64, 48), (130, 136, 264)):
         call = {"weight": gen.randn(n, k, dtype=dtype), "bias": None}
         yield f"tiny {rows}", call | {"x": gen.randn(rows, k, dtype=dtype, scale=1e-3), "eps": 1e-5}
@@ -191,7 +198,8 @@ def rms_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 def layer_norm_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     def with_sum(call: Call) -> Call:
-        return call | {"weight_sum": call["weight"].double().sum(1).float(), "eps": 1e-5}
+        others = {name: value for name, value in call.items() if name != "sums_of_squares"}
+        return others | {"weight_sum": call["weight"].double().sum(1).float(), "eps": 1e-5}
 
     for name, call in rms_norm_linear_calls(gen, dtype):
         yield name, with_sum(call)
@@ -226,7 +234,8 @@ def gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call
 
 def rms_norm_gated_linear_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for name, call in gated_linear_calls(gen, dtype):
-        yield name, call | {"eps": 1e-6}
+        given = None if call["bias"] is None else sums_of_squares(call["x"])
+        yield name, call | {"eps": 1e-6, "sums_of_squares": given}
 
 
 def bad_linear(gen: Gen, base: Call) -> Bad:
@@ -448,7 +457,12 @@ SPECS = (
         "rms_norm_linear",
         ops.rms_norm_linear,
         rms_norm_linear_calls,
-        {"x": Role((-1,)), "weight": Role((0, 1)), "bias": Role((0,), optional=True)},
+        {
+            "x": Role((-1,)),
+            "weight": Role((0, 1)),
+            "bias": Role((0,), optional=True),
+            "sums_of_squares": Role((0, 1), optional=True, layout=False),
+        },
         formulas.rms_norm_linear,
         scalars={"eps": "nonnegative"},
     ),
@@ -465,7 +479,12 @@ SPECS = (
         "rms_norm_gated_linear",
         ops.rms_norm_gated_linear,
         rms_norm_gated_linear_calls,
-        {"x": Role((-1,)), "weight": Role((1,)), "bias": Role((0,), optional=True)},
+        {
+            "x": Role((-1,)),
+            "weight": Role((1,)),
+            "bias": Role((0,), optional=True),
+            "sums_of_squares": Role((0, 1), optional=True, layout=False),
+        },
         formulas.rms_norm_gated_linear,
         scalars={"eps": "nonnegative"},
         bad=bad_gated_linear,

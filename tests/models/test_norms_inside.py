@@ -37,8 +37,10 @@ def test_hidden_states_are_the_same(plain: LlamaForCausalLM, monkeypatch: pytest
     for layer in layers(inside):
         layer.put_norms_inside()
         assert (layer.input_layernorm.weight == 1).all()
-    for rows in (64, 39):  # one that the 40 tokens are within, and one that they are not
-        monkeypatch.setattr(llama, "_NORMS_INSIDE_ROWS", rows)
+    # The 40 tokens are few rows, then many, then neither.
+    for few, many in ((64, 1024), (39, 40), (39, 1024)):
+        monkeypatch.setattr(llama, "_FEW_ROWS", few)
+        monkeypatch.setattr(llama, "_MANY_ROWS", many)
         found = tiny.full_hidden(inside, token_ids)
         assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
     # Without the norms' weights, which are folded in, the separate kernels would give something else.
