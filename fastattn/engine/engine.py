@@ -17,9 +17,10 @@ from fastattn.engine.output_processor import OutputProcessor, RequestGroup
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.progress import Progress
 from fastattn.engine.ranks import RankError
-from fastattn.engine.request import Request, Status
+from fastattn.engine.request import Needs, Request, Status
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampler import Draw, Sampled
+from fastattn.engine.scheduled import Scheduled
 from fastattn.engine.scheduler import Scheduler
 from fastattn.engine.sleep import AsleepError, Bed
 from fastattn.engine.startup import Startup
@@ -42,18 +43,17 @@ class EngineBusyError(RuntimeError):
 
 @dataclass
 class _RunningStep:
-    """A step that was queued. only_decodes: no prompts in it."""
+    """A step that was queued."""
 
-    scheduled: dict[Request, int]
+    scheduled: Scheduled
     draw: Draw | None
     started: float
-    only_decodes: bool
     is_advanced: bool = False
 
     @property
     def must_be_known(self) -> bool:
         """Its draws decide what the next one may be."""
-        return self.draw is not None and any(r.needs_known_tokens for r in self.draw.num_drafted)
+        return bool(self.scheduled.batch.draw_needs & Needs.KNOWN_TOKENS)
 
 
 class Engine:
@@ -170,12 +170,12 @@ class Engine:
                     f"ended after {count} ({request.finish_reason})"
                 )
             self.progress.append(request, token_id)
+        stream = group.streams[request.index]
+        self.progress.read_text(request, stream)
         if request.finish_reason == "error":
             raise ValueError(f"add_request: resume_token_ids[{request.index}] cannot be: {request.stop_reason}")
         request.num_resumed_tokens = len(token_ids)
-        stream = group.streams[request.index]
         if request.status is Status.FINISHED:
-            stream.finish()
             self._ended_early.append(request)
         group.given_chars[request.index], group.given_tokens[request.index] = stream.num_released, len(token_ids)
 
@@ -242,14 +242,13 @@ class Engine:
             self.check()
             return None
         copies = self.kv.take_copies()
-        only_decodes = True
-        for request, num_tokens in scheduled.items():
-            if request.seq.num_pending == 1 and request.is_prefilled:
-                continue
-            only_decodes = only_decodes and request.seq.num_pending == 1
+        for index in scheduled.batch.prefills:
+            request = scheduled.requests[index]
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
-            self.num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
+            self.num_prompt_tokens += max(
+                0, min(scheduled[request], request.num_prompt_tokens - request.seq.num_computed)
+            )
         try:
             draw = self.runner.launch(scheduled, drafts, copies)
             self.check()
@@ -259,24 +258,21 @@ class Engine:
             self.kv.lose_copies(copies)
             changed += self._fail(scheduled, error)
             return None
-        return _RunningStep(scheduled, draw, now, only_decodes)
+        return _RunningStep(scheduled, draw, now)
 
     def _advance(self, step: _RunningStep) -> None:
         """Counts a step that still runs as computed, and its draws as tokens whose ids are not known yet."""
         self.trace.phase("schedule")
         self.scheduler.advance(step.scheduled)
         step.is_advanced = True
-        for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):
-            goes_on = request.pooling is None and len(request.output_token_ids) + 1 < request.max_output_tokens
-            if goes_on and request.status is Status.RUNNING:
-                request.seq.append_unknown(row)
+        step.scheduled.batch.append_unknown()
 
     def _settle(self, step: _RunningStep) -> list[Request]:
         """Waits for what a step drew and hands it to its requests, but for those that have ended since. Returns those of which
         there is something to tell."""
         self.trace.phase("wait")
         try:
-            sampled = step.draw.result() if step.draw is not None else Sampled([], [], [], [])
+            sampled = step.draw.result() if step.draw is not None else Sampled({}, [], None)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -286,31 +282,40 @@ class Engine:
             self.scheduler.advance(step.scheduled)
         self.num_steps += 1
         now = time.monotonic()
-        changed = []
-        for i, request in enumerate(sampled.requests):
-            if request.status is Status.FINISHED:
-                continue
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-                if self.startup is not None and "first_token" not in self.startup.seconds:
-                    self.startup.end(now - request.metrics.arrival_time)
-            if request.pooling is not None:
-                self.progress.end_pooling(request)
-                changed.append(request)
-                continue
-            if self.speculator is not None and sampled.num_drafted[i] > 0:
-                self.speculator.record(request, sampled.num_drafted[i], len(sampled.token_ids[i]) - 1)
-            self.progress.extend(request, sampled.token_ids[i], sampled.logprobs[i])
-            if request.params.output_kind != "final" or request.finish_reason is not None:
-                changed.append(request)
+        # One by one only those of whom there is more to do than that they have a token more.
+        rows: Iterable[int] = range(len(sampled.requests))
+        told: list[int] = []
+        if not sampled.has_drafts:
+            rows, told, num_settled = step.scheduled.batch.settle(sampled.drawn)
+            self.progress.num_generated_tokens += num_settled
+        told += [row for row in rows if self._settle_one(sampled, row, now)]
         if self.config.debug_checks:
             self.kv.check()
             if self.speculator is not None:
                 self.speculator.check()
-        if self.speculator is not None and step.only_decodes:
-            num_drafts = sum(step.scheduled.values()) - len(step.scheduled)
+        if self.speculator is not None and step.scheduled.batch.only_decodes:
+            num_drafts = step.scheduled.batch.total_tokens - len(step.scheduled)
             self.speculator.record_step(len(step.scheduled), num_drafts, time.monotonic() - step.started)
-        return changed
+        return [sampled.requests[row] for row in sorted(told)]
+
+    def _settle_one(self, sampled: Sampled, index: int, now: float) -> bool:
+        """Hands a request what was drawn for it. Returns whether there is something to tell."""
+        request = sampled.requests[index]
+        if request.status is Status.FINISHED:
+            return False
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+            request.saw_first_token()
+            if self.startup is not None and "first_token" not in self.startup.seconds:
+                self.startup.end(now - request.metrics.arrival_time)
+        if request.pooling is not None:
+            self.progress.end_pooling(request)
+            return True
+        token_ids, logprobs = sampled.of(index)
+        if self.speculator is not None and sampled.num_drafted[index] > 0:
+            self.speculator.record(request, sampled.num_drafted[index], len(token_ids) - 1)
+        self.progress.extend(request, token_ids, logprobs)
+        return request.params.output_kind != "final" or request.finish_reason is not None
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> list[Request]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""
@@ -327,17 +332,17 @@ class Engine:
 
     def _give(self, group: RequestGroup) -> RequestOutput | None:
         for request, stream in zip(group.requests, group.streams, strict=True):
-            if request.status is Status.FINISHED:
-                stream.finish()
-                if self.speculator is not None:
-                    self.speculator.release(request)
-        if group.finished:
+            self.progress.read_text(request, stream)
+            if self.speculator is not None and request.status is Status.FINISHED:
+                self.speculator.release(request)
+        finished = group.finished
+        if finished:
             group.metrics.finished_time = time.monotonic()
             self.trace.request(group)
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._owner[request]
-        return self._processor.output(group)
+        return self._processor.output(group, finished)
 
     # ---- sleep ----
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from fastattn.engine.grammar import DEAD_END
-from fastattn.engine.output_processor import RequestGroup
+from fastattn.engine.output_processor import RequestGroup, TextStream
 from fastattn.engine.outputs import FinishReason
 from fastattn.engine.request import Request, Status
 from fastattn.engine.sampler import TokenLogprobs
@@ -61,7 +61,6 @@ class Progress:
             request.seq.settle(token_id)
         else:
             request.seq.append(token_id)
-        request.output_token_ids.append(token_id)
         if request.params.has_penalties:
             request.output_counts[token_id] += 1
         ended: tuple[FinishReason, int | str | None] | None = None
@@ -74,16 +73,36 @@ class Progress:
         else:
             if grammar is not None:
                 grammar.accept(token_id)
-            may_stop = len(request.output_token_ids) >= request.params.min_tokens
-            stop = self._owner[request].streams[request.index].push(token_id, may_stop)
+            stop = None
+            if request.reads_text:
+                may_stop = request.num_output_tokens >= request.params.min_tokens
+                stop = self._owner[request].streams[request.index].push(token_id, may_stop)
             if stop is not None:
                 ended = ("stop", stop)
             elif grammar is not None and (grammar.finished or grammar.error):
                 ended = ("error", grammar.error) if grammar.error else ("stop", None)
-            elif len(request.output_token_ids) >= request.max_output_tokens:
+            elif request.num_output_tokens >= request.max_output_tokens:
                 ended = ("length", None)
         if ended is not None:
             self._scheduler.finish(request, *ended)
+
+    def read_text(self, request: Request, stream: TextStream) -> None:
+        """Brings the text up to the tokens, whether it was read while they came or not."""
+        if not request.reads_text:
+            token_ids = request.seq.outputs(stream.num_tokens)
+            if token_ids and token_ids[-1] in request.stop_token_ids:  # it ended with that
+                token_ids.pop()
+            try:
+                if len(token_ids) == 1:
+                    stream.push(token_ids[0])
+                else:
+                    stream.catch_up(token_ids)
+            except Exception as error:  # the others of the step are not to blame
+                logger.error("request %r ends with an error", request.request_id, exc_info=error)
+                self._scheduler.finish(request, "error")
+                request.finish_reason, request.stop_reason = "error", f"{type(error).__name__}: {error}"
+        if request.status is Status.FINISHED:
+            stream.finish()
 
 
 def _why_no_token(request: Request) -> str:
