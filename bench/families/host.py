@@ -124,4 +124,5 @@ FAMILY = Family(
         for name, kind in _KINDS.items()
         for n in NUM_SEQS
     ),
+    timer="thread",
 )
