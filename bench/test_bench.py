@@ -81,6 +81,9 @@ class NoTokenizer:
     def step(self, token_id: int) -> str | None:
         return None
 
+    def steps(self, token_ids: list[int]) -> str:
+        return ""
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return ""
 

@@ -71,14 +71,15 @@ class CaseSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """timer: device time of one call; host time of a whole workload (`rounds` of them, quick: one); or what calls say that they
+    """timer: device time of one call; host time of a whole workload (`rounds` of them, quick: one); the calling
+    thread's own time, which other programs do not count in; or what calls say that they
     took in a process of their own."""
 
     name: str
     device: Literal["cpu", "cuda"]
     about: str
     specs: tuple[CaseSpec, ...]
-    timer: Literal["graph", "wall", "recorded"] = "graph"
+    timer: Literal["graph", "wall", "thread", "recorded"] = "graph"
     rounds: int = 2
 
 

@@ -42,6 +42,8 @@ def device_for(family: Family) -> torch.device:
 def make_timer(family: Family, device: torch.device, quick: bool) -> Timer:
     if family.timer == "recorded":
         return RecordedTimer()
+    if family.timer == "thread":
+        return WallTimer(rounds=3 if quick else 9, min_seconds=0.02, clock=time.thread_time)
     if family.timer == "wall":
         return WallTimer(1 if quick else family.rounds, min_seconds=0.0, warm_up=0)  # check and peers have run once
     if device.type == "cpu":

@@ -55,7 +55,7 @@ class WallTimer:
     ) -> None:
         self.rounds, self.min_seconds, self.warm_up, self.clock = rounds, min_seconds, warm_up, clock
         self.method = (
-            f"host clock, {warm_up or 'no'} warm-up, {rounds} round(s) in which all calls take turns, median"
+            f"{'time of the calling thread' if clock is time.thread_time else 'host clock'}, {warm_up or 'no'} warm-up, {rounds} round(s) in which all calls take turns, median"
             + (f" of samples of at least {min_seconds * 1e3:g} ms" if min_seconds else "")
         )
 

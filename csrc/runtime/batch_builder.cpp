@@ -92,10 +92,8 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
       refuse("BatchBuilder.build: sequences[", i, "] has ", seq->blocks().size(), " blocks, allowed are up to ",
              max_blocks_per_seq_);
     }
-    for (int32_t block : seq->blocks()) {
-      if ((block + int64_t{1}) * block_size_ > std::numeric_limits<int32_t>::max()) {
-        refuse("BatchBuilder.build: sequences[", i, "] has block ", block, ", whose slots do not fit 32 bits");
-      }
+    if ((seq->max_block() + int64_t{1}) * block_size_ > std::numeric_limits<int32_t>::max()) {
+      refuse("BatchBuilder.build: sequences[", i, "] has block ", seq->max_block(), ", whose slots do not fit 32 bits");
     }
     total += num_tokens[i];
   }

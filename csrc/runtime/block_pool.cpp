@@ -1,5 +1,6 @@
 #include "runtime/block_pool.h"
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 
@@ -23,6 +24,19 @@ std::optional<std::vector<int32_t>> BlockPool::allocate(int64_t n) {
   free_.resize(free_.size() - n);
   for (int32_t block : blocks) ref_counts_[block] = 1;
   return blocks;
+}
+
+int64_t BlockPool::grow(const std::vector<TokenSequence*>& sequences, int64_t block_size) {
+  if (block_size < 1) refuse("BlockPool.grow: block_size is ", block_size, ", allowed is 1 or more");
+  const auto is_full = [&](const TokenSequence* seq) {
+    return seq->num_computed() >= static_cast<int64_t>(seq->blocks().size()) * block_size;
+  };
+  const int64_t needed = std::count_if(sequences.begin(), sequences.end(), is_full);
+  if (needed > num_free()) return needed - num_free();
+  for (TokenSequence* seq : sequences) {
+    if (is_full(seq)) seq->add_blocks(*allocate(1));
+  }
+  return 0;
 }
 
 void BlockPool::retain(const std::vector<int32_t>& blocks) {

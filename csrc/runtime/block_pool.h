@@ -5,6 +5,8 @@
 #include <optional>
 #include <vector>
 
+#include "runtime/token_sequence.h"
+
 namespace fastattn {
 
 // Hands out block ids 0 … num_blocks − 1. A block is free exactly when its count is 0; it is then on the free list
@@ -15,6 +17,9 @@ class BlockPool {
 
   // `n` blocks with one reference each, or nothing at all if fewer are free.
   std::optional<std::vector<int32_t>> allocate(int64_t n);
+  // A block more for each sequence whose blocks are full, for its next token. Returns how many blocks are missing for
+  // that: 0, or nothing was changed.
+  int64_t grow(const std::vector<TokenSequence*>& sequences, int64_t block_size);
   void retain(const std::vector<int32_t>& blocks);
   // Returns how many became free. Refuses, with nothing changed, a block that has too few references.
   int64_t release(const std::vector<int32_t>& blocks);

@@ -12,6 +12,7 @@
 #include "runtime/checks.h"
 #include "runtime/ngram_index.h"
 #include "runtime/prefix_tree.h"
+#include "runtime/scheduled_batch.h"
 #include "runtime/token_sequence.h"
 
 namespace py = pybind11;
@@ -25,7 +26,8 @@ py::bytes as_bytes(const int32_t* tokens, size_t count) {
 }
 
 void bind_token_sequence(py::module_& m) {
-  py::class_<TokenSequence>(m, "TokenSequence", "One request's tokens, drafts, KV blocks and sampling row.")
+  py::class_<TokenSequence, std::shared_ptr<TokenSequence>>(m, "TokenSequence",
+                                                            "One request's tokens, drafts, KV blocks and sampling row.")
       .def(py::init<std::vector<int32_t>>(), "token_ids"_a)
       .def("append", &TokenSequence::append, "token"_a)
       .def("extend", &TokenSequence::extend, "tokens"_a)
@@ -33,6 +35,24 @@ void bind_token_sequence(py::module_& m) {
            "Adds the token that a step is still drawing as its row-th; `settle` says which it was.")
       .def("settle", &TokenSequence::settle, "token"_a, "Puts a token in the place of the unknown one.")
       .def_property_readonly("has_unknown", &TokenSequence::has_unknown)
+      .def("end", &TokenSequence::end, "Nothing is drawn for it any more; an unknown token is none of its tokens.")
+      .def_property_readonly("has_ended", &TokenSequence::has_ended)
+      .def("set_ends", &TokenSequence::set_ends, "max_outputs"_a, "stop_token_ids"_a,
+           "The output ends with the max_outputs-th token or with one of stop_token_ids.")
+      .def_property_readonly("num_outputs", &TokenSequence::num_outputs, "Known tokens after those it was made with.")
+      .def(
+          "outputs",
+          [](const TokenSequence& s, int64_t start) {
+            if (start < 0 || start > s.num_outputs()) {
+              refuse("TokenSequence.outputs: start is ", start, ", allowed is 0 to ", s.num_outputs());
+            }
+            return s.slice(s.num_prompt() + start, s.num_prompt() + s.num_outputs());
+          },
+          "start"_a = 0, "Those tokens from the start-th on.")
+      .def_readwrite("needs", &TokenSequence::needs, "Bits that a batch has of all its sequences; the engine's.")
+      .def_readwrite("is_watched", &TokenSequence::is_watched,
+                     "`ScheduledBatch.settle` leaves its tokens to the owner.")
+      .def_readwrite("is_streamed", &TokenSequence::is_streamed, "`ScheduledBatch.settle` tells the owner of them.")
       .def("truncate", &TokenSequence::truncate, "length"_a,
            "Keeps the first `length` tokens; not fewer than num_computed.")
       .def("__len__", &TokenSequence::size)
@@ -66,6 +86,13 @@ void bind_block_pool(py::module_& m) {
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
       .def("allocate", &BlockPool::allocate, "n"_a, "n blocks with one reference each, or None if fewer are free.")
+      .def(
+          "grow",
+          [](BlockPool& pool, const ScheduledBatch& batch, int64_t block_size) {
+            return pool.grow(batch.sequences(), block_size);
+          },
+          "batch"_a, "block_size"_a,
+          "A block more for each sequence whose blocks are full. Returns how many are missing for that, 0 if done.")
       .def("retain", &BlockPool::retain, "blocks"_a, "One more reference on each.")
       .def("release", &BlockPool::release, "blocks"_a, "One reference fewer on each; returns how many became free.")
       .def("ref_count", &BlockPool::ref_count, "block"_a)
@@ -120,6 +147,35 @@ void bind_prefix_tree(py::module_& m) {
       .def("check", &PrefixTree::check, "Raises RuntimeError if an invariant is broken.");
 }
 
+void bind_scheduled_batch(py::module_& m) {
+  py::class_<ScheduledBatch>(m, "ScheduledBatch", "What every step does with its sequences, for all in one call.")
+      .def(py::init<ScheduledBatch::Sequences, std::vector<int64_t>>(), "sequences"_a, "num_tokens"_a)
+      .def_static("of_decodes", &ScheduledBatch::of_decodes, "sequences"_a,
+                  "A batch of those with one token to compute and no drafts, and the indices of the others.")
+      .def("__len__", &ScheduledBatch::size)
+      .def_property_readonly("total_tokens", &ScheduledBatch::total_tokens)
+      .def_property_readonly("needs", &ScheduledBatch::needs, "The bits of all sequences together.")
+      .def_property_readonly("draw_needs", &ScheduledBatch::draw_needs, "The bits of those in `draws`.")
+      .def_property_readonly("only_decodes", &ScheduledBatch::only_decodes)
+      .def_property_readonly("prefills", &ScheduledBatch::prefills,
+                             "Indices of those that are in their prompt, or have more than one token to compute.")
+      .def_property_readonly("draws", &ScheduledBatch::draws, "Indices of those whose next token is drawn.")
+      .def_property_readonly("num_drafted", &ScheduledBatch::num_drafted, "Drafts to verify of each of `draws`.")
+      .def("advance", &ScheduledBatch::advance, "block_size"_a,
+           "Counts the tokens as computed; returns the indices of those that filled a block.")
+      .def("append_unknown", &ScheduledBatch::append_unknown, "What they draw is a token that is not known yet.")
+      .def(
+          "settle",
+          [](ScheduledBatch& batch, const std::vector<int32_t>& drawn) {
+            ScheduledBatch::Settled found = batch.settle(drawn);
+            return py::make_tuple(found.watched, found.streamed, found.num_settled);
+          },
+          "drawn"_a,
+          "Says what they drew. Returns the rows that are left to their owner, those of which it wants to hear, and "
+          "how "
+          "many took their token.");
+}
+
 void bind_batch_builder(py::module_& m) {
   py::class_<BatchInfo>(m, "BatchInfo", "What a built step holds.")
       .def_readonly("num_tokens", &BatchInfo::num_tokens)
@@ -143,7 +199,15 @@ void bind_batch_builder(py::module_& m) {
       .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
            "pad_num_tokens"_a = 0,
            "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the "
-           "rest.");
+           "rest.")
+      .def(
+          "build",
+          [](const BatchBuilder& builder, uintptr_t address, const ScheduledBatch& batch, int64_t pad_num_seqs,
+             int64_t pad_num_tokens) {
+            return builder.build(address, {batch.sequences().begin(), batch.sequences().end()}, batch.num_tokens(),
+                                 pad_num_seqs, pad_num_tokens);
+          },
+          "address"_a, "batch"_a, "pad_num_seqs"_a = 0, "pad_num_tokens"_a = 0);
 }
 
 void bind_ngram_index(py::module_& m) {
@@ -241,6 +305,7 @@ PYBIND11_MODULE(_runtime, m) {
   fastattn::bind_token_sequence(m);
   fastattn::bind_block_pool(m);
   fastattn::bind_prefix_tree(m);
+  fastattn::bind_scheduled_batch(m);
   fastattn::bind_batch_builder(m);
   fastattn::bind_ngram_index(m);
   fastattn::bind_kernel_configs(m);

@@ -1,5 +1,6 @@
 #include "runtime/token_sequence.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -20,6 +21,7 @@ void require_tokens(const char* call, const std::vector<int32_t>& tokens) {
 TokenSequence::TokenSequence(std::vector<int32_t> token_ids) {
   require_tokens("", token_ids);
   tokens_ = std::move(token_ids);
+  num_prompt_ = size();
 }
 
 void TokenSequence::extend(const std::vector<int32_t>& tokens) {
@@ -40,6 +42,25 @@ void TokenSequence::settle(int32_t token) {
   require_tokens(".settle", {token});
   if (!has_unknown()) refuse("TokenSequence.settle: the last token is known, expected append_unknown first");
   tokens_.back() = token;
+}
+
+void TokenSequence::end() {
+  has_ended_ = true;
+  if (!has_unknown()) return;
+  tokens_.pop_back();
+  num_computed_ = std::min(num_computed_, size());
+}
+
+void TokenSequence::set_ends(int64_t max_outputs, std::vector<int32_t> stop_token_ids) {
+  if (max_outputs < 1) refuse("TokenSequence.set_ends: max_outputs is ", max_outputs, ", allowed is 1 or more");
+  require_tokens(".set_ends", stop_token_ids);
+  max_outputs_ = max_outputs;
+  stop_token_ids_ = std::move(stop_token_ids);
+  std::sort(stop_token_ids_.begin(), stop_token_ids_.end());
+}
+
+bool TokenSequence::ends_with(int32_t token) const {
+  return num_outputs() + 1 >= max_outputs_ || std::binary_search(stop_token_ids_.begin(), stop_token_ids_.end(), token);
 }
 
 void TokenSequence::truncate(int64_t length) {
@@ -75,11 +96,13 @@ void TokenSequence::add_blocks(const std::vector<int32_t>& blocks) {
     if (block < 0) refuse("TokenSequence.add_blocks: block is ", block, ", allowed is 0 or more");
   }
   blocks_.insert(blocks_.end(), blocks.begin(), blocks.end());
+  for (int32_t block : blocks) max_block_ = std::max(max_block_, block);
 }
 
 std::vector<int32_t> TokenSequence::take_blocks() {
   num_computed_ = 0;
   drafts_.clear();
+  max_block_ = -1;
   return std::exchange(blocks_, {});
 }
 

@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
-from fastattn.engine.engine import Engine, EngineStats
+from fastattn.engine.engine import Engine
 from fastattn.engine.intake import Params, Prepared, Prompt, TokenLists
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.stats import EngineStats
 
 logger = logging.getLogger("fastattn.engine")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastattn._runtime import BatchBuilder, TokenSequence
+from fastattn._runtime import BatchBuilder, ScheduledBatch, TokenSequence
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
 from fastattn.nn import AttentionMetadata
@@ -17,6 +17,7 @@ _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 _STEP = struct.Struct("<8q")
 _ROWS = struct.Struct("<2q")
 _COPY = struct.Struct("<4i")
+_MAX_BATCHES = 256  # of which views are kept
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ class BatchBuffers:
         if host is None:
             host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.host = host
+        self._host_address = host.data_ptr()
         self.device_buffer = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._views = {}
+        self._batches: dict[tuple[int, int, int, int], Batch] = {}  # by their sizes
         for name, (offset, dtype, shape) in self.builder.layout().items():
             torch_dtype = _DTYPES[dtype]
             count = torch.Size(shape).numel() * torch_dtype.itemsize
@@ -120,9 +123,13 @@ class BatchBuffers:
     def fill(self, sequences: list[TokenSequence], num_tokens: list[int], shape: DecodeShape | None = None) -> Step:
         """Writes the host's arrays for these sequences, ``num_tokens[i]`` of sequence i. shape: of the graph that will compute
         them; what is missing to it is made up by sequences that write nothing and see nothing."""
+        return self.fill_batch(ScheduledBatch(sequences, num_tokens), shape)
+
+    def fill_batch(self, batch: ScheduledBatch, shape: DecodeShape | None = None) -> Step:
+        """As `fill`, of what the scheduler gave."""
         self.wait()
-        pad = (0, 0) if shape is None else (shape.num_seqs - len(sequences), shape.num_tokens - sum(num_tokens))
-        info = self.builder.build(self.host.data_ptr(), sequences, num_tokens, *pad)
+        pad = (0, 0) if shape is None else (shape.num_seqs - len(batch), shape.num_tokens - batch.total_tokens)
+        info = self.builder.build(self._host_address, batch, *pad)
         max_seqlen_q = info.max_seqlen_q if shape is None else shape.max_seqlen_q
         return Step(info.num_tokens, info.num_seqs, info.num_logits, max_seqlen_q, info.nbytes, shape is not None)
 
@@ -146,6 +153,17 @@ class BatchBuffers:
             self._copied.synchronize()
 
     def view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int) -> Batch:
+        """The arrays of a step of these sizes. Decode steps have the same ones again and again, and fifteen views cost more than
+        all else that the host does for such a step."""
+        sizes = (num_tokens, num_seqs, num_logits, max_seqlen_q)
+        batch = self._batches.get(sizes)
+        if batch is None:
+            if len(self._batches) == _MAX_BATCHES:
+                self._batches.clear()
+            batch = self._batches[sizes] = self._view(*sizes)
+        return batch
+
+    def _view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int) -> Batch:
         v = self._views
         n = num_logits
         block_table = v["block_table"][:num_seqs]

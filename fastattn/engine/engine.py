@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastattn._runtime import TokenSequence
+from fastattn.engine.arrivals import Arrivals
 from fastattn.engine.config import EngineConfig
-from fastattn.engine.grammar import DEAD_END
 from fastattn.engine.intake import Intake, Params, Prepared, Prompt, TokenLists
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.output_processor import OutputProcessor, RequestGroup
-from fastattn.engine.outputs import FinishReason, RequestMetrics, RequestOutput
+from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.progress import Progress
 from fastattn.engine.ranks import RankError
-from fastattn.engine.request import Request, Status
+from fastattn.engine.request import Needs, Request, Status
 from fastattn.engine.runner import Runner
-from fastattn.engine.sampler import Draw, Sampled, TokenLogprobs
+from fastattn.engine.sampler import Draw, Sampled
+from fastattn.engine.scheduled import Scheduled
 from fastattn.engine.scheduler import Scheduler
 from fastattn.engine.sleep import AsleepError, Bed
 from fastattn.engine.startup import Startup
+from fastattn.engine.stats import EngineStats as EngineStats
+from fastattn.engine.stats import collect_stats
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.speculator import Speculator
@@ -40,50 +41,19 @@ class EngineBusyError(RuntimeError):
         self.num_waiting, self.limit = num_waiting, limit
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start, and the state right now.
-
-    num_drafts: times that guesses of a request were verified; num_draft_tokens: how many in all; num_accepted_tokens: how many
-    of them were right; num_accepted_tokens_per_pos: how often the first, second, … guess was. num_host_hit_tokens: those of the
-    prefix hits that came back from host memory; num_bytes_to_host, num_bytes_from_host: copied, by all ranks together.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_prefix_queried_tokens: int
-    num_prefix_hit_tokens: int
-    num_kv_blocks: int
-    num_usable_kv_blocks: int
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: tuple[int, ...] = ()
-    num_host_kv_blocks: int = 0
-    num_used_host_kv_blocks: int = 0
-    num_host_hit_tokens: int = 0
-    num_bytes_to_host: int = 0
-    num_bytes_from_host: int = 0
-
-
 @dataclass
 class _RunningStep:
-    """A step that was queued. only_decodes: no prompts in it."""
+    """A step that was queued."""
 
-    scheduled: dict[Request, int]
+    scheduled: Scheduled
     draw: Draw | None
     started: float
-    only_decodes: bool
     is_advanced: bool = False
 
     @property
     def must_be_known(self) -> bool:
         """Its draws decide what the next one may be."""
-        return self.draw is not None and any(r.needs_known_tokens for r in self.draw.num_drafted)
+        return bool(self.scheduled.batch.draw_needs & Needs.KNOWN_TOKENS)
 
 
 class Engine:
@@ -119,13 +89,14 @@ class Engine:
         )
         self.scheduler = Scheduler(config, self.kv)
         self._intake = Intake(config, tokenizer, runner.model.config.vocab_size)
+        self._arrivals = Arrivals(config, tokenizer.eos_token_ids)
         self._processor = OutputProcessor(tokenizer)
         self._groups: dict[str, RequestGroup] = {}
         self._owner: dict[Request, RequestGroup] = {}
+        self.progress = Progress(self.scheduler, self._owner, tokenizer.eos_token_ids)
         self._running_step: _RunningStep | None = None  # its draws are not known yet
         self._ended_early: list[Request] = []  # were complete when they came; the next step says so
-        self._num_arrivals = 0
-        self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self.num_steps = self.num_prompt_tokens = 0
 
     # ---- requests in ----
 
@@ -175,7 +146,7 @@ class Engine:
         params = prepared.params
         if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
             raise EngineBusyError(self.scheduler.num_waiting, self.config.max_num_waiting)
-        requests = self._make_requests(request_id, prepared, priority, tenant)
+        requests = self._arrivals.make_requests(request_id, prepared, priority, tenant)
         streams = [self._processor.make_stream(r) for r in requests]
         group = RequestGroup(request_id, prepared.prompt, prepared.token_ids, requests, streams, requests[0].metrics)
         self._groups[request_id] = group
@@ -189,37 +160,6 @@ class Engine:
             self.abort_request(request_id)
             raise
 
-    def _make_requests(self, request_id: str, prepared: Prepared, priority: int, tenant: str) -> list[Request]:
-        params = prepared.params
-        metrics = RequestMetrics(arrival_time=time.monotonic())
-        arrival, self._num_arrivals = self._num_arrivals, self._num_arrivals + 1
-        stop_token_ids = frozenset(
-            [*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.tokenizer.eos_token_ids)]
-        )
-        shares_prompt = self.config.enable_prefix_caching and params.prompt_logprobs is None
-        requests: list[Request] = []
-        for index in range(params.n):
-            requests.append(
-                Request(
-                    request_id=request_id,
-                    index=index,
-                    params=params,
-                    num_prompt_tokens=len(prepared.token_ids),
-                    max_output_tokens=prepared.max_output_tokens,
-                    seq=TokenSequence(prepared.token_ids),
-                    seed=self._seed(params.seed, arrival, index),
-                    arrival=arrival,
-                    priority=priority if self.config.policy == "priority" else 0,
-                    salt=tenant.encode("utf-8", "surrogatepass"),
-                    stop_token_ids=stop_token_ids,
-                    metrics=metrics,
-                    after=requests[0] if requests and shares_prompt else None,
-                    pooling=prepared.pooling,
-                    grammar=prepared.grammar and prepared.grammar.copy(),
-                )
-            )
-        return requests
-
     def _resume(self, request: Request, token_ids: list[int]) -> None:
         """Takes a request to where it was after these tokens: the same state, with what was given out marked as given."""
         group = self._owner[request]
@@ -229,22 +169,15 @@ class Engine:
                     f"add_request: resume_token_ids[{request.index}] has {len(token_ids)} tokens, but this completion "
                     f"ended after {count} ({request.finish_reason})"
                 )
-            self._append(request, token_id)
+            self.progress.append(request, token_id)
+        stream = group.streams[request.index]
+        self.progress.read_text(request, stream)
         if request.finish_reason == "error":
             raise ValueError(f"add_request: resume_token_ids[{request.index}] cannot be: {request.stop_reason}")
         request.num_resumed_tokens = len(token_ids)
-        stream = group.streams[request.index]
         if request.status is Status.FINISHED:
-            stream.finish()
             self._ended_early.append(request)
         group.given_chars[request.index], group.given_tokens[request.index] = stream.num_released, len(token_ids)
-
-    def _seed(self, seed: int | None, arrival: int, index: int) -> int:
-        """A 64-bit seed: the user's own (each further completion counts on from it), or one from the engine's seed."""
-        if seed is None:
-            digest = hashlib.blake2b(f"{self.config.seed}:{arrival}".encode(), digest_size=8).digest()
-            seed = int.from_bytes(digest, "little", signed=True)
-        return (seed + index + 2**63) % 2**64 - 2**63
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request now; its blocks are free when this returns. Returns its last output; None if it is not known."""
@@ -309,14 +242,13 @@ class Engine:
             self.check()
             return None
         copies = self.kv.take_copies()
-        only_decodes = True
-        for request, num_tokens in scheduled.items():
-            if request.seq.num_pending == 1 and request.is_prefilled:
-                continue
-            only_decodes = only_decodes and request.seq.num_pending == 1
+        for index in scheduled.batch.prefills:
+            request = scheduled.requests[index]
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
-            self._num_prompt_tokens += max(0, min(num_tokens, request.num_prompt_tokens - request.seq.num_computed))
+            self.num_prompt_tokens += max(
+                0, min(scheduled[request], request.num_prompt_tokens - request.seq.num_computed)
+            )
         try:
             draw = self.runner.launch(scheduled, drafts, copies)
             self.check()
@@ -326,24 +258,21 @@ class Engine:
             self.kv.lose_copies(copies)
             changed += self._fail(scheduled, error)
             return None
-        return _RunningStep(scheduled, draw, now, only_decodes)
+        return _RunningStep(scheduled, draw, now)
 
     def _advance(self, step: _RunningStep) -> None:
         """Counts a step that still runs as computed, and its draws as tokens whose ids are not known yet."""
         self.trace.phase("schedule")
         self.scheduler.advance(step.scheduled)
         step.is_advanced = True
-        for row, request in enumerate(step.draw.num_drafted if step.draw is not None else ()):
-            goes_on = request.pooling is None and len(request.output_token_ids) + 1 < request.max_output_tokens
-            if goes_on and request.status is Status.RUNNING:
-                request.seq.append_unknown(row)
+        step.scheduled.batch.append_unknown()
 
     def _settle(self, step: _RunningStep) -> list[Request]:
         """Waits for what a step drew and hands it to its requests, but for those that have ended since. Returns those of which
         there is something to tell."""
         self.trace.phase("wait")
         try:
-            sampled = step.draw.result() if step.draw is not None else Sampled([], [], [], [])
+            sampled = step.draw.result() if step.draw is not None else Sampled({}, [], None)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -351,33 +280,42 @@ class Engine:
         self.trace.phase("outputs")
         if not step.is_advanced:
             self.scheduler.advance(step.scheduled)
-        self._num_steps += 1
+        self.num_steps += 1
         now = time.monotonic()
-        changed = []
-        for i, request in enumerate(sampled.requests):
-            if request.status is Status.FINISHED:
-                continue
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-                if self.startup is not None and "first_token" not in self.startup.seconds:
-                    self.startup.end(now - request.metrics.arrival_time)
-            if request.pooling is not None:
-                self._end_pooling(request)
-                changed.append(request)
-                continue
-            if self.speculator is not None and sampled.num_drafted[i] > 0:
-                self.speculator.record(request, sampled.num_drafted[i], len(sampled.token_ids[i]) - 1)
-            self._extend(request, sampled.token_ids[i], sampled.logprobs[i])
-            if request.params.output_kind != "final" or request.finish_reason is not None:
-                changed.append(request)
+        # One by one only those of whom there is more to do than that they have a token more.
+        rows: Iterable[int] = range(len(sampled.requests))
+        told: list[int] = []
+        if not sampled.has_drafts:
+            rows, told, num_settled = step.scheduled.batch.settle(sampled.drawn)
+            self.progress.num_generated_tokens += num_settled
+        told += [row for row in rows if self._settle_one(sampled, row, now)]
         if self.config.debug_checks:
             self.kv.check()
             if self.speculator is not None:
                 self.speculator.check()
-        if self.speculator is not None and step.only_decodes:
-            num_drafts = sum(step.scheduled.values()) - len(step.scheduled)
+        if self.speculator is not None and step.scheduled.batch.only_decodes:
+            num_drafts = step.scheduled.batch.total_tokens - len(step.scheduled)
             self.speculator.record_step(len(step.scheduled), num_drafts, time.monotonic() - step.started)
-        return changed
+        return [sampled.requests[row] for row in sorted(told)]
+
+    def _settle_one(self, sampled: Sampled, index: int, now: float) -> bool:
+        """Hands a request what was drawn for it. Returns whether there is something to tell."""
+        request = sampled.requests[index]
+        if request.status is Status.FINISHED:
+            return False
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+            request.saw_first_token()
+            if self.startup is not None and "first_token" not in self.startup.seconds:
+                self.startup.end(now - request.metrics.arrival_time)
+        if request.pooling is not None:
+            self.progress.end_pooling(request)
+            return True
+        token_ids, logprobs = sampled.of(index)
+        if self.speculator is not None and sampled.num_drafted[index] > 0:
+            self.speculator.record(request, sampled.num_drafted[index], len(token_ids) - 1)
+        self.progress.extend(request, token_ids, logprobs)
+        return request.params.output_kind != "final" or request.finish_reason is not None
 
     def _fail(self, requests: Iterable[Request], error: Exception) -> list[Request]:
         """Ends all requests of a step that could not be computed. Nothing of it was cached, so the others go on."""
@@ -387,65 +325,6 @@ class Engine:
             self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
         return failed
 
-    def _extend(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
-        """Adds what a step gave, all but the last of them accepted drafts; what comes after its end is dropped."""
-        group = self._owner[request]
-        for i, token_id in enumerate(token_ids):
-            if i > 0:
-                self.scheduler.accept(request)
-            if token_id < 0:
-                self.scheduler.finish(request, "error", _why_no_token(request))
-                break
-            try:
-                self._append(request, token_id)
-            except Exception as error:  # of its text or its grammar; the others of the step are not to blame
-                logger.error("request %r ends with an error", request.request_id, exc_info=error)
-                self.scheduler.finish(request, "error", f"{type(error).__name__}: {error}")
-                break
-            self._num_generated_tokens += 1
-            if logprobs is not None:
-                request.logprobs.append(logprobs[i])
-                group.cumulative_logprobs[request.index] += logprobs[i][token_id][0]
-            if request.status is Status.FINISHED:
-                break
-
-    def _end_pooling(self, request: Request) -> None:
-        if request.embedding is None or not all(map(math.isfinite, request.embedding)):
-            request.embedding = None
-            self.scheduler.finish(request, "error", "the hidden states are not finite")
-        else:
-            self.scheduler.finish(request, "stop")
-
-    def _append(self, request: Request, token_id: int) -> None:
-        """Adds a generated token and ends the request if this was its last."""
-        if request.seq.has_unknown:
-            request.seq.settle(token_id)
-        else:
-            request.seq.append(token_id)
-        request.output_token_ids.append(token_id)
-        if request.params.has_penalties:
-            request.output_counts[token_id] += 1
-        ended: tuple[FinishReason, int | str | None] | None = None
-        grammar = request.grammar
-        if token_id in request.stop_token_ids:
-            ended = ("stop", token_id)  # the end token itself gives no text
-            # A dead end, such as a character that no token spells, leaves nothing but the end token.
-            if grammar is not None and token_id in self.tokenizer.eos_token_ids and not grammar.accepting:
-                ended = ("error", grammar.error or DEAD_END)
-        else:
-            if grammar is not None:
-                grammar.accept(token_id)
-            may_stop = len(request.output_token_ids) >= request.params.min_tokens
-            stop = self._owner[request].streams[request.index].push(token_id, may_stop)
-            if stop is not None:
-                ended = ("stop", stop)
-            elif grammar is not None and (grammar.finished or grammar.error):
-                ended = ("error", grammar.error) if grammar.error else ("stop", None)
-            elif len(request.output_token_ids) >= request.max_output_tokens:
-                ended = ("length", None)
-        if ended is not None:
-            self.scheduler.finish(request, *ended)
-
     def _give_all(self, requests: Sequence[Request]) -> list[RequestOutput]:
         # One that was complete when it came may have been aborted since.
         groups = {request.request_id: self._owner[request] for request in requests if request in self._owner}
@@ -453,17 +332,17 @@ class Engine:
 
     def _give(self, group: RequestGroup) -> RequestOutput | None:
         for request, stream in zip(group.requests, group.streams, strict=True):
-            if request.status is Status.FINISHED:
-                stream.finish()
-                if self.speculator is not None:
-                    self.speculator.release(request)
-        if group.finished:
+            self.progress.read_text(request, stream)
+            if self.speculator is not None and request.status is Status.FINISHED:
+                self.speculator.release(request)
+        finished = group.finished
+        if finished:
             group.metrics.finished_time = time.monotonic()
             self.trace.request(group)
             del self._groups[group.request_id]
             for request in group.requests:
                 del self._owner[request]
-        return self._processor.output(group)
+        return self._processor.output(group, finished)
 
     # ---- sleep ----
 
@@ -515,34 +394,4 @@ class Engine:
         return bool(self._groups)
 
     def stats(self) -> EngineStats:
-        speculator = self.speculator
-        accepted = tuple(speculator.num_accepted_per_position) if speculator is not None else ()
-        block_bytes = self.runner.kv_block_bytes
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=self.scheduler.num_waiting,
-            num_steps=self._num_steps,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            num_prefix_queried_tokens=self.kv.num_queried_tokens,
-            num_prefix_hit_tokens=self.kv.num_hit_tokens,
-            num_kv_blocks=self.config.num_kv_blocks,
-            num_usable_kv_blocks=self.kv.num_usable_blocks,
-            num_drafts=speculator.num_drafts if speculator is not None else 0,
-            num_draft_tokens=speculator.num_draft_tokens if speculator is not None else 0,
-            num_accepted_tokens=sum(accepted),
-            num_accepted_tokens_per_pos=accepted,
-            num_host_kv_blocks=self.config.num_host_kv_blocks,
-            num_used_host_kv_blocks=self.kv.host.num_used if self.kv.host is not None else 0,
-            num_host_hit_tokens=self.kv.num_host_hit_tokens,
-            num_bytes_to_host=self.kv.num_blocks_to_host * block_bytes,
-            num_bytes_from_host=self.kv.num_blocks_from_host * block_bytes,
-        )
-
-
-def _why_no_token(request: Request) -> str:
-    """What to say of a row of logits that nothing could be drawn from."""
-    if request.grammar is None:
-        return "the logits are not finite"
-    return request.grammar.error or "the logits are not finite for any token that the grammar allows"
+        return collect_stats(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-from fastattn._runtime import BlockPool, PrefixTree
+from fastattn._runtime import BlockPool, PrefixTree, ScheduledBatch
 from fastattn.engine.host_tier import HostTier
 from fastattn.engine.request import Request, Status
 
@@ -157,6 +157,14 @@ class KVCacheManager:
             return False
         request.seq.add_blocks(blocks)
         return True
+
+    def reserve_decodes(self, batch: ScheduledBatch) -> bool:
+        """Makes room for one more token of each; False, with no blocks given out, if there are too few."""
+        missing = self.pool.grow(batch, self.block_size)
+        if missing > 0:
+            self._evict(missing)
+            missing = self.pool.grow(batch, self.block_size)
+        return missing == 0
 
     def _evict(self, num_blocks: int) -> None:
         if self.host is None:

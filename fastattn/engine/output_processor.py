@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastattn.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -20,9 +21,11 @@ class TextStream:
         self._stop, self._include_stop = stop, include_stop
         self.text = ""  # everything decoded so far, cut at a stop string
         self.num_released = 0  # characters of `text` that can no longer be part of a stop string
+        self.num_tokens = 0  # that it is made of
 
     def push(self, token_id: int, may_stop: bool = True) -> str | None:
         """Adds a token. Returns the stop string that it completed, if any; `text` then ends there."""
+        self.num_tokens += 1
         piece = self._decoder.step(token_id)
         if not piece:
             return None
@@ -41,6 +44,12 @@ class TextStream:
             return stop
         self.num_released = len(self.text) - self._num_held_back()
         return None
+
+    def catch_up(self, token_ids: Sequence[int]) -> None:
+        """Adds tokens that came while nobody looked at the text, which has no stop strings."""
+        self.num_tokens += len(token_ids)
+        self.text += self._decoder.steps(token_ids)
+        self.num_released = len(self.text)
 
     def finish(self) -> None:
         """No more tokens: nothing is held back any longer."""
@@ -78,7 +87,7 @@ class RequestGroup:
 
     @property
     def finished(self) -> bool:
-        return all(r.status is Status.FINISHED for r in self.requests)
+        return not [request for request in self.requests if request.status is not Status.FINISHED]
 
 
 class OutputProcessor:
@@ -89,29 +98,30 @@ class OutputProcessor:
         p = request.params
         return TextStream(self._tokenizer, p.stop_strings, p.include_stop_str_in_output, p.skip_special_tokens)
 
-    def output(self, group: RequestGroup) -> RequestOutput | None:
+    def output(self, group: RequestGroup, finished: bool) -> RequestOutput | None:
         """What is new for the user, or None if they asked only for the end and it is not there yet."""
-        kind = group.requests[0].params.output_kind
-        if kind == "final" and not group.finished:
+        first = group.requests[0]
+        kind = first.params.output_kind
+        if kind == "final" and not finished:
             return None
         outputs = [self._completion(group, i, delta=kind == "delta") for i in range(len(group.requests))]
-        first = group.requests[0]
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=group.prompt_token_ids,
             outputs=outputs,
-            finished=group.finished,
+            finished=finished,
             metrics=group.metrics,
             num_cached_tokens=first.num_cached_tokens,
-            prompt_logprobs=self._prompt_logprobs(first),
+            prompt_logprobs=None if first.params.prompt_logprobs is None else self._prompt_logprobs(first),
             embedding=first.embedding,
         )
 
     def _completion(self, group: RequestGroup, index: int, delta: bool) -> CompletionOutput:
         request, stream = group.requests[index], group.streams[index]
         from_char, from_token = (group.given_chars[index], group.given_tokens[index]) if delta else (0, 0)
-        group.given_chars[index], group.given_tokens[index] = stream.num_released, len(request.output_token_ids)
+        token_ids = request.seq.outputs(from_token)
+        group.given_chars[index], group.given_tokens[index] = stream.num_released, from_token + len(token_ids)
         logprobs = None
         if request.params.logprobs is not None:
             # Those of resumed tokens went with the engine that drew them.
@@ -120,7 +130,7 @@ class OutputProcessor:
         return CompletionOutput(
             index=index,
             text=stream.text[from_char : stream.num_released],
-            token_ids=request.output_token_ids[from_token:],
+            token_ids=token_ids,
             cumulative_logprob=group.cumulative_logprobs[index] if logprobs is not None else None,
             logprobs=logprobs,
             finish_reason=request.finish_reason,
@@ -128,9 +138,7 @@ class OutputProcessor:
         )
 
     def _prompt_logprobs(self, request: Request) -> list[dict[int, Logprob] | None] | None:
-        if request.params.prompt_logprobs is None or (
-            not request.is_prefilled and request.status is not Status.FINISHED
-        ):
+        if not request.is_prefilled and request.status is not Status.FINISHED:
             return None
         return [None if row is None else self._describe(row) for row in request.prompt_logprobs]
 

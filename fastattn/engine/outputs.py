@@ -17,7 +17,7 @@ class Logprob:
     decoded_token: str
 
 
-@dataclass
+@dataclass(slots=True)  # many a step are made of these two
 class CompletionOutput:
     """One completion of a prompt. In a "delta" stream, text, token_ids and logprobs are only what is new."""
 
@@ -49,7 +49,7 @@ class RequestMetrics:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestOutput:
     """A prompt and its completions so far, or the embedding of it (its one completion is empty then)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fastattn._runtime import TokenSequence
 from fastattn.engine.outputs import FinishReason, RequestMetrics
@@ -14,6 +14,19 @@ from fastattn.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from fastattn.engine.grammar import Grammar
+
+
+class Needs:
+    """What a request asks of a step beyond the common, as bits; a batch has those of all its requests (`ScheduledBatch.needs`).
+
+    OWN_LOGITS: draws from other logits than the model's, or wants to know some of them. KNOWN_TOKENS: its next draw depends on
+    all tokens before it in a way that only the host can compute. PROMPT_LOGPROBS, POOLING: wants something of its prompt.
+    """
+
+    OWN_LOGITS: Final = 1
+    KNOWN_TOKENS: Final = 2
+    PROMPT_LOGPROBS: Final = 4
+    POOLING: Final = 8
 
 
 class Status(enum.Enum):
@@ -54,19 +67,41 @@ class Request:
     host_blocks: list[int] = field(default_factory=list)
     num_charged: int = 0  # tokens whose computation its tenant has paid for (policy "fair")
     num_resumed_tokens: int = 0  # the first output tokens, which another engine generated
-    output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, tuple[float, int]] | None] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         p = self.params
-        # Asked of every request in every step, so they are computed once: whether the next draw depends on all tokens before
-        # it in a way that only the host can compute, and whether it is from the logits as they are and nothing else is told.
-        self.needs_known_tokens = self.grammar is not None or p.has_penalties
+        # What is asked of every request in every step is told to the runtime once.
+        known_tokens = self.grammar is not None or p.has_penalties
         bans_stop = p.min_tokens > 0 and bool(self.stop_token_ids)
-        self.is_plain = not (self.needs_known_tokens or p.logit_bias or bans_stop or p.logprobs is not None)
+        own_logits = known_tokens or bool(p.logit_bias) or bans_stop or p.logprobs is not None
+        self.seq.needs = (
+            Needs.OWN_LOGITS * own_logits
+            | Needs.KNOWN_TOKENS * known_tokens
+            | Needs.PROMPT_LOGPROBS * (p.prompt_logprobs is not None)
+            | Needs.POOLING * (self.pooling is not None)
+        )
+        self.seq.is_streamed = p.output_kind != "final"
+        # Whether its text may end it; else it is made when somebody is shown it.
+        self.reads_text = bool(p.stop_strings) or self.grammar is not None
+        self.seq.set_ends(self.max_output_tokens, list(self.stop_token_ids))
         self.seq.set_sampling(float(p.temperature), max(p.top_k, 0), float(p.top_p), float(p.min_p), self.seed)
+
+    def saw_first_token(self) -> None:
+        """From now on the host looks at its tokens only if it has to; at the first it always does."""
+        p = self.params
+        self.seq.is_watched = self.reads_text or p.has_penalties or p.logprobs is not None or self.pooling is not None
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of those that are known."""
+        return self.seq.outputs()
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.seq.num_outputs
 
     @property
     def num_pending_tokens(self) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastattn import ops
+from fastattn._runtime import ScheduledBatch
 from fastattn.engine.batch import Batch, BatchBuffers, Step, decode_shapes
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape
@@ -22,8 +23,9 @@ from fastattn.engine.kv_scales import warn_of_ones
 from fastattn.engine.pooler import Pooler
 from fastattn.engine.query_groups import group_size, in_groups
 from fastattn.engine.ranks import RankGroup
-from fastattn.engine.request import Request
+from fastattn.engine.request import Needs, Request
 from fastattn.engine.sampler import Draw, Sampler, token_logprobs
+from fastattn.engine.scheduled import Scheduled
 from fastattn.engine.trace import NO_TRACE, NoTrace
 from fastattn.models.decoder import DecoderModel
 from fastattn.nn import KVMemory, kv_cache_format
@@ -104,35 +106,39 @@ class Runner:
 
     @torch.inference_mode()
     def launch(
-        self, scheduled: dict[Request, int], drafts: Drafts | None = None, copies: Sequence[BlockCopy] = ()
+        self, scheduled: Scheduled, drafts: Drafts | None = None, copies: Sequence[BlockCopy] = ()
     ) -> Draw | None:
         """Queues a step, after the one before it. Tokens of that one that the host does not know yet are taken from the device
         (`TokenSequence.append_unknown`). None: nobody's next token comes of it."""
         self.trace.phase("build")
         step = self._fill(scheduled)
         self.trace.phase("launch")
-        wanted = _prompt_rows(scheduled)
+        needs = scheduled.batch.needs
+        wanted = _prompt_rows(scheduled) if needs & Needs.PROMPT_LOGPROBS else []
         rows = tuple((first, len(targets)) for _, first, targets in wanted)
-        computed = self.compute(replace(step, extra_rows=rows, copies=tuple(copies)))
+        if rows or copies:
+            step = replace(step, extra_rows=rows, copies=tuple(copies))
+        computed = self.compute(step)
         for (request, _, targets), logits in zip(wanted, computed.extra_logits, strict=True):
             ids = torch.tensor(targets, dtype=torch.int32, device=self.device)
             request.prompt_logprobs += token_logprobs(logits, ids, [request.params.prompt_logprobs or 0] * len(targets))
-        if computed.hidden is not None:
+        if needs & Needs.POOLING:
+            assert computed.hidden is not None
             self.pooler.pool(computed.hidden, scheduled)
         self.trace.phase("sample")
-        num_drafted = {r: over for r, n in scheduled.items() if (over := n - r.seq.num_pending) >= 0}
+        num_drafted = scheduled.num_drafted
         if not num_drafted:
             return None
         # Without the rows that only fill up a graph.
         num_rows = len(num_drafted) + sum(num_drafted.values())
         batch = self.buffers.view(step.num_tokens, step.num_seqs, num_rows, step.max_seqlen_q)
-        draw = self.sampler.launch(computed.logits[:num_rows], batch, num_drafted, drafts)
+        draw = self.sampler.launch(computed.logits[:num_rows], batch, num_drafted, scheduled.batch.draw_needs, drafts)
         if self.buffers.drawn is not None:
             self.buffers.drawn[:num_rows].copy_(draw.token_ids)
         return draw
 
     @torch.inference_mode()
-    def forward(self, scheduled: dict[Request, int], num_rows: int) -> tuple[torch.Tensor, Batch]:
+    def forward(self, scheduled: Scheduled, num_rows: int) -> tuple[torch.Tensor, Batch]:
         """Logits (num_rows, vocab_size) of the sequences whose tokens are all in the step, and the columns to draw from
         them with; valid until the next step."""
         step = self._fill(scheduled)
@@ -195,22 +201,20 @@ class Runner:
             else:
                 ops.swap_blocks(self.host_blocks, blocks, pairs)
 
-    def _fill(self, scheduled: dict[Request, int]) -> Step:
+    def _fill(self, scheduled: Scheduled) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""
-        sequences, num_tokens = [r.seq for r in scheduled], list(scheduled.values())
-        shape = self._graph_shape(scheduled)
+        shape = self._graph_shape(scheduled.batch)
         if shape is not None and self.graphs is not None and shape not in self.graphs:
             # A step of padding alone is harmless to run and to record.
             self.compute(replace(self.buffers.fill([], [], shape), capture=True))
-        return self.buffers.fill(sequences, num_tokens, shape)
+        return self.buffers.fill_batch(scheduled.batch, shape)
 
-    def _graph_shape(self, scheduled: dict[Request, int]) -> DecodeShape | None:
-        if self.graphs is None or not scheduled or self._calibrates:
+    def _graph_shape(self, batch: ScheduledBatch) -> DecodeShape | None:
+        if self.graphs is None or len(batch) == 0 or self._calibrates:
             return None
-        for r in scheduled:
-            if r.seq.num_pending != 1 or r.params.prompt_logprobs is not None or r.pooling is not None:
-                return None
-        return self.graphs.shapes.fit(len(scheduled), sum(scheduled.values()))
+        if not batch.only_decodes or batch.needs & (Needs.PROMPT_LOGPROBS | Needs.POOLING):
+            return None
+        return self.graphs.shapes.fit(len(batch), batch.total_tokens)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache, batch.drawn)
@@ -236,7 +240,7 @@ class Runner:
         return self.model.logits(self._hidden(batch), out)
 
 
-def _prompt_rows(scheduled: dict[Request, int]) -> list[tuple[Request, int, list[int]]]:
+def _prompt_rows(scheduled: Scheduled) -> list[tuple[Request, int, list[int]]]:
     """Whose prompt tokens are predicted in this step: (request, first row that predicts one, the tokens)."""
     wanted = []
     row = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from fastattn import ops
 from fastattn.engine.batch import Batch
 from fastattn.engine.grammar import Grammar, GrammarMasks
-from fastattn.engine.request import Request
+from fastattn.engine.request import Needs, Request
 
 if TYPE_CHECKING:
     from fastattn.speculative.proposer import Drafts
@@ -26,15 +27,37 @@ TokenLogprobs = dict[int, tuple[float, int]]  # token id -> (natural log-probabi
 _BANNED = float("-inf")
 
 
-@dataclass(frozen=True)
 class Sampled:
-    """What requests[i] goes on with: token_ids[i], of which all but the last were its drafts (num_drafted[i] were verified);
-    -1 means that its logits were not numbers. logprobs[i]: a row for each token, or None if not asked for."""
+    """What a step drew, on the host: drawn[row], of which each of ``requests`` has one for each of its num_drafted drafts, and
+    one more; -1 means that the row's logits were not numbers."""
 
-    requests: list[Request]
-    token_ids: list[list[int]]
-    logprobs: list[list[TokenLogprobs] | None]
-    num_drafted: list[int]
+    def __init__(
+        self, num_drafted: dict[Request, int], drawn: list[int], logprobs: Iterator[TokenLogprobs] | None
+    ) -> None:
+        """logprobs: of the rows of those who asked for them."""
+        self.requests, self.drawn = list(num_drafted), drawn
+        self.num_drafted = list(num_drafted.values())
+        self.has_drafts = len(drawn) > len(self.requests)
+        self._first_row = [0, *accumulate(count + 1 for count in self.num_drafted)] if self.has_drafts else None
+        self._logprobs = (
+            {}
+            if logprobs is None
+            else {
+                request: [next(logprobs) for _ in range(count + 1)]
+                for request, count in num_drafted.items()
+                if request.params.logprobs is not None
+            }
+        )
+
+    def of(self, index: int) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """What requests[index] goes on with: tokens, of which all but the last were its drafts, and a row for each if it asked."""
+        request, count = self.requests[index], self.num_drafted[index]
+        at = index if self._first_row is None else self._first_row[index]
+        tokens = self.drawn[at : at + count + 1]
+        if count > 0:
+            tokens = _accepted(tokens, request.seq.drafts)
+        logprobs = self._logprobs.get(request)
+        return tokens, None if logprobs is None else logprobs[: len(tokens)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ class _Row:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.request.output_token_ids) + self.request.seq.has_unknown + self.num_accepted
+        return self.request.num_output_tokens + self.request.seq.has_unknown + self.num_accepted
 
     @property
     def is_adjusted(self) -> bool:
@@ -86,19 +109,11 @@ class Draw:
         if self._copied is not None:
             self._copied.synchronize()
         drawn: list[int] = self._host[0].tolist()
-        rows = self._logprob_rows(drawn)
-        found, at = Sampled(list(self.num_drafted), [], [], list(self.num_drafted.values())), 0
-        for request, count in self.num_drafted.items():
-            tokens = _accepted(drawn[at : at + count + 1], request.seq.drafts) if count else drawn[at : at + 1]
-            found.token_ids.append(tokens)
-            own = None if request.params.logprobs is None else [next(rows) for _ in range(count + 1)][: len(tokens)]
-            found.logprobs.append(own)
-            at += count + 1
-        return found
+        return Sampled(self.num_drafted, drawn, self._logprob_rows(drawn))
 
-    def _logprob_rows(self, drawn: list[int]) -> Iterator[TokenLogprobs]:
+    def _logprob_rows(self, drawn: list[int]) -> Iterator[TokenLogprobs] | None:
         if self._logprobs is None:
-            return iter(())
+            return None
         index, num_top = self._logprobs.index, self._logprobs.num_top
         return iter(_describe([drawn[i] for i in index], num_top, *(t.tolist() for t in self._host[1:])))
 
@@ -108,17 +123,22 @@ class Sampler:
         self._masks = GrammarMasks()
 
     def launch(
-        self, logits: torch.Tensor, batch: Batch, num_drafted: dict[Request, int], drafts: Drafts | None = None
+        self,
+        logits: torch.Tensor,
+        batch: Batch,
+        num_drafted: dict[Request, int],
+        needs: int,
+        drafts: Drafts | None = None,
     ) -> Draw:
         """logits (n, vocab_size) of the requests whose next token is wanted, 1 + num_drafted rows each; may be overwritten.
-        drafts: where the drafts come from, if they were drawn.
+        needs: `Needs` of all of them together. drafts: where the drafts come from, if they were drawn.
 
         Each row's token is drawn as if the drafts before it were right; it counts as long as they are. A draft is right if
         it is what was drawn, so the text is that of one token a step. Where a draft was itself drawn at random, its row
         says yes or draws again so that the distribution stays (`ops.speculative_sample`).
         """
         columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position)
-        if drafts is None and all(r.is_plain for r in num_drafted):
+        if drafts is None and not needs & Needs.OWN_LOGITS:
             return Draw(num_drafted, ops.sample(logits, *columns), None)
         rows = [_Row(r, r.seq.drafts[:d], j) for r, d in num_drafted.items() for j in range(d + 1)]
         raw = logits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fastattn._runtime import ScheduledBatch
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.outputs import FinishReason
 from fastattn.engine.request import Request, Status
+from fastattn.engine.scheduled import Scheduled
 from fastattn.engine.waiting import OUTPUT_COST, PROMPT_COST, FairQueue, OrderedQueue, WaitingQueue
 
 # A token that comes back from the host takes an eighth of the time of one that is computed: 2.7 µs and 21 µs of an 8B model
@@ -25,8 +27,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.config = config
         self.kv = kv
-        is_fair = config.policy == "fair"
-        self.waiting: WaitingQueue = FairQueue() if is_fair else OrderedQueue(config.max_waiting_steps)
+        self._is_fair = config.policy == "fair"
+        self.waiting: WaitingQueue = FairQueue() if self._is_fair else OrderedQueue(config.max_waiting_steps)
         self.num_waiting = 0
         self._num_gone = 0  # ended while they waited, since the queue was told to forget such
         self.running: list[Request] = []  # in the order of `sort_key`
@@ -37,16 +39,14 @@ class Scheduler:
         self.num_waiting += 1
         self.waiting.push(request)
 
-    def schedule(self) -> dict[Request, int]:
+    def schedule(self) -> Scheduled:
         self.waiting.next_step()
-        scheduled: dict[Request, int] = {}
-        budget = self.config.max_num_batched_tokens
+        # Decodes first: somebody is reading their stream.
+        scheduled, decodes, others = self._schedule_decodes()
+        budget = self.config.max_num_batched_tokens - len(scheduled)
         preempted = False
-        # Decodes first: somebody is reading their stream. Of who has nothing pending the token that is being drawn is the last.
-        decodes = [r for r in self.running if r.seq.num_pending == 1]
-        prefills = [r for r in self.running if r.seq.num_pending > 1]
-        num_decodes = len(decodes)
-        for request in [*decodes, *prefills]:
+        num_decodes = sum(r.seq.num_pending == 1 for r in others)
+        for request in others:
             num_decodes = max(0, num_decodes - 1)  # those behind it
             if request.status is not Status.RUNNING:  # preempted for one before it
                 continue
@@ -68,14 +68,34 @@ class Scheduler:
         # After a preemption nobody new is let in: the blocks would be taken from those who just gave way.
         if not preempted:
             self._admit(scheduled, budget)
+        if decodes is not None and not preempted and len(scheduled) == len(decodes):
+            scheduled.batch = decodes  # nobody else is in the step
         return scheduled
+
+    def _schedule_decodes(self) -> tuple[Scheduled, ScheduledBatch | None, list[Request]]:
+        """One token of each running request that has one to compute, all of them at once, and who else has some to compute. If
+        they have drafts, or there is no room for all, those are all, to be looked at one by one, decodes first.
+
+        Of who has nothing to compute the token that is being drawn is the last.
+        """
+        running = self.running
+        batch, rest = ScheduledBatch.of_decodes([request.seq for request in running])
+        others = [running[i] for i in rest]
+        has_drafts = any(r.seq.num_pending == 1 for r in others)
+        if has_drafts or len(batch) > self.config.max_num_batched_tokens or not self.kv.reserve_decodes(batch):
+            decodes = [r for r in running if r.seq.num_pending == 1]
+            return Scheduled(), None, [*decodes, *(r for r in running if r.seq.num_pending > 1)]
+        scheduled = Scheduled(dict.fromkeys(running, 1))
+        for request in others:
+            del scheduled[request]
+        return scheduled, batch, [r for r in others if r.seq.num_pending > 1]
 
     def _num_drafts(self, request: Request, room: int) -> int:
         """How many of its drafts a decode may bring: what others need comes first, in the step and in the cache."""
         num_drafts = min(request.seq.num_drafts, max(0, room))
         return num_drafts if self.kv.reserve(request, 1 + num_drafts) else 0
 
-    def _admit(self, scheduled: dict[Request, int], budget: int) -> None:
+    def _admit(self, scheduled: Scheduled, budget: int) -> None:
         held_back, num_before = [], len(self.running)
         while budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting.first()
@@ -117,26 +137,29 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(request)
 
-    def advance(self, scheduled: dict[Request, int]) -> None:
+    def advance(self, scheduled: Scheduled) -> None:
         """The step was computed: its tokens' KV is in the cache now. Call before the sampled tokens are appended.
 
         Drafts are no tokens yet. What was computed of those that are rejected lies past `num_computed` and is overwritten.
         """
-        for request, num_tokens in scheduled.items():
-            if request.status is Status.RUNNING:
-                self._count_computed(request, min(num_tokens, request.seq.num_pending))
+        filled = scheduled.batch.advance(self.config.block_size)
+        if self.config.enable_prefix_caching:
+            for index in filled:
+                self.kv.remember(scheduled.requests[index])
+        if self._is_fair:
+            for request in scheduled:
+                self._charge(request)
 
     def accept(self, request: Request) -> None:
         """The token that was appended last was a draft of the step, so its KV is in the cache already."""
-        self._count_computed(request, 1)
-
-    def _count_computed(self, request: Request, num_tokens: int) -> None:
-        before = request.seq.num_computed
-        request.seq.num_computed = now = before + num_tokens
-        if now // self.config.block_size > before // self.config.block_size:
+        request.seq.num_computed += 1
+        if request.seq.num_computed % self.config.block_size == 0:
             self.kv.remember(request)
+        self._charge(request)
+
+    def _charge(self, request: Request) -> None:
         # What is computed again after a preemption is not paid for again.
-        if (new := now - request.num_charged) > 0:
+        if (new := request.seq.num_computed - request.num_charged) > 0:
             self.waiting.charge(request, OUTPUT_COST * new)
             request.num_charged += new
 
@@ -150,6 +173,7 @@ class Scheduler:
             self.num_waiting -= 1
             self._num_gone += 1
         self.kv.release(request)
+        request.seq.end()
         request.status = Status.FINISHED
         if self._num_gone > self.num_waiting + 64:  # so that what is kept of them is never the most
             self.waiting.forget_ended()

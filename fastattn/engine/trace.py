@@ -156,7 +156,7 @@ class Trace(NoTrace):
             "finish_reason": ", ".join(str(request.finish_reason) for request in requests),
             "prompt_tokens": len(group.prompt_token_ids),
             "cached_tokens": requests[0].num_cached_tokens,
-            "output_tokens": sum(len(request.output_token_ids) for request in requests),
+            "output_tokens": sum(request.num_output_tokens for request in requests),
             "preemptions": m.num_preemptions,
         }
         spans = [("request", moments[0], end, about)]

@@ -31,6 +31,51 @@ def _decoder_json(pipeline: Pipeline) -> str:
     return state.decode() if isinstance(state, bytes) else str(state)
 
 
+class _TokenBytes(dict[int, bytes]):
+    """What each token adds to a byte-level text, by its id; looked up when it is first met."""
+
+    def __init__(self, pipeline: Pipeline, skip_special_tokens: bool) -> None:
+        self._pipeline = pipeline
+        added = pipeline.get_added_tokens_decoder() if skip_special_tokens else {}
+        super().__init__({token_id: b"" for token_id, token in added.items() if token.special})
+
+    def __missing__(self, token_id: int) -> bytes:
+        piece = str(
+            self._pipeline.id_to_token(token_id) or ""
+        )  # a model's vocabulary may be wider than the tokenizer's
+        known = _BYTE_OF.keys() >= set(piece)
+        self[token_id] = found = bytes(_BYTE_OF[char] for char in piece) if known else piece.encode()
+        return found
+
+
+class ByteStream:
+    """As `TokenStream`, with the same pieces, where the text is no more than the tokens' bytes one after the other: so it takes
+    a third of the time, and many tokens at once a twentieth."""
+
+    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+        self._bytes = token_bytes
+        self._rest = b""
+
+    def step(self, token_id: int) -> str | None:
+        """The text that became complete with this token, or None."""
+        data = self._rest + self._bytes[token_id]
+        text = data.decode(errors="replace")
+        if text.endswith("\ufffd"):
+            self._rest = data
+            return None
+        self._rest = b""
+        return text or None
+
+    def steps(self, token_ids: Sequence[int]) -> str:
+        """The text that became complete with these tokens."""
+        data = self._rest + b"".join(map(self._bytes.__getitem__, token_ids))
+        text = data.decode(errors="replace")
+        if text.endswith("\ufffd"):  # which token the last whole character ended with is not seen at once
+            return "".join(piece for token_id in token_ids if (piece := self.step(token_id)))
+        self._rest = b""
+        return text
+
+
 class TokenStream:
     """Text of tokens that come one by one. Holds back bytes that do not make a whole character yet."""
 
@@ -42,6 +87,10 @@ class TokenStream:
         """The text that became complete with this token, or None."""
         piece: str | None = self._stream.step(self._pipeline, token_id)
         return piece
+
+    def steps(self, token_ids: Sequence[int]) -> str:
+        """The text that became complete with these tokens."""
+        return "".join(piece for token_id in token_ids if (piece := self.step(token_id)))
 
 
 class Tokenizer:
@@ -65,7 +114,10 @@ class Tokenizer:
         self._control = find_control_tokens(pipeline, chat_template)
         self._marker = Marker(frozenset(self._control.values()))
         self._added = frozenset(pipeline.get_added_tokens_decoder())
-        self._is_byte_level = '"ByteLevel"' in _decoder_json(pipeline)
+        decoder = _decoder_json(pipeline)
+        self._is_byte_level = '"ByteLevel"' in decoder
+        self._is_all_bytes = self._is_byte_level and json.loads(decoder)["type"] == "ByteLevel"
+        self._token_bytes: dict[bool, _TokenBytes] = {}  # by whether special tokens have none
 
     @property
     def vocab_size(self) -> int:
@@ -116,8 +168,12 @@ class Tokenizer:
         text: str = self._pipeline.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream(self, skip_special_tokens: bool = True) -> TokenStream:
-        return TokenStream(self._pipeline, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True) -> TokenStream | ByteStream:
+        if not self._is_all_bytes:
+            return TokenStream(self._pipeline, skip_special_tokens)
+        if skip_special_tokens not in self._token_bytes:
+            self._token_bytes[skip_special_tokens] = _TokenBytes(self._pipeline, skip_special_tokens)
+        return ByteStream(self._token_bytes[skip_special_tokens])
 
     def parts(self) -> dict[str, Any]:
         """What another process needs to make the same tokenizer, see `from_parts`. Plain values, the pipeline as JSON."""

@@ -13,6 +13,7 @@ from fastattn.engine.kv_cache import KVCacheManager
 from fastattn.engine.request import Request
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
+from fastattn.engine.scheduled import Scheduled
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.proposer import Drafts
 
@@ -135,15 +136,15 @@ class DraftModelProposer:
                     return True
         return False
 
-    def _fit(self, active: list[Request]) -> dict[Request, int]:
-        scheduled, room = {}, self.runner.config.max_num_batched_tokens
+    def _fit(self, active: list[Request]) -> Scheduled:
+        scheduled, room = Scheduled(), self.runner.config.max_num_batched_tokens
         for own in active:
             if (count := min(own.num_pending_tokens, room)) > 0:
                 scheduled[own] = count
                 room -= count
         return scheduled
 
-    def _step(self, scheduled: dict[Request, int], num_ended: int) -> tuple[list[int], torch.Tensor]:
+    def _step(self, scheduled: Scheduled, num_ended: int) -> tuple[list[int], torch.Tensor]:
         """One token for each sequence whose tokens are all in the step, and the logits (num_ended, vocab_size) that it is
         from."""
         logits, batch = self.runner.forward(scheduled, num_ended)

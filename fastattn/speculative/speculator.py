@@ -104,7 +104,7 @@ class Speculator:
 
     def _num_wanted(self, request: Request) -> int:
         # The last token of all is never a draft: it comes with the verification of the one before it.
-        room = request.max_output_tokens - len(request.output_token_ids) - 1
+        room = request.max_output_tokens - request.num_output_tokens - 1
         if not self.config.adaptive_draft_length:
             return min(room, self.config.num_speculative_tokens)
         if request not in self._lengths:
