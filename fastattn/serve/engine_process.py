@@ -26,6 +26,7 @@ import msgspec
 import zmq
 
 from fastattn import __version__
+from fastattn.engine.quick_start import quick_start
 from fastattn.serve import messages as m
 
 if TYPE_CHECKING:
@@ -264,7 +265,8 @@ def main() -> int:
     socket.connect(spec.address)
     encode = msgspec.msgpack.encode
     try:
-        engine, digest = _build(spec)
+        with quick_start(spec.model, spec.options.get("device") or "auto"):
+            engine, digest = _build(spec)
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         socket.send(encode(m.StartFailed(" ".join(str(error).split()) or type(error).__name__, 2)))
         context.destroy()
