@@ -42,13 +42,18 @@ def measure_peers(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    tensor_parallel_size: int = 1,
     max_model_len: int,
     gpu_memory_utilization: float,
 ) -> dict[str, Measured]:
-    """What each peer makes of the load, with the model's weights in ``dtype``, drawing at temperature 1 as ours does."""
+    """What each peer makes of the load (tensor_parallel_size: vLLM), with the model's weights in ``dtype``, drawing at temperature 1 as ours does."""
     kind = str(dtype).removeprefix("torch.")
     options: dict[str, dict[str, Any]] = {
-        "vllm": {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization},
+        "vllm": {
+            "tensor_parallel_size": tensor_parallel_size,
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        },
         "hf": {"device": str(device)},
     }
     with hf_folder(source, dtype) as folder:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.benchmarks.offline import PERCENTILES
+from fastattn.engine.quick_start import quick_start
 
 _PROMPT_LEN = 32
 
@@ -90,10 +91,11 @@ def _drop_from_page_cache(model: str) -> None:
 
 
 def _measure(spec: Mapping[str, Any]) -> dict[str, Any]:
-    from fastattn.engine.llm import LLM
-    from fastattn.engine.sampling_params import SamplingParams
+    with quick_start(spec["model"], spec["options"].get("device", "auto")):
+        from fastattn.engine.llm import LLM
+        from fastattn.engine.sampling_params import SamplingParams
 
-    llm = LLM(spec["model"], quiet=True, **spec["options"])
+        llm = LLM(spec["model"], quiet=True, **spec["options"])
     prompt = {"prompt_token_ids": [i % llm.model_config.vocab_size for i in range(_PROMPT_LEN)]}
     llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
     startup = llm.engine.startup

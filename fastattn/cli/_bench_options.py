@@ -37,6 +37,9 @@ OutputLen = Annotated[
     ),
 ]
 NumPrompts = Annotated[int, typer.Option("--num-prompts", metavar="N", help="Requests in all.")]
+NumWarmups = Annotated[
+    int, typer.Option("--num-warmups", metavar="N", min=0, help="Requests before those that are timed.")
+]
 Dataset = Annotated[
     DatasetName,
     typer.Option(
@@ -46,7 +49,8 @@ Dataset = Annotated[
 DatasetPath = Annotated[Path | None, typer.Option("--dataset-path", metavar="FILE", help="The file of the data set.")]
 RangeRatio = Annotated[float, _number("--random-range-ratio", "R", "Draw random lengths from the given one × (1 ± R).")]
 PrefixLen = Annotated[
-    int, typer.Option("--random-prefix-len", metavar="N", help="Tokens that all random prompts begin with.")
+    int,
+    typer.Option("--random-prefix-len", "--prefix-len", metavar="N", help="Tokens that all random prompts begin with."),
 ]
 BenchSeed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same prompts and arrivals.")]
 Completions = Annotated[int, typer.Option("-n", "--n", metavar="N", help="Answers to each prompt.")]

@@ -33,13 +33,14 @@ class Beside:
         n: int,
         device: str,
         dtype: str,
+        tensor_parallel_size: int,
         max_model_len: int | None,
         gpu_memory_utilization: float,
     ) -> None:
         self.model: str | ModelSource = model
         self._load, self._name, self._plot, self._output_json = load, model, plot, output_json
         self._found: dict[str, Measured] = {}
-        self._options = device, dtype, max_model_len, gpu_memory_utilization
+        self._options = device, dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization
         self._peers: list[str] = []
         if plot is not None:
             from fastattn.benchmarks.plot import require_matplotlib
@@ -51,6 +52,8 @@ class Beside:
             self._peers = parse_peers(against)
             if n != 1:
                 raise ValueError(f"--n is {n}, allowed is 1 with --against")
+            if "hf" in self._peers and tensor_parallel_size != 1:
+                raise ValueError(f"--tensor-parallel-size is {tensor_parallel_size}, allowed is 1 with --against hf")
 
     def measure(self, requests: Callable[[ModelSource], list[Request]], repeats: int = 1, warm_ups: int = 0) -> None:
         """Runs the peers, if there are any: before our engine takes the memory. requests: what ours will be asked."""
@@ -61,7 +64,7 @@ class Beside:
         from fastattn.engine.device import choose_device, choose_dtype
         from fastattn.engine.setup import choose_model_len
 
-        device, dtype, max_model_len, gpu_memory_utilization = self._options
+        device, dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization = self._options
         chosen = choose_device(device)
         self.model = source = _session.open_source(self._name)
         longest = choose_model_len(source.config, max_model_len)
@@ -72,6 +75,7 @@ class Beside:
             Load(self._load, cut, repeats, warm_ups),
             device=chosen,
             dtype=choose_dtype(dtype, chosen),
+            tensor_parallel_size=tensor_parallel_size,
             max_model_len=longest,
             gpu_memory_utilization=gpu_memory_utilization,
         )

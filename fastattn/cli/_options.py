@@ -60,6 +60,15 @@ TensorParallelSize = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.", rich_help_panel=ENGINE)]
+AsyncScheduling = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling",
+        help="Queue a step while the one before it runs. Not given: on GPUs, but for several or with speculation.",
+        rich_help_panel=ENGINE,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     _size(

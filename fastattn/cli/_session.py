@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fastattn.engine.quick_start import quick_start
+
 if TYPE_CHECKING:
     from fastattn.engine.engine import Engine
     from fastattn.engine.intake import Prompt
@@ -41,10 +43,12 @@ def load_llm(model: str | ModelSource, **options: Any) -> Loaded:
     temperature expects two answers.
     """
     start = time.perf_counter()
-    from fastattn.engine.llm import LLM
+    given = {name: value for name, value in options.items() if value is not None}
+    with quick_start(model if isinstance(model, str) else model.name, given.get("device", "auto")):
+        from fastattn.engine.llm import LLM
 
-    imported = time.perf_counter()
-    llm = LLM(model, seed=secrets.randbits(63), **{name: value for name, value in options.items() if value is not None})
+        imported = time.perf_counter()
+        llm = LLM(model, seed=secrets.randbits(63), **given)
     return Loaded(llm, time.perf_counter() - imported, imported - start)
 
 

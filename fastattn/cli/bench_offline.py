@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import typer
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ def latency(
     output_json: bopt.OutputJson = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    tensor_parallel_size: opt.TensorParallelSize = 1,
     max_model_len: opt.MaxModelLen = None,
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
@@ -34,6 +37,8 @@ def latency(
     kv_offloading_size: opt.KvOffloadingSize = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
+    enforce_eager: opt.EnforceEager = False,
+    async_scheduling: opt.AsyncScheduling = None,
     speculative: opt.Speculative = None,
     trace: opt.Trace = None,
     against: bopt.Against = None,
@@ -52,6 +57,7 @@ def latency(
         n=n,
         device=device,
         dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization,
     )
@@ -64,6 +70,7 @@ def latency(
         beside.model,
         device=device,
         dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -75,6 +82,8 @@ def latency(
         kv_offloading_size=kv_offloading_size,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        use_cuda_graphs=not enforce_eager,
+        async_scheduling=async_scheduling,
         speculative=speculative,
         trace=trace,
     )
@@ -101,6 +110,7 @@ def throughput(
     dataset_name: bopt.Dataset = "random",
     dataset_path: bopt.DatasetPath = None,
     num_prompts: bopt.NumPrompts = 1000,
+    num_warmups: bopt.NumWarmups = 0,
     input_len: bopt.InputLen = None,
     output_len: bopt.OutputLen = None,
     random_range_ratio: bopt.RangeRatio = 0.0,
@@ -110,6 +120,7 @@ def throughput(
     output_json: bopt.OutputJson = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    tensor_parallel_size: opt.TensorParallelSize = 1,
     max_model_len: opt.MaxModelLen = None,
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
@@ -121,6 +132,8 @@ def throughput(
     kv_offloading_size: opt.KvOffloadingSize = None,
     gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
+    enforce_eager: opt.EnforceEager = False,
+    async_scheduling: opt.AsyncScheduling = None,
     speculative: opt.Speculative = None,
     trace: opt.Trace = None,
     against: bopt.Against = None,
@@ -142,14 +155,17 @@ def throughput(
         n=n,
         device=device,
         dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    beside.measure(lambda source: offline.throughput_requests(source, options))
+    # A peer's warm-up is the load itself: it is done once before it is timed.
+    beside.measure(lambda source: offline.throughput_requests(source, options), warm_ups=min(num_warmups, 1))
     loaded = _session.load_llm(
         beside.model,
         device=device,
         dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -161,9 +177,14 @@ def throughput(
         kv_offloading_size=kv_offloading_size,
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        use_cuda_graphs=not enforce_eager,
+        async_scheduling=async_scheduling,
         speculative=speculative,
         trace=trace,
     )
+    if num_warmups:
+        warm_up = replace(options, num_prompts=num_warmups, seed=seed + 1)  # other prompts: none is in the prefix cache
+        offline.throughput(loaded.llm, warm_up, n=n, show_progress=False)
     result = offline.throughput(loaded.llm, options, n=n)
     typer.echo(
         f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s, "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm
@@ -29,8 +29,15 @@ def serve(
     host: Annotated[str, typer.Option("--host", metavar="HOST", help="Without --base-url.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="PORT", help="Without --base-url.")] = 8000,
     endpoint: Annotated[
-        str, typer.Option("--endpoint", metavar="PATH", help="/v1/completions or /v1/chat/completions.")
-    ] = "/v1/completions",
+        str | None,
+        typer.Option(
+            "--endpoint", metavar="PATH", help="/v1/completions or /v1/chat/completions; --backend's if not given."
+        ),
+    ] = None,
+    backend: Annotated[
+        Literal["openai", "openai-chat", "vllm"],
+        typer.Option("--backend", help="Which endpoint, in vLLM's words: openai-chat is /v1/chat/completions."),
+    ] = "openai",
     model: Annotated[
         str | None, typer.Option("--model", "-m", metavar="NAME", help="As the server calls it; the first it lists.")
     ] = None,
@@ -44,6 +51,7 @@ def serve(
     dataset_name: bopt.Dataset = "random",
     dataset_path: bopt.DatasetPath = None,
     num_prompts: bopt.NumPrompts = 1000,
+    num_warmups: bopt.NumWarmups = 0,
     input_len: bopt.InputLen = None,
     output_len: bopt.OutputLen = None,
     random_range_ratio: bopt.RangeRatio = 0.0,
@@ -104,6 +112,9 @@ def serve(
     from fastattn.openai_http import Server
 
     # What can be wrong without the server is found before it is asked.
+    endpoint = endpoint or ("/v1/chat/completions" if backend == "openai-chat" else "/v1/completions")
+    if backend == "openai-chat" and not endpoint.endswith("chat/completions"):
+        raise ValueError(f"--endpoint is {endpoint!r}, expected /v1/chat/completions with --backend openai-chat")
     metrics = _metrics(percentile_metrics)
     percentiles = [_in(text, "metric-percentiles", 0, 100) for text in metric_percentiles.split(",")]
     limits = dict(_limit(text) for text in goodput or [])
@@ -125,6 +136,8 @@ def serve(
     peers = {name: load.Target(other, other.choose_model(None), endpoint, extra) for name, other in others.items()}
     for each in (target, *peers.values()):
         _try(each)
+        if num_warmups:
+            _run(each, samples[:1] * num_warmups, [0.0] * num_warmups, max_concurrency, timeout, hide=True)
 
     results = []
     for rate, times in zip(rates, arrivals, strict=True):

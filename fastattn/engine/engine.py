@@ -351,8 +351,8 @@ class Engine:
         into pinned host memory, level 2 gives them up, to be read from the files again.
 
         Parameters stay the same objects at level 1; at level 2 the model is another afterwards. Raises ValueError for another level,
-        RuntimeError while there are requests, where several ranks share the model or a draft model guesses for it, AsleepError if
-        it sleeps already.
+        RuntimeError while there are requests, where several ranks share the model or a draft model guesses for it, and where the
+        host has too little memory, AsleepError if it sleeps already.
         """
         if self.config.speculative is not None and self.config.speculative.model is not None:
             raise RuntimeError(
@@ -364,18 +364,25 @@ class Engine:
             )
         if self._groups:
             raise RuntimeError(f"sleep: {len(self._groups)} requests are not finished, allowed are 0")
+        self._bed.check(level)
         self._running_step = None  # of requests that were aborted
-        self._bed.sleep(level)
         self.kv.take_copies()  # of blocks that are gone
         self.kv.reset()
+        self._bed.sleep(level)
 
-    def wake_up(self) -> None:
-        """Takes the memory that `sleep` gave back. Raises ValueError if the engine does not sleep."""
-        self._bed.wake_up()
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes the memory that `sleep` gave back: of "weights", of "kv_cache", or all of it; requests are taken when both are
+        there. Raises ValueError for another tag, and if the engine does not sleep. Who finds too little memory sleeps on."""
+        self._bed.wake_up(tags)
 
     @property
     def is_sleeping(self) -> bool:
         return self._bed.level > 0
+
+    @property
+    def asleep(self) -> tuple[str, ...]:
+        """Which of "weights" and "kv_cache" sleep."""
+        return self._bed.asleep
 
     # ---- state ----
 

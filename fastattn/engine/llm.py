@@ -63,9 +63,9 @@ class LLM:
         """Gives memory back while nobody needs the model; see `Engine.sleep`."""
         self.engine.sleep(level)
 
-    def wake_up(self) -> None:
-        """Takes it again."""
-        self.engine.wake_up()
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes it again; see `Engine.wake_up`."""
+        self.engine.wake_up(tags)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -8,7 +8,7 @@ import base64
 import sys
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from fastattn import __version__
 from fastattn.serve.auth import ApiKey
 from fastattn.serve.contract import APIError, Chunk, RequestContext
+from fastattn.serve.engine_sleep import SleepMode
 from fastattn.serve.fold import fold_chunks
 from fastattn.serve.json_body import parse_json
 from fastattn.serve.openapi import describe
@@ -98,6 +99,10 @@ class Handlers:
             ("/version", self.version),
         ):
             app.get(path, response_class=Response)(getter)
+        may_sleep = any(settings.enable_sleep_mode for settings in self._state.engine_settings().values())
+        app.post("/sleep", include_in_schema=may_sleep, response_class=Response)(self.sleep)
+        app.post("/wake_up", include_in_schema=may_sleep, response_class=Response)(self.wake_up)
+        app.get("/is_sleeping", include_in_schema=may_sleep, response_class=Response)(self.is_sleeping)
         app.get("/v1/models/{model:path}", response_class=Response)(self.model)
         for path, getter in (("/health", self.health), ("/ready", self.ready)):  # as some load balancers ask
             app.head(path, include_in_schema=False, response_class=Response)(getter)
@@ -203,6 +208,36 @@ class Handlers:
         text = await unless_gone(http.receive, engine.renderer.decode(request.tokens))
         return _json({"prompt": text}, 200, ticket.headers)
 
+    # ---- sleep ----
+
+    async def sleep(self, http: Request) -> Response:
+        """Has the engines, or that of the query's `model`, give their memory back: `level` 1 (weights to host memory) or 2 (weights
+        given up), `mode` abort, wait or keep: what becomes of running requests."""
+        asked = _query(http, "level", "mode", "model")
+        level, mode = asked.get("level", "1"), asked.get("mode", "abort")
+        if level not in ("1", "2"):
+            raise APIError(400, f"level is {level[:100]!r}, allowed is 1 or 2", param="level")
+        if mode not in get_args(SleepMode):
+            raise APIError(400, f"mode is {mode[:100]!r}, allowed are {', '.join(get_args(SleepMode))}", param="mode")
+        for client in self._state.sleepers(asked.get("model")):
+            await unless_gone(http.receive, client.sleep(int(level), cast(SleepMode, mode)))
+        return _json({"is_sleeping": True})
+
+    async def wake_up(self, http: Request) -> Response:
+        """Has them take it again; `tags`, weights or kv_cache and any number of times, only that."""
+        asked, tags = _query(http, "tags", "model"), http.query_params.getlist("tags")
+        if wrong := next((tag for tag in tags if tag not in ("weights", "kv_cache")), None):
+            raise APIError(400, f"tags has {wrong[:100]!r}, allowed are weights and kv_cache", param="tags")
+        clients = self._state.sleepers(asked.get("model"))
+        for client in clients:
+            await unless_gone(http.receive, client.wake_up(tags))
+        return _json({"is_sleeping": any(client.rest.phase != "awake" for client in clients)})
+
+    async def is_sleeping(self, http: Request) -> Response:
+        """Whether one of them sleeps, is going to, or is not awake yet."""
+        clients = self._state.sleepers(_query(http, "model").get("model"))
+        return _json({"is_sleeping": any(client.rest.phase != "awake" for client in clients)})
+
     # ---- state ----
 
     async def models(self) -> Response:
@@ -260,6 +295,13 @@ class Handlers:
             cache_control=frozenset(part.strip() for part in directives if part.strip()),
             request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
         )
+
+
+def _query(http: Request, *names: str) -> dict[str, str]:
+    """The query's parameters. Raises APIError for one that is not of these."""
+    if wrong := next((name for name in http.query_params if name not in names), None):
+        raise APIError(400, f"{wrong[:100]!r} is not a parameter, allowed are {', '.join(names)}", param=wrong[:100])
+    return dict(http.query_params)
 
 
 async def _read(http: Request, kind: type[M]) -> tuple[M, int]:

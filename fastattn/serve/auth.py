@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from fastattn.serve.contract import APIError
 from fastattn.serve.yaml_file import load_yaml
 
-Scope = Literal["inference", "metrics"]
-_ALL: tuple[Scope, ...] = ("inference", "metrics")
+Scope = Literal["inference", "metrics", "admin"]
+_ALL: tuple[Scope, ...] = ("inference", "metrics", "admin")
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,9 @@ class EngineSettings(BaseModel):
         Field(description='Speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4}.'),
     ] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="Seed of the engine.")] = 0
+    enable_sleep_mode: Annotated[
+        bool, Field(description="POST /sleep and /wake_up: the engine gives its memory back while nobody needs it.")
+    ] = False
     trace: Annotated[
         str | None,
         Field(
@@ -137,6 +140,16 @@ class EngineSettings(BaseModel):
     @classmethod
     def _parse_json(cls, value: object) -> object:
         return json.loads(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_sleep(self) -> Self:
+        if self.enable_sleep_mode and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"enable_sleep_mode: tensor_parallel_size is {self.tensor_parallel_size}, allowed is 1: other ranks do not sleep"
+            )
+        if self.enable_sleep_mode and (self.speculative_config or {}).get("model") is not None:
+            raise ValueError("enable_sleep_mode: speculative_config has a model, and a draft model does not sleep")
+        return self
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""

@@ -11,19 +11,20 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import zmq
 
 from fastattn.serve import messages as m
 from fastattn.serve.contract import APIError
 from fastattn.serve.engine_link import EngineLink
+from fastattn.serve.engine_sleep import EngineSleep, SleepMode
 from fastattn.serve.metrics import Metrics
+from fastattn.serve.work import Work, merged
 
 logger = logging.getLogger("fastattn.serve")
 
@@ -44,19 +45,6 @@ class EngineTimes:
     heartbeat: float = 1.0
 
 
-@dataclass
-class _Work:
-    message: m.Generate | m.Embed
-    position: int
-    tell: Callable[[tuple[int, m.Output] | APIError], None]
-    tokens: list[list[int]]
-    finished: list[bool]
-    has_prompt_logprobs: bool = False
-    progress: bool = False  # since the last (re)start
-    stuck: int = 0
-    arrival: float = field(default_factory=time.monotonic)
-
-
 class EngineClient:
     def __init__(
         self,
@@ -70,13 +58,14 @@ class EngineClient:
         self._model, self._options, self._metrics, self._times = model, options, metrics, times
         self._max_num_waiting = max_num_waiting
         self._own_metrics = metrics.of(name)
-        self._works: dict[str, _Work] = {}
+        self._works: dict[str, Work] = {}
         self._num_sequences = 0
         self._link: EngineLink | None = None  # to a process that is ready
         self._last_heard = time.monotonic()
         self._failures = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.rest = EngineSleep(self._own_metrics.numbers)
         self.state: State = "starting"
         self.info: m.Ready | None = None
         self.stats: dict[str, float] = {}
@@ -91,6 +80,7 @@ class EngineClient:
         try:
             while self.state != "dead":
                 await self._one_life(folder)
+                await self.rest.until_wanted()
         finally:
             if self.state != "dead":
                 await self._die("the server is shutting down", 0)
@@ -131,6 +121,7 @@ class EngineClient:
     async def _after_death(self, why: str) -> None:
         if self.state == "dead":
             return
+        self.rest.died(why)
         self._own_metrics.numbers.restarted()
         self._failures += 1
         if self._failures > MAX_FAILURES:
@@ -159,6 +150,7 @@ class EngineClient:
 
     async def _die(self, why: str, exit_code: int) -> None:
         self.failure = (why, exit_code)
+        self.rest.given_up(why)
         for request_id, work in list(self._works.items()):
             self._forget(request_id)
             work.tell(APIError(503, why, "server_error"))
@@ -186,9 +178,13 @@ class EngineClient:
                 self._refuse(message)
             elif isinstance(message, m.Ready):
                 self.info, self._link = message, link
-                for work in self._works.values():
-                    link.send(_continued(work))
+                self.rest.started()
+                self._resume()
                 await self._set_state("ready")
+            elif isinstance(message, m.Switched):
+                self.rest.switched(message)
+                if self.rest.phase == "awake":
+                    self._resume()
             elif self.info is None:  # it never ran: nothing would change
                 await self._die(message.message, message.exit_code)
             else:
@@ -204,14 +200,22 @@ class EngineClient:
             if now - before > tick + 1:  # it was we who slept: a stopped process, a suspended machine
                 self._last_heard = now
             before = now
-            limit = self._times.step if self.state == "ready" else self._times.start
+            is_quick = self.state == "ready" and not self.rest.is_switching
+            limit = self._times.step if is_quick else self._times.start
             if now - self._last_heard > limit:
                 return f"no sign of life for {limit:g} s"
 
     @property
     def healthy(self) -> bool:
-        """The engine made a step, or answered in idleness, a moment ago."""
+        """The engine made a step, or answered in idleness, a moment ago; or it sleeps, and nothing more is expected of it."""
+        if self.rest.phase == "asleep" or self.rest.is_switching:
+            return self.state != "dead"
         return self.state == "ready" and time.monotonic() - self._last_heard < self._times.health
+
+    @property
+    def condition(self) -> str:
+        """In words, "ready" if requests can be worked on."""
+        return self.state if self.rest.phase == "awake" else self.rest.phase
 
     @property
     def seconds_since_sign(self) -> float:
@@ -219,6 +223,64 @@ class EngineClient:
 
     async def wait_idle(self) -> None:
         await self._idle.wait()
+
+    # ---- sleep ----
+
+    async def sleep(self, level: int, mode: SleepMode) -> None:
+        """Refuses new requests, has those that there are ended ("abort"), finished ("wait") or put aside until it wakes up
+        ("keep"), and the engine give its memory back. Nothing is done if it sleeps at this level already. Raises APIError; who
+        is cancelled while requests finish has not asked for sleep."""
+        async with self.rest.lock:
+            await self.rest.settle()
+            if self.rest.phase == "asleep" and self.rest.level == level:
+                return
+            if self.rest.phase == "asleep":
+                raise APIError(409, f"the engine sleeps at level {self.rest.level} already: POST /wake_up comes first")
+            self._check_ready()
+            self.rest.phase, self.rest.level = "going to sleep", level
+            try:
+                if mode == "wait":
+                    await self.wait_idle()
+                    self._check_ready()
+            except BaseException:
+                self.rest.phase, self.rest.level = "awake", 0
+                raise
+            assert self._link is not None
+            for request_id, work in list(self._works.items()):
+                self._link.send(m.Abort(request_id))
+                if mode == "abort":
+                    self._forget(request_id)
+                    work.tell(APIError(503, "the model was put to sleep", "overloaded_error", code="engine_asleep"))
+            answer = self.rest.begin("falling asleep")
+            self._link.send(m.Sleep(level))
+            await asyncio.shield(answer)
+
+    async def wake_up(self, tags: list[str]) -> None:
+        """Has the engine take its memory again, all of it or of these parts. Nothing is done if it is awake. Raises APIError, and
+        it sleeps on."""
+        async with self.rest.lock:
+            await self.rest.settle()
+            if self.rest.phase == "awake":
+                return
+            answer = self.rest.begin("waking up")
+            if self._link is not None:
+                self._link.send(m.WakeUp(tags))
+            await asyncio.shield(answer)
+
+    def _check_ready(self) -> None:
+        if self.state != "ready" or self._link is None:
+            raise APIError(
+                503,
+                f"the engine is {self.state if self._link else 'restarting'}",
+                "overloaded_error",
+                headers={"Retry-After": "5"},
+            )
+
+    def _resume(self) -> None:
+        """The engine has forgotten all requests, or is another."""
+        assert self._link is not None
+        for work in self._works.values():
+            self._link.send(work.continued)
 
     # ---- requests ----
 
@@ -231,7 +293,7 @@ class EngineClient:
         inbox: asyncio.Queue[tuple[int, m.Output] | APIError] = asyncio.Queue()
         for position, message in enumerate(messages):
             n = message.sampling.n if isinstance(message, m.Generate) else 1
-            work = _Work(message, position, inbox.put_nowait, [[] for _ in range(n)], [False] * n)
+            work = Work(message, position, inbox.put_nowait, [[] for _ in range(n)], [False] * n)
             self._works[message.id] = work
             self._num_sequences += n
             self._idle.clear()
@@ -243,7 +305,7 @@ class EngineClient:
                 items = [await inbox.get()]
                 while not inbox.empty():
                     items.append(inbox.get_nowait())
-                for position, output in _merge(items):
+                for position, output in merged(items):
                     left -= output.finished
                     yield position, output
         finally:
@@ -257,6 +319,11 @@ class EngineClient:
             raise APIError(503, self.failure[0], "server_error")
         if self.info is None:
             raise APIError(503, "the model is still loading", "overloaded_error", headers={"Retry-After": "5"})
+        try:
+            self.rest.check_awake()
+        except APIError:
+            self._metrics.rejections.labels("asleep").inc()
+            raise
         wanted = sum(w.sampling.n if isinstance(w, m.Generate) else 1 for w in messages)
         limit = self.info.max_num_seqs + self._max_num_waiting
         if wanted > limit:  # later would be no better
@@ -295,7 +362,7 @@ class EngineClient:
             self._forget(output.id)
         work.tell((work.position, output))
 
-    def _broken(self, work: _Work, choice: m.Choice) -> None:
+    def _broken(self, work: Work, choice: m.Choice) -> None:
         self._own_metrics.success["error"].inc()
         message = work.message
         if self._forget(message.id) and self._link is not None:
@@ -328,45 +395,6 @@ class EngineClient:
             if not self._works:
                 self._idle.set()
         return work is not None
-
-
-def _continued(work: _Work) -> m.Generate | m.Embed:
-    """The request as a new engine process needs it."""
-    message = work.message
-    if isinstance(message, m.Embed):
-        return message
-    sampling = message.sampling
-    if work.has_prompt_logprobs:
-        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-    return msgspec.structs.replace(message, sampling=sampling, resume=work.tokens if any(work.tokens) else None)
-
-
-def _merge(items: list[tuple[int, m.Output] | APIError]) -> list[tuple[int, m.Output]]:
-    """What came for each request since the reader last looked, as one; an error if there is one."""
-    merged: dict[int, m.Output] = {}
-    for item in items:
-        if isinstance(item, APIError):
-            raise item
-        position, new = item
-        old = merged.setdefault(position, new)
-        if old is new:
-            continue
-        choices = {choice.index: choice for choice in old.choices}
-        for choice in new.choices:
-            before = choices.get(choice.index)
-            if before is None:
-                old.choices.append(choice)
-                continue
-            before.text += choice.text
-            before.token_ids = before.token_ids + choice.token_ids
-            if choice.logprobs is not None:
-                before.logprobs = (before.logprobs or []) + choice.logprobs
-            before.finish_reason, before.stop_reason = choice.finish_reason, choice.stop_reason
-        old.finished = new.finished
-        old.num_cached_tokens = new.num_cached_tokens
-        old.prompt_logprobs = old.prompt_logprobs or new.prompt_logprobs
-        old.embedding = new.embedding
-    return list(merged.items())
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:

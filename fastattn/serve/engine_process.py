@@ -26,6 +26,7 @@ import msgspec
 import zmq
 
 from fastattn import __version__
+from fastattn.engine.quick_start import quick_start
 from fastattn.serve import messages as m
 
 if TYPE_CHECKING:
@@ -93,8 +94,26 @@ class EngineLoop:
         elif isinstance(message, m.Abort):
             self._preparing.discard(message.id)
             self._engine.abort_request(message.id)
+        elif isinstance(message, m.Sleep):
+            self._switch(partial(self._engine.sleep, message.level))
+        elif isinstance(message, m.WakeUp):
+            self._switch(partial(self._engine.wake_up, message.tags))
         else:
             self._answer_refusal(message, partial(self._add, message))
+
+    def _switch(self, change: Callable[[], None]) -> None:
+        """Falls asleep or wakes up; who cannot, for want of memory or of a file, stays as it was."""
+        import torch
+
+        error = None
+        try:
+            change()
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, ValueError, OSError, MemoryError) as failure:
+            logger.exception("the engine could not fall asleep or wake up")
+            error = " ".join(str(failure).split()) or type(failure).__name__
+        self.send(m.Switched(list(self._engine.asleep), error))
 
     def _answer_refusal(self, message: m.Generate | m.Embed, add: Callable[[], None]) -> None:
         from fastattn.engine.engine import EngineBusyError
@@ -246,7 +265,8 @@ def main() -> int:
     socket.connect(spec.address)
     encode = msgspec.msgpack.encode
     try:
-        engine, digest = _build(spec)
+        with quick_start(spec.model, spec.options.get("device") or "auto"):
+            engine, digest = _build(spec)
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         socket.send(encode(m.StartFailed(" ".join(str(error).split()) or type(error).__name__, 2)))
         context.destroy()

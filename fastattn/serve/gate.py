@@ -29,8 +29,10 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Labels of the metric of answers; all other paths are "other".
 ROUTES = (
     "/", "/health", "/metrics", "/openapi.json", "/ready", "/version", "/tokenize", "/detokenize",
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models",
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/sleep", "/wake_up", "/is_sleeping",
 )  # fmt: skip
+_SCOPES = {"/metrics": "metrics", "/sleep": "admin", "/wake_up": "admin"}
+_FOR_ALL = ("/ready", "/version", "/is_sleeping")  # who has a key, whatever its scopes
 WORK = ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what a proxy or a client may call a request
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -121,8 +123,8 @@ class Gate:
             if "text/html" in headers.get("accept", ""):  # a person in a browser: let it ask for the key
                 error.headers["WWW-Authenticate"] = 'Basic realm="fastattn: the key is the password"'
             raise
-        needed = "metrics" if path == "/metrics" else "inference"
-        if key is not NOBODY and needed not in key.scopes and path not in ("/ready", "/version"):
+        needed = _SCOPES.get(path, "inference")
+        if key is not NOBODY and needed not in key.scopes and path not in _FOR_ALL:
             raise APIError(403, f"this API key has no scope {needed!r}", "permission_error")
         if path in WORK:
             self._check_load()

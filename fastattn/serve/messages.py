@@ -77,11 +77,23 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     id: str
 
 
+class Sleep(msgspec.Struct, tag="sleep", array_like=True):
+    """Give memory back; what was running was aborted before. Answered with `Switched`."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, tag="wake_up", array_like=True):
+    """Take it again, of these parts, or of all. Answered with `Switched`."""
+
+    tags: list[str]
+
+
 class Stop(msgspec.Struct, tag="stop", array_like=True):
     """End now, and cleanly."""
 
 
-ToEngine = Generate | Embed | Abort | Stop
+ToEngine = Generate | Embed | Abort | Sleep | WakeUp | Stop
 
 
 # ---- engine to front ----
@@ -169,4 +181,11 @@ class Stats(msgspec.Struct, tag="stats", array_like=True):
     num_invalid_messages: int
 
 
-FromEngine = Ready | StartFailed | Outputs | Refused | Stats
+class Switched(msgspec.Struct, tag="switched", array_like=True):
+    """asleep: the parts that sleep now. error: why they are not those that were asked for."""
+
+    asleep: list[str]
+    error: str | None = None
+
+
+FromEngine = Ready | StartFailed | Outputs | Refused | Stats | Switched

@@ -35,6 +35,7 @@ _COUNTERS = {
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Tokens proposed by speculation."),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Proposed tokens that the model confirmed."),
 }
+_SLEEP = ("awake", "weights_offloaded", "discard_all")  # vLLM's names of the levels 0, 1 and 2
 _GAUGES = {
     "num_requests_running": ("num_running", "Sequences that take part in steps."),
     "num_requests_waiting": ("num_waiting", "Sequences that wait for a place."),
@@ -45,6 +46,7 @@ class EngineNumbers:
     """An engine's own counters. Another process after a restart counts from 0; what is shown never falls."""
 
     def __init__(self) -> None:
+        self.sleep_level = 0
         self._now: dict[str, float] = {}
         self._before: dict[str, float] = {}
 
@@ -81,6 +83,13 @@ class _Engines(Collector):
         text = "Share of the host memory for KV blocks in use, 0 to 1."
         name = "fastattn:kv_offload_cpu_cache_usage_perc"
         yield self._filled(GaugeMetricFamily(name, text, labels=_MODEL), _host_usage)
+
+        text = "1 for what the engine is, 0 for the others: awake, or at which level it sleeps."
+        asleep = GaugeMetricFamily("fastattn:engine_sleep_state", text, labels=(*_MODEL, "sleep_state"))
+        for model, numbers in self.numbers.items():
+            for level, name in enumerate(_SLEEP):
+                asleep.add_metric([model, name], float(numbers.sleep_level == level))
+        yield asleep
 
     def _filled(self, family: F, value: Callable[[EngineNumbers], float]) -> F:
         for model, numbers in self.numbers.items():
@@ -142,7 +151,7 @@ class Metrics:
         self.loop_lag = Gauge(
             "fastattn:event_loop_lag_seconds", "How late the front's loop runs.", registry=self.registry
         )
-        for reason in ("queue", "rate_limit", "draining", "concurrency"):
+        for reason in ("queue", "rate_limit", "draining", "concurrency", "asleep"):
             self.rejections.labels(reason)
 
     def of(self, model: str) -> EngineMetrics:

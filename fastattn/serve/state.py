@@ -104,7 +104,19 @@ class ServerState:
     def not_ready(self) -> str | None:
         if self.chain is None:
             return "the model is still loading"
-        return next((f"engine {n!r} is {c.state}" for n, c in self.clients.items() if c.state != "ready"), None)
+        return next((f"engine {n!r} is {c.condition}" for n, c in self.clients.items() if c.condition != "ready"), None)
+
+    def sleepers(self, name: str | None) -> list[EngineClient]:
+        """The engines that may be put to sleep: that of this name, or all. Raises APIError."""
+        if name is not None:
+            name = self._engine_name(name) or name
+        settings = self.engine_settings()
+        found = [self.clients[n] for n, s in settings.items() if s.enable_sleep_mode and name in (None, n)]
+        if not found:
+            whose = "" if name is None else f" of {name[:200]!r}"
+            text = f"no engine{whose} may be put to sleep: see --enable-sleep-mode"
+            raise APIError(404, text, "not_found_error", code="sleep_mode_off")
+        return found
 
     def _check_alive(self) -> None:
         for client in self.clients.values():

@@ -87,14 +87,15 @@ def test_throughput_beside_peers(invoke: Invoke, tmp_path: Path, monkeypatch: py
     prompts.write_text('{"prompt": "abc", "output_tokens": 2}\n')
     result = invoke(
         "bench", "throughput", "-m", "tiny", "--device", "cpu", "--dataset-name", "custom", "--dataset-path", str(prompts),
-        "--num-prompts", "2", "--max-model-len", "64", "--against", "vllm, hf", "--output-json", str(path),
+        "--num-prompts", "2", "--num-warmups", "3", "--max-model-len", "64", "--against", "vllm, hf", "--output-json", str(path),
     )  # fmt: skip
     assert result.exit_code == 1, result.output
     ids = TinySource().tokenizer().encode("abc")
     assert [job[0] for job in jobs] == ["fastattn.benchmarks.engines:vllm", "fastattn.benchmarks.engines:hf"]
-    assert jobs[0][1] == {"dtype": "float32", "temperature": 1.0, "max_model_len": 64, "gpu_memory_utilization": 0.9}
+    theirs = {"tensor_parallel_size": 1, "max_model_len": 64, "gpu_memory_utilization": 0.9}
+    assert jobs[0][1] == {"dtype": "float32", "temperature": 1.0, **theirs}
     assert jobs[1][1] == {"dtype": "float32", "temperature": 1.0, "device": "cpu"}
-    assert jobs[0][2].requests == [(ids, 2)] * 2
+    assert jobs[0][2].requests == [(ids, 2)] * 2 and jobs[0][2].warm_ups == 1
     saved = json.loads(path.read_text())
     assert saved["against"]["vllm"] == {"version": "", "startup_seconds": 0.0, "error": "no GPU"}
     theirs = saved["against"]["hf"]
@@ -104,6 +105,10 @@ def test_throughput_beside_peers(invoke: Invoke, tmp_path: Path, monkeypatch: py
 
 
 def test_peers_that_cannot_be(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(against, "missing", lambda package: "")
+    said = one_line_error(invoke(*LATENCY, "--against", "hf", "-tp", "2"))
+    assert "--tensor-parallel-size is 2, allowed is 1 with --against hf" in said
+    monkeypatch.undo()
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     assert "--against has 'sglang', allowed are vllm, hf" in one_line_error(invoke(*LATENCY, "--against", "sglang"))
     said = one_line_error(invoke(*LATENCY, "--against", "vllm"))

@@ -95,6 +95,7 @@ def test_bench_serve_saves_what_vllm_saves(invoke: Invoke, fake: FakeServer, tmp
         "bench", "serve", "--base-url", fake.url, "--num-prompts", "5", "--input-len", "6", "--output-len", "4",
         "--request-rate", "200", "--metric-percentiles", "50,99", "--save-result", "--result-dir", str(tmp_path),
         "--result-filename", "out.json", "--goodput", "e2el:60000", "--ignore-eos", "--extra-body", '{"user": "bench"}',
+        "--num-warmups", "3", "--backend", "openai-chat",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     saved = json.loads((tmp_path / "out.json").read_text())
@@ -115,7 +116,10 @@ def test_bench_serve_saves_what_vllm_saves(invoke: Invoke, fake: FakeServer, tmp
     assert (saved["completed"], saved["failed"], saved["total_output_tokens"], saved["request_rate"]) == (5, 0, 20, 200)
     assert saved["request_goodput"] == saved["request_throughput"] > 0
     assert "Successful requests:                     5" in result.stdout and "P50 TTFT (ms):" in result.stdout
-    assert len(fake.bodies) == 6  # one to try
+    assert saved["backend"] == "openai-chat" and all("messages" in body for body in fake.bodies)
+    assert len(fake.bodies) == 9  # one to try, three to warm up
+    wrong = invoke("bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/completions")
+    assert "expected /v1/chat/completions with --backend openai-chat" in one_line_error(wrong)
     assert all(body["ignore_eos"] and body["user"] == "bench" and body["temperature"] == 0 for body in fake.bodies)
 
 
@@ -240,7 +244,10 @@ def test_bench_startup(invoke: Invoke, tmp_path: Path) -> None:
 
 def test_bench_throughput(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "throughput.json"
-    result = invoke("bench", "throughput", "--model", "tiny", *SIZES, "--num-prompts", "5", "--output-json", str(path))
+    more = ("--num-warmups", "2", "--enforce-eager", "--async-scheduling", "--prefix-len", "0")
+    result = invoke(
+        "bench", "throughput", "--model", "tiny", *SIZES, "--num-prompts", "5", "--output-json", str(path), *more
+    )
     assert result.exit_code == 0, result.output
     saved = json.loads(path.read_text())
     assert (saved["num_requests"], saved["total_num_tokens"], saved["total_output_tokens"]) == (5, 5 * 11, 15)

@@ -69,3 +69,22 @@ def test_what_cannot_sleep_says_why(tmp_path: Path) -> None:
     drafting = LLM(folder, quiet=True, **SIZES, speculative_config={"method": "draft_model", "model": folder})
     with pytest.raises(RuntimeError, match="sleep: there is a draft model"):
         drafting.sleep()
+
+
+def test_who_cannot_wake_up_sleeps_on_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(TinySource(), quiet=True, **SIZES)
+    before, engine = tokens(llm), llm.engine
+    llm.sleep(level=2)
+    with pytest.raises(ValueError, match="wake_up: tags has 'kv', allowed are 'weights' and 'kv_cache'"):
+        llm.wake_up(["kv"])
+    with monkeypatch.context() as patch:
+        patch.setattr(TinySource, "read", lambda *_: (_ for _ in ()).throw(OSError("no such file")))
+        with pytest.raises(OSError, match="no such file"):
+            llm.wake_up()
+    assert engine.is_sleeping and engine.asleep == ("weights", "kv_cache")
+    llm.wake_up(["kv_cache"])
+    with pytest.raises(AsleepError):
+        tokens(llm)
+    assert engine.asleep == ("weights",)
+    llm.wake_up(["kv_cache", "weights"])
+    assert not engine.is_sleeping and tokens(llm) == before

@@ -33,7 +33,7 @@ KEYS = {
 # Every route that there is. A new one must be thought about here: it needs a key like all the others.
 ROUTES = {
     ("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/ready"), ("GET", "/version"),
-    ("GET", "/v1/models"), ("GET", "/v1/models/{model:path}"), ("POST", "/detokenize"), ("POST", "/tokenize"),
+    ("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping"), ("GET", "/v1/models"), ("GET", "/v1/models/{model:path}"), ("POST", "/detokenize"), ("POST", "/tokenize"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"),
 }  # fmt: skip
 

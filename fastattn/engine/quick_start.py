@@ -1,0 +1,73 @@
+"""What can be done beside the import of torch, which takes most of a start. Imports no torch itself."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastattn.engine.host_memory import host_memory
+
+_KERNELS = Path(__file__).resolve().parents[1] / "_C.so"
+
+
+@contextmanager
+def quick_start(model: str, device: str = "auto") -> Iterator[None]:
+    """For a program of ours that has not imported torch yet, around the import and the building of its engine; not for a library.
+
+    Meanwhile the kernel is asked to read the model's files into its page cache, the GPU's context is made, and Python looks for no
+    garbage, of which imports make little and it would look through all that they keep; what is there in the end is never looked
+    through again. torch loads no plug-ins for devices that the engine cannot use.
+    """
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    for work in (lambda: read_ahead(Path(model).expanduser()), lambda: open_device(device)):
+        threading.Thread(target=work, name="fastattn-quick-start", daemon=True).start()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def read_ahead(path: Path) -> int:
+    """Asks for a model's weights, a file or those of a folder, unless there is too little memory to keep them; returns their bytes.
+    A path that cannot be read is the loader's to tell of."""
+    try:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        num_bytes = sum(file.stat().st_size for file in files)
+        if num_bytes > host_memory().available:
+            return 0
+        for file in files:
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
+    except OSError:
+        return 0
+    return num_bytes
+
+
+def open_device(device: str) -> bool:
+    """Makes the primary context of a GPU, which torch then finds; whether it did. What is wrong with the GPU is torch's to tell."""
+    index = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
+    if index is None or not _KERNELS.is_file():
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # its calls hold no lock of Python's
+    except OSError:
+        return False
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    return (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGet(ctypes.byref(handle), int(index[1] or 0)) == 0
+        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle) == 0
+    )

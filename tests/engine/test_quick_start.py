@@ -1,0 +1,85 @@
+"""What runs beside the import of torch: hints to the kernel and the driver, of which no failure is anybody's."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastattn.engine import quick_start as module
+from fastattn.engine.host_memory import HostMemory
+from fastattn.engine.quick_start import open_device, quick_start, read_ahead
+
+
+def test_files_are_asked_for_if_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("a.safetensors", 100), ("b.safetensors", 50), ("tokenizer.json", 7)):
+        (tmp_path / name).write_bytes(bytes(size))
+    asked: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: asked.append(os.fstat(fd).st_size))
+    assert read_ahead(tmp_path) == 150 and asked == [100, 50]
+    assert read_ahead(tmp_path / "a.safetensors") == 100
+    assert read_ahead(tmp_path / "none") == 0
+    monkeypatch.setattr(module, "host_memory", lambda: HostMemory(200, 149, 0))
+    assert read_ahead(tmp_path) == 0 and asked == [100, 50, 100]
+
+
+class Driver:
+    def __init__(self, fails: str = "") -> None:
+        self.calls: list[Any] = []
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> int:
+            self.calls.append((name, *(a for a in args if isinstance(a, int))))
+            return int(name == self._fails)
+
+        return call
+
+
+def test_the_context_is_that_of_the_engines_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_C.so").touch()
+    monkeypatch.setattr(module, "_KERNELS", tmp_path / "_C.so")
+    for device, index in (("auto", 0), ("cuda", 0), ("cuda:3", 3)):
+        driver = Driver()
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert open_device(device)
+        assert driver.calls == [("cuInit", 0), ("cuDeviceGet", index), ("cuDevicePrimaryCtxRetain",)]
+    driver = Driver(fails="cuInit")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert not open_device("cuda") and driver.calls == [("cuInit", 0)]
+    assert not open_device("cpu") and not open_device("cuda:x")
+    monkeypatch.setattr(module, "_KERNELS", tmp_path / "none")  # then no engine runs on a GPU
+    assert not open_device("auto") and driver.calls == [("cuInit", 0)]
+
+
+def test_garbage_is_looked_for_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(module, "read_ahead", lambda path: seen.append(("read", str(path))))
+    monkeypatch.setattr(module, "open_device", lambda device: seen.append(("open", device)))
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ValueError, match="no model"), quick_start("m", "cpu"):
+            raise ValueError("no model")
+        assert gc.isenabled() and gc.get_freeze_count() == before
+        with quick_start("m", "cpu"):
+            assert not gc.isenabled() and os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+    for thread in threading.enumerate():
+        if thread.name == "fastattn-quick-start":
+            thread.join()
+    assert sorted(seen) == [("open", "cpu"), ("open", "cpu"), ("read", "m"), ("read", "m")]
+
+
+def test_it_comes_before_torch() -> None:
+    code = "import sys, fastattn.engine.quick_start, fastattn.cli._session, fastattn.serve.engine_process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
