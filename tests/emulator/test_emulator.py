@@ -185,7 +185,7 @@ KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "g
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_ADDED: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_TILED: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
-KERNEL_OF |= {TRANSPOSED: "gemm_sm90_w4"}
+KERNEL_OF |= {TRANSPOSED: "gemm_sm90_sparse_24"}
 KERNEL_OF |= {W4_TILES: "gemm_sm90_w4_tiles", W4_TILES_FORMATS: "gemm_sm90_w4_tiles"}
 MUTANTS = [
     Mutant(
@@ -581,8 +581,8 @@ MUTANTS = [
         TRANSPOSED,
         "      named_barrier_sync(barrier, 128);  // what was staged has been read\n",
         "",
-        "gemm_sm90_w4_nvfp4_many_rows.cu",
-        "1256",
+        "gemm_sparse_sm90.cu",
+        "256",
         "expected",
     ),
     Mutant(
