@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     const int32_t block = p.block_size_div.divide(key);
     page = -1;
     if (block < p.max_blocks) page = load_early(block_table + block);
-    // Where a tile has 32 keys, asking for them twice takes longer than it saves.
-    if constexpr (KEYS == 16) {
+    // Where a tile has 32 keys, asking for them twice takes longer than it saves; of 8 bits registers are short.
+    if constexpr (KEYS == 16 && !Ring::k8Bit) {
       if (page >= 0 && page < p.num_blocks) rows.prefetch(page, p.block_size_div.remainder(key));
     }
   } else if (p.cu_seqlens_k != nullptr) {

@@ -156,9 +156,10 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
   }
 
   // Few sequences. Clusters of more than two are laid out on half of the SMs, since GPCs differ in theirs, and what
-  // does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them; unless
-  // there is one sequence, of 16 bits, and SMs enough to read it as fast as all of them.
-  constexpr int64_t kMostClusterKeys = 2048;
+  // does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them (of eight
+  // sequences, one of 4,096 keys and the others of 100, with 2,048 keys a CTA it took 25.6 us for 19.5); unless there is
+  // one sequence, of 16 bits, and SMs enough to read it as fast as all of them.
+  const int64_t most_cluster_keys = problem.num_seqs <= 2 ? 2048 : 1024;
   if (problem.large_smem && config.num_row_tiles == 1 && !problem.beside_prompts && !problem.batch_invariant &&
       !problem.has_tree) {
     const int64_t num_pairs = problem.num_seqs * config.num_columns;
@@ -167,7 +168,7 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     int32_t log2 = 0;
     while (log2 < kPagedDecodeMostClusterLog2 && fits(log2 + 1) && small_keys << log2 < problem.max_seqlen_k) ++log2;
     const bool is_alone = problem.num_seqs == 1 && !problem.is_8bit && (num_pairs << log2) * 5 >= problem.num_sms * 2;
-    if (log2 > 0 && (is_alone || problem.max_seqlen_k <= kMostClusterKeys << log2)) {
+    if (log2 > 0 && (is_alone || problem.max_seqlen_k <= most_cluster_keys << log2)) {
       use(small_keys << log2 >= problem.max_seqlen_k ? max_warps / 2 : max_warps);
       config.cluster_log2 = log2;
       config.num_parts = config.parts_of_head = problem.num_seqs << log2;
