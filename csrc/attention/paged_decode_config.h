@@ -157,8 +157,8 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
 
   // Few sequences. Clusters of more than two are laid out on half of the SMs, since GPCs differ in theirs, and what
   // does not fit is a second wave. A CTA takes no more keys, since lengths may differ, and nobody shares them (of eight
-  // sequences, one of 4,096 keys and the others of 100, with 2,048 keys a CTA it took 25.6 us for 19.5); unless there is
-  // one sequence, of 16 bits, and SMs enough to read it as fast as all of them.
+  // sequences, one of 4,096 keys and the others of 100, with 2,048 keys a CTA it took 25.6 us for 19.5); unless there
+  // is one sequence, of 16 bits, and SMs enough to read it as fast as all of them.
   const int64_t most_cluster_keys = problem.num_seqs <= 2 ? 2048 : 1024;
   if (problem.large_smem && config.num_row_tiles == 1 && !problem.beside_prompts && !problem.batch_invariant &&
       !problem.has_tree) {

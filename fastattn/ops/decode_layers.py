@@ -16,7 +16,7 @@ MAX_DECODE_TOKENS = 4
 _MAX_LAYERS = 128
 _MAX_SPLITS, _MAX_GROUP = 32, 4
 # Of a Hopper GPU, and of the kernel: what a stage of weights takes, and how many pay.
-_NUM_SMS, _SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 132, 227 * 1024, 16896, 6
+_NUM_SMS, _SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 132, 227 * 1024, 16896, 4
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 

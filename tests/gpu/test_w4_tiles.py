@@ -60,20 +60,26 @@ def test_many_rows(n: int, k: int, group_size: int, rows: int) -> None:
         reference.fp4_weight(packed, scale, group_size, k, torch.bfloat16).double() / global_scale[:, None].double()
     )
     as_fp8, factor = reference.fp4_as_fp8(packed, scale, global_scale, group_size, k)
-    for order, expected in (
-        (16, x.double() @ weight.t()),
-        (8, (q.double() * x_scale[:, None].double()) @ (as_fp8.double() * factor[:, None].double()).t()),
-    ):
-        rows_of = packed, scale, group_size, global_scale, bias
+    x8, weight8 = q.double() * x_scale[:, None].double(), as_fp8.double() * factor[:, None].double()
+    exact, exact8, size8 = (a @ b.t() for a, b in ((x.double(), weight), (x8, weight8), (x8.abs(), weight8.abs())))
+    rows_of = packed, scale, group_size, global_scale, bias
+    for order in (16, 8):
         in_tiles = ops.pack_w4_tiles(packed, order), scale_tiles, group_size, tiles_global_scale, bias
         for call in (rows_of, in_tiles):
             if order == 16:
+                wanted = exact + bias.double()
                 outs = [ops.fp4_linear(x, *call) for _ in range(2)]
-            else:
-                outs = [ops.fp4_fp8_linear(q, x_scale, *call, out_dtype=x.dtype) for _ in range(2)]
-            wanted = expected + bias.double()
-            assert (outs[0].double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
-            assert torch.equal(*outs)
+                assert (outs[0].double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+                assert torch.equal(*outs)
+                continue
+            for fast_accum in (True, False):
+                outs = [
+                    ops.fp4_fp8_linear(q, x_scale, *call, out_dtype=x.dtype, fast_accum=fast_accum) for _ in range(2)
+                ]
+                # Sums in e4m3 keep 14 bits over all steps of 32 columns, or over four.
+                wanted, lost = exact8 + bias.double(), 2**-13 * (k / 32 if fast_accum else 4) + 2**-18
+                assert bool(((outs[0].double() - wanted).abs() <= wanted.abs() * 2**-8 + size8 * lost).all())
+                assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("rows", [33, 300, 1100])

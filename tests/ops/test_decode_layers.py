@@ -59,7 +59,7 @@ def test_errors_name_what_does_not_fit() -> None:
 
 def test_which_models_it_is_for() -> None:
     assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 64) == 4  # SmolLM2-135M
-    assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128) == 3  # Llama-3-8B
+    assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128) == 4  # Llama-3-8B
     assert ops.decode_layers_max_tokens(8192, 28672, 64, 8, 128) == 0  # 8 heads a KV head
     assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 96) == 0
     assert ops.decode_layers_max_tokens(512, 512, 8, 8, 64) == 0  # fewer gates than CTAs
