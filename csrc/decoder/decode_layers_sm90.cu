@@ -25,12 +25,12 @@
 // So the first product is right in the upper rows, the second in the lower ones. Sums of the warps meet in shared
 // memory, in their order. A CTA has the same rows of out and down, and with them those of the residual stream.
 //
-// Attention. A CTA has one KV head of a token, and a part of its keys, so many as there are CTAs, 64 keys at least.
-// Scores by mma, probabilities times V by FMA: a lane has eight dims of some keys. Parts are merged by a warp for each
-// head.
+// Attention. A CTA has one KV head of a token, and a part of its keys, so many as there are CTAs, 128 keys at least: 16
+// for each warp at a time. Scores and sums of values are by mma, with K and V as they come from memory. A CTA for each
+// head merges its parts, its warps each every eighth.
 //
-// Rounding is as in the kernels that do the same one by one: q, k and v, the attention's output, the activations and
-// the residual are rounded to T once each.
+// Rounding is as in the kernels that do the same one by one: q, k and v, probabilities, the attention's output, the
+// activations and the residual are rounded to T once each.
 #include <cmath>
 #include <cstddef>
 
