@@ -111,27 +111,19 @@ def test_the_batch_changes_nothing(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv_cache_dtype", DTYPES[1:])
 def test_smollm2(kv_cache_dtype: str) -> None:
-    """A real model, alone and then in chunks, with prefixes found and requests preempted. Where the two best are nearer than
-    a code that fell the other way may bring them, the text may go on otherwise."""
+    """A real model, alone and then in chunks, with prefixes found and requests preempted: the same tokens. Batch-invariant, since
+    elsewhere a last bit of a product may let a code fall the other way, and a text go on otherwise."""
     try:
         source = open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had: {error}")
-    model, tokenizer = load_model(source, CPU, torch.float32, 256), source.tokenizer()
+    model, tokenizer = load_model(source, CPU, torch.float32, 256, batch_invariant=True), source.tokenizer()
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The capital of Italy is"]
-    params = dataclasses.replace(GREEDY, max_tokens=16, logprobs=2)
-    options = {"block_size": 8, "kv_cache_dtype": kv_cache_dtype}
-    expected = [
-        tiny.run(tiny.make_engine(model, tokenizer, **options), [prompt], params)[0].outputs[0] for prompt in prompts
-    ]
+    params = dataclasses.replace(GREEDY, max_tokens=16)
+    options: dict[str, Any] = {"block_size": 8, "kv_cache_dtype": kv_cache_dtype, "batch_invariant": True}
+    expected = [tokens(tiny.run(tiny.make_engine(model, tokenizer, **options), [p], params))[0] for p in prompts]
     engine = tiny.make_engine(model, tokenizer, num_kv_blocks=7, max_num_batched_tokens=7, max_model_len=48, **options)
-    for ours, plain in zip(tiny.run(engine, prompts, params), expected, strict=True):
-        pairs = zip(ours.outputs[0].token_ids, plain.token_ids, strict=True)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if at is not None:
-            assert plain.logprobs is not None
-            best, second = sorted((row.logprob for row in plain.logprobs[at].values()), reverse=True)[:2]
-            assert best - second < 0.02
+    assert tokens(tiny.run(engine, prompts, params)) == expected
     assert engine.stats().num_preemptions > 0
 
 

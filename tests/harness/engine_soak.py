@@ -69,7 +69,7 @@ class HashModel(torch.nn.Module):
     """Next token: a hash of the sums, over all tokens of the sequence, of what their places in the cache hold. Every so many
     calls it raises RuntimeError."""
 
-    num_kv_heads, tp = 1, nn.ALONE
+    num_kv_heads, tp, batch_invariant = 1, nn.ALONE, False
 
     def __init__(self, seed: int, calls_between_faults: int) -> None:
         super().__init__()
@@ -329,6 +329,7 @@ class Soak:
         self._count_memory(warm_checks)
 
     def _count_memory(self, warm_checks: int) -> None:
+        self.engine.runner.buffers._batches.clear()  # up to 256 sizes of steps, as they come
         gc.collect()
         now = sys.getallocatedblocks(), _resident_bytes()
         if self.counts["checks"] <= warm_checks or self.warm is None:
