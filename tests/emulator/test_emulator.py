@@ -655,7 +655,7 @@ MUTANTS = [
         "return row < p.m ? to_float(static_cast<const T*>(p.x)[row * p.x_stride]) : 0.0f;",
         "return 0.0f;",
         "gemm_layer_norm_sm90_many_rows.cu",
-        "128",
+        "192",
         "expected",
     ),
     Mutant(
