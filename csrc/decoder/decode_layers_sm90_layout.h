@@ -1,0 +1,126 @@
+// Sizes of the kernel for a decoder's layers (decode_layers_sm90.cu), and where everything stands in the workspace and
+// in shared memory. Made on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "decoder/decode_layers_sm90.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kWarps = 8;  // that compute
+constexpr int kThreads = 32 * kWarps;
+constexpr int kUnit = 8;  // rows of weight
+constexpr int kStageColumns = 1024;
+constexpr int kPieces = kStageColumns / 32 / kWarps;  // of 32 columns, of a warp
+constexpr int kStagePitch = 2 * kStageColumns + 64;   // bytes; an odd multiple of 64 keeps rows apart in the banks
+constexpr int kStageBytes = kUnit * kStagePitch;
+constexpr int kMaxStages = 12;
+constexpr int kSlots = 4;       // units whose sums meet at a time
+constexpr int kOwnUnits = 16;   // of the residual stream, of a CTA
+constexpr int kMaxSplits = 32;  // of a token's keys
+constexpr int kStepKeys = 16;   // of a warp at a time
+constexpr int kMinSplitKeys = kStepKeys * kWarps;
+constexpr int kMaxBlocks = 512;  // of a CTA's keys that it knows by heart
+constexpr int kSmemBytes = 227 * 1024;
+constexpr int kComputeBarrier = 1;
+
+enum { kQkv, kOut, kGateUp, kDown };  // products of a layer, in their order
+
+// Bytes from row to row of what is multiplied.
+__host__ __device__ constexpr int x_pitch(int columns) { return 2 * columns + 64; }
+
+struct Sizes {
+  int n, i, heads, kv_heads, head_dim, group, qkv_rows, out_columns, splits, block_shift;
+  bool has_bias, has_head_norms;
+  float inverse_n;
+  Sizes(const DecodeLayersParams& p, int ctas)
+      : n(p.hidden_size),
+        i(p.intermediate_size),
+        heads(p.num_heads),
+        kv_heads(p.num_kv_heads),
+        head_dim(p.head_dim),
+        group(p.num_heads / p.num_kv_heads),
+        qkv_rows((p.num_heads + 2 * p.num_kv_heads) * p.head_dim),
+        out_columns(p.num_heads * p.head_dim) {
+    splits = ctas / (p.num_tokens * kv_heads);
+    if (splits > kMaxSplits) splits = kMaxSplits;
+    has_bias = p.layers[0].qkv_bias != nullptr;
+    has_head_norms = p.layers[0].q_norm != nullptr;
+    block_shift = 0;
+    while (1 << block_shift < p.block_size) ++block_shift;
+    inverse_n = 1.0f / static_cast<float>(n);
+  }
+};
+
+// Words from the workspace's beginning, all multiples of 4, so that marks are where marks are whatever the number of
+// tokens.
+struct Buffers {
+  int32_t q, p, a, o, g, d, end;
+  explicit Buffers(const Sizes& s) {
+    q = 4;
+    p = q + kDecodeMaxTokens * s.qkv_rows;
+    a = p + kDecodeMaxTokens * s.heads * kMaxSplits * (s.head_dim / 2 + 1) * 4;
+    o = a + kDecodeMaxTokens * s.out_columns;
+    g = o + kDecodeMaxTokens * s.n;
+    d = g + kDecodeMaxTokens * s.i;
+    end = d + kDecodeMaxTokens * s.n;
+  }
+};
+
+// A product of each layer: what it multiplies, (tokens, columns) from `buffer` on; how many items, of so many units
+// whose sums must be in one CTA; how many items meet at a time: long ones are handed over one by one, so that what
+// comes next can begin. The first item is the CTA `first`'s, the next that of the next: those with one more are others
+// each time.
+struct Product {
+  int columns, items, units, together, buffer, first;
+  void set(int its_columns, int its_items, int its_units, int its_buffer, int its_first) {
+    columns = its_columns, items = its_items, units = its_units, buffer = its_buffer, first = its_first;
+    together = columns > kStageColumns ? 1 : kSlots / units;
+  }
+};
+
+// Shared memory, bytes from its beginning.
+struct Layout {
+  int stages, x, sums, squares, own, heads, angles, blocks, part, partial, merged, barriers, ring, end;
+  Layout(const Sizes& s, int tokens) {
+    int widest = s.i > s.out_columns ? s.i : s.out_columns;
+    if (s.n > widest) widest = s.n;
+    x = 0;
+    sums = x + tokens * x_pitch(widest);
+    squares = sums + 2 * kSlots * kWarps * tokens * kUnit * 4;
+    own = squares + kWarps * kDecodeMaxTokens * 4;
+    heads = own + kOwnUnits * kDecodeMaxTokens * kUnit * 2;   // of q, then the token's key and value
+    angles = heads + (kDecodeMaxGroup + 2) * s.head_dim * 2;  // cosines and sines of the token's position
+    blocks = angles + s.head_dim * 4;
+    part = blocks + kMaxBlocks * 4;
+    partial = part + 64;
+    merged = partial + kWarps * kDecodeMaxGroup * (s.head_dim + 4) * 4;
+    barriers = merged + kWarps * s.head_dim * 4;
+    ring = (barriers + 2 * kMaxStages * 8 + 127) / 128 * 128;
+    stages = (kSmemBytes - ring) / kStageBytes;
+    if (stages > kMaxStages) stages = kMaxStages;
+    end = ring + stages * kStageBytes;
+  }
+};
+
+// What does not change in a launch, made on the host: read from constant memory it takes no registers.
+struct Args {
+  DecodeLayersParams p;
+  Sizes sizes;
+  Buffers buffers;
+  Layout layout;
+  Product products[4];
+  Args(const DecodeLayersParams& params, int ctas)
+      : p(params), sizes(params, ctas), buffers(sizes), layout(sizes, params.num_tokens) {
+    const int n = sizes.n / kUnit, i = sizes.i / kUnit;
+    products[kQkv].set(sizes.n, sizes.qkv_rows / kUnit, 1, buffers.d, (n + i) % ctas);
+    products[kOut].set(sizes.out_columns, n, 1, buffers.a, 0);  // as of down: the same rows of the residual stream
+    products[kGateUp].set(sizes.n, i, 2, buffers.o, n % ctas);
+    products[kDown].set(sizes.i, n, 1, buffers.g, 0);
+  }
+};
+
+}  // namespace
+}  // namespace fastattn
