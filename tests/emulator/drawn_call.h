@@ -91,6 +91,31 @@ struct Tensor {
 };
 
 // ---------------------------------------------------------------------------------------------
+// What a product must be like
+
+inline void expect_near(int64_t m, int64_t n, double got, double expected, double allowed) {
+  if (std::fabs(got - expected) <= allowed) return;
+  fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
+       std::to_string(expected));
+}
+
+// Behind its first elements out is as it was filled.
+template <typename T>
+void expect_untouched_behind(const std::vector<T>& out, size_t size) {
+  for (size_t i = size; i < out.size(); ++i) {
+    if (!std::isnan(static_cast<float>(out[i]))) fail("a write behind the end of out");
+  }
+}
+
+template <typename T, typename Launch>
+void expect_same_again(std::vector<T>& out, Launch launch) {
+  const std::vector<T> first = out;
+  std::fill(out.begin(), out.end(), T(NAN));
+  launch();
+  if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+}
+
+// ---------------------------------------------------------------------------------------------
 // The command line of a driver: FIRST LAST [SIZE], the seeds of the calls, LAST excluded, and of which compiled size
 // they are, a head dim or a block (any).
 template <typename RunCall>

@@ -248,20 +248,11 @@ void run_call(const Format& format, bool many_rows, const fastattn::GemmSm90Tile
       const double allowed = units ? 0.0
                                    : std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
                                          size / divisor * 0x1p-20 + 1e-6;
-      if (!(std::fabs(got - expected) <= allowed)) {
-        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
-             std::to_string(expected));
-      }
+      expect_near(m, n, got, expected, allowed);
     }
   }
-  for (int i = 0; i < kBehind; ++i) {
-    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
-  }
-  if (!one_in(3)) return;
-  const std::vector<T> first = out;
-  std::fill(out.begin(), out.end(), T(NAN));
-  launch();
-  if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+  expect_untouched_behind(out, p.m * p.n);
+  if (one_in(3)) expect_same_again(out, launch);
 }
 
 // With x in e4m3, by the formulas of gemm_sm90_w4_operands.cuh; of MXFP4 first what the kernel wants to know of a row.
@@ -408,10 +399,7 @@ void run_fp8_call(int group, bool many_rows, const fastattn::GemmSm90Tile& tile)
                                    : std::fabs(expected) * rounding + size * scale * lost +
                                          (std::fabs(sum * scale) + std::fabs(added)) * 0x1p-20 + smallest;
       if (std::is_same_v<T, __half> && std::fabs(expected) + allowed > 65000.0) continue;
-      if (!(std::fabs(got - expected) <= allowed)) {
-        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
-             std::to_string(expected));
-      }
+      expect_near(m, n, got, expected, allowed);
     }
   }
   if (!one_in(3)) return;

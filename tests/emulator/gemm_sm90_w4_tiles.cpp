@@ -201,20 +201,11 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
       const double allowed = units ? 0.0
                                    : std::fabs(expected) * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7) +
                                          size / divisor * 0x1p-20 + 1e-6;
-      if (!(std::fabs(got - expected) <= allowed)) {
-        fail("out[" + std::to_string(m) + ", " + std::to_string(n) + "] is " + std::to_string(got) + ", expected " +
-             std::to_string(expected));
-      }
+      expect_near(m, n, got, expected, allowed);
     }
   }
-  for (int i = 0; i < kBehind; ++i) {
-    if (!std::isnan(static_cast<float>(out[p.m * p.n + i]))) fail("a write behind the end of out");
-  }
-  if (!one_in(3)) return;
-  const std::vector<T> first = out;
-  std::fill(out.begin(), out.end(), T(NAN));
-  launch();
-  if (std::memcmp(first.data(), out.data(), first.size() * sizeof(T)) != 0) fail("two runs differ");
+  expect_untouched_behind(out, p.m * p.n);
+  if (one_in(3)) expect_same_again(out, launch);
 }
 
 }  // namespace
