@@ -49,7 +49,8 @@ from tests.harness.attention_calls import (
 )
 from tests.harness.generators import Gen
 from tests.harness.sampling_calls import adjust_calls, bitmask_calls, logprob_calls
-from tests.harness.specs import embedding_calls, rope_calls
+from tests.harness.specs.elementwise import embedding_calls
+from tests.harness.specs.kv_cache import rope_calls
 
 CPU = torch.device("cpu")
 PAGED = {"heads": 4, "kv_heads": 2}
