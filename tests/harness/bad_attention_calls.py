@@ -214,8 +214,6 @@ def _bad_contiguous(op: str, num_heads: int) -> Callable[[Gen, Call], Bad]:
 
 
 bad_batch, bad_batch_backward = (_bad_contiguous(op, 2) for op in ("batch_attention", "batch_attention_backward"))
-
-
 bad_varlen, bad_varlen_backward = (_bad_contiguous(op, 1) for op in ("varlen_attention", "varlen_attention_backward"))
 
 

@@ -33,27 +33,19 @@ from tests.harness.bad_attention_calls import (
 from tests.harness.opspec import OpSpec, Role
 
 _SCALE: dict[str, Any] = {"softmax_scale": "nonnegative", "softcap": "nonnegative", "causal": "flag"}
-
-
 _LONGEST = {"max_seqlen_q": "count", "max_seqlen_k": "count"}
-
-
 _BATCH_ROLES = {
     "q": Role((0, 3), grad=True),
     "k": Role((0, 1, 2, 3), grad=True),
     "v": Role((0, 1, 2, 3), grad=True),
     "alibi_slopes": Role((0, 1), optional=True),
 }
-
-
 _PACKED_ROLES = {
     "q": Role((2,), grad=True),
     "k": Role((0, 1, 2), grad=True),
     "v": Role((0, 1, 2), grad=True),
     "alibi_slopes": Role((0, 1), optional=True),
 }
-
-
 _SEQUENCE_ROLES = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), Role((0,))) | dict.fromkeys(
     ("seqused_q", "seqused_k"), Role((0,), optional=True)
 )

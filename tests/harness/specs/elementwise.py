@@ -98,7 +98,6 @@ def bad_embedding(gen: Gen, base: Call) -> Bad:
 
 _NORM_ROLES = {"x": Role((-1,)), "weight": Role((0,))}
 
-
 ELEMENTWISE = (
     OpSpec("rms_norm", ops.rms_norm, norm_calls, _NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
     OpSpec(

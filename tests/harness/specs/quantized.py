@@ -37,7 +37,6 @@ from tests.harness.sparse_calls import (
 
 _METADATA = Role((0, 1, 2))
 
-
 QUANTIZED = (
     OpSpec(
         "quantize_int8",
