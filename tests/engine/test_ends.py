@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastattn.engine.engine import Engine
+from fastattn.engine.output_processor import TextStream
 from fastattn.models.tokenizer import Tokenizer
 from tests.engine.requests import DRAWN, GREEDY, PROMPTS, MakeEngine, only, with_
 from tests.engine.tiny import EOS, drain, run
@@ -48,6 +54,42 @@ def test_what_may_become_a_stop_string_is_held_back(engine: Engine) -> None:
             shown += only(output).text
             assert expected.startswith(shown)
         assert shown == expected
+
+
+class Letters:
+    """A tokenizer whose tokens are texts."""
+
+    def stream(self, skip_special_tokens: bool) -> Any:
+        return self
+
+    def step(self, piece: Any) -> Any:
+        return piece
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=5), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+    may_stop=st.booleans(),
+)
+@settings(max_examples=500, deadline=None)
+def test_what_is_held_back_is_the_longest_beginning(pieces: list[str], stops: list[str], may_stop: bool) -> None:
+    stream = TextStream(Letters(), tuple(stops), True, False)  # type: ignore[arg-type]
+    for piece in pieces:
+        if stream.push(piece, may_stop) is not None:  # type: ignore[arg-type]
+            return
+        ends = [stop[:n] for stop in stops for n in range(len(stop)) if stream.text.endswith(stop[:n])]
+        if piece:
+            assert len(stream.text) - stream.num_released == max(map(len, ends))
+
+
+def test_long_stop_strings_cost_no_time() -> None:
+    """As many and as long as a client may send, none of which comes: once 36 ms a token."""
+    stops = tuple("e" + "xyz " * 1000 + chr(65 + i) for i in range(16))
+    stream = TextStream(Letters(), stops, False, False)  # type: ignore[arg-type]
+    begin = time.process_time()
+    for _ in range(2000):
+        stream.push("abcd")  # type: ignore[arg-type]
+    assert time.process_time() - begin < 4, "2 ms a token"
 
 
 def test_stop_token_ids(engine: Engine, tokenizer: Tokenizer) -> None:
