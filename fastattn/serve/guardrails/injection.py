@@ -91,7 +91,8 @@ def _decoded(text: str) -> Iterator[str]:
     if "%" in text and (unquoted := unquote(text)) != text:
         yield unquoted
     if _ESCAPES.search(text):
-        yield _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)), text)
+        found = _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)), text)
+        yield found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair are one; alone, no text
 
 
 def _padded(run: str, block: int) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from fastattn.serve.json_body import parse_text
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
 
 Request = ChatCompletionRequest | CompletionRequest
@@ -70,7 +71,7 @@ def _prompt_slot(prompt: str | list[int], decode: Callable[[list[int]], str], ho
 def json_slots(holder: Any, key: Any, role: str) -> Iterator[Slot]:
     """The strings in a JSON text (a tool's arguments), escapes undone; the text itself if it is no JSON."""
     try:
-        value = {"": json.loads(holder[key])}
+        value = {"": parse_text(holder[key])}
     except (ValueError, RecursionError):
         yield _slot(role, holder, key)
         return
