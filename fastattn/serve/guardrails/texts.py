@@ -26,7 +26,7 @@ def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
         yield from leaves(tool, "system")
-    for name in ("prediction", "chat_template_kwargs"):
+    for name in ("prediction", "chat_template_kwargs", "response_format"):
         yield from leaves(data.get(name) or {}, "user")
     if "prompt" in data:
         prompt = data["prompt"]

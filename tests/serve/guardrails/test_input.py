@@ -49,6 +49,7 @@ PLACES = [
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"function": HALF_A_PAIR}]}]),
     chat(chat_template_kwargs={"thinking": MAIL}),
     chat(prediction={"type": "content", "content": f"Write to {MAIL}"}),
+    chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "description": f"Of {MAIL}", "schema": {"enum": [MAIL]}}}),
     completion(f"Write to {MAIL}"),
     completion(["a", MAIL]),
 ]  # fmt: skip
