@@ -149,7 +149,14 @@ class EngineLoop:
         )
 
     def _queue(self, message: m.Generate, future: Future[Prepared]) -> None:
-        prepared = future.result()
+        try:
+            prepared = future.result()
+        except (ValueError, TypeError, ImportError):
+            raise
+        except Exception as error:  # no memory for the sandbox, say; the engine has not been touched, and others go on
+            logger.exception("a request could not be prepared")
+            self.send(m.Refused(message.id, "busy", f"the request cannot be prepared now: {type(error).__name__}"))
+            return
         self._engine.add_prepared(message.id, prepared, priority=message.priority, tenant=message.tenant)
 
     def _output(self, output: RequestOutput) -> m.Output:
