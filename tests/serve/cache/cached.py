@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from fastattn.serve.cache import CacheConfig, ResponseCache
+from fastattn.serve.contract import RequestContext
 from fastattn.serve.protocol import ChatCompletionRequest
-from tests.serve.fakes import (
-    Scripted,
-    chat,
-    chunks,
-    context,
-    text,
-)
+from tests.serve.fakes import Scripted, chat, chunks, context, text, wait
 
 HEADER = "x-fastattn-cache"
 
@@ -37,6 +33,20 @@ def echo(pieces: int = 3) -> Scripted:
 def outcomes(cache: ResponseCache) -> dict[str, int]:
     (metric,) = cache._metrics.lookups.collect()
     return {s.labels["outcome"]: int(s.value) for s in metric.samples if s.name.endswith("_total") and s.value}
+
+
+def said(cache: ResponseCache, *asked: tuple[Any, RequestContext], pause: float = 0.0) -> list[str]:
+    """What the cache says of each of these requests, which come one after the other, so many seconds apart; the cache is closed."""
+
+    async def run() -> list[str]:
+        for request, ctx in asked:
+            await text(cache, request, ctx)
+            await cache.flush()
+            await asyncio.sleep(pause)
+        await cache.close()
+        return [ctx.headers[HEADER] for _, ctx in asked]
+
+    return wait(run())
 
 
 async def answers_all(cache: ResponseCache, prompts: int = 30) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from fastattn.serve.cache import CacheConfig, ResponseCache
 from fastattn.serve.cache.database import Database, Entry
-from tests.serve.cache.cached import HEADER, cache_of, echo, outcomes
+from tests.serve.cache.cached import HEADER, cache_of, echo, outcomes, said
 from tests.serve.fakes import (
     ask,
     chat,
@@ -80,29 +80,13 @@ def test_hits_survive_a_restart_and_are_private(tmp_path: Path) -> None:
     ],
 )
 def test_only_what_is_not_random_is_kept(tmp_path: Path, request_: Any, kept: bool) -> None:
-    async def twice() -> str:
-        cache = cache_of(tmp_path, saying("x"))
-        await text(cache, request_, context())
-        await cache.flush()
-        ctx = context()
-        await text(cache, request_, ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(twice()) == ("hit" if kept else "bypass")
+    outcomes = said(cache_of(tmp_path, saying("x")), (request_, context()), (request_, context()))
+    assert outcomes == (["miss", "hit"] if kept else ["bypass", "bypass"])
 
 
 def test_sampled_answers_are_kept_when_asked_for(tmp_path: Path) -> None:
-    async def twice() -> str:
-        cache = cache_of(tmp_path, saying("x"), cache_sampled=True)
-        await text(cache, chat(temperature=1.0), context())
-        await cache.flush()
-        ctx = context()
-        await text(cache, chat(temperature=1.0), ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(twice()) == "hit"
+    cache, request = cache_of(tmp_path, saying("x"), cache_sampled=True), chat(temperature=1.0)
+    assert said(cache, (request, context()), (request, context())) == ["miss", "hit"]
 
 
 @pytest.mark.parametrize(
@@ -113,68 +97,29 @@ def test_sampled_answers_are_kept_when_asked_for(tmp_path: Path) -> None:
 def test_cache_control(tmp_path: Path, directives: tuple[str, ...], outcome: str, calls: int) -> None:
     inner = saying("x")
 
-    async def twice() -> str:
-        cache = cache_of(tmp_path, inner)
-        await text(cache, chat(), context())
-        await cache.flush()
-        await asyncio.sleep(0.01)
-        ctx = context("", *directives)
-        await text(cache, chat(), ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(twice()) == outcome
+    asked = (chat(), context()), (chat(), context("", *directives))
+    assert said(cache_of(tmp_path, inner), *asked, pause=0.01) == ["miss", outcome]
     assert inner.num_calls == calls
 
 
 def test_no_store_leaves_nothing_behind(tmp_path: Path) -> None:
-    async def run() -> str:
-        cache = cache_of(tmp_path, saying("x"))
-        await text(cache, chat(), context("", "no-store"))
-        await cache.flush()
-        ctx = context()
-        await text(cache, chat(), ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(run()) == "miss"
+    asked = (chat(), context("", "no-store")), (chat(), context())
+    assert said(cache_of(tmp_path, saying("x")), *asked) == ["bypass", "miss"]
 
 
 def test_unknown_models_are_not_kept(tmp_path: Path) -> None:
-    async def run() -> str:
-        cache = ResponseCache(CacheConfig(path=tmp_path / "c"), saying("x"), lambda model: None)
-        ctx = context()
-        await text(cache, chat(), ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(run()) == "bypass"
+    cache = ResponseCache(CacheConfig(path=tmp_path / "c"), saying("x"), lambda model: None)
+    assert said(cache, (chat(), context())) == ["bypass"]
 
 
 def test_entries_grow_old(tmp_path: Path) -> None:
-    inner = saying("x")
-
-    async def run() -> None:
-        cache = cache_of(tmp_path, inner, ttl=0.05)
-        await text(cache, chat(), context())
-        await cache.flush()
-        await asyncio.sleep(0.06)
-        await text(cache, chat(), context())
-        await cache.close()
-
-    wait(run())
-    assert inner.num_calls == 2
+    cache = cache_of(tmp_path, saying("x"), ttl=0.05)
+    assert said(cache, (chat(), context()), (chat(), context()), pause=0.06) == ["miss", "miss"]
 
 
 def test_text_that_is_no_unicode_passes_by(tmp_path: Path) -> None:
-    async def run() -> str:
-        cache = cache_of(tmp_path, saying("x"))
-        ctx = context()
-        await text(cache, chat().model_copy(update={"user": "\ud800"}), ctx)
-        await cache.close()
-        return ctx.headers[HEADER]
-
-    assert wait(run()) == "bypass"
+    request = chat().model_copy(update={"user": "\ud800"})
+    assert said(cache_of(tmp_path, saying("x")), (request, context())) == ["bypass"]
 
 
 # ---- tenants ----
@@ -221,17 +166,8 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
 
 
 def test_long_answers_are_not_kept(tmp_path: Path) -> None:
-    inner = saying("x" * 3000)
-
-    async def run() -> None:
-        cache = cache_of(tmp_path, inner, max_entry_bytes=2048)
-        await text(cache, chat(), context())
-        await cache.flush()
-        await text(cache, chat(), context())
-        await cache.close()
-
-    wait(run())
-    assert inner.num_calls == 2
+    cache = cache_of(tmp_path, saying("x" * 3000), max_entry_bytes=2048)
+    assert said(cache, (chat(), context()), (chat(), context())) == ["miss", "miss"]
 
 
 def test_configuration_says_all_that_is_wrong() -> None:

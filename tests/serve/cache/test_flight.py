@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastattn.serve.contract import APIError
-from tests.serve.cache.cached import HEADER, cache_of, echo, outcomes
+from tests.serve.cache.cached import HEADER, cache_of, echo, outcomes, said
 from tests.serve.fakes import (
     Scripted,
     chat,
@@ -102,17 +102,8 @@ def test_an_error_reaches_all_and_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [None, "content_filter", "error", "abort"])
 def test_answers_without_a_good_end_are_not_kept(tmp_path: Path, end: str | None) -> None:
-    inner = saying("x", finish=end)
-
-    async def run() -> None:
-        cache = cache_of(tmp_path, inner)
-        await text(cache, chat(), context())
-        await cache.flush()
-        await text(cache, chat(), context())
-        await cache.close()
-
-    wait(run())
-    assert inner.num_calls == 2
+    cache = cache_of(tmp_path, saying("x", finish=end))
+    assert said(cache, (chat(), context()), (chat(), context())) == ["miss", "miss"]
 
 
 @pytest.mark.parametrize("when", ["during", "after", "on a hit"])
@@ -147,19 +138,9 @@ def test_another_models_answer_is_not_kept(tmp_path: Path) -> None:
         ctx.headers["x-fastattn-model"] = "stand-in"
         return chunks(request, ["x"])
 
-    inner = Scripted(answer)
-
-    async def run() -> None:
-        cache = cache_of(tmp_path, inner)
-        ctx = context()
-        await text(cache, chat(), ctx)
-        assert ctx.headers["x-fastattn-model"] == "stand-in"
-        await cache.flush()
-        await text(cache, chat(), context())
-        await cache.close()
-
-    wait(run())
-    assert inner.num_calls == 2
+    cache, ctx = cache_of(tmp_path, Scripted(answer)), context()
+    assert said(cache, (chat(), ctx), (chat(), context())) == ["miss", "miss"]
+    assert ctx.headers["x-fastattn-model"] == "stand-in"
 
 
 def test_the_model_that_answered_is_named_on_a_hit(tmp_path: Path) -> None:
@@ -167,13 +148,6 @@ def test_the_model_that_answered_is_named_on_a_hit(tmp_path: Path) -> None:
         ctx.headers["x-fastattn-model"] = "small"
         return chunks(request, ["x"])
 
-    async def run() -> dict[str, str]:
-        cache = cache_of(tmp_path, Scripted(answer))
-        await text(cache, chat(), context())
-        await cache.flush()
-        ctx = context()
-        await text(cache, chat(), ctx)
-        await cache.close()
-        return ctx.headers
-
-    assert wait(run()) == {HEADER: "hit", "x-fastattn-model": "small"}
+    ctx = context()
+    said(cache_of(tmp_path, Scripted(answer)), (chat(), context()), (chat(), ctx))
+    assert ctx.headers == {HEADER: "hit", "x-fastattn-model": "small"}
