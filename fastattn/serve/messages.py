@@ -174,7 +174,6 @@ class Stats(msgspec.Struct, tag="stats", array_like=True):
     """EngineStats' numbers by name, and the sign of life: it is sent between steps, by the thread that makes them."""
 
     values: dict[str, float]
-    num_invalid_messages: int
 
 
 class Switched(msgspec.Struct, tag="switched", array_like=True):
