@@ -92,7 +92,8 @@ def _decoded(text: str) -> Iterator[str]:
         yield unquoted
     if _ESCAPES.search(text):
         found = _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)), text)
-        yield found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair are one; alone, no text
+        # The halves of a surrogate pair are one character, and one alone is no text.
+        yield found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _padded(run: str, block: int) -> str:
