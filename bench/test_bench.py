@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.families import flash_fwd, gemm_bf16, paged, small_ops
+from bench.families import flash_fwd, gemm_bf16, paged, small_ops, small_ops_logits
 from bench.harness.case import Case, Context
 from fastattn._runtime import BlockPool, TokenSequence
 from fastattn.engine.config import EngineConfig
@@ -26,7 +26,7 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "add_rms_norm": partial(small_ops.add_rms_norm, tokens=64, width=576),
     "rope_kv_write": partial(small_ops.rope_kv_write, tokens=64, heads=9, kv_heads=3),
     "swiglu": partial(small_ops.swiglu, tokens=64, width=1536),
-    "sample": partial(small_ops.sample, kind="topk_topp", rows=8, vocab=49152),
+    "sample": partial(small_ops_logits.sample, kind="topk_topp", rows=8, vocab=49152),
     "linear 1 row": partial(gemm_bf16.gemm, m=1, n=1536, k=576),
     "linear 64 rows": partial(gemm_bf16.gemm, m=64, n=1536, k=576),
     "attention": partial(flash_fwd.flash, dim=64, length=256, causal=True, heads=9, tokens=256),

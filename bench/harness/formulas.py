@@ -1,4 +1,4 @@
-"""Operators on large inputs, on any device, in a chosen dtype: what tests/harness/formulas.py says in loops, in whole tensors.
+"""Operators on large inputs, on any device, in a chosen dtype: what tests/harness/formulas says in loops, in whole tensors.
 
 Each takes the dtype to compute in and a call's arguments, and gives the results, then the arguments that are changed.
 """

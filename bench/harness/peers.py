@@ -51,14 +51,6 @@ def vllm_ops() -> Any:
     return ops
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for exactly these shapes. Earlier compilations are dropped, so that no limit on recompiling is met."""
-    if not torch.cuda.is_available():
-        raise PeerAbsentError("torch.compile is measured on a GPU only")
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
 def skip(reason: str) -> Callable[[], Callable[[], Any]]:
     """A peer that is left out on purpose."""
 

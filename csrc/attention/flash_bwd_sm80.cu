@@ -103,8 +103,6 @@ cudaError_t clear_unused(const FlashBwdSm80Params& p, cudaStream_t stream) {
 
 }  // namespace
 
-const char* flash_bwd_sm80_supported() { return "bfloat16 and float16, head dims up to 256"; }
-
 cudaError_t flash_bwd_sm80(const FlashBwdSm80Params& params, cudaStream_t stream) {
   for (const Instantiation& entry : kInstantiations) {
     if (entry.dtype != params.dtype || entry.head_dim != params.config.head_dim || entry.large != params.config.large) {

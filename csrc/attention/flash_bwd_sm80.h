@@ -65,11 +65,8 @@ struct FlashBwdSm80Params {
   FlashBwdSm80Config config = {};
 };
 
-// Enqueues the kernels. cudaErrorInvalidValue if no instantiation fits; flash_bwd_sm80_supported() says which there
-// are.
+// Enqueues the kernels. cudaErrorInvalidValue if no instantiation fits: they are of bfloat16 and float16, with head
+// dims up to 256.
 cudaError_t flash_bwd_sm80(const FlashBwdSm80Params& params, cudaStream_t stream);
-
-// "bfloat16 and float16, head dims up to 256", from the dispatch table.
-const char* flash_bwd_sm80_supported();
 
 }  // namespace fastattn

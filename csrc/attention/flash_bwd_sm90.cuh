@@ -59,53 +59,21 @@
 
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
-#include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/registers.cuh"
-#include "arch/tensor_map.h"
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
-#include "attention/flash_bwd_sm90_launch.h"
-#include "attention/flash_bwd_sm90_tiles.cuh"
+#include "attention/flash_bwd_sm90_storage.cuh"
 #include "attention/softmax.cuh"
 
 namespace fastattn {
-
-// ---------------------------------------------------------------------------------------------
-template <typename T, int HEAD_DIM>
-struct FlashBwdSm90Storage {
-  static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
-  static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
-  static constexpr bool kSharedKeys = BLOCK_N == 64;
-  static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = kSharedKeys ? 1 : 2;
-  static constexpr int kStagesK = kSharedKeys ? 1 : 2, kTileStages = 2;
-
-  alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];
-  alignas(1024) T dout[kStagesDo][BLOCK_M * HEAD_DIM];
-  alignas(1024) T k[kStagesK][BLOCK_N * HEAD_DIM];
-  alignas(1024) T v[BLOCK_N * HEAD_DIM];
-  alignas(1024) T ds[kStagesDs][BLOCK_N * BLOCK_M];            // panels of 64 query rows, a key's side by side
-  alignas(1024) T probs[kSharedKeys ? BLOCK_N * BLOCK_M : 8];  // P likewise
-  alignas(128) float lse_log2[kStagesQ][BLOCK_M];
-  alignas(128) float delta[kStagesDo][BLOCK_M];
-  MBarrier q_full[kStagesQ], q_empty[kStagesQ];
-  MBarrier dout_full[kStagesDo], dout_empty[kStagesDo];
-  MBarrier k_full[kStagesK], k_empty[kStagesK], v_full, v_empty;
-  MBarrier ds_full[kStagesDs], ds_empty[kStagesDs], probs_full;
-  MBarrier tile_full[kTileStages], tile_empty[kTileStages];
-  FlashBwdTile tile[kTileStages];
-};
-
-// ---------------------------------------------------------------------------------------------
-// Kernel
 
 template <typename T, int HEAD_DIM, bool DETERMINISTIC>
 __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_constant__ FlashBwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
-  constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N;
-  constexpr int PANEL = flash_bwd_sm90_panel(HEAD_DIM);  // elements of a row that lie side by side
+  constexpr int BLOCK_M = Storage::BLOCK_M, BLOCK_N = Storage::BLOCK_N, PANEL = Storage::PANEL;
   constexpr uint32_t Q_BYTES = BLOCK_M * HEAD_DIM * sizeof(T);
   constexpr uint32_t KV_BYTES = BLOCK_N * HEAD_DIM * sizeof(T);
   constexpr uint32_t DS_BYTES = BLOCK_N * BLOCK_M * sizeof(T);
@@ -796,61 +764,6 @@ __global__ void __launch_bounds__(384, 1) flash_bwd_sm90_kernel(const __grid_con
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent
 #endif
-}
-
-// ---------------------------------------------------------------------------------------------
-// Host
-
-template <typename T, int HEAD_DIM>
-cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stream) {
-  using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
-  constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
-  static_assert(kSmemBytes <= 227 * 1024);
-  const FlashBwdSm90Config& config = p.config;
-  if (config.num_tiles > INT32_MAX - config.num_ctas) return cudaErrorInvalidConfiguration;
-  if (config.blocks_of_head * p.num_heads > INT32_MAX) return cudaErrorInvalidConfiguration;
-
-  FlashBwdSm90Args args;
-  args.p = p;
-  args.group_size = FastDivide(p.num_heads / p.num_kv_heads);
-  args.num_kv_heads = FastDivide(p.num_kv_heads);
-  args.order = SectionLookup(config.order, config.num_n_tiles);
-  args.num_tiles = static_cast<int32_t>(config.num_tiles);
-
-  const auto describe = [&](const void* base, int32_t head_dim, int64_t tokens, int32_t heads, int64_t batch_stride,
-                            int64_t token_stride, int64_t head_stride, int rows) {
-    const int64_t batches = p.cu_seqlens_q == nullptr ? p.num_seqs : 1;
-    return TensorMapSpec{base,
-                         p.dtype,
-                         {head_dim, tokens, heads, batches},
-                         {token_stride, head_stride, batch_stride},
-                         flash_bwd_sm90_panel(HEAD_DIM),
-                         rows};
-  };
-  const int64_t blocks = config.blocks_of_head;
-  const auto describe_rows = [&](const float* base) {  // a block's numbers at a time
-    constexpr int64_t M = Storage::BLOCK_M;
-    return TensorMapSpec{base, DType::kFloat32, {M, blocks, p.num_heads, 1}, {M, blocks * M, 0}, M, 1};
-  };
-  const TensorMapSpec specs[6] = {describe(p.q, p.head_dim, p.q_tokens, p.num_heads, p.q_batch_stride, p.q_token_stride,
-                                           p.q_head_stride, Storage::BLOCK_M),
-                                  describe(p.dout, p.v_head_dim, p.q_tokens, p.num_heads, p.dout_batch_stride,
-                                           p.dout_token_stride, p.dout_head_stride, Storage::BLOCK_M),
-                                  describe(p.k, p.head_dim, p.k_tokens, p.num_kv_heads, p.k_batch_stride,
-                                           p.k_token_stride, p.k_head_stride, Storage::BLOCK_N),
-                                  describe(p.v, p.v_head_dim, p.k_tokens, p.num_kv_heads, p.v_batch_stride,
-                                           p.v_token_stride, p.v_head_stride, Storage::BLOCK_N),
-                                  describe_rows(p.lse_log2),
-                                  describe_rows(p.delta)};
-  CUtensorMap* const maps[6] = {&args.q, &args.dout, &args.k, &args.v, &args.lse_log2, &args.delta};
-  for (int i = 0; i < 6; ++i) {
-    const cudaError_t error = make_tensor_map(maps[i], specs[i]);
-    if (error != cudaSuccess) return error;
-  }
-
-  const auto kernel =
-      p.turns == nullptr ? flash_bwd_sm90_kernel<T, HEAD_DIM, false> : flash_bwd_sm90_kernel<T, HEAD_DIM, true>;
-  return launch_kernel_behind(kernel, config.num_ctas, 384, kSmemBytes, stream, args);
 }
 
 }  // namespace fastattn

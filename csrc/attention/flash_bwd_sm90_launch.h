@@ -1,5 +1,5 @@
-// What flash_bwd_sm90.cu puts together: the launcher template of the main kernel, defined in flash_bwd_sm90.cuh and
-// instantiated in flash_bwd_sm90_hd*.cu, so that they compile in parallel.
+// What flash_bwd_sm90.cu puts together: the launcher template of the main kernel, defined in flash_bwd_sm90_launch.cuh
+// and instantiated in flash_bwd_sm90_hd*.cu, so that they compile in parallel.
 #pragma once
 
 #include "attention/flash_bwd_sm90.h"

@@ -57,8 +57,6 @@ constexpr Instantiation kInstantiations[] = {
 
 }  // namespace
 
-const char* flash_sm80_supported() { return "bfloat16 and float16, head_dim up to 256"; }
-
 cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t stream) {
   FlashSm80Params p = params;
   p.set_divisions();

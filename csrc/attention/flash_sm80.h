@@ -21,10 +21,7 @@ struct FlashSm80Params : AttentionParams {
 };
 
 // Enqueues the kernel, and the combination of the splits if there are several. Needs T > 0.
-// cudaErrorInvalidValue if no instantiation fits; flash_sm80_supported() says which there are.
+// cudaErrorInvalidValue if no instantiation fits: they are of bfloat16 and float16, with head dims up to 256.
 cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t stream);
-
-// "bfloat16 and float16, head_dim up to 256", from the dispatch table.
-const char* flash_sm80_supported();
 
 }  // namespace fastattn

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastattn.cli import _session
+from fastattn.cli._options import Engine
 
 if TYPE_CHECKING:
     from fastattn.benchmarks.engines import Measured, Request
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Beside:
     """The options --against, --plot and --output-json. What can be wrong with them is found before anything is loaded.
 
-    model: what our engine is to load.
+    model: what our engine is to load. engine: with which flags, of which the peers get what they have too.
     """
 
     def __init__(
@@ -31,16 +32,12 @@ class Beside:
         plot: Path | None,
         output_json: Path | None,
         n: int,
-        device: str,
-        dtype: str,
-        tensor_parallel_size: int,
-        max_model_len: int | None,
-        gpu_memory_utilization: float,
+        engine: Engine,
     ) -> None:
         self.model: str | ModelSource = model
         self._load, self._name, self._plot, self._output_json = load, model, plot, output_json
         self._found: dict[str, Measured] = {}
-        self._options = device, dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization
+        self._engine = engine
         self._peers: list[str] = []
         if plot is not None:
             from fastattn.benchmarks.plot import require_matplotlib
@@ -52,8 +49,10 @@ class Beside:
             self._peers = parse_peers(against)
             if n != 1:
                 raise ValueError(f"--n is {n}, allowed is 1 with --against")
-            if "hf" in self._peers and tensor_parallel_size != 1:
-                raise ValueError(f"--tensor-parallel-size is {tensor_parallel_size}, allowed is 1 with --against hf")
+            if "hf" in self._peers and engine["tensor_parallel_size"] != 1:
+                raise ValueError(
+                    f"--tensor-parallel-size is {engine['tensor_parallel_size']}, allowed is 1 with --against hf"
+                )
 
     def measure(self, requests: Callable[[ModelSource], list[Request]], repeats: int = 1, warm_ups: int = 0) -> None:
         """Runs the peers, if there are any: before our engine takes the memory. requests: what ours will be asked."""
@@ -64,20 +63,19 @@ class Beside:
         from fastattn.engine.device import choose_device, choose_dtype
         from fastattn.engine.setup import choose_model_len
 
-        device, dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization = self._options
-        chosen = choose_device(device)
+        chosen = choose_device(self._engine["device"])
         self.model = source = _session.open_source(self._name)
-        longest = choose_model_len(source.config, max_model_len)
+        longest = choose_model_len(source.config, self._engine["max_model_len"])
         cut = [(ids, min(new, longest - len(ids))) for ids, new in requests(source)]  # as our engine cuts them
         self._found = measure_peers(
             self._peers,
             source,
             Load(self._load, cut, repeats, warm_ups),
             device=chosen,
-            dtype=choose_dtype(dtype, chosen),
-            tensor_parallel_size=tensor_parallel_size,
+            dtype=choose_dtype(self._engine["dtype"], chosen),
+            tensor_parallel_size=self._engine["tensor_parallel_size"],
             max_model_len=longest,
-            gpu_memory_utilization=gpu_memory_utilization,
+            gpu_memory_utilization=self._engine["gpu_memory_utilization"],
         )
 
     def finish(self, result: dict[str, Any], figures: Callable[[list[float]], dict[str, Any]], shown: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -181,6 +184,57 @@ Trace = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+
+# ---- what all commands have that run an engine ----
+
+Engine = dict[str, Any]  # name → value
+
+_SHARED: dict[str, tuple[object, object]] = {
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "auto"),
+    "tensor_parallel_size": (TensorParallelSize, 1),
+    "max_model_len": (MaxModelLen, None),
+    "max_num_seqs": (MaxNumSeqs, None),
+    "max_num_batched_tokens": (MaxNumBatchedTokens, None),
+    "block_size": (BlockSize, 16),
+    "kv_cache_dtype": (KvCacheDtype, "auto"),
+    "kv_cache_scales": (KvCacheScales, "auto"),
+    "quantization": (Quantization, None),
+    "num_kv_blocks": (NumKvBlocks, None),
+    "kv_offloading_size": (KvOffloadingSize, None),
+    "gpu_memory_utilization": (GpuMemoryUtilization, 0.9),
+}
+
+
+def with_engine(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the flags that engines share, but for those `without`, where its keyword `engine` stands: it gets them
+    there by name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        names = [name for name in _SHARED if name not in without]
+        parameters = []
+        for parameter in own.parameters.values():
+            if parameter.name != "engine":
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            for name in names:
+                kind, default = _SHARED[name]
+                parameters.append(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                )
+
+        @wraps(command)
+        def with_flags(**values: Any) -> None:
+            engine = {name: values.pop(name) for name in names}
+            command(**values, engine=engine)
+
+        with_flags.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_flags
+
+    return decorate
+
 
 # ---- sampling ----
 

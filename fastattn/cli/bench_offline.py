@@ -13,6 +13,7 @@ from fastattn.cli import _session
 from fastattn.cli._beside import Beside, write_json
 
 
+@opt.with_engine()
 def latency(
     model: bopt.BenchModel,
     input_len: bopt.InputLen = 32,
@@ -23,19 +24,8 @@ def latency(
     n: bopt.Completions = 1,
     seed: bopt.BenchSeed = 0,
     output_json: bopt.OutputJson = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    kv_offloading_size: opt.KvOffloadingSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     enforce_eager: opt.EnforceEager = False,
     async_scheduling: opt.AsyncScheduling = None,
@@ -55,11 +45,7 @@ def latency(
         plot=plot,
         output_json=output_json,
         n=n,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
+        engine=engine,
     )
     beside.measure(
         lambda source: offline.latency_requests(source, input_len or 32, output_len or 128, batch_size, seed),
@@ -68,19 +54,7 @@ def latency(
     )
     loaded = _session.load_llm(
         beside.model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_scales=kv_cache_scales,
-        quantization=quantization,
-        num_kv_blocks=num_kv_blocks,
-        kv_offloading_size=kv_offloading_size,
-        gpu_memory_utilization=gpu_memory_utilization,
+        **engine,
         enable_prefix_caching=enable_prefix_caching,
         use_cuda_graphs=not enforce_eager,
         async_scheduling=async_scheduling,
@@ -105,6 +79,7 @@ def latency(
     beside.finish(result, offline.latency_figures, "avg_latency")
 
 
+@opt.with_engine()
 def throughput(
     model: bopt.BenchModel,
     dataset_name: bopt.Dataset = "random",
@@ -118,19 +93,8 @@ def throughput(
     n: bopt.Completions = 1,
     seed: bopt.BenchSeed = 0,
     output_json: bopt.OutputJson = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    kv_offloading_size: opt.KvOffloadingSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
     enable_prefix_caching: bopt.BenchPrefixCaching = False,
     enforce_eager: opt.EnforceEager = False,
     async_scheduling: opt.AsyncScheduling = None,
@@ -153,29 +117,13 @@ def throughput(
         plot=plot,
         output_json=output_json,
         n=n,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
+        engine=engine,
     )
     # A peer's warm-up is the load itself: it is done once before it is timed.
     beside.measure(lambda source: offline.throughput_requests(source, options), warm_ups=min(num_warmups, 1))
     loaded = _session.load_llm(
         beside.model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_scales=kv_cache_scales,
-        quantization=quantization,
-        num_kv_blocks=num_kv_blocks,
-        kv_offloading_size=kv_offloading_size,
-        gpu_memory_utilization=gpu_memory_utilization,
+        **engine,
         enable_prefix_caching=enable_prefix_caching,
         use_cuda_graphs=not enforce_eager,
         async_scheduling=async_scheduling,
@@ -195,6 +143,7 @@ def throughput(
     beside.finish(result, lambda seconds: offline.throughput_figures(seconds[0], *counts), "tokens_per_second")
 
 
+@opt.with_engine("kv_offloading_size")
 def startup(
     model: bopt.BenchModel,
     num_iters_cold: int = typer.Option(
@@ -205,18 +154,8 @@ def startup(
     ),
     num_iters_warm: int = typer.Option(3, "--num-iters-warm", metavar="N", help="Starts with the files in the cache."),
     output_json: bopt.OutputJson = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
 ) -> None:
     """Time the start of new processes, to the first token."""
     _check_least(
@@ -228,24 +167,10 @@ def startup(
         raise ValueError("--num-iters-cold and --num-iters-warm are 0, expected a start that is counted")
     from fastattn.benchmarks.startup import startup as measure
 
-    options = {
-        "device": device,
-        "dtype": dtype,
-        "tensor_parallel_size": tensor_parallel_size,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "block_size": block_size,
-        "kv_cache_dtype": kv_cache_dtype,
-        "kv_cache_scales": kv_cache_scales,
-        "quantization": quantization,
-        "num_kv_blocks": num_kv_blocks,
-        "gpu_memory_utilization": gpu_memory_utilization,
-    }
     with tqdm(total=num_iters_cold + num_iters_warmup + num_iters_warm, desc="Starts", disable=None) as bar:
         result = measure(
             model,
-            {name: value for name, value in options.items() if value is not None},
+            {name: value for name, value in engine.items() if value is not None},
             num_iters_cold=num_iters_cold,
             num_iters_warmup=num_iters_warmup,
             num_iters_warm=num_iters_warm,

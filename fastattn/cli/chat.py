@@ -97,6 +97,7 @@ def by_server(server: Server, model: str, options: Mapping[str, object]) -> Answ
     return answer
 
 
+@opt.with_engine("max_num_seqs")
 def chat(
     model: Annotated[
         str | None,
@@ -123,18 +124,8 @@ def chat(
     min_p: opt.MinP = 0.0,
     seed: opt.Seed = None,
     stop: opt.Stop = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    kv_offloading_size: opt.KvOffloadingSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     speculative: opt.Speculative = None,
     quiet: opt.Quiet = False,
@@ -161,19 +152,8 @@ def chat(
         )
     loaded = _session.load_llm(
         source,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
+        **engine,
         max_num_seqs=1,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_scales=kv_cache_scales,
-        quantization=quantization,
-        num_kv_blocks=num_kv_blocks,
-        kv_offloading_size=kv_offloading_size,
-        gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         speculative=speculative,
         quiet=quiet,

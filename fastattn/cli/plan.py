@@ -16,21 +16,11 @@ if TYPE_CHECKING:
     from fastattn.models.loader import ModelSource
 
 
+@opt.with_engine()
 def plan(
     model: opt.Model,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    kv_offloading_size: opt.KvOffloadingSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
     speculative: opt.Speculative = None,
     memory: Annotated[
         int | None,
@@ -53,24 +43,12 @@ def plan(
     stored = _session.open_source(model)
     options, source = make_options(
         stored,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_scales=kv_cache_scales,
-        quantization=quantization,
-        num_kv_blocks=num_kv_blocks,
-        kv_offloading_size=kv_offloading_size,
-        gpu_memory_utilization=gpu_memory_utilization,
+        **engine,
         speculative=speculative,
         what_if=memory is not None,
     )
-    chosen = torch.device(device if device != "auto" else options.device_type)
-    free, total = (memory, memory) if memory is not None else rank_memory(chosen, tensor_parallel_size)
+    chosen = torch.device(engine["device"] if engine["device"] != "auto" else options.device_type)
+    free, total = (memory, memory) if memory is not None else rank_memory(chosen, engine["tensor_parallel_size"])
     draft = open_draft(options.speculative)
     drafts = (draft.config, draft.tensors()) if draft is not None else None
     result = memory_plan(source.config, stored.tensors(), options, free, total, drafts)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HEADER_CHARS = 100
 
 
+@opt.with_engine()
 def run(
     model: opt.Model,
     prompts: Annotated[
@@ -37,19 +38,8 @@ def run(
     min_p: opt.MinP = 0.0,
     seed: opt.Seed = None,
     stop: opt.Stop = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    tensor_parallel_size: opt.TensorParallelSize = 1,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    block_size: opt.BlockSize = 16,
-    kv_cache_dtype: opt.KvCacheDtype = "auto",
-    kv_cache_scales: opt.KvCacheScales = "auto",
-    quantization: opt.Quantization = None,
-    num_kv_blocks: opt.NumKvBlocks = None,
-    kv_offloading_size: opt.KvOffloadingSize = None,
-    gpu_memory_utilization: opt.GpuMemoryUtilization = 0.9,
+    *,
+    engine: opt.Engine,
     enable_prefix_caching: opt.EnablePrefixCaching = True,
     batch_invariant: opt.BatchInvariant = False,
     speculative: opt.Speculative = None,
@@ -70,19 +60,7 @@ def run(
         raise _errors.CLIError("--system needs the chat template that --raw switches off: give one of them")
     loaded = _session.load_llm(
         model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_scales=kv_cache_scales,
-        quantization=quantization,
-        num_kv_blocks=num_kv_blocks,
-        kv_offloading_size=kv_offloading_size,
-        gpu_memory_utilization=gpu_memory_utilization,
+        **engine,
         enable_prefix_caching=enable_prefix_caching,
         batch_invariant=batch_invariant,
         speculative=speculative,

@@ -113,8 +113,9 @@ class FairQueue:
         if tenant not in waiting:
             level = min((self._served[t] for t in waiting), default=self._served.get(self._last or b"", 0))
             self._served[tenant] = max(self._served.get(tenant, 0), level)
+            self._heaps[tenant] = _Heap()
             self._forget(level)
-        self._heaps.setdefault(tenant, _Heap()).push(request)
+        self._heaps[tenant].push(request)
 
     def first(self) -> Request | None:
         waiting = self._waiting()

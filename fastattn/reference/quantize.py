@@ -25,7 +25,6 @@ MXFP4_GROUP = 32
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
-_E8M0_BIAS = 127
 # The magnitudes of E2M1, by code, and the largest fp32 that rounds to each but the last. A tie goes to the even code, so every
 # other bound is the number just below the middle.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -196,8 +195,3 @@ def e8m0_step(scale: Tensor) -> Tensor:
     """uint8 exponents as steps: 2^(scale − 127), fp32; 255 is NaN. By their bits, since a GPU's pow(2, n) is off by one."""
     bits = torch.where(scale == 0, 1 << 22, scale.int() << 23).int()  # 2⁻¹²⁷ has no bit in front
     return torch.where(scale == 255, torch.nan, bits.view(torch.float32))
-
-
-def e8m0_code(step: Tensor) -> Tensor:
-    """Powers of two as uint8 exponents, the inverse of `e8m0_step`."""
-    return (torch.frexp(step.float()).exponent + (_E8M0_BIAS - 1)).to(torch.uint8)

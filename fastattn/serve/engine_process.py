@@ -44,7 +44,6 @@ class EngineLoop:
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes], heartbeat: float) -> None:
         self._engine, self._socket, self._heartbeat = engine, socket, heartbeat
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(m.ToEngine)
-        self._num_invalid = 0
         self._next_beat = 0.0
         # Grammars are compiled beside the loop. An abort takes a request out of `_preparing`; what is ready comes back
         # through the queue.
@@ -64,7 +63,7 @@ class EngineLoop:
                 self._engine.check()  # a lost rank is noticed in idleness too; the front starts a new engine then
                 values = dataclasses.asdict(self._engine.stats())
                 numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-                self.send(m.Stats(numbers, self._num_invalid))
+                self.send(m.Stats(numbers))
 
     def send(self, message: m.FromEngine) -> None:
         self._socket.send(self._encoder.encode(message))
@@ -78,8 +77,8 @@ class EngineLoop:
             timeout = 0.0
             try:
                 message = self._decoder.decode(self._socket.recv())
-            except msgspec.DecodeError:  # not from our front
-                self._num_invalid += 1
+            except msgspec.DecodeError as error:  # not from our front
+                logger.warning("a message that makes no sense is dropped: %s", error)
                 continue
             self._obey(message)
         while not self._prepared.empty():
@@ -149,7 +148,14 @@ class EngineLoop:
         )
 
     def _queue(self, message: m.Generate, future: Future[Prepared]) -> None:
-        prepared = future.result()
+        try:
+            prepared = future.result()
+        except (ValueError, TypeError, ImportError):
+            raise
+        except Exception as error:  # no memory for the sandbox, say; the engine has not been touched, and others go on
+            logger.exception("a request could not be prepared")
+            self.send(m.Refused(message.id, "busy", f"the request cannot be prepared now: {type(error).__name__}"))
+            return
         self._engine.add_prepared(message.id, prepared, priority=message.priority, tenant=message.tenant)
 
     def _output(self, output: RequestOutput) -> m.Output:

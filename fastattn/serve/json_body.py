@@ -54,6 +54,15 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+def parse_text(text: str) -> Any:
+    """The JSON in a text of a model's or a client's, a tool's arguments say. Half of a surrogate pair, which an escape can bring and
+    nobody can send on or store, is a question mark. Raises ValueError, RecursionError."""
+    value = json.loads(text)
+    if "\\u" not in text:
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def _check(value: Any) -> None:
     """Depth and texts, without recursion. Numbers are the most of a long list, and need no look."""
     level: list[Any] = [value]

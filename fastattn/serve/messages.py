@@ -119,10 +119,6 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     digest: str  # of what decides about answers: files, options
     tokenizer: TokenizerParts
 
-    def tokenizer_parts(self) -> dict[str, Any]:
-        """Arguments of Tokenizer.from_parts."""
-        return msgspec.structs.asdict(self.tokenizer)
-
 
 class StartFailed(msgspec.Struct, tag="failed", array_like=True):
     """Nothing that a second try could change: a wrong option, a broken file, too little memory."""
@@ -178,7 +174,6 @@ class Stats(msgspec.Struct, tag="stats", array_like=True):
     """EngineStats' numbers by name, and the sign of life: it is sent between steps, by the thread that makes them."""
 
     values: dict[str, float]
-    num_invalid_messages: int
 
 
 class Switched(msgspec.Struct, tag="switched", array_like=True):

@@ -16,6 +16,7 @@ import msgspec
 
 from fastattn.serve import render_worker as w
 from fastattn.serve.contract import APIError
+from fastattn.serve.json_body import parse_text
 from fastattn.serve.messages import TokenizerParts
 from fastattn.serve.protocol import Message, Tool
 from fastattn.serve.tools import system_text
@@ -194,7 +195,7 @@ def _as_template_sees(message: Message, knows_tools: bool) -> dict[str, Any]:
 
 def _arguments(text: str) -> Any:
     try:
-        value = json.loads(text)
+        value = parse_text(text)
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastattn.serve.contract import APIError
+from fastattn.serve.json_body import parse_text
 from fastattn.serve.protocol import ChatCompletionRequest, NamedToolChoice, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -179,14 +180,15 @@ class ToolReader:
     def _whole(self, body: str) -> list[Delta]:
         """A complete call as deltas; [] if it is none."""
         try:
-            value = json.loads(body)
+            value = parse_text(body)
         except (ValueError, RecursionError):
             return []
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return []
         arguments = value.get("arguments", value.get("parameters"))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
-        return [self._begin(value["name"]), self._more(text)]
+        return [self._begin(name), self._more(text)]
 
     def _begin(self, name: str) -> Delta:
         self.num_calls += 1

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from fastattn.engine.engine import Engine
+from fastattn.engine.outputs import CompletionOutput
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.registry import load_model
 from fastattn.models.tokenizer import Tokenizer
 from tests.engine import tiny
+from tests.engine.requests import PARAMS, PROMPTS, Alone, MakeEngine, only
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def make_engine(network: DecoderModel, tokenizer: Tokenizer) -> Callable[..., Engine]:
+def make_engine(network: DecoderModel, tokenizer: Tokenizer) -> MakeEngine:
     def make(**options: Any) -> Engine:
         return tiny.make_engine(network, tokenizer, **options)
 
@@ -43,5 +46,16 @@ def make_engine(network: DecoderModel, tokenizer: Tokenizer) -> Callable[..., En
 
 
 @pytest.fixture
-def engine(make_engine: Callable[..., Engine]) -> Engine:
+def engine(make_engine: MakeEngine) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(scope="module")
+def alone(network: DecoderModel, tokenizer: Tokenizer) -> Alone:
+    """What each prompt gives with nobody beside it, computed once."""
+
+    @functools.cache
+    def outputs(how: str) -> list[CompletionOutput]:
+        return [only(tiny.run(tiny.make_engine(network, tokenizer), [prompt], PARAMS[how])[0]) for prompt in PROMPTS]
+
+    return outputs

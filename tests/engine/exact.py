@@ -16,6 +16,7 @@ import torch
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelSource
 from fastattn.models.tokenizer import Tokenizer
+from tests.engine.tiny import hf_sizes
 
 # Two logits closer than this may change places by the order in which sums are added.
 NEAR_TIE = 1e-4
@@ -26,18 +27,7 @@ def hf_model(source: ModelSource) -> Any:
     import transformers
 
     c = source.config
-    sizes = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "tie_word_embeddings": c.tie_word_embeddings,
-    }
+    sizes = hf_sizes(c)
     if c.architecture == "gemma3":
         assert c.rope_local is not None
         config = transformers.Gemma3TextConfig(

@@ -15,10 +15,10 @@ from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.pooling_params import PoolingParams
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.engine.setup import EngineOptions
-from fastattn.models.decoder import DecoderModel
 from fastattn.models.registry import load_model
 from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
+from tests.engine.requests import Faulty
 from tests.engine.tiny import EOS, assert_idle, drain, make_engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,38 +140,12 @@ def test_the_next_step_is_queued_before_the_last_one_is_known(monkeypatch: pytes
     assert events == ["launch", "result"] * 3  # its penalties count the token before
 
 
-class Faulty:
-    """A model one of whose steps fails, or gives logits that are not numbers."""
-
-    def __init__(self, network: DecoderModel, bad_step: int, fault: Exception | None) -> None:
-        self.network, self.config, self.bad_step, self.fault, self.num_steps = (
-            network,
-            network.config,
-            bad_step,
-            fault,
-            0,
-        )
-
-    def __call__(self, *args: Any) -> torch.Tensor:
-        self.num_steps += 1
-        if self.fault is not None and self.num_steps == self.bad_step:
-            raise self.fault
-        hidden: torch.Tensor = self.network(*args)
-        return hidden
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.network.logits(hidden)
-        if self.fault is None and self.num_steps == self.bad_step:
-            logits[0] = float("nan")
-        return logits
-
-
 @pytest.mark.parametrize("fault", [RuntimeError("out of magic"), None], ids=str)
 def test_a_step_that_fails_behind_one_that_runs(fault: Exception | None) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = serve(make_engine(NETWORK, TOKENIZER), [(prompt, params, 0, None) for prompt in PROMPTS])
     engine = make_engine(NETWORK, TOKENIZER, async_scheduling=True)
-    engine.runner.model = Faulty(NETWORK, 4, fault)  # type: ignore[assignment]
+    engine.runner.model = Faulty(NETWORK, 4, fault, bad_row=0)  # type: ignore[assignment]
     found = serve(engine, [(prompt, params, 0, None) for prompt in PROMPTS])
     failed = [i for i, output in enumerate(found) if output and output.outputs[0].finish_reason == "error"]
     assert failed == ([0] if fault is None else [0, 1, 2, 3])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn._runtime import TokenSequence
+from fastattn.engine import waiting
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.kv_cache import MIN_COPIED_TOKENS, KVCacheManager, Route
 from fastattn.engine.outputs import RequestMetrics
@@ -464,6 +465,17 @@ def test_fair_but_not_idle() -> None:
         sim.scheduler.finish(request, "abort")
     sim.drain()
     assert sim.scheduler.num_waiting == 0
+
+
+def test_more_tenants_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is above the limit was forgotten while it waited, and the engine died of it."""
+    monkeypatch.setattr(waiting, "_MAX_TENANTS", 3)
+    sim = Simulation(policy="fair")
+    for i in range(12):
+        requests = [sim.add(5, 2, tenant=b"%d" % (i + j)) for j in range(i % 3 + 1)]
+        sim.drain()
+        assert all(request.status is Status.FINISHED for request in requests)
+    assert len(sim.scheduler.waiting._served) <= 5  # type: ignore[union-attr]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=40))

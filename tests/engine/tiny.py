@@ -218,11 +218,9 @@ def full_hidden(network: DecoderModel, token_ids: Sequence[int]) -> torch.Tensor
     return hidden
 
 
-def write_folder(source: TinySource, folder: Path) -> Path:
-    """The model as a folder in Hugging Face's layout, for those who open it by its path."""
-    c = source.config
-    settings = {
-        "model_type": "gemma3_text" if c.architecture == "gemma3" else c.architecture,
+def hf_sizes(c: ModelConfig) -> dict[str, Any]:
+    """Under the names of Hugging Face's configurations."""
+    return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
@@ -233,6 +231,15 @@ def write_folder(source: TinySource, folder: Path) -> Path:
         "max_position_embeddings": c.max_position_embeddings,
         "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": c.tie_word_embeddings,
+    }
+
+
+def write_folder(source: TinySource, folder: Path) -> Path:
+    """The model as a folder in Hugging Face's layout, for those who open it by its path."""
+    c = source.config
+    settings = {
+        "model_type": "gemma3_text" if c.architecture == "gemma3" else c.architecture,
+        **hf_sizes(c),
         "attention_bias": c.attention_bias,
         "mlp_bias": c.mlp_bias,
         "bos_token_id": BOS,

@@ -13,9 +13,8 @@ from torch import Tensor
 from fastattn import ops
 from tests.harness.compare import bits
 from tests.harness.generators import Gen
-from tests.harness.opspec import Call, fresh
+from tests.harness.opspec import Bad, Call, fresh
 
-Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
 # block size, KV heads, head dim, pairs
 SHAPES = ((4, 2, 16, 3), (16, 3, 64, 5), (1, 3, 24, 2), (8, 1, 7, 4), (3, 2, 8, 0), (32, 8, 128, 3))
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastattn.reference.philox import philox4x32
 from tests.harness.generators import Gen
-from tests.harness.opspec import Call
+from tests.harness.opspec import Bad, Call
 
-Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
 NAN, INF = math.nan, math.inf
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.harness.generators import Gen, gapped
 
 Call = dict[str, Any]  # argument name → value
+# name, what differs from a valid call, the error, what it says
+Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -44,7 +46,7 @@ class OpSpec:
     verify: Callable[[Call, list[Tensor]], None] | None = None  # instead of the formula, where many answers are right
     mutates: tuple[str, ...] = ()
     scalars: dict[str, str] = field(default_factory=dict)  # name → "nonnegative", "count", "size", "window" or "flag"
-    bad: Callable[[Gen, Call], Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]] | None = None
+    bad: Callable[[Gen, Call], Bad] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     cuda_dtypes: tuple[torch.dtype, ...] = HALVES
     noise: float = 0.0  # absolute error of fp32 sums whose exact value may be 0

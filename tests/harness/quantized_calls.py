@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.harness.generators import Gen
-from tests.harness.opspec import Call
-
-Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
+from tests.harness.opspec import Bad, Call
 
 # leading sizes of x, K, N: around the tiles (16, 64, 128 rows; steps of 32 to 256 columns), and what no tile fits
 _SIZES: tuple[tuple[tuple[int, ...], int, int], ...] = (

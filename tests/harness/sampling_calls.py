@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fastattn.reference.philox import philox_first_word, philox_words
 from tests.harness.generators import Gen, offsets
-from tests.harness.opspec import Call
+from tests.harness.opspec import Bad, Call
 
-Bad = Iterator[tuple[str, Call, type[Exception], tuple[str, ...]]]
 F32, I64 = torch.float32, torch.int64
 NAN, INF = math.nan, math.inf
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastattn import ops
 from tests.harness.generators import Gen
-from tests.harness.opspec import Call
-from tests.harness.quantized_calls import Bad, bad_fp8
+from tests.harness.opspec import Bad, Call
+from tests.harness.quantized_calls import bad_fp8
 
 # leading sizes of x, K, N: around the tiles (16, 64, 128, 256 rows; blocks of 128 rows of weight and 512 columns of metadata),
 # and what no tile fits

@@ -140,7 +140,6 @@ def test_mxfp4(rows: int, columns: int) -> None:
     theirs = calculate_qparams(low, high, args.weights)[0]
     step = q.e8m0_step(scale)
     assert_equal(step, theirs, "step")
-    assert_equal(q.e8m0_code(step), scale, "code")
     values = q.quantize_e2m1(weight, q.per_column(step, 32, columns))
     stored = compressor("mxfp4-pack-quantized").compress({"weight": weight, "weight_scale": theirs}, args)
     assert_equal(q.pack_e2m1(values), stored["weight_packed"], "packed")

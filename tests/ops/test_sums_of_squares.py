@@ -8,7 +8,7 @@ import torch
 from fastattn import ops
 from tests.harness.generators import Gen
 from tests.harness.opspec import HALVES
-from tests.harness.specs import sums_of_squares
+from tests.harness.specs.linear import sums_of_squares
 
 SHAPES = (((3,), 64, 48), ((2, 5), 129, 65), ((), 64, 8), ((70,), 136, 200), ((4, 130), 72, 136), ((0,), 8, 72))
 

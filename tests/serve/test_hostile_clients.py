@@ -9,6 +9,7 @@ import struct
 import time
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -16,7 +17,7 @@ from fastattn.serve.app import _parse
 from fastattn.serve.contract import APIError
 from fastattn.serve.messages import TokenizerParts
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
-from fastattn.serve.renderer import Renderer
+from fastattn.serve.renderer import Renderer, _as_template_sees
 from fastattn.serve.sse import EventStream
 from fastattn.serve.tools import forced_schema
 from tests.serve.fakes import until, wait
@@ -158,6 +159,17 @@ def test_numbers_that_no_template_gets() -> None:
             await renderer.chat(request.messages, request.tools)
 
     wait(run())
+
+
+def test_half_a_surrogate_pair_in_a_calls_arguments() -> None:
+    """In the body it is an escaped backslash, which is fine; what the arguments then hold could not be sent to a worker."""
+    call = {"id": "c", "type": "function", "function": {"name": "a", "arguments": '{"b": "\\ud800"}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    request = _parse(json.dumps({"model": "m", "messages": messages}).encode(), ChatCompletionRequest)
+    for template in ("{{ tools }}", ""):  # knows tools, and does not
+        (seen,) = [_as_template_sees(message, "tools" in template) for message in request.messages]
+        msgspec.msgpack.encode(seen)
+        assert '"b": "?"' in json.dumps(seen).replace("\\", "")
 
 
 def test_definitions_that_are_no_object() -> None:

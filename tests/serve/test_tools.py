@@ -54,6 +54,8 @@ TEXTS: list[tuple[str, Read]] = [
     ('<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', ('<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', [])),
     ("<tool_call>nonsense</tool_call> more", ("<tool_call>nonsense</tool_call> more", [])),
     ("<tool_call>cut", ("<tool_call>cut", [])),
+    ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', ('<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', [])),
+    ('<tool_call>{"arguments": {"a": "\\ud800\\ud83d\\ude00"}, "name": "add"}</tool_call>', ("", [("add", {"a": "?😀"})])),  # the first is half a pair
     ("", ("", [])),
 ]  # fmt: skip
 

@@ -75,14 +75,14 @@ class ResponseCache:
         asked: Asked | None = None
         if self._joinable(key) is None and "no-cache" not in context.cache_control:
             max_age = _max_age(context.cache_control)
-            entry, outcome = await self._store.get(key, max_age), "hit"
+            served, entry, outcome = key, await self._store.get(key, max_age), "hit"
             if entry is None and self._semantic is not None:
                 asked = await self._semantic.ask(request, self._fingerprint(request.model) or "", context)
                 if asked is not None:
-                    entry, outcome = await self._semantic_hit(asked, max_age)
+                    served, entry, outcome = await self._semantic_hit(asked, max_age)
             if entry is not None:
                 self._say(context, outcome)
-                context.on_refusal.append(lambda: self._store.delete(key))
+                context.on_refusal.append(lambda: self._store.delete(served))
                 async for chunk in _replay(entry, context):
                     yield chunk
                 return
@@ -153,13 +153,14 @@ class ResponseCache:
             self._store.delete(key)
         flight.refused = True
 
-    async def _semantic_hit(self, asked: Asked, max_age: float | None) -> tuple[Entry | None, str]:
+    async def _semantic_hit(self, asked: Asked, max_age: float | None) -> tuple[bytes, Entry | None, str]:
+        """(the key under which it was found, the answer, how it is called)."""
         assert self._semantic is not None
         found = self._semantic.best(asked, await self._store.questions(asked.question.partition) or [])
         if found is None:
-            return None, ""
+            return b"", None, ""
         key, score = found
-        return await self._store.get(key, max_age), f"semantic;score={score:.3f}"
+        return key, await self._store.get(key, max_age), f"semantic;score={score:.3f}"
 
 
 async def _replay(entry: Entry, context: RequestContext) -> AsyncIterator[Chunk]:

@@ -91,7 +91,9 @@ def _decoded(text: str) -> Iterator[str]:
     if "%" in text and (unquoted := unquote(text)) != text:
         yield unquoted
     if _ESCAPES.search(text):
-        yield _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)), text)
+        found = _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)), text)
+        # The halves of a surrogate pair are one character, and one alone is no text.
+        yield found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _padded(run: str, block: int) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from fastattn.serve.json_body import parse_text
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
 
 Request = ChatCompletionRequest | CompletionRequest
@@ -25,7 +26,7 @@ def slots(data: dict[str, Any], decode: Callable[[list[int]], str]) -> Iterator[
         yield from _message_slots(message)
     for tool in data.get("tools") or ():
         yield from leaves(tool, "system")
-    for name in ("prediction", "chat_template_kwargs"):
+    for name in ("prediction", "chat_template_kwargs", "response_format"):
         yield from leaves(data.get(name) or {}, "user")
     if "prompt" in data:
         prompt = data["prompt"]
@@ -70,7 +71,7 @@ def _prompt_slot(prompt: str | list[int], decode: Callable[[list[int]], str], ho
 def json_slots(holder: Any, key: Any, role: str) -> Iterator[Slot]:
     """The strings in a JSON text (a tool's arguments), escapes undone; the text itself if it is no JSON."""
     try:
-        value = {"": json.loads(holder[key])}
+        value = {"": parse_text(holder[key])}
     except (ValueError, RecursionError):
         yield _slot(role, holder, key)
         return

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastattn.serve.guardrails.config import PresidioGuardConfig
 from fastattn.serve.guardrails.guard import Finding, Scan
+from fastattn.serve.json_body import parse_text
 
 
 class SchemaGuard:
@@ -27,7 +27,7 @@ class SchemaGuard:
 
     def scan(self, text: str, start: int, final: bool) -> Scan:
         try:
-            value = json.loads(text[start:])
+            value = parse_text(text[start:])
         except (ValueError, RecursionError):
             return Scan([Finding(start, len(text), "not_json")], len(text))
         is_valid = self._validator.is_valid(value)

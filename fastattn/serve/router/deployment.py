@@ -47,7 +47,7 @@ class Deployment:
 
     def _is_only_full(self, error: BaseException | None) -> bool:
         """Our own engine refuses what does not fit its queue; it is well, and the next request may fit."""
-        return self.config.engine is not None and isinstance(error, APIError) and error.status == 429
+        return self.config.engine is not None and isinstance(error, APIError) and error.type == "overloaded_error"
 
 
 def cost(config: DeploymentConfig, usage: dict[str, Any]) -> float:

@@ -188,6 +188,25 @@ def test_an_exact_hit_asks_no_encoder(tmp_path: Path) -> None:
     assert encoder.num_texts == 1
 
 
+def test_a_refused_answer_is_not_found_again(tmp_path: Path) -> None:
+    """What a guard refuses of a semantic hit is the answer to another question: that one goes."""
+
+    async def run() -> list[str]:
+        cache, outcomes = cache_of(tmp_path, Alike(), saying("x")), []
+        for question in ("What is a cat?", "what is a cat", "what is a cat"):
+            ctx = context()
+            await text(cache, chat(question), ctx)
+            outcomes.append(ctx.headers[HEADER])
+            if outcomes[-1].startswith("semantic"):
+                for refuse in ctx.on_refusal:
+                    refuse()
+            await cache.flush()
+        await cache.close()
+        return outcomes
+
+    assert wait(run()) == ["miss", "semantic;score=1.000", "miss"]
+
+
 def test_folders_that_are_no_encoder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder"):
         load_encoder(tmp_path / "none")

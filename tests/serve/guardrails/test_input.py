@@ -26,6 +26,7 @@ from tests.serve.fakes import ask, chat, completion, context, error_of, saying, 
 MAIL = "jane@example.org"
 PII = {"name": "pii", "kind": "pii", "directions": ["input"], "kinds": ["email", "credit_card"]}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps({"to": [MAIL]})}}
+HALF_A_PAIR = {"name": "f", "arguments": json.dumps({"to": [MAIL, "\ud800"]})}  # which no guard can read
 
 
 def rails(inner: Any, *guards: dict[str, Any], **more: Any) -> Guardrails:
@@ -45,8 +46,10 @@ PLACES = [
     chat(messages=[{"role": "assistant", "content": "x", "reasoning_content": MAIL}]),
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"id": MAIL}]}]),
     chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}]}]),
+    chat(messages=[{"role": "assistant", "content": None, "tool_calls": [CALL | {"function": HALF_A_PAIR}]}]),
     chat(chat_template_kwargs={"thinking": MAIL}),
     chat(prediction={"type": "content", "content": f"Write to {MAIL}"}),
+    chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "description": f"Of {MAIL}", "schema": {"enum": [MAIL]}}}),
     completion(f"Write to {MAIL}"),
     completion(["a", MAIL]),
 ]  # fmt: skip
@@ -291,6 +294,7 @@ HIDDEN = {
     "binary": " ".join(f"{byte:08b}" for byte in ORDER.encode()),
     "percent": "".join(f"%{byte:02x}" for byte in ORDER.encode()),
     "escapes": "".join(f"\\u{ord(c):04x}" for c in ORDER),
+    "escapes and emoji": "".join(f"\\u{ord(c):04x}" for c in ORDER) + "\\ud83d\\ude00 \\ud800",  # the last is half a pair
     "zero width": "\u200b".join(ORDER),
     "soft hyphens": "\u00ad".join(ORDER),
     "full width": "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in ORDER),
@@ -310,6 +314,11 @@ HIDDEN = {
 @pytest.mark.parametrize("way", HIDDEN)
 def test_hidden_orders(way: str) -> None:
     assert InjectionGuard().judge(HIDDEN[way]) is not None
+
+
+def test_escaped_emoji_are_no_failure_of_the_guard() -> None:
+    """A guard that fails closed refused them, one that fails open did not look at them."""
+    assert InjectionGuard().judge(json.dumps("\U0001f600\U0001f600 fine, thanks")) is None
 
 
 def test_injection_in_a_request() -> None:

@@ -199,6 +199,7 @@ def tool_call(request: Any, *arguments: str) -> list[Any]:
         ('{"a": [{"jane@example.org": 1}]}', '{"a": [{"[EMAIL]": 1}]}'),
         ('{"to": "nobody", "x": [1.50]}', '{"to": "nobody", "x": [1.50]}'),
         ("not JSON jane@example.org", "not JSON [EMAIL]"),
+        ('{"to": ["jane@example.org", "\\ud800"]}', '{"to": ["[EMAIL]", "?"]}'),  # half a surrogate pair
     ],
 )
 def test_arguments_of_tools(arguments: str, expected: str) -> None:

@@ -307,6 +307,22 @@ def test_a_rest_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flaky.num_calls == 5
 
 
+def test_an_engine_that_is_only_full_does_not_rest() -> None:
+    """It said 429 once, which the breaker knew; it says 503, and was left alone for the cooldown."""
+
+    def answer(request: Any, _: Any) -> Any:
+        has_place = full.num_calls > 5
+        return chunks(request, ["mine"]) if has_place else [APIError(503, "the queue is full", "overloaded_error")]
+
+    full = Scripted(answer)
+    router = router_of({"a": full, "b": saying("b")}, fallbacks={"a": ["b"]}, num_retries=0, allowed_fails=2)
+
+    async def run() -> list[str]:
+        return [(await routed(router, chat(model="a")))[1] for _ in range(6)]
+
+    assert wait(run()) == ["b"] * 5 + ["a"]
+
+
 # ---- cascade ----
 
 
