@@ -93,9 +93,12 @@ def gated_linear(
     activation: str = "silu",
     batch_invariant: bool = False,
 ) -> list[Tensor]:
-    """Row by row of the weight: blocks of eight gates and their ups, the last one shorter."""
-    n = weight.shape[0] // 2
-    product = linear(c, x, weight, bias)[0]
+    return _gated(c, linear(c, x, weight, bias)[0], activation)
+
+
+def _gated(c: torch.dtype, product: Tensor, activation: str) -> list[Tensor]:
+    """Column by column of the product: blocks of eight gates and their ups, the last one shorter."""
+    n = product.shape[-1] // 2
     gates, ups = [], []
     for first in range(0, n, 8):
         size = min(8, n - first)
@@ -129,10 +132,12 @@ def int8_linear(
     x_zero_point: Tensor | None = None,
     weight_sum: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    activation: str | None = None,
 ) -> list[Tensor]:
     rows = x.double() if x_zero_point is None else x.double() - x_zero_point.double()[:, None]
     out = (rows @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
-    return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
+    out = out.to(c) if bias is None else out.to(c) + bias.to(c)
+    return [out] if activation is None else _gated(c, out, activation)
 
 
 def fp8_linear(
@@ -145,11 +150,13 @@ def fp8_linear(
     out_dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
     batch_invariant: bool = False,
+    activation: str | None = None,
 ) -> list[Tensor]:
     rows = x.double() * x_scale.double()[:, None]
     columns = weight.double() * weight_scale.double()[:, None]
     out = (rows @ columns.t()).to(c)
-    return [out if bias is None else out + bias.to(c)]
+    out = out if bias is None else out + bias.to(c)
+    return [out] if activation is None else _gated(c, out, activation)
 
 
 def sparse_24_weight(values: Tensor, metadata: Tensor) -> Tensor:
