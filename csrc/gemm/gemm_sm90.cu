@@ -38,6 +38,10 @@ constexpr Instantiation kGatedManyRows[] = {
     kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
     kManyRows<Operands, 128, 256, false, GemmSm90Gated>, kManyRows<Operands, 192, 128, false, GemmSm90Gated>,
     kManyRows<Operands, 192, 192, false, GemmSm90Gated>};
+template <typename Operands>
+constexpr Instantiation kTwoLevelsGatedManyRows[] = {
+    kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
+    kManyRows<Operands, 192, 128, false, GemmSm90Gated>, kManyRows<Operands, 192, 192, false, GemmSm90Gated>};
 template <typename Operands, typename Epilogue>
 constexpr Instantiation kAllFewRows[] = {
     kFewRows<Operands, 8, 64, 2, Epilogue>,    kFewRows<Operands, 16, 64, 2, Epilogue>,
@@ -80,17 +84,21 @@ cudaError_t launch_of(const Instantiation (&table)[N], const GemmSm90Params& par
   return cudaErrorInvalidValue;
 }
 
-// Of kinds of operands that have them: a norm's rows are summed up beside the products, in another order.
-template <typename Operands>
-constexpr bool kHasInOrder = Operands::kNorm == GemmSm90Norm::kNone && !std::is_same_v<typename Operands::Sum, int32_t>;
+// Of kinds of operands that have them: a norm's rows are summed up beside the products, in another order. Sums of int8
+// are exact in any, and gates of e4m3 in order are two launches.
+template <typename Operands, typename Epilogue>
+constexpr bool kHasInOrder = Operands::kNorm == GemmSm90Norm::kNone && !(Operands::kScaled && Epilogue::kRows == 2) &&
+                             !std::is_same_v<typename Operands::Sum, int32_t>;
 
 template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands, typename Epilogue = GemmSm90Plain>
 cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
-  if constexpr (kHasInOrder<FewRowsOperands>) {
+  if constexpr (kHasInOrder<FewRowsOperands, Epilogue>) {
     if (params.config.tile.in_order) return launch_of(kAllInOrder<FewRowsOperands, Epilogue>, params, stream);
   }
   if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands, Epilogue>, params, stream);
-  if constexpr (Epilogue::kRows == 2) {
+  if constexpr (Epilogue::kRows == 2 && ManyRowsOperands::kTwoLevels) {
+    return launch_of(kTwoLevelsGatedManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (Epilogue::kRows == 2) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
@@ -146,6 +154,13 @@ cudaError_t gemm_int8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) { return launch<GemmSm90Int8<decltype(type)>>(params, stream); });
 }
 
+cudaError_t gemm_gated_int8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    using Operands = GemmSm90Int8<decltype(type)>;
+    return launch<Operands, Operands, GemmSm90Gated>(params, stream);
+  });
+}
+
 cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
     using Operands = GemmSm90Fp8Blocks<decltype(type)>;
@@ -159,6 +174,15 @@ cudaError_t gemm_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
     using InTwoLevels = GemmSm90Fp8<decltype(type), false>;
     return params.fast_accum ? launch<InTwoLevels, GemmSm90Fp8<decltype(type), true>>(params, stream)
                              : launch<InTwoLevels>(params, stream);
+  });
+}
+
+cudaError_t gemm_gated_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream) {
+  return dispatch_half(params.dtype, [&](auto type) {
+    using InTwoLevels = GemmSm90Fp8<decltype(type), false>;
+    using InOne = GemmSm90Fp8<decltype(type), true>;
+    return params.fast_accum ? launch<InTwoLevels, InOne, GemmSm90Gated>(params, stream)
+                             : launch<InTwoLevels, InTwoLevels, GemmSm90Gated>(params, stream);
   });
 }
 

@@ -91,6 +91,8 @@ cudaError_t gemm_fp8_blocks_sm90(const GemmSm90Params& params, cudaStream_t stre
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream);
 cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_gated_int8_sm90(const GemmSm90Params& params, cudaStream_t stream);
+cudaError_t gemm_gated_fp8_sm90(const GemmSm90Params& params, cudaStream_t stream);  // not in order
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream);
 // Few rows only, and in tiles of kGemmSm90MostSampledRows of them at most.
 cudaError_t gemm_sampled_sm90(const GemmSm90SampledParams& params, cudaStream_t stream);

@@ -43,7 +43,8 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
-  if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
+  if (gated && tile.block_n == 224) return false;
+  if (norm || gated) return !tile.turns && (!two_levels || tile.block_n <= 192);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
 }

@@ -65,6 +65,7 @@ struct EightBitLinear {
   const char* op;
   ScalarType dtype, sum_dtype;
   cudaError_t (*sm90)(const GemmSm90Params&, cudaStream_t);
+  cudaError_t (*gated_sm90)(const GemmSm90Params&, cudaStream_t);
   cudaError_t (*sm80)(const GemmSm80Params&, cudaStream_t);
 };
 
@@ -75,7 +76,8 @@ struct ZeroPoints {
 
 Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tensor& x_scale, const Tensor& weight,
                         const Tensor& weight_scale, const MaybeTensor& bias, ScalarType out_dtype, bool fast_accum,
-                        const ZeroPoints& zero = {}, bool batch_invariant = false) {
+                        const ZeroPoints& zero = {}, bool batch_invariant = false,
+                        const std::string& activation_name = "") {
   const Checks checks(kind.op, "x", x);
   checks.shape("x", x, {kAny, kAny}).dtype("x", x, {kind.dtype});
   const int64_t m = x.size(0), k = x.size(1);
@@ -104,11 +106,26 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
     checks.that(k < (1 << log2_limit), "x has K = " + std::to_string(k) + ", expected K < 2^" +
                                            std::to_string(log2_limit) + ": longer sums leave int32");
   }
-  Tensor out = empty(x, {m, n}, out_dtype);
+  std::optional<Activation> activation;
+  if (!activation_name.empty()) {
+    activation = activation_named(checks, activation_name);
+    checks.that(n % 2 == 0, "weight has " + std::to_string(n) + " rows, expected as many of gates as of ups");
+  }
+  Tensor out = empty(x, {m, activation ? n / 2 : n}, out_dtype);
   if (out.numel() == 0) return out;
 
   const OnDeviceOf guard(x);
   const Matrix rows = matrix_of(x), columns = matrix_of(weight);
+  // GeLU with erf is for the activation's own kernel, and so are gates of sums in fp32 that are to be in order.
+  const bool has_gates =
+      activation != Activation::kGelu && n % 16 == 0 && !(batch_invariant && kind.sum_dtype == ScalarType::Float);
+  const bool fits = fits_gemm_sm90(rows, columns, {bias, weight_scale, zero.weight_sum}, out);
+  if (activation && !(has_gates && fits)) {
+    const Tensor product =
+        eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, zero, batch_invariant);
+    run_gated_activation(kind.op, product, *activation, true, out);
+    return out;
+  }
   const auto params = [&](auto p) {
     p = gemm_params_of<decltype(p)>(rows, columns, bias, out);
     p.x_scale = data<float>(x_scale);
@@ -121,9 +138,10 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
     }
     return p;
   };
-  if (fits_gemm_sm90(rows, columns, {bias, weight_scale, zero.weight_sum}, out)) {
+  if (fits) {
     auto p = params(GemmSm90Params());
     p.fast_accum = fast_accum;
+    if (activation) *activation == Activation::kSilu ? set_silu_gate(p) : set_gelu_tanh_gate(p);
     const bool two_levels = kind.dtype == ScalarType::Float8_e4m3fn && !fast_accum;
     p.config = gemm_sm90_config({.m = m,
                                  .n = n,
@@ -131,10 +149,11 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
                                  .num_sms = num_sms_of(x),
                                  .element_bytes = 1,
                                  .two_levels = two_levels,
+                                 .gated = activation.has_value(),
                                  .zero_points = zero.x_zero_point.has_value(),
                                  .in_order = batch_invariant});
     const auto workspaces = workspaces_of(p, x);
-    check_launch(kind.op, kind.sm90(p, stream_of(x)));
+    check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
     return out;
   }
   auto p = params(GemmSm80Params());
@@ -145,16 +164,20 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
 
 Tensor int8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& x_zero_point,
-                      const std::optional<Tensor>& weight_sum, ScalarType out_dtype) {
-  const EightBitLinear kind = {"int8_linear", ScalarType::Char, ScalarType::Int, gemm_int8_sm90, gemm_int8_sm80};
-  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, false, {x_zero_point, weight_sum});
+                      const std::optional<Tensor>& weight_sum, ScalarType out_dtype, const std::string& activation) {
+  const EightBitLinear kind = {"int8_linear",  ScalarType::Char,     ScalarType::Int,
+                               gemm_int8_sm90, gemm_gated_int8_sm90, gemm_int8_sm80};
+  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, false, {x_zero_point, weight_sum},
+                          false, activation);
 }
 
 Tensor fp8_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
-                     const std::optional<Tensor>& bias, ScalarType out_dtype, bool fast_accum, bool batch_invariant) {
-  const EightBitLinear kind = {"fp8_linear", ScalarType::Float8_e4m3fn, ScalarType::Float, gemm_fp8_sm90,
-                               gemm_fp8_sm80};
-  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, {}, batch_invariant);
+                     const std::optional<Tensor>& bias, ScalarType out_dtype, bool fast_accum, bool batch_invariant,
+                     const std::string& activation) {
+  const EightBitLinear kind = {"fp8_linear",  ScalarType::Float8_e4m3fn, ScalarType::Float,
+                               gemm_fp8_sm90, gemm_gated_fp8_sm90,       gemm_fp8_sm80};
+  return eight_bit_linear(kind, x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, {}, batch_invariant,
+                          activation);
 }
 
 Tensor fp8_block_linear_op(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,

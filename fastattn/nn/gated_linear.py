@@ -6,8 +6,8 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.linear import MergedLinear
+from fastattn.nn.quantized import in_turns
 from fastattn.nn.shard import Shard
-from fastattn.reference.gated_linear import interleave_gate_up
 
 _ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
 
@@ -15,8 +15,8 @@ _ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
 class GatedLinear(MergedLinear):
     """act(gate(x)) * up(x), with gates and ups as one matrix of any weights; rows: of each that are on this rank.
 
-    `pack` puts the rows of plain weights on a GPU in turns, in their place, for the product that has the activation in it; the
-    matrices of few bits and the CPU's have the activation behind them.
+    `pack` puts the rows of plain weights and of those in 8 bits on a GPU in turns, in their place, for the product that has the
+    activation in it; matrices of fewer bits and the CPU's have the activation behind them.
     """
 
     interleaved = False
@@ -33,6 +33,8 @@ class GatedLinear(MergedLinear):
         """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
         if norm_eps is not None:
             return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
+        if self.interleaved and self.quantized is not None:
+            return self.quantized.gated(x, self.bias, self.activation)
         if self.interleaved:
             return ops.gated_linear(x, self.weight, self.bias, self.activation, batch_invariant=self.batch_invariant)
         return _ACTIVATIONS[self.activation](self.product(x))
@@ -43,12 +45,15 @@ class GatedLinear(MergedLinear):
 
     def pack(self, name: str = "") -> None:
         super().pack(name)
-        if self.weight.is_cuda and self.weight.numel():
+        has_gates = self.weight.numel() > 0 or (self.quantized is not None and self.quantized.has_gates)
+        if self.weight.is_cuda and has_gates:
             self.interleave()
 
     def interleave(self) -> None:
         """Puts gates and ups in turns, eight rows each (`ops.gated_linear`), in the memory where they are. Once, after loading."""
-        for both in (self.weight, self.bias):
-            if both is not None:
-                both.copy_(interleave_gate_up(*both.chunk(2)))
+        in_turns(self.bias)
+        if self.quantized is not None:
+            self.quantized.interleave()
+        else:
+            in_turns(self.weight)
         self.interleaved = True

@@ -19,6 +19,7 @@ from fastattn.nn.module import Module, Weight, Weights, fixed_parameter
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
 from fastattn.reference import quantized as reference
+from fastattn.reference.gated_linear import interleave_gate_up
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -66,7 +67,8 @@ class QuantizedWeight(Module):
     """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
     that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
     rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. takes_activation: it may be called with a gated activation too, "silu" or
-    "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated."""
+    "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated. has_gates: rows may be gates and ups in
+    turns (`interleave`), and ``gated`` multiplies with them."""
 
     packed: list[torch.Tensor] | None = None
     fixed_dtypes: frozenset[str] = frozenset()
@@ -74,6 +76,7 @@ class QuantizedWeight(Module):
     packed_away: frozenset[str] = frozenset({"codes", "scale"})
     takes_activation = False
     can_be_batch_invariant = False
+    has_gates = False
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -88,6 +91,14 @@ class QuantizedWeight(Module):
     @abstractmethod
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) → (T, rows)."""
+
+    def interleave(self) -> None:
+        """Puts its rows in turns, in their place: gates, then ups, as they were. Once, after loading, on a GPU."""
+        raise NotImplementedError
+
+    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        """x (T, columns) → (T, rows / 2). Of rows in turns."""
+        raise NotImplementedError
 
     @abstractmethod
     def dense_parts(self) -> list[torch.Tensor]:
@@ -128,6 +139,13 @@ def set_rows(of_rows: torch.Tensor, of_pieces: torch.Tensor, pieces: Sequence[Pi
         of_rows[piece.rows] = value
 
 
+def in_turns(*of_rows: torch.Tensor | None) -> None:
+    """Gates, then ups, become gates and ups in turns (`interleave_gate_up`), in the memory where they are."""
+    for both in of_rows:
+        if both is not None:
+            both.copy_(interleave_gate_up(*both.chunk(2)))
+
+
 class Scheme(Protocol):
     """How a weight is stored: a value, equal to another of the same kind. str() of it names it for users."""
 
@@ -151,7 +169,7 @@ class Int8Scheme:
 class Int8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale"})
     packed_away = frozenset({"codes"})
-    takes_activation = True
+    takes_activation = has_gates = True
     can_be_batch_invariant = True  # sums are exact
 
     def __init__(self, rows: int, columns: int, scheme: Int8Scheme) -> None:
@@ -180,9 +198,25 @@ class Int8Weight(QuantizedWeight):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
-        q, scale, zero_point = self._quantize(x, activation)
+        return self._product(*self._quantize(x, activation), bias, x.dtype)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        gates: str | None = None,
+    ) -> torch.Tensor:
         zero = {"x_zero_point": zero_point, "weight_sum": self.sums}
-        return ops.int8_linear(q, scale, self.codes, self.scale, bias, **zero, out_dtype=x.dtype)
+        return ops.int8_linear(q, scale, self.codes, self.scale, bias, **zero, out_dtype=dtype, activation=gates)
+
+    def interleave(self) -> None:
+        in_turns(self.codes, self.scale, self.sums)
+
+    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        return self._product(*self._quantize(x, None), bias, x.dtype, activation)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [part.float() for part in torch.split(self.codes, reference.EXACT_COLUMNS, 1)]
@@ -212,7 +246,7 @@ class Fp8Weight(QuantizedWeight):
     fixed_dtypes = frozenset({"scale", "stored_scale"})
     staged = frozenset({"stored_scale"})
     packed_away = frozenset({"codes"})
-    takes_activation = True
+    takes_activation = has_gates = True
     can_be_batch_invariant = True
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp8Scheme) -> None:
@@ -239,10 +273,24 @@ class Fp8Weight(QuantizedWeight):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
-        q, scale = ops.quantize_fp8(x, activation=activation)
-        weight = self.codes.view(q.dtype)
-        invariant = self.batch_invariant
-        return ops.fp8_linear(q, scale, weight, self.scale, bias, out_dtype=x.dtype, batch_invariant=invariant)
+        return self._product(*ops.quantize_fp8(x, activation=activation), bias, x.dtype)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        gates: str | None = None,
+    ) -> torch.Tensor:
+        weight, options = self.codes.view(q.dtype), {"batch_invariant": self.batch_invariant, "activation": gates}
+        return ops.fp8_linear(q, scale, weight, self.scale, bias, out_dtype=dtype, **options)
+
+    def interleave(self) -> None:
+        in_turns(self.codes, self.scale)
+
+    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        return self._product(*ops.quantize_fp8(x), bias, x.dtype, activation)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [self.codes.view(torch.float8_e4m3fn).float()]

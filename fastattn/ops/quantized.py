@@ -48,8 +48,9 @@ def _fake_int8(
     x_zero_point: Tensor | None,
     weight_sum: Tensor | None,
     out_dtype: torch.dtype,
+    activation: str = "",
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    return x.new_empty((x.shape[0], weight.shape[0] // (2 if activation else 1)), dtype=out_dtype)
 
 
 def _fake_fp8(
@@ -61,8 +62,9 @@ def _fake_fp8(
     out_dtype: torch.dtype,
     fast_accum: bool,
     batch_invariant: bool = False,
+    activation: str = "",
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    return x.new_empty((x.shape[0], weight.shape[0] // (2 if activation else 1)), dtype=out_dtype)
 
 
 def _in_tiles(weight: Tensor) -> bool:
@@ -120,13 +122,13 @@ _quantize_fp8 = define(
 )
 _int8_linear = define(
     "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? x_zero_point,"
-    " Tensor? weight_sum, ScalarType out_dtype) -> Tensor",
+    " Tensor? weight_sum, ScalarType out_dtype, str activation='') -> Tensor",
     reference.int8_linear,
     _fake_int8,
 )
 _fp8_linear = define(
     "fp8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType out_dtype,"
-    " bool fast_accum, bool batch_invariant=False) -> Tensor",
+    " bool fast_accum, bool batch_invariant=False, str activation='') -> Tensor",
     reference.fp8_linear,
     _fake_fp8,
 )
@@ -150,18 +152,30 @@ _fp4_fp8_linear = define(
 )
 
 
+def _check_activation(op: str, activation: str | None) -> str:
+    """Its name for the operator, "" for none."""
+    if activation is not None and activation not in ACTIVATIONS:
+        fail_value(op, f"activation is {activation!r}, expected None or one of {', '.join(map(repr, ACTIVATIONS))}")
+    return activation or ""
+
+
+def _check_gates(op: str, activation: str | None, weight: Tensor) -> str:
+    """The same of a dense layer, whose weight then has as many rows of gates as of ups."""
+    if activation is not None and weight.shape[0] % 2:
+        fail_value(
+            op, f"weight has shape {tuple(weight.shape)}, expected (2N, K), an even number of rows, with an activation"
+        )
+    return _check_activation(op, activation)
+
+
 def compile_quantize_check(op: str) -> Callable[[Tensor, str | None], str]:
     """The check of the quantizer `op`, which is defined: of x and the activation, whose name for the operator it gives, "" for none."""
     check, check_gated = (compile_check(op, TensorArg("x", shape, FLOAT)) for shape in ("M K", "M 2K"))
 
     def check_call(x: Tensor, activation: str | None) -> str:
-        if activation is None:
-            check(x)
-            return ""
-        if activation not in ACTIVATIONS:
-            fail_value(op, f"activation is {activation!r}, expected None or one of {', '.join(map(repr, ACTIVATIONS))}")
-        check_gated(x)
-        return activation
+        name = _check_activation(op, activation)
+        (check_gated if name else check)(x)
+        return name
 
     return check_call
 
@@ -351,6 +365,7 @@ def int8_linear(
     x_zero_point: Tensor | None = None,
     weight_sum: Tensor | None = None,
     out_dtype: torch.dtype,
+    activation: str | None = None,
 ) -> Tensor:
     """`((x − x_zero_point) @ weightᵀ) · x_scale · weight_scale + bias`: the product is exact in int32, the rest fp32, rounded once.
 
@@ -361,8 +376,11 @@ def int8_linear(
         It takes weight_sum beside it, and K < 2¹⁶.
     weight_sum: (N) int32, the sum of each row of weight's codes, `weight.sum(1, dtype=torch.int32)`, made once.
     out_dtype: bf16 or fp16, on the CPU also fp32.
+    activation: None, or a gate's: "silu", "gelu_tanh" or "gelu". Rows of weight, and what is beside them, are then gates and ups in
+        turns, as `gated_linear` has them, and `act(gate) * up` is what is rounded: as one kernel where `gated_linear` is one, on
+        Hopper where K is a multiple of 16 and N of 16. Elsewhere gates and ups are rounded between two.
 
-    Returns (M, N) in out_dtype, contiguous; a row's bits do not depend on other rows.
+    Returns (M, N), with an activation (M, N / 2), in out_dtype, contiguous; a row's bits do not depend on other rows.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_int8(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum)
@@ -375,7 +393,8 @@ def int8_linear(
     longest, why = (MAX_INT8_K, "") if x_zero_point is None else (MAX_INT8_K_ASYMMETRIC, " with x_zero_point")
     if x.shape[1] > longest:
         fail_value("int8_linear", f"x has shape {tuple(x.shape)}, expected K ≤ {longest}{why}: longer sums leave int32")
-    out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum, out_dtype)
+    gates = _check_gates("int8_linear", activation, weight)
+    out: Tensor = _int8_linear(x, x_scale, weight, weight_scale, bias, x_zero_point, weight_sum, out_dtype, gates)
     return out
 
 
@@ -389,6 +408,7 @@ def fp8_linear(
     out_dtype: torch.dtype,
     fast_accum: bool = False,
     batch_invariant: bool = False,
+    activation: str | None = None,
 ) -> Tensor:
     """`(x @ weightᵀ) · x_scale · weight_scale + bias` in fp8; the sums in fp32, rounded once.
 
@@ -399,8 +419,9 @@ def fp8_linear(
     fast_accum: sums may have the 14 bits that Hopper's tensor cores keep of them, where that is faster; otherwise such sums
         are of 128 products, and fp32 from there on. As torch._scaled_mm's use_fast_accum.
     batch_invariant: as in `linear`; not with fast_accum.
+    activation: as in `int8_linear`; with batch_invariant two kernels.
 
-    Returns (M, N) in out_dtype, contiguous.
+    Returns (M, N), with an activation (M, N / 2), in out_dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     _check_fp8(x, x_scale, weight, weight_scale, bias, fast_accum, batch_invariant)
@@ -409,7 +430,8 @@ def fp8_linear(
     check_out_dtype("fp8_linear", x, bias, out_dtype)
     if batch_invariant and fast_accum:
         fail_value("fp8_linear", "batch_invariant is True with fast_accum, expected one of them at most")
-    out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, batch_invariant)
+    gates = _check_gates("fp8_linear", activation, weight)
+    out: Tensor = _fp8_linear(x, x_scale, weight, weight_scale, bias, out_dtype, fast_accum, batch_invariant, gates)
     return out
 
 

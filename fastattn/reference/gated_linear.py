@@ -17,7 +17,7 @@ def gated_linear(
 ) -> Tensor:
     """x (…, K), weight (2N, K), bias (2N), both from `interleave_gate_up` → (…, N). fp32 inside."""
     wide = linear(x.float(), weight.float(), None if bias is None else bias.float(), batch_invariant)
-    return _gated(wide, activation).to(x.dtype)
+    return gate_product(wide, activation).to(x.dtype)
 
 
 def rms_norm_gated_linear(
@@ -29,10 +29,11 @@ def rms_norm_gated_linear(
     sums_of_squares: Tensor | None = None,
 ) -> Tensor:
     """The same of x / sqrt(mean(x²) + eps). sums_of_squares: as in `rms_norm_linear`."""
-    return _gated(rms_norm_linear(x.float(), weight, bias, eps, sums_of_squares), activation).to(x.dtype)
+    return gate_product(rms_norm_linear(x.float(), weight, bias, eps, sums_of_squares), activation).to(x.dtype)
 
 
-def _gated(product: Tensor, activation: str) -> Tensor:
+def gate_product(product: Tensor, activation: str) -> Tensor:
+    """product (…, 2N), columns in turns → (…, N) in its dtype."""
     return gated_activation(torch.cat(_split(product, -1), -1), activation)
 
 

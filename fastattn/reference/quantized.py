@@ -8,6 +8,7 @@ from torch import Tensor
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
 from fastattn.reference.activation import gated_activation
+from fastattn.reference.gated_linear import gate_product
 
 FP8_BLOCK = 128  # rows, and columns, that share a scale
 
@@ -68,16 +69,17 @@ def int8_linear(
     x_zero_point: Tensor | None,
     weight_sum: Tensor | None,
     out_dtype: torch.dtype,
+    activation: str = "",
 ) -> Tensor:
     """x (M, K) int8, x_scale and x_zero_point (M) or (1), weight (N, K) int8, weight_scale (N) or (1), bias and weight_sum (N)
-    → (M, N).
+    → (M, N), with an activation, of rows in turns, (M, N / 2).
 
     Integers go through fp32 products, in pieces whose sums are exact: torch's own int8 product takes 20 times as long on
     processors without instructions for it.
     """
     pieces = (torch.split(t.float(), EXACT_COLUMNS, 1) for t in (x, weight))
     sums = [dense.linear(x_piece, weight_piece, None) for x_piece, weight_piece in zip(*pieces, strict=True)]
-    return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype, x_zero_point, weight_sum)
+    return scale_int8_sums(sums, x_scale, weight_scale, bias, out_dtype, x_zero_point, weight_sum, activation)
 
 
 def fp8_linear(
@@ -89,10 +91,11 @@ def fp8_linear(
     out_dtype: torch.dtype,
     fast_accum: bool,
     batch_invariant: bool = False,
+    activation: str = "",
 ) -> Tensor:
-    """x (M, K) e4m3, x_scale (M) or (1), weight (N, K) e4m3, weight_scale (N) or (1), bias (N) → (M, N)."""
+    """x (M, K) e4m3, x_scale (M) or (1), weight (N, K) e4m3, weight_scale (N) or (1), bias (N) → as `int8_linear`."""
     sums = dense.linear(x.float(), weight.float(), None, batch_invariant)
-    return scale_8bit_sums(sums, x_scale, weight_scale, bias, out_dtype)
+    return scale_8bit_sums(sums, x_scale, weight_scale, bias, out_dtype, activation)
 
 
 def fp8_block_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -128,19 +131,28 @@ def scale_int8_sums(
     out_dtype: torch.dtype,
     x_zero_point: Tensor | None = None,
     weight_sum: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """Sums (M, N) of pieces of K, whole numbers in fp32, → (M, N)."""
+    """Sums (M, N) of pieces of K, whole numbers in fp32, → (M, N), with an activation (M, N / 2)."""
     total = sums[0] if len(sums) == 1 else torch.stack([s.int() for s in sums]).sum(0, dtype=torch.int32)
     if x_zero_point is not None and weight_sum is not None:
         total = total.int() - x_zero_point[:, None] * weight_sum
-    return scale_8bit_sums(total.float(), x_scale, weight_scale, bias, out_dtype)
+    return scale_8bit_sums(total.float(), x_scale, weight_scale, bias, out_dtype, activation)
 
 
 def scale_8bit_sums(
-    sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    sums: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    activation: str = "",
 ) -> Tensor:
-    """Sums (M, N) fp32 → (M, N)."""
-    return round_sums(sums * (x_scale[:, None] * weight_scale), bias, out_dtype)
+    """Sums (M, N) fp32 → (M, N), with an activation (M, N / 2)."""
+    scaled = sums * (x_scale[:, None] * weight_scale)
+    if not activation:
+        return round_sums(scaled, bias, out_dtype)
+    return gate_product(round_sums(scaled, bias, torch.float32), activation).to(out_dtype)
 
 
 def int4_weight(packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, num_columns: int) -> Tensor:

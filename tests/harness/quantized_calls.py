@@ -135,6 +135,21 @@ def bad_quantize(gen: Gen, base: Call) -> Bad:
     yield "one row, grad", {"x": x[:1].clone().requires_grad_()}, ValueError, ("x requires grad",)
 
 
+def _activations(n: int) -> tuple[str, ...]:
+    """Of so many rows of gates and ups together."""
+    return () if n % 2 else ("silu", "gelu_tanh", "gelu") if n >= 40 else ("silu",)
+
+
+def _bad_gates(base: Call) -> Bad:
+    for name in ("relu", "", "SiLU", 1):
+        yield f"activation {name!r}", {"activation": name}, ValueError, (f"activation is {name!r}", "'silu'", "None")
+    odd = {
+        name: None if base.get(name) is None else base[name][:-1].clone() for name in ("weight", "weight_scale", "bias")
+    }
+    odd |= {"activation": "silu"} | ({"weight_sum": base["weight_sum"][:-1].clone()} if "weight_sum" in base else {})
+    yield "a gate without its up", odd, ValueError, ("weight has shape", "2N", "even")
+
+
 _SYMMETRIC: Call = {"x_zero_point": None, "weight_sum": None}
 
 
@@ -154,6 +169,12 @@ def int8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         yield f"{rows} {k} {n} zero points", call | zero | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{rows} {k} {n}", call | _SYMMETRIC | {"bias": gen.randn(n, dtype=dtype)}
         yield f"{rows} {k} {n} no bias", call | _SYMMETRIC | {"bias": None}
+        for activation in _activations(n):
+            yield (
+                f"{rows} {k} {n} {activation}",
+                call | zero | {"bias": gen.randn(n, dtype=dtype), "activation": activation},
+            )
+            yield f"{rows} {k} {n} {activation} no bias", call | _SYMMETRIC | {"bias": None, "activation": activation}
     of_all = {"x_scale": gen.rand(1) * 0.02, "x_zero_point": gen.ints(-128, 128, 1, dtype=torch.int32)}
     yield "one scale and zero point", call | zero | of_all | {"weight_scale": gen.rand(1) * 0.01, "bias": None}
 
@@ -179,6 +200,11 @@ def bad_int8(gen: Gen, base: Call) -> Bad:
                 yield f"{name} of {size}", _SYMMETRIC | {name: base["x_scale"].new_ones(size)}, ValueError, says
 
 
+def bad_int8_linear(gen: Gen, base: Call) -> Bad:
+    yield from bad_int8(gen, base)
+    yield from _bad_gates(base)
+
+
 def fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for index, ((rows,), k, n) in enumerate(_SIZES_8BIT):
         call: Call = {
@@ -190,6 +216,10 @@ def fp8_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         }
         yield f"{rows} {k} {n}", call | {"bias": gen.randn(n, dtype=dtype), "batch_invariant": True}
         yield f"{rows} {k} {n} no bias", call | {"bias": None}
+        for activation in _activations(n):
+            gates = call | {"activation": activation, "bias": gen.randn(n, dtype=dtype)}
+            yield f"{rows} {k} {n} {activation}", gates | {"batch_invariant": True}
+            yield f"{rows} {k} {n} {activation} no bias", gates | {"bias": None}
 
 
 def bad_fp8(gen: Gen, base: Call) -> Bad:
@@ -202,6 +232,11 @@ def bad_fp8(gen: Gen, base: Call) -> Bad:
             if size not in (1, rows):
                 says = (f"{name} has shape ({size},)", "or (1,)", f"= {rows}")
                 yield f"{name} of {size}", {name: base["x_scale"].new_ones(size)}, ValueError, says
+
+
+def bad_fp8_linear(gen: Gen, base: Call) -> Bad:
+    yield from bad_fp8(gen, base)
+    yield from _bad_gates(base)
 
 
 def fp8_block_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:

@@ -52,9 +52,12 @@ def gated_linear(
     activation: str = "silu",
     batch_invariant: bool = False,
 ) -> list[Tensor]:
-    """Row by row of the weight: blocks of eight gates and their ups, the last one shorter."""
-    n = weight.shape[0] // 2
-    product = linear(c, x, weight, bias)[0]
+    return gated(c, linear(c, x, weight, bias)[0], activation)
+
+
+def gated(c: torch.dtype, product: Tensor, activation: str) -> list[Tensor]:
+    """Column by column of the product: blocks of eight gates and their ups, the last one shorter."""
+    n = product.shape[-1] // 2
     gates, ups = [], []
     for first in range(0, n, 8):
         size = min(8, n - first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.harness.formulas.dense import linear
+from tests.harness.formulas.dense import gated, linear
 
 
 def int8_linear(
@@ -18,10 +18,12 @@ def int8_linear(
     x_zero_point: Tensor | None = None,
     weight_sum: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    activation: str | None = None,
 ) -> list[Tensor]:
     rows = x.double() if x_zero_point is None else x.double() - x_zero_point.double()[:, None]
     out = (rows @ weight.double().t()) * x_scale.double()[:, None] * weight_scale.double()  # exact sums
-    return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
+    out = out.to(c) if bias is None else out.to(c) + bias.to(c)
+    return [out] if activation is None else gated(c, out, activation)
 
 
 def fp8_linear(
@@ -34,11 +36,13 @@ def fp8_linear(
     out_dtype: torch.dtype = torch.float32,
     fast_accum: bool = False,
     batch_invariant: bool = False,
+    activation: str | None = None,
 ) -> list[Tensor]:
     rows = x.double() * x_scale.double()[:, None]
     columns = weight.double() * weight_scale.double()[:, None]
     out = (rows @ columns.t()).to(c)
-    return [out if bias is None else out + bias.to(c)]
+    out = out if bias is None else out + bias.to(c)
+    return [out] if activation is None else gated(c, out, activation)
 
 
 def sparse_24_weight(values: Tensor, metadata: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from tests.harness.opspec import OpSpec, Role
 from tests.harness.quantized_calls import (
     bad_fp4,
     bad_fp4_fp8,
-    bad_fp8,
     bad_fp8_blocks,
+    bad_fp8_linear,
     bad_int4,
-    bad_int8,
+    bad_int8_linear,
     bad_quantize,
     fp4_calls,
     fp4_fp8_calls,
@@ -79,7 +79,7 @@ QUANTIZED = (
             "weight_sum": Role((0,), optional=True),
         },
         formulas.int8_linear,
-        bad=bad_int8,
+        bad=bad_int8_linear,
     ),
     OpSpec(
         "fp8_linear",
@@ -94,7 +94,7 @@ QUANTIZED = (
         },
         formulas.fp8_linear,
         scalars={"fast_accum": "flag", "batch_invariant": "flag"},
-        bad=bad_fp8,
+        bad=bad_fp8_linear,
     ),
     OpSpec(
         "quantize_fp8_groups",
