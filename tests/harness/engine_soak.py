@@ -36,6 +36,7 @@ from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.decoder import DecoderModel
 from fastattn.speculative.config import SpeculativeConfig
+from fastattn.speculative.costs import DraftBudget
 from tests.engine import tiny
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -330,6 +331,9 @@ class Soak:
 
     def _count_memory(self, warm_checks: int) -> None:
         self.engine.runner.buffers._batches.clear()  # up to 256 sizes of steps, as they come
+        if (speculator := self.engine.speculator) is not None and speculator._budget is not None:
+            # What steps took, by their sizes in quarters of octaves: 600 entries at most, which come for 100,000 requests.
+            speculator._budget = DraftBudget(speculator.config.num_speculative_tokens)
         gc.collect()
         now = sys.getallocatedblocks(), _resident_bytes()
         if self.counts["checks"] <= warm_checks or self.warm is None:
