@@ -332,7 +332,7 @@ class Soak:
     def _count_memory(self, warm_checks: int) -> None:
         self.engine.runner.buffers._batches.clear()  # up to 256 sizes of steps, as they come
         if (speculator := self.engine.speculator) is not None and speculator._budget is not None:
-            # What steps took, by their sizes in quarters of octaves: 600 entries at most, which come for 100,000 requests.
+            # What steps took, by their sizes in quarters of octaves: hundreds of entries, the last after 100,000 requests.
             speculator._budget = DraftBudget(speculator.config.num_speculative_tokens)
         gc.collect()
         now = sys.getallocatedblocks(), _resident_bytes()
