@@ -50,7 +50,7 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
 
 // In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on.
 constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
-  return tile.block_m == 128 && tile.block_n == 256 && tile.turns == two_levels;
+  return tile.block_m == 128 && tile.block_n % 64 == 0 && tile.turns == (two_levels && tile.block_n == 256);
 }
 
 // Of gemm_sm90_few_rows.cuh.
@@ -146,6 +146,17 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   const int64_t shares = config.stream_k ? num_tiles * problem.num_panels() : num_tiles;
   config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(shares, problem.num_pairs());
   config.has_norm = gemm_sm90_counts(problem.norm);
+}
+
+// Rows of weight that a CTA of few rows has where they are shared out evenly, so that all CTAs run at once; 0 where whole
+// tiles do, or it would be fewer than 16, and where what leaves goes by tiles: 64 columns have a sum of squares, 128 a
+// scale.
+inline int gemm_sm90_rows_at_once(const GemmSm90Problem& problem, const GemmSm90Tile& tile, int num_splits) {
+  const int64_t places = problem.num_sms * tile.ctas_per_sm / (num_splits * ceil_div(problem.m, tile.block_m));
+  if (problem.added || problem.block_scales || places == 0) return 0;
+  const int64_t unit = problem.gated ? 16 : 8;
+  const int64_t rows = ceil_div(ceil_div(problem.n, places), unit) * unit;
+  return rows >= 16 && rows < tile.block_n ? static_cast<int>(rows) : 0;
 }
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
@@ -252,7 +263,11 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
         continue;
       }
       const int64_t num_steps = ceil_div(problem.num_panels(), gemm_sm90_few_rows_ring(tile).panels);
-      for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
+      for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) {
+        consider(true, tile, splits);
+        const int rows = gemm_sm90_rows_at_once(problem, tile, splits);
+        if (rows > 0) consider(true, tile, splits, false, rows);
+      }
     }
   }
   if (problem.m > 64) {

@@ -47,7 +47,9 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits =
       few_rows && !tile.in_order ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
-  if (tile.in_order) config.weight_rows = 8 * per_column * between(1, tile.block_n / (8 * per_column));
+  if (tile.in_order || (few_rows && !blocks && one_in(2))) {
+    config.weight_rows = 8 * per_column * between(1, tile.block_n / (8 * per_column));
+  }
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
   const bool two_levels = kFp8 && !fast_accum;
   config.stream_k = !few_rows && gemm_sm90_streams(tile, two_levels) && one_in(2);
@@ -142,7 +144,7 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
                   TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
                   std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
                   std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
-                  (tile.in_order ? std::to_string(config.weight_rows) + " rows in order, " : "") +
+                  (few_rows ? std::to_string(config.weight_rows) + (tile.in_order ? " rows in order, " : " rows, ") : "") +
                   (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
                   std::to_string(config.num_ctas) + " CTAs";
 
@@ -224,11 +226,12 @@ template <typename T>
 struct ExactCall {
   Tensor<T> x, weight, bias;
 
-  ExactCall(bool few_rows, const fastattn::GemmSm90Tile& tile, GemmSm90Params& p) {
+  ExactCall(bool few_rows, const fastattn::GemmSm90Tile& tile, GemmSm90Params& p, bool shares_weight = false) {
     p.dtype = TypeInfo<T>::kDType;
     p.config.few_rows = few_rows;
     p.config.tile = tile;
     p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false) && one_in(2);
+    if (shares_weight && one_in(2)) p.config.weight_rows = 8 * between(1, tile.block_n / 8);
     p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
     p.n = 8 * between(1, 3 * tile.block_n / 8);
     p.k = 8 * between(1, 60);
@@ -318,7 +321,7 @@ void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
   constexpr uint64_t kUntouched = 0x7ff8dead7ff8dead;
   constexpr int kBehind = 16;
   fastattn::GemmSm90SampledParams p;
-  ExactCall<T> call(true, tile, p);
+  ExactCall<T> call(true, tile, p, true);
   const auto any_of = [](int64_t count) { return between(0, static_cast<int>(count) - 1); };
   if (one_in(3)) call.x.set(any_of(p.m) * p.x_stride, pick({NAN, INFINITY}));  // -1 for this row
   if (one_in(3)) call.weight.set(any_of(p.n) * p.weight_stride, INFINITY);     // of a token
