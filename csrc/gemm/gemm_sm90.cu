@@ -25,14 +25,20 @@ constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128, 128>, kManyR
                                            kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>,
                                            kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
-                                          kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
-                                          kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
-                                          kManyRows<Operands, 192, 224>};
+constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 64, 96>,   kManyRows<Operands, 64, 224>,
+                                          kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
+                                          kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 192, true>,
+                                          kManyRows<Operands, 128, 256>, kManyRows<Operands, 192, 128>,
+                                          kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 192>,
-                                                kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 128>,
-                                                kManyRows<Operands, 192, 192>};
+constexpr Instantiation kGivenManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
+                                            kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
+                                            kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
+                                            kManyRows<Operands, 192, 224>};
+template <typename Operands>
+constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 96>,        kManyRows<Operands, 128, 128>,
+                                                kManyRows<Operands, 128, 192>,       kManyRows<Operands, 192, 128>,
+                                                kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 192>};
 template <typename Operands>
 constexpr Instantiation kGatedManyRows[] = {
     kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
@@ -96,6 +102,8 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (gemm_sm90_counts(ManyRowsOperands::kNorm)) {
     return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (ManyRowsOperands::kNorm == GemmSm90Norm::kRmsGiven) {
+    return launch_of(kGivenManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
   }

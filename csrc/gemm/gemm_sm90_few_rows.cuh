@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
       if (row < num_rows) of_row.load(p, first_m + row, column);
     }
   };
-  constexpr bool EARLY = BLOCK_M <= 64 || (BLOCK_M == 128 && CTAS_PER_SM == 1);  // others have no registers to keep them in
+  constexpr bool EARLY =
+      BLOCK_M <= 64 || (BLOCK_M == 128 && CTAS_PER_SM == 1);  // others have no registers to keep them in
 
   typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;

@@ -304,21 +304,30 @@ def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -
     config = _runtime.gemm_sm90_config(m, n, k, num_sms)
     rows = config["block_m"] * (1 if config["few_rows"] else 2)
     assert (config["m_tiles"] - 1) * rows < m <= config["m_tiles"] * rows
-    assert (config["n_tiles"] - 1) * config["block_n"] < n <= config["n_tiles"] * config["block_n"]
+    weight_rows = config["weight_rows"]
+    assert weight_rows % 8 == 0
+    assert 0 < weight_rows <= config["block_n"]
+    assert (config["n_tiles"] - 1) * weight_rows < n <= config["n_tiles"] * weight_rows
     shared = config["m_tiles"] * rows // config["block_m"]
     assert config["rows"] == -(-m // shared) <= config["block_m"]
     assert 1 <= config["group_rows"] <= config["m_tiles"]
     tiles = config["m_tiles"] * config["n_tiles"]
     if config["few_rows"]:
         assert m <= 256
+        # Fewer rows of weight than a tile has are for all CTAs to run at once.
+        assert weight_rows == config["block_n"] or config["num_ctas"] <= num_sms * config["ctas_per_sm"]
         assert config["num_ctas"] == tiles * config["num_splits"]
         panels = 2 if config["block_n"] == 64 else 1
         assert 1 <= config["num_splits"] <= min(8, -(-k // (64 * panels)))  # no part of K is empty
         assert not config["stream_k"]
     else:
         assert m > 64
+        assert weight_rows == config["block_n"]
         shares = tiles * -(-k // 64) if config["stream_k"] else tiles
-        assert config["num_ctas"] == 2 * min(shares, max(1, num_sms // 2))
+        pairs = min(shares, max(1, num_sms // 2))
+        if config["stream_k"] and pairs // tiles * tiles >= 0.95 * pairs:
+            pairs = pairs // tiles * tiles  # each tile has as many
+        assert config["num_ctas"] == 2 * pairs
 
 
 @pytest.mark.parametrize("m", [1, 64, 128, 256, 512, 4096])
@@ -376,7 +385,8 @@ def test_what_is_chosen_is_about_the_fastest_that_was_measured(kind: str) -> Non
         )
         name = f"{config['block_m']}x{config['block_n']}" + "t" * config["turns"] + "s" * config["stream_k"]
         if config["few_rows"]:
-            name = f"few-{name}x{config['ctas_per_sm']}/{config['num_splits']}"
+            shared = f"w{config['weight_rows']}" * (config["weight_rows"] < config["block_n"])
+            name = f"few-{name}{shared}x{config['ctas_per_sm']}/{config['num_splits']}"
         assert name in times, f"{line}: {name} takes more than 1.25 times the best"
         logs.append(math.log(times[name] / min(times.values())))
         assert logs[-1] < MOST_LOST[kind][1], f"{line}: {name}"
