@@ -15,10 +15,8 @@ template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, false>, 128, 192>(cons
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, false>, 128, 256, true>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, false>, 192, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, false>, 192, 192>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 64, 96>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 64, 224>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 96>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 128>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 128, true>(const GemmSm90Params&,
+                                                                                        cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 192, true>(const GemmSm90Params&,
                                                                                         cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 224>(const GemmSm90Params&, cudaStream_t);
@@ -26,10 +24,7 @@ template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 128, 256
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 192, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 192, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__nv_bfloat16, true>, 192, 224>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 64, 96>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 64, 224>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 96>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 128>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 128, true>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 192, true>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Fp8<__half, true>, 128, 256>(const GemmSm90Params&, cudaStream_t);

@@ -37,21 +37,26 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one, and where a residual is added 64 have a sum of squares. `given`: a norm whose squares are known.
-// For plain products alone are tiles of 64 rows, of 96 columns, and 128 x 128 without turns, which with stream-K are
-// the fastest somewhere.
+// columns have one, and where a residual is added 64 have a sum of squares. `narrow`: whether there are tiles of 64
+// rows, of 96 columns, and instead of 128 x 128 in turns those without, which can be streamed: not of norms whose
+// squares are known and of e4m3 in one level.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
                                   bool block_scales = false, bool zero_points = false, bool added = false,
-                                  bool given = false) {
+                                  bool narrow = true) {
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
-  if (tile.block_m == 64) return !two_levels && !norm && !gated && !given;
-  if (tile.block_n == 96) return !norm && !gated && !given;
+  if (tile.block_m == 64) return narrow && !two_levels && !norm && !gated;
+  if (tile.block_n == 96) return narrow && !norm && !gated;
   if (norm || gated) return !tile.turns && !(gated && tile.block_n == 224);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
-  if (tile.block_m == 128 && tile.block_n == 128) return tile.turns == (added || given);
+  if (tile.block_m == 128 && tile.block_n == 128) return tile.turns == (added || !narrow);
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
+}
+
+// Tiles of 64 rows are as wide as is the fastest somewhere.
+constexpr bool gemm_sm90_has_width(const GemmSm90Tile& tile, int64_t element_bytes) {
+  return tile.block_m != 64 || tile.block_n == (element_bytes == 1 ? 96 : 224);
 }
 
 // In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on,
@@ -114,12 +119,14 @@ struct GemmSm90Problem {
   bool zero_points = false;   // of x, in int8
   // Each sum is added up in the same order whatever M is: that of K, by one group of one CTA.
   bool in_order = false;
-  bool added = false;  // a residual is
+  bool added = false;       // a residual is
+  bool fast_accum = false;  // of e4m3: sums of many rows are in one level
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 
+  bool narrow() const { return norm != GemmSm90Norm::kRmsGiven && !fast_accum; }
   bool plain() const { return norm == GemmSm90Norm::kNone && !gated && !added && !block_scales; }
 };
 
@@ -300,13 +307,14 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
-                              problem.zero_points, problem.added, problem.norm == GemmSm90Norm::kRmsGiven)) {
+                              problem.zero_points, problem.added, problem.narrow()) ||
+          !gemm_sm90_has_width(tile, problem.element_bytes)) {
         continue;
       }
       if (tile.block_m == 64 && problem.m > 128) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
-      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.plain()) &&
+      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.plain() && problem.narrow()) &&
           num_tiles < problem.num_pairs() && num_tiles * problem.num_panels() < INT32_MAX) {
         consider(false, tile, 1, true);
       }

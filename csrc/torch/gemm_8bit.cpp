@@ -132,7 +132,8 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
                                  .element_bytes = 1,
                                  .two_levels = two_levels,
                                  .zero_points = zero.x_zero_point.has_value(),
-                                 .in_order = batch_invariant});
+                                 .in_order = batch_invariant,
+                                 .fast_accum = fast_accum});
     const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, kind.sm90(p, stream_of(x)));
     return out;

@@ -393,20 +393,28 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
   const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
   const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
-  const bool has_given = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, false, false, false, false, true);
+  if (!few_rows && tile.block_m == 64) {
+    return fastattn::gemm_sm90_has_width(tile, 1) ? run_call<int8_t, T>(few_rows, tile, false)
+                                                  : run_call<T, T>(few_rows, tile, false);
+  }
+  // Of norms whose squares are known, and of e4m3 in one level.
+  const bool has_wide = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, false, false, false, false, false);
   const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
   const bool has_blocks = few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true)
                                    : fastattn::gemm_sm90_has_tile(tile, true, false, false, true);
   const auto run_in_blocks = [&] { run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true); };
-  if (!has_one_level && !has_two_levels) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
+  if (!has_one_level && !has_two_levels) {
+    return one_in(2) ? run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven)
+                     : run_call<__nv_fp8_e4m3, T>(few_rows, tile, true);
+  }
   switch (has_one_level ? between(0, 4) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
     case 1:
       if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
-      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
+      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_wide && has_one_level && one_in(3)));
     case 2:
-      if (has_given && one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
+      if (has_wide && one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
       if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
       return run_call<T, T>(few_rows, tile, false);
     case 3:
