@@ -277,7 +277,7 @@ def test_dense_layers() -> None:
     many = fastattn.explain("linear", torch.empty(8192, 4096, device="meta"), (6144, 4096))
     assert (many.kernel, many.num_splits, many.num_ctas, many.fuses_norm) == ("sm90", 1, 132, False)
     shared = fastattn.explain("rms_norm_linear", (256, 14336), (4096, 14336))
-    assert (shared.block_m, shared.block_n, shared.num_ctas, shared.stream_k) == (128, 256, 132, True)
+    assert (shared.block_m, shared.block_n, shared.num_ctas, shared.stream_k) == (128, 256, 128, True)
     assert "shared out evenly (stream-K)" in str(shared) and not many.stream_k
     assert "tiles of 128 rows of x and" in str(many) and "bound by its matrix units" in str(many)
     for odd in (((3, 4096), (6143, 4096)), ((3, 4092), (6144, 4092)), ((0, 64), (64, 64))):
@@ -334,7 +334,10 @@ def test_the_tiles_of_a_product_cover_it(m: int, n: int, k: int, num_sms: int) -
 def test_products_in_8_bits_have_the_tiles_of_half_as_many_columns(m: int) -> None:
     for n, k in ((6144, 4096), (4096, 14336), (8192, 8192)):
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1)
-        assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
+        if (config["few_rows"], config["block_m"]) == (False, 64):  # in 16 bits another width is the fastest
+            assert config["block_n"] == 96
+        else:
+            assert config == _runtime.gemm_sm90_config(m, n, k // 2, 132)
         # Two levels of sums take registers that larger tiles do not have.
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True)
         assert config["block_n"] <= (256 if config["turns"] else 192)
