@@ -188,6 +188,7 @@ def gemm_sm90_config(
     block_scales: bool = ...,
     zero_points: bool = ...,
     in_order: bool = ...,
+    fast_accum: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
     m: int,

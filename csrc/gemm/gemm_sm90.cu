@@ -25,14 +25,26 @@ constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128, 128>, kManyR
                                            kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>,
                                            kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
-                                          kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
-                                          kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
+constexpr int kHalfTileColumns = sizeof(typename Operands::Element) == 1 ? 96 : 224;  // of gemm_sm90_has_width
+template <typename Operands>
+constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 64, kHalfTileColumns<Operands>>,
+                                          kManyRows<Operands, 128, 96>,
+                                          kManyRows<Operands, 128, 128>,
+                                          kManyRows<Operands, 128, 192, true>,
+                                          kManyRows<Operands, 128, 224>,
+                                          kManyRows<Operands, 128, 256>,
+                                          kManyRows<Operands, 192, 128>,
+                                          kManyRows<Operands, 192, 192>,
                                           kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 192>,
-                                                kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 128>,
-                                                kManyRows<Operands, 192, 192>};
+constexpr Instantiation kWideManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
+                                           kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
+                                           kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
+                                           kManyRows<Operands, 192, 224>};
+template <typename Operands>
+constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 96>,        kManyRows<Operands, 128, 128>,
+                                                kManyRows<Operands, 128, 192>,       kManyRows<Operands, 192, 128>,
+                                                kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 192>};
 template <typename Operands>
 constexpr Instantiation kGatedManyRows[] = {
     kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
@@ -90,6 +102,10 @@ template <typename Operands, typename Epilogue>
 constexpr bool kHasInOrder = Operands::kNorm == GemmSm90Norm::kNone && !(Operands::kScaled && Epilogue::kRows == 2) &&
                              !std::is_same_v<typename Operands::Sum, int32_t>;
 
+template <typename Operands>
+constexpr bool kHasNarrow =
+    Operands::kNorm == GemmSm90Norm::kNone && !std::is_same_v<typename Operands::Element, __nv_fp8_e4m3>;
+
 template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands, typename Epilogue = GemmSm90Plain>
 cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
   if constexpr (kHasInOrder<FewRowsOperands, Epilogue>) {
@@ -104,6 +120,8 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (gemm_sm90_counts(ManyRowsOperands::kNorm)) {
     return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (!kHasNarrow<ManyRowsOperands>) {
+    return launch_of(kWideManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
   }

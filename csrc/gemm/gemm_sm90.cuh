@@ -63,13 +63,16 @@ namespace fastattn {
 template <int BLOCK_M, int BLOCK_N, bool TURNS>
 struct GemmSm90ManyRowsThreads {
   static constexpr int kConsumers = BLOCK_M / 64;
-  static constexpr bool kMovesRegisters = TURNS || kConsumers > 2 || BLOCK_N == 256;
+  static constexpr bool kMovesRegisters = TURNS || kConsumers > 2 || (kConsumers == 2 && BLOCK_N == 256);
   static constexpr int kNum = 128 * kConsumers + (kMovesRegisters ? 128 : 32);
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160, kProducerRegisters = kConsumers == 2 ? 24 : 32;
 };
 
-template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS>
-constexpr bool kGemmSm90Streams = gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels);
+template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
+constexpr bool kGemmSm90Streams =
+    gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels,
+                      Operands::kNorm == GemmSm90Norm::kNone && !kGemmSm90HasBlockScales<Operands> &&
+                          std::is_same_v<Epilogue, GemmSm90Plain>);
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
 __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, 1)
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
   constexpr int NUM_WARPS = 4 * Threads::kConsumers;
   constexpr bool OWN_TILES = TURNS && !Operands::kTwoLevels;  // whether a group has tiles for itself
   constexpr int HALVES = OWN_TILES ? 2 : 1;                   // of 64 rows, which a group has of a tile
-  constexpr bool STREAMS = kGemmSm90Streams<Operands, BLOCK_M, BLOCK_N, TURNS>;
+  constexpr bool STREAMS = kGemmSm90Streams<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>;
 
   Storage& smem = shared_storage<Storage>();
   const typename Epilogue::Params& p = args.p;

@@ -27,9 +27,9 @@ struct GemmSm90Tile {
 };
 
 // Of gemm_sm90.cuh.
-constexpr GemmSm90Tile kGemmSm90Tiles[] = {{128, 128},          {128, 192},         {128, 224}, {128, 256},
-                                           {192, 128},          {192, 192},         {192, 224}, {128, 128, 1, true},
-                                           {128, 192, 1, true}, {128, 256, 1, true}};
+constexpr GemmSm90Tile kGemmSm90Tiles[] = {
+    {64, 96},   {64, 224},  {128, 96},  {128, 128},          {128, 192},          {128, 224},         {128, 256},
+    {192, 128}, {192, 192}, {192, 224}, {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}};
 
 // Whether a tile of so many columns has room for the sums of weight's rows, which zero points of x are multiplied by:
 // 224 would have it in place of a stage.
@@ -37,21 +37,36 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one, and where a residual is added 64 have a sum of squares.
+// columns have one, and where a residual is added 64 have a sum of squares. `narrow`: whether there are tiles of 64
+// rows, of 96 columns, and instead of 128 x 128 in turns those without, which can be streamed: not of norms whose
+// squares are known and of e4m3 in one level.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
-                                  bool block_scales = false, bool zero_points = false, bool added = false) {
+                                  bool block_scales = false, bool zero_points = false, bool added = false,
+                                  bool narrow = true) {
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
+  if (tile.block_m == 64) return narrow && !two_levels && !norm && !gated;
+  if (tile.block_n == 96) return narrow && !norm && !gated;
   if (gated && tile.block_n == 224) return false;
   if (norm || gated) return !tile.turns && (!two_levels || tile.block_n <= 192);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
+  if (tile.block_m == 128 && tile.block_n == 128) return tile.turns == (added || !narrow);
   return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
 }
 
-// In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on.
-constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels) {
-  return tile.block_m == 128 && tile.block_n == 256 && tile.turns == two_levels;
+// Tiles of 64 rows are as wide as is the fastest somewhere.
+constexpr bool gemm_sm90_has_width(const GemmSm90Tile& tile, int64_t element_bytes) {
+  return tile.block_m != 64 || tile.block_n == (element_bytes == 1 ? 96 : 224);
+}
+
+// In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on,
+// and of plain products (no norm, no gates, nothing added) in one level those with which 256 rows by 4,096 columns
+// leave two pairs for each tile. In two levels these lose 2 % by it elsewhere.
+constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels, bool plain) {
+  if (tile.block_m != 128) return false;
+  if (tile.block_n == 256) return tile.turns == two_levels;
+  return plain && !two_levels && tile.block_n == 128 && !tile.turns;
 }
 
 // Of gemm_sm90_few_rows.cuh.
@@ -105,11 +120,15 @@ struct GemmSm90Problem {
   bool zero_points = false;   // of x, in int8
   // Each sum is added up in the same order whatever M is: that of K, by one group of one CTA.
   bool in_order = false;
-  bool added = false;  // a residual is
+  bool added = false;       // a residual is
+  bool fast_accum = false;  // of e4m3: sums of many rows are in one level
 
   int64_t num_panels() const { return ceil_div(element_bytes * k, 128); }
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
+
+  bool narrow() const { return norm != GemmSm90Norm::kRmsGiven && !fast_accum; }
+  bool plain() const { return norm == GemmSm90Norm::kNone && !gated && !added && !block_scales; }
 };
 
 struct GemmSm90Config {
@@ -145,8 +164,22 @@ inline void set_gemm_sm90_grid(GemmSm90Config& config, const GemmSm90Problem& pr
   config.group_rows = static_cast<int>(ceil_div(config.m_tiles, num_groups));
   const int64_t num_tiles = config.m_tiles * config.n_tiles;
   const int64_t shares = config.stream_k ? num_tiles * problem.num_panels() : num_tiles;
-  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * std::min(shares, problem.num_pairs());
+  int64_t num_pairs = std::min(shares, problem.num_pairs());
+  // As many to each tile, where few are left over: a tile then waits for fewer, and those that share one run abreast.
+  const int64_t num_even = num_pairs / num_tiles * num_tiles;
+  if (config.stream_k && 20 * num_even >= 19 * num_pairs) num_pairs = num_even;
+  config.num_ctas = config.few_rows ? num_tiles * num_splits : 2 * num_pairs;
   config.has_norm = gemm_sm90_counts(problem.norm);
+}
+
+// Rows of weight that a CTA of few rows has where they are shared out evenly, so that all CTAs run at once; 0 where
+// whole tiles do, or it would be fewer than 16, and but for plain products, of which that was measured. (It cannot be
+// where 64 columns have a sum of squares, or 128 a scale.)
+inline int gemm_sm90_rows_at_once(const GemmSm90Problem& problem, const GemmSm90Tile& tile, int num_splits) {
+  const int64_t places = problem.num_sms * tile.ctas_per_sm / (num_splits * ceil_div(problem.m, tile.block_m));
+  if (!problem.plain() || places == 0) return 0;
+  const int64_t rows = ceil_div(ceil_div(problem.n, places), 8) * 8;
+  return rows >= 16 && rows < tile.block_n ? static_cast<int>(rows) : 0;
 }
 
 // Microseconds, about: the constants are fitted to what an H100 takes, so that configurations rank as they do there.
@@ -178,9 +211,15 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
       num_panels = part * static_cast<double>(problem.num_panels()) * (1.06 + 0.003 * std::max(0.0, weight_us - 45.0));
       handed_us = tile_size * (7.0e-5 + 1.0e-4 * num_others);
     }
-    const double us = 6.8 + num_panels * (products_us + norm_us) + num_epilogues * epilogue_us;
+    // With 64 rows a panel is soon multiplied, and what it takes to come counts, the more so the fewer SMs ask for
+    // some.
+    const bool half = block_m == 64;
+    const double idle = 1.0 - static_cast<double>(config.num_ctas) / static_cast<double>(problem.num_sms);
+    const double panel_us = std::max(products_us, half ? 0.27 : 0.0) + norm_us;
+    const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
     // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
-    return std::max(us, 8.0 + 1.13 * weight_us) + 0.02 * us + handed_us;
+    return std::max(us, half ? 8.5 + (1.06 + 0.15 * std::max(0.0, idle)) * weight_us : 8.0 + 1.13 * weight_us) +
+           0.02 * us + handed_us;
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);
@@ -209,10 +248,15 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double waves_us = num_waves * static_cast<double>(num_steps) * (step_us + norm_us);
   const double between_us = config.tile.ctas_per_sm == 1 ? (num_waves - 1.0) * (2.0 + sums_us) : 0.0;
   const double l2_us = step_bytes * static_cast<double>(num_steps) * num_ctas / 8.0e6;
-  // 128 bytes of a row at a time are read less well than 256, and from few SMs a little less well.
+  // 128 bytes of a row at a time are read less well than 256, and from few SMs a little less well. So are fewer rows at
+  // a time than 48, and what some SMs have one more CTA of than others.
+  const double uneven =
+      num_ctas <= num_sms * ctas_per_sm ? std::ceil(num_ctas / num_sms) * num_sms / num_ctas - 1.0 : 0.0;
   const double read_us =
       weight_us * (ring.panels == 1 ? 1.06 : 1.0) * (1.0 + 0.1 * std::max(0.0, 1.0 - num_ctas / num_sms));
-  return 8.0 + std::max({read_us, l2_us, waves_us}) + 0.02 * waves_us + between_us + sums_us;
+  const double sharing_us =
+      weight_us * (0.08 * std::max(0.0, 1.0 - static_cast<double>(weight_rows) / 48.0) + 0.02 * uneven);
+  return 8.0 + std::max({read_us, l2_us, waves_us}) + 0.02 * waves_us + between_us + sums_us + sharing_us;
 }
 
 // The best by that measure. Unless it is to be in order, a row's result depends on M (tile and splits), so that it is
@@ -253,20 +297,26 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
         continue;
       }
       const int64_t num_steps = ceil_div(problem.num_panels(), gemm_sm90_few_rows_ring(tile).panels);
-      for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) consider(true, tile, splits);
+      for (int splits = 1; splits <= std::min<int64_t>(num_steps, 8); ++splits) {
+        consider(true, tile, splits);
+        const int rows = gemm_sm90_rows_at_once(problem, tile, splits);
+        if (rows > 0) consider(true, tile, splits, false, rows);
+      }
     }
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
-                              problem.zero_points, problem.added)) {
+                              problem.zero_points, problem.added, problem.narrow()) ||
+          !gemm_sm90_has_width(tile, problem.element_bytes)) {
         continue;
       }
+      if (tile.block_m == 64 && problem.m > 128) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
-      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels) && num_tiles < problem.num_pairs() &&
-          num_tiles * problem.num_panels() < INT32_MAX) {
+      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.plain() && problem.narrow()) &&
+          num_tiles < problem.num_pairs() && num_tiles * problem.num_panels() < INT32_MAX) {
         consider(false, tile, 1, true);
       }
     }

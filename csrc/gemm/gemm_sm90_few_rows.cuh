@@ -42,6 +42,33 @@
 
 namespace fastattn {
 
+// What the rows of a tile are multiplied by, and their zero points: here when products have ended.
+template <int ROWS, bool ZERO_POINTS>
+struct GemmSm90SharedRowScales {
+  float scales[ROWS];
+  int32_t zero_points[ZERO_POINTS ? ROWS : 1];
+
+  // By so many threads: asks for those of a tile's rows, of which the first is `first`.
+  __device__ __forceinline__ void fetch(const GemmSm90Params& p, int32_t first, int32_t num_rows, int num_threads) {
+    for (int32_t row = static_cast<int32_t>(threadIdx.x); row < num_rows; row += num_threads) {
+      cp_async_4(&scales[row], p.x_scale + (first + row) * p.x_scale_stride, true);
+      if constexpr (ZERO_POINTS) {
+        if (p.x_zero_point != nullptr) {
+          cp_async_4(&zero_points[row], p.x_zero_point + (first + row) * p.x_scale_stride, true);
+        }
+      }
+    }
+    cp_async_commit();
+  }
+  // By address: a store to `out` may change what a pointer points to.
+  __device__ __forceinline__ float scale(int32_t row) const {
+    return __uint_as_float(load_shared(shared_address(scales + row)));
+  }
+  __device__ __forceinline__ int32_t zero_point(int32_t row) const {
+    return static_cast<int32_t>(load_shared(shared_address(zero_points + row)));
+  }
+};
+
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue,
           int GROUPS = kGemmSm90Consumers>
 struct GemmSm90FewRowsStorage {
@@ -55,12 +82,16 @@ struct GemmSm90FewRowsStorage {
   using Moments = std::conditional_t<Operands::kNorm == GemmSm90Norm::kNone, GemmSm90NoOthers,
                                      GemmSm90SharedMoments<Sums::kParts, BLOCK_M>>;
 
+  using Rows = std::conditional_t<Operands::kScaled, GemmSm90SharedRowScales<BLOCK_M, kGemmSm90HasZeroPoints<Operands>>,
+                                  GemmSm90NoOthers>;
+
   union {
     GemmSm90Ring<typename Operands::Element, BLOCK_N, BLOCK_M, kRing.panels, kRing.num_stages, GROUPS> ring;
     Sums sums;  // when it is no longer needed
   };
   MBarrier full[kRing.num_stages], empty[kRing.num_stages];
   Moments moments;
+  Rows rows;
 };
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue, int GROUPS>
@@ -84,7 +115,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   // Clusters that share rows of weight are neighbours.
   const int32_t tile_idx = static_cast<int32_t>(blockIdx.x) / num_splits;
   const int32_t m_tiles = static_cast<int32_t>(p.config.m_tiles);
-  const int32_t weight_rows = GROUPS == 1 ? p.config.weight_rows : BLOCK_N;
+  const int32_t weight_rows = p.config.weight_rows;
   const int32_t first_n = tile_idx / m_tiles * weight_rows, first_m = tile_idx % m_tiles * p.config.rows;
   const int32_t all_steps = static_cast<int32_t>((p.k + Ring::kStageK - 1) / Ring::kStageK);
   const int32_t begin_step = static_cast<int32_t>(int64_t{rank} * all_steps / num_splits);
@@ -102,13 +133,12 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   // What a lane multiplies the sums of its four columns by and adds to them, and the first of its rows.
   constexpr int PER_COLUMN = Epilogue::kRows;
   const int64_t width = p.n / PER_COLUMN;  // of out
-  const int64_t end_column = GROUPS == 1 ? min(width, int64_t{(first_n + weight_rows) / PER_COLUMN}) : width;
+  const int64_t end_column = min(width, int64_t{(first_n + weight_rows) / PER_COLUMN});
   const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   int2 code_sums[PER_COLUMN][2] = {};
-  float row_scale = 0.0f, row_first = 0.0f;
-  int32_t row_zero_point = 0;
+  float row_first = 0.0f;
   constexpr bool kStores = Epilogue::kStores;
   std::conditional_t<kStores, Epilogue, GemmSm90NoOthers> of_row;
   const auto load_factors = [&] {
@@ -136,18 +166,13 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
         bias[i][1] = unpack_pair<T>(pairs.y);
       }
     }
-    if constexpr (Operands::kScaled) {
-      if (row < num_rows) row_scale = Operands::row_scale(p, first_m + row);
-    }
-    if constexpr (kGemmSm90HasZeroPoints<Operands>) {
-      if (row < num_rows) row_zero_point = zero_point_of(p, first_m + row);
-    }
     if (kCentred && row < num_rows) row_first = first_of_row<T>(p, first_m + row);
     if constexpr (kStores) {
       if (row < num_rows) of_row.load(p, first_m + row, column);
     }
   };
-  constexpr bool EARLY = BLOCK_M <= 64;  // others have no registers to keep them in
+  constexpr bool EARLY =
+      BLOCK_M <= 64 || (BLOCK_M == 128 && CTAS_PER_SM == 1);  // others have no registers to keep them in
 
   typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
@@ -182,9 +207,10 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   } else {
     // ------------------------------------------------------------------------------ consumers
     grid_dependency_wait();
+    if constexpr (Operands::kScaled) smem.rows.fetch(p, first_m, num_rows, 128 * GROUPS);
     if constexpr (EARLY) load_factors();  // they are here when products have ended
     if constexpr (Epilogue::kAdds) {      // as far as L2 what other rows of this lane get
-      for (int32_t r = row; r < num_rows && column < width; r += num_splits * Storage::Sums::kRowsAtOnce) {
+      for (int32_t r = row; r < num_rows && column < end_column; r += num_splits * Storage::Sums::kRowsAtOnce) {
         if (!EARLY || r != row) of_row.prefetch(p, first_m + r, column);
       }
     }
@@ -233,6 +259,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
         smem.moments.keep(moments, part, first_row, lane);
       }
     }
+    if constexpr (Operands::kScaled) cp_async_wait<0>();
     named_barrier_sync(1, 128 * GROUPS);  // all groups are done with the ring
     smem.sums.keep(acc[0], warp_idx, lane);
   }
@@ -247,11 +274,11 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
         if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
         norm = row_norm_of<Operands::kNorm>(p, total, row_first);
       }
-      if constexpr (Operands::kScaled) {
-        if (sum_row != row) row_scale = Operands::row_scale(p, first_m + sum_row);
-      }
+      float row_scale = 0.0f;
+      int32_t row_zero_point = 0;
+      if constexpr (Operands::kScaled) row_scale = smem.rows.scale(sum_row);
       if constexpr (kGemmSm90HasZeroPoints<Operands>) {
-        if (sum_row != row) row_zero_point = zero_point_of(p, first_m + sum_row);
+        if (p.x_zero_point != nullptr) row_zero_point = smem.rows.zero_point(sum_row);
       }
       float of_columns[4][PER_COLUMN];
 #pragma unroll
@@ -285,9 +312,9 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = Epilogue::apply(p, of_columns[i]);
       if constexpr (kStores) {
-        const bool is_there = sum_row < num_rows && column < width;
+        const bool is_there = sum_row < num_rows && column < end_column;
         if (is_there && sum_row != row) of_row.load(p, first_m + sum_row, column);
-        of_row.template store<T, Storage::Sums::kLanesOfRow>(p, out, first_m + sum_row, column, first_n / BLOCK_N,
+        of_row.template store<T, Storage::Sums::kLanesOfRow>(p, out, first_m + sum_row, column, tile_idx / m_tiles,
                                                              is_there);
       } else {
         *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + (first_m + sum_row) * width + column) =
@@ -305,14 +332,14 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
 // Host
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue, int GROUPS>
-cudaError_t launch_gemm_sm90_few_rows_of(const typename Epilogue::Params& p, int weight_rows, cudaStream_t stream) {
+cudaError_t launch_gemm_sm90_few_rows_of(const typename Epilogue::Params& p, cudaStream_t stream) {
   using Storage = GemmSm90FewRowsStorage<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, GROUPS>;
   static_assert(sizeof(Storage) <= kGemmSm90SmemBytes / CTAS_PER_SM);
   const GemmSm90Config& config = p.config;
   GemmSm90ArgsWith<typename Epilogue::Params> args = {p, {}, {}};
   cudaError_t error = make_matrix_map<Operands>(&args.x, p, p.x, p.m, p.x_stride, config.rows, false);
   if (error == cudaSuccess) {
-    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, weight_rows, false);
+    error = make_matrix_map<Operands>(&args.weight, p, p.weight, p.n, p.weight_stride, config.weight_rows, false);
   }
   if (error != cudaSuccess) return error;
   return launch_clusters(gemm_sm90_few_rows_kernel<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, GROUPS>,
@@ -321,13 +348,12 @@ cudaError_t launch_gemm_sm90_few_rows_of(const typename Epilogue::Params& p, int
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, int CTAS_PER_SM, typename Epilogue>
 cudaError_t launch_gemm_sm90_few_rows(const typename Epilogue::Params& p, cudaStream_t stream) {
-  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, kGemmSm90Consumers>(p, BLOCK_N,
-                                                                                                             stream);
+  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, BLOCK_N, CTAS_PER_SM, Epilogue, kGemmSm90Consumers>(p, stream);
 }
 
 template <typename Operands, int BLOCK_M, int CTAS_PER_SM, typename Epilogue>
 cudaError_t launch_gemm_sm90_in_order(const typename Epilogue::Params& p, cudaStream_t stream) {
-  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, 64, CTAS_PER_SM, Epilogue, 1>(p, p.config.weight_rows, stream);
+  return launch_gemm_sm90_few_rows_of<Operands, BLOCK_M, 64, CTAS_PER_SM, Epilogue, 1>(p, stream);
 }
 
 // With the tile that the call's configuration names, of those up to MOST_ROWS, for epilogues that only this kernel has.

@@ -2,8 +2,9 @@
 
 namespace fastattn {
 
-template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 128, true>(const GemmSm90Params&,
-                                                                                    cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 64, 224>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 96>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 192, true>(const GemmSm90Params&,
                                                                                     cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 224>(const GemmSm90Params&, cudaStream_t);
@@ -11,7 +12,9 @@ template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 256>(co
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 192, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 192, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 192, 224>(const GemmSm90Params&, cudaStream_t);
-template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 128, true>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 64, 224>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 96>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 192, true>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 256>(const GemmSm90Params&, cudaStream_t);

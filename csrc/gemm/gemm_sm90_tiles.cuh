@@ -125,7 +125,7 @@ struct GemmSm90Storage {
   static constexpr int kStages = std::min<int>(
       8, (kGemmSm90SmemBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
 
-  GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages> ring;
+  GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages, kConsumers> ring;
   Columns columns[2][kConsumers];  // of this tile and the next, by group
   MBarrier full[kStages], empty[kStages];
 };

@@ -151,7 +151,8 @@ Tensor eight_bit_linear(const EightBitLinear& kind, const Tensor& x, const Tenso
                                  .two_levels = two_levels,
                                  .gated = activation.has_value(),
                                  .zero_points = zero.x_zero_point.has_value(),
-                                 .in_order = batch_invariant});
+                                 .in_order = batch_invariant,
+                                 .fast_accum = fast_accum});
     const auto workspaces = workspaces_of(p, x);
     check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
     return out;

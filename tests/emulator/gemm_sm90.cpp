@@ -47,10 +47,14 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int64_t num_steps = fastattn::ceil_div(p.k, stage_k);
   const int num_splits =
       few_rows && !tile.in_order ? static_cast<int>(std::min<int64_t>(num_steps, pick({1, 2, 3, 5, 8}))) : 1;
-  if (tile.in_order) config.weight_rows = 8 * per_column * between(1, tile.block_n / (8 * per_column));
+  if (tile.in_order || (few_rows && !blocks && one_in(2))) {
+    config.weight_rows = 8 * per_column * between(1, tile.block_n / (8 * per_column));
+  }
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
   const bool two_levels = kFp8 && !fast_accum;
-  config.stream_k = !few_rows && gemm_sm90_streams(tile, two_levels) && one_in(2);
+  config.stream_k = !few_rows &&
+                    gemm_sm90_streams(tile, two_levels, norm == Norm::kNone && gate == Gate::kNone && !blocks) &&
+                    one_in(2);
   set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms, sizeof(E), two_levels, norm}, num_splits);
   config.group_rows = pick({1, 2, 8});
   const Workspaces workspaces(p);
@@ -137,14 +141,14 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
                                 : norm == Norm::kRmsGiven ? "RMSNorm, squares given, of "
                                                           : "";
   const char* const gate_name = gate == Gate::kSilu ? "SiLU of " : gate == Gate::kGeluTanh ? "GeLU of " : "";
-  current_call += std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
-                  (blocks ? " in blocks" : "") + (zero_points ? " with zero points" : "") + " to " +
-                  TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " +
-                  std::to_string(p.k) + "; block " + std::to_string(tile.block_m) + " x " +
-                  std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
-                  (tile.in_order ? std::to_string(config.weight_rows) + " rows in order, " : "") +
-                  (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+  current_call +=
+      std::string(": ") + gate_name + norm_name + TypeInfo<E>::kName + (fast_accum ? " fast" : "") +
+      (blocks ? " in blocks" : "") + (zero_points ? " with zero points" : "") + " to " + TypeInfo<T>::kName + " m " +
+      std::to_string(p.m) + ", n " + std::to_string(p.n) + ", k " + std::to_string(p.k) + "; block " +
+      std::to_string(tile.block_m) + " x " + std::to_string(tile.block_n) + (tile.turns ? " in turns, " : ", ") +
+      (few_rows ? std::to_string(config.weight_rows) + (tile.in_order ? " rows in order, " : " rows, ") : "") +
+      (config.stream_k ? "stream-K, " : "") + std::to_string(config.num_splits) + " splits, " +
+      std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
     const cudaError_t error = blocks                 ? gemm_fp8_blocks_sm90(p, nullptr)
@@ -224,11 +228,12 @@ template <typename T>
 struct ExactCall {
   Tensor<T> x, weight, bias;
 
-  ExactCall(bool few_rows, const fastattn::GemmSm90Tile& tile, GemmSm90Params& p) {
+  ExactCall(bool few_rows, const fastattn::GemmSm90Tile& tile, GemmSm90Params& p, bool shares_weight = false) {
     p.dtype = TypeInfo<T>::kDType;
     p.config.few_rows = few_rows;
     p.config.tile = tile;
-    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false) && one_in(2);
+    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false, false) && one_in(2);
+    if (shares_weight && one_in(2)) p.config.weight_rows = 8 * between(1, tile.block_n / 8);
     p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
     p.n = 8 * between(1, 3 * tile.block_n / 8);
     p.k = 8 * between(1, 60);
@@ -318,7 +323,7 @@ void run_sampled_call(const fastattn::GemmSm90Tile& tile) {
   constexpr uint64_t kUntouched = 0x7ff8dead7ff8dead;
   constexpr int kBehind = 16;
   fastattn::GemmSm90SampledParams p;
-  ExactCall<T> call(true, tile, p);
+  ExactCall<T> call(true, tile, p, true);
   const auto any_of = [](int64_t count) { return between(0, static_cast<int>(count) - 1); };
   if (one_in(3)) call.x.set(any_of(p.m) * p.x_stride, pick({NAN, INFINITY}));  // -1 for this row
   if (one_in(3)) call.weight.set(any_of(p.n) * p.weight_stride, INFINITY);     // of a token
@@ -388,18 +393,28 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
   const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
   const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
+  if (!few_rows && tile.block_m == 64) {
+    return fastattn::gemm_sm90_has_width(tile, 1) ? run_call<int8_t, T>(few_rows, tile, false)
+                                                  : run_call<T, T>(few_rows, tile, false);
+  }
+  // Of norms whose squares are known, and of e4m3 in one level.
+  const bool has_wide = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, false, false, false, false, false);
   const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
   const bool has_blocks = few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true)
                                    : fastattn::gemm_sm90_has_tile(tile, true, false, false, true);
   const auto run_in_blocks = [&] { run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true); };
+  if (!has_one_level && !has_two_levels) {
+    return one_in(2) ? run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven)
+                     : run_call<__nv_fp8_e4m3, T>(few_rows, tile, true);
+  }
   switch (has_one_level ? between(0, 4) : 1) {
     case 0:
       return run_call<int8_t, T>(few_rows, tile, false);
     case 1:
       if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
-      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_one_level && one_in(3)));
+      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_wide && has_one_level && one_in(3)));
     case 2:
-      if (one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
+      if (has_wide && one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
       if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
       return run_call<T, T>(few_rows, tile, false);
     case 3:
@@ -428,7 +443,7 @@ int main(int argc, char** argv) {
     for (const auto& tile : fastattn::kGemmSm90InOrderTiles) choices.push_back({true, tile});
     constexpr int kTurns = 1, kStreams = 2, kInOrder = 3;  // in place of a tile's rows: those with turns, and so on
     const auto has_other_size = [&](const Choice& choice) {
-      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false);
+      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, true);
       const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
       return size != 0 && own != size;
     };

@@ -456,6 +456,15 @@ MUTANTS = [
         "expected",
     ),
     Mutant(
+        "what lies in the place of rows of weight that another CTA has is stored",
+        FEW_ROWS,
+        "end_column = min(width, int64_t{(first_n + weight_rows) / PER_COLUMN});",
+        "end_column = width;",
+        "gemm_sm90_few_rows.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
         "one group of 64 rows leaves every other panel to another",
         GEMM_TILES,
         "static constexpr int kPanelsApart = 64 * GROUPS / A_ROWS;",
@@ -688,8 +697,8 @@ MUTANTS = [
     Mutant(
         "all rows that a lane adds up have the zero point of the first one",
         FEW_ROWS,
-        "        if (sum_row != row) row_zero_point = zero_point_of(p, first_m + sum_row);\n",
-        "",
+        "smem.rows.zero_point(sum_row)",
+        "smem.rows.zero_point(row)",
         "gemm_int8_sm90_few_rows.cu",
         "64",
         "expected",
