@@ -14,14 +14,13 @@ namespace {
 // One warp per (token, head). Splits are read in order by every lane, so the result does not depend
 // on timing. A split without keys has LSE -inf and an unwritten O, which is therefore not read.
 template <typename T>
-__global__ void __launch_bounds__(128)
-    flash_combine_kernel(const float* partial_out,  // (splits, T, H, D)
-                         const float* partial_lse,  // (splits, T / n, H, n)
-                         T* out,                    // (T, H, D)
-                         const float* out_scale,    // (1), of e4m3
-                         float* lse,                // (T / n, H, n)
-                         int32_t num_splits, int64_t num_tokens, int64_t lse_tokens, int32_t num_heads,
-                         int32_t head_dim) {
+__global__ void __launch_bounds__(128) flash_combine_kernel(const float* partial_out,  // (splits, T, H, D)
+                                                            const float* partial_lse,  // (splits, T / n, H, n)
+                                                            T* out,                    // (T, H, D)
+                                                            const float* out_scale,    // (1), of e4m3
+                                                            float* lse,                // (T / n, H, n)
+                                                            int32_t num_splits, int64_t num_tokens, int64_t lse_tokens,
+                                                            int32_t num_heads, int32_t head_dim) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= num_tokens * num_heads) return;
