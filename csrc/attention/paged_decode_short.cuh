@@ -1,17 +1,16 @@
 // The decode kernel of clusters (paged_decode_cluster.cuh) where all is short: up to 8 rows a KV head, few keys, in
 // pages of a multiple of 16, of which the plain causal mask or none hides some.
 //
-//     cluster   │ CTA 0         │ CTA 1         │ …   of one KV head of one sequence: keys are dealt 16 at a time, a
-//     page warp 0    │ keys    0- 15 │ keys   16- 31 │     each, which is asked for at the same time as the lengths
-//     warp 1    │ keys  128-143 │ keys  144-159 │
+//     cluster   │ CTA 0         │ CTA 1         │ …   of one KV head of one sequence: keys are dealt 16 at a time,
+//     warp 0    │ keys    0- 15 │ keys   16- 31 │     which are of one page each, that is asked for at the same time
+//     warp 1    │ keys  128-143 │ keys  144-159 │     as the lengths
 //
 // There, what takes the time is a chain of loads that wait for each other, and the code, which comes out of memory as
 // the keys do. So there is little of it, in one line:
 //
 //   Loads     K, V and Q go to the registers that the tensor cores take them from; there is no ring. A lane has 16
-//   bytes
-//             of a row at a time, so which dims make a fragment's k (of Q K^T) or row (of V^T P^T) is not in order, but
-//             the same for both operands.
+//             neighbouring bytes of a row, so which dims make a fragment's k (of Q K^T) or row (of V^T P^T) is not in
+//             order, but the same for both operands.
 //   Products  S^T = K Q^T and O^T = V^T P^T: 16 keys, or dims, by 8 rows, so that half of the fragments are not empty.
 //   Sums      The same code adds up the warps of a CTA, pair by pair of dims, and then the CTAs of the cluster.
 #pragma once
@@ -305,8 +304,8 @@ __global__ void __launch_bounds__(32 * kPagedDecodeShortWarps, HEAD_DIM <= 64 ? 
 #endif
 }
 
-// Whether it takes a call that is a cluster's. With more than four tiles a warp, where sequences are as long as they can
-// be, the ring is faster by more than 3 %.
+// Whether it takes a call that is a cluster's. With more than four tiles a warp, where sequences are as long as they
+// can be, the ring is faster by more than 3 %.
 inline bool paged_decode_short_fits(const PagedDecodeParams& p) {
   const auto fit = [](std::initializer_list<int64_t> offsets) {
     return std::all_of(offsets.begin(), offsets.end(), [](int64_t offset) { return offset <= INT32_MAX; });
