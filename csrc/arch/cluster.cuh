@@ -36,6 +36,20 @@ __device__ __forceinline__ void cluster_meet() {
 #endif
 }
 
+// The same in two parts: nobody waits in the first one.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // The same, and sees what they wrote.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

@@ -28,6 +28,36 @@ __device__ __forceinline__ int32_t load_early(const int32_t* address) {
   return value;
 }
 
+// 16 bytes past the first-level cache, with a policy of arch/cache_policy.cuh; if not `wanted`, anything. Not a branch,
+// behind which other loads would wait for the condition. With whole_row, L2 asks the memory at once for all 256 bytes
+// in which they lie.
+__device__ __forceinline__ uint4 load_if(bool wanted, const void* address, uint64_t policy, bool whole_row) {
+  uint4 value;
+#define FASTATTN_LOAD_IF(hint)                                     \
+  asm volatile(                                                    \
+      "{\n"                                                        \
+      ".reg .pred wanted;\n"                                       \
+      "setp.ne.u32 wanted, %6, 0;\n"                               \
+      "@wanted ld.global.L1::no_allocate.L2::cache_hint" hint      \
+      ".v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"                      \
+      "}\n"                                                        \
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) \
+      : "l"(address), "l"(policy), "r"(static_cast<uint32_t>(wanted)))
+  if (whole_row) {
+    FASTATTN_LOAD_IF(".L2::256B");
+  } else {
+    FASTATTN_LOAD_IF("");
+  }
+#undef FASTATTN_LOAD_IF
+  return value;
+}
+
+// Where the compiler should branch, and not select each word.
+__device__ __forceinline__ void clear(uint4& value) {
+  asm volatile("mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w));
+}
+
 __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(address) : "memory");

@@ -45,6 +45,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
   ldmatrix_x4_trans(r, shared_address(row));
 }
 
+// An 8 x 8 matrix of 16-bit values, of which a lane has row g, columns 2t and 2t + 1: of the transposed one it gets the
+// same. So a C tile, once rounded, becomes a half of a B fragment.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // c (16 x 8, fp32) += a (16 x 16) * b (16 x 8); one overload per operand type.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

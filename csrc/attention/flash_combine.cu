@@ -4,6 +4,7 @@
 
 #include "arch/e4m3.cuh"
 #include "arch/fragments.cuh"
+#include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "attention/flash_combine.h"
 
@@ -13,14 +14,13 @@ namespace {
 // One warp per (token, head). Splits are read in order by every lane, so the result does not depend
 // on timing. A split without keys has LSE -inf and an unwritten O, which is therefore not read.
 template <typename T>
-__global__ void __launch_bounds__(128)
-    flash_combine_kernel(const float* __restrict__ partial_out,  // (splits, T, H, D)
-                         const float* __restrict__ partial_lse,  // (splits, T / n, H, n)
-                         T* __restrict__ out,                    // (T, H, D)
-                         const float* __restrict__ out_scale,    // (1), of e4m3
-                         float* __restrict__ lse,                // (T / n, H, n)
-                         int32_t num_splits, int64_t num_tokens, int64_t lse_tokens, int32_t num_heads,
-                         int32_t head_dim) {
+__global__ void __launch_bounds__(128) flash_combine_kernel(const float* partial_out,  // (splits, T, H, D)
+                                                            const float* partial_lse,  // (splits, T / n, H, n)
+                                                            T* out,                    // (T, H, D)
+                                                            const float* out_scale,    // (1), of e4m3
+                                                            float* lse,                // (T / n, H, n)
+                                                            int32_t num_splits, int64_t num_tokens, int64_t lse_tokens,
+                                                            int32_t num_heads, int32_t head_dim) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= num_tokens * num_heads) return;
@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(128)
   const int64_t batch_idx = token_idx / lse_tokens;
   const int64_t lse_idx = (batch_idx * num_heads + head_idx) * lse_tokens + (token_idx - batch_idx * lse_tokens);
   const int64_t num_rows = num_tokens * num_heads;
+  grid_dependency_wait();
 
   float max_lse = -INFINITY;
   for (int s = 0; s < num_splits; ++s) {
@@ -65,9 +66,9 @@ __global__ void __launch_bounds__(128)
 template <typename T>
 cudaError_t launch(const FlashCombineParams& p, cudaStream_t stream) {
   const int64_t num_ctas = (p.num_tokens * p.num_heads + 3) / 4;
-  return launch_kernel(flash_combine_kernel<T>, num_ctas, 128, 0, stream, p.partial_out, p.partial_lse,
-                       static_cast<T*>(p.out), p.out_scale, p.lse, p.num_splits, p.num_tokens, p.lse_tokens,
-                       p.num_heads, p.head_dim);
+  return launch_kernel_behind(flash_combine_kernel<T>, num_ctas, 128, 0, stream, p.partial_out, p.partial_lse,
+                              static_cast<T*>(p.out), p.out_scale, p.lse, p.num_splits, p.num_tokens, p.lse_tokens,
+                              p.num_heads, p.head_dim);
 }
 
 }  // namespace

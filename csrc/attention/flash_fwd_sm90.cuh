@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     FlashTile tile;
     const auto load_k = [&](const FlashTile& t, int32_t step) {
       const uint32_t stage = k_ring.stage();
-      load_block<STORED_DIM / PANEL, PANEL, BLOCK_N>(args, args.k, smem.k[stage], smem.k_empty[stage],
-                                                     smem.k_full[stage], k_ring.parity(), t, step);
+      load_block<STORED_DIM / PANEL, PANEL, BLOCK_N, PACKS>(args, args.k, smem.k[stage], smem.k_empty[stage],
+                                                            smem.k_full[stage], k_ring.parity(), t, step);
       k_ring.advance();
     };
     const auto load_v = [&](const FlashTile& t, int32_t step) {
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         empty = &smem.v_turned[stage];
       }
       if (FP8 || (ends_inside && (step + 1) * BLOCK_N > t.k_len)) full = &smem.v_loaded[stage];
-      load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N>(args, args.v, target, *empty, *full, v_ring.parity(), t,
-                                                           step);
+      load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N, PACKS>(args, args.v, target, *empty, *full, v_ring.parity(),
+                                                                  t, step);
       v_ring.advance();
     };
     RingPosition<WIDENS ? Storage::Sizes::kStagesRaw : 1> raw_ring;
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       if constexpr (WIDENS) {
         constexpr int WIDTH = kRawPanel<HEAD_DIM>;
         const uint32_t stage = raw_ring.stage();
-        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N>(args, map, smem.raw[stage], smem.raw_empty[stage],
-                                                     smem.raw_full[stage], raw_ring.parity(), t, step);
+        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N, PACKS>(args, map, smem.raw[stage], smem.raw_empty[stage],
+                                                            smem.raw_full[stage], raw_ring.parity(), t, step);
         raw_ring.advance();
       }
     };
@@ -1053,6 +1053,9 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
   args.heads_of_section = static_cast<int32_t>(config.heads_of_section);
   args.num_tiles = static_cast<int32_t>(config.num_tiles);
+  constexpr int64_t kFewBytes = 240 << 20;  // of K and V, as in paged_decode_config
+  const int64_t key_bytes = p.num_seqs * p.num_kv_heads * (HEAD_DIM + V_HEAD_DIM) * static_cast<int64_t>(sizeof(T));
+  args.few_keys = config.num_m_tiles == 1 ? static_cast<int32_t>(kFewBytes / key_bytes) : 0;
 
   const bool paged = p.block_table != nullptr;
   const int box_rows = paged ? static_cast<int>(std::gcd(p.k_tokens, int64_t{BLOCK_N})) : BLOCK_N;

@@ -27,6 +27,7 @@ struct FlashFwdSm90Args {
   int32_t heads_of_section;  // packed only, where sections are of one sequence; divides the heads
   int32_t num_tiles;         // packed: at most
   int32_t tile_tokens;       // of a tile
+  int32_t few_keys;          // packs heads: of sequences with no more, what is read should leave the L2 cache as it is
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
 // A block of keys or values to shared memory, by a whole warp: a lane for each box, which is a panel's rows of one
 // page, or a whole panel where there are no pages. Behind the end of a paged sequence the table may hold anything: what
 // would be there is zeros.
-template <int PANELS, int WIDTH, int BLOCK_N, typename T>
+template <int PANELS, int WIDTH, int BLOCK_N, bool PACKS, typename T>
 __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const CUtensorMap& map, T* target,
                                            MBarrier& empty, MBarrier& full, uint32_t parity, const FlashTile& tile,
                                            int32_t step) {
@@ -167,7 +168,12 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
   for (int box = lane; box < PANELS * args.num_boxes; box += 32) {
     if (box >= 32) find(box);
     const int offset = box % PANELS * BLOCK_N + box / PANELS * args.box_rows;
-    tma_load_4d(target + offset * WIDTH, map, full, box % PANELS * WIDTH, row, kv_head, page);
+    if constexpr (PACKS) {
+      tma_load_4d(target + offset * WIDTH, map, full, box % PANELS * WIDTH, row, kv_head, page,
+                  tile.k_len <= args.few_keys ? evict_first_policy() : evict_normal_policy());
+    } else {
+      tma_load_4d(target + offset * WIDTH, map, full, box % PANELS * WIDTH, row, kv_head, page);
+    }
     if (ONE_EACH) break;
   }
 }

@@ -74,6 +74,7 @@
 #include "arch/launch.cuh"
 #include "attention/paged_decode_cluster.cuh"
 #include "attention/paged_decode_launch.h"
+#include "attention/paged_decode_short.cuh"
 
 namespace fastattn {
 
@@ -387,6 +388,10 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE>
 cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream) {
   if constexpr (!BESIDE && std::is_same_v<Mask, AttentionMask>) {
+    if constexpr (paged_decode_short_has(HEAD_DIM, sizeof(KV) == 1)) {
+      if (p.config.cluster_log2 > 0 && paged_decode_short_fits(p))
+        return launch_paged_decode_short<T, HEAD_DIM>(p, stream);
+    }
     if (p.config.cluster_log2 > 0) return launch_paged_decode_cluster<T, KV, HEAD_DIM>(p, stream);
   }
   const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);

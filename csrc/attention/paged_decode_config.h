@@ -20,6 +20,13 @@ constexpr int kPagedDecodeRowTiles = 2;
 // CTAs of a cluster at most: all GPUs that have clusters take those.
 constexpr int kPagedDecodeMostClusterLog2 = 3;
 
+// The kernel for few rows and few keys (paged_decode_short.cuh): its head dims, rows and warps.
+constexpr bool paged_decode_short_has(int head_dim, bool is_8bit) {
+  return !is_8bit && (head_dim == 64 || head_dim == 128);
+}
+constexpr int kPagedDecodeShortRows = 8;
+constexpr int kPagedDecodeShortWarps = 8;
+
 // Query tokens of a sequence that are as many rows.
 constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
   return kPagedDecodeRowTiles * kPagedDecodeRows / group_size;
@@ -87,7 +94,7 @@ struct PagedDecodeConfig {
   int32_t split_tiles_log2;  // batch-invariant: of the shortest split
   // A team has two areas of so many slots in the workspace, a slot for results of so many rows.
   int32_t slots_of_area;
-  int32_t rows_of_slot;
+  int32_t rows_of_slot;  // and in clusters, which have no slots, all rows of a KV head
   int32_t cluster_log2;  // above 0: a sequence's column is a cluster's of so many CTAs (paged_decode_cluster.cuh)
 };
 
@@ -174,6 +181,7 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
       config.num_parts = config.parts_of_head = problem.num_seqs << log2;
       config.num_teams = config.num_ctas = num_pairs << log2;
       config.slots_of_area = 0;
+      config.rows_of_slot = static_cast<int32_t>(rows);
     }
   }
 

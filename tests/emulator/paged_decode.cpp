@@ -32,6 +32,29 @@ struct Workspace {
   }
 };
 
+// One that paged_decode_short.cuh has, if a cluster does.
+template <typename T, typename KV>
+AttentionCall<T, KV> draw_short_call(int head_dim) {
+  AttentionCall<T, KV> call;
+  call.num_kv_heads = between(1, 3);
+  call.group = pick({1, 2, 3, 4, 8});
+  call.page_size = pick({16, 48, 64});
+  call.packed_q = true;
+  call.head_dim = call.v_head_dim = head_dim;
+  call.causal = one_in(2);
+  if (call.causal) call.window_right = 0;
+  call.growing_logits = one_in(4);
+  const int num_seqs = pick({1, 2, 3, 5}), most_k = pick({1, 20, 150, 400, num_seqs < 3 ? 1500 : 400});
+  const int most_q = between(1, fastattn::kPagedDecodeShortRows / call.group);
+  for (int seq = 0; seq < num_seqs; ++seq) {
+    call.q_lens.push_back(seq > 0 ? between(0, most_q) : most_q);
+    call.k_lens.push_back(pick({0, 1, most_k, most_k, between(0, most_k)}));
+    call.seqused_k.push_back(call.k_lens[seq]);
+  }
+  call.make_tensors();
+  return call;
+}
+
 template <typename T, typename KV>
 AttentionCall<T, KV> draw_call(int head_dim) {
   constexpr bool kIs8Bit = sizeof(KV) == 1;
@@ -112,8 +135,8 @@ void check_alone(AttentionCall<T, KV>& call, PagedDecodeParams p, int seq) {
 }
 
 template <typename T, typename KV = T>
-void run_call(int head_dim) {
-  AttentionCall<T, KV> call = draw_call<T, KV>(head_dim);
+void run_call(int head_dim, bool is_short = false) {
+  AttentionCall<T, KV> call = is_short ? draw_short_call<T, KV>(head_dim) : draw_call<T, KV>(head_dim);
   PagedDecodeParams p;
   call.fill_portable(p);
   const bool paged = call.page_size > 0;
@@ -127,14 +150,15 @@ void run_call(int head_dim) {
     p.v_scale = scale(call.v_scale);
     p.scales_of_tokens = call.scales_of_tokens;
   }
-  if (call.packed_q && one_in(5)) p.max_q_len = between(1, call.max_q_len());
-  const int num_sms = pick({1, 3, 8, 30, 132});
+  if (call.packed_q && !is_short && one_in(5)) p.max_q_len = between(1, call.max_q_len());
+  const int num_sms = is_short ? pick({30, 132}) : pick({1, 3, 8, 30, 132});
   const int max_k_len = paged ? call.max_blocks * call.page_size : call.max_k_len();
-  const bool beside = p.max_q_len < INT32_MAX && !call.has_tree && one_in(2), batch_invariant = paged && one_in(2);
+  const bool beside = p.max_q_len < INT32_MAX && !call.has_tree && one_in(2),
+             batch_invariant = paged && !is_short && one_in(2);
   p.config = fastattn::paged_decode_config(
       {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
-       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len, num_sms, one_in(2), sizeof(KV) == 1,
-       beside, batch_invariant, call.has_tree});
+       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len, num_sms, is_short || one_in(2),
+       sizeof(KV) == 1, beside, batch_invariant, call.has_tree});
   if (batch_invariant) set_split(p, pick({p.config.split_tiles_log2, 0, 1}), max_k_len);
   current_call +=
       ": " + call.text() + "; " + std::to_string(p.config.num_warps) + " warps, " + std::to_string(p.config.num_parts) +
@@ -158,6 +182,10 @@ void run_call(int head_dim) {
 int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int seed, int head_dim) {
     const auto& dims = fastattn::kPagedDecodeHeadDims;
+    if (seed % 4 == 3 && (head_dim == 0 || fastattn::paged_decode_short_has(head_dim, false))) {
+      const int compiled = head_dim > 0 ? head_dim : pick({64, 128});
+      return one_in(2) ? run_call<__half>(compiled, true) : run_call<__nv_bfloat16>(compiled, true);
+    }
     const int compiled = head_dim > 0 ? head_dim : dims[seed % std::size(dims)];
     const bool fp16 = one_in(2), is_8bit = fastattn::paged_decode_has_8bit(compiled) && one_in(2), fp8 = one_in(2);
     if (is_8bit && fp8) {

@@ -166,7 +166,7 @@ class Mutant:
 FWD, BWD = "attention/flash_fwd_sm90.cuh", "attention/flash_bwd_sm90.cuh"
 FWD_8BIT, SM80 = "attention/flash_fwd_sm90_8bit.cuh", "attention/flash_sm80.cuh"
 DECODE, MASK = "attention/paged_decode.cuh", "attention/mask.cuh"
-DECODE_CLUSTER = "attention/paged_decode_cluster.cuh"
+DECODE_CLUSTER, DECODE_SHORT = "attention/paged_decode_cluster.cuh", "attention/paged_decode_short.cuh"
 GEMM, FEW_ROWS = "gemm/gemm_sm90.cuh", "gemm/gemm_sm90_few_rows.cuh"
 GEMM_TILES, GEMM_OPERANDS = "gemm/gemm_sm90_tiles.cuh", "gemm/gemm_sm90_operands.cuh"
 GEMM_SCALES = "gemm/gemm_sm90_block_scales.cuh"
@@ -180,7 +180,7 @@ GEMM_STORES, GEMM_ADDED = "gemm/gemm_sm90_stores.cuh", "gemm/gemm_sm90_added_row
 SPARSE, TRANSPOSED = "gemm/gemm_sm90_sparse_24.cuh", "gemm/gemm_sm90_transposed_rows.cuh"
 KERNEL_OF = {header: Path(header).stem for header in (FWD, BWD, DECODE, GEMM, W4, SM80, SPARSE)}
 KERNEL_OF |= {FWD_8BIT: "flash_fwd_sm90", FEW_ROWS: "gemm_sm90", W4_FORMATS: "gemm_sm90_w4", MASK: "paged_decode"}
-KERNEL_OF |= {DECODE_CLUSTER: "paged_decode"}
+KERNEL_OF |= {DECODE_CLUSTER: "paged_decode", DECODE_SHORT: "paged_decode"}
 KERNEL_OF |= {GEMM_TILES: "gemm_sm90", GEMM_OPERANDS: "gemm_sm90", GEMM_NORM: "gemm_sm90", GEMM_SUMS: "gemm_sm90"}
 KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_ADDED: "gemm_sm90", GEMM_SCALES: "gemm_sm90"}
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
@@ -351,6 +351,24 @@ MUTANTS = [
         DECODE_CLUSTER,
         "      __syncthreads();  // Q has come\n",
         "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "the warps' results are added up before all are there",
+        DECODE_SHORT,
+        "      __syncthreads();\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "a tile of few keys takes those behind the last one",
+        DECODE_SHORT,
+        "place_rows(k_len - 1 - first_key)",
+        "place_rows(15)",
         "paged_decode_hd64.cu",
         "64",
         "expected",

@@ -186,6 +186,26 @@ def test_drawn_decodes(seed: int) -> None:
     attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_decodes_of_few_keys(seed: int) -> None:
+    """What the kernel for few rows and keys takes where there are clusters, and calls at its edges."""
+    rng = random.Random(seed)
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    kv_heads, group = rng.choice((1, 2, 3, 8)), rng.choice((1, 2, 3, 4, 8))
+    batch, longest = rng.choice(((1, 2000), (1, 2200), (1, 300), (2, 1000), (3, 500), (4, 500), (8, 250)))
+    lengths = [longest, *(rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(batch - 1))]
+    runs = [8 // group, *(rng.randint(0, 8 // group) for _ in range(batch - 1))]
+    cache = Cache(rng, lengths, rng.choice((16, 48, 64)), (kv_heads * group, kv_heads, rng.choice((64, 128))), dtype)
+    q = torch.randn(sum(runs), kv_heads * group, cache.k_cache.size(-1), dtype=dtype, device="cuda")
+    options = {"causal": rng.random() < 0.7}
+    call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
+    out, lse = ops.paged_attention(*call, **options)
+    again, lse_again = ops.paged_attention(*call, **options)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    check(q, cache, runs, lengths, out, lse, options)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_caches_of_8_bits(seed: int) -> None:
     """Of both kinds, with both kinds of scales; with more rows than decoding has, too."""
@@ -300,9 +320,9 @@ def test_a_cache_without_keys(blocks: int) -> None:
     assert bool((lse == -math.inf).all())
 
 
-def test_one_graph_serves_every_length() -> None:
+@pytest.mark.parametrize("capacity", [[3000, 200, 1, 900], [450, 200, 1, 400]])
+def test_one_graph_serves_every_length(capacity: list[int]) -> None:
     rng = random.Random(0)
-    capacity = [3000, 200, 1, 900]
     cache = Cache(rng, capacity, 16, (32, 8, 128), torch.bfloat16)
     q = torch.randn(4, 32, 128, dtype=torch.bfloat16, device="cuda")
     call = (q, cache.k_cache, cache.v_cache, starts_of([1] * 4), cache.lengths, cache.table, 1)
@@ -311,7 +331,7 @@ def test_one_graph_serves_every_length() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = ops.paged_attention(*call)
-    for lengths in (capacity, [5, 0, 1, 0], [2999, 199, 0, 1], [0] * 4, capacity, [64, 64, 1, 64]):
+    for lengths in (capacity, [5, 0, 1, 0], [capacity[0] - 1, 199, 0, 1], [0] * 4, capacity, [64, 64, 1, 64]):
         cache.lengths.copy_(torch.tensor(lengths))
         for _ in range(2):  # the second finds no mark of the first
             out.fill_(math.nan)

@@ -21,6 +21,10 @@ inline void store_release(uint64_t* address, uint64_t value) { *address = value;
 inline void prefetch_l2(const void*) {}
 inline int32_t load_early(const int32_t* address) { return *address; }
 inline uint4 load_early(const uint4* address) { return *address; }
+inline uint4 load_if(bool wanted, const void* address, uint64_t, bool) {
+  return wanted ? *static_cast<const uint4*>(address) : uint4{~0u, ~0u, ~0u, ~0u};
+}
+inline void clear(uint4& value) { value = {}; }
 
 // Kernels count the tiles that they hand out. CTAs run one after the other, and so that the first does not get all,
 // each has a number of tickets, and is then told that others have taken the rest.

@@ -44,6 +44,15 @@ inline void store_matrices_trans(uint32_t address, const uint32_t (&fragments)[4
   emulator::move_matrices(address, copy, true, true);
 }
 
+inline uint32_t transpose_matrix(uint32_t pair) {
+  const std::array<uint32_t, 32> pairs = emulator::exchange(pair);
+  const int row = emulator::this_lane() / 4, column = emulator::this_lane() % 4 * 2;
+  const auto element = [&](int of_row, int of_column) {
+    return pairs[of_row * 4 + of_column / 2] >> (of_column % 2 * 16) & 0xffff;
+  };
+  return element(column, row) | element(column + 1, row) << 16;
+}
+
 template <typename T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulator::FragmentsOfProduct own = {c, a, {b0, b1}};
