@@ -62,10 +62,13 @@ from tests.harness.quantized_calls import (
     int8_calls,
     quantize_calls,
     quantize_group_calls,
+    rms_norm_quantize_calls,
     verify_quantize_fp8,
     verify_quantize_fp8_groups,
     verify_quantize_int8,
     verify_quantize_int8_asymmetric,
+    verify_rms_norm_quantize_fp8,
+    verify_rms_norm_quantize_int8,
 )
 from tests.harness.sampling_calls import (
     adjust_calls,
@@ -524,6 +527,22 @@ SPECS = (
         bad=bad_quantize,
         keeps_dtype=False,
     ),
+    *(
+        OpSpec(
+            op.__name__,
+            op,
+            rms_norm_quantize_calls,
+            _NORM_ROLES | {"residual": Role((0, 1), optional=True)},
+            verify=verify,
+            mutates=("residual",),
+            scalars={"eps": "nonnegative"},
+            keeps_dtype=False,
+        )
+        for op, verify in (
+            (ops.rms_norm_quantize_int8, verify_rms_norm_quantize_int8),
+            (ops.rms_norm_quantize_fp8, verify_rms_norm_quantize_fp8),
+        )
+    ),
     OpSpec(
         "int8_linear",
         ops.int8_linear,
@@ -559,6 +578,7 @@ SPECS = (
         "quantize_fp8_groups",
         ops.quantize_fp8_groups,
         quantize_group_calls,
+    rms_norm_quantize_calls,
         {"x": Role()},
         verify=verify_quantize_fp8_groups,
         bad=bad_quantize,
