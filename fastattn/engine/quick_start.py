@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastattn.engine.host_memory import host_memory
+from fastattn.engine.late_imports import TORCH_MODULES, LateImports
 
 _KERNELS = Path(__file__).resolve().parents[1] / "_C.so"
 
@@ -22,8 +23,9 @@ def quick_start(model: str, device: str = "auto") -> Iterator[None]:
 
     Meanwhile the kernel is asked to read the model's files into its page cache, the GPU's context is made, and Python looks for no
     garbage, of which imports make little and it would look through all that they keep; what is there in the end is never looked
-    through again. torch loads no plug-ins for devices that the engine cannot use.
+    through again. torch loads no plug-ins for devices that the engine cannot use, and parts of it not before they are wanted.
     """
+    LateImports(TORCH_MODULES).install()
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     for work in (lambda: read_ahead(Path(model).expanduser()), lambda: open_device(device)):
         threading.Thread(target=work, name="fastattn-quick-start", daemon=True).start()
