@@ -26,7 +26,9 @@ class LateImports(MetaPathFinder):
         self._names = set(names)
         self._waiting: list[_LateLoader] = []
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name == _ASKS_FOR_ALL:
             for loader in self._waiting:
                 loader.load()

@@ -121,7 +121,10 @@ def _verify_quantize(call: Call, results: list[Tensor], dtype: torch.dtype, larg
 def rms_norm_quantize_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
     for rows, columns in ((3, 64), (1, 8), (0, 16), (65, 129), (7, 1), (4, 9000), (2, 17000), (3, 0)):
         x, residual = (gen.randn(rows, columns, dtype=dtype) for _ in range(2))
-        yield f"{(rows, columns)}", {"x": x, "residual": residual, "weight": gen.randn(columns, dtype=dtype), "eps": 1e-5}
+        yield (
+            f"{(rows, columns)}",
+            {"x": x, "residual": residual, "weight": gen.randn(columns, dtype=dtype), "eps": 1e-5},
+        )
     x = gen.randn(2, 40, dtype=dtype)
     yield "zeros", {"x": x, "residual": -x, "weight": gen.randn(40, dtype=dtype), "eps": 1e-6}
 
@@ -146,7 +149,9 @@ def _verify_rms_norm_quantize(call: Call, results: list[Tensor], dtype: torch.dt
     expected = torch.where(amax == 0, 1.0, amax / largest)
     torch.testing.assert_close(scale.double(), expected, rtol=off, atol=0)
     exact = norm / scale.double()[:, None]
-    half_step = 0.5 if dtype is torch.int8 else (exact.abs() * (1 + off)).clamp(2**-6, largest).log2().floor().exp2() / 16
+    half_step = (
+        0.5 if dtype is torch.int8 else (exact.abs() * (1 + off)).clamp(2**-6, largest).log2().floor().exp2() / 16
+    )
     assert bool(((q.double() - exact).abs() <= (half_step + off * exact.abs()) * (1 + 1e-6)).all())
 
 

@@ -578,7 +578,7 @@ SPECS = (
         "quantize_fp8_groups",
         ops.quantize_fp8_groups,
         quantize_group_calls,
-    rms_norm_quantize_calls,
+        rms_norm_quantize_calls,
         {"x": Role()},
         verify=verify_quantize_fp8_groups,
         bad=bad_quantize,

@@ -64,7 +64,10 @@ def test_as_the_norm_and_the_quantizer_one_after_the_other(
                 kind = f"{dtype} {rows} x {columns}{name}"
                 plain = fused(change(x), weight, 1e-5), quantize(ops.rms_norm(x, weight, 1e-5))
                 left, right = change(residual), residual.clone()
-                added = fused(change(x), weight, 1e-5, residual=left), quantize(ops.add_rms_norm(x, right, weight, 1e-5))
+                added = (
+                    fused(change(x), weight, 1e-5, residual=left),
+                    quantize(ops.add_rms_norm(x, right, weight, 1e-5)),
+                )
                 assert_equal(left, right, f"{kind} residual")
                 for results, expected in (plain, added):
                     for got, wanted in zip(results, expected, strict=True):
