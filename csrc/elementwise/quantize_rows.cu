@@ -40,8 +40,8 @@ __device__ __forceinline__ Pack<T, VEC> load_elements(const QuantizeRowsParams& 
   if constexpr (GATED) return gated(p.activation, elements, load_pack_early<VEC>(source + p.row_size));
 }
 
-template <typename Cache, typename Q, bool GATED>
-__global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
+template <typename Cache, typename Q, bool GATED, int CTAS_PER_SM, int MOST_THREADS = Cache::kMostThreads>
+__global__ void __launch_bounds__(MOST_THREADS, CTAS_PER_SM)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
   const float scale = scale_of<Q>(block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
   if (threadIdx.x == 0) p.scale[row_idx] = scale;
 
+  const Divider divide(scale);
   row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
-    store_pack<VEC>(q + vec_idx * VEC, codes_of<Q>(vec, scale));
+    store_pack<VEC>(q + vec_idx * VEC, codes_of<Q>(vec, divide));
   });
 }
 
@@ -167,20 +168,32 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
   }
 }
 
+// From so many rows on a gated row has half as many threads, and an SM two rows at a time: one is read while the other
+// is rounded. Fewer rows, one or two an SM, take as long as one takes.
+constexpr int64_t kManyGatedRows = 264;
+
 bool in_vectors(const QuantizeRowsParams& p) {
   return p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
+}
+
+// GATED: CACHED vectors of a row a thread.
+template <typename Q, bool GATED, int CACHED = 2>
+cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
+  return dispatch_half(p.dtype, [&](auto element) {
+    return with_row_cache<decltype(element), CACHED>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
+      using Cache = decltype(cache);
+      constexpr int CTAS_PER_SM = GATED ? (CACHED == 4 && !Cache::kLong ? 2 : 1) : Cache::kCtasPerSm;
+      return launch_kernel_behind(quantize_rows_kernel<Cache, Q, GATED, CTAS_PER_SM>, p.num_rows, num_threads, 0,
+                                  stream, p);
+    });
+  });
 }
 
 template <typename Q>
 cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return dispatch_half(p.dtype, [&](auto element) {
-    return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
-      const auto kernel =
-          p.gated ? quantize_rows_kernel<decltype(cache), Q, true> : quantize_rows_kernel<decltype(cache), Q, false>;
-      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p);
-    });
-  });
+  if (!p.gated) return launch_of<Q, false>(p, stream);
+  return p.num_rows < kManyGatedRows ? launch_of<Q, true>(p, stream) : launch_of<Q, true, 4>(p, stream);
 }
 
 }  // namespace

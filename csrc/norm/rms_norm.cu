@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
       vec = normalized(slot, vec_idx, vec);  // stays so in registers
       largest = largest_magnitude(largest, vec);
     });
-    const float step = scale_of<Q>(block_reduce<0>(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
-    if (threadIdx.x == 0) p.scale[row_idx] = step;
+    const Divider divide(scale_of<Q>(block_reduce<0>(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); })));
+    if (threadIdx.x == 0) p.scale[row_idx] = divide.by;
     row.visit(num_vecs, load_again, [&](int slot, Index vec_idx, const Pack<T, VEC>& vec) {
       const bool is_normalized = !Cache::kLong || slot < Cache::kCached;
-      store_pack<VEC>(out + vec_idx * VEC, codes_of<Q>(is_normalized ? vec : normalized(slot, vec_idx, vec), step));
+      store_pack<VEC>(out + vec_idx * VEC, codes_of<Q>(is_normalized ? vec : normalized(slot, vec_idx, vec), divide));
     });
   }
 }
