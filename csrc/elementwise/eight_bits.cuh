@@ -2,9 +2,9 @@
 //
 // Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
 // reaches the scale, where the product finds it. Quotients are those of a division, not products with a reciprocal: the
-// same bits as on the CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut. A row
-// with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such a scale that is
-// NaN.
+// same bits as on the CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST,
+// and is cut. A row with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such
+// a scale that is NaN.
 #pragma once
 
 #include <cuda_fp8.h>

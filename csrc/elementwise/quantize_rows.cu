@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(MOST_THREADS, CTAS_PER_SM)
   Cache row;
   row.fill(num_vecs, load);
   uint32_t largest = 0;
-  row.visit(num_vecs, load,
-            [&](int, Index, const Pack<T, VEC>& vec) { largest = largest_magnitude(largest, vec); });
+  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) { largest = largest_magnitude(largest, vec); });
   const float scale = scale_of<Q>(block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
   if (threadIdx.x == 0) p.scale[row_idx] = scale;
 
