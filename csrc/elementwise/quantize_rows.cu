@@ -15,7 +15,7 @@
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
 //
 // With gates x is (rows, 2N), and what gated_activation would have written takes the place of a loaded x, in the same
-// bits: 5 bytes an element instead of 9, and one launch instead of two. Activations take more than 32 registers.
+// bits: 5 bytes an element instead of 9, and one launch instead of two.
 //
 // Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
 //
@@ -40,8 +40,8 @@ __device__ __forceinline__ Pack<T, VEC> load_elements(const QuantizeRowsParams& 
   if constexpr (GATED) return gated(p.activation, elements, load_pack_early<VEC>(source + p.row_size));
 }
 
-template <typename Cache, typename Q, bool GATED, int CTAS_PER_SM, int MOST_THREADS = Cache::kMostThreads>
-__global__ void __launch_bounds__(MOST_THREADS, CTAS_PER_SM)
+template <typename Cache, typename Q, bool GATED, int CTAS_PER_SM>
+__global__ void __launch_bounds__(1024, CTAS_PER_SM)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -167,32 +167,28 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
   }
 }
 
-// From so many rows on a gated row has half as many threads, and an SM two rows at a time: one is read while the other
-// is rounded. Fewer rows, one or two an SM, take as long as one takes.
-constexpr int64_t kManyGatedRows = 264;
+// Threads that an H100 has at the same time with 64 registers each. Where a call has more, gated rows take 32, and an
+// SM reads one row while it rounds another.
+constexpr int64_t kThreadsOfManyRegisters = 132 * 1024;
 
 bool in_vectors(const QuantizeRowsParams& p) {
   return p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
 }
 
-// GATED: CACHED vectors of a row a thread.
-template <typename Q, bool GATED, int CACHED = 2>
-cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
-  return dispatch_half(p.dtype, [&](auto element) {
-    return with_row_cache<decltype(element), CACHED>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
-      using Cache = decltype(cache);
-      constexpr int CTAS_PER_SM = GATED ? (CACHED == 4 && !Cache::kLong ? 2 : 1) : Cache::kCtasPerSm;
-      return launch_kernel_behind(quantize_rows_kernel<Cache, Q, GATED, CTAS_PER_SM>, p.num_rows, num_threads, 0,
-                                  stream, p);
-    });
-  });
-}
-
 template <typename Q>
 cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (!p.gated) return launch_of<Q, false>(p, stream);
-  return p.num_rows < kManyGatedRows ? launch_of<Q, true>(p, stream) : launch_of<Q, true, 4>(p, stream);
+  return dispatch_half(p.dtype, [&](auto element) {
+    return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
+      using Cache = decltype(cache);
+      constexpr int CTAS = Cache::kCtasPerSm;
+      const bool many = p.num_rows * num_threads > kThreadsOfManyRegisters;
+      const auto kernel = !p.gated ? quantize_rows_kernel<Cache, Q, false, CTAS>
+                          : many   ? quantize_rows_kernel<Cache, Q, true, CTAS>
+                                   : quantize_rows_kernel<Cache, Q, true, 1>;
+      return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p);
+    });
+  });
 }
 
 }  // namespace

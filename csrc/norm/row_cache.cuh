@@ -22,13 +22,12 @@
 
 namespace fastattn {
 
-template <typename Element, int VEC_SIZE, bool LONG, int CACHED = VEC_SIZE == 1 ? 4 : 2>
+template <typename Element, int VEC_SIZE, bool LONG>
 struct RowCache {
   using T = Element;
   static constexpr int VEC = VEC_SIZE;
   static constexpr bool kLong = LONG;
-  static constexpr int kCached = CACHED;
-  static constexpr int kMostThreads = VEC == 1 ? 1024 : 2048 / CACHED;
+  static constexpr int kCached = VEC == 1 ? 4 : 2;
   static constexpr int kCtasPerSm = LONG ? 1 : 2;  // of 1024 threads
   using Vec = Pack<T, VEC>;
   using Index = std::conditional_t<LONG, int64_t, int32_t>;  // of a vector of the row
@@ -68,25 +67,18 @@ struct RowCache {
   }
 };
 
-// Threads for a row of so many vectors, of which a thread has up to `cached`.
-inline int row_threads(int64_t num_vecs, int64_t cached, int64_t most) {
-  constexpr int64_t kFew = 256;
-  const int64_t wanted = num_vecs <= kFew ? num_vecs : std::max((num_vecs + cached - 1) / cached, kFew);
-  return static_cast<int>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, most));
-}
-
 // f(cache, num_threads): a RowCache for rows of so many elements, and enough threads that a row fits into the
-// registers, no more than it has vectors. `vectors`: 8 elements can be loaded at once; CACHED: so often by a thread.
-template <typename T, int CACHED = 2, typename F>
+// registers, no more than it has vectors. `vectors`: 8 elements can be loaded at once.
+template <typename T, typename F>
 cudaError_t with_row_cache(int64_t row_size, bool vectors, F f) {
-  if (!vectors) {
-    using Single = RowCache<T, 1, true>;
-    return f(Single(), row_threads(row_size, Single::kCached, Single::kMostThreads));
-  }
-  using Cache = RowCache<T, 8, false, CACHED>;
-  const int num_threads = row_threads(row_size / 8, CACHED, Cache::kMostThreads);
-  if (row_size / 8 <= num_threads * CACHED) return f(Cache(), num_threads);
-  return f(RowCache<T, 8, true, CACHED>(), num_threads);
+  constexpr int64_t kMostThreads = 1024, kFewThreads = 256;
+  const int64_t num_vecs = vectors ? row_size / 8 : row_size;
+  const int64_t cached = vectors ? RowCache<T, 8, false>::kCached : RowCache<T, 1, true>::kCached;
+  const int64_t wanted = num_vecs <= kFewThreads ? num_vecs : std::max((num_vecs + cached - 1) / cached, kFewThreads);
+  const int num_threads = static_cast<int>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, kMostThreads));
+  if (!vectors) return f(RowCache<T, 1, true>(), num_threads);
+  return num_vecs <= num_threads * cached ? f(RowCache<T, 8, false>(), num_threads)
+                                          : f(RowCache<T, 8, true>(), num_threads);
 }
 
 }  // namespace fastattn
