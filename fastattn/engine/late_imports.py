@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 # What `import torch` brings and an engine has no use for, two fifths of its Python: kernels of meta tensors that are written in
-# Python, with the decompositions that they are made of, what exports models, and smaller ones.
-TORCH_MODULES = ("torch._meta_registrations", "torch.export", "torch.distributions", "torch.utils.data")
+# Python, with the decompositions that they are made of, and what exports models.
+TORCH_MODULES = ("torch._meta_registrations", "torch.export")
 # It wants them without asking for a name.
 _ASKS_FOR_ALL = "torch._dynamo"
 
