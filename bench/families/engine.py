@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.families.random_model import LLAMA_8B, RandomSource
 from bench.harness.accuracy import WrongResultError
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family
 from bench.harness.ceilings import Work
 from bench.harness.peers import PeerAbsentError
 from bench.harness.timing import Recorded
-from fastattn.benchmarks.engines import Load, Measured, Request, Running, check_lengths, measure, missing
+from bench.random_model import LLAMA_8B, RandomSource
+from fastattn.benchmarks.engines import Load, Measured, Request, measure, missing
 from fastattn.models.config import config_from_hf
 from fastattn.models.loader.quantized_source import with_quantization
 
@@ -96,25 +95,6 @@ def work(form: str, lengths: Lengths) -> Work:
 # ---- the engines ----
 
 
-def ours(model: str, options: Mapping[str, Any]) -> Running:
-    """Started in a process of its own. model: a folder with a config.json."""
-    import fastattn
-
-    source = RandomSource(config_from_hf(json.loads(Path(model, "config.json").read_text())))
-    llm = fastattn.LLM(source, quiet=True, enable_prefix_caching=False, **options)
-
-    def generate(listed: Any) -> tuple[float, str]:
-        prompts = [{"prompt_token_ids": ids} for ids, _ in listed]
-        params = [fastattn.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True) for _, new in listed]
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        check_lengths([len(output.outputs[0].token_ids) for output in outputs], listed)
-        return seconds, ""
-
-    return Running(fastattn.__version__, generate)
-
-
 def run(context: Context, engine: str, form: str) -> Measured:
     """What one engine found in all loads that this run wants of it; measured when the first of them is asked for."""
     quantization, _, theirs = FORMS[form]
@@ -127,7 +107,7 @@ def run(context: Context, engine: str, form: str) -> Measured:
     dtype = "bfloat16" if on_gpu else "float32"
     names = [name for name in LOADS if _wants(context, engine, form, name)]
     if engine == "ours":
-        start = f"{__name__}:ours"
+        start = "bench.our_engine:ours"
         options: dict[str, Any] = {"device": context.device.type, "dtype": dtype, "quantization": quantization, **sizes}
         if any(
             name.startswith("saturated") for name in names

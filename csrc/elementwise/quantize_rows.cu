@@ -15,46 +15,22 @@
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
 //
 // With gates x is (rows, 2N), and what gated_activation would have written takes the place of a loaded x, in the same
-// bits: 5 bytes an element instead of 9, and one launch instead of two. Activations take more than 32 registers.
+// bits: 5 bytes an element instead of 9, and one launch instead of two.
 //
 // Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
 //
-// Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
-// reaches the scale, where the product finds it. Division, not multiplication by a reciprocal: the same bits as on the
-// CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST, and is cut. A row
-// with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such a scale that is
-// NaN.
-#include <cuda_fp8.h>
-
+// How an element becomes its code: eight_bits.cuh.
 #include "arch/dispatch.h"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "elementwise/activation.cuh"
+#include "elementwise/eight_bits.cuh"
 #include "elementwise/quantize_rows.h"
 #include "norm/row_cache.cuh"
 
 namespace fastattn {
 namespace {
-
-template <typename Q>
-struct Code;
-
-template <>
-struct Code<int8_t> {
-  static constexpr float kLargest = 127.0f;
-  // Of a NaN 0.
-  __device__ static __forceinline__ int8_t of(float x) {
-    return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));
-  }
-};
-
-template <>
-struct Code<__nv_fp8_e4m3> {
-  static constexpr float kLargest = 448.0f;
-  // Of a NaN NaN.
-  __device__ static __forceinline__ __nv_fp8_e4m3 of(float x) { return __nv_fp8_e4m3(x); }
-};
 
 // VEC elements that are to be quantized, those at `source` or made of them.
 template <bool GATED, int VEC, typename T>
@@ -64,8 +40,8 @@ __device__ __forceinline__ Pack<T, VEC> load_elements(const QuantizeRowsParams& 
   if constexpr (GATED) return gated(p.activation, elements, load_pack_early<VEC>(source + p.row_size));
 }
 
-template <typename Cache, typename Q, bool GATED>
-__global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
+template <typename Cache, typename Q, bool GATED, int CTAS_PER_SM>
+__global__ void __launch_bounds__(1024, CTAS_PER_SM)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
   using T = typename Cache::T;
   using Index = typename Cache::Index;
@@ -81,24 +57,13 @@ __global__ void __launch_bounds__(1024, GATED ? 1 : Cache::kCtasPerSm)
   Cache row;
   row.fill(num_vecs, load);
   uint32_t largest = 0;
-  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) {
-    float values[VEC];
-    unpack(vec, values);
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) largest = max(largest, __float_as_uint(fabsf(values[i])));
-  });
-  largest = block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); });
-  float scale = __uint_as_float(largest) / Code<Q>::kLargest;
-  if (scale == 0.0f) scale = 1.0f;
+  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) { largest = largest_magnitude(largest, vec); });
+  const float scale = scale_of<Q>(block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
   if (threadIdx.x == 0) p.scale[row_idx] = scale;
 
+  const Divider divide(scale);
   row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
-    float values[VEC];
-    unpack(vec, values);
-    Pack<Q, VEC> rounded;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) rounded.words[i] = Code<Q>::of(values[i] / scale);
-    store_pack<VEC>(q + vec_idx * VEC, rounded);
+    store_pack<VEC>(q + vec_idx * VEC, codes_of<Q>(vec, divide));
   });
 }
 
@@ -187,8 +152,7 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
   }
   if (!is_there) return;
-  float scale = __uint_as_float(largest) / Code<Q>::kLargest;
-  if (scale == 0.0f) scale = 1.0f;
+  const float scale = scale_of<Q>(largest);
   if (threadIdx.x % LANES == 0) p.scale[group_idx * p.num_rows + row_idx] = scale;
 
   Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
@@ -203,6 +167,10 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
   }
 }
 
+// Threads that an H100 has at the same time with 64 registers each. Where a call has more, gated rows take 32, and an
+// SM reads one row while it rounds another.
+constexpr int64_t kThreadsOfManyRegisters = 132 * 1024;
+
 bool in_vectors(const QuantizeRowsParams& p) {
   return p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
 }
@@ -212,8 +180,12 @@ cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   return dispatch_half(p.dtype, [&](auto element) {
     return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
-      const auto kernel =
-          p.gated ? quantize_rows_kernel<decltype(cache), Q, true> : quantize_rows_kernel<decltype(cache), Q, false>;
+      using Cache = decltype(cache);
+      constexpr int CTAS = Cache::kCtasPerSm;
+      const bool many = p.num_rows * num_threads > kThreadsOfManyRegisters;
+      const auto kernel = !p.gated ? quantize_rows_kernel<Cache, Q, false, CTAS>
+                          : many   ? quantize_rows_kernel<Cache, Q, true, CTAS>
+                                   : quantize_rows_kernel<Cache, Q, true, 1>;
       return launch_kernel_behind(kernel, p.num_rows, num_threads, 0, stream, p);
     });
   });

@@ -156,6 +156,13 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
         x = rand(m, k)
         return lambda: ops.quantize_int8(x)
 
+    def rms_norm_quantize(op: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], Call]:
+        def build() -> Call:
+            x, residual, weight = rand(m, k), rand(m, k), rand(k)
+            return lambda: op(x, weight, residual=residual)
+
+        return build
+
     def int8_linear() -> Call:
         x, x_scale = ops.quantize_int8(rand(m, k))
         weight, scale = bits(n, k, dtype=torch.int8, low=-127, high=128), torch.rand(n, device=device)
@@ -212,6 +219,8 @@ def _few_bits(s: Shapes, rand: Callable[..., Tensor], device: torch.device, size
     yield Case("quantize_int8", f"{m} × {k}, SwiGLU", quantize_int8_gated, m * k * (2 * size + 1))
     yield Case("quantize_int8_asymmetric", f"{m} × {k}", quantize_int8_asymmetric, m * k * (size + 1))
     yield Case("quantize_fp8", f"{m} × {k}", quantize_fp8, m * k * (size + 1))
+    for op in (ops.rms_norm_quantize_int8, ops.rms_norm_quantize_fp8):
+        yield Case(op.__name__, f"{m} × {k}", rms_norm_quantize(op), m * k * (3 * size + 1))
     yield Case("quantize_fp8_groups", f"{m} × {k}", quantize_fp8_groups, m * k * (size + 1))
     for name, build, weight_bytes, x_size in (
         ("int8_linear", int8_linear, n * k, 1),

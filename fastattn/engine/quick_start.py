@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastattn.config import cache_dir
 from fastattn.engine.host_memory import host_memory
+from fastattn.engine.late_imports import TORCH_MODULES, LateImports
 
 _KERNELS = Path(__file__).resolve().parents[1] / "_C.so"
 
@@ -22,8 +26,12 @@ def quick_start(model: str, device: str = "auto") -> Iterator[None]:
 
     Meanwhile the kernel is asked to read the model's files into its page cache, the GPU's context is made, and Python looks for no
     garbage, of which imports make little and it would look through all that they keep; what is there in the end is never looked
-    through again. torch loads no plug-ins for devices that the engine cannot use.
+    through again. torch loads no plug-ins for devices that the engine cannot use, parts of it not before they are wanted, and what
+    Python compiled of it before (`keep_bytecode`).
     """
+    LateImports(TORCH_MODULES).install()
+    keeps, keeps_none = keep_bytecode(), sys.dont_write_bytecode
+    sys.dont_write_bytecode = keeps_none and not keeps
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     for work in (lambda: read_ahead(Path(model).expanduser()), lambda: open_device(device)):
         threading.Thread(target=work, name="fastattn-quick-start", daemon=True).start()
@@ -33,8 +41,27 @@ def quick_start(model: str, device: str = "auto") -> Iterator[None]:
         yield
         gc.freeze()
     finally:
+        sys.dont_write_bytecode = keeps_none
         if was_enabled:
             gc.enable()
+
+
+def keep_bytecode() -> bool:
+    """Has Python keep what it compiles in our cache folder, if it does not find torch's compiled and may not keep it beside torch's
+    sources, as in many containers: it would compile 1,300 modules at each start. Returns whether that is so."""
+    torch = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or sys.pycache_prefix is not None:
+        return False
+    compiled = Path(importlib.util.cache_from_source(torch.origin))
+    if compiled.is_file() or (not sys.dont_write_bytecode and os.access(compiled.parents[1], os.W_OK)):
+        return False
+    folder = cache_dir() / "bytecode"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    sys.pycache_prefix = str(folder)
+    return True
 
 
 def read_ahead(path: Path) -> int:

@@ -26,10 +26,10 @@ class Gemma3Layer(LlamaLayer):
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, cos_sin, meta, *cache))
-        x = self.pre_feedforward_layernorm(x, residual)
-        return self.post_feedforward_layernorm(self.mlp(x)), residual
+        rows = self.input_layernorm.before(self.self_attn.qkv_proj, *((residual,) if x is None else (x, residual)))
+        x = self.post_attention_layernorm(self.self_attn(rows, cos_sin, meta, *cache))
+        rows = self.pre_feedforward_layernorm.before(self.mlp.gate_up_proj, x, residual)
+        return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 
 class Gemma3ForCausalLM(DecoderModel):

@@ -49,10 +49,9 @@ class LlamaLayer(DecoderLayer):
             eps = self.input_layernorm.eps
             residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
             return None, self.mlp(residual, residual=residual, norm_eps=eps)
-        x = self.input_layernorm(residual) if x is None else self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, meta, *cache)
-        x = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        rows = self.input_layernorm.before(self.self_attn.qkv_proj, *((residual,) if x is None else (x, residual)))
+        x = self.self_attn(rows, cos_sin, meta, *cache)
+        return self.mlp(self.post_attention_layernorm.before(self.mlp.gate_up_proj, x, residual)), residual
 
     def put_norms_inside(self) -> None:
         """Folds both norms' weights into the layers behind them, whose kernels can then normalize. Once, after loading."""

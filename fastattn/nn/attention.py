@@ -12,6 +12,7 @@ from fastattn.nn.linear import Linear, MergedLinear
 from fastattn.nn.module import Module
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.parallel import ALONE, TensorParallel
+from fastattn.nn.quantized import Rows
 from fastattn.nn.shard import Shard
 
 
@@ -70,7 +71,7 @@ class Attention(Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Rows,
         cos_sin: torch.Tensor,
         meta: AttentionMetadata,
         k_cache: torch.Tensor,

@@ -10,7 +10,7 @@ import torch
 from fastattn import ops
 from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, fixed_parameter
-from fastattn.nn.quantized import Piece, QuantizedWeight, set_rows
+from fastattn.nn.quantized import Piece, QuantizedWeight, Rows, fp8_rows, set_rows
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
 from fastattn.reference import quantized as reference
@@ -40,6 +40,8 @@ class Fp4Weight(FourBitWeight):
         super().__init__(rows, columns)
         self.group_size, self.fp8_activations = scheme.group_size, scheme.fp8_activations
         self.tile_order = 8 if scheme.fp8_activations else 16
+        self.takes_activation = scheme.fp8_activations
+        self.rounds_to = torch.float8_e4m3fn if scheme.fp8_activations else None
         self.scale_types = ("F8_E4M3",) if self.group_size == quantize.NVFP4_GROUP else ("U8", "F8_E8M0")
         self.codes = fixed_parameter(torch.uint8, rows, -(-columns // 2))
         self.scale = fixed_parameter(torch.uint8, rows, -(-columns // self.group_size))
@@ -109,13 +111,14 @@ class Fp4Weight(FourBitWeight):
             state["scale"] = w4_tiles.pack_scales(state["scale"], self.group_size)
         return state
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
-            return self.packed_forward(x, bias)
+            return self.packed_forward(x, bias, activation)
         weight = self.codes, self.scale, self.group_size, self.global_scale, bias
         if not self.fp8_activations:
+            assert isinstance(x, torch.Tensor)
             return ops.fp4_linear(x, *weight)
-        q, scale = ops.quantize_fp8(x)
+        q, scale = fp8_rows(x, activation)
         return ops.fp4_fp8_linear(q, scale, *weight, out_dtype=x.dtype)
 
     def dense_parts(self) -> list[torch.Tensor]:
@@ -128,12 +131,13 @@ class Fp4Weight(FourBitWeight):
         # fp32 holds every product of a number and a scale, as x's dtype need not: the result is the same or nearer.
         return [reference.fp4_weight(self.codes, self.scale, self.group_size, self.columns, torch.float32)]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
         if self.fp8_activations:
             assert self.row_factor is not None
-            q, scale = ops.quantize_fp8(x)
+            q, scale = fp8_rows(x, activation)
             sums = dense.packed_linear(q.float(), self.packed[0], None)
             return reference.scale_8bit_sums(sums, scale, self.row_factor, bias, x.dtype)
+        assert isinstance(x, torch.Tensor)
         out = dense.packed_linear(x.float(), self.packed[0], None)
         return reference.scale_fp4_sums(out, self.global_scale, bias, x.dtype)

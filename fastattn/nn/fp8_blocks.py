@@ -9,7 +9,7 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.module import Weight, Weights, fixed_parameter
-from fastattn.nn.quantized import FLOATS, Piece, QuantizedWeight, Scheme
+from fastattn.nn.quantized import FLOATS, Piece, QuantizedWeight, Rows, Scheme
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
 from fastattn.reference import quantized as reference
@@ -73,7 +73,8 @@ class Fp8BlockWeight(QuantizedWeight):
                     f"{piece.name}.{self.scale_name} has {float(wrong[0])}, expected finite numbers above 0"
                 )
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
         q, scale = ops.quantize_fp8_groups(x, activation=activation)
@@ -82,8 +83,8 @@ class Fp8BlockWeight(QuantizedWeight):
     def dense_parts(self) -> list[torch.Tensor]:
         return [reference.fp8_block_weight(self.codes.view(torch.float8_e4m3fn), self.scale)]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
-        assert self.packed is not None
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+        assert self.packed is not None and isinstance(x, torch.Tensor)
         rows = reference.fp8_group_rows(*ops.quantize_fp8_groups(x, activation=activation))
         sums = dense.packed_linear(rows, self.packed[0], None)
         return reference.round_sums(sums, bias, x.dtype)

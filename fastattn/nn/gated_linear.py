@@ -6,7 +6,7 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.linear import MergedLinear
-from fastattn.nn.quantized import in_turns
+from fastattn.nn.quantized import Rows, in_turns
 from fastattn.nn.shard import Shard
 
 _ACTIVATIONS = {"silu": ops.swiglu, "gelu_tanh": ops.geglu}
@@ -27,19 +27,18 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, (("gate_proj", rows), ("up_proj", rows)), bias)
         self.activation = activation
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
         """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
-        if norm_eps is not None:
-            return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved and self.quantized is not None:
             return self.quantized.gated(x, self.bias, self.activation)
         if self.interleaved:
+            assert isinstance(x, torch.Tensor)
+            if norm_eps is not None:
+                return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
             return ops.gated_linear(x, self.weight, self.bias, self.activation, batch_invariant=self.batch_invariant)
         return _ACTIVATIONS[self.activation](self.product(x))
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: Rows) -> torch.Tensor:
         """x (T, in_features) → (T, 2 gates): gates, then ups. Of rows that are not in turns."""
         return super().forward(x)
 

@@ -20,7 +20,7 @@ import torch
 from fastattn import ops
 from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, empty_parameter, fixed_parameter
-from fastattn.nn.quantized import FLOATS, Piece, QuantizedWeight
+from fastattn.nn.quantized import FLOATS, Piece, QuantizedWeight, Rows
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
@@ -101,7 +101,8 @@ class Int4Weight(FourBitWeight):
     @abstractmethod
     def stored(self, piece: Piece) -> Weights: ...
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
         if self.packed is not None:
             return self.packed_forward(x, bias)
         if self.order is not None:
@@ -112,8 +113,8 @@ class Int4Weight(FourBitWeight):
         weight = reference.int4_weight(self.codes, self.scale, self.zero_point, self.group_size, self.columns).float()
         return [weight if self.order is None else weight[:, self.order.long().argsort()]]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self.packed is not None
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        assert self.packed is not None and isinstance(x, torch.Tensor)
         out = dense.packed_linear(x.float(), self.packed[0], None if bias is None else bias.float())
         return out.to(x.dtype)
 

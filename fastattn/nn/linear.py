@@ -9,7 +9,7 @@ import torch
 from fastattn import ops
 from fastattn.nn.fp8_blocks import can_merge
 from fastattn.nn.module import Module, Weight, Weights, empty_parameter
-from fastattn.nn.quantized import Piece, QuantizedWeight, Scheme
+from fastattn.nn.quantized import Piece, QuantizedWeight, Rows, Scheme
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as reference
 from fastattn.reference.norm_linear import fold_rms_norm
@@ -55,16 +55,22 @@ class Linear(Module):
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).train(linear.training)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
         """residual: added before the result is rounded."""
-        if residual is not None:
-            return ops.linear(x, self.weight, self.bias, residual=residual)
         if self.quantized is not None:
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
+        assert isinstance(x, torch.Tensor)
+        if residual is not None:
+            return ops.linear(x, self.weight, self.bias, residual=residual)
         if self.packed is not None:
             return reference.packed_linear(x, self.packed, self.bias, self.batch_invariant)
         return ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """The 8 bits that it rounds x to, with a scale a row: it takes x so, too."""
+        return None if self.quantized is None else self.quantized.rounds_to
 
     @property
     def is_plain(self) -> bool:
@@ -143,11 +149,10 @@ class MergedLinear(Linear):
             layer.quantize([scheme])
         self.separate, self.weight, self.bias = torch.nn.ModuleList(layers), empty_parameter(0), None
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
         """norm_eps: x is RMS-normalized first, in the same kernel; of a layer that has the norm's weight (`fold_norm`)."""
         if norm_eps is not None:
+            assert isinstance(x, torch.Tensor)
             return ops.rms_norm_linear(x, self.weight, self.bias, norm_eps)
         if self.separate is not None:
             return torch.cat([layer(x) for layer in self.separate], -1)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from fastattn import ops
+from fastattn.nn.linear import Linear
 from fastattn.nn.module import Module, Weight, Weights, empty_parameter
+from fastattn.nn.quantized import EightBitRows, Rows
+
+_QUANTIZED = {torch.int8: ops.rms_norm_quantize_int8, torch.float8_e4m3fn: ops.rms_norm_quantize_fp8}
 
 
 class RMSNorm(Module):
@@ -20,6 +24,13 @@ class RMSNorm(Module):
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def before(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None = None) -> Rows:
+        """The same for ``layer`` alone, x (T, size): in 8 bits where that takes them, by the kernel that normalizes."""
+        if layer.rounds_to is None:
+            return self(x, residual)
+        q, scale = _QUANTIZED[layer.rounds_to](x, self.weight, self.eps, residual=residual)
+        return EightBitRows(q, scale, x.dtype)
 
     def weights(self, prefix: str) -> Weights:
         yield Weight(f"{prefix}weight", self.weight)

@@ -8,6 +8,7 @@ from fastattn.nn.gated_linear import GatedLinear
 from fastattn.nn.linear import Linear
 from fastattn.nn.module import Module
 from fastattn.nn.parallel import ALONE, TensorParallel
+from fastattn.nn.quantized import Rows
 
 
 class ParallelMLP(Module):
@@ -27,9 +28,7 @@ class ParallelMLP(Module):
         self.gate_up_proj = GatedLinear(hidden_size, rows, activation, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm_eps: float | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
         """residual, norm_eps: added to the result and normalizing x in the products' kernels, on a single rank."""
         gate_up, down = self.gate_up_proj, self.down_proj.quantized
         inside = residual is not None or norm_eps is not None

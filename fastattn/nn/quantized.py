@@ -63,10 +63,27 @@ class Piece:
             ) from None
 
 
+@dataclass(frozen=True)
+class EightBitRows:
+    """Rows q (T, K) of int8 or e4m3 with a scale (T) each, for an x (T, K) in ``dtype``: a norm has rounded it already."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
+
+
+Rows = torch.Tensor | EightBitRows
+
+
 class QuantizedWeight(Module):
     """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
     that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
-    rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. takes_activation: it may be called with a gated activation too, "silu" or
+    rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. rounds_to: what it rounds x to, with a scale a row; it then takes
+    `EightBitRows` too. takes_activation: it may be called with a gated activation too, "silu" or
     "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated. has_gates: rows may be gates and ups in
     turns (`interleave`), and ``gated`` multiplies with them."""
 
@@ -77,6 +94,7 @@ class QuantizedWeight(Module):
     takes_activation = False
     can_be_batch_invariant = False
     has_gates = False
+    rounds_to: torch.dtype | None = None
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -89,14 +107,14 @@ class QuantizedWeight(Module):
         """Called once, after everything was read."""
 
     @abstractmethod
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """x (T, columns) → (T, rows)."""
 
     def interleave(self) -> None:
         """Puts its rows in turns, in their place: gates, then ups, as they were. Once, after loading, on a GPU."""
         raise NotImplementedError
 
-    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    def gated(self, x: Rows, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         """x (T, columns) → (T, rows / 2). Of rows in turns."""
         raise NotImplementedError
 
@@ -105,7 +123,7 @@ class QuantizedWeight(Module):
         """The codes or numbers that x is multiplied with, fp32, cut along the columns if exactness asks for it."""
 
     @abstractmethod
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """`forward` with ``packed``."""
 
     def pack(self) -> None:
@@ -125,6 +143,11 @@ class QuantizedWeight(Module):
                 own = dtype if weight.is_floating_point() and name not in self.fixed_dtypes else weight.dtype
                 found[own] = found.get(own, 0) + weight.numel() * own.itemsize
         return found
+
+
+def fp8_rows(x: Rows, activation: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in e4m3 and their scales."""
+    return (x.q, x.scale) if isinstance(x, EightBitRows) else ops.quantize_fp8(x, activation=activation)
 
 
 def _packs(device_type: str) -> bool:
@@ -176,6 +199,7 @@ class Int8Weight(QuantizedWeight):
         super().__init__(rows, columns)
         self.codes = fixed_parameter(torch.int8, rows, columns)
         self.scale = fixed_parameter(torch.float32, rows)
+        self.rounds_to = torch.int8 if scheme.symmetric else None
         # Of each row's codes, for the zero points: of the columns that are here, as the tokens' scales are.
         self.sums = None if scheme.symmetric else fixed_parameter(torch.int32, rows)
 
@@ -188,14 +212,14 @@ class Int8Weight(QuantizedWeight):
         if self.sums is not None:
             self.sums.copy_(self.codes.sum(1, dtype=torch.int32))
 
-    def _quantize(
-        self, x: torch.Tensor, activation: str | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _quantize(self, x: Rows, activation: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if isinstance(x, EightBitRows):
+            return x.q, x.scale, None
         if self.sums is not None:
             return ops.quantize_int8_asymmetric(x, activation=activation)
         return *ops.quantize_int8(x, activation=activation), None
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
         return self._product(*self._quantize(x, activation), bias, x.dtype)
@@ -215,13 +239,13 @@ class Int8Weight(QuantizedWeight):
     def interleave(self) -> None:
         in_turns(self.codes, self.scale, self.sums)
 
-    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    def gated(self, x: Rows, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
         return self._product(*self._quantize(x, None), bias, x.dtype, activation)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [part.float() for part in torch.split(self.codes, reference.EXACT_COLUMNS, 1)]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
         q, scale, zero_point = self._quantize(x, activation)
         parts = torch.split(q.float(), reference.EXACT_COLUMNS, 1)
@@ -248,6 +272,7 @@ class Fp8Weight(QuantizedWeight):
     packed_away = frozenset({"codes"})
     takes_activation = has_gates = True
     can_be_batch_invariant = True
+    rounds_to = torch.float8_e4m3fn
 
     def __init__(self, rows: int, columns: int, pieces: Sequence[Piece], scheme: Fp8Scheme) -> None:
         super().__init__(rows, columns)
@@ -270,10 +295,10 @@ class Fp8Weight(QuantizedWeight):
             set_rows(self.scale, self.stored_scale, pieces, "weight_scale")
             self.stored_scale = None
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+    def forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         if self.packed is not None:
             return self.packed_forward(x, bias, activation)
-        return self._product(*ops.quantize_fp8(x, activation=activation), bias, x.dtype)
+        return self._product(*fp8_rows(x, activation), bias, x.dtype)
 
     def _product(
         self,
@@ -289,14 +314,14 @@ class Fp8Weight(QuantizedWeight):
     def interleave(self) -> None:
         in_turns(self.codes, self.scale)
 
-    def gated(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-        return self._product(*ops.quantize_fp8(x), bias, x.dtype, activation)
+    def gated(self, x: Rows, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+        return self._product(*fp8_rows(x), bias, x.dtype, activation)
 
     def dense_parts(self) -> list[torch.Tensor]:
         return [self.codes.view(torch.float8_e4m3fn).float()]
 
-    def packed_forward(self, x: torch.Tensor, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
+    def packed_forward(self, x: Rows, bias: torch.Tensor | None, activation: str | None = None) -> torch.Tensor:
         assert self.packed is not None
-        q, scale = ops.quantize_fp8(x, activation=activation)
+        q, scale = fp8_rows(x, activation)
         sums = dense.packed_linear(q.float(), self.packed[0], None, self.batch_invariant)
         return reference.scale_8bit_sums(sums, scale, self.scale, bias, x.dtype)

@@ -29,6 +29,8 @@ from fastattn.ops.quantized import (
     quantize_fp8,
     quantize_int8,
     quantize_int8_asymmetric,
+    rms_norm_quantize_fp8,
+    rms_norm_quantize_int8,
 )
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
@@ -80,6 +82,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated_linear",
     "rms_norm_linear",
+    "rms_norm_quantize_fp8",
+    "rms_norm_quantize_int8",
     "rope_kv_write",
     "sample",
     "shared_prefix_levels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastattn.ops.checks import (
     UINT8,
     AtLeast,
     Flag,
+    NonNegative,
     TensorArg,
     compile_check,
     fail_type,
@@ -120,6 +122,14 @@ _quantize_fp8 = define(
     reference.quantize_fp8,
     lambda x, activation: _fake_quantize(x, activation, FP8),
 )
+_rms_norm_quantize_int8, _rms_norm_quantize_fp8 = (
+    define(
+        f"{op.__name__}(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+        op,
+        partial(lambda dtype, x, residual, weight, eps: _fake_quantize(x, "", dtype), dtype),
+    )
+    for op, dtype in ((reference.rms_norm_quantize_int8, torch.int8), (reference.rms_norm_quantize_fp8, FP8))
+)
 _int8_linear = define(
     "int8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? x_zero_point,"
     " Tensor? weight_sum, ScalarType out_dtype, str activation='') -> Tensor",
@@ -183,6 +193,16 @@ def compile_quantize_check(op: str) -> Callable[[Tensor, str | None], str]:
 _check_quantize_int8 = compile_quantize_check("quantize_int8")
 _check_quantize_int8_asymmetric = compile_quantize_check("quantize_int8_asymmetric")
 _check_quantize_fp8 = compile_quantize_check("quantize_fp8")
+_check_rms_norm_quantize_int8, _check_rms_norm_quantize_fp8 = (
+    compile_check(
+        op,
+        TensorArg("x", "M K", FLOAT),
+        TensorArg("weight", "K", "x"),
+        TensorArg("residual", "like x", "x", optional=True, mutated=True),
+        NonNegative("eps"),
+    )
+    for op in ("rms_norm_quantize_int8", "rms_norm_quantize_fp8")
+)
 _check_int8 = compile_check(
     "int8_linear",
     TensorArg("x", "M K", INT8),
@@ -352,6 +372,33 @@ def quantize_fp8(x: Tensor, *, activation: str | None = None) -> tuple[Tensor, T
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     q, scale = _quantize_fp8(x, _check_quantize_fp8(x, activation))
+    return q, scale
+
+
+def rms_norm_quantize_int8(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_int8(rms_norm(x, weight, eps))`, or with a residual `quantize_int8(add_rms_norm(x, residual, weight, eps))`: the same
+    codes from one kernel.
+
+    x: (M, K) bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
+    weight: (K), x's dtype. eps: finite, ≥ 0.
+    residual: (M, K) in x's dtype, updated in place: `residual ← round(x + residual)`, of which the norm is.
+
+    Returns q (M, K) int8 and scale (M) fp32, as `quantize_int8`.
+    Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    """
+    _check_rms_norm_quantize_int8(x, weight, residual, eps)
+    q, scale = _rms_norm_quantize_int8(x, residual, weight, eps)
+    return q, scale
+
+
+def rms_norm_quantize_fp8(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm_quantize_int8` in fp8: q (M, K) float8_e4m3fn and scale (M) fp32, as `quantize_fp8`."""
+    _check_rms_norm_quantize_fp8(x, weight, residual, eps)
+    q, scale = _rms_norm_quantize_fp8(x, residual, weight, eps)
     return q, scale
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference import linear as dense
-from fastattn.reference import quantize, w4_tiles
+from fastattn.reference import norm, quantize, w4_tiles
 from fastattn.reference.activation import gated_activation
 from fastattn.reference.gated_linear import gate_product
 
@@ -48,6 +48,20 @@ def quantize_fp8(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:
     scale = values.abs().amax(1) / 448 if values.shape[1] else values.new_zeros(x.shape[0])
     scale = torch.where(scale == 0, 1.0, scale)
     return (values / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def rms_norm_quantize_int8(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual ← round(x + residual) if there is one, then its RMSNorm, or x's, rounded to x's dtype and then to int8."""
+    return quantize_int8(_rms_norm(x, residual, weight, eps))
+
+
+def rms_norm_quantize_fp8(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same in e4m3."""
+    return quantize_fp8(_rms_norm(x, residual, weight, eps))
+
+
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    return norm.rms_norm(x, weight, eps) if residual is None else norm.add_rms_norm(x, residual, weight, eps)
 
 
 def quantize_fp8_groups(x: Tensor, activation: str = "") -> tuple[Tensor, Tensor]:

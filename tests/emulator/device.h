@@ -376,6 +376,9 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline int __float2int_rn(float x) {
+  return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(std::clamp(x, -2e9f, 2e9f)));
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }

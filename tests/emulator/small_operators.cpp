@@ -1,10 +1,12 @@
 // Draws calls of the norms, the gated activations, the embedding and what is done with logits before a token is drawn,
-// and holds every value that they leave against loops in fp64. SIZE: one operator, 1 to 6.
+// and holds every value that they leave against loops in fp64; rows in 8 bits against those of 16 that another call
+// leaves, bit by bit. SIZE: one operator, 1 to 7.
 #include <cmath>
 
 #include "drawn_call.h"
 #include "elementwise/embedding.h"
 #include "elementwise/gated_activation.h"
+#include "elementwise/quantize_rows.h"
 #include "norm/layer_norm.h"
 #include "norm/rms_norm.h"
 #include "sampling/adjust_logits.h"
@@ -166,6 +168,104 @@ void call_gated() {
   }
 }
 
+// Rows in 8 bits of a norm, of a gated activation or as they are, of ordinary magnitudes and of those whose quotients
+// are no products with a reciprocal.
+template <typename T>
+void call_rounded() {
+  enum { kNorm, kGated, kPlain };
+  const int kind = between(0, 2);
+  int64_t row_size = draw_row_size();
+  const int64_t num_rows = row_size > 2048 ? between(1, 4) : draw_num_rows();
+  if (num_rows > 100) row_size = std::min<int64_t>(row_size, 320);
+  Matrix<T> x(num_rows, kind == kGated ? 2 * row_size : row_size), residual(num_rows, row_size);
+  if (kind == kPlain && std::is_same_v<T, __nv_bfloat16>) {
+    const float factor = pick({1.0f, 0x1p-70f, 0x1p-115f, 0x1p90f});
+    for (T& value : x.memory) value = T(static_cast<float>(value) * factor);
+  }
+  if (one_in(8)) std::fill(x.memory.begin(), x.memory.end(), T(0.0f));
+  const std::vector<T> weight = normals<T>(row_size);
+  const bool add = one_in(2), in_int8 = one_in(2);
+  current_call += std::string(": 8 bits of ") +
+                  (kind == kNorm    ? "a norm"
+                   : kind == kGated ? "gates"
+                                    : "rows") +
+                  ", " + std::to_string(num_rows) + " x " + std::to_string(row_size) + (in_int8 ? ", int8" : ", e4m3");
+  std::vector<T> wide(num_rows * row_size, T(NAN));
+  std::vector<uint8_t> q(num_rows * row_size, 0x55);
+  std::vector<float> scale(num_rows, NAN);
+  const fastattn::DType q_dtype = in_int8 ? fastattn::DType::kInt8 : fastattn::DType::kFloat8E4M3;
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) fail("the call is refused");
+  };
+  if (kind == kNorm) {
+    const Matrix<T> before = residual;
+    fastattn::RmsNormParams p;
+    p.x = x.data();
+    p.x_rows = x.rows;
+    p.residual = add ? residual.data() : nullptr;
+    p.residual_rows = residual.rows;
+    p.weight = weight.data();
+    p.out = wide.data();
+    p.num_rows = num_rows;
+    p.row_size = row_size;
+    p.eps = 1e-5f;
+    p.dtype = TypeInfo<T>::kDType;
+    check(rms_norm(p, nullptr));
+    const std::vector<T> after = residual.memory;
+    residual.memory = before.memory;
+    p.residual = add ? residual.data() : nullptr;
+    p.out = q.data();
+    p.scale = scale.data();
+    p.q_dtype = q_dtype;
+    check(rms_norm(p, nullptr));
+    if (std::memcmp(after.data(), residual.memory.data(), after.size() * sizeof(T)) != 0) fail("another residual");
+  } else {
+    fastattn::QuantizeRowsParams p;
+    p.x = x.data();
+    p.x_rows = x.rows;
+    p.q = q.data();
+    p.scale = scale.data();
+    p.num_rows = num_rows;
+    p.row_size = row_size;
+    p.dtype = TypeInfo<T>::kDType;
+    p.q_dtype = q_dtype;
+    p.gated = kind == kGated;
+    check(quantize_rows(p, nullptr));
+    if (kind == kGated) {
+      fastattn::GatedActivationParams g;
+      g.x = x.data();
+      g.x_rows = x.rows;
+      g.out = wide.data();
+      g.num_rows = num_rows;
+      g.width = row_size;
+      g.dtype = TypeInfo<T>::kDType;
+      check(gated_activation(g, nullptr));
+    } else {
+      for (int64_t row = 0; row < num_rows; ++row) {
+        for (int64_t i = 0; i < row_size; ++i) wide[row * row_size + i] = x.memory[x.at(row, i)];
+      }
+    }
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < row_size; ++i) {
+      largest = std::max(largest, std::abs(static_cast<float>(wide[row * row_size + i])));
+    }
+    const float step = largest / (in_int8 ? 127.0f : 448.0f), by = step == 0.0f ? 1.0f : step;
+    if (scale[row] != by) fail("row " + std::to_string(row) + " has another scale");
+    for (int64_t i = 0; i < row_size; ++i) {
+      const float quotient = static_cast<float>(wide[row * row_size + i]) / by;
+      const int8_t code = static_cast<int8_t>(std::clamp(std::nearbyint(quotient), -127.0f, 127.0f));
+      const uint8_t expected =
+          in_int8 ? static_cast<uint8_t>(code) : __nv_cvt_float_to_fp8(quotient, __NV_SATFINITE, __NV_E4M3);
+      if (q[row * row_size + i] != expected) {
+        fail("row " + std::to_string(row) + ", column " + std::to_string(i) + ": code " +
+             std::to_string(q[row * row_size + i]) + ", expected " + std::to_string(expected));
+      }
+    }
+  }
+}
+
 template <typename T>
 void call_embedding() {
   const int64_t width = draw_row_size(), num_tokens = between(1, 5), vocab_size = between(1, 6);
@@ -286,13 +386,14 @@ void call_halves(int op) {
   if (op <= 2) call_norm<T>(op == 2);
   if (op == 3) call_gated<T>();
   if (op == 4) call_embedding<T>();
+  if (op == 7) call_rounded<T>();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int, int size) {
-    const int op = size > 0 ? size : between(1, 6);
+    const int op = size > 0 ? size : between(1, 7);
     if (op == 5) return call_bitmask();
     if (op == 6) return call_adjust();
     return one_in(2) ? call_halves<__nv_bfloat16>(op) : call_halves<__half>(op);

@@ -52,7 +52,7 @@ KERNELS = {
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
         *sorted(CSRC.glob("norm/*.cu")),
-        *(CSRC / f"elementwise/{name}.cu" for name in ("embedding", "gated_activation")),
+        *(CSRC / f"elementwise/{name}.cu" for name in ("embedding", "gated_activation", "quantize_rows")),
         *(CSRC / f"sampling/{name}.cu" for name in ("adjust_logits", "apply_token_bitmask")),
     ],
 }

@@ -80,6 +80,62 @@ def test_garbage_is_looked_for_again_afterwards(monkeypatch: pytest.MonkeyPatch)
     assert sorted(seen) == [("open", "cpu"), ("open", "cpu"), ("read", "m"), ("read", "m")]
 
 
+_COMPILED = """
+import os, sys
+from pathlib import Path
+from fastattn.engine import quick_start as module
+sources = Path(sys.argv[1])
+sys.path.insert(0, str(sources))
+if sys.argv[2] == "unwritable":
+    module.os.access = lambda path, mode: not (mode == os.W_OK and Path(path) == sources / "torch")
+before = sys.dont_write_bytecode
+with module.quick_start("m", "cpu"):
+    import torch.part
+assert sys.dont_write_bytecode is before
+print(sys.pycache_prefix, torch.part.value)
+"""
+
+
+@pytest.mark.parametrize("why", ["not allowed", "unwritable", "neither"])
+def test_python_keeps_what_it_compiles(why: str, tmp_path: Path) -> None:
+    """Of a `torch` of two modules: beside its sources, or in our cache folder where it cannot."""
+    (sources := tmp_path / "sources" / "torch").mkdir(parents=True)
+    (sources / "__init__.py").touch()
+    (sources / "part.py").write_text("value = 7\n")
+    env = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "cache")}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    flags = ["-B"] if why == "not allowed" else []
+    command = [sys.executable, *flags, "-c", _COMPILED, str(sources.parent), why]
+    for _ in range(2):
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        prefix, value = done.stdout.split()
+        kept = sorted(
+            path.name.partition(".")[0]
+            for path in tmp_path.rglob("*.pyc")
+            if path.parent.parent.name == "torch" or path.parent.name == "torch"
+        )
+        assert value == "7" and kept == ["__init__", "part"]
+        beside = (sources / "__pycache__").is_dir()
+        assert (prefix, beside) == (
+            ("None", True) if why == "neither" else (str(tmp_path / "cache" / "bytecode"), False)
+        )
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").touch()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "torch"})
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "cache_dir", lambda: tmp_path / "file")
+    assert not module.keep_bytecode() and sys.pycache_prefix is None
+    monkeypatch.setattr(module, "cache_dir", lambda: tmp_path / "folder")
+    assert module.keep_bytecode() and sys.pycache_prefix == str(tmp_path / "folder" / "bytecode")
+    assert not module.keep_bytecode()  # a user's own prefix stays
+
+
 def test_it_comes_before_torch() -> None:
     code = "import sys, fastattn.engine.quick_start, fastattn.cli._session, fastattn.serve.engine_process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

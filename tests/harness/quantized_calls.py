@@ -116,6 +116,43 @@ def _verify_quantize(call: Call, results: list[Tensor], dtype: torch.dtype, larg
     assert bool((off <= half_step * (1 + 2e-4)).all())
 
 
+def rms_norm_quantize_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    for rows, columns in ((3, 64), (1, 8), (0, 16), (65, 129), (7, 1), (4, 9000), (2, 17000), (3, 0)):
+        x, residual = (gen.randn(rows, columns, dtype=dtype) for _ in range(2))
+        yield (
+            f"{(rows, columns)}",
+            {"x": x, "residual": residual, "weight": gen.randn(columns, dtype=dtype), "eps": 1e-5},
+        )
+    x = gen.randn(2, 40, dtype=dtype)
+    yield "zeros", {"x": x, "residual": -x, "weight": gen.randn(40, dtype=dtype), "eps": 1e-6}
+
+
+def verify_rms_norm_quantize_int8(call: Call, results: list[Tensor]) -> None:
+    _verify_rms_norm_quantize(call, results, torch.int8, 127)
+
+
+def verify_rms_norm_quantize_fp8(call: Call, results: list[Tensor]) -> None:
+    _verify_rms_norm_quantize(call, results, torch.float8_e4m3fn, 448)
+
+
+def _verify_rms_norm_quantize(call: Call, results: list[Tensor], dtype: torch.dtype, largest: int) -> None:
+    """The residual is what `add_rms_norm` leaves, and a code is that of the exact norm but for a rounding to x's dtype before."""
+    x, weight, (q, scale, residual) = call["x"], call["weight"].double(), results
+    total, rounding = residual.double(), torch.finfo(x.dtype).eps / 2
+    torch.testing.assert_close(total, x.double() + call["residual"].double(), rtol=rounding, atol=0)
+    assert q.dtype is dtype and scale.dtype is torch.float32 and q.shape == x.shape and scale.shape == x.shape[:1]
+    norm = total / (total.pow(2).mean(1, keepdim=True) + call["eps"]).sqrt() * weight
+    off = rounding + 1e-6  # of a norm's element, relative
+    amax = norm.abs().amax(1) if x.shape[1] else torch.zeros(x.shape[0], dtype=torch.float64)
+    expected = torch.where(amax == 0, 1.0, amax / largest)
+    torch.testing.assert_close(scale.double(), expected, rtol=off, atol=0)
+    exact = norm / scale.double()[:, None]
+    half_step = (
+        0.5 if dtype is torch.int8 else (exact.abs() * (1 + off)).clamp(2**-6, largest).log2().floor().exp2() / 16
+    )
+    assert bool(((q.double() - exact).abs() <= (half_step + off * exact.abs()) * (1 + 1e-6)).all())
+
+
 def bad_quantize(gen: Gen, base: Call) -> Bad:
     x = base["x"]
     for t in (x[0], x[None], x[None, None], x[None, None, None]):

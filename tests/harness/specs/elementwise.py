@@ -96,15 +96,15 @@ def bad_embedding(gen: Gen, base: Call) -> Bad:
         yield "more than were drawn", few, ValueError, ("token_ids[1] is -3", "-2 ≤")
 
 
-_NORM_ROLES = {"x": Role((-1,)), "weight": Role((0,))}
+NORM_ROLES = {"x": Role((-1,)), "weight": Role((0,))}
 
 ELEMENTWISE = (
-    OpSpec("rms_norm", ops.rms_norm, norm_calls, _NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
+    OpSpec("rms_norm", ops.rms_norm, norm_calls, NORM_ROLES, formulas.rms_norm, scalars={"eps": "nonnegative"}),
     OpSpec(
         "add_rms_norm",
         ops.add_rms_norm,
         add_norm_calls,
-        _NORM_ROLES | {"residual": Role((0, 1))},
+        NORM_ROLES | {"residual": Role((0, 1))},
         formulas.add_rms_norm,
         mutates=("residual",),
         scalars={"eps": "nonnegative"},
@@ -113,7 +113,7 @@ ELEMENTWISE = (
         "layer_norm",
         ops.layer_norm,
         layer_norm_calls,
-        _NORM_ROLES | {"bias": Role((0,), optional=True)},
+        NORM_ROLES | {"bias": Role((0,), optional=True)},
         formulas.layer_norm,
         scalars={"eps": "nonnegative"},
     ),

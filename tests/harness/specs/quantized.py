@@ -21,10 +21,13 @@ from tests.harness.quantized_calls import (
     int8_calls,
     quantize_calls,
     quantize_group_calls,
+    rms_norm_quantize_calls,
     verify_quantize_fp8,
     verify_quantize_fp8_groups,
     verify_quantize_int8,
     verify_quantize_int8_asymmetric,
+    verify_rms_norm_quantize_fp8,
+    verify_rms_norm_quantize_int8,
 )
 from tests.harness.sparse_calls import (
     bad_sparse,
@@ -34,6 +37,7 @@ from tests.harness.sparse_calls import (
     sparse_fp8_calls,
     sparse_int8_calls,
 )
+from tests.harness.specs.elementwise import NORM_ROLES
 
 _METADATA = Role((0, 1, 2))
 
@@ -64,6 +68,22 @@ QUANTIZED = (
         verify=verify_quantize_fp8,
         bad=bad_quantize,
         keeps_dtype=False,
+    ),
+    *(
+        OpSpec(
+            op.__name__,
+            op,
+            rms_norm_quantize_calls,
+            NORM_ROLES | {"residual": Role((0, 1), optional=True)},
+            verify=verify,
+            mutates=("residual",),
+            scalars={"eps": "nonnegative"},
+            keeps_dtype=False,
+        )
+        for op, verify in (
+            (ops.rms_norm_quantize_int8, verify_rms_norm_quantize_int8),
+            (ops.rms_norm_quantize_fp8, verify_rms_norm_quantize_fp8),
+        )
     ),
     OpSpec(
         "int8_linear",

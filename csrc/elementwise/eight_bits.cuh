@@ -1,0 +1,89 @@
+// Codes of 8 bits: a row's scale, and its elements divided by it.
+//
+// Magnitudes are compared as their bits: as integers NaN is above infinity, and both above every number, so either
+// reaches the scale, where the product finds it. Quotients are those of a division, not products with a reciprocal: the
+// same bits as on the CPU. A scale below the normal numbers is coarse: only then can a quotient round beyond LARGEST,
+// and is cut. A row with a NaN or an infinity, in whose scale it is, has codes that are all its zero point: times such
+// a scale that is NaN.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "arch/vec.cuh"
+
+namespace fastattn {
+
+template <typename Q>
+struct Code;
+
+template <>
+struct Code<int8_t> {
+  static constexpr float kLargest = 127.0f;
+  // Of a NaN 0.
+  __device__ static __forceinline__ int8_t of(float x) {
+    return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));
+  }
+};
+
+template <>
+struct Code<__nv_fp8_e4m3> {
+  static constexpr float kLargest = 448.0f;
+  // Of a NaN NaN.
+  __device__ static __forceinline__ __nv_fp8_e4m3 of(float x) { return __nv_fp8_e4m3(x); }
+};
+
+// The bits of the largest magnitude, of `largest` and these.
+template <typename T, int VEC>
+__device__ __forceinline__ uint32_t largest_magnitude(uint32_t largest, const Pack<T, VEC>& elements) {
+  float values[VEC];
+  unpack(elements, values);
+#pragma unroll
+  for (float value : values) largest = max(largest, __float_as_uint(fabsf(value)));
+  return largest;
+}
+
+// What elements of that largest magnitude are divided by; of zeros 1.
+template <typename Q>
+__device__ __forceinline__ float scale_of(uint32_t largest) {
+  const float scale = __uint_as_float(largest) / Code<Q>::kLargest;
+  return scale == 0.0f ? 1.0f : scale;
+}
+
+// x / by for many x: the divisor's reciprocal once, and for each x a product and two corrections by what is left over,
+// of which the second finds what is nearest (Markstein, https://doi.org/10.1147/rd.341.0111: `inverse` is the nearest
+// to 1 / by, and what is left over is exact). A division asks for a reciprocal, and whether it needs care, for each x:
+// two instructions of a sixteenth of the rate.
+//
+// Where `by` lies in the range no step of that leaves the normal numbers, for quotients of 2^-11 and more; smaller ones
+// are zeros as codes, however they are rounded.
+struct Divider {
+  float by, inverse;
+  bool in_range;  // the same for all threads
+  __device__ explicit Divider(float divisor)
+      : by(divisor), inverse(1.0f / divisor), in_range(divisor >= 0x1p-60f && divisor <= 0x1p60f) {}
+
+  __device__ __forceinline__ float operator()(float x) const {
+    float quotient = x * inverse;
+    quotient = fmaf(fmaf(-by, quotient, x), inverse, quotient);
+    return fmaf(fmaf(-by, quotient, x), inverse, quotient);
+  }
+};
+
+template <typename Q, typename T, int VEC>
+__device__ __forceinline__ Pack<Q, VEC> codes_of(const Pack<T, VEC>& elements, const Divider& divide) {
+  float values[VEC];
+  unpack(elements, values);
+  Pack<Q, VEC> codes;
+  if (divide.in_range) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) codes.words[i] = Code<Q>::of(copysignf(divide(values[i]), values[i]));  // -0 is lost
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) codes.words[i] = Code<Q>::of(values[i] / divide.by);
+  }
+  return codes;
+}
+
+}  // namespace fastattn
