@@ -44,9 +44,12 @@ KERNELS = {
         CSRC / "sampling/gumbel_max.cu",
     ],
     "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
-    "gemm_sm90_w4_tiles": sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
+    "gemm_sm90_w4_tiles": [
+        *sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
+        *sorted(CSRC.glob("gemm/gemm_sm90_w4_*_some_rows.cu")),
+    ],
     "gemm_sm90_w4": [
-        *sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
+        *sorted(set(CSRC.glob("gemm/gemm_sm90_w4*.cu")) - set(CSRC.glob("gemm/gemm_sm90_w4_*_some_rows.cu"))),
         *(CSRC / f"gemm/{name}.cu" for name in ("fp4_to_fp8", "w4_tiles")),
     ],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
