@@ -26,4 +26,35 @@ inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_of(int block_m, int num_s
   return {block_m, num_sharers, num_splits, num_clusters * num_splits * num_sharers};
 }
 
+// Microseconds, about.
+inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config, int64_t m, int64_t n, int64_t k,
+                                          int64_t num_sms) {
+  const int cluster_size = config.num_splits * config.num_sharers;
+  const int64_t num_clusters = config.num_ctas / cluster_size;
+  const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[cluster_size] * num_sms / 132);
+  const int64_t waves = ceil_div(num_clusters, at_once), panels = 2 * ceil_div(ceil_div(k, 128), config.num_splits);
+  const double row_tiles = static_cast<double>(ceil_div(ceil_div(n / 16, num_clusters), config.num_sharers));
+  const double panel_us = std::max(0.027 * row_tiles, 0.11) + 0.0004 * config.block_m;
+  return 9.0 + static_cast<double>(waves) * (static_cast<double>(panels) * panel_us + 0.5 * config.num_splits + 1.0);
+}
+
+// The best by that measure; 0 CTAs of more than 64 rows.
+inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
+  constexpr int kSharers = 2, kMostSplits = 4;
+  GemmSm90W4SomeRowsConfig best = {};
+  for (const int block_m : kGemmSm90W4SomeRowsBlocks) {
+    if (block_m < m) continue;
+    double best_us = 0.0;
+    for (int splits = 1; splits <= std::min<int64_t>(ceil_div(k, 128), kMostSplits); ++splits) {
+      const GemmSm90W4SomeRowsConfig config = gemm_sm90_w4_some_rows_of(block_m, kSharers, splits, n, num_sms);
+      const double us = gemm_sm90_w4_some_rows_time(config, m, n, k, num_sms);
+      if (best.num_ctas != 0 && us >= best_us) continue;
+      best = config;
+      best_us = us;
+    }
+    break;
+  }
+  return best;
+}
+
 }  // namespace fastattn

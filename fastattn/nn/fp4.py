@@ -11,6 +11,7 @@ from fastattn import ops
 from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, fixed_parameter
 from fastattn.nn.quantized import Piece, QuantizedWeight, set_rows
+from fastattn.ops.quantized import MAX_ROWS_OF_ORDER_8
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
 from fastattn.reference import quantized as reference
@@ -19,7 +20,8 @@ from fastattn.reference import quantized as reference
 @dataclass(frozen=True)
 class Fp4Scheme:
     """E2M1 weights with a scale for each group_size columns: 16 is NVFP4 (e4m3, and an fp32 scale for the whole matrix), 32 is
-    MXFP4 (powers of two). Activations stay as they are (W4A16), or are rounded to e4m3 as they come, with a scale a token (W4A8)."""
+    MXFP4 (powers of two). Activations stay as they are (W4A16), or are rounded to e4m3 as they come, with a scale a token (W4A8); of
+    up to 16 rows on GPUs of compute capability 9.0 they stay too, since rounding them takes longer than it saves."""
 
     group_size: int
     fp8_activations: bool = False
@@ -115,6 +117,8 @@ class Fp4Weight(FourBitWeight):
         weight = self.codes, self.scale, self.group_size, self.global_scale, bias
         if not self.fp8_activations:
             return ops.fp4_linear(x, *weight)
+        if self.in_tiles and x.is_cuda and x.shape[:-1].numel() <= MAX_ROWS_OF_ORDER_8:
+            return ops.fp4_linear(x, *weight, tile_order=8)
         q, scale = ops.quantize_fp8(x)
         return ops.fp4_fp8_linear(q, scale, *weight, out_dtype=x.dtype)
 
