@@ -36,7 +36,21 @@ __device__ __forceinline__ void cluster_meet() {
 #endif
 }
 
-// The same, and sees what they wrote.
+// The two halves of that: between them nobody waits.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_await() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The whole, and sees what they wrote.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

@@ -19,11 +19,10 @@
 //   16 warps     A fragments of a tile, two products each of which the tensor cores run while the next are made
 //   then         sums to shared memory │ each CTA adds up those of the splits, in their order │ bias, round, store
 //
-// Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16.
+// Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16. Columns past K are zeros in shared memory.
 #pragma once
 
 #include <iterator>
-#include <type_traits>
 
 #include "arch/cluster.cuh"
 #include "arch/grid_dependency.cuh"
@@ -42,7 +41,7 @@ namespace fastattn {
 struct GemmSm90W4SomeRowsArgs {
   GemmSm90W4Params p;
   GemmSm90W4SomeRowsConfig config;
-  CUtensorMap x;
+  CUtensorMap x, codes, scales;
 };
 
 template <typename Format, int BLOCK_M>
@@ -52,12 +51,19 @@ struct GemmSm90W4SomeRowsStorage {
   static constexpr uint32_t kXBytes = kStageTiles * kPanelBytes;
   static constexpr uint32_t kCodeBytes = kRowTiles * kStageTiles * 512;
   static constexpr uint32_t kScaleBytes = kStageTiles * Format::kTileBytes;  // of a row of tiles; of INT4 none
-  static constexpr int kStages = (227 * 1024 - 1024) / (kXBytes + kCodeBytes + kRowTiles * kScaleBytes);
+  static_assert(kScaleBytes == 128 || kScaleBytes == 64 || kScaleBytes == 0, "swizzles of 128 and 64 bytes");
+  static constexpr int kStages = (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kScaleBytes);
+
+  // Where a lane's scales lie in a row of tiles' of a stage, whose chunks of 16 bytes change places within eight rows.
+  __device__ __forceinline__ static uint32_t scales_of_lane(int row_tile, int tile, int lane) {
+    const uint32_t place = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
+    return place ^ (kScaleBytes == 128 ? row_tile % 8 : row_tile / 2 % 4) * 16;
+  }
 
   struct Ring {
     alignas(1024) unsigned char x[kStages][kStageTiles][kPanelBytes];
-    alignas(128) uint4 codes[kStages][kRowTiles][kStageTiles][32];
-    alignas(16) unsigned char scales[kStages][kRowTiles][kScaleBytes > 0 ? kScaleBytes : 1];
+    alignas(1024) uint4 codes[kStages][kRowTiles][kStageTiles][32];
+    alignas(1024) unsigned char scales[kStages][kRowTiles][kScaleBytes > 0 ? kScaleBytes : 1];
   };
   union {
     Ring ring;
@@ -68,7 +74,7 @@ struct GemmSm90W4SomeRowsStorage {
   MBarrier full[kStages], empty[kStages];
 };
 
-template <typename Format, int BLOCK_M, int SHARERS>
+template <typename Format, int BLOCK_M>
 __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     gemm_sm90_w4_some_rows_kernel(const __grid_constant__ GemmSm90W4SomeRowsArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
   using Product = Wgmma<T, BLOCK_M>;
   constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles, WARPS = Storage::kRowTiles;
-  constexpr int SHARE_M = BLOCK_M / SHARERS;
+  constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_M = BLOCK_M / SHARERS;
 
   Storage& smem = shared_storage_of_1024<Storage>();
   const GemmSm90W4Params& p = args.p;
@@ -98,9 +104,10 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   const int32_t first_row = min(first_of_cluster + first_of(sharer), all_rows - 1);
   const int32_t all_steps = (all_columns - 1) / STAGE_TILES + 1;
   const int32_t begin = split * all_steps / num_splits, end = (split + 1) * all_steps / num_splits;
-  const auto tiles_of = [&](int32_t step) { return min(STAGE_TILES, all_columns - step * STAGE_TILES); };
 
-  if (threadIdx.x == 0) {
+  if (warp_idx == WARPS && lane == 0) {
+    tma_prefetch_map(args.codes);
+    if constexpr (Format::kTileBytes > 0) tma_prefetch_map(args.scales);
     tma_prefetch_map(args.x);
     int32_t num_warps = 0;
     for (int i = 0; i < SHARERS; ++i) num_warps += 4 * num_groups_of(i);
@@ -111,66 +118,60 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     fence_barrier_init();
   }
   __syncwarp();
-  if constexpr (SHARERS > 1) {
-    cluster_meet();
-  } else {
-    __syncthreads();
-  }
+  cluster_arrive();
 
   RingPosition<STAGES> position;
   if (warp_idx == WARPS) {
     // ------------------------------------------------------------------------------- producer
-    const uint64_t policy = evict_first_policy();
-    const int32_t row = first_row + lane;  // of tiles, a lane each
-    const auto codes_at = [&](int32_t step) {
-      return static_cast<const uint4*>(p.weight) + (int64_t{row} * all_columns + step * STAGE_TILES) * 32;
-    };
-    const auto scales_at = [&](int32_t step) {
-      return static_cast<const unsigned char*>(p.weight_scale) +
-             (int64_t{row} * all_columns + step * STAGE_TILES) * Format::kTileBytes;
-    };
-    if (lane < num_rows) {
-      for (int32_t step = begin; step < min(begin + STAGES, end); ++step) {
-        tma_prefetch_bytes(codes_at(step), tiles_of(step) * 512, policy);
-        if constexpr (Format::kTileBytes > 0) {
-          tma_prefetch_bytes(scales_at(step), tiles_of(step) * Format::kTileBytes, policy);
-        }
-      }
-    }
-    grid_dependency_wait();
     // A box behind M costs more than one of rows: what it would bring is multiplied, but not stored.
     const int32_t num_shares = min(SHARERS, (static_cast<int32_t>(p.m) + SHARE_M - 1) / SHARE_M);
-    for (int32_t step = begin; step < end; ++step) {
-      const uint32_t stage = position.stage(), num = static_cast<uint32_t>(tiles_of(step));
+    const uint32_t num_bytes = static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) +
+                               num_shares * Storage::kXBytes / SHARERS;
+    const uint64_t policy = evict_first_policy();
+    const auto load_weight = [&](int32_t step, uint32_t stage) {
       MBarrier& full = smem.full[stage];
-      smem.empty[stage].wait(position.parity() ^ 1);
-      if (lane == 0) {
-        full.arrive_expect_bytes(num *
-                                 (num_rows * (512 + Format::kTileBytes) + num_shares * Storage::kPanelBytes / SHARERS));
-        for (uint32_t t = 0; t < num && sharer < num_shares; ++t) {
-          unsigned char* const target = smem.ring.x[stage][t] + sharer * SHARE_M * 128;
-          const int32_t column = (step * STAGE_TILES + static_cast<int32_t>(t)) * 64;
-          if constexpr (SHARERS > 1) {
-            tma_load_4d_multicast(target, args.x, full, column, sharer * SHARE_M, 0, 0,
-                                  ((1 << SHARERS) - 1) << split * SHARERS);
-          } else {
-            tma_load_4d(target, args.x, full, column, 0, 0, 0);
-          }
-        }
+      full.arrive_expect_bytes(num_bytes);
+      tma_load_4d(smem.ring.codes[stage], args.codes, full, 0, step * STAGE_TILES, first_row, 0, policy);
+      if constexpr (Format::kTileBytes > 0) {
+        tma_load_4d(smem.ring.scales[stage], args.scales, full, step * static_cast<int32_t>(Storage::kScaleBytes),
+                    first_row, 0, 0, policy);
       }
-      __syncwarp();
-      if (lane < num_rows) {
-        tma_load_bytes(smem.ring.codes[stage][lane], codes_at(step), full, num * 512, policy);
+    };
+    if (lane == 0) {
+      const int32_t end_of_ring = min(begin + STAGES, end);
+      for (int32_t step = begin; step < end_of_ring; ++step) {
+        tma_prefetch_4d(args.codes, 0, step * STAGE_TILES, first_row, 0, policy);
         if constexpr (Format::kTileBytes > 0) {
-          tma_load_bytes(smem.ring.scales[stage][lane], scales_at(step), full, num * Format::kTileBytes, policy);
+          tma_prefetch_4d(args.scales, step * static_cast<int32_t>(Storage::kScaleBytes), first_row, 0, 0, policy);
         }
       }
-      position.advance();
+      grid_dependency_wait();
+      for (int32_t step = begin; step < end_of_ring; ++step) load_weight(step, static_cast<uint32_t>(step - begin));
+    }
+    __syncwarp();
+    cluster_await();  // x comes to the others too
+    if (lane == 0) {
+      for (int32_t step = begin; step < end; ++step) {
+        const uint32_t stage = position.stage();
+        MBarrier& full = smem.full[stage];
+        if (step - begin >= STAGES) {
+          smem.empty[stage].wait(position.parity() ^ 1);
+          load_weight(step, stage);
+        }
+        for (int t = 0; t < STAGE_TILES && sharer < num_shares; ++t) {
+          unsigned char* const target = smem.ring.x[stage][t] + sharer * SHARE_M * 128;
+          const int32_t column = (step * STAGE_TILES + t) * 64;
+          tma_load_4d_multicast(target, args.x, full, column, sharer * SHARE_M, 0, 0,
+                                static_cast<uint16_t>(((1 << SHARERS) - 1) << split * SHARERS));
+        }
+        position.advance();
+      }
     }
     __syncwarp();
     grid_dependency_launch();
   } else {
     // ------------------------------------------------------------------------------ consumers
+    cluster_await();
     grid_dependency_wait();
     if (warp_idx / 4 < num_groups_of(sharer)) {
       const int own = min(warp_idx, num_rows - 1);  // row of tiles; below the last one stands that one
@@ -197,10 +198,11 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
         const WgmmaDescriptor stage_x = first_x.uniform_plus(stage * Storage::kXBytes);
 #pragma unroll
         for (int tile = 0; tile < STAGE_TILES; ++tile) {
-          if (tile > 0 && tile >= tiles_of(step)) continue;
           const uint4 codes = smem.ring.codes[stage][own][tile][lane];
           const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const Format scales(step_scales, smem.ring.scales[stage][own] + tile * Format::kTileBytes, 0, tile, lane);
+          const unsigned char* const its_scales =
+              smem.ring.scales[stage][own] + Storage::scales_of_lane(own, tile, lane);
+          const Format scales(step_scales, its_scales, 0, tile, lane);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             wgmma_wait<1>();
@@ -248,10 +250,15 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     }
   }
   __syncwarp();
-  cluster_sync();
+  if (num_splits > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   if (is_there) {
     for (int32_t row = split * rows_at_once + first_m; row < p.m; row += num_splits * rows_at_once) {
       float4 sum = {};
+#pragma unroll 4
       for (int32_t other = 0; other < num_splits; ++other) {
         const auto value = load_cluster<float4>(cluster_address(&smem.sums[row][four * 4], other * SHARERS + sharer));
         sum.x += value.x;
@@ -272,34 +279,52 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Format, int BLOCK_M, int SHARERS>
+template <typename Format, int BLOCK_M>
 cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmSm90W4SomeRowsConfig& config,
                                           cudaStream_t stream) {
   using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
   static_assert(sizeof(Storage) <= 227 * 1024);
-  GemmSm90W4SomeRowsArgs args = {p, config, {}};
-  const cudaError_t error =
-      make_tensor_map(&args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M / SHARERS});
+  GemmSm90W4SomeRowsArgs args = {p, config, {}, {}, {}};
+  cudaError_t error = make_tensor_map(
+      &args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M / kGemmSm90W4SomeRowsSharers});
+  const int64_t row_tiles = p.n / 16, num_tiles = p.k / 64;
+  if (error == cudaSuccess) {
+    // Two bytes at a time, whatever they mean: a box has at most 256 in a row.
+    error = make_tensor_map(&args.codes, {p.weight,
+                                          DType::kBFloat16,
+                                          {256, num_tiles, row_tiles, 1},
+                                          {256, num_tiles * 256, 0},
+                                          256,
+                                          Storage::kStageTiles,
+                                          true,
+                                          config.box_tiles});
+  }
+  if (error == cudaSuccess && Format::kTileBytes > 0) {
+    const int64_t row_bytes = num_tiles * Format::kTileBytes;
+    error = make_tensor_map(&args.scales, {p.weight_scale,
+                                           DType::kFloat8E4M3,
+                                           {row_bytes, row_tiles, 1, 1},
+                                           {row_bytes, 0, 0},
+                                           static_cast<int>(Storage::kScaleBytes),
+                                           config.box_tiles});
+  }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_w4_some_rows_kernel<Format, BLOCK_M, SHARERS>, config.num_ctas,
-                         config.num_splits * SHARERS, kGemmSm90W4SomeRowsThreads, sizeof(Storage), stream, args);
+  return launch_clusters(gemm_sm90_w4_some_rows_kernel<Format, BLOCK_M>, config.num_ctas,
+                         config.num_splits * kGemmSm90W4SomeRowsSharers, kGemmSm90W4SomeRowsThreads, sizeof(Storage),
+                         stream, args);
 }
 
 template <typename Format>
 cudaError_t run_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmSm90W4SomeRowsConfig& config,
                                        cudaStream_t stream) {
   static_assert(std::size(kGemmSm90W4SomeRowsBlocks) == 3);
-  const auto launch = [&](auto block_m) {
-    return config.num_sharers == 1 ? launch_gemm_sm90_w4_some_rows<Format, block_m, 1>(p, config, stream)
-                                   : launch_gemm_sm90_w4_some_rows<Format, block_m, 2>(p, config, stream);
-  };
   switch (config.block_m) {
     case 32:
-      return launch(std::integral_constant<int, 32>());
+      return launch_gemm_sm90_w4_some_rows<Format, 32>(p, config, stream);
     case 48:
-      return launch(std::integral_constant<int, 48>());
+      return launch_gemm_sm90_w4_some_rows<Format, 48>(p, config, stream);
     case 64:
-      return launch(std::integral_constant<int, 64>());
+      return launch_gemm_sm90_w4_some_rows<Format, 64>(p, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

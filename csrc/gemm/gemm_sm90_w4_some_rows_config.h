@@ -7,47 +7,49 @@
 namespace fastattn {
 
 constexpr int kGemmSm90W4SomeRowsTiles = 16;  // of a CTA, one above the other: a warp each
+constexpr int kGemmSm90W4SomeRowsSharers =
+    2;  // CTAs of a cluster that have the same columns, and bring x for each other
 constexpr int kGemmSm90W4SomeRowsThreads = 32 * (kGemmSm90W4SomeRowsTiles + 1);
 constexpr int kGemmSm90W4SomeRowsBlocks[] = {32, 48, 64};  // rows of x
 
 struct GemmSm90W4SomeRowsConfig {
   int block_m;
-  int num_sharers;  // CTAs of a cluster that have the same columns, and bring x for each other
-  int num_splits;   // which share K
+  int num_splits;  // pairs of CTAs of a cluster, which share K
+  int box_tiles;   // the most rows of tiles that a CTA has
   int64_t num_ctas;
 };
 
-inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_of(int block_m, int num_sharers, int num_splits, int64_t n,
-                                                          int64_t num_sms) {
+inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_of(int block_m, int num_splits, int64_t n, int64_t num_sms) {
+  constexpr int kSharers = kGemmSm90W4SomeRowsSharers;
   const int64_t row_tiles = n / 16;
-  const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[num_splits * num_sharers] * num_sms / 132);
-  const int64_t most = kGemmSm90W4SomeRowsTiles * num_sharers;
+  const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[num_splits * kSharers] * num_sms / 132);
+  const int64_t most = kGemmSm90W4SomeRowsTiles * kSharers;
   const int64_t num_clusters = std::max(std::min(row_tiles, at_once), ceil_div(row_tiles, most));
-  return {block_m, num_sharers, num_splits, num_clusters * num_splits * num_sharers};
+  const int64_t box_tiles = ceil_div(ceil_div(row_tiles, num_clusters), kSharers);
+  return {block_m, num_splits, static_cast<int>(box_tiles), num_clusters * num_splits * kSharers};
 }
 
-// Microseconds, about.
-inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config, int64_t m, int64_t n, int64_t k,
-                                          int64_t num_sms) {
-  const int cluster_size = config.num_splits * config.num_sharers;
-  const int64_t num_clusters = config.num_ctas / cluster_size;
+// Microseconds, about, as an H200 takes them: what the SM with most of the work reads, or how long a tile's products
+// wait for each other, and what there is beside that.
+inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config, int64_t k, int64_t num_sms) {
+  const int cluster_size = config.num_splits * kGemmSm90W4SomeRowsSharers;
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[cluster_size] * num_sms / 132);
-  const int64_t waves = ceil_div(num_clusters, at_once), panels = 2 * ceil_div(ceil_div(k, 128), config.num_splits);
-  const double row_tiles = static_cast<double>(ceil_div(ceil_div(n / 16, num_clusters), config.num_sharers));
-  const double panel_us = std::max(0.027 * row_tiles, 0.11) + 0.0004 * config.block_m;
-  return 9.0 + static_cast<double>(waves) * (static_cast<double>(panels) * panel_us + 0.5 * config.num_splits + 1.0);
+  const int64_t waves = ceil_div(config.num_ctas / cluster_size, at_once);
+  const double tiles = static_cast<double>(2 * ceil_div(ceil_div(k, 128), config.num_splits));  // of a row of tiles
+  const double tile_us = std::max(0.021 * config.box_tiles, 0.13 + 0.0003 * config.block_m);
+  return 8.7 + static_cast<double>(waves) * (tiles * tile_us + 0.3 * config.num_splits + 1.0);
 }
 
 // The best by that measure; 0 CTAs of more than 64 rows.
 inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
-  constexpr int kSharers = 2, kMostSplits = 4;
+  constexpr int kMostSplits = 4;
   GemmSm90W4SomeRowsConfig best = {};
   for (const int block_m : kGemmSm90W4SomeRowsBlocks) {
     if (block_m < m) continue;
     double best_us = 0.0;
     for (int splits = 1; splits <= std::min<int64_t>(ceil_div(k, 128), kMostSplits); ++splits) {
-      const GemmSm90W4SomeRowsConfig config = gemm_sm90_w4_some_rows_of(block_m, kSharers, splits, n, num_sms);
-      const double us = gemm_sm90_w4_some_rows_time(config, m, n, k, num_sms);
+      const GemmSm90W4SomeRowsConfig config = gemm_sm90_w4_some_rows_of(block_m, splits, n, num_sms);
+      const double us = gemm_sm90_w4_some_rows_time(config, k, num_sms);
       if (best.num_ctas != 0 && us >= best_us) continue;
       best = config;
       best_us = us;

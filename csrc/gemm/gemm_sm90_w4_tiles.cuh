@@ -364,7 +364,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         for (int r = 0; r < ROW_TILES; ++r) {
           const uint4 codes = stage.codes[r][tile][lane];
           const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const Format scales(step_scales, stage.scales[r] + tile * Format::kTileBytes, r, tile, lane);
+          const int first_scale = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
+          const Format scales(step_scales, stage.scales[r] + first_scale, r, tile, lane);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             uint32_t a[4];

@@ -4,7 +4,7 @@
 // Each type has
 //   X, T, Out       of x, of the fragments, of out and bias
 //   kFours          whether a lane's columns of a word are four neighbours, as tiles in order 8 have them, or two pairs
-//   kTileBytes      scales of a tile, which come with its codes
+//   kTileBytes      scales of a tile, which come with its codes: an eighth of them for each two rows, 8 apart
 //   kSumFactor      by which sums of the products are too small
 //   Step            scales where none do: of the tiles that a warp multiplies at a time, ROW_TILES times STAGE_TILES,
 //                   loaded a step ahead
@@ -34,12 +34,12 @@ struct Fp4Tile {
   static constexpr int kTileBytes = 16 * 64 / GROUP;
   static constexpr float kSumFactor = GROUP == 16 ? Nvfp4Tiles<T>::kSumFactor : Mxfp4Tiles<T>::kSumFactor;
 
-  // Lane 4 g + t makes those of the t-th group of rows g and g + 8, which has the upper row's scales, then the lower's.
+  // Lane 4 g + t makes those of the t-th group of rows g and g + 8. `scales`: the upper row's, then the lower's.
   template <typename Steps>
   __device__ __forceinline__ Fp4Tile(const Steps&, const unsigned char* scales, int, int, int lane) {
     constexpr float kFactor = GROUP == 16 ? Nvfp4Sm90<T>::kScaleFactor : Mxfp4Tiles<T>::kScaleFactor;
     if constexpr (GROUP == 16) {
-      const uint2 all = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
+      const uint2 all = *reinterpret_cast<const uint2*>(scales);
       uint32_t halves[2];
       unpack_e4m3(halves, __byte_perm(all.x, all.y, lane % 4 * 0x11u + 0x40u));
       if constexpr (kIsHalf<T>) {
@@ -49,7 +49,7 @@ struct Fp4Tile {
         own_ = pack_pair<T>(two.x * kFactor, two.y * kFactor);
       }
     } else {
-      const uint32_t all = *reinterpret_cast<const uint32_t*>(scales + lane / 4 * 4) >> lane % 2 * 8;
+      const uint32_t all = *reinterpret_cast<const uint32_t*>(scales) >> lane % 2 * 8;
       own_ = pack_pair<T>(from_e8m0<float>(static_cast<uint8_t>(all)) * kFactor,
                           from_e8m0<float>(static_cast<uint8_t>(all >> 16)) * kFactor);
     }

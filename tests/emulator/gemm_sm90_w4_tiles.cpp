@@ -86,13 +86,11 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape, bool some
   const bool more_passes = !some_rows && one_in(6);
   p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
   p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
-  const int sharers = some_rows ? between(1, 2) : 1;
-  const int64_t most_splits = some_rows ? std::min<int64_t>((p.k / 64 + 1) / 2, 8 / sharers) : p.k / 64;
+  const int64_t most_splits = some_rows ? std::min<int64_t>((p.k / 64 + 1) / 2, 4) : p.k / 64;
   const int splits = static_cast<int>(std::min<int64_t>(most_splits, pick({1, 1, 2, 3, 8})));
   const int64_t num_sms = pick<int64_t>({1, 20, 132});
   const GemmSm90W4TilesConfig few = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, num_sms);
-  const GemmSm90W4SomeRowsConfig some =
-      fastattn::gemm_sm90_w4_some_rows_of(shape.block_m, sharers, splits, p.n, num_sms);
+  const GemmSm90W4SomeRowsConfig some = fastattn::gemm_sm90_w4_some_rows_of(shape.block_m, splits, p.n, num_sms);
 
   p.x_stride = p.k + 16 / sizeof(X) * pick({0, 0, 1, 5});
   Tensor<X> x(p.m * p.x_stride + 16);  // NaN between the rows
@@ -180,9 +178,8 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape, bool some
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
                   (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) + " x " +
-                  std::to_string(some_rows ? sharers : shape.row_tiles) + (some_rows ? " sharers, " : " tiles, ") +
-                  std::to_string(splits) + " splits, " + std::to_string(some_rows ? some.num_ctas : few.num_ctas) +
-                  " CTAs";
+                  std::to_string(some_rows ? some.box_tiles : shape.row_tiles) + " tiles, " + std::to_string(splits) +
+                  " splits, " + std::to_string(some_rows ? some.num_ctas : few.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
