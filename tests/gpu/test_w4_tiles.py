@@ -9,7 +9,10 @@ from functools import partial
 import pytest
 import torch
 
-from fastattn import ops
+from fastattn import nn, ops
+from fastattn.nn.fp4 import Fp4Weight
+from fastattn.nn.quantized import Piece
+from fastattn.nn.shard import Shard
 from fastattn.reference import quantized as reference
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +89,25 @@ def test_up_to_64_rows(name: str, dtype: torch.dtype, n: int, k: int, rows: int)
     # Rounded once, from sums in fp32 whose products and parts the tensor cores cut off at 2⁻²³ of the largest.
     assert bool(((out.double() - expected).abs() <= expected.abs() * half_ulp * 1.001 + size * 2.0**-19 + 1e-6).all())
     assert torch.equal(out, call())
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_a_w4a8_layer_quantizes_more_than_16_rows(group_size: int) -> None:
+    torch.manual_seed(3)
+    n, k = 272, 960
+    layer = nn.Fp4Scheme(group_size, fp8_activations=True).weight(n, k, [Piece("w", 0, slice(0, n), Shard.whole(n))])
+    assert isinstance(layer, Fp4Weight)
+    layer.codes.data.copy_(torch.randint(0, 256, layer.codes.shape))
+    layer.scale.data.copy_(torch.randint(90, 120, layer.scale.shape))
+    layer.stored_global_scale = None
+    if layer.global_scale is not None:
+        layer.global_scale.data.copy_(torch.rand(n) + 30)
+    layer.cuda().pack()
+    weight = layer.codes, layer.scale, group_size, layer.global_scale
+    x = torch.randn(17, k, device="cuda").bfloat16()
+    few = x.view(17, 1, k)[:16]
+    assert torch.equal(layer(few, None), ops.fp4_linear(few, *weight, tile_order=8))
+    assert torch.equal(layer(x, None), ops.fp4_fp8_linear(*ops.quantize_fp8(x), *weight, out_dtype=x.dtype))
 
 
 @pytest.mark.parametrize("rows", [33, 300, 1100])
