@@ -4,8 +4,8 @@
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
 //   x (M, K)   weight (N / 16, K / 64) tiles (fastattn/reference/w4_tiles.py)   out (M, N)
 //
-//                x: all rows, a half brought by either         A cluster has a run of rows of tiles, of which its two
-//                CTA of a pair, for both                       halves have equal shares, up to 16, and shares of K.
+//                x: all rows, half of the columns brought      A cluster has a run of rows of tiles, of which its two
+//                by either CTA of a pair, for both             halves have equal shares, up to 16, and shares of K.
 //               ┌──────────────────────────────────┐           A warp has one row of tiles, and makes wgmma's left
 //   tiles       │ warp 0   16 x block_m            │  CTA 0    operand of it in registers; four of them, one group,
 //   of 16 rows  │ warp 1                           │           multiply it by the same x.
@@ -15,7 +15,7 @@
 //               │ …                                │
 //               └──────────────────────────────────┘
 //
-//   a warp       x and codes and scales of 128 columns ─► … of the next ones, as far as the ring has place
+//   a warp       x and codes and scales of 256 columns ─► … of the next ones, as far as the ring has place
 //   16 warps     A fragments of a tile, two products each of which the tensor cores run while the next are made
 //   then         sums to shared memory │ each CTA adds up those of the splits, in their order │ bias, round, store
 //
@@ -46,18 +46,18 @@ struct GemmSm90W4SomeRowsArgs {
 
 template <typename Format, int BLOCK_M>
 struct GemmSm90W4SomeRowsStorage {
-  static constexpr int kRowTiles = kGemmSm90W4SomeRowsTiles, kStageTiles = 2;
+  static constexpr int kRowTiles = kGemmSm90W4SomeRowsTiles, kStageTiles = 4;
   static constexpr uint32_t kPanelBytes = BLOCK_M * 128;  // of x: a tile's columns
   static constexpr uint32_t kXBytes = kStageTiles * kPanelBytes;
   static constexpr uint32_t kCodeBytes = kRowTiles * kStageTiles * 512;
   static constexpr uint32_t kScaleBytes = kStageTiles * Format::kTileBytes;  // of a row of tiles; of INT4 none
-  static_assert(kScaleBytes == 128 || kScaleBytes == 64 || kScaleBytes == 0, "swizzles of 128 and 64 bytes");
   static constexpr int kStages = (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kScaleBytes);
 
-  // Where a lane's scales lie in a row of tiles' of a stage, whose chunks of 16 bytes change places within eight rows.
+  // Where a lane's scales lie in a row of tiles' of a stage. Of 128 bytes a row chunks of 16 change places within eight
+  // rows, of 256 none do.
   __device__ __forceinline__ static uint32_t scales_of_lane(int row_tile, int tile, int lane) {
     const uint32_t place = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
-    return place ^ (kScaleBytes == 128 ? row_tile % 8 : row_tile / 2 % 4) * 16;
+    return kScaleBytes == 128 ? place ^ row_tile % 8 * 16 : place;
   }
 
   struct Ring {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
   using Product = Wgmma<T, BLOCK_M>;
   constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles, WARPS = Storage::kRowTiles;
-  constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_M = BLOCK_M / SHARERS;
+  constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_TILES = STAGE_TILES / SHARERS;  // of x
 
   Storage& smem = shared_storage_of_1024<Storage>();
   const GemmSm90W4Params& p = args.p;
@@ -123,10 +123,8 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   RingPosition<STAGES> position;
   if (warp_idx == WARPS) {
     // ------------------------------------------------------------------------------- producer
-    // A box behind M costs more than one of rows: what it would bring is multiplied, but not stored.
-    const int32_t num_shares = min(SHARERS, (static_cast<int32_t>(p.m) + SHARE_M - 1) / SHARE_M);
-    const uint32_t num_bytes = static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) +
-                               num_shares * Storage::kXBytes / SHARERS;
+    const uint32_t num_bytes =
+        static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) + Storage::kXBytes;
     const uint64_t policy = evict_first_policy();
     const auto load_weight = [&](int32_t step, uint32_t stage) {
       MBarrier& full = smem.full[stage];
@@ -158,12 +156,9 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
           smem.empty[stage].wait(position.parity() ^ 1);
           load_weight(step, stage);
         }
-        for (int t = 0; t < STAGE_TILES && sharer < num_shares; ++t) {
-          unsigned char* const target = smem.ring.x[stage][t] + sharer * SHARE_M * 128;
-          const int32_t column = (step * STAGE_TILES + t) * 64;
-          tma_load_4d_multicast(target, args.x, full, column, sharer * SHARE_M, 0, 0,
-                                static_cast<uint16_t>(((1 << SHARERS) - 1) << split * SHARERS));
-        }
+        tma_load_4d_multicast(smem.ring.x[stage][sharer * SHARE_TILES], args.x, full, 0, 0,
+                              step * STAGE_TILES + sharer * SHARE_TILES, 0,
+                              static_cast<uint16_t>(((1 << SHARERS) - 1) << split * SHARERS));
         position.advance();
       }
     }
@@ -285,9 +280,16 @@ cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmS
   using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
   static_assert(sizeof(Storage) <= 227 * 1024);
   GemmSm90W4SomeRowsArgs args = {p, config, {}, {}, {}};
-  cudaError_t error = make_tensor_map(
-      &args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M / kGemmSm90W4SomeRowsSharers});
   const int64_t row_tiles = p.n / 16, num_tiles = p.k / 64;
+  // Tiles of x's columns, one after the other.
+  cudaError_t error = make_tensor_map(&args.x, {p.x,
+                                                p.dtype,
+                                                {64, p.m, num_tiles, 1},
+                                                {p.x_stride, 64, 0},
+                                                64,
+                                                BLOCK_M,
+                                                true,
+                                                Storage::kStageTiles / kGemmSm90W4SomeRowsSharers});
   if (error == cudaSuccess) {
     // Two bytes at a time, whatever they mean: a box has at most 256 in a row.
     error = make_tensor_map(&args.codes, {p.weight,
@@ -317,8 +319,10 @@ cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmS
 template <typename Format>
 cudaError_t run_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmSm90W4SomeRowsConfig& config,
                                        cudaStream_t stream) {
-  static_assert(std::size(kGemmSm90W4SomeRowsBlocks) == 3);
+  static_assert(std::size(kGemmSm90W4SomeRowsBlocks) == 4);
   switch (config.block_m) {
+    case 16:
+      return launch_gemm_sm90_w4_some_rows<Format, 16>(p, config, stream);
     case 32:
       return launch_gemm_sm90_w4_some_rows<Format, 32>(p, config, stream);
     case 48:

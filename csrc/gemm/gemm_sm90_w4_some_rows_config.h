@@ -1,4 +1,4 @@
-// Tiles of the Hopper GEMM for 17 to 64 rows of x and weights of 4 bits in tiles, and the heuristic that picks one.
+// Tiles of the Hopper GEMM for 9 to 64 rows of x and weights of 4 bits in tiles, and the heuristic that picks one.
 // Plain C++: no CUDA call.
 #pragma once
 
@@ -10,7 +10,7 @@ constexpr int kGemmSm90W4SomeRowsTiles = 16;  // of a CTA, one above the other: 
 constexpr int kGemmSm90W4SomeRowsSharers =
     2;  // CTAs of a cluster that have the same columns, and bring x for each other
 constexpr int kGemmSm90W4SomeRowsThreads = 32 * (kGemmSm90W4SomeRowsTiles + 1);
-constexpr int kGemmSm90W4SomeRowsBlocks[] = {32, 48, 64};  // rows of x
+constexpr int kGemmSm90W4SomeRowsBlocks[] = {16, 32, 48, 64};  // rows of x
 
 struct GemmSm90W4SomeRowsConfig {
   int block_m;
@@ -35,19 +35,20 @@ inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config
   const int cluster_size = config.num_splits * kGemmSm90W4SomeRowsSharers;
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[cluster_size] * num_sms / 132);
   const int64_t waves = ceil_div(config.num_ctas / cluster_size, at_once);
-  const double tiles = static_cast<double>(2 * ceil_div(ceil_div(k, 128), config.num_splits));  // of a row of tiles
+  const double tiles = static_cast<double>(2 * ceil_div(ceil_div(k, 256), config.num_splits));  // of a row of tiles
   const double tile_us = std::max(0.021 * config.box_tiles, 0.13 + 0.0003 * config.block_m);
   return 8.7 + static_cast<double>(waves) * (tiles * tile_us + 0.3 * config.num_splits + 1.0);
 }
 
-// The best by that measure; 0 CTAs of more than 64 rows.
+// The best by that measure; 0 CTAs of more than 64 rows, or of as few as gemm_sm90_w4_tiles.cuh takes less time for.
 inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
-  constexpr int kMostSplits = 4;
+  constexpr int kMostSplits = 4, kLeastRows = 9;
   GemmSm90W4SomeRowsConfig best = {};
+  if (m < kLeastRows) return best;
   for (const int block_m : kGemmSm90W4SomeRowsBlocks) {
     if (block_m < m) continue;
     double best_us = 0.0;
-    for (int splits = 1; splits <= std::min<int64_t>(ceil_div(k, 128), kMostSplits); ++splits) {
+    for (int splits = 1; splits <= std::min<int64_t>(ceil_div(k, 256), kMostSplits); ++splits) {
       const GemmSm90W4SomeRowsConfig config = gemm_sm90_w4_some_rows_of(block_m, splits, n, num_sms);
       const double us = gemm_sm90_w4_some_rows_time(config, k, num_sms);
       if (best.num_ctas != 0 && us >= best_us) continue;

@@ -25,7 +25,7 @@ struct FourBitWeight {
   Launch sm80;
   cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
   cudaError_t (*sm90_tiles)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
-  cudaError_t (*sm90_some_rows)(const GemmSm90W4Params&, const GemmSm90W4SomeRowsConfig&, cudaStream_t);
+  cudaError_t (*sm90_some_rows)(const GemmSm90W4Params&, const GemmSm90W4SomeRowsConfig&, cudaStream_t);  // or nullptr
 
   bool is_int4() const { return packed_dtype == ScalarType::Int; }
 };
@@ -110,14 +110,14 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const std::optional<Tensor> its_bias = tiles && !bias_fits ? packed_copy(*bias) : bias;
   auto hopper = params_of<GemmSm90W4Params>(w, found, x, its_bias, group_size, out);
   if (tiles) {
+    const GemmSm90W4SomeRowsConfig some = gemm_sm90_w4_some_rows_config(hopper.m, n, k, num_sms_of(x));
+    if (w.sm90_some_rows != nullptr && some.num_ctas > 0) {
+      check_launch(w.op, w.sm90_some_rows(hopper, some, stream_of(x)));
+      return out;
+    }
     const GemmSm90W4TilesConfig few = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
     if (few.num_ctas > 0) {
       check_launch(w.op, w.sm90_tiles(hopper, few, stream_of(x)));
-      return out;
-    }
-    const GemmSm90W4SomeRowsConfig some = gemm_sm90_w4_some_rows_config(hopper.m, n, k, num_sms_of(x));
-    if (some.num_ctas > 0) {
-      check_launch(w.op, w.sm90_some_rows(hopper, some, stream_of(x)));
       return out;
     }
   }
@@ -175,6 +175,7 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
                      int64_t tile_order) {
   const bool nvfp4 = group_size == 16, fours = tile_order == 8;
   const auto tiles = nvfp4 ? gemm_nvfp4_tiles_sm90 : gemm_mxfp4_tiles_sm90;
+  const auto some_rows = nvfp4 ? gemm_nvfp4_some_rows_sm90 : gemm_mxfp4_some_rows_sm90;
   const auto tiles_of_fours = nvfp4 ? gemm_nvfp4_tiles_of_fours_sm90 : gemm_mxfp4_tiles_of_fours_sm90;
   const FourBitWeight weight = {.op = "fp4_linear",
                                 .packed = weight_packed,
@@ -189,7 +190,7 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
                                 .sm80 = nvfp4 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
                                 .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90,
                                 .sm90_tiles = fours ? tiles_of_fours : tiles,
-                                .sm90_some_rows = nvfp4 ? gemm_nvfp4_some_rows_sm90 : gemm_mxfp4_some_rows_sm90};
+                                .sm90_some_rows = fours ? nullptr : some_rows};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t) {
     checks.that(group_size == 16 || group_size == 32,
                 "group_size is " + std::to_string(group_size) + ", expected 16 or 32");

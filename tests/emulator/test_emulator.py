@@ -574,7 +574,7 @@ MUTANTS = [
     Mutant(
         "scales are read as if chunks had not changed places",
         W4_SOME,
-        "return place ^ (kScaleBytes == 128 ? row_tile % 8 : row_tile / 2 % 4) * 16;",
+        "return kScaleBytes == 128 ? place ^ row_tile % 8 * 16 : place;",
         "return place;",
         "gemm_sm90_w4_mxfp4_some_rows.cu",
         "32",

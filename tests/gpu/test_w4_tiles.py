@@ -85,7 +85,7 @@ def test_up_to_64_rows(name: str, dtype: torch.dtype, n: int, k: int, rows: int)
         call = partial(ops.int4_linear, x, ops.pack_w4_tiles(codes), step, 64, zero_point, bias)
     expected, size = x.double() @ weight.t() + bias.double(), x.double().abs() @ weight.abs().t()
     out = call()
-    half_ulp = 2.0**-9 if dtype is torch.bfloat16 else 2.0**-12
+    half_ulp = torch.finfo(dtype).eps / 2
     # Rounded once, from sums in fp32 whose products and parts the tensor cores cut off at 2⁻²³ of the largest.
     assert bool(((out.double() - expected).abs() <= expected.abs() * half_ulp * 1.001 + size * 2.0**-19 + 1e-6).all())
     assert torch.equal(out, call())
