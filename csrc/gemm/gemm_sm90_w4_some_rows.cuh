@@ -4,8 +4,8 @@
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once
 //   x (M, K)   weight (N / 16, K / 64) tiles (fastattn/reference/w4_tiles.py)   out (M, N)
 //
-//                x: all rows, half of the columns brought      A cluster has a run of rows of tiles, of which its two
-//                by either CTA of a pair, for both             halves have equal shares, up to 16, and shares of K.
+//                x: all rows, a half brought by either         A cluster has a run of rows of tiles, of which its two
+//                CTA of a pair, for both                       halves have equal shares, up to 16, and shares of K.
 //               ┌──────────────────────────────────┐           A warp has one row of tiles, and makes wgmma's left
 //   tiles       │ warp 0   16 x block_m            │  CTA 0    operand of it in registers; four of them, one group,
 //   of 16 rows  │ warp 1                           │           multiply it by the same x.
@@ -50,20 +50,22 @@ struct GemmSm90W4SomeRowsStorage {
   static constexpr uint32_t kPanelBytes = BLOCK_M * 128;  // of x: a tile's columns
   static constexpr uint32_t kXBytes = kStageTiles * kPanelBytes;
   static constexpr uint32_t kCodeBytes = kRowTiles * kStageTiles * 512;
-  static constexpr uint32_t kScaleBytes = kStageTiles * Format::kTileBytes;  // of a row of tiles; of INT4 none
-  static constexpr int kStages = (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kScaleBytes);
+  // Of FP4's scales a copy brings 128 bytes of a row of tiles; of INT4's none.
+  static constexpr int kTilesOfCopy = Format::kTileBytes > 0 ? 128 / Format::kTileBytes : kStageTiles;
+  static constexpr int kScaleCopies = Format::kTileBytes > 0 ? kStageTiles / kTilesOfCopy : 0;
+  static constexpr int kStages =
+      (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kStageTiles * Format::kTileBytes);
 
-  // Where a lane's scales lie in a row of tiles' of a stage. Of 128 bytes a row chunks of 16 change places within eight
-  // rows, of 256 none do.
+  // Where a lane's scales lie in those of a stage. Chunks of 16 bytes change places within eight rows.
   __device__ __forceinline__ static uint32_t scales_of_lane(int row_tile, int tile, int lane) {
-    const uint32_t place = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
-    return kScaleBytes == 128 ? place ^ row_tile % 8 * 16 : place;
+    const uint32_t place = tile % kTilesOfCopy * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
+    return (tile / kTilesOfCopy * kRowTiles + row_tile) * 128 + (place ^ row_tile % 8 * 16);
   }
 
   struct Ring {
     alignas(1024) unsigned char x[kStages][kStageTiles][kPanelBytes];
     alignas(1024) uint4 codes[kStages][kRowTiles][kStageTiles][32];
-    alignas(1024) unsigned char scales[kStages][kRowTiles][kScaleBytes > 0 ? kScaleBytes : 1];
+    alignas(1024) unsigned char scales[kStages][kScaleCopies > 0 ? kScaleCopies * kRowTiles * 128 : 1];
   };
   union {
     Ring ring;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
   using Product = Wgmma<T, BLOCK_M>;
   constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles, WARPS = Storage::kRowTiles;
-  constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_TILES = STAGE_TILES / SHARERS;  // of x
+  constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_M = BLOCK_M / SHARERS;
 
   Storage& smem = shared_storage_of_1024<Storage>();
   const GemmSm90W4Params& p = args.p;
@@ -123,24 +125,29 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   RingPosition<STAGES> position;
   if (warp_idx == WARPS) {
     // ------------------------------------------------------------------------------- producer
-    const uint32_t num_bytes =
-        static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) + Storage::kXBytes;
+    // A box behind M costs more than one of rows: what it would bring is multiplied, but not stored.
+    const int32_t num_shares = min(SHARERS, (static_cast<int32_t>(p.m) + SHARE_M - 1) / SHARE_M);
+    const uint32_t num_bytes = static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) +
+                               num_shares * Storage::kXBytes / SHARERS;
+    const auto scales_of = [](int32_t step, int copy) {  // bytes of a row
+      return (step * STAGE_TILES + copy * Storage::kTilesOfCopy) * Format::kTileBytes;
+    };
     const uint64_t policy = evict_first_policy();
     const auto load_weight = [&](int32_t step, uint32_t stage) {
       MBarrier& full = smem.full[stage];
       full.arrive_expect_bytes(num_bytes);
       tma_load_4d(smem.ring.codes[stage], args.codes, full, 0, step * STAGE_TILES, first_row, 0, policy);
-      if constexpr (Format::kTileBytes > 0) {
-        tma_load_4d(smem.ring.scales[stage], args.scales, full, step * static_cast<int32_t>(Storage::kScaleBytes),
-                    first_row, 0, 0, policy);
+      for (int i = 0; i < Storage::kScaleCopies; ++i) {
+        tma_load_4d(smem.ring.scales[stage] + i * WARPS * 128, args.scales, full, scales_of(step, i), first_row, 0, 0,
+                    policy);
       }
     };
     if (lane == 0) {
       const int32_t end_of_ring = min(begin + STAGES, end);
       for (int32_t step = begin; step < end_of_ring; ++step) {
         tma_prefetch_4d(args.codes, 0, step * STAGE_TILES, first_row, 0, policy);
-        if constexpr (Format::kTileBytes > 0) {
-          tma_prefetch_4d(args.scales, step * static_cast<int32_t>(Storage::kScaleBytes), first_row, 0, 0, policy);
+        for (int i = 0; i < Storage::kScaleCopies; ++i) {
+          tma_prefetch_4d(args.scales, scales_of(step, i), first_row, 0, 0, policy);
         }
       }
       grid_dependency_wait();
@@ -156,9 +163,11 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
           smem.empty[stage].wait(position.parity() ^ 1);
           load_weight(step, stage);
         }
-        tma_load_4d_multicast(smem.ring.x[stage][sharer * SHARE_TILES], args.x, full, 0, 0,
-                              step * STAGE_TILES + sharer * SHARE_TILES, 0,
-                              static_cast<uint16_t>(((1 << SHARERS) - 1) << split * SHARERS));
+        for (int t = 0; t < STAGE_TILES && sharer < num_shares; ++t) {
+          tma_load_4d_multicast(smem.ring.x[stage][t] + sharer * SHARE_M * 128, args.x, full,
+                                (step * STAGE_TILES + t) * 64, sharer * SHARE_M, 0, 0,
+                                static_cast<uint16_t>(((1 << SHARERS) - 1) << split * SHARERS));
+        }
         position.advance();
       }
     }
@@ -195,8 +204,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
         for (int tile = 0; tile < STAGE_TILES; ++tile) {
           const uint4 codes = smem.ring.codes[stage][own][tile][lane];
           const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const unsigned char* const its_scales =
-              smem.ring.scales[stage][own] + Storage::scales_of_lane(own, tile, lane);
+          const unsigned char* const its_scales = smem.ring.scales[stage] + Storage::scales_of_lane(own, tile, lane);
           const Format scales(step_scales, its_scales, 0, tile, lane);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -281,15 +289,8 @@ cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmS
   static_assert(sizeof(Storage) <= 227 * 1024);
   GemmSm90W4SomeRowsArgs args = {p, config, {}, {}, {}};
   const int64_t row_tiles = p.n / 16, num_tiles = p.k / 64;
-  // Tiles of x's columns, one after the other.
-  cudaError_t error = make_tensor_map(&args.x, {p.x,
-                                                p.dtype,
-                                                {64, p.m, num_tiles, 1},
-                                                {p.x_stride, 64, 0},
-                                                64,
-                                                BLOCK_M,
-                                                true,
-                                                Storage::kStageTiles / kGemmSm90W4SomeRowsSharers});
+  cudaError_t error = make_tensor_map(
+      &args.x, {p.x, p.dtype, {p.k, p.m, 1, 1}, {p.x_stride, 0, 0}, 64, BLOCK_M / kGemmSm90W4SomeRowsSharers});
   if (error == cudaSuccess) {
     // Two bytes at a time, whatever they mean: a box has at most 256 in a row.
     error = make_tensor_map(&args.codes, {p.weight,
@@ -303,12 +304,9 @@ cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmS
   }
   if (error == cudaSuccess && Format::kTileBytes > 0) {
     const int64_t row_bytes = num_tiles * Format::kTileBytes;
-    error = make_tensor_map(&args.scales, {p.weight_scale,
-                                           DType::kFloat8E4M3,
-                                           {row_bytes, row_tiles, 1, 1},
-                                           {row_bytes, 0, 0},
-                                           static_cast<int>(Storage::kScaleBytes),
-                                           config.box_tiles});
+    error = make_tensor_map(
+        &args.scales,
+        {p.weight_scale, DType::kFloat8E4M3, {row_bytes, row_tiles, 1, 1}, {row_bytes, 0, 0}, 128, config.box_tiles});
   }
   if (error != cudaSuccess) return error;
   return launch_clusters(gemm_sm90_w4_some_rows_kernel<Format, BLOCK_M>, config.num_ctas,

@@ -24,20 +24,23 @@ inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_of(int block_m, int num_s
   const int64_t row_tiles = n / 16;
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[num_splits * kSharers] * num_sms / 132);
   const int64_t most = kGemmSm90W4SomeRowsTiles * kSharers;
-  const int64_t num_clusters = std::max(std::min(row_tiles, at_once), ceil_div(row_tiles, most));
+  const int64_t num_clusters = std::max(std::min(ceil_div(row_tiles, kSharers), at_once), ceil_div(row_tiles, most));
   const int64_t box_tiles = ceil_div(ceil_div(row_tiles, num_clusters), kSharers);
   return {block_m, num_splits, static_cast<int>(box_tiles), num_clusters * num_splits * kSharers};
 }
 
-// Microseconds, about, as an H200 takes them: what the SM with most of the work reads, or how long a tile's products
-// wait for each other, and what there is beside that.
+// Microseconds, about, as an H100 takes them: a tile of each row of a CTA is bound by memory, which all that are at
+// work share, or by what its products wait for each other and for their stages.
 inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config, int64_t k, int64_t num_sms) {
   const int cluster_size = config.num_splits * kGemmSm90W4SomeRowsSharers;
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[cluster_size] * num_sms / 132);
-  const int64_t waves = ceil_div(config.num_ctas / cluster_size, at_once);
-  const double tiles = static_cast<double>(2 * ceil_div(ceil_div(k, 256), config.num_splits));  // of a row of tiles
-  const double tile_us = std::max(0.021 * config.box_tiles, 0.13 + 0.0003 * config.block_m);
-  return 8.7 + static_cast<double>(waves) * (tiles * tile_us + 0.3 * config.num_splits + 1.0);
+  const int64_t num_clusters = config.num_ctas / cluster_size, waves = ceil_div(num_clusters, at_once);
+  const double at_work =
+      static_cast<double>(std::min(num_clusters, at_once) * cluster_size) / static_cast<double>(num_sms);
+  const double tiles = static_cast<double>(4 * ceil_div(ceil_div(k, 256), config.num_splits));  // of a row
+  const double read_us = (0.0303 + 0.000065 * config.block_m) * config.box_tiles * at_work;
+  const double wait_us = config.box_tiles <= 4 ? 0.104 + 0.0008 * config.block_m : 0.19;
+  return 9.0 + static_cast<double>(waves) * tiles * std::max(read_us, wait_us) + 1.8 * (config.num_splits - 1);
 }
 
 // The best by that measure; 0 CTAs of more than 64 rows, or of as few as gemm_sm90_w4_tiles.cuh takes less time for.
