@@ -22,6 +22,7 @@
 // Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16. Columns past K are zeros in shared memory.
 #pragma once
 
+#include <algorithm>
 #include <iterator>
 
 #include "arch/cluster.cuh"
@@ -51,7 +52,7 @@ struct GemmSm90W4SomeRowsStorage {
   static constexpr uint32_t kXBytes = kStageTiles * kPanelBytes;
   static constexpr uint32_t kCodeBytes = kRowTiles * kStageTiles * 512;
   // Of FP4's scales a copy brings 128 bytes of a row of tiles; of INT4's none.
-  static constexpr int kTilesOfCopy = Format::kTileBytes > 0 ? 128 / Format::kTileBytes : kStageTiles;
+  static constexpr int kTilesOfCopy = 128 / std::max(Format::kTileBytes, 32);
   static constexpr int kScaleCopies = Format::kTileBytes > 0 ? kStageTiles / kTilesOfCopy : 0;
   static constexpr int kStages =
       (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kStageTiles * Format::kTileBytes);
