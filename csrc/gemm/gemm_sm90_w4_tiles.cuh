@@ -62,8 +62,8 @@ struct GemmSm90W4TilesStorage {
     alignas(16) unsigned char scales[kRowTiles][kScaleBytes];
   };
   Stage ring[Shape::kWarps][kStages];
-  // Rows are 16 bytes apart modulo 128, so that eight of them lie in different banks.
-  alignas(128) T x[kBlockM][64 * Shape::kPassTiles + 8];
+  // Rows are 16 bytes apart modulo 128, so that eight of them lie in different banks; 32 where a lane takes 8 bytes.
+  alignas(128) T x[kBlockM][64 * Shape::kPassTiles + (Format::kFours ? 16 : 8)];
   // Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all banks.
   alignas(16) float sums[kShares][kBlockM][kColumns + 4];
   MBarrier full[Shape::kWarps][kStages], x_full, x_empty;
@@ -285,7 +285,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   for (int i = 0; i < STAGES; ++i) load_stage(i);
 
   // ---- products
-  const uint32_t x_row = shared_address(smem.x[lane % 8]) + lane / 8 * 16;  // of the matrix that a lane points to
+  // Of the matrix that a lane points to; of four columns those that it takes.
+  const uint32_t x_row = Format::kFours ? shared_address(smem.x[lane / 4]) + lane % 4 * 8
+                                        : shared_address(smem.x[lane % 8]) + lane / 8 * 16;
   // Of a single product for each fragment every other one has sums of its own, so that they need not wait so long.
   constexpr int CHAINS = ROW_TILES * BLOCK_M == 8 ? 2 : 1;
   float acc[CHAINS][ROW_TILES][BLOCK_M / 8][4];
@@ -346,14 +348,24 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #pragma unroll
         for (int t = 0; t < BLOCK_M / 8; ++t) {
           const uint32_t rows = x_tile + t * 8 * sizeof(smem.x[0]);
-          ldmatrix_x4(b[t][0], rows);
-          ldmatrix_x4(b[t][1], rows + 64);
+          if constexpr (Format::kFours) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const uint2 four = load_shared_8_bytes(rows + j * 32);
+              b[t][j / 2][j % 2 * 2] = four.x;
+              b[t][j / 2][j % 2 * 2 + 1] = four.y;
+            }
+          } else {
+            ldmatrix_x4(b[t][0], rows);
+            ldmatrix_x4(b[t][1], rows + 64);
+          }
         }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
           const uint4 codes = stage.codes[r][tile][lane];
           const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const Format scales(step_scales, stage.scales[r] + tile * Format::kTileBytes, r, tile, lane);
+          const int first_scale = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
+          const Format scales(step_scales, stage.scales[r] + first_scale, r, tile, lane);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             uint32_t a[4];

@@ -15,6 +15,7 @@ struct GemmSm90W4TilesShape {
   int max_blocks;
 };
 constexpr GemmSm90W4TilesShape kGemmSm90W4TilesShapes[] = {{8, 1, 112, 16}, {16, 2, 56, 8}};
+constexpr int kMostRowsOfFours = 16;  // of x in 16 bits, with tiles in order 8
 
 struct GemmSm90W4TilesConfig {
   GemmSm90W4TilesShape shape;

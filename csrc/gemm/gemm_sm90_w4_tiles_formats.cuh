@@ -3,7 +3,8 @@
 //
 // Each type has
 //   X, T, Out       of x, of the fragments, of out and bias
-//   kTileBytes      scales of a tile, which come with its codes
+//   kFours          whether a lane's columns of a word are four neighbours, as tiles in order 8 have them, or two pairs
+//   kTileBytes      scales of a tile, which come with its codes: an eighth of them for each two rows, 8 apart
 //   kSumFactor      by which sums of the products are too small
 //   Step            scales where none do: of the tiles that a warp multiplies at a time, ROW_TILES times STAGE_TILES,
 //                   loaded a step ahead
@@ -29,15 +30,16 @@ struct Fp4Tile {
   using Out = Element;
   template <int ROW_TILES, int STAGE_TILES>
   using Step = NoStepScales<ROW_TILES, STAGE_TILES>;
+  static constexpr bool kFours = false;
   static constexpr int kTileBytes = 16 * 64 / GROUP;
   static constexpr float kSumFactor = GROUP == 16 ? Nvfp4Tiles<T>::kSumFactor : Mxfp4Tiles<T>::kSumFactor;
 
-  // Lane 4 g + t makes those of the t-th group of rows g and g + 8, which has the upper row's scales, then the lower's.
+  // Lane 4 g + t makes those of the t-th group of rows g and g + 8. `scales`: the upper row's, then the lower's.
   template <typename Steps>
   __device__ __forceinline__ Fp4Tile(const Steps&, const unsigned char* scales, int, int, int lane) {
     constexpr float kFactor = GROUP == 16 ? Nvfp4Sm90<T>::kScaleFactor : Mxfp4Tiles<T>::kScaleFactor;
     if constexpr (GROUP == 16) {
-      const uint2 all = *reinterpret_cast<const uint2*>(scales + lane / 4 * 8);
+      const uint2 all = *reinterpret_cast<const uint2*>(scales);
       uint32_t halves[2];
       unpack_e4m3(halves, __byte_perm(all.x, all.y, lane % 4 * 0x11u + 0x40u));
       if constexpr (kIsHalf<T>) {
@@ -47,7 +49,7 @@ struct Fp4Tile {
         own_ = pack_pair<T>(two.x * kFactor, two.y * kFactor);
       }
     } else {
-      const uint32_t all = *reinterpret_cast<const uint32_t*>(scales + lane / 4 * 4) >> lane % 2 * 8;
+      const uint32_t all = *reinterpret_cast<const uint32_t*>(scales) >> lane % 2 * 8;
       own_ = pack_pair<T>(from_e8m0<float>(static_cast<uint8_t>(all)) * kFactor,
                           from_e8m0<float>(static_cast<uint8_t>(all >> 16)) * kFactor);
     }
@@ -74,6 +76,7 @@ struct Int4Tile {
   using X = Element;
   using T = Element;
   using Out = Element;
+  static constexpr bool kFours = false;
   static constexpr int kTileBytes = 0;
   static constexpr float kSumFactor = 1.0f;
 
@@ -154,17 +157,49 @@ struct Int4Tile {
   uint32_t scale_, zero_;
 };
 
-// With x in e4m3, tiles in order 8 and products in fp16, which holds x, E2M1 times a scale, and so every weight,
-// exactly: more than the kernel for many rows, of which NVFP4's weights are rounded to e4m3. Which columns of 16 lie
-// where is the same for x and the weight: of each four the first two, then the others.
-template <typename OutElement, int GROUP>
-struct Fp4TileOfFp8 : Fp4Tile<__half, GROUP> {
-  using Base = Fp4Tile<__half, GROUP>;
-  using X = __nv_fp8_e4m3;
-  using T = __half;
-  using Out = OutElement;
+// Tiles in order 8, which are for x in e4m3, with x in 16 bits all the same. Magnitudes are what byte permutes look up:
+// fp16's upper bytes of 0, 0.5 ... 6, times 2^-14, and of bf16, times 2^-126, upper and lower ones.
+template <typename Element, int GROUP>
+struct Fp4TileOfFours : Fp4Tile<Element, GROUP> {
+  using Base = Fp4Tile<Element, GROUP>;
+  using T = Element;
+  static constexpr bool kFours = true;
 
   using Base::Base;
+
+  __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t word, int j, int lane) const {
+    const uint2 upper_bytes = kIsHalf<T> ? uint2{0x06040200u, 0x0e0c0a08u} : uint2{0x00000000u, 0x01010101u};
+    const uint32_t selectors = word & 0x77777777u, of_second = selectors >> 16;
+    const uint32_t first = look_up_bytes(upper_bytes, selectors) | (word & 0x80808080u);
+    const uint32_t second = look_up_bytes(upper_bytes, of_second) | (word << 4 & 0x80808080u);
+    if constexpr (kIsHalf<T>) {
+      a[0] = __byte_perm(first, 0, 0x1404);
+      a[1] = __byte_perm(second, 0, 0x1404);
+      a[2] = __byte_perm(first, 0, 0x3424);
+      a[3] = __byte_perm(second, 0, 0x3424);
+    } else {
+      const uint2 lower_bytes = {0xc0804000u, 0xc0804000u};
+      const uint32_t lower_of_first = look_up_bytes(lower_bytes, selectors);
+      const uint32_t lower_of_second = look_up_bytes(lower_bytes, of_second);
+      a[0] = __byte_perm(first, lower_of_first, 0x1504);
+      a[1] = __byte_perm(second, lower_of_second, 0x1504);
+      a[2] = __byte_perm(first, lower_of_first, 0x3726);
+      a[3] = __byte_perm(second, lower_of_second, 0x3726);
+    }
+    multiply_pairs<T>(a, Base::scales_of(j, lane));
+  }
+};
+
+// With x in e4m3 and products in fp16, which holds x, E2M1 times a scale, and so every weight, exactly: more than the
+// kernel for many rows, of which NVFP4's weights are rounded to e4m3. x is put in the order of the weight's columns: of
+// each four of 16 the first two, then the others.
+template <typename OutElement, int GROUP>
+struct Fp4TileOfFp8 : Fp4TileOfFours<__half, GROUP> {
+  using X = __nv_fp8_e4m3;
+  using Out = OutElement;
+  static constexpr bool kFours = false;
+
+  using Fp4TileOfFours<__half, GROUP>::Fp4TileOfFours;
 
   __device__ static __forceinline__ void widen(uint4 (&halves)[2], const uint4& x) {
     uint32_t pairs[4][2];
@@ -174,18 +209,6 @@ struct Fp4TileOfFp8 : Fp4Tile<__half, GROUP> {
     unpack_e4m3(pairs[3], x.w);
     halves[0] = {pairs[0][0], pairs[1][0], pairs[2][0], pairs[3][0]};
     halves[1] = {pairs[0][1], pairs[1][1], pairs[2][1], pairs[3][1]};
-  }
-  __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], uint32_t word, int j, int lane) const {
-    // fp16's upper bytes of 0, 0.5 ... 6, times 2^-14.
-    const uint2 magnitudes = {0x06040200u, 0x0e0c0a08u};
-    const uint32_t selectors = word & 0x77777777u;
-    const uint32_t upper = look_up_bytes(magnitudes, selectors) | (word & 0x80808080u);
-    const uint32_t lower = look_up_bytes(magnitudes, selectors >> 16) | (word << 4 & 0x80808080u);
-    a[0] = __byte_perm(upper, 0, 0x1404);
-    a[1] = __byte_perm(lower, 0, 0x1404);
-    a[2] = __byte_perm(upper, 0, 0x3424);
-    a[3] = __byte_perm(lower, 0, 0x3424);
-    multiply_pairs<T>(a, Base::scales_of(j, lane));
   }
 };
 

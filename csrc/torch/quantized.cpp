@@ -25,6 +25,7 @@ struct FourBitWeight {
   Launch sm80;
   cudaError_t (*sm90)(const GemmSm90W4Params&, cudaStream_t);
   cudaError_t (*sm90_tiles)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
+  cudaError_t (*sm90_some_rows)(const GemmSm90W4Params&, const GemmSm90W4SomeRowsConfig&, cudaStream_t);  // or nullptr
 
   bool is_int4() const { return packed_dtype == ScalarType::Int; }
 };
@@ -105,11 +106,18 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
   const bool fits =
       fits_copy_engine(x_given.data_ptr(), num_rows_of(x_given), 2 * k, 2 * rows_of(x_given).inner_stride);
   const Tensor x = in_runs || (tiles && !fits) ? packed_copy(x_given) : x_given;
-  auto hopper = params_of<GemmSm90W4Params>(w, found, x, bias, group_size, out);
+  const bool bias_fits = !bias || reinterpret_cast<uintptr_t>(bias->data_ptr()) % 8 == 0;
+  const std::optional<Tensor> its_bias = tiles && !bias_fits ? packed_copy(*bias) : bias;
+  auto hopper = params_of<GemmSm90W4Params>(w, found, x, its_bias, group_size, out);
   if (tiles) {
-    const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
-    if (config.num_ctas > 0 && reinterpret_cast<uintptr_t>(hopper.bias) % 8 == 0) {
-      check_launch(w.op, w.sm90_tiles(hopper, config, stream_of(x)));
+    const GemmSm90W4SomeRowsConfig some = gemm_sm90_w4_some_rows_config(hopper.m, n, k, num_sms_of(x));
+    if (w.sm90_some_rows != nullptr && some.num_ctas > 0) {
+      check_launch(w.op, w.sm90_some_rows(hopper, some, stream_of(x)));
+      return out;
+    }
+    const GemmSm90W4TilesConfig few = gemm_sm90_w4_tiles_config(hopper.m, n, k, num_sms_of(x));
+    if (few.num_ctas > 0) {
+      check_launch(w.op, w.sm90_tiles(hopper, few, stream_of(x)));
       return out;
     }
   }
@@ -150,7 +158,8 @@ Tensor int4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor
                                 .scale_alignment = 1,
                                 .sm80 = gemm_int4_sm80,
                                 .sm90 = gemm_int4_sm90,
-                                .sm90_tiles = gemm_int4_tiles_sm90};
+                                .sm90_tiles = gemm_int4_tiles_sm90,
+                                .sm90_some_rows = gemm_int4_some_rows_sm90};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t num_groups) {
     FourBitExtras extras;
     if (!zero_point) return extras;
@@ -162,8 +171,12 @@ Tensor int4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor
 }
 
 Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor& weight_scale,
-                     const std::optional<Tensor>& global_scale, int64_t group_size, const std::optional<Tensor>& bias) {
-  const bool nvfp4 = group_size == 16;
+                     const std::optional<Tensor>& global_scale, int64_t group_size, const std::optional<Tensor>& bias,
+                     int64_t tile_order) {
+  const bool nvfp4 = group_size == 16, fours = tile_order == 8;
+  const auto tiles = nvfp4 ? gemm_nvfp4_tiles_sm90 : gemm_mxfp4_tiles_sm90;
+  const auto some_rows = nvfp4 ? gemm_nvfp4_some_rows_sm90 : gemm_mxfp4_some_rows_sm90;
+  const auto tiles_of_fours = nvfp4 ? gemm_nvfp4_tiles_of_fours_sm90 : gemm_mxfp4_tiles_of_fours_sm90;
   const FourBitWeight weight = {.op = "fp4_linear",
                                 .packed = weight_packed,
                                 .per_element = 2,
@@ -176,10 +189,16 @@ Tensor fp4_linear_op(const Tensor& x, const Tensor& weight_packed, const Tensor&
                                 .scale_alignment = nvfp4 ? 4 : 2,
                                 .sm80 = nvfp4 ? gemm_nvfp4_sm80 : gemm_mxfp4_sm80,
                                 .sm90 = nvfp4 ? gemm_nvfp4_sm90 : gemm_mxfp4_sm90,
-                                .sm90_tiles = nvfp4 ? gemm_nvfp4_tiles_sm90 : gemm_mxfp4_tiles_sm90};
+                                .sm90_tiles = fours ? tiles_of_fours : tiles,
+                                .sm90_some_rows = fours ? nullptr : some_rows};
   return four_bit_linear(weight, x, bias, [&](const Checks& checks, int64_t n, int64_t) {
     checks.that(group_size == 16 || group_size == 32,
                 "group_size is " + std::to_string(group_size) + ", expected 16 or 32");
+    checks.that(tile_order == 16 || (fours && in_tiles(weight_packed)),
+                "tile_order is " + std::to_string(tile_order) + ", expected 16, or 8 with weight_packed in tiles");
+    checks.that(!fours || num_rows_of(x) <= kMostRowsOfFours,
+                "x has " + std::to_string(num_rows_of(x)) + " rows, expected at most " +
+                    std::to_string(kMostRowsOfFours) + " with tile_order 8");
     FourBitExtras extras;
     if (!global_scale) return extras;
     checks.shape("global_scale", *global_scale, {n}).dtype("global_scale", *global_scale, {ScalarType::Float});

@@ -29,12 +29,13 @@ class GatedLinear(MergedLinear):
 
     def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
         """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
+        if norm_eps is not None:
+            assert isinstance(x, torch.Tensor)
+            return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
         if self.interleaved and self.quantized is not None:
             return self.quantized.gated(x, self.bias, self.activation)
         if self.interleaved:
             assert isinstance(x, torch.Tensor)
-            if norm_eps is not None:
-                return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
             return ops.gated_linear(x, self.weight, self.bias, self.activation, batch_invariant=self.batch_invariant)
         return _ACTIVATIONS[self.activation](self.product(x))
 

@@ -67,10 +67,10 @@ class Linear(Module):
             return reference.packed_linear(x, self.packed, self.bias, self.batch_invariant)
         return ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
 
-    @property
-    def rounds_to(self) -> torch.dtype | None:
-        """The 8 bits that it rounds x to, with a scale a row: it takes x so, too."""
-        return None if self.quantized is None else self.quantized.rounds_to
+    def rounds_to(self, num_rows: int) -> torch.dtype | None:
+        """The 8 bits that it rounds an x of so many rows to, with a scale a row: it takes x so, too."""
+        quantized = self.quantized
+        return None if quantized is None or num_rows <= quantized.exact_rows else quantized.rounds_to
 
     @property
     def is_plain(self) -> bool:

@@ -27,9 +27,10 @@ class RMSNorm(Module):
 
     def before(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None = None) -> Rows:
         """The same for ``layer`` alone, x (T, size): in 8 bits where that takes them, by the kernel that normalizes."""
-        if layer.rounds_to is None:
+        dtype = layer.rounds_to(x.shape[0])
+        if dtype is None:
             return self(x, residual)
-        q, scale = _QUANTIZED[layer.rounds_to](x, self.weight, self.eps, residual=residual)
+        q, scale = _QUANTIZED[dtype](x, self.weight, self.eps, residual=residual)
         return EightBitRows(q, scale, x.dtype)
 
     def weights(self, prefix: str) -> Weights:

@@ -82,8 +82,8 @@ Rows = torch.Tensor | EightBitRows
 class QuantizedWeight(Module):
     """A matrix (rows, columns) in few bits. fixed_dtypes: the float parameters that do not follow the model's dtype; staged: those
     that are gone after ``finish``; packed_away: those that are empty after ``pack`` on a CPU. ``stored`` lists what the checkpoint has of a piece of it, ``finish`` checks and
-    rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. rounds_to: what it rounds x to, with a scale a row; it then takes
-    `EightBitRows` too. takes_activation: it may be called with a gated activation too, "silu" or
+    rearranges what was read, ``forward`` multiplies. can_be_batch_invariant: it minds ``batch_invariant``. rounds_to: what it rounds x of more than ``exact_rows`` to, with a scale a row;
+    it then takes `EightBitRows` too. takes_activation: it may be called with a gated activation too, "silu" or
     "gelu_tanh", and an x that is (T, 2 columns), which is then rounded as it is activated. has_gates: rows may be gates and ups in
     turns (`interleave`), and ``gated`` multiplies with them."""
 
@@ -95,6 +95,7 @@ class QuantizedWeight(Module):
     can_be_batch_invariant = False
     has_gates = False
     rounds_to: torch.dtype | None = None
+    exact_rows = 0
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ MAX_INT8_K = 2**17 - 1
 MAX_INT8_K_ASYMMETRIC = 2**16 - 1
 TILE_ROWS, TILE_COLUMNS = w4_tiles.ROWS, w4_tiles.COLUMNS
 FP4_GROUPS = {16: "e4m3 (NVFP4)", 32: "e8m0 (MXFP4)"}
+MAX_ROWS_OF_ORDER_8 = 16  # of x in 16 bits, for tiles whose order is that for x in fp8
 
 
 def _fake_quantize(x: Tensor, activation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,13 @@ def _fake_int4(
 
 
 def _fake_fp4(
-    x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    tile_order: int = 16,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _num_rows(weight)))
 
@@ -149,8 +156,8 @@ _int4_linear = define(
     _fake_int4,
 )
 _fp4_linear = define(
-    "fp4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? global_scale, int group_size, Tensor? bias)"
-    " -> Tensor",
+    "fp4_linear(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor? global_scale, int group_size, Tensor? bias,"
+    " int tile_order=16) -> Tensor",
     reference.fp4_linear,
     _fake_fp4,
 )
@@ -312,6 +319,16 @@ def _check_fp4_group(op: str, group_size: int) -> None:
     if group_size not in FP4_GROUPS:
         allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
         fail_value(op, f"group_size is {group_size}, expected {allowed}")
+
+
+def _check_tile_order(op: str, x: Tensor, in_tiles: bool, tile_order: int) -> None:
+    """16, or with tiles 8 for few rows of x."""
+    if tile_order not in w4_tiles.ORDERS:
+        fail_value(op, f"tile_order is {tile_order}, expected {' or '.join(map(str, w4_tiles.ORDERS))}")
+    if tile_order == 8 and not in_tiles:
+        fail_value(op, "tile_order is 8, expected 16 where weight_packed is not in tiles")
+    if tile_order == 8 and x.shape[:-1].numel() > MAX_ROWS_OF_ORDER_8:
+        fail_value(op, f"x has shape {tuple(x.shape)}, expected at most {MAX_ROWS_OF_ORDER_8} rows with tile_order 8")
 
 
 def check_may_be_one(op: str, name: str, scale: Tensor, letter: str, rows: int) -> None:
@@ -521,6 +538,8 @@ def fp4_linear(
     group_size: int,
     global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    tile_order: int = 16,
 ) -> Tensor:
     """`(x @ weightᵀ) / global_scale + bias` with weight = E2M1 · weight_scale in x's dtype; fp32 sums, rounded once.
 
@@ -534,6 +553,7 @@ def fp4_linear(
     group_size: 16, then scales are e4m3 (NVFP4), or 32, then they are e8m0, 2^(bits − 127), 255 is NaN (MXFP4).
     global_scale: (N) fp32, one a row; with tiles what `pack_w4_scales` makes of it.
     bias: (N) in x's dtype.
+    tile_order: of tiles. 8 is that of `fp4_fp8_linear`, for up to 16 rows of x: so few need not be quantized for it.
 
     Returns (…, N) in x's dtype, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
@@ -547,7 +567,8 @@ def fp4_linear(
         _check_tiles("fp4_linear", x, weight_packed, of_rows, weight_scale, group_size)
     else:
         _check_packing("fp4_linear", x, weight_packed, weight_scale, group_size, 2)
-    out: Tensor = _fp4_linear(x, weight_packed, weight_scale, global_scale, group_size, bias)
+    _check_tile_order("fp4_linear", x, in_tiles, tile_order)
+    out: Tensor = _fp4_linear(x, weight_packed, weight_scale, global_scale, group_size, bias, tile_order)
     return out
 
 

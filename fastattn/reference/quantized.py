@@ -196,11 +196,17 @@ def int4_linear(
 
 
 def fp4_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor | None, group_size: int, bias: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    tile_order: int = 16,
 ) -> Tensor:
     """x (…, K), packed (N, ⌈K/2⌉) and scale (N, G) or tiles of both, global_scale and bias (N) → (…, N)."""
     if packed.dim() == 3:
-        packed, scale = w4_tiles.unpack_tiles(packed, 16), w4_tiles.unpack_scales(scale)
+        packed, scale = w4_tiles.unpack_tiles(packed, tile_order), w4_tiles.unpack_scales(scale)
     weight = fp4_weight(packed, scale, group_size, x.shape[-1], x.dtype)
     return scale_fp4_sums(dense.linear(x.float(), weight.float(), None), global_scale, bias, x.dtype)
 

@@ -1,5 +1,5 @@
-// Draws calls of the Hopper GEMM for few rows and weights of 4 bits in tiles, and holds their results against a
-// reference.
+// Draws calls of the Hopper GEMMs for few rows, or up to 64, and weights of 4 bits in tiles, and holds their results
+// against a reference.
 #include "gemm/gemm_sm90_w4_tiles.h"
 
 #include <algorithm>
@@ -11,20 +11,27 @@ namespace {
 
 using namespace emulator;
 using fastattn::GemmSm90W4Params;
+using fastattn::GemmSm90W4SomeRowsConfig;
 using fastattn::GemmSm90W4TilesConfig;
 using fastattn::GemmSm90W4TilesShape;
 
 struct Format {
   const char* name;
-  bool fp8;   // x in e4m3, tiles in order 8
-  int group;  // 0: int4, of any size
-  cudaError_t (*launch)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
+  bool fours;  // tiles in order 8
+  bool fp8;    // x in e4m3
+  int group;   // 0: int4, of any size
+  cudaError_t (*few_rows)(const GemmSm90W4Params&, const GemmSm90W4TilesConfig&, cudaStream_t);
+  cudaError_t (*some_rows)(const GemmSm90W4Params&, const GemmSm90W4SomeRowsConfig&, cudaStream_t) = nullptr;
 };
-const Format kFormats[] = {{"nvfp4", false, 16, fastattn::gemm_nvfp4_tiles_sm90},
-                           {"mxfp4", false, 32, fastattn::gemm_mxfp4_tiles_sm90},
-                           {"int4", false, 0, fastattn::gemm_int4_tiles_sm90},
-                           {"nvfp4 and fp8", true, 16, fastattn::gemm_nvfp4_fp8_tiles_sm90},
-                           {"mxfp4 and fp8", true, 32, fastattn::gemm_mxfp4_fp8_tiles_sm90}};
+const Format kFormats[] = {
+    {"nvfp4", false, false, 16, fastattn::gemm_nvfp4_tiles_sm90, fastattn::gemm_nvfp4_some_rows_sm90},
+    {"mxfp4", false, false, 32, fastattn::gemm_mxfp4_tiles_sm90, fastattn::gemm_mxfp4_some_rows_sm90},
+    {"int4", false, false, 0, fastattn::gemm_int4_tiles_sm90, fastattn::gemm_int4_some_rows_sm90},
+    {"nvfp4 in fours", true, false, 16, fastattn::gemm_nvfp4_tiles_of_fours_sm90},
+    {"mxfp4 in fours", true, false, 32, fastattn::gemm_mxfp4_tiles_of_fours_sm90},
+    {"nvfp4 and fp8", true, true, 16, fastattn::gemm_nvfp4_fp8_tiles_sm90},
+    {"mxfp4 and fp8", true, true, 32, fastattn::gemm_mxfp4_fp8_tiles_sm90}};
+constexpr int kFormatsOfSomeRows = 3;
 
 float e2m1_value(int code) {
   constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -68,19 +75,22 @@ uint32_t fp8_word(const int (&codes)[4][2]) {
   return word;
 }
 
-// X of x, T of out.
+// X of x, T of out. shape: of few rows; of some block_m alone.
 template <typename X, typename T>
-void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
+void run_call(const Format& format, const GemmSm90W4TilesShape& shape, bool some_rows) {
   constexpr int kBehind = 64;  // elements behind out that nobody may write
   GemmSm90W4Params p;
   p.dtype = TypeInfo<T>::kDType;
   const int pass = shape.pass_tiles;
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
-  const bool more_passes = one_in(6);
+  const bool more_passes = !some_rows && one_in(6);
   p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
   p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
-  const int splits = static_cast<int>(std::min<int64_t>(p.k / 64, pick({1, 1, 2, 3, 8})));
-  const GemmSm90W4TilesConfig config = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, pick<int64_t>({1, 20, 132}));
+  const int64_t most_splits = some_rows ? std::min<int64_t>((p.k / 64 + 3) / 4, 4) : p.k / 64;
+  const int splits = static_cast<int>(std::min<int64_t>(most_splits, pick({1, 1, 2, 3, 8})));
+  const int64_t num_sms = pick<int64_t>({1, 20, 132});
+  const GemmSm90W4TilesConfig few = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, num_sms);
+  const GemmSm90W4SomeRowsConfig some = fastattn::gemm_sm90_w4_some_rows_of(shape.block_m, splits, p.n, num_sms);
 
   p.x_stride = p.k + 16 / sizeof(X) * pick({0, 0, 1, 5});
   Tensor<X> x(p.m * p.x_stride + 16);  // NaN between the rows
@@ -128,12 +138,12 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
         for (int j = 0; j < 4; ++j) {
           int of_word[4][2];
           for (int i = 0; i < 8; ++i) {
-            const int64_t n = row * 16 + lane / 4 + (format.fp8 ? i / 4 : i / 2 % 2) * 8;
+            const int64_t n = row * 16 + lane / 4 + (format.fours ? i / 4 : i / 2 % 2) * 8;
             const int64_t k =
-                column * 64 + j * 16 + (format.fp8 ? lane % 4 * 4 + i % 4 : lane % 4 * 2 + i / 4 * 8 + i % 2);
+                column * 64 + j * 16 + (format.fours ? lane % 4 * 4 + i % 4 : lane % 4 * 2 + i / 4 * 8 + i % 2);
             of_word[i / 2][i % 2] = codes[n * p.k + k];
           }
-          tiles[(row * columns + column) * 32 + lane].words[j] = format.fp8          ? fp8_word(of_word)
+          tiles[(row * columns + column) * 32 + lane].words[j] = format.fours        ? fp8_word(of_word)
                                                                  : format.group == 0 ? int4_word(of_word)
                                                                                      : fp4_word(of_word);
         }
@@ -168,8 +178,8 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
   current_call += std::string(": ") + format.name + " " + TypeInfo<T>::kName + " m " + std::to_string(p.m) + ", n " +
                   std::to_string(p.n) + ", k " + std::to_string(p.k) + ", groups of " + std::to_string(group) +
                   (has_zero_points ? " with zero points" : "") + "; block " + std::to_string(shape.block_m) + " x " +
-                  std::to_string(shape.row_tiles) + " tiles, " + std::to_string(splits) + " splits, " +
-                  std::to_string(config.num_ctas) + " CTAs";
+                  std::to_string(some_rows ? some.box_tiles : shape.row_tiles) + " tiles, " + std::to_string(splits) +
+                  " splits, " + std::to_string(some_rows ? some.num_ctas : few.num_ctas) + " CTAs";
 
   std::vector<double> weight(p.n * p.k);
   for (int64_t n = 0; n < p.n; ++n) {
@@ -182,7 +192,8 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
     }
   }
   const auto launch = [&] {
-    if (format.launch(p, config, nullptr) != cudaSuccess) fail("no instantiation takes the call");
+    const cudaError_t error = some_rows ? format.some_rows(p, some, nullptr) : format.few_rows(p, few, nullptr);
+    if (error != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
   for (int64_t m = 0; m < p.m; ++m) {
@@ -213,16 +224,23 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape) {
 int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int seed, int size) {
     constexpr int NUM_SHAPES = std::size(fastattn::kGemmSm90W4TilesShapes);
-    int idx = seed % NUM_SHAPES;
-    for (int i = 0; i < NUM_SHAPES; ++i) {
-      if (fastattn::kGemmSm90W4TilesShapes[i].block_m == size) idx = i;
+    constexpr int NUM_BLOCKS = std::size(fastattn::kGemmSm90W4SomeRowsBlocks);
+    std::vector<GemmSm90W4TilesShape> shapes(fastattn::kGemmSm90W4TilesShapes,
+                                             fastattn::kGemmSm90W4TilesShapes + NUM_SHAPES);
+    for (const int block_m : fastattn::kGemmSm90W4SomeRowsBlocks) shapes.push_back({block_m, 1, 1, 1});
+    int idx = seed % (NUM_SHAPES + NUM_BLOCKS);
+    for (int i = 0; i < NUM_SHAPES + NUM_BLOCKS; ++i) {
+      if (shapes[i].block_m == size) idx = i;
     }
-    const GemmSm90W4TilesShape& shape = fastattn::kGemmSm90W4TilesShapes[idx];
-    const Format& format = kFormats[between(0, 4)];
+    const GemmSm90W4TilesShape& shape = shapes[idx];
+    const bool some_rows = idx >= NUM_SHAPES;
+    const Format& format =
+        kFormats[between(0, some_rows ? kFormatsOfSomeRows - 1 : static_cast<int>(std::size(kFormats)) - 1)];
     if (format.fp8) {
-      return one_in(2) ? run_call<__nv_fp8_e4m3, __half>(format, shape)
-                       : run_call<__nv_fp8_e4m3, __nv_bfloat16>(format, shape);
+      return one_in(2) ? run_call<__nv_fp8_e4m3, __half>(format, shape, false)
+                       : run_call<__nv_fp8_e4m3, __nv_bfloat16>(format, shape, false);
     }
-    return one_in(2) ? run_call<__half, __half>(format, shape) : run_call<__nv_bfloat16, __nv_bfloat16>(format, shape);
+    return one_in(2) ? run_call<__half, __half>(format, shape, some_rows)
+                     : run_call<__nv_bfloat16, __nv_bfloat16>(format, shape, some_rows);
   });
 }

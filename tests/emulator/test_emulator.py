@@ -44,9 +44,12 @@ KERNELS = {
         CSRC / "sampling/gumbel_max.cu",
     ],
     "gemm_sm90_sparse_24": sorted(CSRC.glob("gemm/gemm_sparse*_sm90.cu")),
-    "gemm_sm90_w4_tiles": sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
+    "gemm_sm90_w4_tiles": [
+        *sorted(CSRC.glob("gemm/gemm_sm90_w4_*_tiles.cu")),
+        *sorted(CSRC.glob("gemm/gemm_sm90_w4_*_some_rows.cu")),
+    ],
     "gemm_sm90_w4": [
-        *sorted(CSRC.glob("gemm/gemm_sm90_w4*.cu")),
+        *sorted(set(CSRC.glob("gemm/gemm_sm90_w4*.cu")) - set(CSRC.glob("gemm/gemm_sm90_w4_*_some_rows.cu"))),
         *(CSRC / f"gemm/{name}.cu" for name in ("fp4_to_fp8", "w4_tiles")),
     ],
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
@@ -174,6 +177,7 @@ GEMM_NORM, GEMM_SUMS = "gemm/gemm_sm90_norm.cuh", "gemm/gemm_sm90_sums.cuh"
 W4, W4_FORMATS = "gemm/gemm_sm90_w4.cuh", "gemm/gemm_sm90_w4_formats.cuh"
 W4_PRODUCTS = "gemm/gemm_sm90_w4_products.cuh"
 W4_TILES, W4_TILES_FORMATS = "gemm/gemm_sm90_w4_tiles.cuh", "gemm/gemm_sm90_w4_tiles_formats.cuh"
+W4_SOME = "gemm/gemm_sm90_w4_some_rows.cuh"
 W4_MANY, W4_TILED = "gemm/gemm_sm90_w4_many_rows.cuh", "gemm/gemm_sm90_w4_tiled_operands.cuh"
 ROW_CACHE, REDUCE = "norm/row_cache.cuh", "arch/reduce.cuh"
 GEMM_STORES, GEMM_ADDED = "gemm/gemm_sm90_stores.cuh", "gemm/gemm_sm90_added_rows.cuh"
@@ -186,7 +190,7 @@ KERNEL_OF |= {GEMM_STORES: "gemm_sm90", GEMM_ADDED: "gemm_sm90", GEMM_SCALES: "g
 KERNEL_OF |= {ROW_CACHE: "small_operators", REDUCE: "small_operators"}
 KERNEL_OF |= {W4_MANY: "gemm_sm90_w4", W4_TILED: "gemm_sm90_w4", W4_PRODUCTS: "gemm_sm90_w4"}
 KERNEL_OF |= {TRANSPOSED: "gemm_sm90_sparse_24"}
-KERNEL_OF |= {W4_TILES: "gemm_sm90_w4_tiles", W4_TILES_FORMATS: "gemm_sm90_w4_tiles"}
+KERNEL_OF |= {W4_TILES: "gemm_sm90_w4_tiles", W4_TILES_FORMATS: "gemm_sm90_w4_tiles", W4_SOME: "gemm_sm90_w4_tiles"}
 MUTANTS = [
     Mutant(
         "an arrival is left out",
@@ -565,6 +569,51 @@ MUTANTS = [
         "        if (!next.is_over(share)) load_scales();\n        next.advance(share);",
         "gemm_sm90_w4_int4_tiles.cu",
         "8",
+        "expected",
+    ),
+    Mutant(
+        "a lane of fours takes x of the lower half of a tile's columns twice",
+        W4_TILES,
+        "load_shared_8_bytes(rows + j * 32)",
+        "load_shared_8_bytes(rows + j % 2 * 32)",
+        "gemm_sm90_w4_fours_tiles.cu",
+        "8",
+        "expected",
+    ),
+    Mutant(
+        "a stage is released while a product reads its x",
+        W4_SOME,
+        "if (tile == 0 && i == 1 && step > begin) release_last();",
+        "if (tile == 0 && i == 0 && step > begin) release_last();",
+        "gemm_sm90_w4_nvfp4_some_rows.cu",
+        "64",
+        "expected",
+    ),
+    Mutant(
+        "the other CTA's x is brought before this one has multiplied what lies there",
+        W4_SOME,
+        "smem.empty[last_stage].arrive_at_cta(split * SHARERS + lane);",
+        "smem.empty[last_stage].arrive_at_cta(rank);",
+        "gemm_sm90_w4_nvfp4_some_rows.cu",
+        "64",
+        "in the call: seed",
+    ),
+    Mutant(
+        "scales are read as if chunks had not changed places",
+        W4_SOME,
+        "(place ^ row_tile % 8 * 16)",
+        "place",
+        "gemm_sm90_w4_mxfp4_some_rows.cu",
+        "32",
+        "expected",
+    ),
+    Mutant(
+        "the other half's sums are added up",
+        W4_SOME,
+        "other * SHARERS + sharer)",
+        "other * SHARERS)",
+        "gemm_sm90_w4_int4_some_rows.cu",
+        "48",
         "expected",
     ),
     Mutant(

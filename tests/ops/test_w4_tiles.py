@@ -74,6 +74,8 @@ def test_fp4_linear_from_tiles(group_size: int) -> None:
         scale_tiles, its_global = ops.pack_w4_scales(scale, group_size, global_scale)
         out = ops.fp4_linear(x, ops.pack_w4_tiles(packed), scale_tiles, group_size, its_global)
         assert torch.equal(out, ops.fp4_linear(x, packed, scale, group_size, global_scale))
+        fours = ops.pack_w4_tiles(packed, 8)
+        assert torch.equal(out, ops.fp4_linear(x, fours, scale_tiles, group_size, its_global, tile_order=8))
     if group_size == 16:
         assert torch.equal(ops.unpack_w4_scales(scale_tiles), scale)
     else:  # in each row 2⁶ is the largest, and the others are as far from it as they were
@@ -90,6 +92,9 @@ def test_int4_linear_from_tiles() -> None:
     assert torch.equal(out, ops.int4_linear(x, packed, scale, 64, zero_point))
 
 
+_TILES, _SCALES = torch.zeros(3, 1, 512, dtype=torch.uint8), torch.zeros(3, 1, 64, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -101,6 +106,18 @@ def test_int4_linear_from_tiles() -> None:
         (lambda: ops.pack_w4_scales(torch.zeros(48, 4, dtype=torch.uint8), 64), "group_size is 64, expected 16"),
         (lambda: ops.pack_w4_scales(torch.zeros(48, 3, dtype=torch.uint8), 32), r"weight_scale has shape \(48, 3\)"),
         (lambda: ops.unpack_w4_scales(torch.zeros(3, 1, 16, dtype=torch.uint8)), r"tiles has shape \(3, 1, 16\)"),
+        (
+            lambda: ops.fp4_linear(torch.zeros(17, 64), _TILES, _SCALES, 16, tile_order=8),
+            r"x has shape \(17, 64\), expected at most 16 rows with tile_order 8",
+        ),
+        (
+            lambda: ops.fp4_linear(torch.zeros(1, 64), _TILES, _SCALES, 16, tile_order=4),
+            "tile_order is 4, expected 16 or 8",
+        ),
+        (
+            lambda: ops.fp4_linear(torch.zeros(1, 64), _TILES[0, :, :32], _TILES[0, :, :4], 16, tile_order=8),
+            "tile_order is 8, expected 16 where weight_packed is not in tiles",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(call, message: str) -> None:

@@ -148,6 +148,7 @@ def fp4_linear(
     group_size: int,
     global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    tile_order: int = 16,  # rows have none
 ) -> list[Tensor]:
     columns = torch.arange(x.shape[-1], device=x.device)
     bits = weight_scale.long()
