@@ -57,7 +57,7 @@ class Fp4Weight(FourBitWeight):
 
     @property
     def exact_rows(self) -> int:  # type: ignore[override]
-        """So few rows are read with the weight's tiles as they are: a quantizer would take as long as a tenth of the product."""
+        """Up to so many rows the same tiles are read with x in 16 bits: in front of them a quantizer costs more than it saves."""
         return MAX_ROWS_OF_ORDER_8 if self.fp8_activations and self.in_tiles and self.codes.is_cuda else 0
 
     def stored(self, piece: Piece) -> Weights:

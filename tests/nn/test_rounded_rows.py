@@ -50,7 +50,7 @@ def test_a_norm_rounds_for_the_layer_behind_it(name: str, packed: bool) -> None:
         fill(module)
     if packed:
         layer.pack()
-    assert layer.rounds_to is rounds_to
+    assert layer.rounds_to(1) is rounds_to
     x, residual = torch.randn(2, 5, HIDDEN)
     for added in (None, residual):
         left, right = (None if added is None else added.clone() for _ in range(2))
