@@ -55,11 +55,21 @@ constexpr Instantiation kInstantiations[] = {
     {kFp16, 256, true, true, launch_flash_sm80<__half, 256, PagedKv<__half>, TreeMask>},
 };
 
+// A pair is a KV head of a sequence, or a part of its keys. With a causal mask the long tiles of a section come first,
+// so that those which are left towards the end of the call are short.
+constexpr int64_t kPairsOfSection = 32;
+
 }  // namespace
 
 cudaError_t flash_sm80_forward(const FlashSm80Params& params, cudaStream_t stream) {
   FlashSm80Params p = params;
   p.set_divisions();
+  const int64_t num_pairs = static_cast<int64_t>(p.config.num_splits) * p.num_kv_heads * p.num_seqs;
+  const int64_t num_ctas = p.config.num_m_tiles * num_pairs;
+  if (num_ctas == 0) return cudaSuccess;
+  if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
+  p.order = SectionLookup(SectionOrder::make(num_pairs, p.config.num_m_tiles, kPairsOfSection, false, 0),
+                          p.config.num_m_tiles);
   for (const Instantiation& entry : kInstantiations) {
     if (entry.dtype != p.dtype || entry.head_dim != p.config.head_dim || entry.paged != p.paged ||
         entry.tree != (p.tree_mask != nullptr)) {

@@ -11,6 +11,7 @@
 // Grid: one CTA per (sequence, KV head, split of the keys, tile of rows). A tile's rows are the
 // pairs (query token, head of the group) of one KV head, row r = token r / G, head r % G, so that a
 // chunk of few tokens with G = 8 loads K and V once, not eight times. (With at most 16 rows it is paged_decode's.)
+// CTAs are in the order of section_order.h, levels being tiles from the last rows on.
 //
 //                    keys of a step
 //             ┌──────────────────────────┐
@@ -168,16 +169,14 @@ __global__ void __launch_bounds__(FlashSm80Storage<T, HEAD_DIM>::kNumThreads, 2)
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // else it is read anew in each step
   const int lane = threadIdx.x % 32;
 
-  // ---- which tile. The last rows come first: with a causal mask they have the most keys.
-  const int32_t num_m_tiles = static_cast<int32_t>(p.config.num_m_tiles);
+  // ---- which tile. The last rows of all pairs come first: with a causal mask they have the most keys.
   const int32_t num_splits = p.config.num_splits;
-  int32_t tile_idx = blockIdx.x;
-  const int32_t m_tile = num_m_tiles - 1 - tile_idx % num_m_tiles;
-  tile_idx /= num_m_tiles;
-  const int32_t split_idx = tile_idx % num_splits;
-  tile_idx /= num_splits;
-  const int32_t kv_head_idx = tile_idx % p.num_kv_heads;
-  const int32_t seq_idx = tile_idx / p.num_kv_heads;
+  const auto [pair, level] = p.order.find(blockIdx.x);
+  const int32_t m_tile = static_cast<int32_t>(p.config.num_m_tiles) - 1 - level;
+  const int32_t split_idx = pair % num_splits;
+  const int32_t seq_and_head = pair / num_splits;
+  const int32_t kv_head_idx = seq_and_head % p.num_kv_heads;
+  const int32_t seq_idx = seq_and_head / p.num_kv_heads;
 
   const bool packed_q = p.cu_seqlens_q != nullptr;
   const int32_t q_start = packed_q ? p.cu_seqlens_q[seq_idx] : 0;
@@ -480,8 +479,6 @@ cudaError_t launch_flash_sm80(const FlashSm80Params& p, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(FlashSm80Storage<T, HEAD_DIM>);
   static_assert(kSmemBytes <= 99 * 1024, "the limit of sm_86 and sm_89");
   const int64_t num_ctas = p.config.num_m_tiles * p.config.num_splits * p.num_kv_heads * p.num_seqs;
-  if (num_ctas == 0) return cudaSuccess;
-  if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int64_t kPassBytes = ChunkOfThread<HEAD_DIM, FlashSm80Storage<T, HEAD_DIM>::kNumThreads>::kRowsPerPass * 2;
   return launch_kernel(flash_sm80_kernel<T, HEAD_DIM, KvLoader, Mask>, num_ctas, p.config.tile.num_threads(),
                        kSmemBytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap),

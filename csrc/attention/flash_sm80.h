@@ -6,6 +6,7 @@
 
 #include "attention/attention_params.h"
 #include "attention/flash_sm80_config.h"
+#include "attention/section_order.h"
 
 namespace fastattn {
 
@@ -18,6 +19,7 @@ struct FlashSm80Params : AttentionParams {
   float* partial_lse = nullptr;
 
   FlashSm80Config config = {};  // from flash_sm80_config
+  SectionLookup order;          // of the CTAs, by flash_sm80_forward
 };
 
 // Enqueues the kernel, and the combination of the splits if there are several. Needs T > 0.
