@@ -21,6 +21,7 @@ NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kern
 FURTHER_CALLS = {"flash_fwd_sm90": 144}
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(CXX is None, reason="no g++"),
     pytest.mark.skipif(INCLUDE is None, reason="no CUDA headers: nvcc is neither on the PATH nor in CUDA_HOME"),
 ]
