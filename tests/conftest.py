@@ -1,4 +1,4 @@
-"""Shared by all tests: the `gpu` marker, and the `device` parameter that runs a test on the CPU and on a GPU."""
+"""Shared by all tests: the markers `gpu` and `long`, and `device`, a parameter that runs a test on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Threads of several workers that wait for one another on the same cores make a step ten times slower.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,6 +10,8 @@ void fail(const std::string& what) {
   std::exit(1);
 }
 
+bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
+
 // ---------------------------------------------------------------------------------------------
 // Threads
 
@@ -153,8 +155,9 @@ void run_grid(int64_t num_ctas, int cluster_size, int num_threads, int num_smem_
         if (waits[warp] != waits[warp / 4 * 4]) fail("warps of a group wait for products at different places");
         if (warp % 4 == 3) std::fill(waits + warp - 3, waits + warp + 1, 0);
       }
-      for (int i = num_smem_bytes; i < kMaxSmemBytes; ++i) {
-        if (smem_of(rank)[i] != 0xff) fail("a write behind the end of shared memory");
+      const unsigned char* const smem = smem_of(rank);
+      if (std::any_of(smem + num_smem_bytes, smem + kMaxSmemBytes, [](unsigned char byte) { return byte != 0xff; })) {
+        fail("a write behind the end of shared memory");
       }
     }
   }
@@ -162,6 +165,10 @@ void run_grid(int64_t num_ctas, int cluster_size, int num_threads, int num_smem_
 
 // ---------------------------------------------------------------------------------------------
 // Barriers
+
+std::string LanesMeet::text() const {
+  return "the other lanes, of which " + std::to_string(warp.num_arrived) + " came";
+}
 
 namespace {
 

@@ -66,7 +66,7 @@ using fastattn::smem_bytes;
 inline std::mt19937 random_engine;
 inline std::string current_call;  // in words, for whoever has to find out what went wrong
 
-inline bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
+bool chance(int percent);
 
 [[noreturn]] void fail(const std::string& what);
 
@@ -158,7 +158,8 @@ class WorkInGroups {
  public:
   explicit WorkInGroups(const std::string& name) {
     end_of_cta.push_back([this, name] {
-      for (Queue& queue : queues_) {
+      for (int thread = 0; thread < cta.num_threads * cta.cluster_size; ++thread) {
+        Queue& queue = queues_[thread];
         for (const std::vector<Work>& group : queue.groups) {
           if (!group.empty()) fail("a thread ended before its " + name + " did");
         }
@@ -193,9 +194,7 @@ struct LanesMeet final : Condition {
   uint64_t meeting;
   LanesMeet(const Warp& w, uint64_t m) : warp(w), meeting(m) {}
   bool holds() const override { return warp.num_meetings != meeting; }
-  std::string text() const override {
-    return "the other lanes, of which " + std::to_string(warp.num_arrived) + " came";
-  }
+  std::string text() const override;
 };
 
 // Each lane shows a value; the last one to come calls last(values) for all, as the tensor cores take what 32 lanes

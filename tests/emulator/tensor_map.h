@@ -14,20 +14,18 @@ struct TensorMap {
   int box[3];          // elements of the first three dimensions
   int element_bytes;
 
-  // An element; zeros outside the tensor.
-  void read(int64_t x, int64_t y, int64_t z, int64_t w, unsigned char* target) const {
-    const int64_t at[4] = {x, y, z, w};
-    int64_t offset = 0;
-    bool inside = true;
-    for (int i = 0; i < 4; ++i) {
-      inside = inside && at[i] >= 0 && at[i] < sizes[i];
-      offset += at[i] * strides[i];
+  // A row of the box; zeros outside the tensor.
+  void read_row(int64_t x, int64_t y, int64_t z, int64_t w, unsigned char* target) const {
+    std::memset(target, 0, box[0] * element_bytes);
+    const int64_t at[4] = {0, y, z, w};
+    const unsigned char* row = base;
+    for (int i = 1; i < 4; ++i) {
+      if (at[i] < 0 || at[i] >= sizes[i]) return;
+      row += at[i] * strides[i];
     }
-    if (inside) {
-      std::memcpy(target, base + offset, element_bytes);
-    } else {
-      std::memset(target, 0, element_bytes);
-    }
+    const int64_t begin = std::max<int64_t>(x, 0), end = std::min(x + box[0], sizes[0]);
+    if (begin >= end) return;
+    std::memcpy(target + (begin - x) * element_bytes, row + begin * element_bytes, (end - begin) * element_bytes);
   }
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));

@@ -26,7 +26,7 @@ from tests.engine.exact import Exact, hf_model
 from tests.engine.prompts import PROMPTS
 from tests.engine.tiny import assert_idle, make_engine
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 CASES = [
     pytest.param(("smollm2", 50, 64), id="smollm2"),

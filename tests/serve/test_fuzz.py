@@ -45,6 +45,7 @@ def map_body(context, body):
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_schemathesis(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "hooks.py").write_text(HOOKS)

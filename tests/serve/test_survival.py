@@ -65,6 +65,7 @@ def read(server: Running, body: dict[str, Any]) -> dict[str, Any]:
     return {"texts": texts, "logprobs": logprobs, "finish": finish, "usage": usage, "error": error, "done": done}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_streams_survive_the_death_of_the_engine(tiny_folder: Path) -> None:
     """20 x kill -9 while 8 streams run: each ends with the text that it would have had."""
@@ -131,6 +132,7 @@ def test_an_engine_that_cannot_be_kept_ends_the_server(tiny_folder: Path, tmp_pa
     assert sum("the engine process ended" in line for line in server.log) == 5
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)  # twenty servers are started, on whatever else the machine does
 def test_terminated_under_load_no_stream_breaks(tiny_folder: Path) -> None:
     """20 x SIGTERM while 6 streams run: what was taken is finished, what comes later is refused, the exit code is 0."""

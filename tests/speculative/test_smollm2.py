@@ -18,7 +18,7 @@ from fastattn.speculative.config import SpeculativeConfig
 from tests.engine.exact import Exact
 from tests.engine.test_token_exact import Arrival, engine_for, opened, serve
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.long]
 
 
 @dataclass(frozen=True)

@@ -6,30 +6,11 @@
 
 namespace emulator {
 
-struct AsyncCopy {
-  void* destination;
-  const void* source;
-  size_t num_bytes;
-  bool valid;
-
-  void complete() const {
-    if (valid) {
-      std::memcpy(destination, source, num_bytes);
-    } else {
-      std::memset(destination, 0, num_bytes);
-    }
-  }
-};
-
-inline WorkInGroups<AsyncCopy> async_copies("copies");
-
-inline void copy(void* destination, const void* source, size_t num_bytes, bool valid) {
-  if (fastattn::shared_address(destination) % num_bytes != 0 || reinterpret_cast<uintptr_t>(source) % num_bytes != 0) {
-    fail("cp.async from or to an address that is not a multiple of " + std::to_string(num_bytes));
-  }
-  std::memset(destination, 0xff, num_bytes);
-  async_copies.add({destination, source, num_bytes, valid});
-}
+// Begins a copy, or if it is not valid, of zeros.
+void copy(void* destination, const void* source, size_t num_bytes, bool valid);
+void commit_copies();
+// This thread's, but for the last groups.
+void wait_for_copies(size_t num_pending);
 
 }  // namespace emulator
 
@@ -45,14 +26,11 @@ inline void cp_async_4(void* destination, const void* source, bool valid) {
   emulator::copy(destination, source, 4, valid);
 }
 
-inline void cp_async_commit() { emulator::async_copies.commit(); }
+inline void cp_async_commit() { emulator::commit_copies(); }
 
 template <int PENDING>
 void cp_async_wait() {
-  auto& groups = emulator::async_copies.of_this_thread().groups;
-  for (; groups.size() > PENDING; groups.pop_front()) {
-    for (const emulator::AsyncCopy& copy : groups.front()) copy.complete();
-  }
+  emulator::wait_for_copies(PENDING);
 }
 
 }  // namespace fastattn

@@ -24,31 +24,25 @@ struct Product {
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-inline WorkInGroups<Product> products("products");
-using ProductQueue = WorkInGroups<Product>::Queue;
+void add_product(const Product& product);
+void commit_products();
+// Those of a warp, but for the last groups; its 32 lanes must have issued the same.
+void wait_for_products(size_t num_pending);
 
 // Of T: __half, __nv_bfloat16, __nv_fp8_e4m3 or int8_t, the last two K-major only.
 template <typename T, bool A_MN_MAJOR, bool B_MN_MAJOR>
 void compute_product(const Product* const (&lanes)[32], int first_row);
-
-// The oldest group of a warp, whose 32 lanes must have issued the same.
-void compute_group(ProductQueue* const* const* queues, int first_row);
 
 }  // namespace emulator
 
 namespace fastattn {
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() { emulator::products.commit(); }
+inline void wgmma_commit() { emulator::commit_products(); }
 
 template <int PENDING>
 void wgmma_wait() {
-  if (threadIdx.x % 32 == 0) ++emulator::num_product_waits[emulator::this_rank()][threadIdx.x / 32];
-  emulator::ProductQueue* const own = &emulator::products.of_this_thread();
-  const int first_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
-  emulator::meet(own, [&](emulator::ProductQueue* const* const* queues) {
-    while ((*queues[0])->groups.size() > PENDING) emulator::compute_group(queues, first_row);
-  });
+  emulator::wait_for_products(PENDING);
 }
 
 template <typename Registers>
@@ -59,16 +53,16 @@ struct Wgmma {
   static constexpr bool kFp8 = sizeof(T) == 1;  // which has operands K-major only
 
   static void ss(emulator::SumOf<T> (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {
-    emulator::products.add({emulator::compute_product<T, false, false>, N, d[0], nullptr, a, b, scale_d != 0});
+    emulator::add_product({emulator::compute_product<T, false, false>, N, d[0], nullptr, a, b, scale_d != 0});
   }
   static void ss_mn(float (&d)[N / 8][4], uint64_t a, uint64_t b, int scale_d) {
-    emulator::products.add({emulator::compute_product<T, true, true>, N, d[0], nullptr, a, b, scale_d != 0});
+    emulator::add_product({emulator::compute_product<T, true, true>, N, d[0], nullptr, a, b, scale_d != 0});
   }
   static void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) {
-    emulator::products.add({emulator::compute_product<T, false, !kFp8>, N, d[0], a, 0, b, scale_d != 0});
+    emulator::add_product({emulator::compute_product<T, false, !kFp8>, N, d[0], a, 0, b, scale_d != 0});
   }
   static void rs_k(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int scale_d) {
-    emulator::products.add({emulator::compute_product<T, false, false>, N, d[0], a, 0, b, scale_d != 0});
+    emulator::add_product({emulator::compute_product<T, false, false>, N, d[0], a, 0, b, scale_d != 0});
   }
 };
 

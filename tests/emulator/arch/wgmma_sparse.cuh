@@ -21,7 +21,7 @@ struct SparseWgmma {
   template <int SELECTOR>
   static void ss(emulator::SumOf<T> (&d)[N / 8][4], uint64_t a, uint64_t b, const uint32_t& metadata, int scale_d) {
     static_assert(SELECTOR == 0 || (SELECTOR == 1 && sizeof(T) == 2), "all other selectors are undefined");
-    emulator::products.add(
+    emulator::add_product(
         {emulator::compute_sparse_product<T>, N, d[0], nullptr, a, b, scale_d != 0, &metadata, SELECTOR});
   }
 };

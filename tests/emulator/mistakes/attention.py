@@ -1,0 +1,228 @@
+"""Mistakes in the attention kernels."""
+
+from __future__ import annotations
+
+from tests.emulator.mistakes.mistake import Header, Mistake
+
+FWD = Header("attention/flash_fwd_sm90.cuh", "flash_fwd_sm90")
+BWD = Header("attention/flash_bwd_sm90.cuh", "flash_bwd_sm90")
+DECODE = Header("attention/paged_decode.cuh", "paged_decode")
+DECODE_CLUSTER = Header("attention/paged_decode_cluster.cuh", "paged_decode")
+DECODE_SHORT = Header("attention/paged_decode_short.cuh", "paged_decode")
+SM80 = Header("attention/flash_sm80.cuh", "flash_sm80")
+MASK = Header("attention/mask.cuh", "paged_decode")
+
+MISTAKES = [
+    Mistake(
+        "an arrival is left out",
+        FWD,
+        """    pin_registers(probs);
+    release_v();
+  };""",
+        """    pin_registers(probs);
+    v_ring.advance();
+  };""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    Mistake(
+        "V is released before the product that reads it is over",
+        FWD,
+        """      start_first_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();""",
+        """      release_v();
+      start_first_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mistake(
+        "a group that passes over a block does not end its turn",
+        FWD,
+        """      take_turn();
+      end_turn();
+      release_k();""",
+        """      take_turn();
+      release_k();""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    # Undefined, and every test passed on GPUs; synccheck found it.
+    Mistake(
+        "each warp decides for itself whether it waits for products",
+        FWD,
+        "if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0]",
+        "if ((moved | (parts[0]",
+        "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "wait for products at different places",
+    ),
+    Mistake(
+        "negative scores of fp8 are compared as integers",
+        FWD,
+        "if (__any_sync(0xffffffffu, signs < 0)) {",
+        "if (__any_sync(0xffffffffu, false)) {",
+        "flash_fwd_sm90_fp8_hd128.cu",
+        "128",
+        "expected",
+    ),
+    # Wrong rows, or an end that never comes: who is first, the schedule decides.
+    Mistake(
+        "a block is widened over one that a product still reads",
+        FWD,
+        "        empty.wait(parity ^ 1);\n",
+        "",
+        "flash_fwd_sm90_8bit_hd128.cu",
+        "128",
+        "in the call: seed",
+    ),
+    Mistake(
+        "P is multiplied by the factors of another block",
+        FWD,
+        "slot_of(k_ring.count - 1)",
+        "slot_of(k_ring.count)",
+        "flash_fwd_sm90_8bit_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mistake(
+        "O is not brought to the larger factors of a block",
+        FWD,
+        "for (float& x : acc[t]) x *= ratio;",
+        "for (float& x : acc[t]) x *= 1.0f;",
+        "flash_fwd_sm90_8bit_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mistake(
+        "Q is released before the product that reads it is over",
+        BWD,
+        """      wgmma_wait<1>();
+      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);""",
+        """      release(smem.q_empty[(q_ring.count - 1) % Storage::kStagesQ]);
+      wgmma_wait<1>();""",
+        "flash_bwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    # A form of the kernel had this, and every test passed on GPUs.
+    Mistake(
+        "a warp writes dS while a product of its own group reads it",
+        BWD,
+        "      release(smem.probs_full);  // this",
+        "      for (int i = 0; i < 4 && warp_idx % 4 == 0; ++i) release(smem.probs_full);  // this",
+        "flash_bwd_sm90_hd256.cu",
+        "256",
+        "expected",
+    ),
+    Mistake(
+        "a group writes dS while the other one's product reads it",
+        BWD,
+        "    smem.ds_empty[ds_stage].wait(ds_ring.parity() ^ 1);\n",
+        "",
+        "flash_bwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mistake(
+        "a split goes on with the sums of the one before",
+        DECODE,
+        "    if constexpr (INVARIANT) products.begin(p);\n  }\n",
+        "  }\n",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "splits are added up into 16 bits where the output has 8",
+        DECODE,
+        "  const DecodeOutput<T, Mask> output(p, plan, ended, plan.seq_idx);\n",
+        """  PagedDecodeParams other = p;
+  other.out_scale = nullptr;
+  const DecodeOutput<T, Mask> output(other, plan, ended, plan.seq_idx);
+""",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "a copy is not waited for",
+        DECODE,
+        "cp_async_wait<STAGES - 2>();",
+        "cp_async_wait<STAGES - 1>();",
+        "paged_decode_hd64.cu",
+        "64",
+        "ended before its copies did",
+    ),
+    Mistake(
+        "stages are loaded while other warps read results from them",
+        DECODE,
+        "    team.sync();  // the stages are free again\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "a row of Q that another warp loads is not waited for",
+        DECODE_CLUSTER,
+        "      __syncthreads();  // Q has come\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "values are loaded while other warps still multiply by those before",
+        SM80,
+        "    __syncthreads();\n    load_kv(kv.v, ",
+        "    load_kv(kv.v, ",
+        "flash_sm80_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "keys of a tree are taken for ones that all of its tokens see",
+        MASK,
+        "range.end = k_len - q_len;",
+        "range.end = k_len;",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "a window over a tree begins where it would over a chain",
+        MASK,
+        "words == nullptr ? first : 0",
+        "first",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "the warps' results are added up before all are there",
+        DECODE_SHORT,
+        "      __syncthreads();\n",
+        "",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+    Mistake(
+        "a tile of few keys takes those behind the last one",
+        DECODE_SHORT,
+        "place_rows(k_len - 1 - first_key)",
+        "place_rows(15)",
+        "paged_decode_hd64.cu",
+        "64",
+        "expected",
+    ),
+]
