@@ -2,6 +2,8 @@
 //
 //   h += out(attention(rope(qkv(norm(h)))))      h += down(act(gate(norm(h))) * up(norm(h)))      for each layer
 //
+// With a head h begins as rows of the embeddings, and logits = head(norm(h)) are made of what it ends as.
+//
 // One CTA an SM, all there at once (a cooperative launch). A warp brings the weights, eight warps do everything else:
 //
 //   copies     qkv ─ out ─ gate, up ─ down ─ qkv ─ out …    each CTA its rows, one stage after the other, never waiting
@@ -17,17 +19,20 @@
 // protocol of NCCL): one trip to the L2 cache after the write, where a barrier and a load behind it would be two. There
 // is one buffer for each letter, and that is enough: who writes one again has read D of the layer before, whose writers
 // had read G, which all CTAs write, and only when they are done with the rest. What a product multiplies it takes by
-// 1,024 columns, while the first of its units is multiplied.
+// 2,048 columns, while the first of its units is multiplied; weights are in registers before it is there. Whoever waits
+// looks for all that is missing at a time, and for what comes next before it multiplies.
 //
-// Products. A unit is eight rows of weight, the columns of mma.m16n8k16; tokens are rows of its A. The eight warps have
+// Products. A unit is eight rows of weight, the columns of mma.m16n8k16; of gates and ups four each, whose results are
+// multiplied. Of short rows three units are multiplied at a time. Tokens are rows of A. The eight warps have
 // every eighth 32 columns of a stage, whose K order both operands permute alike: a lane's 16 bytes of weight are the B
 // of two products, of a token those of one A, whose upper and lower eight rows are its two halves (words 0, 2, 1, 3).
 // So the first product is right in the upper rows, the second in the lower ones. Sums of the warps meet in shared
 // memory, in their order. A CTA has the same rows of out and down, and with them those of the residual stream.
 //
-// Attention. A CTA has one KV head of a token, and a part of its keys, so many as there are CTAs, 128 keys at least: 16
-// for each warp at a time. Scores and sums of values are by mma, with K and V as they come from memory. A CTA for each
-// head merges its parts, its warps each every eighth.
+// Attention. A CTA has one KV head of a token, and a part of its keys, so many as there are CTAs, but as many keys as
+// its warps have in registers at a time at least. Scores and sums of values are by mma, with K and V as they come from
+// memory. Who has all keys hands over what out multiplies; else a CTA for each head merges its parts, its warps each
+// every eighth.
 //
 // Rounding is as in the kernels that do the same one by one: q, k and v, probabilities, the attention's output, the
 // activations and the residual are rounded to T once each.
@@ -42,6 +47,7 @@
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/reduce.cuh"
+#include "arch/registers.cuh"
 #include "arch/vec.cuh"
 #include "decoder/decode_layers_sm90.h"
 #include "decoder/decode_layers_sm90_layout.h"
@@ -50,15 +56,18 @@
 namespace fastattn {
 namespace {
 
-template <typename T, int HEAD_DIM>
+// MOST_TOKENS: of a launch, 1 or kDecodeMaxTokens.
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
 struct Decode {
   const DecodeLayersParams& p;
   const Sizes& s;
   const Buffers& buffers;
   const Layout& layout;
   const Product* const products;
+  const int num_tokens;
   unsigned char* const smem;
-  const int cta, ctas, warp, lane, g, t;
+  const int cta, ctas;
+  int thread, warp, lane, g, t;
   uint32_t mark = 0;  // of this layer
 
   __device__ Decode(const Args& args, unsigned char* memory)
@@ -67,9 +76,11 @@ struct Decode {
         buffers(args.buffers),
         layout(args.layout),
         products(args.products),
+        num_tokens(MOST_TOKENS == 1 ? 1 : args.p.num_tokens),
         smem(memory),
         cta(blockIdx.x),
         ctas(gridDim.x),
+        thread(threadIdx.x),
         warp(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
         lane(threadIdx.x % 32),
         g(threadIdx.x % 32 / 4),
@@ -79,8 +90,11 @@ struct Decode {
   __device__ MBarrier& empty(int stage) {
     return reinterpret_cast<MBarrier*>(smem + layout.barriers)[kMaxStages + stage];
   }
-  // Made anew each time: what is added to them the compiler would otherwise keep in registers from layer to layer, and
+  // Made anew each time: what follows from them the compiler would otherwise keep in registers from layer to layer, and
   // spill.
+  __device__ __forceinline__ void forget() {
+    asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(t));
+  }
   __device__ __forceinline__ uint32_t* workspace() const { return opaque(p.workspace); }
   template <typename P>
   __device__ static __forceinline__ P* opaque(P* pointer) {
@@ -95,6 +109,7 @@ struct Decode {
     return item < 0 ? item + ctas : item;
   }
   __device__ const T* weight_of(int layer, int which) const {
+    if (which == kHead) return static_cast<const T*>(p.head);
     const DecodeLayer& l = p.layers[layer];
     return static_cast<const T*>(which == kQkv ? l.qkv : which == kOut ? l.out : which == kGateUp ? l.gate_up : l.down);
   }
@@ -111,30 +126,32 @@ struct Decode {
   __device__ void copy_weights() {
     const uint64_t policy = evict_first_policy();
     for (int i = 0; i < 4 * p.num_layers; ++i) copy_product(i / 4, i % 4, policy);
+    if (p.token_ids != nullptr) copy_product(0, kHead, policy);
   }
-  // Of an item the units' stages take turns: they are multiplied by the same columns.
+  // An item's row: of gates and ups, which lie in turns of eight, four gates and the four ups that belong to them.
+  __device__ static int row_of_item(int which, int item, int row) {
+    if (which != kGateUp) return item * kUnit + row;
+    return item / 2 * 2 * kUnit + row / 4 * kUnit + item % 2 * 4 + row % 4;
+  }
   __device__ void copy_product(int layer, int which, uint64_t policy) {
     const T* const weight = weight_of(layer, which);
-    const int columns = products[which].columns, units = products[which].units;
+    const int columns = products[which].columns;
     for (int item = first_item(products[which]); item < products[which].items; item += ctas) {
+      const T* const row = weight + int64_t{row_of_item(which, item, lane)} * columns;
       for (int column = 0; column < columns; column += kStageColumns) {
         const int bytes = min(kStageColumns, columns - column) * 2;
-        for (int unit = 0; unit < units; ++unit) {
-          const int row = (item * units + unit) * kUnit + lane;
-          empty(stage).wait(parity ^ 1);
-          if (lane == 0) full(stage).arrive_expect_bytes(kUnit * bytes);
-          __syncwarp();
-          if (lane < kUnit) {
-            asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                "[%0], [%1], %2, [%3], %4;\n" ::"r"(
-                    shared_address(smem + layout.ring + stage * kStageBytes + lane * kStagePitch)),
-                "l"(weight + int64_t{row} * columns + column), "r"(bytes), "r"(shared_address(&full(stage).state)),
-                "l"(policy)
-                : "memory");
-          }
-          next_stage();
+        empty(stage).wait(parity ^ 1);
+        if (lane == 0) full(stage).arrive_expect_bytes(kUnit * bytes);
+        __syncwarp();
+        if (lane < kUnit) {
+          asm volatile(
+              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+              "[%0], [%1], %2, [%3], %4;\n" ::"r"(
+                  shared_address(smem + layout.ring + stage * kStageBytes + lane * kStagePitch)),
+              "l"(row + column), "r"(bytes), "r"(shared_address(&full(stage).state)), "l"(policy)
+              : "memory");
         }
+        next_stage();
       }
     }
   }
@@ -144,7 +161,7 @@ struct Decode {
 
   __device__ float* sums_of(int slot, int of_warp, int token) {
     return reinterpret_cast<float*>(smem + layout.sums) +
-           (((sums_turn * kSlots + slot) * kWarps + of_warp) * p.num_tokens + token) * kUnit;
+           (((sums_turn * kSlots + slot) * kWarps + of_warp) * num_tokens + token) * kUnit;
   }
   // Of two neighbouring rows, over the warps.
   __device__ float2 sum_of_warps(int slot, int of_token, int row) {
@@ -166,26 +183,57 @@ struct Decode {
     return rsqrtf(sum * s.inverse_n + p.norm_eps);
   }
 
-  // Columns from `column` on of what all CTAs made, to shared memory.
-  __device__ void receive(const uint32_t* buffer, int columns, int column, uint32_t wanted) {
-    const int at = column + 4 * threadIdx.x;
-    if (at < columns) {
-      uint4 first[kDecodeMaxTokens];
+  // What a thread has seen of BLOCKS times kStageColumns columns that all CTAs make, of all tokens.
+  template <int BLOCKS>
+  using Seen = uint4[BLOCKS][MOST_TOKENS];
+  template <int BLOCKS>
+  __device__ __forceinline__ void look_at(Seen<BLOCKS>& seen, const uint32_t* buffer, int columns, int column,
+                                          const uint32_t* wanted = nullptr) {
 #pragma unroll
-      for (int token = 0; token < kDecodeMaxTokens; ++token) {
-        if (token < p.num_tokens) first[token] = look(buffer + token * columns + at);
-      }
+    for (int block = 0; block < BLOCKS; ++block) {
+      const int at = column + block * kStageColumns + 4 * thread;
+      if (at >= columns) break;
 #pragma unroll
-      for (int token = 0; token < kDecodeMaxTokens; ++token) {
-        if (token >= p.num_tokens) break;
-        // Of eight columns words 0, 2, 1, 3.
-        uint32_t* target =
-            reinterpret_cast<uint32_t*>(smem + layout.x + token * x_pitch(columns)) + at / 8 * 4 + at / 4 % 2;
-        const uint2 words = take(buffer + token * columns + at, wanted, first[token]);
-        target[0] = words.x;
-        target[2] = words.y;
+      for (int token = 0; token < MOST_TOKENS; ++token) {
+        if (token >= num_tokens) break;
+        uint4& v = seen[block][token];
+        if (wanted == nullptr || v.y != *wanted || v.w != *wanted) v = look(buffer + token * columns + at);
       }
     }
+  }
+  template <int BLOCKS>
+  __device__ __forceinline__ bool has_seen(const Seen<BLOCKS>& seen, int columns, int column, uint32_t wanted) {
+    bool all = true;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      if (column + block * kStageColumns + 4 * thread >= columns) break;
+#pragma unroll
+      for (int token = 0; token < MOST_TOKENS; ++token) {
+        if (token < num_tokens) all = all && seen[block][token].y == wanted && seen[block][token].w == wanted;
+      }
+    }
+    return all;
+  }
+  // Columns from `column` on of what all CTAs made, to shared memory; `seen` by a first look, and then by that at the
+  // columns behind them, which is under way while these are multiplied. All that is missing is looked for at a time.
+  template <int BLOCKS>
+  __device__ __forceinline__ void receive(Seen<BLOCKS>& seen, const uint32_t* buffer, int columns, int column,
+                                          uint32_t wanted) {
+    while (!has_seen<BLOCKS>(seen, columns, column, wanted)) look_at<BLOCKS>(seen, buffer, columns, column, &wanted);
+    // Of eight columns words 0, 2, 1, 3.
+    uint32_t* const target = reinterpret_cast<uint32_t*>(smem + layout.x + 2 * column) + thread / 2 * 4 + thread % 2;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      if (column + block * kStageColumns + 4 * thread >= columns) break;
+#pragma unroll
+      for (int token = 0; token < MOST_TOKENS; ++token) {
+        if (token >= num_tokens) break;
+        uint32_t* const words = target + token * (x_pitch(columns) / 4) + block * (kStageColumns / 2);
+        words[0] = seen[block][token].x;
+        words[2] = seen[block][token].z;
+      }
+    }
+    look_at<BLOCKS>(seen, buffer, columns, column + BLOCKS * kStageColumns);
     sync();
   }
 
@@ -197,92 +245,153 @@ struct Decode {
   }
   // A lane has rows 2t, 2t + 1 of token g.
   __device__ __forceinline__ void keep_sums(int slot, const float (&sums)[2][4]) {
-    if (g < p.num_tokens) {
+    if (g < num_tokens) {
       *reinterpret_cast<float2*>(sums_of(slot, warp, g) + 2 * t) =
           make_float2(sums[0][0] + sums[1][2], sums[0][1] + sums[1][3]);
     }
   }
   // Of tokens multiplied by tokens: token g's square is on the diagonal.
   __device__ __forceinline__ void keep_squares(const float (&sums)[2][4]) {
-    if (g < p.num_tokens && t == g / 2) {
+    if (g < num_tokens && t == g / 2) {
       squares()[warp * kDecodeMaxTokens + g] = g % 2 == 0 ? sums[0][0] + sums[1][2] : sums[0][1] + sums[1][3];
     }
   }
 
-  // An item, whose units' stages take turns; the product's first one receives what it multiplies on the way.
-  __device__ __forceinline__ void multiply_item(const uint32_t* buffer, uint32_t wanted, int columns, int units,
-                                                int slot, bool is_first, bool with_squares) {
-    float sums[2][2][4] = {}, square_sums[2][4] = {};
-#pragma unroll 1
-    for (int column = 0; column < columns; column += kStageColumns) {
-      if (is_first) receive(buffer, columns, column, wanted);
-      const unsigned char* const row = smem + layout.x + g * x_pitch(columns) + 16 * t + 2 * column;
-      uint4 x[kPieces];
+  // This warp's pieces of a stage, of `columns` columns.
+  using Pieces = uint4[kPieces];
+  __device__ __forceinline__ bool has_piece(int i, int columns) const { return (warp + i * kWarps) * 32 < columns; }
+  __device__ __forceinline__ void load_weights(Pieces& w, int from, int columns) {
+    const unsigned char* const row = smem + layout.ring + from * kStageBytes + g * kStagePitch + 16 * t + 64 * warp;
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int at = (warp + i * kWarps) * 32;
-        x[i] = make_uint4(0, 0, 0, 0);
-        if (column + at < columns && g < p.num_tokens) x[i] = *reinterpret_cast<const uint4*>(row + 2 * at);
-      }
-#pragma unroll
-      for (int unit = 0; unit < 2; ++unit) {
-        if (unit == units) break;
-        const unsigned char* weight = smem + layout.ring + stage * kStageBytes + g * kStagePitch + 16 * t;
-        full(stage).wait(parity);
-        uint4 w[kPieces];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int at = (warp + i * kWarps) * 32;
-          if (column + at < columns) w[i] = *reinterpret_cast<const uint4*>(weight + 2 * at);
-        }
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          if (column + (warp + i * kWarps) * 32 >= columns) break;
-          multiply_piece(sums[unit], x[i], w[i]);
-          if (with_squares && unit == 0) multiply_piece(square_sums, x[i], make_uint4(x[i].x, x[i].z, x[i].y, x[i].w));
-        }
-        __syncwarp();
-        if (lane == 0) empty(stage).arrive();
-        next_stage();
-      }
+    for (int i = 0; i < kPieces; ++i) {
+      if (has_piece(i, columns)) w[i] = *reinterpret_cast<const uint4*>(row + i * kWarps * 64);
     }
+  }
+  // Of all tokens, from `column` of `pitch`'s columns on.
+  __device__ __forceinline__ void load_x(Pieces& x, int column, int columns, int pitch) {
+    const unsigned char* const row = smem + layout.x + g * pitch + 2 * column + 16 * t + 64 * warp;
 #pragma unroll
-    for (int unit = 0; unit < 2; ++unit) {
-      if (unit < units) keep_sums(slot + unit, sums[unit]);
+    for (int i = 0; i < kPieces; ++i) {
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (has_piece(i, columns) && g < num_tokens) x[i] = *reinterpret_cast<const uint4*>(row + i * kWarps * 64);
     }
-    if (with_squares) keep_squares(square_sums);
+  }
+  __device__ __forceinline__ void multiply_square(float (&sums)[2][4], const uint4& x) {
+    multiply_piece(sums, x, make_uint4(x.x, x.z, x.y, x.w));
   }
 
-  // A product of the layer: what it multiplies from `buffer`, what it makes handed over.
-  __device__ __forceinline__ void multiply(int layer, int which) {
-    const bool is_normed = which == kQkv || which == kGateUp;
-    const Product& product = products[which];
-    const int columns = product.columns, items = product.items, units = product.units;
+  // Items of a product with a single stage for each, up to kSlots at a time: what is multiplied is received while their
+  // weights are in registers already, unless it is there.
+  template <bool NORMED>
+  __device__ __forceinline__ void multiply_short(const uint32_t* buffer, uint32_t wanted, int columns, int count,
+                                                 bool is_first) {
+    Seen<1> seen;
+    if (is_first) look_at<1>(seen, buffer, columns, 0);
+    Pieces w[kSlots], x;
+    uint32_t from = stage, its_parity = parity;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (i == count) break;
+      full(from).wait(its_parity);
+      load_weights(w[i], from, columns);
+      if (++from == layout.stages) from = 0, its_parity ^= 1;
+    }
+    if (is_first) receive<1>(seen, buffer, columns, 0, wanted);
+    load_x(x, 0, columns, x_pitch(columns));
+    float sums[kSlots][2][4] = {}, square_sums[2][4] = {};
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (!has_piece(piece, columns)) break;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        if (i < count) multiply_piece(sums[i], x[piece], w[i][piece]);
+      }
+      if (NORMED && is_first) multiply_square(square_sums, x[piece]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (i < count) keep_sums(i, sums[i]);
+    }
+    if (NORMED && is_first) keep_squares(square_sums);
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      if (lane == 0) empty(stage).arrive();
+      next_stage();
+    }
+  }
+
+  // An item of several stages.
+  template <bool NORMED>
+  __device__ __forceinline__ void multiply_long(const uint32_t* buffer, uint32_t wanted, int columns, bool is_first) {
+    float sums[2][4] = {}, square_sums[2][4] = {};
+    Seen<kBlocks> seen;
+    if (is_first) look_at<kBlocks>(seen, buffer, columns, 0);
+#pragma unroll 1
+    for (int column = 0; column < columns; column += kStageColumns) {
+      Pieces w, x;
+      full(stage).wait(parity);
+      load_weights(w, stage, columns - column);
+      if (is_first && column % (kBlocks * kStageColumns) == 0) {
+        receive<kBlocks>(seen, buffer, columns, column, wanted);
+      }
+      load_x(x, column, columns - column, x_pitch(columns));
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        if (!has_piece(i, columns - column)) break;
+        multiply_piece(sums, x[i], w[i]);
+        if (NORMED && is_first) multiply_square(square_sums, x[i]);
+      }
+      __syncwarp();
+      if (lane == 0) empty(stage).arrive();
+      next_stage();
+    }
+    keep_sums(0, sums);
+    if (NORMED && is_first) keep_squares(square_sums);
+  }
+
+  // Items from `item` on, as many as meet at a time; their number.
+  template <bool NORMED>
+  __device__ __forceinline__ int multiply_items(const Product& product, int item, const uint32_t* buffer,
+                                                uint32_t wanted, bool is_first) {
+    if (product.columns > kStageColumns) {
+      multiply_long<NORMED>(buffer, wanted, product.columns, is_first);
+      return 1;
+    }
+    const int count = min(kSlots, (product.items - item + ctas - 1) / ctas);
+    multiply_short<NORMED>(buffer, wanted, product.columns, count, is_first);
+    return count;
+  }
+
+  // A product of the layer: what it multiplies from its buffer, what it makes handed over.
+  template <int WHICH>
+  __device__ __forceinline__ void multiply(int layer) {
+    constexpr bool NORMED = WHICH == kQkv || WHICH == kGateUp;
+    forget();
+    const Product& product = products[WHICH];
+    const int items = product.items;
     const uint32_t* const buffer = workspace() + product.buffer;
-    const uint32_t wanted = which == kQkv ? mark - 1 : mark;
+    const uint32_t wanted = WHICH == kQkv ? mark - 1 : mark;
     const int first = first_item(product);
     int number = 0;
 #pragma unroll 1
     for (int item = first; item < items;) {
-      int count = 0;
-#pragma unroll 1
-      for (; count < product.together && item + count * ctas < items; ++count) {
-        const bool is_first = item == first && count == 0;
-        multiply_item(buffer, wanted, columns, units, count * units, is_first, is_normed && is_first);
-      }
+      const int count = multiply_items<NORMED>(product, item, buffer, wanted, item == first);
       sync();
-      const int row = threadIdx.x % 4 * 2, of_token = threadIdx.x / 4 % kDecodeMaxTokens;
-      const int index = threadIdx.x / (4 * kDecodeMaxTokens);  // kThreads is enough for kSlots
-      if (index < count && of_token < p.num_tokens) {
-        const float2 sum = sum_of_warps(units * index, of_token, row);
-        const float factor = is_normed ? norm_factor(of_token) : 1.0f;
-        const int out_row = (item + index * ctas) * kUnit + row;
-        if (which == kGateUp) {
-          const float2 up = sum_of_warps(2 * index + 1, of_token, row);
-          const uint32_t words =
-              pack_pair<T>(gated(sum.x * factor, up.x * factor), gated(sum.y * factor, up.y * factor));
-          hand_over(workspace() + buffers.g + of_token * s.i + out_row, words, mark);
-        } else if (which == kQkv) {
+      const int row = thread % 4 * 2, of_token = thread / 4 % MOST_TOKENS;
+      const int index = thread / (4 * MOST_TOKENS);  // kThreads is enough for kSlots
+      if (index < count && of_token < num_tokens) {
+        const float2 sum = sum_of_warps(index, of_token, row);
+        const float factor = NORMED ? norm_factor(of_token) : 1.0f;
+        const int its_item = item + index * ctas, out_row = its_item * kUnit + row;
+        if constexpr (WHICH == kGateUp) {
+          if (row < 4) {
+            const float2 up = sum_of_warps(index, of_token, row + 4);
+            const uint32_t words =
+                pack_pair<T>(gated(sum.x * factor, up.x * factor), gated(sum.y * factor, up.y * factor));
+            hand_over(workspace() + buffers.g + of_token * s.i + its_item * (kUnit / 2) + row, words, mark);
+          }
+        } else if constexpr (WHICH == kQkv) {
           // A layer's addresses are looked up only where they are needed: constant memory is slow the first time.
           float2 bias = make_float2(0.0f, 0.0f);
           if (s.has_bias) {
@@ -292,7 +401,7 @@ struct Decode {
           const uint32_t words = pack_pair<T>(fmaf(sum.x, factor, bias.x), fmaf(sum.y, factor, bias.y));
           hand_over(workspace() + buffers.q + of_token * s.qkv_rows + out_row, words, mark);
         } else {
-          add_to_residual(layer, which, of_token, out_row, number + index, sum);
+          add_to_residual(layer, WHICH, of_token, out_row, number + index, sum);
         }
       }
       sums_turn ^= 1;
@@ -321,79 +430,167 @@ struct Decode {
     uint32_t& words = own(number, of_token, row);
     const float2 before = unpack_pair<T>(words);
     words = pack_pair<T>(before.x + sum.x, before.y + sum.y);
-    if (which == kOut || layer < p.num_layers - 1) {
+    const bool is_last = which == kDown && layer == p.num_layers - 1;
+    if (!is_last || p.token_ids != nullptr) {
       hand_over(workspace() + (which == kOut ? buffers.o : buffers.d) + of_token * s.n + row, words, mark);
-      return;
     }
+    if (!is_last) return;
     *residual_of(of_token, row) = words;
     // All CTAs have read it: who is here has read G, which they all write.
     if (of_token == 0 && row == 0) p.workspace[0] = mark;
   }
 
+  // A token's stream before the first layer: its row of the embeddings, null for an id that does not exist, whose row
+  // is zeros; without a head that of `residual`.
+  __device__ const T* begin_of(int token) const {
+    if (p.token_ids == nullptr) return static_cast<const T*>(p.residual) + token * s.n;
+    int64_t id = p.token_ids[token];
+    if (id < 0 && id >= -p.num_drawn) id = p.drawn[-1 - id];
+    return id >= 0 && id < p.vocab_size ? static_cast<const T*>(p.embedding) + id * s.n : nullptr;
+  }
+
   // The stream as it is before the first layer, which is handed over like any other.
   __device__ void begin_residual(uint32_t before) {
-    const int row = threadIdx.x % 4 * 2, token = threadIdx.x / 4 % kDecodeMaxTokens;
-    const int number = threadIdx.x / (4 * kDecodeMaxTokens), item = first_item(products[kOut]) + number * ctas;
-    if (token < p.num_tokens && item < products[kOut].items) {
+    const int row = thread % 4 * 2, token = thread / 4 % kDecodeMaxTokens;  // threads for kOwnUnits
+    const int number = thread / (4 * kDecodeMaxTokens), item = first_item(products[kOut]) + number * ctas;
+    if (token < num_tokens && item < products[kOut].items) {
       const int at = item * kUnit + row;
-      own(number, token, row) = *residual_of(token, at);
+      const T* const source = begin_of(token);
+      own(number, token, row) = source != nullptr ? *reinterpret_cast<const uint32_t*>(source + at) : 0;
       hand_over(workspace() + buffers.d + token * s.n + at, own(number, token, row), before);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ head
+
+  // What the last layer left, normalized and rounded as rms_norm does it, to where a product finds what it multiplies.
+  __device__ void receive_normalized() {
+    const uint32_t* const buffer = workspace() + products[kHead].buffer;
+    const auto words_of = [&](int column, int token) {
+      return reinterpret_cast<uint32_t*>(smem + layout.x + token * x_pitch(s.n) + 2 * column) + thread / 2 * 4 +
+             thread % 2;
+    };
+    const auto each = [&](auto&& what) {
+#pragma unroll 1
+      for (int column = 0; column + 4 * thread < s.n; column += kStageColumns) {
+#pragma unroll
+        for (int token = 0; token < MOST_TOKENS; ++token) {
+          if (token < num_tokens) what(column, token);
+        }
+      }
+    };
+    float sums[MOST_TOKENS] = {};
+    each([&](int column, int token) {
+      const uint32_t* const source = buffer + token * s.n + column + 4 * thread;
+      const uint2 taken = take(source, mark, look(source));
+      words_of(column, token)[0] = taken.x;
+      words_of(column, token)[2] = taken.y;
+      const float2 a = unpack_pair<T>(taken.x), b = unpack_pair<T>(taken.y);
+      sums[token] += (a.x * a.x + a.y * a.y) + (b.x * b.x + b.y * b.y);
+    });
+#pragma unroll
+    for (int token = 0; token < MOST_TOKENS; ++token) {
+      const float sum = warp_reduce(sums[token], [](float a, float b) { return a + b; });
+      if (lane == 0) squares()[warp * kDecodeMaxTokens + token] = sum;
+    }
+    sync();
+    float factors[MOST_TOKENS];
+#pragma unroll
+    for (int token = 0; token < MOST_TOKENS; ++token) factors[token] = norm_factor(token);
+    each([&](int column, int token) {
+      float weight[4];
+      load_vec<4>(static_cast<const T*>(p.final_norm) + column + 4 * thread, weight);
+      uint32_t* const words = words_of(column, token);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 pair = unpack_pair<T>(words[2 * i]);
+        words[2 * i] =
+            pack_pair<T>(pair.x * factors[token] * weight[2 * i], pair.y * factors[token] * weight[2 * i + 1]);
+      }
+    });
+    sync();
+  }
+
+  __device__ void make_logits() {
+    forget();
+    receive_normalized();
+    const Product& product = products[kHead];
+#pragma unroll 1
+    for (int item = first_item(product); item < product.items;) {
+      const int count = multiply_items<false>(product, item, nullptr, 0, false);
+      sync();
+      const int row = thread % 4 * 2, of_token = thread / 4 % MOST_TOKENS;
+      const int index = thread / (4 * MOST_TOKENS);
+      if (index < count && of_token < num_tokens) {
+        const float2 sum = sum_of_warps(index, of_token, row);
+        T* const target = static_cast<T*>(p.logits) + int64_t{of_token} * p.vocab_size;
+        *reinterpret_cast<uint32_t*>(target + (item + index * ctas) * kUnit + row) = pack_pair<T>(sum.x, sum.y);
+      }
+      sums_turn ^= 1;
+      item += count * ctas;
     }
   }
 
   // ------------------------------------------------------------------------------------------ attention
 
   // Which part of whose keys this CTA has, the same in all layers; nothing if begin is not below end. And which head of
-  // whose results it merges: of so many parts, 0 for a row of padding, -1 for nothing.
+  // whose results it merges: of so many parts, 0 for a row of padding, -1 if there is nothing to merge.
   struct Part {
-    int token, kv_head, split, begin, end, length, slot;
+    int token, kv_head, split, begin, end, length, slot, warp_keys;
+    bool is_all;  // of the token's keys
     int merged_token, merged_head, merged_parts;
   };
   __device__ Part& part() { return *reinterpret_cast<Part*>(smem + layout.part); }
 
-  __device__ int splits_of(int keys) const { return max(1, min(s.splits, (keys + kMinSplitKeys - 1) / kMinSplitKeys)); }
+  static constexpr int MIN_KEYS = kWarps * kStepKeys * early_steps(HEAD_DIM);
+  __device__ int splits_of(int keys) const { return max(1, min(s.splits, (keys + MIN_KEYS - 1) / MIN_KEYS)); }
   __device__ static int keys_of_split(int keys, int splits) { return ((keys + splits - 1) / splits + 7) / 8 * 8; }
 
   // By one thread.
   __device__ void find_part() {
-    Part mine = {cta / s.splits / s.kv_heads, cta / s.splits % s.kv_heads, cta % s.splits, 0, 0, 0, -1, 0, 0, -1};
-    if (cta < p.num_tokens * s.heads) {
+    Part mine = {
+        cta / s.splits / s.kv_heads, cta / s.splits % s.kv_heads, cta % s.splits, 0, 0, 0, -1, 0, false, 0, 0, -1};
+    if (cta < num_tokens * s.heads) {
       mine.merged_token = cta / s.heads, mine.merged_head = cta % s.heads;
       const int keys = p.seqused_k[mine.merged_token], of_part = keys_of_split(keys, splits_of(keys));
-      mine.merged_parts = keys > 0 ? (keys + of_part - 1) / of_part : 0;
+      mine.merged_parts = keys > of_part ? (keys + of_part - 1) / of_part : keys > 0 ? -1 : 0;
     }
-    if (mine.token < p.num_tokens) {
+    if (mine.token < num_tokens) {
       mine.length = p.seqused_k[mine.token], mine.slot = p.slot_mapping[mine.token];
       const int keys = keys_of_split(mine.length, splits_of(mine.length));
       mine.begin = min(mine.length, mine.split * keys);
       mine.end = min(mine.length, mine.begin + keys);
+      mine.warp_keys = keys_of_split(mine.end - mine.begin, kWarps);
+      mine.is_all = keys >= mine.length;
     }
     part() = mine;
   }
-  // What bring_head and row_of look up, to shared memory.
+  // What bring_head and attend look up, to shared memory.
   __device__ void keep_tables() {
     const Part mine = part();
     if (mine.begin >= mine.end) return;
     const int position = p.positions[mine.token];
     const bool exists = position >= 0 && position < p.max_position;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+    for (int i = thread; i < HEAD_DIM; i += kThreads) {
       reinterpret_cast<float*>(smem + layout.angles)[i] = exists ? p.cos_sin[int64_t{position} * HEAD_DIM + i] : NAN;
     }
-    const int first = mine.begin >> s.block_shift, last = (mine.end - 1) >> s.block_shift;
-#pragma unroll 1
-    for (int i = threadIdx.x; i <= min(last - first, kMaxBlocks - 1); i += kThreads) {
-      reinterpret_cast<int*>(smem + layout.blocks)[i] = p.block_table[mine.token * p.block_table_stride + first + i];
-    }
+    bring_rows(mine, 0);
   }
 
-  // Where a key is in a cache of the layer.
-  __device__ int64_t row_of(int key, const Part& of) const {
-    const int page = key >> s.block_shift, known = page - (of.begin >> s.block_shift);
-    const int block = known < kMaxBlocks ? reinterpret_cast<const int*>(smem + layout.blocks)[known]
-                                         : p.block_table[of.token * p.block_table_stride + page];
-    const int64_t at = (int64_t{block} << s.block_shift) + (key & (p.block_size - 1));
-    return (at * s.kv_heads + of.kv_head) * HEAD_DIM;
+  // Where keys of this warp are in the caches, in units of a page's row, kKnownKeys from the `first` of its own on.
+  __device__ int* rows() { return reinterpret_cast<int*>(smem + layout.rows) + warp * kKnownKeys; }
+  __device__ void bring_rows(const Part& of, int first) {
+    const int begin = of.begin + warp * of.warp_keys, end = min(of.end, begin + of.warp_keys);
+#pragma unroll 1
+    for (int i = lane; i < kKnownKeys; i += 32) {
+      const int key = begin + first + i;
+      // The newest is not in the cache.
+      rows()[i] = key < end && key != of.length - 1
+                      ? p.block_table[of.token * p.block_table_stride + (key >> s.block_shift)] << s.block_shift |
+                            (key & (p.block_size - 1))
+                      : -1;
+    }
   }
 
   // A head (from its first row of the QKV product) of the token to shared memory, normalized and rotated if it is one
@@ -467,32 +664,32 @@ struct Decode {
 namespace fastattn {
 namespace {
 
-template <typename T, int HEAD_DIM>
-__device__ void Decode<T, HEAD_DIM>::compute() {
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::compute() {
   const uint32_t before = p.workspace[0] + 1;  // what is there at first has 0
   begin_residual(before);
-  if (threadIdx.x == 0) find_part();
+  if (thread == 0) find_part();
   sync();
   keep_tables();
   sync();
 #pragma unroll 1
   for (int layer = 0; layer < p.num_layers; ++layer) {
     mark = before + layer + 1;
-#pragma unroll 1  // the code of a layer should stay in the instruction caches
-    for (int which = kQkv; which <= kDown; ++which) {
-      multiply(layer, which);
-      if (which != kQkv) continue;
-      attend(layer);
-      merge();
-    }
+    multiply<kQkv>(layer);
+    attend(layer);
+    merge();
+    multiply<kOut>(layer);
+    multiply<kGateUp>(layer);
+    multiply<kDown>(layer);
   }
+  if (p.token_ids != nullptr) make_logits();
 }
 
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(kThreads + 32, 1) decode_layers_kernel(const __grid_constant__ Args args) {
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
+__global__ void __launch_bounds__(kAllThreads, 1) decode_layers_kernel(const __grid_constant__ Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) unsigned char smem[];
-  Decode<T, HEAD_DIM> decode(args, smem);
+  Decode<T, HEAD_DIM, MOST_TOKENS> decode(args, smem);
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < decode.layout.stages; ++i) {
@@ -502,9 +699,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1) decode_layers_kernel(const _
     fence_barrier_init();
   }
   __syncthreads();
-  if (decode.warp == kWarps) {
-    decode.copy_weights();
+  if (decode.warp >= kWarps) {
+    give_registers<kCopyRegisters>();
+    if (decode.warp == kWarps) decode.copy_weights();
   } else {
+    take_registers<kComputeRegisters>();
     decode.compute();
   }
 #endif
@@ -515,11 +714,11 @@ int num_ctas(const DecodeLayersParams& p) {
   return p.num_sms < items ? p.num_sms : items;
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
 cudaError_t launch(const DecodeLayersParams& p, cudaStream_t stream) {
   const Args args(p, num_ctas(p));
-  if (args.layout.stages < 2 || args.buffers.end > p.workspace_words) return cudaErrorInvalidValue;
-  const auto kernel = decode_layers_kernel<T, HEAD_DIM>;
+  if (args.layout.stages < kSlots || args.buffers.end > p.workspace_words) return cudaErrorInvalidValue;
+  const auto kernel = decode_layers_kernel<T, HEAD_DIM, MOST_TOKENS>;
   const cudaError_t error = allow_shared_memory(kernel, args.layout.end);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
@@ -527,7 +726,7 @@ cudaError_t launch(const DecodeLayersParams& p, cudaStream_t stream) {
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_ctas(p)));
-  config.blockDim = dim3(kThreads + 32);
+  config.blockDim = dim3(kAllThreads);
   config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
   config.stream = stream;
   config.attrs = &attribute;
@@ -541,13 +740,15 @@ cudaError_t decode_layers_sm90(const DecodeLayersParams& p, cudaStream_t stream)
   const bool fits = p.num_tokens >= 1 && p.num_tokens <= kDecodeMaxTokens && p.num_layers >= 1 &&
                     p.num_layers <= kDecodeMaxLayers && p.hidden_size % 64 == 0 && p.intermediate_size % 64 == 0 &&
                     p.num_heads % p.num_kv_heads == 0 && p.num_heads / p.num_kv_heads <= kDecodeMaxGroup &&
-                    p.num_heads * p.head_dim % 64 == 0 && (p.block_size & (p.block_size - 1)) == 0 &&
-                    num_ctas(p) >= p.num_tokens * p.num_heads && p.hidden_size / kUnit <= kOwnUnits * num_ctas(p);
+                    p.num_heads * p.head_dim % 64 == 0 && p.vocab_size % kUnit == 0 &&
+                    (p.block_size & (p.block_size - 1)) == 0 && num_ctas(p) >= p.num_tokens * p.num_heads &&
+                    p.hidden_size / kUnit <= kOwnUnits * num_ctas(p);
   if (!fits) return cudaErrorInvalidValue;
   return dispatch_half(p.dtype, [&](auto example) {
     using T = decltype(example);
-    if (p.head_dim == 64) return launch<T, 64>(p, stream);
-    if (p.head_dim == 128) return launch<T, 128>(p, stream);
+    const bool one = p.num_tokens == 1;
+    if (p.head_dim == 64) return one ? launch<T, 64, 1>(p, stream) : launch<T, 64, kDecodeMaxTokens>(p, stream);
+    if (p.head_dim == 128) return one ? launch<T, 128, 1>(p, stream) : launch<T, 128, kDecodeMaxTokens>(p, stream);
     return cudaErrorInvalidValue;
   });
 }

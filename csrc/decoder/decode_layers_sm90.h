@@ -29,13 +29,22 @@ struct DecodeLayer {
 
 struct DecodeLayersParams {
   DecodeLayer layers[kDecodeMaxLayers];
-  void* residual = nullptr;               // (T, N) contiguous, in and out
+  void* residual = nullptr;               // (T, N) contiguous, in and out; with token_ids out only
   const float* cos_sin = nullptr;         // (max_position, D)
   const int32_t* positions = nullptr;     // (T)
   const int32_t* slot_mapping = nullptr;  // (T), -1: its key and value are not kept
   const int32_t* seqused_k = nullptr;     // (T), this token counted; 0: a row of padding
   const int32_t* block_table = nullptr;   // (T, max_blocks)
   uint32_t* workspace = nullptr;          // zeros at first; words: fastattn.ops.decode_layers_workspace
+  // With a head: the stream begins with rows of the embeddings, and logits are made of what it ends with.
+  const int32_t* token_ids = nullptr;  // (T), below 0: drawn[-1 - id]; null: no head
+  const int32_t* drawn = nullptr;      // (num_drawn)
+  const void* embedding = nullptr;     // (V, N)
+  const void* final_norm = nullptr;    // (N)
+  const void* head = nullptr;          // (V, N)
+  void* logits = nullptr;              // (T, V), all of them contiguous
+  int32_t num_drawn = 0;
+  int32_t vocab_size = 0;  // V, a multiple of 8
   int64_t block_table_stride = 0;
   int64_t workspace_words = 0;
   int32_t max_position = 0;

@@ -6,48 +6,64 @@ namespace fastattn {
 namespace {
 
 // Scores and sums of this CTA's part: for each head of the group the largest score, the sum of probabilities and that
-// of values, of all its warps, to whoever merges.
-template <typename T, int HEAD_DIM>
-__device__ void Decode<T, HEAD_DIM>::attend(int layer) {
+// of values, of all its warps, to whoever merges. The only part of its keys is what the next product multiplies.
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::attend(int layer) {
   constexpr int CHUNKS = HEAD_DIM / 32;  // 16 bytes a lane of a row of K
   constexpr int HALVES = HEAD_DIM / 64;  // 16 bytes a lane of a row of V
+  constexpr int STEPS = early_steps(HEAD_DIM);
+  forget();
   const Part& mine = part();
   if (mine.begin >= mine.end) return;
   const bool has_new = mine.end == mine.length;
-  const int keys = keys_of_split(mine.end - mine.begin, kWarps);
-  const int my_begin = mine.begin + warp * keys, my_end = min(mine.end, my_begin + keys);
+  const int my_begin = mine.begin + warp * mine.warp_keys, my_end = min(mine.end, my_begin + mine.warp_keys);
+  const bool is_long = mine.warp_keys > kKnownKeys;
   // Of 16 keys a lane has, of K, those of rows g and g + 8, dims 32 c + 8 t and on; of V keys 2t, 2t + 1 and the two 8
   // further on, dims 64 h + 8 g and on: two of them for each j are rows of the second product's A, and nothing is
   // transposed.
-  const T* const keys_of_layer = static_cast<const T*>(p.layers[layer].k_cache) + 8 * t;
-  const T* const values_of_layer = static_cast<const T*>(p.layers[layer].v_cache) + 8 * g;
-  uint4 k[2][CHUNKS], v[4][HALVES];
-  const auto load_keys = [&](int first) {  // the newest is not in the cache
+  const int row_pitch = s.kv_heads * HEAD_DIM;
+  const T* const keys_of_layer = static_cast<const T*>(p.layers[layer].k_cache) + mine.kv_head * HEAD_DIM + 8 * t;
+  const T* const values_of_layer = static_cast<const T*>(p.layers[layer].v_cache) + mine.kv_head * HEAD_DIM + 8 * g;
+  uint4 k[STEPS][2][CHUNKS], v[STEPS][4][HALVES];
+  const auto load_keys = [&](int step, const int* known) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int key = first + 8 * j + g;
-      const bool there = key < my_end && key != mine.length - 1;
-      const T* row = there ? keys_of_layer + row_of(key, mine) : nullptr;
+      const int at = known[8 * j + g];
+      const T* row = keys_of_layer + int64_t{at} * row_pitch;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        k[j][c] = there ? load_early(reinterpret_cast<const uint4*>(row + 32 * c)) : make_uint4(0, 0, 0, 0);
+        k[step][j][c] = at >= 0 ? load_early(reinterpret_cast<const uint4*>(row + 32 * c)) : make_uint4(0, 0, 0, 0);
       }
     }
   };
-  const auto load_values = [&](int first) {
+  const auto load_values = [&](int step, const int* known) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int key = first + 2 * t + j % 2 + j / 2 * 8;
-      const bool there = key < my_end && key != mine.length - 1;
-      const T* row = there ? values_of_layer + row_of(key, mine) : nullptr;
+      const int at = known[2 * t + j % 2 + j / 2 * 8];
+      const T* row = values_of_layer + int64_t{at} * row_pitch;
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) {
-        v[j][h] = there ? load_early(reinterpret_cast<const uint4*>(row + 64 * h)) : make_uint4(0, 0, 0, 0);
+        v[step][j][h] = at >= 0 ? load_early(reinterpret_cast<const uint4*>(row + 64 * h)) : make_uint4(0, 0, 0, 0);
       }
     }
   };
-  load_keys(my_begin);                        // while q is on its way
-  if (HEAD_DIM == 64) load_values(my_begin);  // else there are no registers for them yet
+  // Steps from key `first` of this warp's on.
+  const auto load = [&](int first, bool with_keys, bool with_values) {
+    const int* const known = rows() + first % kKnownKeys;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (with_keys) load_keys(step, known + step * kStepKeys);
+      if (with_values) load_values(step, known + step * kStepKeys);
+    }
+  };
+  const auto know = [&](int first) {
+    if (!is_long || first % kKnownKeys != 0) return;
+    __syncwarp();
+    bring_rows(mine, first);
+    __syncwarp();
+  };
+  know(0);
+  load(0, true, HEAD_DIM == 64);  // while q is on its way; for more there are no registers yet
 
   T* const heads = reinterpret_cast<T*>(smem + layout.heads);  // of q, and then the new key and value
 #pragma unroll 1
@@ -59,8 +75,8 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
   }
   sync();
   const T* const new_key = heads + s.group * HEAD_DIM;
-  if (has_new && mine.slot >= 0 && threadIdx.x < HEAD_DIM / 4) {
-    const int of = threadIdx.x / (HEAD_DIM / 8), at = threadIdx.x % (HEAD_DIM / 8) * 8;
+  if (has_new && mine.slot >= 0 && thread < HEAD_DIM / 4) {
+    const int of = thread / (HEAD_DIM / 8), at = thread % (HEAD_DIM / 8) * 8;
     T* row = static_cast<T*>(of == 0 ? p.layers[layer].k_cache : p.layers[layer].v_cache) +
              (int64_t{mine.slot} * s.kv_heads + mine.kv_head) * HEAD_DIM;
     store_pack<8>(row + at, load_pack<8>(new_key + of * HEAD_DIM + at));
@@ -71,41 +87,50 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
   float out[HALVES][4][4] = {};           // of dims 64 h + 8 g + 2j and the next, each of heads 2t, 2t + 1
 
 #pragma unroll 1
-  for (int first = my_begin; first < my_end; first += kStepKeys) {
-    if (first > my_begin) load_keys(first);
-    if (first > my_begin && HEAD_DIM == 64) load_values(first);
-    if (HEAD_DIM != 64) load_values(first);
-    if (has_new && first + kStepKeys >= mine.length) {  // its place among them
+  for (int first = my_begin; first < my_end; first += STEPS * kStepKeys) {
+    if (first > my_begin) {
+      know(first - my_begin);
+      load(first - my_begin, true, HEAD_DIM == 64);
+    }
+    if (HEAD_DIM != 64) load(first - my_begin, false, true);
+    if (has_new && first + STEPS * kStepKeys >= mine.length) {  // its place among them
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (first + 8 * j + g != mine.length - 1) continue;
+      for (int step = 0; step < STEPS; ++step) {
+        const int left = mine.length - 1 - first - step * kStepKeys;
 #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c) k[j][c] = *reinterpret_cast<const uint4*>(new_key + 32 * c + 8 * t);
-      }
+        for (int j = 0; j < 2; ++j) {
+          if (8 * j + g != left) continue;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (first + 2 * t + j % 2 + j / 2 * 8 != mine.length - 1) continue;
+          for (int c = 0; c < CHUNKS; ++c) k[step][j][c] = *reinterpret_cast<const uint4*>(new_key + 32 * c + 8 * t);
+        }
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
-          v[j][h] = *reinterpret_cast<const uint4*>(new_key + HEAD_DIM + 64 * h + 8 * g);
+        for (int j = 0; j < 4; ++j) {
+          if (2 * t + j % 2 + j / 2 * 8 != left) continue;
+#pragma unroll
+          for (int h = 0; h < HALVES; ++h) {
+            v[step][j][h] = *reinterpret_cast<const uint4*>(new_key + HEAD_DIM + 64 * h + 8 * g);
+          }
         }
       }
     }
-    float scores[2][4] = {};
+    float scores[STEPS][2][4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       uint4 q = make_uint4(0, 0, 0, 0);
       if (g < s.group) q = *reinterpret_cast<const uint4*>(heads + g * HEAD_DIM + 32 * c + 8 * t);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        mma_m16n8k16<T>(scores[j], {q.x, 0, q.y, 0}, k[j][c].x, k[j][c].y);
-        mma_m16n8k16<T>(scores[j], {q.z, 0, q.w, 0}, k[j][c].z, k[j][c].w);
+      for (int i = 0; i < 2 * STEPS; ++i) {
+        mma_m16n8k16<T>(scores[i / 2][i % 2], {q.x, 0, q.y, 0}, k[i / 2][i % 2][c].x, k[i / 2][i % 2][c].y);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * STEPS; ++i) {
+        mma_m16n8k16<T>(scores[i / 2][i % 2], {q.z, 0, q.w, 0}, k[i / 2][i % 2][c].z, k[i / 2][i % 2][c].w);
       }
     }
     float now = largest;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& score = scores[i / 2][i % 2];
+    for (int i = 0; i < 4 * STEPS; ++i) {
+      float& score = scores[i / 4][i / 2 % 2][i % 2];
       score = first + i / 2 * 8 + 2 * t + i % 2 < my_end ? score * scale : -INFINITY;
       now = fmaxf(now, score);
     }
@@ -113,12 +138,15 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
     now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
     const float shrink = exp2_approx(largest - now);
     largest = now;
-    float probabilities[4];
+    uint32_t probabilities[STEPS][2];
+    sum *= shrink;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) probabilities[i] = exp2_approx(scores[i / 2][i % 2] - now);
-    sum = sum * shrink + (probabilities[0] + probabilities[1]) + (probabilities[2] + probabilities[3]);
-    const uint32_t b[2] = {pack_pair<T>(probabilities[0], probabilities[1]),
-                           pack_pair<T>(probabilities[2], probabilities[3])};
+    for (int i = 0; i < 2 * STEPS; ++i) {
+      const float* const pair = scores[i / 2][i % 2];
+      const float one = exp2_approx(pair[0] - now), other = exp2_approx(pair[1] - now);
+      sum += one + other;
+      probabilities[i / 2][i % 2] = pack_pair<T>(one, other);
+    }
     const float shrinks[2] = {__shfl_sync(0xffffffffu, shrink, 8 * t), __shfl_sync(0xffffffffu, shrink, 8 * t + 4)};
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
@@ -127,11 +155,14 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
         const auto word = [&](const uint4& of) { return j == 0 ? of.x : j == 1 ? of.y : j == 2 ? of.z : of.w; };
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[h][j][i] *= shrinks[i % 2];
-        mma_m16n8k16<T>(
-            out[h][j],
-            {__byte_perm(word(v[0][h]), word(v[1][h]), 0x5410), __byte_perm(word(v[0][h]), word(v[1][h]), 0x7632),
-             __byte_perm(word(v[2][h]), word(v[3][h]), 0x5410), __byte_perm(word(v[2][h]), word(v[3][h]), 0x7632)},
-            b[0], b[1]);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+          const uint32_t rows[4] = {word(v[step][0][h]), word(v[step][1][h]), word(v[step][2][h]), word(v[step][3][h])};
+          mma_m16n8k16<T>(out[h][j],
+                          {__byte_perm(rows[0], rows[1], 0x5410), __byte_perm(rows[0], rows[1], 0x7632),
+                           __byte_perm(rows[2], rows[3], 0x5410), __byte_perm(rows[2], rows[3], 0x7632)},
+                          probabilities[step][0], probabilities[step][1]);
+        }
       }
     }
   }
@@ -178,7 +209,7 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
   }
 #pragma unroll 1
   for (int first = 0; first < s.group * (HEAD_DIM / 2); first += kThreads) {
-    const int i = first + threadIdx.x, head = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
+    const int i = first + thread, head = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
     float2 all = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -190,7 +221,12 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
     }
     const float of_all = __shfl_sync(0xffffffffu, most, head % kDecodeMaxGroup);
     const float sum_of_all = __shfl_sync(0xffffffffu, total, head % kDecodeMaxGroup);
-    if (head < s.group) {
+    if (head >= s.group) continue;
+    if (mine.is_all) {
+      const float factor = __fdividef(1.0f, sum_of_all);
+      const int at = mine.token * s.out_columns + (mine.kv_head * s.group + head) * HEAD_DIM + 2 * pair;
+      hand_over(workspace() + buffers.a + at, pack_pair<T>(all.x * factor, all.y * factor), mark);
+    } else {
       uint32_t* const target = partial_of(mine.token, mine.kv_head * s.group + head, mine.split);
       hand_over(target + 4 * pair, all.x, all.y, mark);
       if (pair == 0) hand_over(target + 4 * (HEAD_DIM / 2), of_all, sum_of_all, mark);
@@ -200,9 +236,10 @@ __device__ void Decode<T, HEAD_DIM>::attend(int layer) {
 
 // A CTA for each head of a token, a warp for every eighth of its parts. What it leaves in shared memory nobody writes
 // before the next barrier of all: the product behind it has one.
-template <typename T, int HEAD_DIM>
-__device__ void Decode<T, HEAD_DIM>::merge() {
+template <typename T, int HEAD_DIM, int MOST_TOKENS>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::merge() {
   constexpr int PAIRS = HEAD_DIM / 64, PARTS = kMaxSplits / kWarps;
+  forget();
   const int of_token = part().merged_token, head = part().merged_head, merged_parts = part().merged_parts;
   if (merged_parts < 0) return;
   constexpr int PITCH = (HEAD_DIM / 2 + 1) * 4;  // words of a part
@@ -245,12 +282,12 @@ __device__ void Decode<T, HEAD_DIM>::merge() {
     float2 all = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float2 part = partials[w * (HEAD_DIM / 2) + threadIdx.x];
+      const float2 part = partials[w * (HEAD_DIM / 2) + thread];
       all.x += part.x;
       all.y += part.y;
     }
     const float factor = merged_parts > 0 ? __fdividef(1.0f, total) : 0.0f;
-    const int at = of_token * s.out_columns + head * HEAD_DIM + 2 * threadIdx.x;
+    const int at = of_token * s.out_columns + head * HEAD_DIM + 2 * thread;
     hand_over(workspace() + buffers.a + at, pack_pair<T>(all.x * factor, all.y * factor), mark);
   }
 }

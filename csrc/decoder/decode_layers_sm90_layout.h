@@ -11,22 +11,29 @@ namespace {
 
 constexpr int kWarps = 8;  // that compute
 constexpr int kThreads = 32 * kWarps;
+// With a warp group of which one warp copies, and that leaves its registers to the others: with a lone warp more the
+// eight would have 168, as some of the SM's four parts would hold three warps.
+constexpr int kAllThreads = kThreads + 128;
+constexpr int kComputeRegisters = 232, kCopyRegisters = 40;
 constexpr int kUnit = 8;  // rows of weight
 constexpr int kStageColumns = 1024;
 constexpr int kPieces = kStageColumns / 32 / kWarps;  // of 32 columns, of a warp
 constexpr int kStagePitch = 2 * kStageColumns + 64;   // bytes; an odd multiple of 64 keeps rows apart in the banks
 constexpr int kStageBytes = kUnit * kStagePitch;
 constexpr int kMaxStages = 12;
-constexpr int kSlots = 4;       // units whose sums meet at a time
+constexpr int kSlots = 3;       // units whose sums meet at a time
+constexpr int kBlocks = 2;      // of kStageColumns columns, that are received at a time
 constexpr int kOwnUnits = 16;   // of the residual stream, of a CTA
 constexpr int kMaxSplits = 32;  // of a token's keys
 constexpr int kStepKeys = 16;   // of a warp at a time
-constexpr int kMinSplitKeys = kStepKeys * kWarps;
-constexpr int kMaxBlocks = 512;  // of a CTA's keys that it knows by heart
+// Steps whose K, and of 64 dims V, a warp brings before the queries are there: as many as its registers hold.
+__host__ __device__ constexpr int early_steps(int head_dim) { return head_dim == 64 ? 2 : 1; }
+constexpr int kKnownKeys = 128;  // of a warp: where they are it looks up once for all layers if there are no more
 constexpr int kSmemBytes = 227 * 1024;
 constexpr int kComputeBarrier = 1;
 
-enum { kQkv, kOut, kGateUp, kDown };  // products of a layer, in their order
+// Products of a layer, in their order, and one behind them all.
+enum { kQkv, kOut, kGateUp, kDown, kHead, kNumProducts };
 
 // Bytes from row to row of what is multiplied.
 __host__ __device__ constexpr int x_pitch(int columns) { return 2 * columns + 64; }
@@ -69,21 +76,16 @@ struct Buffers {
   }
 };
 
-// A product of each layer: what it multiplies, (tokens, columns) from `buffer` on; how many items, of so many units
-// whose sums must be in one CTA; how many items meet at a time: long ones are handed over one by one, so that what
-// comes next can begin. The first item is the CTA `first`'s, the next that of the next: those with one more are others
-// each time.
+// A product of each layer: what it multiplies, (tokens, columns) from `buffer` on, and how many items of kUnit rows.
+// Short ones are handed over kSlots at a time, long ones one by one, so that what comes next can begin. The first item
+// is the CTA `first`'s, the next that of the next: those with one more are others each time.
 struct Product {
-  int columns, items, units, together, buffer, first;
-  void set(int its_columns, int its_items, int its_units, int its_buffer, int its_first) {
-    columns = its_columns, items = its_items, units = its_units, buffer = its_buffer, first = its_first;
-    together = columns > kStageColumns ? 1 : kSlots / units;
-  }
+  int columns, items, buffer, first;
 };
 
 // Shared memory, bytes from its beginning.
 struct Layout {
-  int stages, x, sums, squares, own, heads, angles, blocks, part, partial, merged, barriers, ring, end;
+  int stages, x, sums, squares, own, heads, angles, rows, part, partial, merged, barriers, ring, end;
   Layout(const Sizes& s, int tokens) {
     int widest = s.i > s.out_columns ? s.i : s.out_columns;
     if (s.n > widest) widest = s.n;
@@ -93,8 +95,8 @@ struct Layout {
     own = squares + kWarps * kDecodeMaxTokens * 4;
     heads = own + kOwnUnits * kDecodeMaxTokens * kUnit * 2;   // of q, then the token's key and value
     angles = heads + (kDecodeMaxGroup + 2) * s.head_dim * 2;  // cosines and sines of the token's position
-    blocks = angles + s.head_dim * 4;
-    part = blocks + kMaxBlocks * 4;
+    rows = angles + s.head_dim * 4;
+    part = rows + kWarps * kKnownKeys * 4;
     partial = part + 64;
     merged = partial + kWarps * kDecodeMaxGroup * (s.head_dim + 4) * 4;
     barriers = merged + kWarps * s.head_dim * 4;
@@ -111,14 +113,15 @@ struct Args {
   Sizes sizes;
   Buffers buffers;
   Layout layout;
-  Product products[4];
+  Product products[kNumProducts];
   Args(const DecodeLayersParams& params, int ctas)
       : p(params), sizes(params, ctas), buffers(sizes), layout(sizes, params.num_tokens) {
-    const int n = sizes.n / kUnit, i = sizes.i / kUnit;
-    products[kQkv].set(sizes.n, sizes.qkv_rows / kUnit, 1, buffers.d, (n + i) % ctas);
-    products[kOut].set(sizes.out_columns, n, 1, buffers.a, 0);  // as of down: the same rows of the residual stream
-    products[kGateUp].set(sizes.n, i, 2, buffers.o, n % ctas);
-    products[kDown].set(sizes.i, n, 1, buffers.g, 0);
+    const int n = sizes.n / kUnit, gates_and_ups = 2 * sizes.i / kUnit;
+    products[kQkv] = {sizes.n, sizes.qkv_rows / kUnit, buffers.d, (n + gates_and_ups) % ctas};
+    products[kOut] = {sizes.out_columns, n, buffers.a, 0};  // as of down: the same rows of the residual stream
+    products[kGateUp] = {sizes.n, gates_and_ups, buffers.o, n % ctas};
+    products[kDown] = {sizes.i, n, buffers.g, 0};
+    products[kHead] = {sizes.n, p.vocab_size / kUnit, buffers.d, n % ctas};
   }
 };
 

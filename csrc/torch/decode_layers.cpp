@@ -12,7 +12,9 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
                       Tensors gate_up, Tensors down, const Tensor& cos_sin, const Tensor& positions,
                       const Tensor& slot_mapping, const Tensor& seqused_k, const Tensor& block_table, Tensors k_cache,
                       Tensors v_cache, const MaybeTensor& workspace, int64_t num_heads, const std::string& activation,
-                      double softmax_scale, double norm_eps, double qk_norm_eps) {
+                      double softmax_scale, double norm_eps, double qk_norm_eps, const MaybeTensor& token_ids,
+                      const MaybeTensor& drawn, const MaybeTensor& embedding, const MaybeTensor& final_norm,
+                      const MaybeTensor& head, const MaybeTensor& logits) {
   const char* op = "decode_layers";
   const Checks checks(op, "residual", residual);
   checks.shape("residual", residual, {kAny, kAny}).dtype("residual", residual, kHalves);
@@ -84,6 +86,29 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
   p.norm_eps = static_cast<float>(norm_eps);
   p.qk_norm_eps = static_cast<float>(qk_norm_eps);
   p.dtype = dtype_of(residual);
+  if (token_ids.has_value()) {
+    checks.that(embedding.has_value() && final_norm.has_value() && head.has_value() && logits.has_value(),
+                "token_ids comes without embedding, final_norm_weight, head_weight or logits");
+    const int64_t vocab_size = head->size(0);
+    const auto whole = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+      checks.shape(name, t, shape)
+          .dtype(name, t, same)
+          .that(t.is_contiguous(), std::string(name) + " is not contiguous");
+      return t.data_ptr();
+    };
+    checks.shape("token_ids", *token_ids, {num_tokens}).dtype("token_ids", *token_ids, {ScalarType::Int});
+    p.token_ids = data<int32_t>(*token_ids);
+    p.embedding = whole("embedding", *embedding, {vocab_size, n});
+    p.final_norm = whole("final_norm_weight", *final_norm, {n});
+    p.head = whole("head_weight", *head, {vocab_size, n});
+    p.logits = whole("logits", *logits, {num_tokens, vocab_size});
+    p.vocab_size = static_cast<int32_t>(vocab_size);
+    if (drawn.has_value()) {
+      checks.shape("drawn", *drawn, {kAny}).dtype("drawn", *drawn, {ScalarType::Int});
+      p.drawn = data<int32_t>(*drawn);
+      p.num_drawn = static_cast<int32_t>(drawn->numel());
+    }
+  }
   GemmSm90Params gate;
   const Activation kind = activation_named(checks, activation);
   checks.that(kind != Activation::kGelu, "activation is 'gelu', expected 'silu' or 'gelu_tanh' on a GPU");

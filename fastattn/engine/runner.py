@@ -237,7 +237,7 @@ class Runner:
 
     def _decode(self, batch: Batch, out: torch.Tensor | None) -> torch.Tensor:
         """A decode step: each sequence has its last token and drafts, so every row wants logits."""
-        return self.model.logits(self._hidden(batch), out)
+        return self.model.decode(batch.token_ids, batch.attention, self.kv_cache, batch.drawn, out)
 
 
 def _prompt_rows(scheduled: Scheduled) -> list[tuple[Request, int, list[int]]]:

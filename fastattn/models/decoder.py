@@ -104,6 +104,17 @@ class DecoderModel(nn.Module):
             logits.div_(self.config.final_softcap).tanh_().mul_(self.config.final_softcap)
         return logits if out is None else out.copy_(logits)
 
+    def decode(
+        self,
+        token_ids: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        drawn: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward` and `logits` of a step whose tokens all want some."""
+        return self.logits(self(token_ids, meta, kv_cache, drawn), out)
+
     def make_batch_invariant(self) -> None:
         """From now on a token's hidden states and logits have the same bits in every step, as long as attention's queries come as
         `query_groups` has them. Before the weights are loaded. Raises ValueError for a model that cannot be so."""

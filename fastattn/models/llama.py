@@ -81,6 +81,8 @@ class LlamaLayer(DecoderLayer):
 class LlamaForCausalLM(DecoderModel):
     # For so many sequences with one new token each, all layers are one kernel; 0 until the weights are as it wants them.
     max_one_kernel_tokens = 0
+    # The embeddings in front of them and the head behind them too.
+    has_head_inside = False
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
         super().__init__(config, [LlamaLayer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)
@@ -96,21 +98,50 @@ class LlamaForCausalLM(DecoderModel):
         if len(layers) == c.num_layers <= 128 and _is_plain(c) and table.shape[1] == c.head_dim:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
             self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes)
+            head, plain = self.lm_head, c.vocab_size % 8 == 0 and not c.final_softcap and self.embed_tokens.scale == 1.0
+            self.has_head_inside = plain and (head is None or (head.is_plain and head.bias is None))
 
     def run_layers(
         self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        num_tokens = residual.shape[0]
-        one_each = meta.max_seqlen_q == 1 and meta.block_table.shape[0] == num_tokens and not meta.calibrate
-        block_size, dtype = kv_cache[0][0].shape[1], kv_cache[0][0].dtype
-        takes_cache = dtype is residual.dtype and block_size & (block_size - 1) == 0
-        if not (one_each and takes_cache and 0 < num_tokens <= self.max_one_kernel_tokens):
+        if not self._is_one_kernel(residual.shape[0], residual.dtype, meta, kv_cache):
             return super().run_layers(residual, meta, kv_cache)
         self.decode_layers(residual, meta, kv_cache)
         return None, residual
 
-    def decode_layers(self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache) -> None:
-        """All layers for the newest token of each sequence, by one kernel, in place."""
+    def decode(
+        self,
+        token_ids: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        drawn: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        table, num_tokens = self.embed_tokens.weight, token_ids.shape[0]
+        if not (self.has_head_inside and self._is_one_kernel(num_tokens, table.dtype, meta, kv_cache)):
+            return super().decode(token_ids, meta, kv_cache, drawn, out)
+        logits = table.new_empty(num_tokens, table.shape[0]) if out is None else out
+        weight = table if self.lm_head is None else self.lm_head.weight
+        head = ops.DecoderHead(token_ids, drawn, table, self.norm.weight, weight, logits)
+        self.decode_layers(table.new_empty(num_tokens, table.shape[1]), meta, kv_cache, head)
+        return logits
+
+    def _is_one_kernel(
+        self, num_tokens: int, dtype: torch.dtype, meta: nn.AttentionMetadata, kv_cache: KVCache
+    ) -> bool:
+        one_each = meta.max_seqlen_q == 1 and meta.block_table.shape[0] == num_tokens and not meta.calibrate
+        block_size = kv_cache[0][0].shape[1]
+        takes_cache = kv_cache[0][0].dtype is dtype and block_size & (block_size - 1) == 0
+        return one_each and takes_cache and 0 < num_tokens <= self.max_one_kernel_tokens
+
+    def decode_layers(
+        self,
+        residual: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        head: ops.DecoderHead | None = None,
+    ) -> None:
+        """All layers for the newest token of each sequence, by one kernel, in place; and the head if there is one."""
         layers, c = [layer for layer in self.layers if isinstance(layer, LlamaLayer)], self.config
         assert isinstance(self.cos_sin, torch.Tensor)
         attention = [layer.self_attn for layer in layers]
@@ -137,6 +168,7 @@ class LlamaForCausalLM(DecoderModel):
             meta.seqused_k,
             meta.block_table,
             self.workspace,
+            head,
             num_heads=c.num_heads,
             softmax_scale=attention[0].softmax_scale,
             activation=c.activation,

@@ -8,6 +8,7 @@ from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
 from fastattn.ops.decode_layers import (
+    DecoderHead,
     DecoderWeights,
     decode_layers,
     decode_layers_max_tokens,
@@ -45,6 +46,7 @@ from fastattn.ops.w4_tiles import pack_w4_scales, pack_w4_tiles, unpack_w4_scale
 
 __all__ = [
     "CascadeLevel",
+    "DecoderHead",
     "DecoderWeights",
     "add_rms_norm",
     "adjust_logits",

@@ -28,7 +28,8 @@ _decode_layers = define(
     "decode_layers(Tensor(a!) residual, Tensor[] qkv_weight, Tensor[] qkv_bias, Tensor[] q_norm_weight, "
     "Tensor[] k_norm_weight, Tensor[] out_weight, Tensor[] gate_up_weight, Tensor[] down_weight, Tensor cos_sin, "
     "Tensor positions, Tensor slot_mapping, Tensor seqused_k, Tensor block_table, Tensor(b!)[] k_cache, "
-    "Tensor(c!)[] v_cache, Tensor(d!)? workspace, int num_heads, str activation, float softmax_scale, float norm_eps, float qk_norm_eps) -> ()",
+    "Tensor(c!)[] v_cache, Tensor(d!)? workspace, int num_heads, str activation, float softmax_scale, float norm_eps, float qk_norm_eps, "
+    "Tensor? token_ids, Tensor? drawn, Tensor? embedding, Tensor? final_norm_weight, Tensor? head_weight, Tensor(e!)? logits) -> ()",
     reference.decode_layers,
     _fake,
 )
@@ -60,6 +61,20 @@ class DecoderWeights:
     qkv_bias: Sequence[Tensor] = field(default=())
     q_norm: Sequence[Tensor] = field(default=())
     k_norm: Sequence[Tensor] = field(default=())
+
+
+@dataclass(frozen=True)
+class DecoderHead:
+    """What is in front of the layers and behind them: the stream begins as `embedding(token_ids, embedding, drawn=drawn)`, and
+    logits become `linear(rms_norm(stream, norm), weight)`. token_ids (T) int32, drawn (R) int32 or None; embedding and weight
+    (V, N), which may be the same, V a multiple of 8, norm (N); logits (T, V), written. All contiguous, in the stream's dtype."""
+
+    token_ids: Tensor
+    drawn: Tensor | None
+    embedding: Tensor
+    norm: Tensor
+    weight: Tensor
+    logits: Tensor
 
 
 def decode_layers_max_tokens(
@@ -105,6 +120,7 @@ def decode_layers(
     seqused_k: Tensor,
     block_table: Tensor,
     workspace: Tensor | None = None,
+    head: DecoderHead | None = None,
     *,
     num_heads: int,
     softmax_scale: float,
@@ -122,6 +138,9 @@ def decode_layers(
     as many CTAs as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
     operators one after the other.
 
+    With a head a whole step of a language model: what is in residual does not matter then, and logits are made of what it is
+    in the end.
+
     residual: (T, N), bf16 or fp16, on the CPU also fp32; contiguous, changed in place.
     weights: `DecoderWeights`, in residual's dtype.
     k_cache, v_cache: of each layer (num_blocks, block_size, Hk, D), residual's dtype, contiguous; the tokens' keys and values
@@ -130,6 +149,7 @@ def decode_layers(
     seqused_k: (T) int32, keys of each sequence, the newest counted; 0 for a row of padding, whose result says nothing.
     block_table: (T, max_blocks) int32, pages as in `paged_attention`.
     workspace: `decode_layers_workspace`, needed on a GPU.
+    head: `DecoderHead`. An id that does not exist is what it is for `embedding`.
 
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
@@ -138,6 +158,8 @@ def decode_layers(
     )  # fmt: skip
     _check_caches(residual, cos_sin, k_cache, v_cache, num_heads)
     _check_weights(residual, weights, k_cache, num_heads)
+    if head is not None:
+        _check_head(residual, head)
     if activation not in _ACTIVATIONS:
         fail_value(
             "decode_layers", f"activation is {activation!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}"
@@ -152,10 +174,14 @@ def decode_layers(
             )
         if workspace is None:
             fail_value("decode_layers", "workspace is None, expected a tensor of decode_layers_workspace on a GPU")
+    of_head = (None,) * 6
+    if head is not None:
+        of_head = (head.token_ids, head.drawn, head.embedding, head.norm, head.weight, head.logits)
     _decode_layers(
         residual, weights.qkv, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.out, weights.gate_up,
         weights.down, cos_sin, positions, slot_mapping, seqused_k, block_table, k_cache, v_cache, workspace, num_heads,
         activation, softmax_scale, norm_eps, qk_norm_eps,
+        *of_head,
     )  # fmt: skip
 
 
@@ -222,3 +248,27 @@ def _check_weights(residual: Tensor, weights: DecoderWeights, k_cache: Sequence[
             "decode_layers",
             f"weights.k_norm has {len(weights.k_norm)} tensors, expected {len(weights.q_norm)} as q_norm",
         )
+
+
+def _check_head(residual: Tensor, head: DecoderHead) -> None:
+    (tokens, n), vocab_size = residual.shape, head.weight.shape[0]
+    drawn = 0 if head.drawn is None else head.drawn.numel()
+    if vocab_size == 0 or vocab_size % 8:
+        fail_value("decode_layers", f"head.weight has {vocab_size} rows, expected a multiple of 8")
+    for name, t, shape, dtype in (
+        ("token_ids", head.token_ids, (tokens,), torch.int32),
+        ("drawn", head.drawn, (drawn,), torch.int32),
+        ("embedding", head.embedding, (vocab_size, n), residual.dtype),
+        ("norm", head.norm, (n,), residual.dtype),
+        ("weight", head.weight, (vocab_size, n), residual.dtype),
+        ("logits", head.logits, (tokens, vocab_size), residual.dtype),
+    ):
+        if t is None:
+            continue
+        if t.dtype is not dtype:
+            fail_type("decode_layers", f"head.{name} is {t.dtype}, expected {dtype}")
+        if tuple(t.shape) != shape or t.device != residual.device or not t.is_contiguous():
+            fail_value(
+                "decode_layers",
+                f"head.{name} is {tuple(t.shape)} on {t.device}, expected a contiguous {shape} on {residual.device}",
+            )

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.attention import paged_attention
+from fastattn.reference.embedding import embedding
 from fastattn.reference.gated_linear import rms_norm_gated_linear
 from fastattn.reference.linear import linear
+from fastattn.reference.norm import rms_norm
 from fastattn.reference.norm_linear import rms_norm_linear
 from fastattn.reference.rope import rope_kv_write
 
@@ -34,8 +36,16 @@ def decode_layers(
     softmax_scale: float,
     norm_eps: float,
     qk_norm_eps: float,
+    token_ids: Tensor | None,
+    drawn: Tensor | None,
+    embedding_weight: Tensor | None,
+    final_norm_weight: Tensor | None,
+    head_weight: Tensor | None,
+    logits: Tensor | None,
 ) -> None:
-    """residual (T, N) in place. What is rounded is what the operators one by one round."""
+    """residual (T, N) in place, and logits if there is a head. What is rounded is what the operators one by one round."""
+    if token_ids is not None and embedding_weight is not None:
+        residual.copy_(embedding(token_ids, embedding_weight, 1.0, drawn))
     num_kv_heads, head_dim = k_cache[0].shape[-2:]
     cu_seqlens_q = torch.arange(residual.shape[0] + 1, dtype=torch.int32, device=residual.device)
     for i in range(len(qkv_weight)):
@@ -53,6 +63,8 @@ def decode_layers(
         )  # fmt: skip
         _add(residual, out.flatten(1), out_weight[i])
         _add(residual, rms_norm_gated_linear(residual, gate_up_weight[i], None, activation, norm_eps), down_weight[i])
+    if logits is not None and final_norm_weight is not None and head_weight is not None:
+        logits.copy_(linear(rms_norm(residual, final_norm_weight, norm_eps), head_weight, None))
 
 
 def _add(residual: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -77,3 +79,44 @@ def test_a_graph_serves_other_lengths_and_numbers_of_rows_share_a_workspace() ->
         graph.replay()
         assert torch.equal(residual, expected[length]), length
         assert torch.equal(one.run(memory)[0], expected_one)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "vocab_size"),
+    [(SMOLLM2, [200], 49152), (SMOLLM2, [1, 65, 0, 301], 520), (SMALL, [63, 128, 900], 1000), (SMALL, [40], 8)],
+)
+def test_a_head_makes_logits_of_token_ids(
+    sizes: tuple[int, int, int, int, int], lengths: list[int], vocab_size: int
+) -> None:
+    call = make_call(CUDA, torch.bfloat16, 3, sizes, lengths, seed=3).with_head(vocab_size)
+    assert call.head is not None
+    memory = workspace(sizes)
+    rows = [row for row, length in enumerate(lengths) if length]
+    residual, _, _ = call.run(memory)
+    logits = call.head.logits.clone()
+    for found, exact, one_by_one in (
+        (residual, call.exact(), call.layer_by_layer()),
+        (logits, call.exact_logits(), call.logits_one_by_one()),
+    ):
+        error = float((found[rows].double() - exact[rows]).abs().max())
+        allowed = float((one_by_one[rows].double() - exact[rows]).abs().max())
+        assert error <= 2 * allowed + 1e-6, (error, allowed)
+    without = dataclasses.replace(call, head=None)
+    assert torch.equal(
+        without.run(memory)[0][rows], residual[rows]
+    )  # shares the workspace, and begins with the same rows
+    for _ in range(5):
+        assert torch.equal(call.run(memory)[0][rows], residual[rows])
+        assert torch.equal(call.head.logits[rows], logits[rows])
+
+
+def test_ids_that_do_not_exist_are_rows_of_zeros() -> None:
+    call = make_call(CUDA, torch.bfloat16, 2, SMOLLM2, [5, 70, 3, 9], seed=4).with_head(64)
+    assert call.head is not None
+    ids = torch.tensor([64, -5, 7, -1], dtype=torch.int32, device=CUDA)
+    drawn = torch.tensor([-1, 3, 2, 1], dtype=torch.int32, device=CUDA)
+    other = dataclasses.replace(call, head=dataclasses.replace(call.head, token_ids=ids, drawn=drawn))
+    found, _, _ = other.run(workspace(SMOLLM2))
+    start = torch.zeros_like(call.residual)
+    start[2] = call.head.embedding[7]
+    assert torch.equal(found, dataclasses.replace(call, residual=start, head=None).run(workspace(SMOLLM2))[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,16 +22,46 @@ class DecodeCall:
     sizes: tuple[int, int, int, int, int]
     activation: str = "silu"
     norm_eps: float = 1e-5
+    head: ops.DecoderHead | None = None
 
     def run(self, workspace: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """On copies of what it changes."""
         residual = self.residual.clone()
+        if self.head is not None:  # what is there says nothing
+            residual.fill_(torch.nan)
+            self.head.logits.fill_(torch.nan)
         k_cache, v_cache = ([t.clone() for t in caches] for caches in (self.k_cache, self.v_cache))
         ops.decode_layers(
             residual, self.weights, k_cache, v_cache, **self.rows, workspace=workspace, num_heads=self.sizes[2],
-            softmax_scale=self.sizes[4] ** -0.5, activation=self.activation, norm_eps=self.norm_eps,
+            softmax_scale=self.sizes[4] ** -0.5, activation=self.activation, norm_eps=self.norm_eps, head=self.head,
         )  # fmt: skip
         return residual, k_cache, v_cache
+
+    def with_head(self, vocab_size: int, seed: int = 0) -> DecodeCall:
+        """The same, whose stream begins with rows of embeddings, every other token's one that was drawn, and that makes logits."""
+        device, dtype, (tokens, n) = self.residual.device, self.residual.dtype, self.residual.shape
+        gen = torch.Generator(device=device).manual_seed(seed)
+        tables = [torch.randn(vocab_size, n, device=device, generator=gen) * scale for scale in (1.0, n**-0.5)]
+        ids = torch.randint(vocab_size, (tokens,), device=device, generator=gen, dtype=torch.int32)
+        drawn = ids.flip(0).contiguous()
+        at = torch.arange(tokens, device=device, dtype=torch.int32)
+        embedding, weight = (table.to(dtype) for table in tables)
+        norm = (1 + 0.3 * torch.randn(n, device=device, generator=gen)).to(dtype)
+        logits = torch.empty(tokens, vocab_size, dtype=dtype, device=device)
+        token_ids = torch.where(at % 2 == 1, at - tokens, ids)  # below 0: of drawn, the other way round
+        head = ops.DecoderHead(token_ids, drawn, embedding, norm, weight, logits)
+        return replace(self, residual=embedding[ids.long()], head=head)
+
+    def exact_logits(self) -> Tensor:
+        """In fp64, of the exact stream."""
+        assert self.head is not None
+        h = self.exact()
+        h = h * (h.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.head.norm.double()
+        return h @ self.head.weight.double().T
+
+    def logits_one_by_one(self) -> Tensor:
+        assert self.head is not None
+        return ops.linear(ops.rms_norm(self.layer_by_layer(), self.head.norm, self.norm_eps), self.head.weight)
 
     def layer_by_layer(self) -> Tensor:
         """The same by the operators for one layer each."""

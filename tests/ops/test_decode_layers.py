@@ -30,6 +30,36 @@ def test_it_is_the_formula(kind: str) -> None:
         assert slots.tolist() == sorted(s for s in call.rows["slot_mapping"].tolist() if s >= 0)
 
 
+def test_a_head_is_the_embedding_in_front_and_the_logits_behind() -> None:
+    call = make_call(CPU, torch.float32, 3, SIZES, [1, 17, 0, 40]).with_head(72)
+    assert call.head is not None
+    found, _, _ = call.run(None)
+    rows = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(found[rows].double(), call.exact()[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call.head.logits[rows].double(), call.exact_logits()[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call.head.logits[rows], call.logits_one_by_one()[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_errors_name_what_of_the_head_does_not_fit() -> None:
+    call = make_call(CPU, torch.bfloat16, 2, SIZES, [3, 5]).with_head(72)
+    head = call.head
+    assert head is not None
+    for changes, message in (
+        ({"weight": head.weight[:71]}, r"head.weight has 71 rows, expected a multiple of 8"),
+        ({"logits": head.logits[:1]}, r"head.logits is \(1, 72\) on cpu, expected a contiguous \(2, 72\) on cpu"),
+        ({"embedding": head.embedding[:64]}, r"head.embedding is \(64, 64\) on cpu, expected a contiguous \(72, 64\)"),
+        ({"token_ids": head.token_ids[:1]}, r"head.token_ids is \(1,\) on cpu, expected a contiguous \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_layers: {message}"):
+            _changed(call, head=dataclasses.replace(head, **changes)).run(None)
+    for changes, message in (
+        ({"drawn": head.token_ids.long()}, r"head.drawn is torch.int64, expected torch.int32"),
+        ({"norm": head.norm.float()}, r"head.norm is torch.float32, expected torch.bfloat16"),
+    ):
+        with pytest.raises(TypeError, match=f"decode_layers: {message}"):
+            _changed(call, head=dataclasses.replace(head, **changes)).run(None)
+
+
 def _changed(call: DecodeCall, **changes: object) -> DecodeCall:
     return dataclasses.replace(call, **changes)  # type: ignore[arg-type]
 
