@@ -47,6 +47,7 @@
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/reduce.cuh"
+#include "arch/registers.cuh"
 #include "arch/vec.cuh"
 #include "decoder/decode_layers_sm90.h"
 #include "decoder/decode_layers_sm90_layout.h"
@@ -685,7 +686,7 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::compute() {
 }
 
 template <typename T, int HEAD_DIM, int MOST_TOKENS>
-__global__ void __launch_bounds__(kThreads + 32, 1) decode_layers_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kAllThreads, 1) decode_layers_kernel(const __grid_constant__ Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) unsigned char smem[];
   Decode<T, HEAD_DIM, MOST_TOKENS> decode(args, smem);
@@ -698,9 +699,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1) decode_layers_kernel(const _
     fence_barrier_init();
   }
   __syncthreads();
-  if (decode.warp == kWarps) {
-    decode.copy_weights();
+  if (decode.warp >= kWarps) {
+    give_registers<kCopyRegisters>();
+    if (decode.warp == kWarps) decode.copy_weights();
   } else {
+    take_registers<kComputeRegisters>();
     decode.compute();
   }
 #endif
@@ -723,7 +726,7 @@ cudaError_t launch(const DecodeLayersParams& p, cudaStream_t stream) {
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_ctas(p)));
-  config.blockDim = dim3(kThreads + 32);
+  config.blockDim = dim3(kAllThreads);
   config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
   config.stream = stream;
   config.attrs = &attribute;

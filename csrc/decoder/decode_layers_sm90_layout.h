@@ -11,6 +11,10 @@ namespace {
 
 constexpr int kWarps = 8;  // that compute
 constexpr int kThreads = 32 * kWarps;
+// With a warp group of which one warp copies, and that leaves its registers to the others: with a lone warp more the
+// eight would have 168, as some of the SM's four parts would hold three warps.
+constexpr int kAllThreads = kThreads + 128;
+constexpr int kComputeRegisters = 232, kCopyRegisters = 40;
 constexpr int kUnit = 8;  // rows of weight
 constexpr int kStageColumns = 1024;
 constexpr int kPieces = kStageColumns / 32 / kWarps;  // of 32 columns, of a warp
