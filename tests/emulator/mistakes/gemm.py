@@ -50,7 +50,7 @@ MISTAKES = [
         "for (int32_t step = walk.begin(part); step < walk.end(part); ++step) {",
         "for (int32_t step = 0; step < walk.end(part) - walk.begin(part); ++step) {",
         "gemm_sm90_many_rows.cu",
-        "2",
+        "128",
         "expected",
     ),
     Mistake(

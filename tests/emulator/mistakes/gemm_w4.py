@@ -49,7 +49,7 @@ MISTAKES = [
         "      smem.full[warp_idx][stage_idx].wait(parity);\n",
         "      smem.full[warp_idx][stage_idx].wait(parity);\n      load_stage(stage_idx);\n",
         "gemm_sm90_w4_nvfp4_tiles.cu",
-        "16",
+        "8",
         "in the call: seed",
     ),
     Mistake(
@@ -58,7 +58,7 @@ MISTAKES = [
         "      smem.x_empty.wait((pass - 1) % 2);\n",
         "",
         "gemm_sm90_w4_nvfp4_tiles.cu",
-        "16",
+        "8",
         "in the call: seed",
     ),
     Mistake(
