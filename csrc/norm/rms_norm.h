@@ -25,7 +25,8 @@ struct RmsNormParams {
   int64_t num_rows = 0;
 };
 
-// Needs rows > 0, and N > 0 but for 8 bits. cudaErrorInvalidValue for a dtype that is not bf16 or fp16, a q_dtype that is not int8 or e4m3.
+// Needs rows > 0, and N > 0 but for 8 bits. cudaErrorInvalidValue for a dtype that is not bf16 or fp16, a q_dtype that
+// is not int8 or e4m3.
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 
 }  // namespace fastattn
