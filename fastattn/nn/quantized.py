@@ -309,8 +309,10 @@ class Fp8Weight(QuantizedWeight):
         dtype: torch.dtype,
         gates: str | None = None,
     ) -> torch.Tensor:
-        weight, options = self.codes.view(q.dtype), {"batch_invariant": self.batch_invariant, "activation": gates}
-        return ops.fp8_linear(q, scale, weight, self.scale, bias, out_dtype=dtype, **options)
+        weight, invariant = self.codes.view(q.dtype), self.batch_invariant
+        return ops.fp8_linear(
+            q, scale, weight, self.scale, bias, out_dtype=dtype, batch_invariant=invariant, activation=gates
+        )
 
     def interleave(self) -> None:
         in_turns(self.codes, self.scale)

@@ -174,7 +174,7 @@ def decode_layers(
             )
         if workspace is None:
             fail_value("decode_layers", "workspace is None, expected a tensor of decode_layers_workspace on a GPU")
-    of_head = (None,) * 6
+    of_head: tuple[Tensor | None, ...] = (None,) * 6
     if head is not None:
         of_head = (head.token_ids, head.drawn, head.embedding, head.norm, head.weight, head.logits)
     _decode_layers(
