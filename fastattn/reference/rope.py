@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,13 +25,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-@lru_cache(maxsize=8)
-def _hadamard(dim: int) -> Tensor:
-    """(dim, dim) fp32, orthonormal: Sylvester's matrices along the diagonal, of the largest power of two that divides dim."""
-    block = torch.ones(1, 1)
-    while dim % (2 * block.shape[0]) == 0:
-        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
-    return torch.kron(torch.eye(dim // block.shape[0]), block / math.sqrt(block.shape[0]))
+def _hadamard(x: Tensor) -> Tensor:
+    """x (T, heads, D) times orthonormal Hadamard matrices along the diagonal, of the largest power of two that divides D.
+
+    By butterflies, as the kernel does it: a BLAS library's sums would depend on the number of rows.
+    """
+    dim = x.shape[-1]
+    block, distance = dim & -dim, 1
+    while distance < block:
+        low, high = x.unflatten(-1, (dim // (2 * distance), 2, distance)).unbind(-2)
+        x = torch.stack((low + high, low - high), -2).flatten(-3)
+        distance *= 2
+    return x * (1 / math.sqrt(block))
 
 
 def _write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None = None) -> None:
@@ -78,7 +82,7 @@ def rope_kv_write(
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # (T, 1, rotary_dim / 2) each
     q_normed = q if q_norm_weight is None else rms_norm(q, q_norm_weight, norm_eps)
     turned = _rotate(q_normed, cos, sin, interleaved)
-    q.copy_(turned @ _hadamard(q.shape[2]) if hadamard else turned)
+    q.copy_(_hadamard(turned) if hadamard else turned)
 
     slots = slot_mapping.long()
     if int(slots.min()) < 0:
@@ -87,6 +91,6 @@ def rope_kv_write(
     k_normed = k if k_norm_weight is None else rms_norm(k, k_norm_weight, norm_eps)
     rotated = _rotate(k_normed, cos, sin, interleaved)
     if hadamard:
-        rotated = rotated @ _hadamard(k.shape[2])
+        rotated = _hadamard(rotated)
     _write(k_cache, rotated if k_cache.dtype in LARGEST else rotated.to(k_cache.dtype), slots, k_scale)
     _write(v_cache, v, slots, v_scale)

@@ -76,14 +76,7 @@ def facts(output: RequestOutput) -> Any:
     return output.prompt_logprobs, [(c.token_ids, c.logprobs, c.text) for c in output.outputs]
 
 
-# On one kind of CPU (a Xeon at 2.5 GHz, 28 November) the last bits with an int8 cache are others in a batch (int8 weights keep them): what it
-# is there is not known. On GPUs tests/gpu/test_invariant_engine.py holds int8 to the bit.
-OF_SOME_CPUS = pytest.mark.xfail(reason="last bits with int8 caches on some CPUs, a known defect", strict=False)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=OF_SOME_CPUS) if name == "int8" else name for name in MODELS]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_request_has_the_bits_that_it_has_alone(name: str) -> None:
     """Drawn schedules: chunks of prompts, prefix hits, both tiers, preemptions, padding, steps that overlap."""
     rng = random.Random(name)
