@@ -130,11 +130,20 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   }
   __syncthreads();
 
-  // What a lane multiplies the sums of its four columns by and adds to them, and the first of its rows.
   constexpr int PER_COLUMN = Epilogue::kRows;
   const int64_t width = p.n / PER_COLUMN;  // of out
-  const int64_t end_column = min(width, int64_t{(first_n + weight_rows) / PER_COLUMN});
-  const int32_t column = first_n / PER_COLUMN + smem.sums.first_column(), row = smem.sums.first_row(rank);
+  int64_t end_column = 0;
+  int32_t column = 0, row = 0;  // the first of a lane's four columns, and of its rows
+  const auto find_place = [&] {
+    end_column = min(width, int64_t{(first_n + weight_rows) / PER_COLUMN});
+    column = first_n / PER_COLUMN + smem.sums.first_column();
+    row = smem.sums.first_row(rank);
+  };
+  // Large tiles leave no registers for what is needed when products have ended: it is found then.
+  constexpr bool EARLY = BLOCK_M <= 64 || (BLOCK_M == 128 && CTAS_PER_SM == 1);
+  constexpr bool EARLY_PLACE = EARLY || Epilogue::kAdds;
+  if constexpr (EARLY_PLACE) find_place();
+  // What a lane multiplies the sums of its columns by and adds to them.
   const int32_t num_rows = min(p.config.rows, static_cast<int32_t>(p.m) - first_m);
   float2 bias[PER_COLUMN][2] = {}, scales[PER_COLUMN][2] = {}, weight_sums[PER_COLUMN][2] = {};
   int2 code_sums[PER_COLUMN][2] = {};
@@ -171,8 +180,6 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
       if (row < num_rows) of_row.load(p, first_m + row, column);
     }
   };
-  constexpr bool EARLY =
-      BLOCK_M <= 64 || (BLOCK_M == 128 && CTAS_PER_SM == 1);  // others have no registers to keep them in
 
   typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
@@ -266,6 +273,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   cluster_sync();
 
   // ---- epilogue: a lane writes four columns
+  if constexpr (!EARLY_PLACE) find_place();
   if (warp_idx < NUM_WARPS && (kStores || column < end_column)) {
     if constexpr (!EARLY) load_factors();
     const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
