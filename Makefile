@@ -25,8 +25,7 @@ cuda: $(STAMPS)/build ## compile every CUDA source (no GPU needed) and hold the 
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DFASTATTN_CUDA=ON -DFASTATTN_RUNTIME=OFF "-DFASTATTN_CUDA_ARCHS=$(ARCHS)" \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFASTATTN_OUTPUT_DIR=$(abspath build/cuda/lib) \
 	  -DFASTATTN_TORCH_INCLUDE=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/include
-	$(BIN)/cmake --build build/cuda > build/cuda/step.log 2>&1 || { grep -iE "error|fatal" build/cuda/step.log | head -50; exit 1; }
-	@cat build/cuda/step.log >> build/cuda/build.log
+	$(BIN)/cmake --build build/cuda >> build/cuda/build.log 2>&1 || { grep -iE "error *:|fatal|FAILED" build/cuda/build.log | tail -50; exit 1; }
 	$(BIN)/python tools/check_ptxas.py build/cuda/build.log
 	$(BIN)/python tools/check_abi.py build/cuda/lib/_C.so
 

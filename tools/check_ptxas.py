@@ -69,9 +69,10 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 
 
 def findings(log: str) -> list[str]:
-    """One line for each thing that must not be."""
+    """One line for each thing that must not be; of a kernel that was compiled several times the last time counts."""
     found = []
-    kernel, arch = "?", "?"
+    spills: dict[tuple[str, ...], tuple[int, int]] = {}
+    kernel, arch, function = "?", "?", "?"
     for line in log.splitlines():
         for pattern, meaning in _WARNINGS:
             if pattern.search(line):
@@ -79,14 +80,15 @@ def findings(log: str) -> list[str]:
                 break
         if match := _FUNCTION.search(line):
             if match[1]:
-                kernel, arch = match[1], match[2]
+                kernel, arch, function = match[1], match[2], match[1]
             else:
-                kernel = match[3]
+                function = match[3]
         if match := _SPILLS.search(line):
-            spilled = int(match[2]) + int(match[3])
-            allowed = max((limit for part, (limit, _) in SPILLS_ALLOWED.items() if part in kernel), default=0)
-            if spilled > allowed:
-                found.append(f"{kernel} ({arch}) spills {match[2]} bytes out and {match[3]} in, allowed are {allowed}")
+            spills[kernel, arch, function] = int(match[2]), int(match[3])
+    for (_, arch, function), (out, back) in spills.items():
+        allowed = max((limit for part, (limit, _) in SPILLS_ALLOWED.items() if part in function), default=0)
+        if out + back > allowed:
+            found.append(f"{function} ({arch}) spills {out} bytes out and {back} in, allowed are {allowed}")
     return found
 
 
@@ -97,7 +99,7 @@ def main() -> int:
     found = findings(log)
     for line in found:
         print(line)
-    kernels = len(re.findall("Compiling entry function", log))
+    kernels = len(set(re.findall("Compiling entry function .*", log)))
     print(f"ptxas: {kernels} kernels, {len(found)} findings")
     if kernels == 0:
         print("the log holds no kernel: was it made with -Xptxas -v?")

@@ -50,6 +50,11 @@ def test_an_allowed_spill_is_let_through_up_to_its_limit(monkeypatch: pytest.Mon
     assert len(check_ptxas.findings(SPILL)) == 1
 
 
+def test_of_a_kernel_that_was_compiled_again_the_last_time_counts() -> None:
+    assert check_ptxas.findings(SPILL + CLEAN) == []
+    assert len(check_ptxas.findings(CLEAN + SPILL)) == 1
+
+
 @pytest.mark.parametrize(("log", "code"), [(CLEAN, 0), (SPILL, 1), ("nvcc ran", 1)])
 def test_exit_status_of_check_ptxas(log: str, code: int, tmp_path: Path) -> None:
     path = tmp_path / "build.log"

@@ -20,3 +20,4 @@ class Mistake:
     unit: str  # that is compiled with it
     size: str  # of the calls: a head dim, or rows of a tile, or 1 for those with turns, 2 with stream-K, 3 in order
     finds: str  # what the report says, at least
+    call: int = 0  # one that shows it, if the first few do not: only a hint, which saves a search of up to 300 calls
