@@ -64,6 +64,7 @@ MISTAKES = [
         "flash_fwd_sm90_fp8_hd128.cu",
         "128",
         "wait for products at different places",
+        call=7,
     ),
     Mistake(
         "negative scores of fp8 are compared as integers",
@@ -73,6 +74,7 @@ MISTAKES = [
         "flash_fwd_sm90_fp8_hd128.cu",
         "128",
         "expected",
+        call=11,
     ),
     # Wrong rows, or an end that never comes: who is first, the schedule decides.
     Mistake(
@@ -83,6 +85,7 @@ MISTAKES = [
         "flash_fwd_sm90_8bit_hd128.cu",
         "128",
         "in the call: seed",
+        call=59,
     ),
     Mistake(
         "P is multiplied by the factors of another block",
@@ -92,6 +95,7 @@ MISTAKES = [
         "flash_fwd_sm90_8bit_hd128.cu",
         "128",
         "expected",
+        call=4,
     ),
     Mistake(
         "O is not brought to the larger factors of a block",
@@ -101,6 +105,7 @@ MISTAKES = [
         "flash_fwd_sm90_8bit_hd128.cu",
         "128",
         "expected",
+        call=92,
     ),
     Mistake(
         "Q is released before the product that reads it is over",
@@ -112,6 +117,7 @@ MISTAKES = [
         "flash_bwd_sm90_hd128.cu",
         "128",
         "expected",
+        call=7,
     ),
     # A form of the kernel had this, and every test passed on GPUs.
     Mistake(
@@ -152,6 +158,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=37,
     ),
     Mistake(
         "a copy is not waited for",
@@ -179,6 +186,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=17,
     ),
     Mistake(
         "values are loaded while other warps still multiply by those before",
@@ -197,6 +205,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=29,
     ),
     Mistake(
         "a window over a tree begins where it would over a chain",
@@ -206,6 +215,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=113,
     ),
     Mistake(
         "the warps' results are added up before all are there",
@@ -215,6 +225,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=7,
     ),
     Mistake(
         "a tile of few keys takes those behind the last one",
@@ -224,5 +235,6 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=11,
     ),
 ]

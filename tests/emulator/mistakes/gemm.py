@@ -25,6 +25,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "deadlock",
+        call=80,
     ),
     Mistake(
         "the CTA that loads the other half of the weight is not told that a stage is free",
@@ -34,6 +35,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
+        call=164,
     ),
     Mistake(
         "a CTA stores rows that are the next one's, of which it has loaded nothing",
@@ -61,6 +63,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_many_rows.cu",
         "2",
         "expected",
+        call=7,
     ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
     Mistake(
@@ -80,6 +83,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "1",
         "in the call: seed",
+        call=40,
     ),
     Mistake(
         "sums are written where the other group still reads operands",
@@ -89,6 +93,7 @@ MISTAKES = [
         "gemm_sm90_few_rows.cu",
         "64",
         "expected",
+        call=15,
     ),
     Mistake(
         "one group of 64 rows leaves every other panel to another",
@@ -125,6 +130,7 @@ MISTAKES = [
         "gemm_fp8_sm90_few_rows.cu",
         "8",
         "expected",
+        call=109,
     ),
     Mistake(
         "a stage is released before the second half of a tile has been multiplied",
@@ -134,6 +140,7 @@ MISTAKES = [
         "gemm_fp8_sm90_many_rows.cu",
         "128",
         "in the call: seed",
+        call=72,
     ),
     Mistake(
         "sums of a panel are multiplied by the scales of the one before",
@@ -144,6 +151,7 @@ MISTAKES = [
         "gemm_fp8_blocks_sm90.cu",
         "128",
         "expected",
+        call=15,
     ),
     Mistake(
         "panels of the second group have the scales of the first one's",
@@ -171,6 +179,7 @@ MISTAKES = [
         "gemm_layer_norm_sm90_many_rows.cu",
         "128",
         "expected",
+        call=38,
     ),
     Mistake(
         "a variance is the difference of two large numbers",
@@ -180,6 +189,7 @@ MISTAKES = [
         "gemm_layer_norm_sm90_many_rows.cu",
         "192",
         "expected",
+        call=66,
     ),
     Mistake(
         "columns of out take the place of those eight before",
@@ -189,6 +199,7 @@ MISTAKES = [
         "gemm_gated_sm90_many_rows.cu",
         "128",
         "expected",
+        call=29,
     ),
     Mistake(
         "sums of ups lie where those of the next gates do",
@@ -207,6 +218,7 @@ MISTAKES = [
         "gemm_int8_sm90_many_rows.cu",
         "128",
         "expected",
+        call=77,
     ),
     Mistake(
         "all rows that a lane adds up have the zero point of the first one",
@@ -216,6 +228,7 @@ MISTAKES = [
         "gemm_int8_sm90_few_rows.cu",
         "64",
         "expected",
+        call=230,
     ),
     Mistake(
         "all rows that a lane adds a residual to get the first one's",
@@ -234,6 +247,7 @@ MISTAKES = [
         "gemm_added_sm90_many_rows.cu",
         "128",
         "expected",
+        call=18,
     ),
     Mistake(
         "a row's squares are those of half of its lanes",
@@ -243,6 +257,7 @@ MISTAKES = [
         "gemm_added_sm90_many_rows.cu",
         "128",
         "expected",
+        call=18,
     ),
     Mistake(
         "the last of the given squares are asked for, but not added",
@@ -252,6 +267,7 @@ MISTAKES = [
         "gemm_rms_norm_given_sm90_many_rows.cu",
         "128",
         "expected",
+        call=116,
     ),
     Mistake(
         "every CTA of a cluster adds up all of the given squares",
@@ -289,6 +305,7 @@ MISTAKES = [
         "gemm_sparse_sm90.cu",
         "256",
         "expected",
+        call=3,
     ),
     Mistake(
         "sums of the CTA that has a tile's first columns are left out",
@@ -298,5 +315,6 @@ MISTAKES = [
         "gemm_sparse_sm90.cu",
         "64",
         "expected",
+        call=23,
     ),
 ]

@@ -22,6 +22,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4.cu",
         "16",
         "expected",
+        call=5,
     ),
     Mistake(
         "a stage is released while a product reads x there",
@@ -31,6 +32,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4.cu",
         "64",
         "expected",
+        call=11,
     ),
     Mistake(
         "scales of the stage before are taken",
@@ -42,6 +44,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4.cu",
         "16",
         "expected",
+        call=11,
     ),
     Mistake(
         "a warp's stage is loaded again before it is multiplied",
@@ -51,6 +54,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_tiles.cu",
         "8",
         "in the call: seed",
+        call=32,
     ),
     Mistake(
         "columns of x are overwritten that other warps still multiply",
@@ -60,6 +64,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_tiles.cu",
         "8",
         "in the call: seed",
+        call=188,
     ),
     Mistake(
         "all CTAs of a cluster are taken to have as many columns",
@@ -69,6 +74,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_tiles.cu",
         "8",
         "expected",
+        call=63,
     ),
     Mistake(
         "scales of INT4 are those of the step before",
@@ -87,6 +93,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
         "expected",
+        call=5,
     ),
     Mistake(
         "a panel of x is overwritten that the other CTA still reads",
@@ -96,6 +103,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1256",
         "deadlock",
+        call=5,
     ),
     Mistake(
         "the next tile begins with scales of this one",
@@ -105,6 +113,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1192",
         "expected",
+        call=5,
     ),
     Mistake(
         "of those that have a part of a tile's K only the last but one is waited for",
@@ -114,6 +123,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_many_rows.cu",
         "1128",
         "expected",
+        call=21,
     ),
     Mistake(
         "half of the columns have the other half's scale",
@@ -123,6 +133,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_fp8_many_rows.cu",
         "1192",
         "expected",
+        call=3,
     ),
     Mistake(
         "a lane of fours takes x of the lower half of a tile's columns twice",
@@ -141,6 +152,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_some_rows.cu",
         "64",
         "expected",
+        call=23,
     ),
     Mistake(
         "the other CTA's x is brought before this one has multiplied what lies there",
@@ -150,6 +162,7 @@ MISTAKES = [
         "gemm_sm90_w4_nvfp4_some_rows.cu",
         "64",
         "in the call: seed",
+        call=23,
     ),
     Mistake(
         "scales are read as if chunks had not changed places",
