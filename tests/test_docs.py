@@ -160,6 +160,15 @@ def test_readme_names_every_operator() -> None:
     assert not missing
 
 
+def test_readme_has_the_speed_of_the_results_files() -> None:
+    """A row that begins with a geometric mean and the lowest ratio has those of its file as it is today."""
+    row = re.compile(r"^\|[^|]+\|[^|]+\| (\d\.\d\d) \((\d\.\d\d) to [^|]*\| `(\w+\.md)` \|$", re.M)
+    rows = row.findall((ROOT / "README.md").read_text())
+    assert len(rows) > 8
+    for mean, lowest, name in rows:
+        assert f"lowest {lowest}, geometric mean {mean}," in (ROOT / "bench/results" / name).read_text(), name
+
+
 @each_page
 def test_commands_exist(page: Path) -> None:
     """`fastattn …` and `make …` in shell blocks: the command, its options, the target."""
