@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 
 import fastattn
@@ -159,6 +160,15 @@ def test_readme_names_every_operator() -> None:
     assert not missing
 
 
+def test_readme_has_the_speed_of_the_results_files() -> None:
+    """A row that begins with a geometric mean and the lowest ratio has those of its file as it is today."""
+    row = re.compile(r"^\|[^|]+\|[^|]+\| (\d\.\d\d) \((\d\.\d\d) to [^|]*\| `(\w+\.md)` \|$", re.M)
+    rows = row.findall((ROOT / "README.md").read_text())
+    assert len(rows) > 8
+    for mean, lowest, name in rows:
+        assert f"lowest {lowest}, geometric mean {mean}," in (ROOT / "bench/results" / name).read_text(), name
+
+
 @each_page
 def test_commands_exist(page: Path) -> None:
     """`fastattn …` and `make …` in shell blocks: the command, its options, the target."""
@@ -197,6 +207,41 @@ def test_the_reference_has_every_command_and_setting() -> None:
         assert f"\n| `{name}` |" in settings
     for line in settings.splitlines():  # a table that is cut by a bar in a cell
         assert not line.startswith("|") or re.sub(r"\\\|", "", line).count("|") in (3, 4, 5, 6), line
+
+
+def contracts() -> tuple[dict[str, str], dict[str, str]]:
+    """(arguments of the public functions, schemas of the operators) by name, from the table of docs/design/foundation.md."""
+    functions: dict[str, str] = {}
+    schemas: dict[str, str] = {}
+    for row in re.findall(r"^\| `.* -> .*$", (ROOT / "docs/design/foundation.md").read_text(), re.M):
+        public, schema = row.split(" | ", 1)
+        functions.update(re.findall(r"`(\w+)\(([^`…]*)\)`", public))
+        schemas.update((name, f"{name}({rest}") for name, rest in re.findall(r"`(\w+)\(([^`…]* -> [^`…]*)`", schema))
+    return functions, schemas
+
+
+def test_the_contracts_have_every_schema() -> None:
+    _, documented = contracts()
+    sources = "".join(path.read_text() for path in (ROOT / "fastattn/ops").glob("*.py"))
+    # Abridged in the table: the row of the operator beside each has the rest.
+    names = set(re.findall(r'"(\w+)\(Tensor', sources)) - {"paged_attention_out", "rms_norm_quantize_fp8"}
+    assert names and not names - documented.keys()
+    for name, text in documented.items():
+        schema = str(getattr(torch.ops.fastattn, name).default._schema).removeprefix("fastattn::")
+        assert re.sub(r"[\s\"']", "", text) == re.sub(r"[\s\"']", "", schema), name
+
+
+def test_the_contracts_have_the_signatures() -> None:
+    functions, _ = contracts()
+    assert len(functions) > 30
+    for name, arguments in functions.items():
+        written: dict[str, Any] = {}
+        exec(f"def {name}({arguments}): ...", written)
+        pairs = zip(
+            *(inspect.signature(f).parameters.values() for f in (written[name], getattr(ops, name))), strict=True
+        )
+        for ours, theirs in pairs:
+            assert (ours.name, ours.kind, ours.default) == (theirs.name, theirs.kind, theirs.default), name
 
 
 def test_environment_variables_are_listed() -> None:

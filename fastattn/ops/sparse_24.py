@@ -66,24 +66,18 @@ _check_sparse = compile_check(
     _METADATA,
     TensorArg("bias", "N", "x", optional=True),
 )
-_check_int8 = compile_check(
-    "sparse_int8_linear",
-    TensorArg("x", "M K", INT8),
-    TensorArg("x_scale", "Sx", FP32),
-    TensorArg("values", "N H", INT8),
-    _METADATA,
-    TensorArg("weight_scale", "Sw", FP32),
-    TensorArg("bias", "N", FLOAT, optional=True),
-)
-_check_fp8 = compile_check(
-    "sparse_fp8_linear",
-    TensorArg("x", "M K", E4M3),
-    TensorArg("x_scale", "Sx", FP32),
-    TensorArg("values", "N H", E4M3),
-    _METADATA,
-    TensorArg("weight_scale", "Sw", FP32),
-    TensorArg("bias", "N", FLOAT, optional=True),
-    Flag("fast_accum"),
+_check_int8, _check_fp8 = (
+    compile_check(
+        op,
+        TensorArg("x", "M K", dtype),
+        TensorArg("x_scale", "Sx", FP32),
+        TensorArg("values", "N H", dtype),
+        _METADATA,
+        TensorArg("weight_scale", "Sw", FP32),
+        TensorArg("bias", "N", FLOAT, optional=True),
+        *flags,
+    )
+    for op, dtype, flags in (("sparse_int8_linear", INT8, ()), ("sparse_fp8_linear", E4M3, (Flag("fast_accum"),)))
 )
 
 

@@ -157,14 +157,20 @@ def varlen_output(case: Case, device: str) -> None:
     compare(call, [q, kv], lambda q, kv, **kw: attention(q, *kv.unbind(2), **kw), masks)
 
 
+def inputs_of(case: Case, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, Sq, 6, D), k and v (B, Sk, 6, D), with the case's lengths, swapped where it says so."""
+    num_queries, num_keys = reversed(case["seqlens"]) if case["swap"] else case["seqlens"]
+    dtype = {"dtype": case["dtype"], "device": device}
+    q = torch.randn(batch, num_queries, 6, case["d"], **dtype)
+    k, v = torch.randn(2, batch, num_keys, 6, case["d"], **dtype)
+    return q, k, v
+
+
 @family(dtype=HALF, local=BOTH, d=HEAD_DIMS, swap=BOTH, seqlens=UNEQUAL)
 def causal(case: Case, device: str) -> None:
     rng = seeded(case)
-    num_queries, num_keys = reversed(case["seqlens"]) if case["swap"] else case["seqlens"]
-    dtype = {"dtype": case["dtype"], "device": device}
-    q = torch.randn(2, num_queries, 6, case["d"], **dtype)
-    k, v = torch.randn(2, 2, num_keys, 6, case["d"], **dtype)
-    window = window_of(case, num_keys, rng)
+    q, k, v = inputs_of(case, 2, device)
+    window = window_of(case, k.shape[1], rng)
     call = functools.partial(fastattn.flash_attn_func, causal=True, window_size=window, return_attn_probs=True)
     compare(call, [q, k, v], attention, {"causal": True, "window": window})
 
@@ -184,12 +190,9 @@ def pages(cache: Tensor, block_size: int, rng: random.Random) -> tuple[Tensor, T
 @family(dtype=HALF, local=BOTH, d=HEAD_DIMS, swap=BOTH, seqlens=UNEQUAL, block_size=[None, 1, 7, 16, 256, 512])
 def varlen_causal(case: Case, device: str) -> None:
     rng = seeded(case)
-    num_queries, num_keys = reversed(case["seqlens"]) if case["swap"] else case["seqlens"]
-    dtype = {"dtype": case["dtype"], "device": device}
-    q = torch.randn(3, num_queries, 6, case["d"], **dtype)
-    k, v = torch.randn(2, 3, num_keys, 6, case["d"], **dtype)
-    mask_q, mask_k = padding(3, num_queries, "random", rng, device), padding(3, num_keys, "random", rng, device)
-    window = window_of(case, num_keys, rng)
+    q, k, v = inputs_of(case, 3, device)
+    mask_q, mask_k = padding(3, q.shape[1], "random", rng, device), padding(3, k.shape[1], "random", rng, device)
+    window = window_of(case, k.shape[1], rng)
     masks = {"causal": True, "window": window, "lengths_q": mask_q.sum(1), "lengths_k": mask_k.sum(1)}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,11 +223,8 @@ def varlen_causal(case: Case, device: str) -> None:
 @family(dtype=HALF, deterministic=BOTH, alibi=BOTH, local=BOTH, causal=BOTH, d=HEAD_DIMS, swap=BOTH, seqlens=DECODE)
 def splitkv(case: Case, device: str) -> None:
     rng = seeded(case)
-    num_queries, num_keys = reversed(case["seqlens"]) if case["swap"] else case["seqlens"]
-    dtype = {"dtype": case["dtype"], "device": device}
-    q = torch.randn(1, num_queries, 6, case["d"], **dtype)
-    k, v = torch.randn(2, 1, num_keys, 6, case["d"], **dtype)
-    window, slopes = window_of(case, num_keys, rng), slopes_of(case, 1, 6, device)
+    q, k, v = inputs_of(case, 1, device)
+    window, slopes = window_of(case, k.shape[1], rng), slopes_of(case, 1, 6, device)
     call = functools.partial(
         fastattn.flash_attn_func, causal=case["causal"], window_size=window, alibi_slopes=slopes,
         deterministic=case["deterministic"], return_attn_probs=True,
@@ -314,12 +314,9 @@ def kvcache(case: Case, device: str) -> None:
 def deterministic(case: Case, device: str) -> None:
     """The same gradients each time."""
     rng = seeded(case)
-    num_queries, num_keys = reversed(case["seqlens"]) if case["swap"] else case["seqlens"]
-    dtype = {"dtype": case["dtype"], "device": device}
-    q = torch.randn(3, num_queries, 6, case["d"], **dtype)
-    k, v = torch.randn(2, 3, num_keys, 6, case["d"], **dtype)
-    mask_q, mask_k = padding(3, num_queries, "random", rng, device), padding(3, num_keys, "random", rng, device)
-    options = {"causal": case["causal"], "window_size": window_of(case, num_keys, rng), "deterministic": True}
+    q, k, v = inputs_of(case, 3, device)
+    mask_q, mask_k = padding(3, q.shape[1], "random", rng, device), padding(3, k.shape[1], "random", rng, device)
+    options = {"causal": case["causal"], "window_size": window_of(case, k.shape[1], rng), "deterministic": True}
     if case["varlen"]:
         (q, _, cu_q, longest_q), (k, _, cu_k, longest_k), (v, *_) = (
             packed(q, mask_q),

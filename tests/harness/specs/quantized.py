@@ -42,32 +42,14 @@ from tests.harness.specs.elementwise import NORM_ROLES
 _METADATA = Role((0, 1, 2))
 
 QUANTIZED = (
-    OpSpec(
-        "quantize_int8",
-        ops.quantize_int8,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_int8,
-        bad=bad_quantize,
-        keeps_dtype=False,
-    ),
-    OpSpec(
-        "quantize_int8_asymmetric",
-        ops.quantize_int8_asymmetric,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_int8_asymmetric,
-        bad=bad_quantize,
-        keeps_dtype=False,
-    ),
-    OpSpec(
-        "quantize_fp8",
-        ops.quantize_fp8,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_fp8,
-        bad=bad_quantize,
-        keeps_dtype=False,
+    *(
+        OpSpec(op.__name__, op, calls, {"x": Role()}, verify=verify, bad=bad_quantize, keeps_dtype=False)
+        for op, calls, verify in (
+            (ops.quantize_int8, quantize_calls, verify_quantize_int8),
+            (ops.quantize_int8_asymmetric, quantize_calls, verify_quantize_int8_asymmetric),
+            (ops.quantize_fp8, quantize_calls, verify_quantize_fp8),
+            (ops.quantize_fp8_groups, quantize_group_calls, verify_quantize_fp8_groups),
+        )
     ),
     *(
         OpSpec(
@@ -115,15 +97,6 @@ QUANTIZED = (
         formulas.fp8_linear,
         scalars={"fast_accum": "flag", "batch_invariant": "flag"},
         bad=bad_fp8_linear,
-    ),
-    OpSpec(
-        "quantize_fp8_groups",
-        ops.quantize_fp8_groups,
-        quantize_group_calls,
-        {"x": Role()},
-        verify=verify_quantize_fp8_groups,
-        bad=bad_quantize,
-        keeps_dtype=False,
     ),
     OpSpec(
         "fp8_block_linear",
