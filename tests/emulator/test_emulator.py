@@ -7,13 +7,14 @@ What the emulator is, and what it cannot see, is in device.h. By hand, after a r
 from __future__ import annotations
 
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.emulator.mistakes import MISTAKES, Mistake
-from tests.emulator.programs import CSRC, CXX, INCLUDE, KERNELS, NUM_CPUS, Build, run, sources
+from tests.emulator.programs import CSRC, CXX, HERE, INCLUDE, KERNELS, NUM_CPUS, Build, run, sources
 
 NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kernel
 
@@ -45,6 +46,12 @@ def test_drawn_calls(build: Build, kernel: str) -> None:
     if kernel in FURTHER_CALLS:
         reports.append(run(program, FURTHER_CALLS[kernel], FURTHER_CALLS[kernel] + 1))
     assert not any(reports), "\n".join(filter(None, reports))
+
+
+def test_what_is_chosen_for_a_product_can_be_launched(build: Build) -> None:
+    program = build.program("gemm_choices", build.objects([HERE / "gemm_choices.cpp", HERE / "runtime.cpp"]))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))
