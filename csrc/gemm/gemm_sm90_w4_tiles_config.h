@@ -46,8 +46,8 @@ inline double gemm_sm90_w4_tiles_time(const GemmSm90W4TilesConfig& config, int64
   return 8.7 + static_cast<double>(waves) * (weight_us + x_us + passes_us + splits_us + 1.0);
 }
 
-// The smallest shape for so many rows, and the best split by that measure. 0 CTAs if no shape has so many, or of a weight
-// of millions of rows.
+// The smallest shape for so many rows, and the best split by that measure. 0 CTAs if no shape has so many, or of a
+// weight of millions of rows.
 inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
   constexpr int64_t kMostSplits = 4;  // larger clusters leave SMs over
   GemmSm90W4TilesConfig best = {};
