@@ -20,6 +20,8 @@ NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kern
 
 # Beside the first ones: many rows with one key, whose LSE is a score as wgmma adds it up, which 2e-4 did not allow.
 FURTHER_CALLS = {"flash_fwd_sm90": 144}
+# And as many of sizes that are not among them: of products gates in 8 bits.
+FURTHER_SIZES = {"gemm_sm90": ("4",)}
 
 pytestmark = [
     pytest.mark.long,
@@ -42,7 +44,9 @@ def test_drawn_calls(build: Build, kernel: str) -> None:
     parts = 4 * NUM_CPUS
     edges = [NUM_CALLS * part // parts for part in range(parts + 1)]
     with ThreadPoolExecutor(NUM_CPUS) as pool:
-        reports = list(pool.map(lambda part: run(program, edges[part], edges[part + 1]), range(parts)))
+        sizes = ("0", *FURTHER_SIZES.get(kernel, ()))
+        calls = [(edges[part], edges[part + 1], size) for size in sizes for part in range(parts)]
+        reports = list(pool.map(lambda call: run(program, *call), calls))
     if kernel in FURTHER_CALLS:
         reports.append(run(program, FURTHER_CALLS[kernel], FURTHER_CALLS[kernel] + 1))
     assert not any(reports), "\n".join(filter(None, reports))
