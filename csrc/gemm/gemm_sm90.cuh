@@ -30,8 +30,8 @@
 //
 // Tiles of 192 rows have three groups, in none of these turns.
 //
-// Where tiles are fewer than pairs of SMs, clusters share the stages of all tiles of 128 x 256 instead:
-// gemm_sm90_stream_k.cuh. Not with turns, in which a group has a tile for itself.
+// Where tiles are fewer than pairs of SMs, clusters share the stages of all tiles of 128 x 256, or of a plain product's
+// of 128 x 128, instead: gemm_sm90_stream_k.cuh. Not with turns in which a group has a tile for itself.
 //
 // Rows of x are shared out evenly: a CTA has config.rows of them, as many as there are rows in a box of x, up to its
 // tile's. What lies in the place of others was there before, and is multiplied, but not stored.

@@ -18,8 +18,9 @@
 // Drawn for block_n = 128. Of 64 rows both groups have all, and every other panel of K: two parts of a CTA's sums.
 //
 // In order: one group has all 64 rows and all panels, and no K is split, so that each sum is added up as the kernel for
-// many rows does it. What splits would share out is rows of weight instead: a CTA has config.weight_rows of them, and
-// what lies in the place of others is multiplied, but goes nowhere.
+// many rows does it. What splits would share out is rows of weight instead: a CTA has config.weight_rows of a tile's,
+// and what lies in the place of others is multiplied, but goes nowhere. So it is in the other tiles of plain products
+// too, where with fewer rows each all CTAs run at once.
 //
 // Two CTAs an SM where that pays: what one's beginning and end leave of the memory's rate, the other takes. Memory
 // serves all that run alike, so that it matters little if some SMs have one and some two.

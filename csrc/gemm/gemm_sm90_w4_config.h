@@ -72,6 +72,11 @@ inline void set_gemm_sm90_w4_grid(GemmSm90W4Config& config, const GemmSm90W4Prob
 // Clusters of so many CTAs that run at a time with an SM for each CTA, on a GPU of 132 SMs; dies differ in this.
 constexpr int kClustersOnSms[] = {0, 132, 66, 39, 30, 22, 17, 16, 15};
 
+// Whether clusters can share out so many rows of tiles, or blocks of them: they do by products of both, in 32 bits.
+constexpr bool gemm_sm90_w4_can_share(int64_t num_clusters, int64_t num_rows) {
+  return num_clusters * num_rows <= INT32_MAX;
+}
+
 // Microseconds, about: the constants are fitted to what an H200 takes, so that configurations rank as they do there. Of
 // few rows the conversion bounds the kernel, and CTAs that share an SM share its time, so that the SMs with the most of
 // them decide. Of many rows it overlaps with the products only in part.

@@ -1,4 +1,4 @@
-// bf16 or fp16 times MXFP4 weights in tiles, 17 to 64 rows. See gemm_sm90_w4_some_rows.cuh.
+// bf16 or fp16 times MXFP4 weights in tiles, 9 to 64 rows. See gemm_sm90_w4_some_rows.cuh.
 #include "arch/dispatch.h"
 #include "gemm/gemm_sm90_w4_some_rows.cuh"
 

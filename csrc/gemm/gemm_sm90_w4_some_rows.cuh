@@ -1,4 +1,4 @@
-// The Hopper GEMM for 17 to 64 rows of x and a weight of 4 bits in tiles: memory's rate, with tensor cores that take
+// The Hopper GEMM for 9 to 64 rows of x and a weight of 4 bits in tiles: memory's rate, with tensor cores that take
 // what four groups of warps make.
 //
 //   out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]     summed in fp32, rounded once

@@ -43,7 +43,8 @@ inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config
   return 9.0 + static_cast<double>(waves) * tiles * std::max(read_us, wait_us) + 1.8 * (config.num_splits - 1);
 }
 
-// The best by that measure; 0 CTAs of more than 64 rows, or of as few as gemm_sm90_w4_tiles.cuh takes less time for.
+// The best by that measure; 0 CTAs of more than 64 rows, or of as few as gemm_sm90_w4_tiles.cuh takes less time for, or
+// of a weight of millions of rows.
 inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
   constexpr int kMostSplits = 4, kLeastRows = 9;
   GemmSm90W4SomeRowsConfig best = {};
@@ -53,6 +54,7 @@ inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_config(int64_t m, int64_t
     double best_us = 0.0;
     for (int splits = 1; splits <= std::min<int64_t>(ceil_div(k, 256), kMostSplits); ++splits) {
       const GemmSm90W4SomeRowsConfig config = gemm_sm90_w4_some_rows_of(block_m, splits, n, num_sms);
+      if (!gemm_sm90_w4_can_share(config.num_ctas / (splits * kGemmSm90W4SomeRowsSharers), n / 16)) continue;
       const double us = gemm_sm90_w4_some_rows_time(config, k, num_sms);
       if (best.num_ctas != 0 && us >= best_us) continue;
       best = config;

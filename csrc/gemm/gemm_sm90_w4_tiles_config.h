@@ -46,7 +46,8 @@ inline double gemm_sm90_w4_tiles_time(const GemmSm90W4TilesConfig& config, int64
   return 8.7 + static_cast<double>(waves) * (weight_us + x_us + passes_us + splits_us + 1.0);
 }
 
-// The smallest shape for so many rows, and the best split by that measure. 0 CTAs if no shape has so many.
+// The smallest shape for so many rows, and the best split by that measure. 0 CTAs if no shape has so many, or of a
+// weight of millions of rows.
 inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_config(int64_t m, int64_t n, int64_t k, int64_t num_sms) {
   constexpr int64_t kMostSplits = 4;  // larger clusters leave SMs over
   GemmSm90W4TilesConfig best = {};
@@ -55,6 +56,7 @@ inline GemmSm90W4TilesConfig gemm_sm90_w4_tiles_config(int64_t m, int64_t n, int
     double best_us = 0.0;
     for (int splits = 1; splits <= std::min<int64_t>(k / 64, kMostSplits); ++splits) {
       const GemmSm90W4TilesConfig config = gemm_sm90_w4_tiles_of(shape, splits, n, num_sms);
+      if (!gemm_sm90_w4_can_share(config.num_ctas / splits, ceil_div(n, 16 * shape.row_tiles))) continue;
       const double us = gemm_sm90_w4_tiles_time(config, m, n, k, num_sms);
       if (best.num_ctas != 0 && us >= best_us) continue;
       best = config;

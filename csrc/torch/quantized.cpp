@@ -120,6 +120,8 @@ Tensor four_bit_linear(const FourBitWeight& w, const Tensor& x_given, const std:
       check_launch(w.op, w.sm90_tiles(hopper, few, stream_of(x)));
       return out;
     }
+    checks.that(w.sm90_some_rows != nullptr,
+                "weight_packed has " + std::to_string(n) + " rows, which are too many with tile_order 8");
   }
   if (tiles || takes_sm90(w, hopper, num_groups, x)) {
     const double weight_bits =

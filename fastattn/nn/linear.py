@@ -56,8 +56,9 @@ class Linear(Module):
         return layer.requires_grad_(False).train(linear.training)
 
     def forward(self, x: Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """residual: added before the result is rounded."""
+        """residual: added before the result is rounded; of a plain weight."""
         if self.quantized is not None:
+            assert residual is None, "a residual is added to the result of a plain weight"
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
         assert isinstance(x, torch.Tensor)

@@ -82,8 +82,10 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
     for (float& scale : scales) scale = size * std::exp2(normal());
     return scales;
   };
-  // Sums of int8 are large, and must not leave fp16.
-  std::vector<float> x_scale = draw_scales(p.m, std::is_same_v<E, int8_t> ? 1e-4f : 0.003f, p.x_scale_stride);
+  // Sums of int8 are large, and must not leave fp16; of gates two are multiplied.
+  const float of_gates = gate == Gate::kNone ? 1.0f : 0.05f;
+  std::vector<float> x_scale =
+      draw_scales(p.m, of_gates * (std::is_same_v<E, int8_t> ? 1e-4f : 0.003f), p.x_scale_stride);
   std::vector<float> weight_scale = draw_scales(p.n, 1.0f, p.weight_scale_stride);
   if (blocks) {
     const auto draw_block_scales = [](int64_t rows, int64_t columns, float size, int64_t& stride) {
@@ -151,14 +153,15 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
       std::to_string(config.num_ctas) + " CTAs";
 
   const auto launch = [&] {
-    const cudaError_t error = blocks                 ? gemm_fp8_blocks_sm90(p, nullptr)
-                              : kFp8                 ? gemm_fp8_sm90(p, nullptr)
-                              : kScaled              ? gemm_int8_sm90(p, nullptr)
-                              : gate != Gate::kNone  ? (norm != Norm::kNone ? fastattn::gemm_rms_norm_gated_sm90
-                                                                            : fastattn::gemm_gated_sm90)(p, nullptr)
-                              : norm == Norm::kLayer ? gemm_layer_norm_sm90(p, nullptr)
-                              : norm != Norm::kNone  ? gemm_rms_norm_sm90(p, nullptr)
-                                                     : gemm_sm90(p, nullptr);
+    const bool gated = gate != Gate::kNone;
+    const cudaError_t error =
+        blocks    ? gemm_fp8_blocks_sm90(p, nullptr)
+        : kFp8    ? (gated ? fastattn::gemm_gated_fp8_sm90 : fastattn::gemm_fp8_sm90)(p, nullptr)
+        : kScaled ? (gated ? fastattn::gemm_gated_int8_sm90 : fastattn::gemm_int8_sm90)(p, nullptr)
+        : gated   ? (norm != Norm::kNone ? fastattn::gemm_rms_norm_gated_sm90 : fastattn::gemm_gated_sm90)(p, nullptr)
+        : norm == Norm::kLayer ? gemm_layer_norm_sm90(p, nullptr)
+        : norm != Norm::kNone  ? gemm_rms_norm_sm90(p, nullptr)
+                               : gemm_sm90(p, nullptr);
     if (error != cudaSuccess) fail("no instantiation takes the call");
   };
   launch();
@@ -429,6 +432,15 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   }
 }
 
+// Of a tile that has gates.
+template <typename T>
+void run_gated_8_bit_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
+  const Gate gate = one_in(2) ? Gate::kSilu : Gate::kGeluTanh;
+  if (one_in(2)) return run_call<int8_t, T>(few_rows, tile, false, Norm::kNone, gate);
+  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false, true);
+  run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || one_in(3), Norm::kNone, gate);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -441,15 +453,24 @@ int main(int argc, char** argv) {
     for (const auto& tile : fastattn::kGemmSm90Tiles) choices.push_back({false, tile});
     for (const auto& tile : fastattn::kGemmSm90FewRowsTiles) choices.push_back({true, tile});
     for (const auto& tile : fastattn::kGemmSm90InOrderTiles) choices.push_back({true, tile});
-    constexpr int kTurns = 1, kStreams = 2, kInOrder = 3;  // in place of a tile's rows: those with turns, and so on
+    // In place of a tile's rows: those with turns, and so on; the last, gates of products in 8 bits.
+    constexpr int kTurns = 1, kStreams = 2, kInOrder = 3, kGates = 4;
     const auto has_other_size = [&](const Choice& choice) {
       if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, true);
+      if (size == kGates) {
+        return choice.tile.in_order ||
+               !(choice.few_rows || fastattn::gemm_sm90_has_tile(choice.tile, false, false, true));
+      }
       const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
       return size != 0 && own != size;
     };
     choices.erase(std::remove_if(choices.begin(), choices.end(), has_other_size), choices.end());
     const Choice& choice = choices[seed % choices.size()];
     const bool few_rows = choice.few_rows;
+    if (size == kGates) {
+      return one_in(2) ? run_gated_8_bit_call<__half>(few_rows, choice.tile)
+                       : run_gated_8_bit_call<__nv_bfloat16>(few_rows, choice.tile);
+    }
     const bool adds = (few_rows && !choice.tile.in_order) ||
                       fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, false, true);
     if (adds && seed / choices.size() % 3 == 2) {

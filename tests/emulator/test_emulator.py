@@ -7,18 +7,21 @@ What the emulator is, and what it cannot see, is in device.h. By hand, after a r
 from __future__ import annotations
 
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.emulator.mistakes import MISTAKES, Mistake
-from tests.emulator.programs import CSRC, CXX, INCLUDE, KERNELS, NUM_CPUS, Build, run, sources
+from tests.emulator.programs import CSRC, CXX, HERE, INCLUDE, KERNELS, NUM_CPUS, Build, run, sources
 
 NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kernel
 
 # Beside the first ones: many rows with one key, whose LSE is a score as wgmma adds it up, which 2e-4 did not allow.
 FURTHER_CALLS = {"flash_fwd_sm90": 144}
+# And as many of sizes that are not among them: of products gates in 8 bits.
+FURTHER_SIZES = {"gemm_sm90": ("4",)}
 
 pytestmark = [
     pytest.mark.long,
@@ -41,10 +44,18 @@ def test_drawn_calls(build: Build, kernel: str) -> None:
     parts = 4 * NUM_CPUS
     edges = [NUM_CALLS * part // parts for part in range(parts + 1)]
     with ThreadPoolExecutor(NUM_CPUS) as pool:
-        reports = list(pool.map(lambda part: run(program, edges[part], edges[part + 1]), range(parts)))
+        sizes = ("0", *FURTHER_SIZES.get(kernel, ()))
+        calls = [(edges[part], edges[part + 1], size) for size in sizes for part in range(parts)]
+        reports = list(pool.map(lambda call: run(program, *call), calls))
     if kernel in FURTHER_CALLS:
         reports.append(run(program, FURTHER_CALLS[kernel], FURTHER_CALLS[kernel] + 1))
     assert not any(reports), "\n".join(filter(None, reports))
+
+
+def test_what_is_chosen_for_a_product_can_be_launched(build: Build) -> None:
+    program = build.program("gemm_choices", build.objects([HERE / "gemm_choices.cpp", HERE / "runtime.cpp"]))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))

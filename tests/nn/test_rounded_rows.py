@@ -79,3 +79,14 @@ def test_an_activation_is_rounded_as_it_is_made(name: str, packed: bool, monkeyp
     if name != "nvfp4":
         monkeypatch.setattr(GatedLinear, "forward", None)  # the activation's own kernel
     assert torch.equal(mlp(x), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEMES if n != "plain"])
+def test_a_residual_is_not_dropped(name: str) -> None:
+    scheme, _ = SCHEMES[name]
+    layer = nn.Linear(HIDDEN, INTERMEDIATE)
+    layer.quantize([scheme])
+    layer.to_empty(device="cpu")
+    fill(layer)
+    with pytest.raises(AssertionError, match="residual"):
+        layer(torch.randn(5, HIDDEN), torch.randn(5, INTERMEDIATE))
