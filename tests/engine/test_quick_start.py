@@ -175,6 +175,17 @@ def test_what_others_may_enter_is_not_run(
     assert module.keep_bytecode() and folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.usefixtures("no_torch")
+def test_sources_without_times_are_compiled_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version's of the same length would be taken for them."""
+    monkeypatch.setattr(module, "cache_dir", lambda: tmp_path)
+    for year in (0, 499_162_500):
+        os.utime(tmp_path / "torch.py", (year, year))
+        assert not module.keep_bytecode() and sys.pycache_prefix is None
+    os.utime(tmp_path / "torch.py")
+    assert module.keep_bytecode()
+
+
 def test_it_comes_before_torch() -> None:
     code = "import sys, fastattn.engine.quick_start, fastattn.cli._session, fastattn.serve.engine_process; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
