@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -15,6 +16,20 @@ from typing import Any
 TORCH_MODULES = ("torch._meta_registrations", "torch.export")
 # It wants them without asking for a name.
 _ASKS_FOR_ALL = "torch._dynamo"
+
+
+def _let_generators_be_made() -> None:
+    """What `torch._meta_registrations` brings that is for everybody: torch.Generator refuses to be made before it is told its
+    metaclass (torch 2.13)."""
+    import torch
+
+    tell = getattr(torch._C, "_set_generator_metaclass", None)
+    if tell is not None:
+        tell(import_module("torch._opaque_base").OpaqueBaseMeta)
+
+
+# Done in the place of a late module.
+_MEANWHILE: dict[str, Callable[[], None]] = {"torch._meta_registrations": _let_generators_be_made}
 
 
 class LateImports(MetaPathFinder):
@@ -69,6 +84,8 @@ class _LateLoader(Loader):
             return getattr(module, name)
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
+        if (meanwhile := _MEANWHILE.get(module.__name__)) is not None:
+            meanwhile()
 
     def load(self, waits: bool = True) -> bool:
         """Executes the module if that was not done. Returns whether all of it is there: not for what it imports while it is executed,

@@ -121,9 +121,12 @@ with quick_start("smollm2", "cpu"):
     llm = LLM("smollm2", device="cpu", quiet=True)
 params = SamplingParams(temperature=0, max_tokens=8, logprobs=2)
 tokens = llm.generate(["The lighthouse keeper"], params, use_tqdm=False)[0].outputs[0].token_ids
-late = [name for name in ("torch._prims", "torch._decomp.decompositions") if name in sys.modules]
 import torch
+drawn = torch.rand(2, generator=torch.Generator().manual_seed(3))
+late = [name for name in ("torch._prims", "torch._decomp.decompositions") if name in sys.modules]
 doubled = torch.compile(lambda x: x * 2, backend="aot_eager", fullgraph=True)(torch.ones(3))
+import torch.export.unflatten
+assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 print(len(tokens), late, doubled.tolist(), torch.empty(2, 3, device="meta").cumsum(1).shape, "torch._prims" in sys.modules)
 """
 
