@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 # What `import torch` brings and an engine has no use for, two fifths of its Python: kernels of meta tensors that are written in
-# Python, with the decompositions that they are made of, and what exports models.
+# Python, with the decompositions that they are made of, and what exports models. An operation on a meta tensor that has its kernel there
+# does not ask for it and is refused until somebody does: models are built on that device here, and never run.
 TORCH_MODULES = ("torch._meta_registrations", "torch.export")
 # It wants them without asking for a name.
 _ASKS_FOR_ALL = "torch._dynamo"
