@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,9 +30,10 @@ def _parse_log_level(text: str) -> str:
 
 
 def _parse_path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return path
+    with suppress(RuntimeError):  # of a home that there is not
+        path = Path(text).expanduser()
+        if path.is_absolute():
+            return path
     raise ValueError("expected an absolute path")
 
 
@@ -85,8 +87,17 @@ def serve_settings(names: Iterable[str]) -> dict[str, str]:
 
 @functools.cache
 def cache_dir() -> Path:
-    """FASTATTN_CACHE_DIR: where fetched models are kept, `~/.cache/fastattn` when unset."""
-    return _read("FASTATTN_CACHE_DIR", _parse_path, Path.home() / ".cache" / "fastattn")
+    """FASTATTN_CACHE_DIR: where fetched models are kept, and what Python compiled of torch; `~/.cache/fastattn` when unset. Raises
+    FileNotFoundError without both."""
+    given = _read("FASTATTN_CACHE_DIR", _parse_path, None)
+    if given is not None:
+        return given
+    try:
+        return Path.home() / ".cache" / "fastattn"
+    except RuntimeError:  # a user of a container, known to nobody
+        raise FileNotFoundError(
+            "this user has no home directory: set environment variable FASTATTN_CACHE_DIR to an absolute path"
+        ) from None
 
 
 def torchrun_place() -> tuple[int, int] | None:

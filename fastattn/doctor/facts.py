@@ -157,11 +157,11 @@ def _look_at_settings(facts: Facts) -> None:
     for read in (config.validate_inputs, config.log_level, config.cache_dir):
         try:
             read()
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             facts.config_errors.append(str(error))
     try:
         cache = config.cache_dir()
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return
     facts.cache_dir = str(cache)
     existing = next(path for path in (cache, *cache.parents) if path.exists())

@@ -35,10 +35,14 @@ class TextStream:
             self.text += piece
             self.num_released = len(self.text)
             return None
-        # A stop string that ends in this piece began at most its own length before it.
-        search_from = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
+        before = len(self.text)
         self.text += piece
-        found = [(at, stop) for stop in self._stop if may_stop and (at := self.text.find(stop, search_from)) >= 0]
+        found = []
+        if may_stop:
+            # One that ends in this piece began less than its own length before it. Another that ended earlier, when nothing might
+            # stop, has been given out.
+            places = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
+            found = [place for place in places if place[0] >= 0]
         if found:
             at, stop = min(found)
             self.text = self.text[: at + len(stop) if self._include_stop else at]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,12 @@ from pathlib import Path
 from fastattn.config import cache_dir
 from fastattn.engine.host_memory import host_memory
 from fastattn.engine.late_imports import TORCH_MODULES, LateImports
+
+logger = logging.getLogger("fastattn.engine")
+
+# Builds that are to be the same each time give all files one time, 0 or 1980 or 1985. By it Python tells whether what was compiled is
+# of the same source, and would run a former version's.
+_YEAR_2000 = 946_684_800
 
 _KERNELS = Path(__file__).resolve().parents[1] / "_C.so"
 
@@ -48,17 +55,30 @@ def quick_start(model: str, device: str = "auto") -> Iterator[None]:
 
 def keep_bytecode() -> bool:
     """Has Python keep what it compiles in our cache folder, if it does not find torch's compiled and may not keep it beside torch's
-    sources, as in many containers: it would compile 1,300 modules at each start. Returns whether that is so."""
+    sources, as in many containers: it would compile 1,300 modules at each start. Returns whether that is so.
+
+    Python runs what it finds there. So not in a folder that others may enter, nor of sources that have no times of their own.
+    """
     torch = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if torch is None or torch.origin is None or sys.pycache_prefix is not None:
         return False
     compiled = Path(importlib.util.cache_from_source(torch.origin))
     if compiled.is_file() or (not sys.dont_write_bytecode and os.access(compiled.parents[1], os.W_OK)):
         return False
-    folder = cache_dir() / "bytecode"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if os.stat(torch.origin).st_mtime < _YEAR_2000:
+            return False
+        folder = cache_dir() / "bytecode"
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        found = folder.stat()
     except OSError:
+        return False
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        logger.warning(
+            "what Python compiles is not kept in %s: it is not this user's alone, expected mode 0700", folder
+        )
+        return False
+    if not os.access(folder, os.W_OK):
         return False
     sys.pycache_prefix = str(folder)
     return True

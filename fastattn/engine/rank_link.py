@@ -32,8 +32,9 @@ from torch._C._distributed_c10d import FileStore
 from fastattn.engine.host_memory import pin
 from fastattn.nn import TensorParallel
 
-# Room for a step's message, which has 16 bytes for each sequence that wants its prompt's log-probabilities.
-MAX_MESSAGE = 1 << 20
+# Below what any socket takes at a time (212,992 bytes, if nobody set another limit). A step has 16 bytes for each block that is copied,
+# and a long prompt that comes back from the host's memory has tens of thousands.
+_PACKET = 1 << 16
 _RECORD = struct.Struct("<qB1015s")
 _FAILED, _FAILED_IN_EXCHANGE = 1, 2
 _HIGH_FD, _HIGH_FDS = 4096, 64  # descriptors below this and the process's limit, the last of them for stores
@@ -54,7 +55,8 @@ class LinkClosedError(ConnectionError):
 
 
 class Link:
-    """One end of the socket between rank 0 and another rank. A message arrives whole or not at all."""
+    """One end of the socket between rank 0 and another rank. A message arrives whole or not at all: in packets, each with a byte in
+    front that says whether it is the last."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -62,32 +64,41 @@ class Link:
     @classmethod
     def pair(cls) -> tuple[Link, Link]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE)
         return cls(ours), cls(theirs)
 
-    def send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+    def send(self, message: bytes, fds: tuple[int, ...] = (), timeout: float | None = None) -> None:
+        """fds: file descriptors that go with the message. timeout: for each packet of one that is longer than what the socket holds,
+        and so waits for its reader. Raises LinkClosedError, TimeoutError."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.socket.settimeout(timeout)
         try:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            self.socket.sendmsg([message], rights, socket.MSG_NOSIGNAL)
+            for start in range(0, len(message), _PACKET):
+                packet = message[start : start + _PACKET]
+                is_last = start + _PACKET >= len(message)
+                self.socket.sendmsg([bytes([is_last]), packet], rights if start == 0 else [], socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise LinkClosedError("the process at the other end has ended") from error
+        finally:
+            self.socket.settimeout(None)
 
     def receive(self, timeout: float | None = None, max_fds: int = 0) -> tuple[bytes, list[int]]:
         """The next message and the file descriptors that came with it. Raises LinkClosedError, TimeoutError."""
+        packets: list[bytes] = []
+        fds = array.array("i")
         self.socket.settimeout(timeout)
         try:
-            message, ancillary, _, _ = self.socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * max_fds))
-        except ConnectionResetError:
-            message, ancillary = b"", []
+            while not packets or not packets[-1][0]:
+                packet, ancillary, _, _ = self.socket.recvmsg(1 + _PACKET, socket.CMSG_SPACE(4 * max_fds))
+                if not packet:
+                    raise LinkClosedError("the process at the other end has ended")
+                packets.append(packet)
+                for _, _, data in ancillary:
+                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        except ConnectionResetError as error:
+            raise LinkClosedError("the process at the other end has ended") from error
         finally:
             self.socket.settimeout(None)
-        if not message:
-            raise LinkClosedError("the process at the other end has ended")
-        fds = array.array("i")
-        for _, _, data in ancillary:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        return message, list(fds)
+        return b"".join(packet[1:] for packet in packets), list(fds)
 
     def send_json(self, fds: tuple[int, ...] = (), **values: Any) -> None:
         self.send(json.dumps(values).encode(), fds)

@@ -124,7 +124,7 @@ class RankGroup:
             message = step.to_bytes()
             self._board.begin(0)
             for member in self.members:
-                member.link.send(message)
+                member.link.send(message, timeout=self._limit)
             with self._late if self.device.type == "cuda" else contextlib.nullcontext():
                 result = compute()
             for member in self.members:  # each has read its inputs: the step memory may be written again

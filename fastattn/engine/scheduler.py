@@ -126,7 +126,7 @@ class Scheduler:
             scheduled[request] = num_tokens
             budget -= num_tokens + num_brought_back // BROUGHT_BACK_PER_COMPUTED
         for request in held_back:
-            self.waiting.push(request)
+            self.waiting.put_back(request)
         if len(self.running) > num_before:
             self.running.sort(key=lambda r: r.sort_key)
 

@@ -8,18 +8,19 @@ spans; counters. Times are on the monotonic clock, in microseconds since the tra
     request   queued ──│ prefill ──────────────────────────────────│ decode ──────
 
 Events are written as they come, so that a trace takes no memory that grows; one whose process was killed lacks its end, which
-both viewers put up with.
+both viewers put up with. One that cannot be written any more, as on a full disk, ends; the engine goes on.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fastattn.engine.output_processor import RequestGroup
     from fastattn.engine.request import Request
     from fastattn.engine.scheduler import Scheduler
+
+logger = logging.getLogger("fastattn.engine")
 
 _PID, _HOST, _DEVICE = 1, 1, 2  # the process and its tracks
 _BUFFERED_EVENTS = 1024
@@ -90,7 +93,7 @@ class Trace(NoTrace):
         check_trace_path(path)
         file = gzip.open(path, "wt", encoding="utf-8") if path.endswith(".gz") else open(path, "w", encoding="utf-8")  # noqa: SIM115
         self._events: list[dict[str, Any]] = []
-        self._file = file
+        self._file, self._path = file, path
         self._finalizer = weakref.finalize(self, _finish, file, self._events)
         self._zero = time.monotonic_ns()
         self._phase: tuple[str, float] | None = None
@@ -112,7 +115,10 @@ class Trace(NoTrace):
     def end(self) -> None:
         self._end_phase(self._now())
         if len(self._events) >= _BUFFERED_EVENTS:
-            _flush(self._file, self._events)
+            try:
+                _flush(self._file, self._events)
+            except OSError as error:
+                self._give_up(error)
 
     def device_span(self, name: str, **args: Any) -> AbstractContextManager[None]:
         return self._gpu_span(name, args) if self._on_gpu else self._cpu_span(name, args)
@@ -170,7 +176,10 @@ class Trace(NoTrace):
     def close(self) -> None:
         self.end()
         self._read_passed()
-        self._finalizer()
+        try:
+            self._finalizer()
+        except OSError as error:
+            self._give_up(error)
 
     def _now(self) -> float:
         return (time.monotonic_ns() - self._zero) / 1e3
@@ -206,6 +215,13 @@ class Trace(NoTrace):
         self._write(
             {"ph": "X", "name": name, "tid": tid, "ts": round(start, 3), "dur": round(duration, 3), "args": args}
         )
+
+    def _give_up(self, error: OSError) -> None:
+        logger.error("the trace %s ends here: %s", self._path, error)
+        self._finalizer.detach()
+        self._events.clear()
+        with suppress(OSError):  # it tries to write once more
+            self._file.close()
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._finalizer.alive:

@@ -25,6 +25,9 @@ class WaitingQueue(Protocol):
 
     def pop_first(self) -> Request: ...
 
+    def put_back(self, request: Request) -> None:
+        """What `pop_first` gave in this step, and was not let in: as if it had never left."""
+
     def forget_ended(self) -> None: ...
 
     def next_step(self) -> None:
@@ -78,6 +81,9 @@ class OrderedQueue:
     def pop_first(self) -> Request:
         return self._heap.pop_first()
 
+    def put_back(self, request: Request) -> None:
+        self._heap.push(request)
+
     def forget_ended(self) -> None:
         self._heap.forget_ended()
         self._since = OrderedDict((r, s) for r, s in self._since.items() if r.status is not Status.FINISHED)
@@ -129,6 +135,9 @@ class FairQueue:
         if heap.first() is None:
             self._last = request.salt
         return request
+
+    def put_back(self, request: Request) -> None:
+        self._heaps.setdefault(request.salt, _Heap()).push(request)
 
     def forget_ended(self) -> None:
         for heap in self._heaps.values():

@@ -82,6 +82,28 @@ def test_what_is_held_back_is_the_longest_beginning(pieces: list[str], stops: li
             assert len(stream.text) - stream.num_released == max(map(len, ends))
 
 
+@given(
+    pieces=st.lists(st.text("ab", max_size=5), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+    min_pieces=st.integers(0, 8),
+)
+@settings(max_examples=500, deadline=None)
+def test_only_what_ends_now_stops(pieces: list[str], stops: list[str], min_pieces: int) -> None:
+    """And not a short one that came when nothing might stop yet: that has been given out."""
+    stream, shown = TextStream(Letters(), tuple(stops), False, False), ""  # type: ignore[arg-type]
+    for count, piece in enumerate(pieces, 1):
+        stop = stream.push(piece, count >= min_pieces)  # type: ignore[arg-type]
+        assert stream.text.startswith(shown)
+        shown = stream.text[: stream.num_released]
+        if stop is not None:
+            assert len(stream.text) + len(stop) > len("".join(pieces[: count - 1]))
+            return
+        ended = [
+            one for one in stops for n in range(len(piece)) if ("".join(pieces[:count]))[: -n or None].endswith(one)
+        ]
+        assert count < min_pieces or not ended
+
+
 def test_long_stop_strings_cost_no_time() -> None:
     """As many and as long as a client may send, none of which comes: once 36 ms a token."""
     stops = tuple("e" + "xyz " * 1000 + chr(65 + i) for i in range(16))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fastattn import config
 from fastattn.engine import quick_start as module
 from fastattn.engine.host_memory import HostMemory
 from fastattn.engine.quick_start import open_device, quick_start, read_ahead
@@ -122,18 +123,67 @@ def test_python_keeps_what_it_compiles(why: str, tmp_path: Path) -> None:
         )
 
 
-def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that was not imported, and must not be compiled beside its source."""
     (tmp_path / "torch.py").touch()
-    (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "modules", {name: m for name, m in sys.modules.items() if name != "torch"})
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(sys, "pycache_prefix", None)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
     monkeypatch.setattr(module, "cache_dir", lambda: tmp_path / "file")
     assert not module.keep_bytecode() and sys.pycache_prefix is None
+    (folder := tmp_path / "folder" / "bytecode").mkdir(0o700, parents=True)
     monkeypatch.setattr(module, "cache_dir", lambda: tmp_path / "folder")
-    assert module.keep_bytecode() and sys.pycache_prefix == str(tmp_path / "folder" / "bytecode")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        assert not module.keep_bytecode() and sys.pycache_prefix is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", _no_home)
+        patch.setattr(module, "cache_dir", config.cache_dir.__wrapped__)
+        patch.delenv("FASTATTN_CACHE_DIR", raising=False)
+        assert not module.keep_bytecode() and sys.pycache_prefix is None
+    assert module.keep_bytecode() and sys.pycache_prefix == str(folder)
     assert not module.keep_bytecode()  # a user's own prefix stays
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o755, 0o701])
+def test_what_others_may_enter_is_not_run(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python runs the compiled modules that it finds, and asks nobody where they come from."""
+    monkeypatch.setattr(module, "cache_dir", lambda: tmp_path)
+    (folder := tmp_path / "bytecode").mkdir()
+    folder.chmod(mode)
+    assert not module.keep_bytecode() and sys.pycache_prefix is None
+    assert str(folder) in caplog.text and "0700" in caplog.text
+    folder.chmod(0o700)
+    with monkeypatch.context() as patch:  # another user's
+        patch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+        assert not module.keep_bytecode() and sys.pycache_prefix is None
+    folder.rmdir()
+    assert module.keep_bytecode() and folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_sources_without_times_are_compiled_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version's of the same length would be taken for them."""
+    monkeypatch.setattr(module, "cache_dir", lambda: tmp_path)
+    for year in (0, 499_162_500):
+        os.utime(tmp_path / "torch.py", (year, year))
+        assert not module.keep_bytecode() and sys.pycache_prefix is None
+    os.utime(tmp_path / "torch.py")
+    assert module.keep_bytecode()
 
 
 def test_it_comes_before_torch() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 from fastattn import LLM, AsyncEngine, SamplingParams, StructuredOutput
 from fastattn.engine import rank_link
 from fastattn.engine.async_engine import EngineDeadError
+from fastattn.engine.batch import Step
 from fastattn.engine.rank_link import connect
 from fastattn.engine.ranks import RankError, _LateStep
 from fastattn.models.loader import ModelFileError, open_model
@@ -49,6 +51,31 @@ def nothing_stays_behind() -> Iterator[None]:
     yield
     assert os.listdir("/dev/shm") == shared
     assert wait_for(lambda: running_children() <= children, 5), "a rank runs on"
+
+
+def test_a_message_is_as_long_as_it_is() -> None:
+    """A step that copies 100,000 blocks has one of 1.6 MB; a socket takes 213 kB at a time, where nobody set another limit."""
+    ours, theirs = rank_link.Link.pair()
+    ours.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 106_496)  # the kernel doubles it
+    copies = tuple((i, i + 1, 16, i % 3) for i in range(100_000))
+    step = Step(7, 1, 1, 7, 1000, copies=copies)
+    with ThreadPoolExecutor(1) as pool:
+        for message in (step.to_bytes(), b"x", b"y" * (1 << 16), b"z" * ((1 << 16) + 1)):
+            received = pool.submit(theirs.receive, 10)
+            ours.send(message, (ours.socket.fileno(),))
+            assert received.result() == (message, [])  # who wants no descriptors gets none
+        assert Step.from_bytes(step.to_bytes()) == step
+        received = pool.submit(theirs.receive, 10, 2)
+        ours.send(b"x" * 200_000, (0, 1))
+        message, fds = received.result()
+        assert len(message) == 200_000 and len(fds) == 2
+        for fd in fds:
+            os.close(fd)
+    with pytest.raises(TimeoutError):  # nobody reads
+        ours.send(step.to_bytes(), timeout=0.1)
+    theirs.close()
+    with pytest.raises(rank_link.LinkClosedError):
+        ours.send(b"x")
 
 
 def read_link(path: Path) -> str:

@@ -467,6 +467,19 @@ def test_fair_but_not_idle() -> None:
     assert sim.scheduler.num_waiting == 0
 
 
+def test_who_waits_for_a_sibling_was_not_away() -> None:
+    """It keeps its place in front of a tenant that was served more while the prompt that it shares was computed."""
+    sim = Simulation(policy="fair", max_num_batched_tokens=128, max_num_seqs=6)
+    theirs = [sim.add(8, tenant=b"b") for _ in range(10)]
+    first = sim.add(prompt := list(range(100)), tenant=b"a")
+    sibling = sim.add(prompt, after=first, tenant=b"a")
+    sim.scheduler.waiting.charge(theirs[0], 500)
+    assert list(sim.step()) == [first, *theirs[:4]]
+    sim.step()
+    assert sibling.status is Status.RUNNING and theirs[4].status is Status.WAITING
+    sim.drain()
+
+
 def test_more_tenants_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is above the limit was forgotten while it waited, and the engine died of it."""
     monkeypatch.setattr(waiting, "_MAX_TENANTS", 3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastattn import LLM, SamplingParams
+from fastattn.engine import trace
 from fastattn.engine.trace import Trace
 from tests.engine.tiny import TinySource
 
@@ -110,6 +111,20 @@ def test_many_events_are_on_disk_before_the_end(tmp_path: Path) -> None:
     assert cut.count("schedule") == 1500 and not cut.rstrip().endswith("]")
     trace.close()
     assert len(track(events(path), "engine (host)")) == 3000
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    for buffered in (32, 10_000):  # while it runs, and when it is closed
+        monkeypatch.setattr(trace, "_BUFFERED_EVENTS", buffered)
+        llm = LLM(TinySource(), device="cpu", quiet=True, trace="/dev/full")
+        (output,) = llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 20
+        llm.close()
+        assert "the trace /dev/full ends here: " in caplog.text and "No space left" in caplog.text
+        caplog.clear()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_unused_pages_may_be_anything() -> None:
         (config.log_level, "FASTATTN_LOGLEVEL", "loud", None),
         (config.cache_dir, "FASTATTN_CACHE_DIR", "/x/y", Path("/x/y")),
         (config.cache_dir, "FASTATTN_CACHE_DIR", "x/y", None),
+        (config.cache_dir, "FASTATTN_CACHE_DIR", "~nobody-of-this-name/y", None),
     ],
 )
 def test_environment(read: Any, name: str, text: str | None, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +175,22 @@ def test_environment(read: Any, name: str, text: str | None, value: object, monk
             assert read() == value
     finally:
         read.cache_clear()
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers have them: a cache folder that is named is all that is needed."""
+
+    def fails() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fails)
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "/x/y")
+    config.cache_dir.cache_clear()
+    try:
+        assert config.cache_dir() == Path("/x/y")
+        config.cache_dir.cache_clear()
+        monkeypatch.delenv("FASTATTN_CACHE_DIR")
+        with pytest.raises(FileNotFoundError, match="no home directory: set environment variable FASTATTN_CACHE_DIR"):
+            config.cache_dir()
+    finally:
+        config.cache_dir.cache_clear()
