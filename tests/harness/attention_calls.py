@@ -52,7 +52,7 @@ _FEW_SEQUENCES: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[
     ("few keys", [2, 0, 1], [200, 40, 7], 8, 2, 128, 48, {}),
     ("few keys, two tiles a warp", [4], [1500], 2, 1, 64, 16, {"causal": False}),
     ("few keys, window", [1, 2], [200, 31], 8, 2, 128, 16, {"window_size": (50, 0)}),
-    ("few tokens, split keys", [8, 3], [1100, 70], 8, 2, 128, 16, {}),
+    ("few tokens, split keys", [8, 3], [1100, 70], 4, 1, 128, 16, {}),
 )
 
 
