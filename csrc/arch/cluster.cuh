@@ -36,7 +36,7 @@ __device__ __forceinline__ void cluster_meet() {
 #endif
 }
 
-// The same in two parts: nobody waits in the first one.
+// cluster_meet in two parts: nobody waits in the first one.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
@@ -50,7 +50,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// The same, and sees what they wrote.
+// cluster_meet that also sees what they wrote.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

@@ -26,7 +26,7 @@ struct AttentionParams {
   const int32_t* cu_seqlens_k = nullptr;  // (B + 1), contiguous K and V only; or nullptr: all are batch_k_len long
   const int32_t* seqused_q = nullptr;     // (B) or nullptr: how many rows of each sequence count
   const int32_t* seqused_k = nullptr;     // (B) or nullptr: and keys; pages need it, new keys included
-  const int32_t* block_table = nullptr;   // (B, max_blocks), pages only; read up to the length only
+  const int32_t* block_table = nullptr;   // (B, max_blocks), pages only; used up to the length only
 
   int64_t q_batch_stride = 0, k_batch_stride = 0, v_batch_stride = 0;  // 0 where sequences are packed
   int64_t q_token_stride = 0, q_head_stride = 0;

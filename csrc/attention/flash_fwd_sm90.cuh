@@ -1053,9 +1053,7 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
   args.num_m_tiles = static_cast<int32_t>(config.num_m_tiles);
   args.heads_of_section = static_cast<int32_t>(config.heads_of_section);
   args.num_tiles = static_cast<int32_t>(config.num_tiles);
-  constexpr int64_t kFewBytes = 240 << 20;  // of K and V, as in paged_decode_config
-  const int64_t key_bytes = p.num_seqs * p.num_kv_heads * (HEAD_DIM + V_HEAD_DIM) * static_cast<int64_t>(sizeof(T));
-  args.few_keys = config.num_m_tiles == 1 ? static_cast<int32_t>(kFewBytes / key_bytes) : 0;
+  args.few_keys = flash_fwd_sm90_few_keys(config, p.num_seqs, p.num_kv_heads, sizeof(T));
 
   const bool paged = p.block_table != nullptr;
   const int box_rows = paged ? static_cast<int>(std::gcd(p.k_tokens, int64_t{BLOCK_N})) : BLOCK_N;

@@ -188,4 +188,14 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   return config;
 }
 
+// What a tile of packed heads reads, no other one does, if a sequence has one: with no more keys than these a sequence,
+// all are so few bytes that they should leave the L2 cache as it is (as in paged_decode_config). 0: there are others.
+inline int32_t flash_fwd_sm90_few_keys(const FlashFwdSm90Config& config, int64_t num_seqs, int64_t num_kv_heads,
+                                       int64_t element_bytes) {
+  constexpr int64_t kFewBytes = 240 << 20;
+  if (config.num_tiles == 0 || !config.packs || config.num_m_tiles > 1) return 0;
+  const int64_t key_bytes = num_seqs * num_kv_heads * (config.head_dim + config.v_head_dim) * element_bytes;
+  return static_cast<int32_t>(kFewBytes / key_bytes);
+}
+
 }  // namespace fastattn

@@ -63,7 +63,8 @@
 // table for one; their rows are zeros in shared memory (0 * NaN is NaN). A page number outside the cache gives a row of
 // zeros. A key within that union that only some rows see is read and must be finite for all.
 //
-// Few short sequences have a kernel of their own, in paged_decode_cluster.cuh.
+// Few short sequences have a kernel of their own, in paged_decode_cluster.cuh, and of these those of few rows and keys
+// another, in paged_decode_short.cuh.
 //
 // Limits: D and Dv are multiples of 8 (of 16, K and V of 8 bits) up to 256; rows 16-byte aligned; fewer than 2^30 tiles
 // a head at full length.

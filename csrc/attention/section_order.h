@@ -1,8 +1,8 @@
-// The order in which the CTAs of the persistent attention kernels take their tiles.
+// The order in which attention kernels take their tiles: the CTAs of the persistent ones, or as CTAs (flash_sm80).
 //
 // A pair is a sequence and a head, and has a number of tiles, its levels. Tiles are numbered section by section: a
-// section is a number of pairs that are worked on together, since they fit into the L2 cache; in it the first levels of
-// all pairs come first, which with a causal mask have the most work.
+// section is a number of pairs that are worked on together, so few that they fit into the L2 cache; in it the first
+// levels of all pairs come first, which with a causal mask have the most work.
 #pragma once
 
 #include <algorithm>

@@ -263,7 +263,8 @@ void bind_kernel_configs(py::module_& m) {
                         "num_m_tiles"_a = c.num_m_tiles, "pairs_per_section"_a = c.order.pairs_per_section,
                         "num_sections"_a = c.order.num_sections, "pairs_in_last"_a = c.order.pairs_in_last,
                         "heads_of_section"_a = c.heads_of_section, "num_splits"_a = c.num_splits,
-                        "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas);
+                        "num_tiles"_a = c.num_tiles, "num_ctas"_a = c.num_ctas,
+                        "few_keys"_a = flash_fwd_sm90_few_keys(c, num_seqs, num_kv_heads, 2));
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "v_head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
       "causal"_a, "num_sms"_a, "packed_tokens"_a = -1, "batch_invariant"_a = false);

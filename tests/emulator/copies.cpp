@@ -31,6 +31,7 @@ void MBarrier::arrive_expect_bytes(uint32_t num_bytes) {
 }
 
 void MBarrier::complete_bytes(uint32_t num_bytes) {
+  if (phase > 1) emulator::fail("bytes for a barrier that was not initialized: " + text());
   num_bytes_expected -= static_cast<int32_t>(num_bytes);
   end_phase();
 }

@@ -88,7 +88,7 @@ void run_cluster(int threads_of_cta, int cluster_size, std::function<void()> bod
   cta.num_polls = 0;
   if (static_cast<int>(cta.fibres.size()) < num_threads) cta.fibres.resize(num_threads);
   for (int i = 0; i < num_threads; ++i) {
-    cta.fibres[i].begun = cta.fibres[i].done = false;
+    cta.fibres[i].begun = cta.fibres[i].done = cta.fibres[i].at_cluster = false;
     cta.fibres[i].waits_for = nullptr;
   }
   cta.warps.assign(num_threads / 32, Warp());
@@ -176,7 +176,7 @@ struct BarrierOpens final : Condition {
   const NamedBarrier& barrier;
   std::string name;
   uint64_t phase;
-  BarrierOpens(const NamedBarrier& b, const std::string& n) : barrier(b), name(n), phase(b.num_phases) {}
+  BarrierOpens(const NamedBarrier& b, const std::string& n, uint64_t p) : barrier(b), name(n), phase(p) {}
   bool holds() const override { return barrier.num_phases != phase; }
   std::string text() const override {
     return name + ", where " + std::to_string(barrier.num_arrived) + " threads came";
@@ -200,16 +200,31 @@ void arrive_at_barrier(int barrier, int num_threads) {
 
 bool sync_at_barrier(int barrier, int num_threads, bool vote) {
   NamedBarrier& b = cta.barriers[this_rank()][barrier];
-  const BarrierOpens opens(b, "named barrier " + std::to_string(barrier));
+  const BarrierOpens opens(b, "named barrier " + std::to_string(barrier), b.num_phases);
   arrive_at_barrier(b, num_threads, vote);
   wait(opens);
   return b.any_vote;
 }
 
 void sync_cluster() {
-  const BarrierOpens opens(cta.cluster_barrier, "the cluster's barrier");
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+
+void arrive_at_cluster() {
+  Fibre& fibre = this_fibre();
+  if (fibre.at_cluster) fail("a thread arrives at the cluster's barrier twice before it waits there");
+  fibre.at_cluster = true;
+  fibre.cluster_phase = cta.cluster_barrier.num_phases;
   arrive_at_barrier(cta.cluster_barrier, cta.num_threads * cta.cluster_size);
-  wait(opens);
+  maybe_step_aside();
+}
+
+void wait_for_cluster() {
+  Fibre& fibre = this_fibre();
+  if (!fibre.at_cluster) fail("a thread waits at the cluster's barrier, where it has not arrived");
+  fibre.at_cluster = false;
+  wait(BarrierOpens(cta.cluster_barrier, "the cluster's barrier", fibre.cluster_phase));
 }
 
 void poll() {

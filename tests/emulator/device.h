@@ -85,6 +85,8 @@ struct Fibre {
   jmp_buf place;
   bool begun = false, done = false;
   const Condition* waits_for = nullptr;
+  bool at_cluster = false;  // it has come to the cluster's barrier, and not waited there yet
+  uint64_t cluster_phase = 0;
 };
 
 // What the lanes of a warp show one another: as many as have come, and how often all have.
@@ -236,7 +238,10 @@ void arrive_at_barrier(int barrier, int num_threads);
 // And waits; whether any thread has voted for it.
 bool sync_at_barrier(int barrier, int num_threads, bool vote = false);
 
+// The cluster's barrier, and its two parts: who waits sees what all have done before they arrived, and no more.
 void sync_cluster();
+void arrive_at_cluster();
+void wait_for_cluster();
 
 // A value that others will change; a loop that waits for that goes through here.
 void poll();

@@ -11,7 +11,8 @@ using fastattn::FlashSm80Params;
 template <typename T>
 AttentionCall<T> draw_call(int head_dim) {
   AttentionCall<T> call;
-  const int num_seqs = pick({1, 2, 3, 5});
+  const int num_seqs = pick({1, 2, 3, 5, 5, 35});
+  const bool many = num_seqs > 5;  // CTAs in several sections
   call.num_kv_heads = between(1, 2);
   call.group = pick({1, 2, 3, 8});
   call.page_size = one_in(3) ? 0 : pick({1, 3, 8, 16, 64});
@@ -22,7 +23,7 @@ AttentionCall<T> draw_call(int head_dim) {
   call.v_head_dim = paged ? call.head_dim : pick({call.head_dim, head_dim, head_dim - 16});
   call.has_tree = paged && !one_in(3);
 
-  const int most_q = pick({1, 16, 64, 90}), most_k = pick({1, 60, 150, 300});
+  const int most_q = many ? pick({20, 70}) : pick({1, 16, 64, 90}), most_k = many ? 40 : pick({1, 60, 150, 300});
   const bool has_seqused_q = !paged && one_in(4), has_seqused_k = paged || one_in(2);
   for (int seq = 0; seq < num_seqs; ++seq) {
     call.q_lens.push_back(call.packed_q ? pick({0, most_q, between(0, most_q), between(0, most_q)}) : most_q);

@@ -134,6 +134,20 @@ void check_alone(AttentionCall<T, KV>& call, PagedDecodeParams p, int seq) {
   }
 }
 
+// The pages of `keys`, whose heads of a token lie side by side, with a head's tokens side by side.
+template <typename T, typename KV>
+std::vector<KV> heads_apart(const AttentionCall<T, KV>& call, const std::vector<KV>& keys) {
+  const int dim = call.head_dim, heads = call.num_kv_heads, tokens = call.page_size;
+  std::vector<KV> apart;
+  for (int page = 0; page < call.num_pages; ++page) {
+    for (int i = 0; i < heads * tokens; ++i) {
+      const KV* const row = keys.data() + ((int64_t{page} * tokens + i % tokens) * heads + i / tokens) * dim;
+      apart.insert(apart.end(), row, row + dim);
+    }
+  }
+  return apart;
+}
+
 template <typename T, typename KV = T>
 void run_call(int head_dim, bool is_short = false) {
   AttentionCall<T, KV> call = is_short ? draw_short_call<T, KV>(head_dim) : draw_call<T, KV>(head_dim);
@@ -166,6 +180,15 @@ void run_call(int head_dim, bool is_short = false) {
       (p.config.beside_prompts ? ", beside prompts" : "") + ", clusters of 2^" + std::to_string(p.config.cluster_log2);
   if (batch_invariant) current_call += ", splits of 2^" + std::to_string(p.config.split_tiles_log2) + " tiles";
   if (!p.config.fits) fail("the kernel does not take the call");
+  if (paged && one_in(3)) {
+    call.k.data = heads_apart(call, call.k.data);
+    call.v.data = heads_apart(call, call.v.data);
+    p.k = call.k.data.data();
+    p.v = call.v.data.data();
+    p.k_token_stride = p.v_token_stride = call.head_dim;
+    p.k_head_stride = p.v_head_stride = int64_t{call.page_size} * call.head_dim;
+    current_call += ", heads apart";
+  }
   const Workspace workspace(p);
 
   const auto launch = [&] {

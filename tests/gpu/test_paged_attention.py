@@ -198,6 +198,11 @@ def test_drawn_decodes_of_few_keys(seed: int) -> None:
     cache = Cache(rng, lengths, rng.choice((16, 48, 64)), (kv_heads * group, kv_heads, rng.choice((64, 128))), dtype)
     q = torch.randn(sum(runs), kv_heads * group, cache.k_cache.size(-1), dtype=dtype, device="cuda")
     options = {"causal": rng.random() < 0.7}
+    if rng.random() < 0.5:  # a head's tokens side by side, and q a part of wider rows
+        cache.k_cache, cache.v_cache = (
+            pages.transpose(1, 2).contiguous().transpose(1, 2) for pages in (cache.k_cache, cache.v_cache)
+        )
+        q = torch.cat((q, q), 1)[:, : q.size(1)]
     call = (q, cache.k_cache, cache.v_cache, starts_of(runs), cache.lengths, cache.table, max(runs))
     out, lse = ops.paged_attention(*call, **options)
     again, lse_again = ops.paged_attention(*call, **options)

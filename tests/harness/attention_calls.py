@@ -46,6 +46,15 @@ _TREES: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any
     ("trees of more queries than keys", [7, 3], [4, 0], 2, 2, 16, 2, {}),
 )
 
+# As above: what the kernels for few sequences take on a Hopper GPU (paged_decode_short.cuh and _cluster.cuh, and the
+# forward with packed heads and split keys).
+_FEW_SEQUENCES: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any]], ...] = (
+    ("few keys", [2, 0, 1], [200, 40, 7], 8, 2, 128, 48, {}),
+    ("few keys, two tiles a warp", [4], [1500], 2, 1, 64, 16, {"causal": False}),
+    ("few keys, window", [1, 2], [200, 31], 8, 2, 128, 16, {"window_size": (50, 0)}),
+    ("few tokens, split keys", [8, 3], [1100, 70], 4, 1, 128, 16, {}),
+)
+
 
 # As above without the block size, and with V's head dim: what is drawn for the other options.
 _SIZES: tuple[tuple[list[int], list[int], int, int, int, int], ...] = (
@@ -101,7 +110,8 @@ def paged_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         (f"drawn {i}", runs, [max(n, 1) for n in lengths], heads, kv_heads, dim, 16, None)
         for i, (runs, lengths, heads, kv_heads, dim, _) in enumerate(_SIZES)
     ]
-    for index, (name, runs, lengths, heads, kv_heads, dim, size, options) in enumerate((*_PAGED, *drawn, *_TREES)):
+    all_calls = (*_PAGED, *drawn, *_TREES, *_FEW_SEQUENCES)
+    for index, (name, runs, lengths, heads, kv_heads, dim, size, options) in enumerate(all_calls):
         cache = pages(gen, lengths, size, kv_heads, dim, dtype)
         if options is None or index == 0:
             options = _drawn(gen, len(runs), heads, dtype, everything=index == 0)

@@ -217,6 +217,17 @@ def test_few_rows_of_a_group_are_packed() -> None:
     assert not packs(40, 16, 8, 80), "two tiles of head dim 80 cost less than one of 128 that is hardly fuller"
 
 
+def test_keys_that_are_read_once_and_few_leave_the_cache_as_it_is() -> None:
+    def few_keys(num_seqs: int, seqlen_q: int = 8, heads: int = 32) -> int:
+        shape = (num_seqs, heads, 8, 128, 128, seqlen_q, 8192, True, 132, num_seqs * seqlen_q)
+        return _runtime.flash_fwd_sm90_config(*shape)["few_keys"]
+
+    assert few_keys(8) == (240 << 20) // (8 * 8 * 512)
+    assert few_keys(8, seqlen_q=33) == 0, "two tiles of 32 tokens read them"
+    assert few_keys(8, heads=8) == 0, "nothing is packed"
+    assert few_keys(2**21) == 0, "one key of each is 2^32 elements"
+
+
 def test_a_few_rows_are_split_and_many_are_not() -> None:
     few = fastattn.explain("flash_fwd", (1, 128, 32, 128), (1, 65536, 8, 128))
     assert (few.kernel, few.num_splits) == ("sm90", 4)

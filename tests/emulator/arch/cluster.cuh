@@ -9,8 +9,8 @@ inline uint32_t cluster_rank() { return static_cast<uint32_t>(emulator::this_ran
 inline uint32_t cluster_size() { return static_cast<uint32_t>(emulator::cta.cluster_size); }
 inline void cluster_sync() { emulator::sync_cluster(); }
 inline void cluster_meet() { emulator::sync_cluster(); }
-inline void cluster_arrive() {}
-inline void cluster_wait() { emulator::sync_cluster(); }
+inline void cluster_arrive() { emulator::arrive_at_cluster(); }
+inline void cluster_wait() { emulator::wait_for_cluster(); }
 
 inline uint32_t cluster_address(const void* pointer, uint32_t rank) { return rank << 24 | shared_address(pointer); }
 

@@ -228,6 +228,26 @@ MISTAKES = [
         call=7,
     ),
     Mistake(
+        "a CTA says that its barrier is there before it is",
+        DECODE_SHORT,
+        """    smem.inbox_full.init(1);
+    fence_barrier_init();
+    smem.inbox_full.arrive_expect_bytes((pairs_of(rank) << p.cluster_log2) * sizeof(float4));
+  }
+  cluster_arrive();
+""",
+        """  }
+  cluster_arrive();
+  if (threadIdx.x == 0) {
+    smem.inbox_full.init(1);
+    smem.inbox_full.arrive_expect_bytes((pairs_of(rank) << p.cluster_log2) * sizeof(float4));
+  }
+""",
+        "paged_decode_hd64.cu",
+        "64",
+        "was not initialized",
+    ),
+    Mistake(
         "a tile of few keys takes those behind the last one",
         DECODE_SHORT,
         "place_rows(k_len - 1 - first_key)",
