@@ -125,7 +125,7 @@ class Fp4Weight(FourBitWeight):
         if not self.fp8_activations:
             assert isinstance(x, torch.Tensor)
             return ops.fp4_linear(x, *weight)
-        if isinstance(x, torch.Tensor) and x.shape[:-1].numel() <= self.exact_rows:
+        if self.exact_rows and isinstance(x, torch.Tensor) and x.shape[:-1].numel() <= self.exact_rows:
             if activation is not None:
                 x = ops.swiglu(x) if activation == "silu" else ops.geglu(x)
             return ops.fp4_linear(x, *weight, tile_order=8)

@@ -212,8 +212,8 @@ void sync_cluster() {
   wait(opens);
 }
 
-void poll() {
-  if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
+void poll(int most) {
+  if (++cta.num_polls > most) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
   this_warp().steps_aside = true;  // who is waited for may be of the same CTA
   to_scheduler();
 }

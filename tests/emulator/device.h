@@ -6,7 +6,8 @@
 // different things. What the hardware does asynchronously is kept in `pending` and done late, in any order. All of it
 // follows from one seed.
 //
-// CTAs run one after the other, those of a cluster together, and each begins with shared memory full of NaN.
+// CTAs run one after the other, those of a cluster together, or of a grid that is launched together, and each begins
+// with shared memory full of NaN.
 //
 // What cannot be seen here: the order in which writes become visible (memory is sequentially consistent, and fences do
 // nothing), time, registers, and what nvcc makes of the source.
@@ -238,8 +239,8 @@ bool sync_at_barrier(int barrier, int num_threads, bool vote = false);
 
 void sync_cluster();
 
-// A value that others will change; a loop that waits for that goes through here.
-void poll();
+// A value that others will change; a loop that waits for that goes through here, no more often than so in all.
+void poll(int most = 1'000'000);
 
 // ---------------------------------------------------------------------------------------------
 // Values of 8 and 16 bits as the tensor cores read them

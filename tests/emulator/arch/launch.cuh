@@ -1,4 +1,5 @@
-// Starting a kernel: its CTAs run before this returns, one after the other, and those of a cluster together.
+// Starting a kernel: its CTAs run before this returns, one after the other, and those of a cluster together, or of a
+// grid whose CTAs wait for each other.
 #pragma once
 
 #include "device.h"
@@ -16,6 +17,12 @@ template <typename... Params, typename... Args>
 cudaError_t launch_kernel(void (*kernel)(Params...), int64_t num_ctas, int num_threads, int num_smem_bytes,
                           cudaStream_t stream, const Args&... args) {
   return launch_clusters(kernel, num_ctas, 1, num_threads, num_smem_bytes, stream, args...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch_together(void (*kernel)(Params...), int64_t num_ctas, int num_threads, int num_smem_bytes,
+                            cudaStream_t stream, const Args&... args) {
+  return launch_clusters(kernel, num_ctas, static_cast<int>(num_ctas), num_threads, num_smem_bytes, stream, args...);
 }
 
 template <typename... Params, typename... Args>
