@@ -11,7 +11,7 @@ from fastattn import ops
 from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, fixed_parameter
 from fastattn.nn.quantized import Piece, QuantizedWeight, Rows, fp8_rows, set_rows
-from fastattn.ops.quantized import MAX_ROWS_OF_ORDER_8
+from fastattn.ops.four_bits import MAX_ROWS_OF_ORDER_8
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
 from fastattn.reference import quantized as reference

@@ -40,34 +40,30 @@ from tests.harness.sparse_calls import (
 from tests.harness.specs.elementwise import NORM_ROLES
 
 _METADATA = Role((0, 1, 2))
+_SPARSE_8BIT_ROLES = {
+    "x": Role((1,)),
+    "x_scale": Role((0,)),
+    "values": Role((1,)),
+    "metadata": _METADATA,
+    "weight_scale": Role((0,)),
+    "bias": Role((0,), optional=True),
+}
+_FP4_ROLES = {
+    "weight_packed": Role((0, 1)),
+    "weight_scale": Role((0, 1)),
+    "global_scale": Role((0,), optional=True),
+    "bias": Role((0,), optional=True),
+}
 
 QUANTIZED = (
-    OpSpec(
-        "quantize_int8",
-        ops.quantize_int8,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_int8,
-        bad=bad_quantize,
-        keeps_dtype=False,
-    ),
-    OpSpec(
-        "quantize_int8_asymmetric",
-        ops.quantize_int8_asymmetric,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_int8_asymmetric,
-        bad=bad_quantize,
-        keeps_dtype=False,
-    ),
-    OpSpec(
-        "quantize_fp8",
-        ops.quantize_fp8,
-        quantize_calls,
-        {"x": Role()},
-        verify=verify_quantize_fp8,
-        bad=bad_quantize,
-        keeps_dtype=False,
+    *(
+        OpSpec(op.__name__, op, calls, {"x": Role()}, verify=verify, bad=bad_quantize, keeps_dtype=False)
+        for op, calls, verify in (
+            (ops.quantize_int8, quantize_calls, verify_quantize_int8),
+            (ops.quantize_int8_asymmetric, quantize_calls, verify_quantize_int8_asymmetric),
+            (ops.quantize_fp8, quantize_calls, verify_quantize_fp8),
+            (ops.quantize_fp8_groups, quantize_group_calls, verify_quantize_fp8_groups),
+        )
     ),
     *(
         OpSpec(
@@ -117,15 +113,6 @@ QUANTIZED = (
         bad=bad_fp8_linear,
     ),
     OpSpec(
-        "quantize_fp8_groups",
-        ops.quantize_fp8_groups,
-        quantize_group_calls,
-        {"x": Role()},
-        verify=verify_quantize_fp8_groups,
-        bad=bad_quantize,
-        keeps_dtype=False,
-    ),
-    OpSpec(
         "fp8_block_linear",
         ops.fp8_block_linear,
         fp8_block_calls,
@@ -151,14 +138,7 @@ QUANTIZED = (
         "sparse_int8_linear",
         ops.sparse_int8_linear,
         sparse_int8_calls,
-        {
-            "x": Role((1,)),
-            "x_scale": Role((0,)),
-            "values": Role((1,)),
-            "metadata": _METADATA,
-            "weight_scale": Role((0,)),
-            "bias": Role((0,), optional=True),
-        },
+        _SPARSE_8BIT_ROLES,
         formulas.sparse_int8_linear,
         bad=bad_sparse_int8,
     ),
@@ -166,14 +146,7 @@ QUANTIZED = (
         "sparse_fp8_linear",
         ops.sparse_fp8_linear,
         sparse_fp8_calls,
-        {
-            "x": Role((1,)),
-            "x_scale": Role((0,)),
-            "values": Role((1,)),
-            "metadata": _METADATA,
-            "weight_scale": Role((0,)),
-            "bias": Role((0,), optional=True),
-        },
+        _SPARSE_8BIT_ROLES,
         formulas.sparse_fp8_linear,
         scalars={"fast_accum": "flag"},
         bad=bad_sparse_fp8,
@@ -197,13 +170,7 @@ QUANTIZED = (
         "fp4_linear",
         ops.fp4_linear,
         fp4_calls,
-        {
-            "x": Role(),
-            "weight_packed": Role((0, 1)),
-            "weight_scale": Role((0, 1)),
-            "global_scale": Role((0,), optional=True),
-            "bias": Role((0,), optional=True),
-        },
+        {"x": Role(), **_FP4_ROLES},
         formulas.fp4_linear,
         scalars={"group_size": "size"},
         bad=bad_fp4,
@@ -212,14 +179,7 @@ QUANTIZED = (
         "fp4_fp8_linear",
         ops.fp4_fp8_linear,
         fp4_fp8_calls,
-        {
-            "x": Role(),
-            "x_scale": Role((0,)),
-            "weight_packed": Role((0, 1)),
-            "weight_scale": Role((0, 1)),
-            "global_scale": Role((0,), optional=True),
-            "bias": Role((0,), optional=True),
-        },
+        {"x": Role(), "x_scale": Role((0,)), **_FP4_ROLES},
         formulas.fp4_fp8_linear,
         scalars={"group_size": "size", "fast_accum": "flag"},
         bad=bad_fp4_fp8,
