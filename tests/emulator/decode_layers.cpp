@@ -70,7 +70,7 @@ struct Call {
   int64_t cache_size() const { return int64_t{num_blocks} * block_size * num_kv_heads * head_dim; }
 
   explicit Call(int of_head_dim) : head_dim(of_head_dim) {
-    num_sms = between(2, kMaxClusterSize);
+    num_sms = pick({between(2, kMaxCtas), kMaxCtas});  // of more than eight some have no rows of down
     num_tokens = std::min(pick({1, 1, 2, 3, 4}), num_sms);
     num_heads = between(1, num_sms / num_tokens);
     group = 1;

@@ -56,10 +56,11 @@ namespace emulator {
 
 constexpr int kMaxSmemBytes = 227 * 1024;
 constexpr int kMaxClusterSize = 8;
+constexpr int kMaxCtas = 10;  // that run together: a grid's that wait for each other may be more than a cluster
 }  // namespace emulator
 namespace fastattn {
-// What kernels declare as extern __shared__, for each CTA of a cluster.
-alignas(1024) inline unsigned char smem_bytes[emulator::kMaxClusterSize * emulator::kMaxSmemBytes];
+// What kernels declare as extern __shared__, for each CTA that runs.
+alignas(1024) inline unsigned char smem_bytes[emulator::kMaxCtas * emulator::kMaxSmemBytes];
 }  // namespace fastattn
 namespace emulator {
 using fastattn::smem_bytes;
@@ -106,7 +107,7 @@ struct NamedBarrier {
 struct Cta {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
-  NamedBarrier barriers[kMaxClusterSize][16];
+  NamedBarrier barriers[kMaxCtas][16];
   NamedBarrier cluster_barrier;
   std::vector<std::function<void()>> pending;  // what the hardware has still to do
   std::function<void()> body;
@@ -127,7 +128,7 @@ inline int this_rank() { return cta.thread_idx / cta.num_threads; }  // in the c
 inline unsigned char* smem_of(int rank) { return smem_bytes + rank * kMaxSmemBytes; }
 
 // How often each warp has waited for products: all of a group the same number of times.
-inline int num_product_waits[kMaxClusterSize][32];
+inline int num_product_waits[kMaxCtas][32];
 
 // swapcontext would ask the kernel for the signal mask each time; it is used to enter a fibre only.
 inline void to_scheduler() {
@@ -184,7 +185,7 @@ class WorkInGroups {
   }
 
  private:
-  std::vector<Queue> queues_{1024 * kMaxClusterSize};
+  std::vector<Queue> queues_{1024 * kMaxCtas};
 };
 
 // ---------------------------------------------------------------------------------------------
