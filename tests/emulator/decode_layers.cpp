@@ -71,18 +71,18 @@ struct Call {
 
   explicit Call(int of_head_dim) : head_dim(of_head_dim) {
     num_sms = pick({between(2, kMaxCtas), kMaxCtas});  // of more than eight some have no rows of down
-    num_tokens = std::min(pick({1, 1, 2, 3, 4}), num_sms);
-    num_heads = between(1, num_sms / num_tokens);
+    // Short ones and some of several stages.
+    intermediate = 64 * pick({1, 2, between(1, 8), one_in(3) ? between(17, 40) : 2});
+    const int ctas = std::min(num_sms, intermediate / 8);
+    num_tokens = std::min(pick({1, 1, 2, 3, 4}), ctas);
+    num_heads = between(1, ctas / num_tokens);
     group = 1;
     for (int g = 2; g <= fastattn::kDecodeMaxGroup; ++g) {
       if (num_heads % g == 0 && one_in(2)) group = g;
     }
     num_kv_heads = num_heads / group;
-    // One item a CTA, several of which some have one more, and items of several stages.
-    hidden = 64 * pick({1, 1, 2, between(1, 2 * num_sms), one_in(3) ? between(17, 40) : 1});
-    hidden = std::min(hidden, 128 * num_sms);
-    intermediate = 64 * pick({1, 2, between(1, 8), one_in(3) ? between(17, 40) : 1});
-    if (hidden > 1024) intermediate = std::min(intermediate, 512);
+    hidden = 64 * pick({1, 1, 2, between(1, 2 * ctas), one_in(3) ? between(17, 40) : 1});
+    hidden = std::min(hidden, intermediate > 1024 ? 512 : 128 * ctas);
     block_size = 1 << between(0, 6);
     has_bias = one_in(2), has_head_norms = one_in(2), is_silu = one_in(2);
     const int num_layers = between(1, 3);
