@@ -47,6 +47,25 @@ cudaError_t launch_clusters(void (*kernel)(Params...), int64_t num_ctas, int clu
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// With all CTAs at the same time, which wait for each other; an error where the device has no room for them.
+template <typename... Params, typename... Args>
+cudaError_t launch_together(void (*kernel)(Params...), int64_t num_ctas, int num_threads, int smem_bytes,
+                            cudaStream_t stream, const Args&... args) {
+  const cudaError_t error = allow_shared_memory(kernel, smem_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_ctas));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // Whether kernels of the current device can begin so.
 inline bool has_grid_dependencies() {
   int device = 0, major = 0;

@@ -43,15 +43,17 @@
 #include "arch/dispatch.h"
 #include "arch/exp2.cuh"
 #include "arch/global_memory.cuh"
+#include "arch/hand_over.cuh"
 #include "arch/launch.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/mma_sm80.cuh"
 #include "arch/reduce.cuh"
 #include "arch/registers.cuh"
+#include "arch/shared_memory.cuh"
+#include "arch/tma.cuh"
 #include "arch/vec.cuh"
 #include "decoder/decode_layers_sm90.h"
 #include "decoder/decode_layers_sm90_layout.h"
-#include "decoder/hand_over.cuh"
 
 namespace fastattn {
 namespace {
@@ -144,12 +146,8 @@ struct Decode {
         if (lane == 0) full(stage).arrive_expect_bytes(kUnit * bytes);
         __syncwarp();
         if (lane < kUnit) {
-          asm volatile(
-              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-              "[%0], [%1], %2, [%3], %4;\n" ::"r"(
-                  shared_address(smem + layout.ring + stage * kStageBytes + lane * kStagePitch)),
-              "l"(row + column), "r"(bytes), "r"(shared_address(&full(stage).state)), "l"(policy)
-              : "memory");
+          unsigned char* const target = smem + layout.ring + stage * kStageBytes + lane * kStagePitch;
+          tma_load_bytes(target, row + column, full(stage), bytes, policy);
         }
         next_stage();
       }
@@ -461,76 +459,6 @@ struct Decode {
     }
   }
 
-  // ------------------------------------------------------------------------------------------ head
-
-  // What the last layer left, normalized and rounded as rms_norm does it, to where a product finds what it multiplies.
-  __device__ void receive_normalized() {
-    const uint32_t* const buffer = workspace() + products[kHead].buffer;
-    const auto words_of = [&](int column, int token) {
-      return reinterpret_cast<uint32_t*>(smem + layout.x + token * x_pitch(s.n) + 2 * column) + thread / 2 * 4 +
-             thread % 2;
-    };
-    const auto each = [&](auto&& what) {
-#pragma unroll 1
-      for (int column = 0; column + 4 * thread < s.n; column += kStageColumns) {
-#pragma unroll
-        for (int token = 0; token < MOST_TOKENS; ++token) {
-          if (token < num_tokens) what(column, token);
-        }
-      }
-    };
-    float sums[MOST_TOKENS] = {};
-    each([&](int column, int token) {
-      const uint32_t* const source = buffer + token * s.n + column + 4 * thread;
-      const uint2 taken = take(source, mark, look(source));
-      words_of(column, token)[0] = taken.x;
-      words_of(column, token)[2] = taken.y;
-      const float2 a = unpack_pair<T>(taken.x), b = unpack_pair<T>(taken.y);
-      sums[token] += (a.x * a.x + a.y * a.y) + (b.x * b.x + b.y * b.y);
-    });
-#pragma unroll
-    for (int token = 0; token < MOST_TOKENS; ++token) {
-      const float sum = warp_reduce(sums[token], [](float a, float b) { return a + b; });
-      if (lane == 0) squares()[warp * kDecodeMaxTokens + token] = sum;
-    }
-    sync();
-    float factors[MOST_TOKENS];
-#pragma unroll
-    for (int token = 0; token < MOST_TOKENS; ++token) factors[token] = norm_factor(token);
-    each([&](int column, int token) {
-      float weight[4];
-      load_vec<4>(static_cast<const T*>(p.final_norm) + column + 4 * thread, weight);
-      uint32_t* const words = words_of(column, token);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 pair = unpack_pair<T>(words[2 * i]);
-        words[2 * i] =
-            pack_pair<T>(pair.x * factors[token] * weight[2 * i], pair.y * factors[token] * weight[2 * i + 1]);
-      }
-    });
-    sync();
-  }
-
-  __device__ void make_logits() {
-    forget();
-    receive_normalized();
-    const Product& product = products[kHead];
-#pragma unroll 1
-    for (int item = first_item(product); item < product.items;) {
-      const int count = multiply_items<false>(product, item, nullptr, 0, false);
-      sync();
-      const int row = thread % 4 * 2, of_token = thread / 4 % MOST_TOKENS;
-      const int index = thread / (4 * MOST_TOKENS);
-      if (index < count && of_token < num_tokens) {
-        const float2 sum = sum_of_warps(index, of_token, row);
-        T* const target = static_cast<T*>(p.logits) + int64_t{of_token} * p.vocab_size;
-        *reinterpret_cast<uint32_t*>(target + (item + index * ctas) * kUnit + row) = pack_pair<T>(sum.x, sum.y);
-      }
-      sums_turn ^= 1;
-      item += count * ctas;
-    }
-  }
-
   // ------------------------------------------------------------------------------------------ attention
 
   // Which part of whose keys this CTA has, the same in all layers; nothing if begin is not below end. And which head of
@@ -653,6 +581,8 @@ struct Decode {
 
   __device__ void attend(int layer);
   __device__ void merge();
+  __device__ void receive_normalized();
+  __device__ void make_logits();
   __device__ void compute();
 };
 
@@ -660,6 +590,7 @@ struct Decode {
 }  // namespace fastattn
 
 #include "decoder/decode_layers_sm90_attention.cuh"
+#include "decoder/decode_layers_sm90_head.cuh"
 
 namespace fastattn {
 namespace {
@@ -688,8 +619,7 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::compute() {
 template <typename T, int HEAD_DIM, int MOST_TOKENS>
 __global__ void __launch_bounds__(kAllThreads, 1) decode_layers_kernel(const __grid_constant__ Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(128) unsigned char smem[];
-  Decode<T, HEAD_DIM, MOST_TOKENS> decode(args, smem);
+  Decode<T, HEAD_DIM, MOST_TOKENS> decode(args, &shared_storage_of_128<unsigned char>());
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < decode.layout.stages; ++i) {
@@ -718,26 +648,15 @@ template <typename T, int HEAD_DIM, int MOST_TOKENS>
 cudaError_t launch(const DecodeLayersParams& p, cudaStream_t stream) {
   const Args args(p, num_ctas(p));
   if (args.layout.stages < kSlots || args.buffers.end > p.workspace_words) return cudaErrorInvalidValue;
-  const auto kernel = decode_layers_kernel<T, HEAD_DIM, MOST_TOKENS>;
-  const cudaError_t error = allow_shared_memory(kernel, args.layout.end);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(num_ctas(p)));
-  config.blockDim = dim3(kAllThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(args.layout.end);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return launch_together(decode_layers_kernel<T, HEAD_DIM, MOST_TOKENS>, num_ctas(p), kAllThreads, args.layout.end,
+                         stream, args);
 }
 
 }  // namespace
 
 cudaError_t decode_layers_sm90(const DecodeLayersParams& p, cudaStream_t stream) {
-  const bool fits = p.num_tokens >= 1 && p.num_tokens <= kDecodeMaxTokens && p.num_layers >= 1 &&
+  const bool sized = p.hidden_size > 0 && p.num_heads > 0 && p.num_kv_heads > 0 && p.block_size > 0;
+  const bool fits = sized && p.num_tokens >= 1 && p.num_tokens <= kDecodeMaxTokens && p.num_layers >= 1 &&
                     p.num_layers <= kDecodeMaxLayers && p.hidden_size % 64 == 0 && p.intermediate_size % 64 == 0 &&
                     p.num_heads % p.num_kv_heads == 0 && p.num_heads / p.num_kv_heads <= kDecodeMaxGroup &&
                     p.num_heads * p.head_dim % 64 == 0 && p.vocab_size % kUnit == 0 &&

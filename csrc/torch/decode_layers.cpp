@@ -18,7 +18,14 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
   const char* op = "decode_layers";
   const Checks checks(op, "residual", residual);
   checks.shape("residual", residual, {kAny, kAny}).dtype("residual", residual, kHalves);
-  checks.that(residual.is_contiguous(), "residual is not contiguous");
+  // What the kernel copies in bulk, or takes as words of 4 to 16 bytes.
+  const auto packed = [&](const char* name, const Tensor& t) {
+    checks.that(t.is_contiguous(), std::string(name) + " is not contiguous");
+    checks.that(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0,
+                std::string(name) + " begins at an address that is not a multiple of 16");
+    return t.data_ptr();
+  };
+  packed("residual", residual);
   const std::initializer_list<ScalarType> same = {residual.scalar_type()};
   const int64_t num_tokens = residual.size(0), n = residual.size(1), num_layers = static_cast<int64_t>(qkv.size());
   checks.that(num_layers >= 1 && num_layers <= kDecodeMaxLayers, "there are no layers, or more than 128");
@@ -46,10 +53,8 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
   for (int64_t i = 0; i < num_layers; ++i) {
     const int64_t intermediate = gate_up[i].size(0) / 2;
     const auto weight = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-      checks.shape(name, t, shape)
-          .dtype(name, t, same)
-          .that(t.is_contiguous(), std::string(name) + " is not contiguous");
-      return static_cast<const void*>(t.data_ptr());
+      checks.shape(name, t, shape).dtype(name, t, same);
+      return static_cast<const void*>(packed(name, t));
     };
     DecodeLayer& layer = p.layers[i];
     layer.qkv = weight("qkv_weight", qkv[i], {rows, n});
@@ -91,10 +96,8 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
                 "token_ids comes without embedding, final_norm_weight, head_weight or logits");
     const int64_t vocab_size = head->size(0);
     const auto whole = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-      checks.shape(name, t, shape)
-          .dtype(name, t, same)
-          .that(t.is_contiguous(), std::string(name) + " is not contiguous");
-      return t.data_ptr();
+      checks.shape(name, t, shape).dtype(name, t, same);
+      return packed(name, t);
     };
     checks.shape("token_ids", *token_ids, {num_tokens}).dtype("token_ids", *token_ids, {ScalarType::Int});
     p.token_ids = data<int32_t>(*token_ids);

@@ -97,7 +97,8 @@ class LlamaForCausalLM(DecoderModel):
         assert isinstance(table, torch.Tensor)
         if len(layers) == c.num_layers <= 128 and _is_plain(c) and table.shape[1] == c.head_dim:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
-            self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes)
+            num_sms = torch.cuda.get_device_properties(table.device).multi_processor_count
+            self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes, num_sms)
             head, plain = self.lm_head, c.vocab_size % 8 == 0 and not c.final_softcap and self.embed_tokens.scale == 1.0
             self.has_head_inside = plain and (head is None or (head.is_plain and head.bias is None))
 

@@ -11,7 +11,7 @@ from fastattn import ops
 from fastattn.nn.four_bits import FourBitWeight
 from fastattn.nn.module import Weight, Weights, fixed_parameter
 from fastattn.nn.quantized import Piece, QuantizedWeight, Rows, fp8_rows, set_rows
-from fastattn.ops.quantized import MAX_ROWS_OF_ORDER_8
+from fastattn.ops.four_bits import MAX_ROWS_OF_ORDER_8
 from fastattn.reference import linear as dense
 from fastattn.reference import quantize, w4_tiles
 from fastattn.reference import quantized as reference
@@ -125,7 +125,7 @@ class Fp4Weight(FourBitWeight):
         if not self.fp8_activations:
             assert isinstance(x, torch.Tensor)
             return ops.fp4_linear(x, *weight)
-        if isinstance(x, torch.Tensor) and x.shape[:-1].numel() <= self.exact_rows:
+        if self.exact_rows and isinstance(x, torch.Tensor) and x.shape[:-1].numel() <= self.exact_rows:
             if activation is not None:
                 x = ops.swiglu(x) if activation == "silu" else ops.geglu(x)
             return ops.fp4_linear(x, *weight, tile_order=8)

@@ -14,18 +14,8 @@ from fastattn.ops.decode_layers import (
     decode_layers_max_tokens,
     decode_layers_workspace,
 )
-from fastattn.ops.embedding import embedding
-from fastattn.ops.fp8_blocks import fp8_block_linear, quantize_fp8_groups
-from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
-from fastattn.ops.linear import linear
-from fastattn.ops.lm_head import lm_head_sample
-from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
-from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
-from fastattn.ops.quantized import (
-    fp4_fp8_linear,
-    fp4_linear,
+from fastattn.ops.eight_bits import (
     fp8_linear,
-    int4_linear,
     int8_linear,
     quantize_fp8,
     quantize_int8,
@@ -33,6 +23,18 @@ from fastattn.ops.quantized import (
     rms_norm_quantize_fp8,
     rms_norm_quantize_int8,
 )
+from fastattn.ops.embedding import embedding
+from fastattn.ops.four_bits import (
+    fp4_fp8_linear,
+    fp4_linear,
+    int4_linear,
+)
+from fastattn.ops.fp8_blocks import fp8_block_linear, quantize_fp8_groups
+from fastattn.ops.gated_linear import gated_linear, rms_norm_gated_linear
+from fastattn.ops.linear import linear
+from fastattn.ops.lm_head import lm_head_sample
+from fastattn.ops.norm import add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.norm_linear import layer_norm_linear, rms_norm_linear
 from fastattn.ops.rope import rope_kv_write
 from fastattn.ops.sampling import adjust_logits, apply_token_bitmask, sample, speculative_sample, token_logprobs
 from fastattn.ops.sparse_24 import (

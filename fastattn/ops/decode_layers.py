@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 from fastattn.ops._library import define, has_cuda_kernel
-from fastattn.ops.checks import FLOAT, FP32, INT32, NonNegative, TensorArg, compile_check, fail_type, fail_value
+from fastattn.ops.checks import (
+    FLOAT,
+    FP32,
+    INT32,
+    NonNegative,
+    TensorArg,
+    check_range,
+    compile_check,
+    fail_type,
+    fail_value,
+    values_readable,
+)
 from fastattn.reference import decode_layers as reference
 
 MAX_DECODE_TOKENS = 4
 _MAX_LAYERS = 128
 _MAX_SPLITS, _MAX_GROUP = 32, 4
+_UNIT, _MAX_UNITS = 8, 16  # rows of a weight that are computed together, and how many of the stream a CTA has
 # Of a Hopper GPU, and of the kernel: what a stage of weights takes, and how many pay.
-_NUM_SMS, _SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 132, 227 * 1024, 16896, 4
+_SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 227 * 1024, 16896, 4
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -78,10 +90,10 @@ class DecoderHead:
 
 
 def decode_layers_max_tokens(
-    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
+    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int = 132
 ) -> int:
-    """For how many tokens the kernel is the better choice for layers of these sizes, 0 if it does not take them: beside what
-    is multiplied, shared memory must have room for the weights that come in the meantime."""
+    """For how many tokens the kernel is the better choice for layers of these sizes on a GPU of so many SMs (an H100 of PCIe has 114),
+    0 if it does not take them: beside what is multiplied, shared memory must have room for the weights that come in the meantime."""
     widest = max(intermediate_size, hidden_size, num_heads * head_dim)
     fits = (
         head_dim in (64, 128)
@@ -89,12 +101,12 @@ def decode_layers_max_tokens(
         and intermediate_size % 64 == 0
         and num_heads % num_kv_heads == 0
         and num_heads // num_kv_heads <= _MAX_GROUP
-        and intermediate_size >= 8 * _NUM_SMS
-        and hidden_size <= 8 * 16 * _NUM_SMS
+        and intermediate_size >= _UNIT * num_sms
+        and hidden_size <= _UNIT * _MAX_UNITS * num_sms
     )
     for tokens in range(MAX_DECODE_TOKENS if fits else 0, 0, -1):
         taken = tokens * (2 * widest + 64 + 2048) + 40 * head_dim * 4 + 12 * 1024
-        if tokens * num_heads <= _NUM_SMS and (_SHARED_MEMORY - taken) // _STAGE_BYTES >= _MIN_STAGES:
+        if tokens * num_heads <= num_sms and (_SHARED_MEMORY - taken) // _STAGE_BYTES >= _MIN_STAGES:
             return tokens
     return 0
 
@@ -104,9 +116,14 @@ def decode_layers_workspace(
 ) -> Tensor:
     """Memory in which the kernel's CTAs hand results to each other, int32 zeros: for all calls of a model on one stream, one
     after the other; whoever runs two at a time has one for each."""
+    words = _workspace_words(hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim)
+    return torch.zeros(words, dtype=torch.int32, device=device)
+
+
+def _workspace_words(hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     rows = (num_heads + 2 * num_kv_heads) * head_dim + num_heads * head_dim + 2 * hidden_size + intermediate_size
     partial = num_heads * _MAX_SPLITS * (head_dim // 2 + 1) * 4
-    return torch.zeros(4 + MAX_DECODE_TOKENS * (rows + partial), dtype=torch.int32, device=device)
+    return 4 + MAX_DECODE_TOKENS * (rows + partial)
 
 
 def decode_layers(
@@ -134,8 +151,8 @@ def decode_layers(
 
     On Hopper one launch, cooperative: a CTA on each SM, which hand their results to each other, while the weights of what
     comes next are on their way (as HazyResearch's megakernel, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles).
-    It needs T ≤ 4, D 64 or 128, H ≤ 4 Hk, N, I and H D multiples of 64, a block_size that is a power of two, and 132 SMs or
-    as many CTAs as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
+    It needs T ≤ 4, D 64 or 128, H ≤ 4 Hk, N and I multiples of 64, a block_size that is a power of two, and as many SMs, and
+    rows of eight gates, as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
     operators one after the other.
 
     With a head a whole step of a language model: what is in residual does not matter then, and logits are made of what it is
@@ -167,13 +184,12 @@ def decode_layers(
     if residual.is_cuda:
         if not has_cuda_kernel("decode_layers"):
             fail_value("decode_layers", f"residual is on {residual.device}, and the CUDA kernels are not built")
-        if residual.shape[0] > MAX_DECODE_TOKENS:
-            fail_value(
-                "decode_layers",
-                f"residual has {residual.shape[0]} tokens, expected at most {MAX_DECODE_TOKENS} on a GPU",
-            )
         if workspace is None:
             fail_value("decode_layers", "workspace is None, expected a tensor of decode_layers_workspace on a GPU")
+        num_sms = torch.cuda.get_device_properties(residual.device).multi_processor_count
+        check_kernel_sizes(
+            residual.shape, weights.down[0].shape[1], num_heads, k_cache[0].shape, workspace.numel(), num_sms
+        )
     of_head: tuple[Tensor | None, ...] = (None,) * 6
     if head is not None:
         of_head = (head.token_ids, head.drawn, head.embedding, head.norm, head.weight, head.logits)
@@ -183,6 +199,50 @@ def decode_layers(
         activation, softmax_scale, norm_eps, qk_norm_eps,
         *of_head,
     )  # fmt: skip
+
+
+def check_kernel_sizes(
+    residual: Sequence[int],
+    intermediate_size: int,
+    num_heads: int,
+    cache: Sequence[int],
+    workspace_words: int,
+    num_sms: int,
+) -> None:
+    """That the kernel takes what fits together: shapes of the stream and of a cache, and how many CTAs can run at once."""
+    (tokens, hidden_size), (_, block_size, num_kv_heads, head_dim) = residual, cache
+    num_ctas = min(num_sms, intermediate_size // _UNIT)
+    words = _workspace_words(hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim)
+    most = _UNIT * _MAX_UNITS * num_ctas
+    for holds, found, expected in (
+        (tokens <= MAX_DECODE_TOKENS, f"residual has {tokens} tokens", f"at most {MAX_DECODE_TOKENS}"),
+        (head_dim in (64, 128), f"k_cache has D = {head_dim}", "64 or 128"),
+        (block_size.bit_count() == 1, f"k_cache has pages of {block_size} keys", "a power of two"),
+        (hidden_size > 0 == hidden_size % 64, f"residual has N = {hidden_size} columns", "a multiple of 64"),
+        (
+            intermediate_size > 0 == intermediate_size % 64,
+            f"weights.down has I = {intermediate_size} columns",
+            "a multiple of 64",
+        ),
+        (
+            num_heads <= _MAX_GROUP * num_kv_heads,
+            f"num_heads is {num_heads}",
+            f"at most {_MAX_GROUP * num_kv_heads}, {_MAX_GROUP} for each of {num_kv_heads} KV heads",
+        ),
+        (
+            tokens * num_heads <= num_ctas,
+            f"residual has {tokens} tokens of {num_heads} heads",
+            f"at most {num_ctas} heads in all, the CTAs of {num_sms} SMs and I = {intermediate_size}",
+        ),
+        (hidden_size <= most, f"residual has N = {hidden_size} columns", f"at most {most} with {num_ctas} CTAs"),
+        (
+            workspace_words >= words,
+            f"workspace has {workspace_words} elements",
+            f"the {words} of decode_layers_workspace",
+        ),
+    ):
+        if not holds:
+            fail_value("decode_layers", f"{found}, expected {expected} on a GPU")
 
 
 def _check_caches(
@@ -205,6 +265,8 @@ def _check_caches(
                     f"{name}[{i}] is {tuple(t.shape)} on {t.device}, expected a contiguous (num_blocks, block_size, Hk, D) "
                     f"on {residual.device}, the same for all layers",
                 )
+    if 0 in shape[1:]:
+        fail_value("decode_layers", f"k_cache[0] is {shape}, expected at least one key a page, KV head and dim")
     if shape[3] != cos_sin.shape[1]:
         fail_value(
             "decode_layers", f"cos_sin has {cos_sin.shape[1]} columns, expected D = {shape[3]} from k_cache {shape}"
@@ -251,7 +313,11 @@ def _check_weights(residual: Tensor, weights: DecoderWeights, k_cache: Sequence[
 
 
 def _check_head(residual: Tensor, head: DecoderHead) -> None:
-    (tokens, n), vocab_size = residual.shape, head.weight.shape[0]
+    for name in ("token_ids", "embedding", "norm", "weight", "logits", "drawn"):
+        t = getattr(head, name)
+        if not isinstance(t, Tensor) and (name != "drawn" or t is not None):
+            fail_type("decode_layers", f"head.{name} is a {type(t).__name__}, expected a Tensor")
+    (tokens, n), vocab_size = residual.shape, head.weight.shape[0] if head.weight.dim() else 0
     drawn = 0 if head.drawn is None else head.drawn.numel()
     if vocab_size == 0 or vocab_size % 8:
         fail_value("decode_layers", f"head.weight has {vocab_size} rows, expected a multiple of 8")
@@ -272,3 +338,13 @@ def _check_head(residual: Tensor, head: DecoderHead) -> None:
                 "decode_layers",
                 f"head.{name} is {tuple(t.shape)} on {t.device}, expected a contiguous {shape} on {residual.device}",
             )
+    if values_readable(head.token_ids):
+        check_range(
+            "decode_layers",
+            "head.token_ids",
+            head.token_ids,
+            -drawn,
+            vocab_size - 1,
+            "V - 1 from head.weight",
+            head.weight,
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.ops._library import define
 from fastattn.ops.checks import E4M3, FLOAT, FP8, FP32, TensorArg, compile_check, fail_value
-from fastattn.ops.quantized import check_out_dtype, compile_quantize_check
+from fastattn.ops.eight_bits import check_out_dtype, compile_quantize_check
 from fastattn.reference import quantized as reference
 
 BLOCK = reference.FP8_BLOCK

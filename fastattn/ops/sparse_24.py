@@ -19,7 +19,7 @@ from fastattn.ops.checks import (
     fail_type,
     fail_value,
 )
-from fastattn.ops.quantized import MAX_INT8_K, check_may_be_one, check_out_dtype
+from fastattn.ops.eight_bits import MAX_INT8_K, check_may_be_one, check_out_dtype
 from fastattn.reference import sparse_24 as reference
 
 _DTYPES = (*FLOAT.cpu, torch.int8, FP8)

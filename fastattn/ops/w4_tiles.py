@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.checks import fail_type, fail_value
-from fastattn.ops.quantized import FP4_GROUPS
+from fastattn.ops.four_bits import FP4_GROUPS
 from fastattn.reference import w4_tiles as reference
 
 _DTYPES = (torch.uint8, torch.int32)

@@ -63,7 +63,7 @@ def decode_layers(
         )  # fmt: skip
         _add(residual, out.flatten(1), out_weight[i])
         _add(residual, rms_norm_gated_linear(residual, gate_up_weight[i], None, activation, norm_eps), down_weight[i])
-    if logits is not None and final_norm_weight is not None and head_weight is not None:
+    if token_ids is not None and logits is not None and final_norm_weight is not None and head_weight is not None:
         logits.copy_(linear(rms_norm(residual, final_norm_weight, norm_eps), head_weight, None))
 
 

@@ -141,7 +141,7 @@ void require_running(int rank) {
 
 void run_grid(int64_t num_ctas, int cluster_size, int num_threads, int num_smem_bytes, std::function<void()> body) {
   if (num_smem_bytes > kMaxSmemBytes) fail("too much shared memory");
-  if (cluster_size > kMaxClusterSize) fail("a cluster of more CTAs than all GPUs take");
+  if (cluster_size > kMaxCtas) fail("more CTAs together than there is memory for");
   if (num_ctas % cluster_size != 0) fail("a cluster that is not whole");
   cta.num_blocks = num_ctas;
   for (cta.block_idx = 0; cta.block_idx < num_ctas; cta.block_idx += cluster_size) {
@@ -227,8 +227,8 @@ void wait_for_cluster() {
   wait(BarrierOpens(cta.cluster_barrier, "the cluster's barrier", fibre.cluster_phase));
 }
 
-void poll() {
-  if (++cta.num_polls > 1000000) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
+void poll(int most) {
+  if (++cta.num_polls > most) fail("a thread polls forever in CTA " + std::to_string(cta.block_idx));
   this_warp().steps_aside = true;  // who is waited for may be of the same CTA
   to_scheduler();
 }

@@ -6,7 +6,8 @@
 // different things. What the hardware does asynchronously is kept in `pending` and done late, in any order. All of it
 // follows from one seed.
 //
-// CTAs run one after the other, those of a cluster together, and each begins with shared memory full of NaN.
+// CTAs run one after the other, those of a cluster together, or of a grid that is launched together, and each begins
+// with shared memory full of NaN.
 //
 // What cannot be seen here: the order in which writes become visible (memory is sequentially consistent, and fences do
 // nothing), time, registers, and what nvcc makes of the source.
@@ -55,10 +56,11 @@ namespace emulator {
 
 constexpr int kMaxSmemBytes = 227 * 1024;
 constexpr int kMaxClusterSize = 8;
+constexpr int kMaxCtas = 10;  // that run together: a grid's that wait for each other may be more than a cluster
 }  // namespace emulator
 namespace fastattn {
-// What kernels declare as extern __shared__, for each CTA of a cluster.
-alignas(1024) inline unsigned char smem_bytes[emulator::kMaxClusterSize * emulator::kMaxSmemBytes];
+// What kernels declare as extern __shared__, for each CTA that runs.
+alignas(1024) inline unsigned char smem_bytes[emulator::kMaxCtas * emulator::kMaxSmemBytes];
 }  // namespace fastattn
 namespace emulator {
 using fastattn::smem_bytes;
@@ -107,7 +109,7 @@ struct NamedBarrier {
 struct Cta {
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
-  NamedBarrier barriers[kMaxClusterSize][16];
+  NamedBarrier barriers[kMaxCtas][16];
   NamedBarrier cluster_barrier;
   std::vector<std::function<void()>> pending;  // what the hardware has still to do
   std::function<void()> body;
@@ -128,7 +130,7 @@ inline int this_rank() { return cta.thread_idx / cta.num_threads; }  // in the c
 inline unsigned char* smem_of(int rank) { return smem_bytes + rank * kMaxSmemBytes; }
 
 // How often each warp has waited for products: all of a group the same number of times.
-inline int num_product_waits[kMaxClusterSize][32];
+inline int num_product_waits[kMaxCtas][32];
 
 // swapcontext would ask the kernel for the signal mask each time; it is used to enter a fibre only.
 inline void to_scheduler() {
@@ -185,7 +187,7 @@ class WorkInGroups {
   }
 
  private:
-  std::vector<Queue> queues_{1024 * kMaxClusterSize};
+  std::vector<Queue> queues_{1024 * kMaxCtas};
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -243,8 +245,8 @@ void sync_cluster();
 void arrive_at_cluster();
 void wait_for_cluster();
 
-// A value that others will change; a loop that waits for that goes through here.
-void poll();
+// A value that others will change; a loop that waits for that goes through here, no more often than so in all.
+void poll(int most = 1'000'000);
 
 // ---------------------------------------------------------------------------------------------
 // Values of 8 and 16 bits as the tensor cores read them

@@ -120,3 +120,17 @@ def test_ids_that_do_not_exist_are_rows_of_zeros() -> None:
     start = torch.zeros_like(call.residual)
     start[2] = call.head.embedding[7]
     assert torch.equal(found, dataclasses.replace(call, residual=start, head=None).run(workspace(SMOLLM2))[0])
+
+
+def test_what_the_kernel_does_not_take_is_named_before_it_is_launched() -> None:
+    call = make_call(CUDA, torch.bfloat16, 1, SMOLLM2, [5])
+    memory = workspace(SMOLLM2)
+    with pytest.raises(ValueError, match=r"decode_layers: workspace has 9 elements, expected the \d+ of"):
+        call.run(memory[:9])
+    pages = make_call(CUDA, torch.bfloat16, 1, SMOLLM2, [5], block_size=24)
+    with pytest.raises(ValueError, match=r"decode_layers: k_cache has pages of 24 keys, expected a power of two"):
+        pages.run(memory)
+    one_further = torch.empty(call.weights.down[0].numel() + 1, dtype=torch.bfloat16, device=CUDA)[1:]
+    weights = dataclasses.replace(call.weights, down=[one_further.view_as(call.weights.down[0])])
+    with pytest.raises(RuntimeError, match=r"down_weight begins at an address that is not a multiple of 16"):
+        dataclasses.replace(call, weights=weights).run(memory)

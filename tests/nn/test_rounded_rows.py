@@ -60,6 +60,18 @@ def test_a_norm_rounds_for_the_layer_behind_it(name: str, packed: bool) -> None:
         assert torch.equal(layer(rows), layer(plain))
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_rows_are_no_rows(name: str) -> None:
+    layer = nn.Linear(HIDDEN, 64)
+    layer.quantize([SCHEMES[name][0]])
+    layer.to_empty(device="cpu")
+    fill(layer)
+    norm = nn.RMSNorm(HIDDEN, 1e-5)
+    fill(norm)
+    x = torch.ones(0, HIDDEN)
+    assert layer(x).shape == layer(norm.before(layer, x)).shape == (0, 64)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n != "plain"])
 def test_an_activation_is_rounded_as_it_is_made(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastattn import ops
+from fastattn.ops.decode_layers import check_kernel_sizes
 from tests.harness.decode_layers import DecodeCall, make_call
 
 CPU = torch.device("cpu")
@@ -49,12 +50,22 @@ def test_errors_name_what_of_the_head_does_not_fit() -> None:
         ({"logits": head.logits[:1]}, r"head.logits is \(1, 72\) on cpu, expected a contiguous \(2, 72\) on cpu"),
         ({"embedding": head.embedding[:64]}, r"head.embedding is \(64, 64\) on cpu, expected a contiguous \(72, 64\)"),
         ({"token_ids": head.token_ids[:1]}, r"head.token_ids is \(1,\) on cpu, expected a contiguous \(2,\)"),
+        ({"weight": head.weight[0, 0]}, r"head.weight has 0 rows, expected a multiple of 8"),
+        ({"token_ids": head.token_ids - 3}, r"head.token_ids\[1\] is -4, expected -2 ≤ head.token_ids ≤ 71, V - 1"),
+        (
+            {"token_ids": head.token_ids + 72},
+            r"head.token_ids\[0\] is [0-9]+, expected -2 ≤ head.token_ids ≤ 71, V - 1",
+        ),
+        ({"drawn": None}, r"head.token_ids\[1\] is -1, expected 0 ≤ head.token_ids ≤ 71, V - 1"),
     ):
         with pytest.raises(ValueError, match=f"decode_layers: {message}"):
             _changed(call, head=dataclasses.replace(head, **changes)).run(None)
     for changes, message in (
         ({"drawn": head.token_ids.long()}, r"head.drawn is torch.int64, expected torch.int32"),
         ({"norm": head.norm.float()}, r"head.norm is torch.float32, expected torch.bfloat16"),
+        ({"token_ids": None}, r"head.token_ids is a NoneType, expected a Tensor"),
+        ({"norm": None}, r"head.norm is a NoneType, expected a Tensor"),
+        ({"drawn": [1, 2]}, r"head.drawn is a list, expected a Tensor"),
     ):
         with pytest.raises(TypeError, match=f"decode_layers: {message}"):
             _changed(call, head=dataclasses.replace(head, **changes)).run(None)
@@ -71,6 +82,7 @@ def test_errors_name_what_does_not_fit() -> None:
     wide = dataclasses.replace(weights, gate_up=[weights.gate_up[0], weights.gate_up[1][:-2]])
     other = dataclasses.replace(weights, down=[weights.down[0], weights.down[1].float()])
     lone = dataclasses.replace(weights, q_norm=[torch.ones(64, dtype=torch.bfloat16)] * 2)
+    no_heads = {name: [t[:, :, :0].contiguous() for t in getattr(call, name)] for name in ("k_cache", "v_cache")}
     for changes, message in (
         ({"weights": short}, r"weights.out has 1 tensors, expected 2 as k_cache"),
         ({"weights": wide}, r"weights.gate_up\[1\] is \(254, 64\) on cpu, expected a contiguous \(256, 64\)"),
@@ -79,6 +91,7 @@ def test_errors_name_what_does_not_fit() -> None:
         ({"v_cache": call.v_cache[:1]}, r"v_cache has 1 tensors, expected 2 as k_cache"),
         ({"activation": "gelu"}, r"activation is 'gelu', expected one of 'silu', 'gelu_tanh'"),
         ({"sizes": (64, 128, 3, 2, 64)}, r"num_heads is 3, expected a multiple of Hk = 2"),
+        (no_heads, r"k_cache\[0\] is \(4, 16, 0, 64\), expected at least one key a page, KV head and dim"),
         ({"rows": {**call.rows, "cos_sin": call.rows["cos_sin"][:, :32]}}, r"cos_sin has 32 columns, expected D = 64"),
     ):
         with pytest.raises(ValueError, match=f"decode_layers: {message}"):
@@ -87,9 +100,33 @@ def test_errors_name_what_does_not_fit() -> None:
         _changed(call, weights=other).run(None)
 
 
+def test_errors_name_what_the_kernel_does_not_take() -> None:
+    fitting = {
+        "residual": (2, 576), "intermediate_size": 1536, "num_heads": 9, "cache": (40, 16, 3, 64),
+        "workspace_words": ops.decode_layers_workspace(576, 1536, 9, 3, 64, CPU).numel(), "num_sms": 132,
+    }  # fmt: skip
+    check_kernel_sizes(**fitting)  # type: ignore[arg-type]
+    for changes, message in (
+        ({"residual": (5, 576)}, "residual has 5 tokens, expected at most 4"),
+        ({"residual": (2, 600)}, "residual has N = 600 columns, expected a multiple of 64"),
+        ({"residual": (2, 0)}, "residual has N = 0 columns, expected a multiple of 64"),
+        ({"intermediate_size": 1540}, "weights.down has I = 1540 columns, expected a multiple of 64"),
+        ({"num_heads": 15}, "num_heads is 15, expected at most 12, 4 for each of 3 KV heads"),
+        ({"cache": (40, 16, 3, 96)}, "k_cache has D = 96, expected 64 or 128"),
+        ({"cache": (40, 24, 3, 64)}, "k_cache has pages of 24 keys, expected a power of two"),
+        ({"workspace_words": 7}, "workspace has 7 elements, expected the [0-9]+ of decode_layers_workspace"),
+        ({"num_sms": 17}, "residual has 2 tokens of 9 heads, expected at most 17 heads in all, the CTAs of 17 SMs"),
+        ({"residual": (1, 576), "intermediate_size": 64}, "residual has 1 tokens of 9 heads, expected at most 8 heads"),
+        ({"residual": (1, 1280), "num_sms": 9}, "residual has N = 1280 columns, expected at most 1152 with 9 CTAs"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_layers: {message}.* on a GPU"):
+            check_kernel_sizes(**{**fitting, **changes})  # type: ignore[arg-type]
+
+
 def test_which_models_it_is_for() -> None:
     assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 64) == 4  # SmolLM2-135M
     assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128) == 4  # Llama-3-8B
     assert ops.decode_layers_max_tokens(8192, 28672, 64, 8, 128) == 0  # 8 heads a KV head
     assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 96) == 0
     assert ops.decode_layers_max_tokens(512, 512, 8, 8, 64) == 0  # fewer gates than CTAs
+    assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128, num_sms=114) == 3  # a CTA for each head

@@ -112,6 +112,9 @@ def fp8_block_linear(
     return [out.to(c) if bias is None else out.to(c) + bias.to(c)]
 
 
+_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # by code
+
+
 def _nibbles(packed: Tensor, columns: Tensor) -> Tensor:
     """Codes 0 … 15 of these columns of each row, whatever the element's width."""
     per_element = 2 * packed.element_size()
@@ -153,8 +156,7 @@ def fp4_linear(
     columns = torch.arange(x.shape[-1], device=x.device)
     bits = weight_scale.long()
     scale = _e4m3(bits) if group_size == 16 else 2.0 ** (bits.double() - 127)
-    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-    numbers = torch.tensor(values, dtype=c, device=x.device)
+    numbers = torch.tensor(_E2M1, dtype=c, device=x.device)
     weight = numbers[_nibbles(weight_packed, columns)] * scale.to(c)[:, columns // group_size]
     out = linear(c, x, weight)[0]
     out = out if global_scale is None else out / global_scale.to(c)
@@ -180,8 +182,7 @@ def fp4_fp8_linear(
     else:
         largest = bits.amax(1, keepdim=True) if bits.shape[1] else bits.new_zeros(len(bits), 1)
         scale, factor = 2.0 ** (bits - largest + 6).double(), 2.0 ** (largest[:, 0] - 133).double()
-    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
+    numbers = torch.tensor(_E2M1, dtype=torch.float64, device=x.device)
     weight = numbers[_nibbles(weight_packed, columns)] * scale[:, columns // group_size]
     # By torch's cast, not by powers of two: on a GPU pow(2, n) is off by a bit, and ties would not go to even.
     weight = weight.float().to(torch.float8_e4m3fn).double() * factor[:, None]

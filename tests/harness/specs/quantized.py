@@ -40,6 +40,20 @@ from tests.harness.sparse_calls import (
 from tests.harness.specs.elementwise import NORM_ROLES
 
 _METADATA = Role((0, 1, 2))
+_SPARSE_8BIT_ROLES = {
+    "x": Role((1,)),
+    "x_scale": Role((0,)),
+    "values": Role((1,)),
+    "metadata": _METADATA,
+    "weight_scale": Role((0,)),
+    "bias": Role((0,), optional=True),
+}
+_FP4_ROLES = {
+    "weight_packed": Role((0, 1)),
+    "weight_scale": Role((0, 1)),
+    "global_scale": Role((0,), optional=True),
+    "bias": Role((0,), optional=True),
+}
 
 QUANTIZED = (
     *(
@@ -124,14 +138,7 @@ QUANTIZED = (
         "sparse_int8_linear",
         ops.sparse_int8_linear,
         sparse_int8_calls,
-        {
-            "x": Role((1,)),
-            "x_scale": Role((0,)),
-            "values": Role((1,)),
-            "metadata": _METADATA,
-            "weight_scale": Role((0,)),
-            "bias": Role((0,), optional=True),
-        },
+        _SPARSE_8BIT_ROLES,
         formulas.sparse_int8_linear,
         bad=bad_sparse_int8,
     ),
@@ -139,14 +146,7 @@ QUANTIZED = (
         "sparse_fp8_linear",
         ops.sparse_fp8_linear,
         sparse_fp8_calls,
-        {
-            "x": Role((1,)),
-            "x_scale": Role((0,)),
-            "values": Role((1,)),
-            "metadata": _METADATA,
-            "weight_scale": Role((0,)),
-            "bias": Role((0,), optional=True),
-        },
+        _SPARSE_8BIT_ROLES,
         formulas.sparse_fp8_linear,
         scalars={"fast_accum": "flag"},
         bad=bad_sparse_fp8,
@@ -170,13 +170,7 @@ QUANTIZED = (
         "fp4_linear",
         ops.fp4_linear,
         fp4_calls,
-        {
-            "x": Role(),
-            "weight_packed": Role((0, 1)),
-            "weight_scale": Role((0, 1)),
-            "global_scale": Role((0,), optional=True),
-            "bias": Role((0,), optional=True),
-        },
+        {"x": Role(), **_FP4_ROLES},
         formulas.fp4_linear,
         scalars={"group_size": "size"},
         bad=bad_fp4,
@@ -185,14 +179,7 @@ QUANTIZED = (
         "fp4_fp8_linear",
         ops.fp4_fp8_linear,
         fp4_fp8_calls,
-        {
-            "x": Role(),
-            "x_scale": Role((0,)),
-            "weight_packed": Role((0, 1)),
-            "weight_scale": Role((0, 1)),
-            "global_scale": Role((0,), optional=True),
-            "bias": Role((0,), optional=True),
-        },
+        {"x": Role(), "x_scale": Role((0,)), **_FP4_ROLES},
         formulas.fp4_fp8_linear,
         scalars={"group_size": "size", "fast_accum": "flag"},
         bad=bad_fp4_fp8,
