@@ -12,7 +12,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device and the CUDA kernels; skipped without")
     # Threads of several workers that wait for one another on the same cores make a step ten times slower.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
