@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    gc.disable()  # what is imported stays: looking for garbage in it again and again finds none
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # nor do tests look through it
+    gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
