@@ -33,7 +33,7 @@ def _hadamard(x: Tensor) -> Tensor:
     dim = x.shape[-1]
     block, distance = dim & -dim, 1
     while distance < block:
-        low, high = x.unflatten(-1, (dim // (2 * distance), 2, distance)).unbind(-2)
+        low, high = x.view(*x.shape[:-1], dim // (2 * distance), 2, distance).unbind(-2)
         x = torch.stack((low + high, low - high), -2).flatten(-3)
         distance *= 2
     return x * (1 / math.sqrt(block))
