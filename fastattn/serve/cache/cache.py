@@ -53,8 +53,8 @@ class ResponseCache:
         self._flights: dict[bytes, Flight] = {}
         self._running: set[Flight] = set()
         self._semantic: SemanticLookup | None = None
-        if config.semantic and encoder:
-            from fastattn.serve.cache.semantic import SemanticLookup  # brings numpy, which nothing else of a front wants
+        if config.semantic and encoder:  # not before: it brings numpy, which nothing else of a front wants
+            from fastattn.serve.cache.semantic import SemanticLookup
 
             self._semantic = SemanticLookup(config.semantic, encoder)
 
