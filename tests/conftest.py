@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -12,11 +13,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device and the CUDA kernels; skipped without")
     # Threads of several workers that wait for one another on the same cores make a step ten times slower.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    gc.disable()  # what is imported stays: looking for garbage in it again and again finds none
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # nor do tests look through it
+    gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastattn import config
+from fastattn.engine.late_imports import TORCH_MODULES, LateImports
 
 _PR_SET_PDEATHSIG = 1
 # What rank 0 may take to leave after it closed its sockets, before its other ranks stop waiting for a computation.
@@ -27,6 +28,7 @@ def main(fd: str, parent: str) -> NoReturn:
         sys.exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when to end, a server drains first
         signal.signal(number, signal.SIG_IGN)
+    LateImports(TORCH_MODULES).install()
     code = follow(socket.socket(fileno=int(fd)))
     try:
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,21 +86,40 @@ class Scoring:
         if not masked and slopes is None:
             return False
         each = scores.view(scores.shape[0], -1, len(rows), len(keys))
-        key = torch.arange(keys.start, keys.stop)
+        first = rows.start + shift - keys.start
+        if tree is None and slopes is None:
+            each.masked_fill_(_hidden_in_a_row(first, len(rows), len(keys), self.left, self.right), -torch.inf)
+            return True
         if tree is None:
-            behind = torch.arange(rows.start + shift, rows.stop + shift).unsqueeze(1) - key
+            behind = _behind_in_a_row(first, len(rows), len(keys))
         else:
-            behind = tree.behind(key - shift)
+            behind = tree.behind(torch.arange(keys.start, keys.stop) - shift)
         if slopes is not None:
             each -= wide(slopes).view(scores.shape[0], -1, 1, 1) * behind.abs()
         if masked:
-            mask = torch.ones(len(rows), len(keys), dtype=torch.bool)
-            if self.left >= 0:
-                mask &= behind <= self.left
-            if self.right >= 0:
-                mask &= behind >= -self.right
-            each.masked_fill_(~mask, -torch.inf)
+            each.masked_fill_(_hidden(behind, self.left, self.right), -torch.inf)
         return masked
+
+
+def _behind_in_a_row(first: int, num_rows: int, num_keys: int) -> Tensor:
+    """How many steps behind a row each key is, (rows, keys), where the first key is ``first`` behind the first row."""
+    return torch.arange(first, first + num_rows).unsqueeze(1) - torch.arange(num_keys)
+
+
+def _hidden(behind: Tensor, left: int, right: int) -> Tensor:
+    hidden = torch.zeros(behind.shape, dtype=torch.bool)
+    if left >= 0:
+        hidden |= behind > left
+    if right >= 0:
+        hidden |= behind < -right
+    return hidden
+
+
+@lru_cache(maxsize=16)
+def _hidden_in_a_row(first: int, num_rows: int, num_keys: int, left: int, right: int) -> Tensor:
+    """Kept, since all layers of a step ask for the same, and sequences of one length too."""
+    with torch.inference_mode(False):  # whoever asks first, others may be outside of it
+        return _hidden(_behind_in_a_row(first, num_rows, num_keys), left, right)
 
 
 def grouped(t: Tensor, num_kv_heads: int) -> Tensor:

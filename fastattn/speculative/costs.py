@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable
-from math import ceil, log2
 
 _KEPT = 5  # samples of a cost
 _ENOUGH = 2  # before it is believed
@@ -16,7 +15,7 @@ _DOUBT, _FORGET = 25, 2000  # steps for which a cost is believed: twice as long 
 _FIRST_PROBE, _LAST_PROBE = 64, 1024  # steps without a guess, because it would not pay, before one is made all the same
 _MEMORY = 0.98  # how much of an average one more observation leaves
 
-_Known = list[tuple[int, float]]
+_Known = tuple[list[int], list[float]]  # amounts, in order, and the seconds of each
 
 
 class Costs:
@@ -40,13 +39,11 @@ class Costs:
         self._doubted_at[n, a] = now + min(_FORGET, _DOUBT * 2 ** min(self._num_seen[n, a], 8))
 
     def known(self, now: int, num_seqs: int) -> _Known:
-        """(amount, seconds) of what is believed for so many sequences, in the order of the amounts."""
+        """What is believed for so many sequences."""
         n = _rounded(num_seqs)
-        return sorted(
-            (amount, min(samples))
-            for amount, samples in self._samples.get(n, {}).items()
-            if len(samples) >= _ENOUGH and now < self._doubted_at[n, amount]
-        )
+        samples = self._samples.get(n, {})
+        amounts = sorted(a for a in samples if len(samples[a]) >= _ENOUGH and now < self._doubted_at[n, a])
+        return amounts, [min(samples[a]) for a in amounts]
 
 
 class DraftBudget:
@@ -69,7 +66,7 @@ class DraftBudget:
         """The cap for a step of sequences for which so many tokens are wanted; 0 guesses nothing."""
         counts = Counter(lengths)
         steps = self._steps.known(self._now, counts.total())
-        if not steps or steps[0][0] > 0:
+        if not steps[0] or steps[0][0] > 0:
             self._may_probe = False
             return 0  # what a step without drafts costs comes first
         proposals = self._proposals.known(self._now, counts.total() - counts[0])
@@ -83,12 +80,15 @@ class DraftBudget:
 
     def _best(self, counts: Counter[int], steps: _Known, proposals: _Known, acceptance: float, found: float) -> int:
         num_seqs = counts.total()
-        best, best_speed = 0, num_seqs / steps[0][1]
+        best, best_speed = 0, num_seqs / steps[1][0]
         # What guessing costs is found out with one token each.
-        for cap in self._caps if proposals else self._caps[:1]:
-            drafted = found * sum(count * min(cap, length) for length, count in counts.items())
-            gained = found * sum(count * _gain(acceptance, min(cap, length)) for length, count in counts.items())
-            speed = (num_seqs + gained) / (_at(steps, drafted) + _proposal_seconds(proposals, cap))
+        for cap in self._caps if proposals[0] else self._caps[:1]:
+            drafted, gained = 0, 0.0
+            for length, count in counts.items():
+                guesses = min(cap, length)
+                drafted += count * guesses
+                gained += count * _gain(acceptance, guesses)
+            speed = (num_seqs + found * gained) / (_at(steps, found * drafted) + _proposal_seconds(proposals, cap))
             if speed > best_speed:
                 best, best_speed = cap, speed
         return best
@@ -127,7 +127,7 @@ def _rounded(count: int) -> int:
     """Up to a quarter of an octave, in whole numbers: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …"""
     if count <= 4:
         return count
-    step = 2 ** (ceil(log2(count)) - 3)
+    step = 1 << ((count - 1).bit_length() - 3)
     return -(-count // step) * step
 
 
@@ -138,18 +138,22 @@ def _gain(acceptance: float, length: int) -> float:
 
 def _at(known: _Known, amount: float) -> float:
     """Between two known amounts on the line through them, above all what the highest costs."""
-    i = bisect_left(known, amount, key=lambda point: point[0])
-    if i == len(known):
-        return known[-1][1]
+    amounts, seconds = known
+    i = bisect_left(amounts, amount)
+    if i == len(amounts):
+        return seconds[-1]
     if i == 0:
-        return known[0][1]
-    (a, low), (b, high) = known[i - 1], known[i]
+        return seconds[0]
+    a, b, low, high = amounts[i - 1], amounts[i], seconds[i - 1], seconds[i]
     return low + (high - low) * (amount - a) / (b - a)
 
 
 def _proposal_seconds(known: _Known, cap: int) -> float:
-    """In proportion to the cap from the nearest one that is known; nothing as long as none is."""
-    if not known:
+    """In proportion to the cap from the nearest one that is known, of two the smaller; nothing as long as none is."""
+    amounts, seconds = known
+    if not amounts:
         return 0.0
-    nearest, seconds = min(known, key=lambda point: abs(point[0] - cap))
-    return seconds * cap / nearest
+    i = bisect_left(amounts, cap)
+    if i == len(amounts) or (i > 0 and cap - amounts[i - 1] <= amounts[i] - cap):
+        i -= 1
+    return seconds[i] * cap / amounts[i]

@@ -28,6 +28,7 @@ from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.decoder import DecoderModel
 from fastattn.models.loader import ModelFileError, open_model
 from fastattn.models.registry import build_model, load_model
+from fastattn.models.tokenizer import Tokenizer
 from fastattn.nn import TensorParallel, kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
@@ -54,6 +55,15 @@ PARAMS = {"greedy": GREEDY, "drawn": DRAWN}
 @pytest.fixture(scope="module")
 def network() -> DecoderModel:
     return load_model(SOURCE, CPU, torch.float32, 256)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[DecoderModel, Tokenizer]:
+    try:
+        source = open_model("smollm2")
+    except ModelFileError as error:
+        pytest.skip(f"smollm2 cannot be had: {error}")
+    return load_model(source, CPU, torch.float32, 256, batch_invariant=True), source.tokenizer()
 
 
 def make(network: DecoderModel, kv_cache_dtype: str, **options: Any) -> Engine:
@@ -110,14 +120,10 @@ def test_the_batch_changes_nothing(
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv_cache_dtype", DTYPES[1:])
-def test_smollm2(kv_cache_dtype: str) -> None:
+def test_smollm2(smollm2: tuple[DecoderModel, Tokenizer], kv_cache_dtype: str) -> None:
     """A real model, alone and then in chunks, with prefixes found and requests preempted: the same tokens. Batch-invariant, since
     elsewhere a last bit of a product may let a code fall the other way, and a text go on otherwise."""
-    try:
-        source = open_model("smollm2")
-    except ModelFileError as error:
-        pytest.skip(f"smollm2 cannot be had: {error}")
-    model, tokenizer = load_model(source, CPU, torch.float32, 256, batch_invariant=True), source.tokenizer()
+    model, tokenizer = smollm2
     prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "The capital of Italy is"]
     params = dataclasses.replace(GREEDY, max_tokens=16)
     options: dict[str, Any] = {"block_size": 8, "kv_cache_dtype": kv_cache_dtype, "batch_invariant": True}

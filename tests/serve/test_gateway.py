@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.serve.harness import Running, chat, events, running
+from tests.serve.harness import NO_TLS, Running, chat, events, running
 from tests.serve.router.test_upstream import Peer, config, lines
 
 ALICE, BOB = "alice-key-0001", "bob-key-00002"
@@ -197,7 +197,9 @@ def test_guards(gateway: Running) -> None:
     again = ask(gateway, "mail?", "large")
     assert (again.headers[CACHE], said(again)) == ("miss", "Mail [EMAIL] or call."), "what was redacted is not kept"
     streamed = chat("mail?", model="large", temperature=0, stream=True)
-    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=streamed, headers=gateway.headers) as response:
+    with httpx.stream(
+        "POST", f"{gateway.url}/v1/chat/completions", json=streamed, headers=gateway.headers, verify=NO_TLS
+    ) as response:
         parts = [event for event in events(response) if isinstance(event, dict)]
     assert (
         "".join(c["delta"].get("content") or "" for part in parts for c in part["choices"]) == "Mail [EMAIL] or call."

@@ -21,7 +21,7 @@ from fastattn.serve.app import make_app
 from fastattn.serve.auth import Keys
 from fastattn.serve.config import ServeConfig
 from fastattn.serve.state import ServerState
-from tests.serve.harness import Running, chat, flags, running
+from tests.serve.harness import NO_TLS, Running, chat, flags, running
 
 KEY = "sk-test-0123456789abcdef"
 KEYS = {
@@ -141,16 +141,18 @@ def test_the_key_opens_every_route(guarded: Running) -> None:
 
 
 def test_a_browser_may_send_the_key_as_a_password(guarded: Running) -> None:
-    response = httpx.get(guarded.url + "/", headers={"Accept": "text/html"})
+    response = httpx.get(guarded.url + "/", headers={"Accept": "text/html"}, verify=NO_TLS)
     assert response.status_code == 401 and response.headers["www-authenticate"].startswith("Basic ")
     for password, status in ((KEY, 200), ("wrong", 401)):
         login = base64.b64encode(f"me:{password}".encode()).decode()
-        assert httpx.get(guarded.url + "/", headers={"Authorization": f"Basic {login}"}).status_code == status
+        headers = {"Authorization": f"Basic {login}"}
+        assert httpx.get(guarded.url + "/", headers=headers, verify=NO_TLS).status_code == status
 
 
 def test_scopes(guarded: Running) -> None:
     def get(path: str, name: str) -> int:
-        return httpx.get(guarded.url + path, headers={"Authorization": f"Bearer {KEYS[name]['key']}"}).status_code
+        headers = {"Authorization": f"Bearer {KEYS[name]['key']}"}
+        return httpx.get(guarded.url + path, headers=headers, verify=NO_TLS).status_code
 
     assert [get(path, "prometheus") for path in ("/metrics", "/ready", "/v1/models")] == [200, 200, 403]
     assert [get(path, "alice") for path in ("/metrics", "/ready", "/v1/models")] == [403, 200, 200]
@@ -232,7 +234,9 @@ BAD_BODIES: list[tuple[bytes, int, str]] = [
 @pytest.mark.parametrize(("body", "status", "message"), BAD_BODIES, ids=lambda value: repr(value)[:50])
 def test_bad_bodies(guarded: Running, body: bytes, status: int, message: str) -> None:
     headers = {**guarded.headers, "Content-Type": "application/json"}
-    response = httpx.post(guarded.url + "/v1/chat/completions", content=body, headers=headers, timeout=30)
+    response = httpx.post(
+        guarded.url + "/v1/chat/completions", content=body, headers=headers, timeout=30, verify=NO_TLS
+    )
     error = response.json()["error"]
     assert response.status_code == status and message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -258,7 +262,7 @@ def test_numbers_at_every_edge(guarded: Running) -> None:
 
 def test_other_errors_have_the_same_shape(guarded: Running) -> None:
     for method, path, status in (("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405)):
-        response = httpx.request(method, guarded.url + path, headers=guarded.headers)
+        response = httpx.request(method, guarded.url + path, headers=guarded.headers, verify=NO_TLS)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fastattn.serve.config import load
-from tests.serve.harness import Running, chat, events, flags, running, save_tiny, wait_for
+from tests.serve.harness import NO_TLS, Running, chat, events, flags, running, save_tiny, wait_for
 
 KEYS = {"admin": "the-admin-key", "inference": "the-users-key"}
 ANSWER = chat("the a", temperature=0, max_tokens=20, ignore_eos=True)
@@ -119,7 +119,7 @@ def test_what_becomes_of_running_requests(sleeper: Running) -> None:
         with (
             concurrent.futures.ThreadPoolExecutor(1) as pool,
             httpx.stream("POST", f"{sleeper.url}/v1/chat/completions", json=LONG | {"stream": True},
-                         headers=sleeper.headers, timeout=60) as stream,
+                         headers=sleeper.headers, timeout=60, verify=NO_TLS) as stream,
         ):  # fmt: skip
             switch = None
             for event in events(stream):
@@ -146,12 +146,12 @@ def test_what_becomes_of_running_requests(sleeper: Running) -> None:
 def test_who_leaves_while_requests_finish_has_not_asked_for_sleep(sleeper: Running) -> None:
     slow = LONG | {"stream": True, "n": 8}
     with httpx.stream(
-        "POST", f"{sleeper.url}/v1/chat/completions", json=slow, headers=sleeper.headers, timeout=60
+        "POST", f"{sleeper.url}/v1/chat/completions", json=slow, headers=sleeper.headers, timeout=60, verify=NO_TLS
     ) as s:
         stream = events(s)
         next(stream)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{sleeper.url}/sleep?mode=wait", headers=sleeper.headers, timeout=0.1)
+            httpx.post(f"{sleeper.url}/sleep?mode=wait", headers=sleeper.headers, timeout=0.1, verify=NO_TLS)
         wait_for(lambda: not is_sleeping(sleeper), "to be awake again", 10)
         assert list(stream)[-1] == "[DONE]"
     assert not is_sleeping(sleeper)

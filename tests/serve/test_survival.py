@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.harness import MODEL, Running, chat, command, events, flags, running, wait_for
+from tests.serve.harness import MODEL, NO_TLS, Running, chat, command, events, flags, running, wait_for
 
 KILLS = 20
 STREAMS = 8
@@ -46,7 +46,7 @@ def read(server: Running, body: dict[str, Any]) -> dict[str, Any]:
     logprobs: dict[int, int] = {}
     finish: dict[int, str] = {}
     usage, error, done = None, None, False
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=300) as response:
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=300, verify=NO_TLS) as response:
         if response.status_code != 200:
             return {"status": response.status_code, "error": response.read().decode()}
         for event in events(response):

@@ -16,13 +16,12 @@ from fastattn.serve.cache.database import Entry
 from fastattn.serve.cache.flight import Flight, decode_chunk
 from fastattn.serve.cache.key import request_key
 from fastattn.serve.cache.metrics import CacheMetrics
-from fastattn.serve.cache.semantic import SemanticLookup
 from fastattn.serve.cache.store import Store
 from fastattn.serve.contract import Backend, Chunk, RequestContext
 
 if TYPE_CHECKING:
     from fastattn.serve.cache.encoder import Encoder
-    from fastattn.serve.cache.semantic import Asked
+    from fastattn.serve.cache.semantic import Asked, SemanticLookup
     from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest
 
 logger = logging.getLogger("fastattn.serve.cache")
@@ -53,7 +52,11 @@ class ResponseCache:
         self._store = Store(config, self._metrics)
         self._flights: dict[bytes, Flight] = {}
         self._running: set[Flight] = set()
-        self._semantic = SemanticLookup(config.semantic, encoder) if config.semantic and encoder else None
+        self._semantic: SemanticLookup | None = None
+        if config.semantic and encoder:  # not before: it brings numpy, which nothing else of a front wants
+            from fastattn.serve.cache.semantic import SemanticLookup
+
+            self._semantic = SemanticLookup(config.semantic, encoder)
 
     async def stream(
         self, request: ChatCompletionRequest | CompletionRequest, context: RequestContext
