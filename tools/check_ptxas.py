@@ -69,7 +69,7 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 
 
 def findings(log: str) -> list[str]:
-    """One line for each thing that must not be; of a kernel that was compiled several times the last time counts."""
+    """One line for each thing that must not be; of the spills of a kernel that was compiled several times the last ones count."""
     found = []
     spills: dict[tuple[str, ...], tuple[int, int]] = {}
     kernel, arch, function = "?", "?", "?"

@@ -218,12 +218,8 @@ def check_kernel_sizes(
         (tokens <= MAX_DECODE_TOKENS, f"residual has {tokens} tokens", f"at most {MAX_DECODE_TOKENS}"),
         (head_dim in (64, 128), f"k_cache has D = {head_dim}", "64 or 128"),
         (block_size.bit_count() == 1, f"k_cache has pages of {block_size} keys", "a power of two"),
-        (hidden_size > 0 == hidden_size % 64, f"residual has N = {hidden_size} columns", "a multiple of 64"),
-        (
-            intermediate_size > 0 == intermediate_size % 64,
-            f"weights.down has I = {intermediate_size} columns",
-            "a multiple of 64",
-        ),
+        (_in_panels(hidden_size), f"residual has N = {hidden_size} columns", "a multiple of 64"),
+        (_in_panels(intermediate_size), f"weights.down has I = {intermediate_size} columns", "a multiple of 64"),
         (
             num_heads <= _MAX_GROUP * num_kv_heads,
             f"num_heads is {num_heads}",
@@ -243,6 +239,10 @@ def check_kernel_sizes(
     ):
         if not holds:
             fail_value("decode_layers", f"{found}, expected {expected} on a GPU")
+
+
+def _in_panels(columns: int) -> bool:
+    return columns > 0 and columns % 64 == 0
 
 
 def _check_caches(
