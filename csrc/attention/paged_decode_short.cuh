@@ -21,6 +21,7 @@
 
 #include "arch/cache_policy.cuh"
 #include "arch/cluster.cuh"
+#include "arch/e4m3.cuh"
 #include "arch/global_memory.cuh"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -40,6 +41,7 @@ struct PagedDecodeShortParams {
   const int32_t *cu_seqlens_q, *seqused_k, *block_table;
   void* out;
   float* lse;
+  const float* out_scale;  // nullptr, or out is e4m3
   int64_t num_tokens;
   int32_t block_table_stride, max_blocks, num_blocks;
   int32_t num_rows;  // of a KV head, at most
@@ -294,9 +296,15 @@ __global__ void __launch_bounds__(32 * kPagedDecodeShortWarps, HEAD_DIM <= 64 ? 
       } else if (row < num_rows) {
         const int32_t token = p.group_size.divide(row), head = kv_head_idx * group + row - token * group;
         const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) +
-                                     (static_cast<int64_t>(q_start + token) * p.num_heads + head) * HEAD_DIM +
-                                     pair * 2) = pack_pair<T>(out.x * inverse, out.y * inverse);
+        const int64_t element = (static_cast<int64_t>(q_start + token) * p.num_heads + head) * HEAD_DIM + pair * 2;
+        if (__builtin_expect(p.out_scale != nullptr, 0)) {
+          const float in_e4m3 = __fdividef(inverse, *p.out_scale);
+          *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.out) + element) =
+              static_cast<uint16_t>(pack_e4m3(out.x * in_e4m3, out.y * in_e4m3));
+        } else {
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + element) =
+              pack_pair<T>(out.x * inverse, out.y * inverse);
+        }
         if (pair == 0) p.lse[head * p.num_tokens + q_start + token] = log_sum_exp(largest, sum);
       }
     }
@@ -311,8 +319,8 @@ inline bool paged_decode_short_fits(const PagedDecodeParams& p) {
     return std::all_of(offsets.begin(), offsets.end(), [](int64_t offset) { return offset <= INT32_MAX; });
   };
   const int64_t most_keys = int64_t{4 * 16 * kPagedDecodeShortWarps} << p.config.cluster_log2;
-  const bool plain = p.softcap == 0.0f && p.alibi_slopes == nullptr && p.sinks == nullptr && p.out_scale == nullptr &&
-                     p.seqused_q == nullptr && p.window_left < 0 && p.window_right <= 0 && p.max_q_len == INT32_MAX;
+  const bool plain = p.softcap == 0.0f && p.alibi_slopes == nullptr && p.sinks == nullptr && p.seqused_q == nullptr &&
+                     p.window_left < 0 && p.window_right <= 0 && p.max_q_len == INT32_MAX;
   return plain && p.paged && int64_t{p.max_blocks} * p.block_size <= most_keys && p.block_size % 16 == 0 &&
          p.cu_seqlens_q != nullptr && p.seqused_k != nullptr && p.config.rows_of_slot <= kPagedDecodeShortRows &&
          p.head_dim == p.config.head_dim && p.v_head_dim == p.head_dim &&
@@ -332,6 +340,7 @@ cudaError_t launch_paged_decode_short(const PagedDecodeParams& p, cudaStream_t s
   own.block_table = p.block_table;
   own.out = p.out;
   own.lse = p.lse;
+  own.out_scale = p.out_scale;
   own.num_tokens = p.num_tokens;
   own.block_table_stride = static_cast<int32_t>(p.block_table_stride);
   own.max_blocks = p.max_blocks;

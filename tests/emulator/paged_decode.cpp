@@ -43,6 +43,7 @@ AttentionCall<T, KV> draw_short_call(int head_dim) {
   call.head_dim = call.v_head_dim = head_dim;
   call.causal = one_in(2);
   if (call.causal) call.window_right = 0;
+  call.in_e4m3 = one_in(4);
   call.growing_logits = one_in(4);
   const int num_seqs = pick({1, 2, 3, 5}), most_k = pick({1, 20, 150, 400, num_seqs < 3 ? 1500 : 400});
   const int most_q = between(1, fastattn::kPagedDecodeShortRows / call.group);
