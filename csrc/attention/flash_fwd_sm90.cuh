@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr float REFERENCE_LOG2 = FP8 ? 8.0f : 0.0f;
   // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
-  constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS;
+  constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS && HEAD_DIM <= 128;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
 
