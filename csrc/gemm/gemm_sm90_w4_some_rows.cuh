@@ -123,6 +123,8 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
   __syncwarp();
   cluster_arrive();
 
+  // By all, also those that have no part in it: of a barrier of some racecheck takes others' reads of sums for a race.
+  const auto ring_is_free = [] { named_barrier_sync(1, kGemmSm90W4SomeRowsThreads); };
   RingPosition<STAGES> position;
   if (warp_idx == WARPS) {
     // ------------------------------------------------------------------------------- producer
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     }
     __syncwarp();
     grid_dependency_launch();
+    ring_is_free();
   } else {
     // ------------------------------------------------------------------------------ consumers
     cluster_wait();
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
       pin_registers(a[0]);
       pin_registers(a[1]);
       pin_registers(acc);
-      named_barrier_sync(1, 128 * num_groups_of(sharer));  // all groups are done with the ring
+      ring_is_free();
 #pragma unroll
       for (int t = 0; t < BLOCK_M / 8; ++t) {
 #pragma unroll
@@ -236,6 +239,8 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
           smem.sums[t * 8 + lane % 4 * 2 + i % 2][warp_idx * 16 + lane / 4 + i / 2 * 8] = acc[t][i];
         }
       }
+    } else {
+      ring_is_free();
     }
   }
 
