@@ -90,6 +90,16 @@ class WeightFormat(ABC):
         columns = q.per_column(steps.step, self.group(weight.shape[1]), weight.shape[1])
         return self.pack(self.round(weight, columns)) | steps.stored
 
+    def stored(self, num_rows: int, num_columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Suffix → shape and dtype of what `nearest` gives of a weight of that size. Found from three rows of it, since what has a
+        row for each is of so many there; on the meta device it would take operations that a start does not load."""
+        few = 3
+        parts = self.nearest(torch.zeros(few, num_columns))
+        return {
+            suffix: ((num_rows if part.shape[0] == few else part.shape[0], *part.shape[1:]), part.dtype)
+            for suffix, part in parts.items()
+        }
+
     def _error(self, weight: Tensor, step: Tensor, importance: Tensor) -> Tensor:
         """Σ importance · (w − ŵ)² of each group, (N, G)."""
         size = self.group(weight.shape[1])

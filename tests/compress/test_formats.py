@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattn.compress import CalibrationOptions, QuantizeOptions, inspect_model, quantize
 from fastattn.models.loader import ModelSource, open_model
 from fastattn.models.registry import load_model
-from fastattn.models.weight_formats import make_format
+from fastattn.models.weight_formats import FORMATS, make_format
 from tests.engine.tiny import TinySource, full_logits
 
 SCHEMES = ("int8", "fp8", "int4", "nvfp4", "mxfp4")
@@ -125,6 +125,16 @@ def test_fitted_steps_are_never_worse(scheme: str) -> None:
     plain, fitted = errors(None), errors(importance)
     assert (fitted <= plain).all()
     assert fitted.sum() < plain.sum() or scheme in ("int8", "fp8")  # of 8 bits: clipping hardly ever pays
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_what_is_stored_is_known_beforehand(scheme: str) -> None:
+    weight_format = make_format(scheme, [256], torch.bfloat16)
+    for rows in (1, 3, 40):
+        parts = weight_format.nearest(torch.randn(rows, 256))
+        assert weight_format.stored(rows, 256) == {
+            name: (tuple(part.shape), part.dtype) for name, part in parts.items()
+        }
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

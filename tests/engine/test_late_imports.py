@@ -119,6 +119,10 @@ from fastattn.engine.quick_start import quick_start
 with quick_start("smollm2", "cpu"):
     from fastattn import LLM, SamplingParams
     llm = LLM("smollm2", device="cpu", quiet=True)
+    from fastattn.models.loader import open_model
+    from fastattn.models.loader.quantized_source import with_quantization
+    from fastattn.models.weight_formats import FORMATS
+    formats = [str(with_quantization(open_model("smollm2"), name).config.quantization) for name in FORMATS]
 params = SamplingParams(temperature=0, max_tokens=8, logprobs=2)
 tokens = llm.generate(["The lighthouse keeper"], params, use_tqdm=False)[0].outputs[0].token_ids
 import torch
@@ -127,12 +131,13 @@ late = [name for name in ("torch._prims", "torch._decomp.decompositions") if nam
 doubled = torch.compile(lambda x: x * 2, backend="aot_eager", fullgraph=True)(torch.ones(3))
 import torch.export.unflatten
 assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
-print(len(tokens), late, doubled.tolist(), torch.empty(2, 3, device="meta").cumsum(1).shape, "torch._prims" in sys.modules)
+print(len(tokens), len(formats), late, doubled.tolist(), torch.empty(2, 3, device="meta").cumsum(1).shape, "torch._prims" in sys.modules)
 """
 
 
 def test_an_engine_wants_none_of_torch_s() -> None:
-    """And what does want them finds them."""
+    """Also not of a model that is quantized as it is loaded, which operations on meta tensors would be refused to, or bring
+    torch._dynamo. And what does want them finds them."""
     done = subprocess.run([sys.executable, "-c", _ENGINE], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n")[-2] == "8 [] [2.0, 2.0, 2.0] torch.Size([2, 3]) True"
+    assert done.stdout.split("\n")[-2] == "8 7 [] [2.0, 2.0, 2.0] torch.Size([2, 3]) True"

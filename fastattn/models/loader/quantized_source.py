@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -119,10 +120,11 @@ class _RoundedSource(_ConfiguredSource):
         described = quantization_from_hf({"quantization_config": self._form.config(["lm_head"])})
         super().__init__(source, replace(source.config, quantization=described))
         self._tensors = {n: info for n, info in stored.items() if n.removesuffix(".weight") not in matrices}
-        parts = {shape: self._form.nearest(torch.empty(shape, device="meta")) for shape in set(matrices.values())}
+        parts = {shape: self._form.stored(*shape) for shape in set(matrices.values())}
         for matrix, shape in matrices.items():
-            for suffix, part in parts[shape].items():
-                self._tensors[f"{matrix}.{suffix}"] = TensorInfo(tuple(part.shape), _TYPES[part.dtype], part.nbytes)
+            for suffix, (size, dtype) in parts[shape].items():
+                info = TensorInfo(size, _TYPES[dtype], math.prod(size) * dtype.itemsize)
+                self._tensors[f"{matrix}.{suffix}"] = info
         self._matrices = matrices
         self._last: tuple[tuple[str, torch.device], dict[str, Tensor]] | None = None
 
