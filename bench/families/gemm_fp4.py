@@ -25,6 +25,8 @@ FORMATS = {"nvfp4": 16, "mxfp4": 32, "int4": 128}  # columns of a group
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 FP8_ROWS = (1, 64, 256, 512, 1024, 4096, 8192)
 _QUICK = {(1, 6144, 4096), (64, 28672, 4096), (256, 6144, 4096), (1024, 28672, 4096)}
+# Of x in fp8 on tiles: NVFP4's weights are then as they are, not rounded to e4m3 (csrc/gemm/gemm_sm90_w4_tiles_formats.cuh).
+_EXACT_ROWS = 16
 _GLOBAL_SCALE = 64.0  # a power of two: dense weights hold its quotient
 
 
@@ -43,10 +45,14 @@ def quantized_weight(context: Context, name: str, n: int, k: int) -> dict[str, A
     return call | ({"global_scale": torch.full((n,), _GLOBAL_SCALE, device=device)} if name == "nvfp4" else {})
 
 
+def _takes_tiles(weight: dict[str, Any]) -> bool:
+    device = weight["weight_packed"].device
+    return bool(device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0))
+
+
 def on_tiles(op: Callable[..., Tensor], weight: dict[str, Any], order: int) -> Callable[..., Tensor]:
     """The operator on the weight in tiles, as a model on Hopper has it, made once; it is given the weight that they are made of."""
-    device = weight["weight_packed"].device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not _takes_tiles(weight):
         return op
     tiles = {"weight_packed": ops.pack_w4_tiles(weight["weight_packed"], order)}
     if weight["weight_packed"].dtype is torch.uint8:
@@ -126,9 +132,13 @@ def gemm_fp8(context: Context, name: str, m: int, n: int, k: int) -> Case:
         return lambda: F.linear(x, dense)
 
     def judge(call: dict[str, Any], results: list[Tensor]) -> Checked:
-        """The same weights in e4m3, sums in fp64, rounded once."""
-        (exact,) = formulas.fp4_fp8_linear(torch.float64, **call)
-        noise = accuracy.fp8_sums(exact, k if call["fast_accum"] else 128)
+        """The same weights in e4m3, sums in fp64, rounded once. Of few rows weights are not rounded, and sums are fp32's."""
+        if m <= _EXACT_ROWS and _takes_tiles(weight):
+            (exact,) = formulas.fp4_linear(torch.float64, q.double() * x_scale.double()[:, None], **weight)
+            noise = 0.0
+        else:
+            (exact,) = formulas.fp4_fp8_linear(torch.float64, **call)
+            noise = accuracy.fp8_sums(exact, k if call["fast_accum"] else 128)
         rounded = exact.to(torch.bfloat16)
         return Checked(accuracy.check_results("fp4_fp8_linear", results, [exact], [rounded], noise), exact)
 
