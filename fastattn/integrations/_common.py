@@ -62,6 +62,8 @@ def scale_of(q: Tensor, softmax_scale: float | None) -> float:
 
 def window_of(window_size: tuple[int | None, int | None]) -> tuple[int, int]:
     """(left, right) where anything below 0, or None, is open; a tensor of two serves as well."""
+    if not isinstance(window_size, tuple | list | Tensor) or len(window_size) != 2:
+        raise TypeError(f"window_size is {window_size!r}, expected a pair (left, right)")
     left, right = (int(side) if isinstance(side, Tensor) else side for side in window_size)
     return -1 if left is None or left < 0 else left, -1 if right is None or right < 0 else right
 

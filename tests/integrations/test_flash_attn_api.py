@@ -422,3 +422,10 @@ def run_all(name: str, cases: Iterable[Case]) -> None:
             failed.append(f"{label(case)}: {error}")
     assert total > 0
     assert not failed, f"{len(failed)} of {total}\n" + "\n".join(failed[:20])
+
+
+@pytest.mark.parametrize("window_size", [3, None, (1, 2, 3)])
+def test_a_window_that_is_no_pair_is_named(window_size: object) -> None:
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(TypeError, match=r"window_size is .*, expected a pair \(left, right\)"):
+        fastattn.flash_attn_func(q, q, q, window_size=window_size)  # type: ignore[arg-type]
