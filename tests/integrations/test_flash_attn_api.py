@@ -1,4 +1,4 @@
-"""flash-attn's functions by the cases that flash-attn's own tests have, against attention written out.
+"""flash-attn's functions by the cases that flash-attn's own tests have, against attention written out; `flash_attn` is us.
 
 Each family names its axes and checks one case. On the CPU a few cases of each are drawn; on a GPU a few hundred, and all
 of them where slow tests run too.
@@ -16,11 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastattn
-from fastattn import bert_padding
+from fastattn import compat
 from tests.integrations.cases import FAMILIES, MEMORY, Case, drawn, family, label, seeded, whole
 from tests.integrations.comparison import close, compare, errors_from_rounded_out, same_lse
 from tests.integrations.reference import attention, rotate
+
+with compat.install("flash_attn", force=True):  # the cases run what code written for flash-attn imports
+    import flash_attn
+    from flash_attn import bert_padding
 
 HALF = [torch.float16, torch.bfloat16]
 HEAD_DIMS = [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
@@ -63,10 +66,10 @@ def output(case: Case, device: str) -> None:
     }  # fmt: skip
     masks = {"causal": case["causal"], "window": window, "softcap": case["softcap"], "slopes": slopes}
     if case["kvpacked"]:
-        call = functools.partial(fastattn.flash_attn_kvpacked_func, **options)
+        call = functools.partial(flash_attn.flash_attn_kvpacked_func, **options)
         compare(call, [q, kv], lambda q, kv, **kw: attention(q, *kv.unbind(2), **kw), masks)
     else:
-        compare(functools.partial(fastattn.flash_attn_func, **options), [q, *kv.unbind(2)], attention, masks)
+        compare(functools.partial(flash_attn.flash_attn_func, **options), [q, *kv.unbind(2)], attention, masks)
 
 
 @family(dtype=HALF, deterministic=BOTH, alibi=BOTH, local=BOTH, causal=BOTH, d=HEAD_DIMS, seqlen=LENGTHS)
@@ -75,7 +78,7 @@ def qkvpacked(case: Case, device: str) -> None:
     qkv = torch.randn(2, case["seqlen"], 3, 5, case["d"], device=device, dtype=case["dtype"])
     window, slopes = window_of(case, case["seqlen"], rng), slopes_of(case, 2, 5, device)
     call = functools.partial(
-        fastattn.flash_attn_qkvpacked_func, causal=case["causal"], window_size=window, alibi_slopes=slopes,
+        flash_attn.flash_attn_qkvpacked_func, causal=case["causal"], window_size=window, alibi_slopes=slopes,
         deterministic=case["deterministic"], return_attn_probs=True,
     )  # fmt: skip
     masks = {"causal": case["causal"], "window": window, "slopes": slopes}
@@ -115,7 +118,7 @@ def varlen_qkvpacked(case: Case, device: str) -> None:
 
     def call(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens, indices, cu_seqlens, longest = packed(qkv, mask)
-        out, lse, empty = fastattn.flash_attn_varlen_qkvpacked_func(
+        out, lse, empty = flash_attn.flash_attn_varlen_qkvpacked_func(
             tokens, cu_seqlens, longest, causal=case["causal"], window_size=window, alibi_slopes=slopes,
             deterministic=case["deterministic"], return_attn_probs=True,
         )  # fmt: skip
@@ -145,9 +148,9 @@ def varlen_output(case: Case, device: str) -> None:
         rows, indices, cu_q, longest_q = packed(q, mask_q)
         keys, _, cu_k, longest_k = packed(kv, mask_k)
         if case["kvpacked"]:
-            out = fastattn.flash_attn_varlen_kvpacked_func(rows, keys, cu_q, cu_k, longest_q, longest_k, **options)
+            out = flash_attn.flash_attn_varlen_kvpacked_func(rows, keys, cu_q, cu_k, longest_q, longest_k, **options)
         else:
-            out = fastattn.flash_attn_varlen_func(rows, *keys.unbind(1), cu_q, cu_k, longest_q, longest_k, **options)
+            out = flash_attn.flash_attn_varlen_func(rows, *keys.unbind(1), cu_q, cu_k, longest_q, longest_k, **options)
         return bert_padding.pad_input(out[0], indices, *mask_q.shape), padded_lse(out[1], indices, mask_q), out[2]
 
     masks = {
@@ -171,7 +174,7 @@ def causal(case: Case, device: str) -> None:
     rng = seeded(case)
     q, k, v = inputs_of(case, 2, device)
     window = window_of(case, k.shape[1], rng)
-    call = functools.partial(fastattn.flash_attn_func, causal=True, window_size=window, return_attn_probs=True)
+    call = functools.partial(flash_attn.flash_attn_func, causal=True, window_size=window, return_attn_probs=True)
     compare(call, [q, k, v], attention, {"causal": True, "window": window})
 
 
@@ -205,7 +208,7 @@ def varlen_causal(case: Case, device: str) -> None:
             seed = rng.random()
             keys, table = pages(k, case["block_size"], random.Random(seed))
             values, _ = pages(v, case["block_size"], random.Random(seed))
-        out, lse, empty = fastattn.flash_attn_varlen_func(
+        out, lse, empty = flash_attn.flash_attn_varlen_func(
             rows, keys, values, cu_q, cu_k, longest_q, longest_k, causal=True, window_size=window, block_table=table,
             return_attn_probs=True,
         )  # fmt: skip
@@ -226,7 +229,7 @@ def splitkv(case: Case, device: str) -> None:
     q, k, v = inputs_of(case, 1, device)
     window, slopes = window_of(case, k.shape[1], rng), slopes_of(case, 1, 6, device)
     call = functools.partial(
-        fastattn.flash_attn_func, causal=case["causal"], window_size=window, alibi_slopes=slopes,
+        flash_attn.flash_attn_func, causal=case["causal"], window_size=window, alibi_slopes=slopes,
         deterministic=case["deterministic"], return_attn_probs=True,
     )  # fmt: skip
     compare(call, [q, k, v], attention, {"causal": case["causal"], "window": window, "slopes": slopes})
@@ -291,7 +294,7 @@ def kvcache(case: Case, device: str) -> None:
         "rotary_interleaved": case["rotary_interleaved"], "alibi_slopes": slopes, "num_splits": case["num_splits"],
     }  # fmt: skip
     kept = lengths.clone()
-    out, lse = fastattn.flash_attn_with_kvcache(q, pool_k, pool_v, k, v, **arguments, return_softmax_lse=True)
+    out, lse = flash_attn.flash_attn_with_kvcache(q, pool_k, pool_v, k, v, **arguments, return_softmax_lse=True)
     assert torch.equal(lengths, kept), "cache_seqlens is the caller's"
 
     masks = {"causal": case["causal"], "window": window, "slopes": slopes, "lengths_k": total, "leftpad": leftpad}
@@ -325,9 +328,9 @@ def deterministic(case: Case, device: str) -> None:
         )
     leaves = [t.requires_grad_() for t in (q, k, v)]
     if case["varlen"]:
-        out = fastattn.flash_attn_varlen_func(*leaves, cu_q, cu_k, longest_q, longest_k, **options)
+        out = flash_attn.flash_attn_varlen_func(*leaves, cu_q, cu_k, longest_q, longest_k, **options)
     else:
-        out = fastattn.flash_attn_func(*leaves, **options)
+        out = flash_attn.flash_attn_func(*leaves, **options)
     upstream = torch.randn_like(out)
     first = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
     for _ in range(3 if device == "cpu" else 30):
@@ -341,7 +344,7 @@ def overflow(case: Case, device: str) -> None:
     seeded(case)
     q = torch.randn(2, case["seqlen"], 5, case["d"], device=device, dtype=case["dtype"]) * 5
     kv = torch.randn(2, case["seqlen"], 2, 5, case["d"], device=device, dtype=case["dtype"]) * 3
-    call = functools.partial(fastattn.flash_attn_kvpacked_func, causal=case["causal"], return_attn_probs=True)
+    call = functools.partial(flash_attn.flash_attn_kvpacked_func, causal=case["causal"], return_attn_probs=True)
     compare(call, [q, kv], lambda q, kv, **kw: attention(q, *kv.unbind(2), **kw), {"causal": case["causal"]})
 
 
@@ -353,7 +356,7 @@ def transposed(case: Case, device: str) -> None:
         torch.randn(3, case["seqlen"], 2, 5, case["d"], device=device, dtype=case["dtype"]).transpose(1, 2).unbind(0)
     )
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = fastattn.flash_attn_func(*leaves, causal=case["causal"])
+    out = flash_attn.flash_attn_func(*leaves, causal=case["causal"])
     upstream = torch.randn(case["seqlen"], 2, 5, case["d"], device=device, dtype=case["dtype"]).transpose(0, 1)
     exact, _ = attention(*leaves, causal=case["causal"])
     plain, _ = attention(*leaves, causal=case["causal"], upcast=False)
@@ -371,12 +374,12 @@ def varlen_overflow(case: Case, device: str) -> None:
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     qkv = torch.randn(3, sum(lengths), 5, case["d"], device=device, dtype=case["dtype"]) * 5
     leaves = [x.detach().requires_grad_() for x in qkv.unbind(0)]
-    out = fastattn.flash_attn_varlen_func(*leaves, cu, cu, max(lengths), max(lengths), causal=case["causal"])
+    out = flash_attn.flash_attn_varlen_func(*leaves, cu, cu, max(lengths), max(lengths), causal=case["causal"])
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
     assert all(g.isfinite().all() for g in grads)
     first = slice(lengths[0])
     alone = [x[first].detach().unsqueeze(0).requires_grad_() for x in leaves]
-    single = fastattn.flash_attn_func(*alone, causal=case["causal"])
+    single = flash_attn.flash_attn_func(*alone, causal=case["causal"])
     close("out", out[first], single[0], None)
     # The two may be of kernels that round `out` otherwise, and the gradients depend on how.
     wide = [x.detach().float().requires_grad_() for x in alone]
@@ -428,4 +431,4 @@ def run_all(name: str, cases: Iterable[Case]) -> None:
 def test_a_window_that_is_no_pair_is_named(window_size: object) -> None:
     q = torch.zeros(1, 2, 1, 8)
     with pytest.raises(TypeError, match=r"window_size is .*, expected a pair \(left, right\)"):
-        fastattn.flash_attn_func(q, q, q, window_size=window_size)  # type: ignore[arg-type]
+        flash_attn.flash_attn_func(q, q, q, window_size=window_size)  # type: ignore[arg-type]
