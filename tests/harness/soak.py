@@ -44,11 +44,10 @@ def grids(seed: int) -> Iterator[tuple[str, Job]]:
 def pages(seed: int) -> Iterator[tuple[str, Job]]:
     from tests.gpu import test_paged_attention
 
-    drawn = {name: check for name, check in vars(test_paged_attention).items() if name.startswith("test_drawn")}
     while True:
-        for name, check in drawn.items():
+        for family in test_paged_attention.FAMILIES:
             seed += 1
-            yield f"{name} {seed}", lambda check=check, seed=seed: check(seed)
+            yield family.__name__, lambda family=family, seed=seed: test_paged_attention.run_drawn(family, seed)
 
 
 def work(jobs: Callable[[int], Iterator[tuple[str, Job]]], seed: int, seconds: float, results: Any) -> None:
