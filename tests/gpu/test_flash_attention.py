@@ -1,5 +1,5 @@
 """Both attention kernels of packed sequences, forced, on drawn calls: the 2× rule, poison behind the ends, logits that leave
-every reference behind, and the same bits each time."""
+every reference behind."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from fastattn import ops
 pytestmark = pytest.mark.gpu
 HEAD_DIMS = (8, 40, 64, 72, 80, 96, 104, 128, 160, 192, 200, 256)
 LENGTHS = (0, 1, 2, 31, 63, 64, 65, 111, 112, 113, 127, 128, 129, 191, 192, 193, 255, 257, 389, 512, 601)
+MANY_HEADS = (
+    16,
+    31,
+    32,
+    64,
+    71,
+    128,
+)  # to a KV head; drawn rarely, with few queries: the reference repeats keys for each
 CHUNKS, PER_CHUNK = 16, 200
 
 
@@ -108,9 +116,11 @@ def rounded_like_fp8(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -
 def draw(rng: random.Random) -> tuple[Any, ...]:
     dtype = rng.choice((torch.bfloat16, torch.float16))
     dim = rng.choice(HEAD_DIMS)
-    kv_heads = rng.choice((1, 2, 3))
-    heads = kv_heads * rng.choice((1, 2, 3, 4, 7, 8))
-    runs = [rng.choice(LENGTHS) for _ in range(rng.choice((1, 1, 2, 4)))]
+    kv_heads, group, queries = rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 4, 7, 8)), LENGTHS
+    if rng.random() < 0.08:
+        kv_heads, group, queries = rng.choice((1, 1, 2)), rng.choice(MANY_HEADS), LENGTHS[:9]
+    heads = kv_heads * group
+    runs = [rng.choice(queries) for _ in range(rng.choice((1, 1, 2, 4)))]
     lengths = [n if rng.random() < 0.5 else rng.choice(LENGTHS) for n in runs]
     if rng.random() < 0.1:  # long enough for the keys to be split among CTAs
         lengths[0] = rng.choice((1531, 2777, 5003))
@@ -270,26 +280,6 @@ def test_another_sequence_is_not_touched_by_a_neighbours_nan(kernel: str) -> Non
         out, _ = ops.varlen_attention(*poisoned, starts, starts, 300, 300, causal=True, kernel=kernel)
         out[own] = clean[own]
         assert torch.equal(out, clean), f"sequence {bad}"
-
-
-@pytest.mark.parametrize("kernel", kernels())
-def test_a_thousand_runs_give_the_same_bits(kernel: str) -> None:
-    """Whichever CTA takes which tile."""
-    gen = torch.Generator("cuda").manual_seed(9)
-    lengths = [700, 3, 1000, 64, 130]
-    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    q = torch.randn(sum(lengths), 24, 128, generator=gen, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(sum(lengths), 8, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-
-    def run() -> tuple[Tensor, Tensor]:
-        return ops.varlen_attention(q, k, v, starts, starts, 1000, 1000, causal=True, kernel=kernel)
-
-    out, lse = run()
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(1000):
-        again, lse_again = run()
-        different += (again != out).sum() + (lse_again != lse).sum()
-    assert int(different) == 0
 
 
 @pytest.mark.parametrize("kernel", kernels())

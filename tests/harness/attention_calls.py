@@ -34,6 +34,8 @@ _PAGED: tuple[tuple[str, list[int], list[int], int, int, int, int, dict[str, Any
     ("head dim 128, blocks of 1", [2], [13], 8, 2, 128, 1, {}),
     ("lengths", [1] * len(LENGTHS), list(LENGTHS), 2, 1, 64, 16, {}),
     ("prompt among tokens", [70, *[1] * 39], [90, *range(39)], 4, 2, 64, 16, {}),
+    ("71 heads to a key", [2, 1], [19, 33], 71, 1, 64, 16, {}),
+    ("128 heads to a key", [1, 2], [40, 5], 128, 1, 64, 16, {"window_size": (20, 0)}),
 )
 
 
@@ -67,6 +69,9 @@ _SIZES: tuple[tuple[list[int], list[int], int, int, int, int], ...] = (
     ([37], [101], 2, 2, 192, 128),
     ([5, 17], [67, 1], 2, 1, 64, 256),
     ([66], [66], 5, 5, 80, 80),
+    ([3, 1], [37, 9], 32, 2, 64, 64),
+    ([2], [21], 71, 1, 128, 64),
+    ([3], [19], 128, 1, 64, 128),
 )
 
 

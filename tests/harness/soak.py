@@ -2,7 +2,7 @@
 
     python -m tests.harness.soak grids 80      flash-attn's own grids (tests/integrations/test_flash_attn_api.py)
     python -m tests.harness.soak pages 60      drawn calls over pages (tests/gpu/test_paged_attention.py)
-    python -m tests.harness.soak repeats 1000  so many runs each of seven forms of the forward
+    python -m tests.harness.soak repeats 1000  so many runs of each form in tests/harness/repeats.py
 
 Exit status 1 if a case failed or a run differed.
 """
@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from tests.harness.generators import Gen
+from tests.harness.repeats import all_forms, differing_runs
 
 NUM_PROCESSES = 12
 Job = Callable[[], None]
@@ -44,11 +46,10 @@ def grids(seed: int) -> Iterator[tuple[str, Job]]:
 def pages(seed: int) -> Iterator[tuple[str, Job]]:
     from tests.gpu import test_paged_attention
 
-    drawn = {name: check for name, check in vars(test_paged_attention).items() if name.startswith("test_drawn")}
     while True:
-        for name, check in drawn.items():
+        for family in test_paged_attention.FAMILIES:
             seed += 1
-            yield f"{name} {seed}", lambda check=check, seed=seed: check(seed)
+            yield family.__name__, lambda family=family, seed=seed: test_paged_attention.run_drawn(family, seed)
 
 
 def work(jobs: Callable[[int], Iterator[tuple[str, Job]]], seed: int, seconds: float, results: Any) -> None:
@@ -81,43 +82,13 @@ def on_all_cores(jobs: Callable[[int], Iterator[tuple[str, Job]]], seconds: floa
     return 1 if failed else 0
 
 
-def forms() -> dict[str, Callable[[], Tensor]]:
-    import fastattn
-    from fastattn import fa3
-
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*shape, device="cuda").to(dtype)
-
-    def batch(q: tuple[int, ...], kv: tuple[int, ...], **options: Any) -> Callable[[], Tensor]:
-        inputs = normal(*q), normal(*kv), normal(*kv)
-        return lambda: fastattn.flash_attn_func(*inputs, **options)
-
-    cu = torch.tensor([0, 13, 500, 1300, 1301, 2000], device="cuda", dtype=torch.int32)
-    packed = normal(2000, 16, 128), normal(2000, 4, 128), normal(2000, 4, 128)
-    eight = [normal(2, 1500, heads, 128, dtype=torch.float8_e4m3fn) for heads in (16, 4, 4)]
-    scale = torch.rand(2, 4, device="cuda") + 0.5
-    return {
-        "GQA, causal": batch((2, 1111, 32, 128), (2, 1111, 8, 128), causal=True),
-        "head dim 64": batch((3, 777, 12, 64), (3, 777, 12, 64)),
-        "head dim 256, causal": batch((2, 600, 8, 256), (2, 600, 2, 256), causal=True),
-        "window, softcap": batch((2, 900, 8, 96), (2, 900, 8, 96), window_size=(100, 0), softcap=20.0),
-        "few rows, packed groups": batch((4, 17, 32, 192), (4, 3000, 4, 192)),
-        "packed sequences": lambda: fastattn.flash_attn_varlen_func(*packed, cu, cu, 800, 800, causal=True),
-        "fp8": lambda: fa3.flash_attn_func(
-            *eight, causal=True, q_descale=scale, k_descale=scale, v_descale=scale
-        ),
-    }  # fmt: skip
-
-
 def repeats(count: float) -> int:
+    hopper = torch.cuda.get_device_capability() == (9, 0)
     worst = 0
-    for name, call in forms().items():
-        first = call().clone()
-        different = torch.zeros((), dtype=torch.int64, device="cuda")
-        for _ in range(int(count)):
-            different += (call().view(torch.int16) != first.view(torch.int16)).any()
-        print(f"{name}: {int(different)} of {int(count)} runs differ")
-        worst = max(worst, int(different))
+    for name, form in all_forms(Gen("cuda"), ("sm80", "sm90") if hopper else ("sm80",)).items():
+        differ = differing_runs(form, int(count))
+        print(f"{name}: {differ} of {int(count)} runs differ")
+        worst = max(worst, differ)
     return 1 if worst else 0
 
 

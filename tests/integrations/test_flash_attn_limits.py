@@ -182,3 +182,18 @@ def test_packed_views_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = make(2, 5, 3, 4, 32)
     fastattn.flash_attn_qkvpacked_func(qkv)
     assert [t.untyped_storage().data_ptr() for t in seen] == [qkv.untyped_storage().data_ptr()] * 3
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, lambda f: lambda q: torch.func.vjp(f, q)])
+def test_torch_refuses_transforms_for_gradients(transform: Callable[..., Any]) -> None:
+    """Never a wrong gradient: it is torch's own error for whatever has a registered backward, as the documentation says."""
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda q: fastattn.flash_attn_func(q, KV, KV).sum())(Q)
+
+
+def test_the_transforms_that_there_are() -> None:
+    many = torch.stack([Q, 2 * Q])
+    found = torch.func.vmap(lambda q: fastattn.flash_attn_func(q, KV, KV))(many)
+    assert torch.equal(found, torch.stack([fastattn.flash_attn_func(q, KV, KV) for q in many]))
+    with pytest.raises(ValueError, match=r"q has a tangent.* no forward mode"):
+        torch.func.jvp(lambda q: fastattn.flash_attn_func(q, KV, KV), (Q,), (Q,))
