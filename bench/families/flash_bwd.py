@@ -6,9 +6,9 @@ does, whatever a kernel computes again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.families.flash_fwd import HEADS, LENGTHS, TOKENS
+from bench.families.flash_fwd import HEADS, LENGTHS, TOKENS, first, lognormal
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
+from bench.harness.peers import skip
 from fastattn import ops
 
 _QUICK = {(64, 1024, True), (128, 2048, True), (128, 8192, False)}
@@ -42,6 +43,42 @@ def sdpa_backward(backend: SDPBackend, dout: Tensor, q: Tensor, k: Tensor, v: Te
     return build
 
 
+def aten_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[Tensor, Tensor] | None,
+    longest: tuple[int, int],
+    causal: bool,
+) -> PeerBuilder:
+    """torch's FlashAttention-2 without autograd, whose host work would outlast a short call and cannot be captured.
+    All (B, S, H, D), or with `starts`, of queries and of keys, (T, H, D); the result is dq."""
+
+    def build() -> Callable[[], Tensor]:
+        offsets = starts or (None, None)
+        forward = torch.ops.aten._flash_attention_forward(q, k, v, *offsets, *longest, 0.0, causal, False)
+        out, lse, *rng = forward[:4]
+        attend = torch.ops.aten._flash_attention_backward
+        return lambda: first(attend(dout, q, k, v, out, lse, *offsets, *longest, 0.0, causal, *rng))
+
+    return build
+
+
+def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> PeerBuilder:
+    """torch's cuDNN without autograd. All (B, S, H, D); the result is dq in that order."""
+
+    def build() -> Callable[[], Tensor]:
+        turned_dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v))
+        forward = torch.ops.aten._scaled_dot_product_cudnn_attention(*turned, None, True, 0.0, causal)
+        out, lse, cu_q, cu_k, max_q, max_k, seed, offset, _ = forward
+        attend = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        saved = (out, lse, seed, offset, None, cu_q, cu_k, max_q, max_k)
+        return lambda: first(attend(turned_dout, *turned, *saved, 0.0, causal)).transpose(1, 2)
+
+    return build
+
+
 def gradients(
     context: Context,
     dim: int,
@@ -54,29 +91,76 @@ def gradients(
 ) -> Case:
     """tokens / length sequences of one length, as a batch. options: of the operator."""
     heads = heads or HEADS[dim]
-    kv_heads = kv_heads or heads
-    batch = tokens // length
-    rng = context.generator(dim + length)
+    return of_sequences(context, dim, [length] * (tokens // length), causal, heads, kv_heads or heads, **options)
 
-    def randn(num_heads: int) -> Tensor:
-        shape = (batch, length, num_heads, dim)
+
+def of_sequences(
+    context: Context,
+    dim: int,
+    lengths: Sequence[int],
+    causal: bool,
+    heads: int,
+    kv_heads: int,
+    key_lengths: Sequence[int] | None = None,
+    **options: Any,
+) -> Case:
+    """Sequences of these lengths, as one batch where all are alike. options: of the operator."""
+    key_lengths = key_lengths or lengths
+    rng = context.generator(dim + lengths[0])
+    batch, max_q, max_k = len(lengths), max(lengths), max(key_lengths)
+    alike = len({*lengths}) == len({*key_lengths}) == 1
+
+    def randn(runs: Sequence[int], num_heads: int) -> Tensor:
+        shape = (batch, runs[0], num_heads, dim) if alike else (sum(runs), num_heads, dim)
         return torch.randn(shape, generator=rng, device=context.device, dtype=torch.bfloat16)
 
-    q, dout = randn(heads), randn(heads)
-    k, v = randn(kv_heads), randn(kv_heads)
-    out, lse = ops.batch_attention(q, k, v, causal=causal)
-    pairs = batch * (length * (length + 1) // 2 if causal else length * length)
-    call = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "causal": causal}
-    return op_case(
-        ops.batch_attention_backward,
-        call | options,
-        formulas.batch_attention_backward,
-        peers={
+    q, dout = (randn(lengths, heads) for _ in range(2))
+    k, v = (randn(key_lengths, kv_heads) for _ in range(2))
+    kernel = {name: options[name] for name in ("kernel",) if name in options}
+    call: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "causal": causal}
+    if alike:
+        call["out"], call["lse"] = ops.batch_attention(q, k, v, causal=causal, **kernel)
+    else:
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
+            for runs in (lengths, key_lengths)
+        )
+        sequences: dict[str, Any] = {
+            "cu_seqlens_q": cu_q,
+            "cu_seqlens_k": cu_k,
+            "max_seqlen_q": max_q,
+            "max_seqlen_k": max_k,
+        }
+        call["out"], call["lse"] = ops.varlen_attention(q, k, v, **sequences, causal=causal, **kernel)
+        call |= sequences
+    if not alike:
+        peers = {
+            "cudnn": skip("torch has cuDNN's gradients of packed sequences turned off"),
+            "fa2": aten_backward(dout, q, k, v, (cu_q, cu_k), (max_q, max_k), causal),
+        }
+    elif max_q != max_k:
+        peers = {
+            "cudnn": cudnn_backward(dout, q, k, v, causal),
+            "fa2": aten_backward(dout, q, k, v, None, (max_q, max_k), causal),
+        }
+    else:
+        peers = {
             "cudnn": sdpa_backward(SDPBackend.CUDNN_ATTENTION, dout, q, k, v, causal),
             "fa2": sdpa_backward(SDPBackend.FLASH_ATTENTION, dout, q, k, v, causal),
-        },
+        }
+    pairs = sum(
+        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
+    )  # causal: n ≤ m
+    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
+    if alike and max_k != max_q:
+        what += f" to {max_k} keys"
+    return op_case(
+        ops.batch_attention_backward if alike else ops.varlen_attention_backward,
+        call | options,
+        formulas.batch_attention_backward if alike else formulas.varlen_attention_backward,
+        peers=peers,
         work=Work(num_bytes=4 * q.nbytes + 4 * k.nbytes, num_ops=10 * pairs * heads * dim),
-        config=f"{batch} × {length} tokens, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
+        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
         f"{'causal' if causal else 'full'}{', deterministic' if options.get('deterministic') else ''}",
     )
 
@@ -91,16 +175,23 @@ def _cases() -> Iterator[CaseSpec]:
             partial(gradients, dim=dim, length=length, causal=causal),
             quick=(dim, length, causal) in _QUICK,
         )
-    for dim, length, causal in product((96, 192, 256), (1024, 4096, 16384), (False, True)):
+    for dim, length, causal in product((80, 96, 192, 256), (1024, 4096, 16384), (False, True)):
         yield CaseSpec(f"d{dim}_s{length}_{name(causal)}", partial(gradients, dim=dim, length=length, causal=causal))
     for length, causal in product((1024, 4096, 16384), (False, True)):
         build = partial(gradients, dim=128, length=length, causal=causal, heads=32, kv_heads=8)
         yield CaseSpec(f"d128_gqa32to8_s{length}_{name(causal)}", build)
+    for queries, keys in product((16, 64, 128, 512), (8192, 65536)):
+        few = partial(of_sequences, dim=128, lengths=[queries], causal=False, heads=32, kv_heads=8, key_lengths=[keys])
+        yield CaseSpec(f"d128_q{queries}_k{keys}_full_bf16", few)
+    for median, count in ((200.0, 64), (1000.0, 16)):
+        lengths = lognormal(count, 8192, median, seed=1)
+        packed = partial(of_sequences, dim=128, lengths=lengths, causal=True, heads=32, kv_heads=8)
+        yield CaseSpec(f"d128_varlen{median:.0f}_causal_bf16", packed)
 
 
 FAMILY = Family(
     "flash_bwd",
     "cuda",
-    "batch_attention_backward beside cuDNN and FlashAttention-2",
+    "batch_attention_backward and varlen_attention_backward beside cuDNN and FlashAttention-2",
     tuple(_cases()),
 )

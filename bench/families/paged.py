@@ -35,6 +35,14 @@ OTHER_DECODES = (
 TREES = ((8, 8, 4096), (8, 64, 4096))
 # batch, new tokens of each sequence, context with them
 PREFILLS = ((1, 8192, 8192), (4, 2048, 2048), (1, 8192, 32768), (8, 512, 4096))
+# heads, KV heads, head dim; batch, new tokens of each sequence, context with them
+OTHER_PREFILLS = (
+    (9, 3, 64, 8, 1024, 1024),  # SmolLM2
+    (64, 8, 128, 4, 1024, 2048),
+    (16, 16, 128, 4, 2048, 2048),
+    (8, 1, 256, 4, 2048, 4096),
+)
+PAGES = (8, 32, 64, 128)  # besides 16
 # batch, how many sequences have a chunk of a prompt and of how many tokens (the others have one), context with them
 MIXED = ((64, 1, 512, 4096), (64, 1, 2048, 4096), (64, 8, 512, 4096), (64, 1, 8192, 8192), (257, 1, 512, 1024))
 PREFILLS_8BIT = ((1, 8192, 32768), (4, 2048, 2048), (8, 512, 4096))
@@ -278,6 +286,11 @@ DECODE = Family(
         )
         for batch, new, length in TREES
     )
+    + tuple(
+        CaseSpec(f"bf16_p{page}_b32_s4096", partial(paged, page=page, batch=32, new=1, length=4096))
+        for page in PAGES
+        if page != 64  # is above
+    )
     + (CaseSpec("bf16_p16_ragged64_s8192", partial(paged, page=16, batch=64, new=1, length=8192, ragged=True)),),
 )
 PREFILL = Family(
@@ -310,6 +323,17 @@ PREFILL = Family(
         )
         for name, kv in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8))
         for batch, new, length in PREFILLS_8BIT
+    )
+    + tuple(
+        CaseSpec(
+            f"bf16_p16_b{batch}_t{new}_s{length}_h{heads}x{kv_heads}x{dim}",
+            partial(paged, page=16, batch=batch, new=new, length=length, heads=heads, kv_heads=kv_heads, dim=dim),
+        )
+        for heads, kv_heads, dim, batch, new, length in OTHER_PREFILLS
+    )
+    + tuple(
+        CaseSpec(f"bf16_p{page}_b8_t512_s4096", partial(paged, page=page, batch=8, new=512, length=4096))
+        for page in PAGES
     ),
 )
 INVARIANT = Family(

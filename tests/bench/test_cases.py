@@ -53,6 +53,10 @@ CASES: dict[str, Callable[[Context], Case]] = {
     "flash causal": partial(flash_fwd.flash, dim=64, length=48, causal=True, heads=2, tokens=96),
     "gradients full": partial(flash_bwd.gradients, dim=64, length=48, causal=False, heads=4, kv_heads=2, tokens=96),
     "gradients causal": partial(flash_bwd.gradients, dim=64, length=48, causal=True, heads=2, tokens=96),
+    "gradients few queries": partial(
+        flash_bwd.of_sequences, dim=64, lengths=[5], causal=False, heads=4, kv_heads=2, key_lengths=[48]
+    ),
+    "gradients varlen": partial(flash_bwd.of_sequences, dim=80, lengths=[9, 1, 30], causal=True, heads=4, kv_heads=2),
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
     "decode ragged": partial(paged.paged, page=16, batch=3, new=1, length=90, dim=64, ragged=True, **PAGED),
     "tree": partial(paged.paged, page=4, batch=3, new=7, length=21, tree=True, **PAGED),
@@ -98,6 +102,8 @@ BESIDE = {
     "sparse gemm fp8": {"dense"},
     "gradients full": {"fa2"},
     "gradients causal": {"fa2"},
+    "gradients few queries": set(),  # aten's operators have no CPU
+    "gradients varlen": set(),
     "flash full": {"fa3", "fa2", "flash_attn"},
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},

@@ -31,14 +31,15 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
     """`match` expressions of targets.toml, and how many cases each must find."""
     wanted = {
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
-        "flash_bwd": {".*": 48},
+        "flash_bwd": {r"^d80_": 6, r"_q\d+_k": 8, "_varlen": 2, ".*": 64},
         "paged_decode": {
             r"_b(1|2|4|8)_": 33,
-            r"bf16_.*_b(32|64|128|256)_": 11,
+            r"bf16_.*_b(32|64|128|256)_": 14,
             r"(fp8|int8)_.*_b128_s4096": 2,
-            ".*": 56,
+            r"^bf16_p(8|32|64|128)_b32_s4096$": 4,
+            ".*": 59,
         },
-        "paged_prefill": {".*": 21},
+        "paged_prefill": {r"_h\d+x": 4, r"^bf16_p(8|16|32|64|128)_b8_t512_s4096$": 5, ".*": 29},
         "cascade": {".*": 8},
         "paged_invariant": {"_usual$": 11, "_invariant$": 11},
         **{
