@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.families import (
     flash_bwd,
     flash_fwd,
+    flash_fwd_fp8,
     gated_linear,
     gemm_8bit,
     gemm_bf16,
@@ -191,3 +192,31 @@ def test_a_wrong_draw_of_a_head_is_caught(temperature: float, monkeypatch: pytes
     monkeypatch.setattr(lm_head, "judge", second)
     with pytest.raises(WrongResultError, match="lm_head_sample: row 2 got"):
         lm_head.lm_head(Context(CPU), m=5, vocab=304, k=64, temperature=temperature).check()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": [48, 48], "causal": True},
+        {"lengths": [5], "causal": False, "key_lengths": [48]},
+        {"lengths": [9, 1, 30], "causal": True},
+    ],
+    ids=["batch", "few queries", "varlen"],
+)
+def test_fp8_attention_holds_and_a_wrong_element_is_caught(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(flash_fwd_fp8.attention, Context(CPU), dim=80, heads=4, kv_heads=2, **shape)
+    case = build()
+    assert case.check().share <= 1
+    case.ours()
+    real = accuracy.compare
+
+    def tampered(actual: Tensor, exact: Tensor, allowed: float, what: str) -> float:
+        flat = actual.reshape(-1)
+        flat[flat.numel() // 2] += float(exact.abs().max()) * 0.1 + 0.1
+        return real(flat.view(actual.shape), exact, allowed, what)
+
+    monkeypatch.setattr(accuracy, "compare", tampered)
+    with pytest.raises(WrongResultError, match="1 of"):
+        build().check()
