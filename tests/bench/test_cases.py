@@ -14,6 +14,7 @@ from bench.families import (
     flash_bwd,
     flash_fwd,
     flash_fwd_fp8,
+    flash_sm80,
     gated_linear,
     gemm_8bit,
     gemm_bf16,
@@ -58,6 +59,12 @@ CASES: dict[str, Callable[[Context], Case]] = {
         flash_bwd.of_sequences, dim=64, lengths=[5], causal=False, heads=4, kv_heads=2, key_lengths=[48]
     ),
     "gradients varlen": partial(flash_bwd.of_sequences, dim=80, lengths=[9, 1, 30], causal=True, heads=4, kv_heads=2),
+    **{
+        f"portable {direction}": partial(
+            flash_sm80.portable, direction=direction, dim=64, lengths=[48, 48], causal=True, heads=4, kv_heads=2
+        )
+        for direction in flash_sm80.DIRECTIONS
+    },
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
     "decode ragged": partial(paged.paged, page=16, batch=3, new=1, length=90, dim=64, ragged=True, **PAGED),
     "tree": partial(paged.paged, page=4, batch=3, new=7, length=21, tree=True, **PAGED),
@@ -105,6 +112,8 @@ BESIDE = {
     "gradients causal": {"fa2"},
     "gradients few queries": set(),  # aten's operators have no CPU
     "gradients varlen": set(),
+    "portable fwd": {"fa2"},
+    "portable bwd": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
@@ -220,3 +229,19 @@ def test_fp8_attention_holds_and_a_wrong_element_is_caught(
     monkeypatch.setattr(accuracy, "compare", tampered)
     with pytest.raises(WrongResultError, match="1 of"):
         build().check()
+
+
+@pytest.mark.parametrize("direction", flash_sm80.DIRECTIONS)
+def test_the_portable_kernel_is_forced(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced = []
+
+    def record(op: Any, call: dict[str, Any], formula: Any, **rest: Any) -> Case:
+        forced.append(call["kernel"])
+        return Case(lambda: None, lambda: pytest.fail("not checked here"), rest["peers"], rest["work"], rest["config"])
+
+    monkeypatch.setattr(flash_sm80.flash_fwd, "op_case", record)
+    monkeypatch.setattr(flash_sm80.flash_bwd, "op_case", record)
+    for lengths in ([8, 8], [3, 5]):
+        case = flash_sm80.portable(Context(CPU), direction, 64, lengths, causal=True, heads=4, kv_heads=2)
+        assert (set(case.peers), case.target) == ({"fa2"}, 0.9)
+    assert forced == ["sm80", "sm80"]
