@@ -59,8 +59,9 @@ def attention(
     heads: int,
     kv_heads: int,
     key_lengths: Sequence[int] | None = None,
+    **options: Any,
 ) -> Case:
-    """Sequences of these lengths; where all are alike, as one batch for the peers that want it so."""
+    """Sequences of these lengths; where all are alike, as one batch for the peers that want it so. options: of the operator."""
     key_lengths = key_lengths or lengths
     rng = context.generator(dim + len(lengths) + lengths[0])
 
@@ -126,7 +127,7 @@ def attention(
     }
     return op_case(
         ops.batch_attention if alike else ops.varlen_attention,
-        {"q": bq, "k": bk, "v": bv, "causal": causal} if alike else packed,
+        ({"q": bq, "k": bk, "v": bv, "causal": causal} if alike else packed) | options,
         formulas.batch_attention if alike else formulas.varlen_attention,
         peers=peers,
         work=Work(num_bytes=2 * q.nbytes + 2 * k.nbytes, num_ops=4 * pairs * heads * dim),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.families.flash_fwd import HEADS, TOKENS, first
+from bench.families.flash_fwd import HEADS, TOKENS, first, lognormal
 from bench.harness import accuracy, formulas
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family, op_case
 from bench.harness.ceilings import Work
@@ -41,60 +41,101 @@ def _rounded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def _judge(call: dict[str, Any], results: list[Tensor]) -> Checked:
     q, k, v, causal = (call[name] for name in ("q", "k", "v", "causal"))
-    exact, exact_lse = formulas.batch_attention(torch.float32, q, k, v, causal)
-    allowed = accuracy.allowed_error(torch.bfloat16, exact, _rounded(q, k, v, causal))
+    if "cu_seqlens_q" in call:
+        starts = [pairwise(call[name].tolist()) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+        exact, exact_lse = formulas.varlen_attention(
+            torch.float32, q, k, v, call["cu_seqlens_q"], call["cu_seqlens_k"], causal
+        )
+        runs = [(slice(*own), slice(*keys)) for own, keys in zip(*starts, strict=True)]
+        parts = [_rounded(q[None, own], k[None, keys], v[None, keys], causal)[0] for own, keys in runs]
+        rounded = torch.cat(parts)
+    else:
+        exact, exact_lse = formulas.batch_attention(torch.float32, q, k, v, causal)
+        rounded = _rounded(q, k, v, causal)
+    allowed = accuracy.allowed_error(torch.bfloat16, exact, rounded)
     out, lse = results
-    share = accuracy.compare(out, exact, allowed, "batch_attention, result 0")
+    share = accuracy.compare(out, exact, allowed, "attention, result 0")
     # Hopper adds up products of fp8 with 13 bits behind the leading one.
     allowed = 1e-3 * max(20.0, float(exact_lse.abs().max()))
-    return Checked(max(share, accuracy.compare(lse, exact_lse, allowed, "batch_attention, result 1")), exact)
+    return Checked(max(share, accuracy.compare(lse, exact_lse, allowed, "attention, result 1")), exact)
 
 
-def attention(context: Context, dim: int, length: int, causal: bool, heads: int, kv_heads: int) -> Case:
-    rng = context.generator(dim + length)
-    batch = TOKENS // length
+def attention(
+    context: Context,
+    dim: int,
+    lengths: Sequence[int],
+    causal: bool,
+    heads: int,
+    kv_heads: int,
+    key_lengths: Sequence[int] | None = None,
+) -> Case:
+    """Sequences of these lengths, as one batch where all are alike."""
+    key_lengths = key_lengths or lengths
+    rng = context.generator(dim + lengths[0])
+    batch, max_q, max_k = len(lengths), max(lengths), max(key_lengths)
+    alike = len({*lengths}) == len({*key_lengths}) == 1
 
-    def randn(num_heads: int) -> Tensor:
-        t = torch.randn(batch, length, num_heads, dim, generator=rng, device=context.device)
-        return t.to(torch.float8_e4m3fn)
+    def randn(runs: Sequence[int], num_heads: int) -> Tensor:
+        shape = (batch, runs[0], num_heads, dim) if alike else (sum(runs), num_heads, dim)
+        return torch.randn(shape, generator=rng, device=context.device).to(torch.float8_e4m3fn)
 
-    q, k, v = randn(heads), randn(kv_heads), randn(kv_heads)
-    scales = [torch.ones(batch, kv_heads, device=context.device) for _ in range(3)]
+    q, k, v = randn(lengths, heads), randn(key_lengths, kv_heads), randn(key_lengths, kv_heads)
+    names = ("q_descale", "k_descale", "v_descale")
+    scales = {name: torch.ones(batch, kv_heads, device=context.device) for name in names}
+    sequences: dict[str, Any] = {}
+    if not alike:
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
+            for runs in (lengths, key_lengths)
+        )
+        sequences = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
 
     def fa3() -> Callable[[], Tensor]:
-        attend = require("fa3_fwd_interface").flash_attn_func
-        names = ("q_descale", "k_descale", "v_descale")
-        given = dict(zip(names, scales, strict=True))
-        return lambda: first(attend(q, k, v, causal=causal, **given))
+        library = require("fa3_fwd_interface")
+        attend = library.flash_attn_func if alike else library.flash_attn_varlen_func
+        return lambda: first(attend(q, k, v, **sequences, causal=causal, **scales))
 
-    pairs = batch * (length * (length + 1) // 2 if causal else length * length)
+    pairs = sum(
+        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
+    )  # causal: n ≤ m
+    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
+    if alike and max_k != max_q:
+        what += f" to {max_k} keys"
     return op_case(
-        ops.batch_attention,
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "causal": causal,
-            "q_descale": scales[0],
-            "k_descale": scales[1],
-            "v_descale": scales[2],
-        },
-        formulas.batch_attention,
+        ops.batch_attention if alike else ops.varlen_attention,
+        {"q": q, "k": k, "v": v, **sequences, "causal": causal, **scales},
+        formulas.batch_attention if alike else formulas.varlen_attention,
         peers={"fa3": fa3},
         work=Work(num_bytes=3 * q.nbytes + k.nbytes + v.nbytes, num_ops=4 * pairs * heads * dim, rate="fp8_tflop_s"),
-        config=f"{batch} × {length} tokens, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, e4m3, "
+        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, e4m3, "
         f"{'causal' if causal else 'full'}",
         judge=_judge,
     )
 
 
 def _cases() -> Iterator[CaseSpec]:
-    for dim, length, causal in product((64, 128, 256), (1024, 4096, 8192, 16384), (False, True)):
-        build = partial(attention, dim=dim, length=length, causal=causal, heads=HEADS[dim], kv_heads=HEADS[dim])
-        name = f"d{dim}_s{length}_{'causal' if causal else 'full'}_fp8"
-        yield CaseSpec(name, build, quick=(dim, length, causal) in _QUICK)
-    build = partial(attention, dim=128, length=8192, causal=True, heads=32, kv_heads=8)
-    yield CaseSpec("d128_gqa32to8_s8192_causal_fp8", build)
+    def of_batch(dim: int, length: int, causal: bool, heads: int, kv_heads: int) -> Callable[[Context], Case]:
+        lengths = [length] * (TOKENS // length)
+        return partial(attention, dim=dim, lengths=lengths, causal=causal, heads=heads, kv_heads=kv_heads)
+
+    for dims, lengths in (((64, 128, 256), (1024, 4096, 8192, 16384)), ((80, 96, 192), (1024, 4096, 16384))):
+        for dim, length, causal in product(dims, lengths, (False, True)):
+            build = of_batch(dim, length, causal, HEADS[dim], HEADS[dim])
+            name = f"d{dim}_s{length}_{'causal' if causal else 'full'}_fp8"
+            yield CaseSpec(name, build, quick=(dim, length, causal) in _QUICK)
+    yield CaseSpec("d128_gqa32to8_s8192_causal_fp8", of_batch(128, 8192, True, 32, 8))
+    for queries, keys in product((1, 16, 64, 128, 512), (8192, 65536)):
+        few = partial(attention, dim=128, lengths=[queries], causal=False, heads=32, kv_heads=8, key_lengths=[keys])
+        yield CaseSpec(f"d128_q{queries}_k{keys}_full_fp8", few)
+    for median, count in ((200.0, 64), (1000.0, 16)):
+        drawn = lognormal(count, 8192, median, seed=1)
+        packed = partial(attention, dim=128, lengths=drawn, causal=True, heads=32, kv_heads=8)
+        yield CaseSpec(f"d128_varlen{median:.0f}_causal_fp8", packed)
 
 
-FAMILY = Family("flash_fwd_fp8", "cuda", "batch_attention on e4m3 inputs beside FlashAttention-3", tuple(_cases()))
+FAMILY = Family(
+    "flash_fwd_fp8",
+    "cuda",
+    "batch_attention and varlen_attention on e4m3 inputs beside FlashAttention-3",
+    tuple(_cases()),
+)

@@ -13,6 +13,8 @@ from torch import Tensor
 from bench.families import (
     flash_bwd,
     flash_fwd,
+    flash_fwd_fp8,
+    flash_sm80,
     gated_linear,
     gemm_8bit,
     gemm_bf16,
@@ -57,6 +59,12 @@ CASES: dict[str, Callable[[Context], Case]] = {
         flash_bwd.of_sequences, dim=64, lengths=[5], causal=False, heads=4, kv_heads=2, key_lengths=[48]
     ),
     "gradients varlen": partial(flash_bwd.of_sequences, dim=80, lengths=[9, 1, 30], causal=True, heads=4, kv_heads=2),
+    **{
+        f"portable {direction}": partial(
+            flash_sm80.portable, direction=direction, dim=64, lengths=[48, 48], causal=True, heads=4, kv_heads=2
+        )
+        for direction in flash_sm80.DIRECTIONS
+    },
     "decode": partial(paged.paged, page=4, batch=3, new=1, length=21, **PAGED),
     "decode ragged": partial(paged.paged, page=16, batch=3, new=1, length=90, dim=64, ragged=True, **PAGED),
     "tree": partial(paged.paged, page=4, batch=3, new=7, length=21, tree=True, **PAGED),
@@ -104,6 +112,8 @@ BESIDE = {
     "gradients causal": {"fa2"},
     "gradients few queries": set(),  # aten's operators have no CPU
     "gradients varlen": set(),
+    "portable fwd": {"fa2"},
+    "portable bwd": {"fa2"},
     "flash full": {"fa3", "fa2", "flash_attn"},
     "flash causal": {"fa3", "fa2", "flash_attn"},
     "decode": {"vllm_fa3", "fa3", "flashinfer", "flash_attn", "torch"},
@@ -191,3 +201,47 @@ def test_a_wrong_draw_of_a_head_is_caught(temperature: float, monkeypatch: pytes
     monkeypatch.setattr(lm_head, "judge", second)
     with pytest.raises(WrongResultError, match="lm_head_sample: row 2 got"):
         lm_head.lm_head(Context(CPU), m=5, vocab=304, k=64, temperature=temperature).check()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": [48, 48], "causal": True},
+        {"lengths": [5], "causal": False, "key_lengths": [48]},
+        {"lengths": [9, 1, 30], "causal": True},
+    ],
+    ids=["batch", "few queries", "varlen"],
+)
+def test_fp8_attention_holds_and_a_wrong_element_is_caught(
+    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(flash_fwd_fp8.attention, Context(CPU), dim=80, heads=4, kv_heads=2, **shape)
+    case = build()
+    assert case.check().share <= 1
+    case.ours()
+    real = accuracy.compare
+
+    def tampered(actual: Tensor, exact: Tensor, allowed: float, what: str) -> float:
+        flat = actual.reshape(-1)
+        flat[flat.numel() // 2] += float(exact.abs().max()) * 0.1 + 0.1
+        return real(flat.view(actual.shape), exact, allowed, what)
+
+    monkeypatch.setattr(accuracy, "compare", tampered)
+    with pytest.raises(WrongResultError, match="1 of"):
+        build().check()
+
+
+@pytest.mark.parametrize("direction", flash_sm80.DIRECTIONS)
+def test_the_portable_kernel_is_forced(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced = []
+
+    def record(op: Any, call: dict[str, Any], formula: Any, **rest: Any) -> Case:
+        forced.append(call["kernel"])
+        return Case(lambda: None, lambda: pytest.fail("not checked here"), rest["peers"], rest["work"], rest["config"])
+
+    monkeypatch.setattr(flash_sm80.flash_fwd, "op_case", record)
+    monkeypatch.setattr(flash_sm80.flash_bwd, "op_case", record)
+    for lengths in ([8, 8], [3, 5]):
+        case = flash_sm80.portable(Context(CPU), direction, 64, lengths, causal=True, heads=4, kv_heads=2)
+        assert (set(case.peers), case.target) == ({"fa2"}, 0.9)
+    assert forced == ["sm80", "sm80"]

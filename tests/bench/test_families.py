@@ -32,6 +32,8 @@ def test_ids_are_those_that_the_targets_ask_for() -> None:
     wanted = {
         "flash_fwd": {r"d128_s(8192|16384)_full_bf16": 2, ".*": 72},
         "flash_bwd": {r"^d80_": 6, r"_q\d+_k": 8, "_varlen": 2, ".*": 64},
+        "flash_fwd_fp8": {r"^d(80|96|192)_": 18, r"_q\d+_k": 10, "_varlen": 2, ".*": 55},
+        "flash_sm80": {"^fwd_": 18, "^bwd_": 18, ".*": 36},
         "paged_decode": {
             r"_b(1|2|4|8)_": 33,
             r"bf16_.*_b(32|64|128|256)_": 14,
