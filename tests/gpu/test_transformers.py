@@ -1,4 +1,4 @@
-"""SmolLM2 in transformers on a GPU, in bf16: attn_implementation="fastattn" writes the text that sdpa writes."""
+"""SmolLM2 in transformers on a GPU, in 16 bits: attn_implementation="fastattn" writes the text that sdpa writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def smollm2() -> tuple[Any, Any]:
         source = open_model("smollm2")
     except ModelFileError as error:
         pytest.skip(f"smollm2 cannot be had here: {error}")
-    return hf_model(source).to("cuda"), source.tokenizer()
+    return hf_model(source).to(torch.bfloat16).to("cuda"), source.tokenizer()
 
 
 def logits(model: Any, ids: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -43,9 +43,10 @@ def logits(model: Any, ids: Tensor, implementation: str, dtype: torch.dtype) -> 
     return result
 
 
-def test_greedy_text_and_logits(smollm2: tuple[Any, Any]) -> None:
-    """A padded batch. Texts may part where two tokens are as near to each other as sdpa's own rounding in bf16 moves
-    logits there; along each text our logits err at most twice as far as sdpa's."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_greedy_text_and_logits(smollm2: tuple[Any, Any], dtype: torch.dtype) -> None:
+    """A padded batch. Texts may part where two tokens are as near to each other as sdpa's own rounding moves logits
+    there; along each text our logits err at most twice as far as sdpa's."""
     model, tokenizer = smollm2
     rows = [tokenizer.encode(prompt) for prompt in PROMPTS]
     longest = max(map(len, rows))
@@ -53,7 +54,7 @@ def test_greedy_text_and_logits(smollm2: tuple[Any, Any]) -> None:
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device="cuda")
     texts = {}
     for implementation in ("sdpa", "fastattn"):
-        model.to(torch.bfloat16).set_attn_implementation(implementation)
+        model.to(dtype).set_attn_implementation(implementation)
         batch = model.generate(
             ids,
             attention_mask=mask,
@@ -67,8 +68,8 @@ def test_greedy_text_and_logits(smollm2: tuple[Any, Any]) -> None:
     for row, theirs, ours in zip(rows, texts["sdpa"], texts["fastattn"], strict=True):
         known = torch.tensor([row + theirs], device="cuda")
         exact = logits(model, known, "sdpa", torch.float32)
-        error = (logits(model, known, "sdpa", torch.bfloat16) - exact).abs()
-        own_error = (logits(model, known, "fastattn", torch.bfloat16) - exact).abs()
+        error = (logits(model, known, "sdpa", dtype) - exact).abs()
+        own_error = (logits(model, known, "fastattn", dtype) - exact).abs()
         assert float(own_error.max()) <= 2 * float(error.max())
         if theirs != ours:
             place = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
@@ -76,5 +77,7 @@ def test_greedy_text_and_logits(smollm2: tuple[Any, Any]) -> None:
             gap = float((exact[at, theirs[place]] - exact[at, ours[place]]).abs())
             parted.append((place, gap))
             assert gap <= 2 * float(error[at].max()), f"no near tie: {gap:.3f} nats at token {place}"
-    print(f"{len(rows) - len(parted)} of {len(rows)} texts are the same; others part at (token, nats): {parted}")
+    print(
+        f"{len(rows) - len(parted)} of {len(rows)} texts are the same in {dtype}; others part at (token, nats): {parted}"
+    )
     assert len(parted) <= len(rows) // 2
