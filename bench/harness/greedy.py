@@ -51,8 +51,8 @@ def partings(ours: list[Text], theirs: list[Text]) -> list[Parting]:
 
 def least_same(yardstick: int, texts: int) -> int:
     """How many of ours must be the same, if of another backend so many are: three standard deviations of the difference of
-    two such counts below. A backend may not part more often than others do, but for chance."""
-    share = yardstick / texts
+    two such counts below, by the rule of succession, since of few texts all may be the same by chance."""
+    share = (yardstick + 1) / (texts + 2)
     return math.ceil(yardstick - 3 * math.sqrt(2 * texts * share * (1 - share)))
 
 
