@@ -1,8 +1,9 @@
 """`python -m bench.vllm_backend [smollm2] [8b]`: vLLM 0.26 with its own FlashAttention-3 and with our plug-in, on one GPU.
 
-smollm2: greedy text of a real model on real prompts, token by token; where two backends part, how near the two best tokens
-were. vLLM's own Triton backend is beside them: how far apart backends of vLLM itself are. 8b: seconds of whole requests on
-random weights of the 8B class. Each engine is a process of its own. Writes bench/results/vllm_backend.json and .md.
+smollm2: greedy text of a real model on real prompts, token by token; where two backends part, the two tokens must be as good
+as equal by the logits of both (bench/harness/greedy.py). vLLM's own Triton backend is beside them: how often backends of vLLM
+itself part. 8b: seconds of whole requests on random weights of the 8B class. Each engine is a process of its own. Writes
+bench/results/vllm_backend.json and .md; exit status 1 if texts differ by more than that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from bench.harness.greedy import NEAR_TIE, Text, complaint, partings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, THEIRS, YARDSTICK = "CUSTOM", "FLASH_ATTN", "TRITON_ATTN"
@@ -81,17 +84,22 @@ def prompts() -> list[list[int]]:
     return [tokens[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
 
 
-def greedy(folder: str, backend: str) -> list[dict[str, Any]]:
-    """Of each prompt the tokens, and the log-probabilities of the two best at each."""
+def greedy(folder: str, backend: str) -> list[Text]:
     from vllm import SamplingParams, TokensPrompt
 
-    llm = engine(folder, backend, max_model_len=2048, gpu_memory_utilization=0.2, kv_cache_memory_bytes=4 << 30)
-    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
-    rows = []
-    for out in llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts()], params, use_tqdm=False):
-        best = [sorted((x.logprob for x in step.values()), reverse=True)[:2] for step in out.outputs[0].logprobs]
-        rows.append({"tokens": list(out.outputs[0].token_ids), "best": best})
-    return rows
+    llm = engine(
+        folder, backend, max_model_len=2048, gpu_memory_utilization=0.2, kv_cache_memory_bytes=4 << 30,
+        logprobs_mode="raw_logits",
+    )  # fmt: skip
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=5)
+    given = [TokensPrompt(prompt_token_ids=p) for p in prompts()]
+    return [text_of(out.outputs[0]) for out in llm.generate(given, params, use_tqdm=False)]
+
+
+def text_of(output: Any) -> Text:
+    """Of one of vLLM's outputs, whose logprobs are logits."""
+    rows = [sorted(((token, x.logprob) for token, x in row.items()), key=lambda r: -r[1]) for row in output.logprobs]
+    return {"tokens": list(output.token_ids), "best": rows}
 
 
 def times(folder: str, backend: str) -> dict[str, list[float]]:
@@ -113,22 +121,9 @@ def times(folder: str, backend: str) -> dict[str, list[float]]:
     return {name: [round(seconds(requests), 4) for _ in range(3)] for name, requests in LOADS.items()}
 
 
-def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the texts part, and the gap there between the best two tokens, the smaller of the two backends'."""
-    gaps, same, differences = [], 0, []
-    for a, b in zip(ours, theirs, strict=True):
-        at = next((i for i in range(NEW_TOKENS) if a["tokens"][i] != b["tokens"][i]), NEW_TOKENS)
-        differences += [abs(x[0] - y[0]) for x, y in zip(a["best"][:at], b["best"][:at], strict=True)]
-        if at == NEW_TOKENS:
-            same += 1
-        else:
-            gaps.append(round(min(x["best"][at][0] - x["best"][at][1] for x in (a, b)), 4))
-    return {
-        "same": same,
-        "of": len(ours),
-        "gaps_where_they_part": sorted(gaps),
-        "mean_difference_of_the_best_logprob": round(statistics.fmean(differences), 5),
-    }
+def compare(ours: list[Text], theirs: list[Text]) -> dict[str, Any]:
+    found = partings(ours, theirs)
+    return {"same": len(ours) - len(found), "of": len(ours), "steps_where_they_part": sorted(p.steps for p in found)}
 
 
 def run_child(part: str, folder: str, backend: str) -> Any:
@@ -155,9 +150,9 @@ def table(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, found in report.get("smollm2", {}).items():
         lines += [
-            f"SmolLM2, {found['of']} prompts, {NEW_TOKENS} greedy tokens each, {name}: {found['same']} texts are the same; where the others "
-            f"part, the best two tokens are {found['gaps_where_they_part']} nats apart; before that the best one's log-probability "
-            f"differs by {found['mean_difference_of_the_best_logprob']} on average.",
+            f"SmolLM2, {found['of']} prompts, {NEW_TOKENS} greedy tokens each, {name}: {found['same']} texts are the same; where the "
+            f"others part, the backends disagree on the two tokens by {found['steps_where_they_part']} steps of their logits in "
+            f"bf16, of both backends together (a near tie: up to {NEAR_TIE:g}).",
             "",
         ]
     if loads := report.get("8b"):
@@ -191,6 +186,7 @@ def main() -> None:
         "meta": about | ({"commit": args.commit} if args.commit else {}),
         "vllm": vllm.__version__,
     }
+    wrong = None
     report["command"] = " ".join(["python -m bench.vllm_backend", *args.part])
     with tempfile.TemporaryDirectory() as scratch:
         if "smollm2" in parts:
@@ -199,6 +195,7 @@ def main() -> None:
             with ThreadPoolExecutor(len(backends)) as pool:
                 found = pool.map(lambda backend: run_child("smollm2", scratch, backend), backends)
                 texts = dict(zip(backends, found, strict=True))
+            wrong = complaint(texts[OURS], texts[THEIRS], texts[YARDSTICK])
             report["smollm2"] = {f"{b} beside {THEIRS}": compare(texts[b], texts[THEIRS]) for b in (OURS, YARDSTICK)}
         if "8b" in parts:
             Path(scratch, "config.json").write_text(json.dumps(SHAPE_8B))
@@ -216,6 +213,8 @@ def main() -> None:
     (args.out / "vllm_backend.json").write_text(json.dumps(report, indent=2) + "\n")
     (args.out / "vllm_backend.md").write_text(table(report))
     print(table(report))
+    if wrong:
+        sys.exit(f"{OURS} beside {THEIRS}: {wrong}")
 
 
 if __name__ == "__main__":

@@ -8,23 +8,10 @@ import pytest
 import torch
 
 from fastattn import ops
-from tests.harness.decode_layers import make_call
+from tests.harness.decode_layers import CALLS, SMALL, SMOLLM2, make_call
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-SMOLLM2 = (576, 1536, 9, 3, 64)
-SMALL = (1024, 3072, 16, 8, 128)
-CALLS = [
-    (30, SMOLLM2, [1000], {}),
-    (2, SMOLLM2, [1], {}),
-    (3, SMOLLM2, [1, 65, 0, 7001], {"block_size": 32}),
-    (2, (4096, 14336, 32, 8, 128), [777], {}),
-    (2, (4096, 14336, 32, 8, 128), [64, 129, 4000, 2], {}),
-    (3, SMALL, [63, 128, 900], {"bias": True, "head_norms": True, "block_size": 8}),
-    (3, SMALL, [2, 17], {"activation": "gelu_tanh", "block_size": 128}),
-    (2, (2048, 8192, 32, 8, 64), [40, 300, 1, 2049], {}),
-    (2, (1088, 1216, 4, 4, 128), [33], {}),
-]
 
 
 def workspace(sizes: tuple[int, int, int, int, int]) -> torch.Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import ops
+
+SMOLLM2 = (576, 1536, 9, 3, 64)  # hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim
+SMALL = (1024, 3072, 16, 8, 128)
 
 
 @dataclass
@@ -134,6 +139,29 @@ class DecodeCall:
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         p = (torch.einsum("hd,khd->hk", q, keys) * q.shape[1] ** -0.5).softmax(-1)
         return torch.einsum("hk,khd->hd", p, values).flatten()
+
+
+# Layers, sizes, lengths and options: one to four tokens, with and without what a model may lack, every split of keys, padding.
+CALLS: list[tuple[int, tuple[int, int, int, int, int], list[int], dict[str, Any]]] = [
+    (30, SMOLLM2, [1000], {}),
+    (2, SMOLLM2, [1], {}),
+    (3, SMOLLM2, [1, 65, 0, 7001], {"block_size": 32}),
+    (2, (4096, 14336, 32, 8, 128), [777], {}),
+    (2, (4096, 14336, 32, 8, 128), [64, 129, 4000, 2], {}),
+    (3, SMALL, [63, 128, 900], {"bias": True, "head_norms": True, "block_size": 8}),
+    (3, SMALL, [2, 17], {"activation": "gelu_tanh", "block_size": 128}),
+    (2, (2048, 8192, 32, 8, 64), [40, 300, 1, 2049], {}),
+    (2, (1088, 1216, 4, 4, 128), [33], {}),
+]
+
+
+def few_calls(device: torch.device, dtype: torch.dtype) -> Iterator[DecodeCall]:
+    """Those of few bytes, of two layers and also with a head."""
+    for index, (_, sizes, lengths, options) in enumerate(CALLS):
+        if sizes[0] <= 1088:
+            call = make_call(device, dtype, 2, sizes, [min(n, 900) for n in lengths], seed=index, **options)
+            yield call
+            yield call.with_head(520)
 
 
 def make_call(

@@ -18,6 +18,12 @@ TAIL = (
 )
 CU = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
 DESCALE = "q_descale=None, k_descale=None, v_descale=None"
+GRAPH = "float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False"
+SCALES = "q_scale=None, k_scale=None, v_scale=None"
+RESULTS = "out=None, lse=None, return_lse=False, enable_pdl=None"
+ITEMS = "prefix_len_ptr=None, token_pos_in_items_ptr=None, token_pos_in_items_len=0, max_item_len_ptr=None"
+OLD = "causal=False, pos_encoding_mode='NONE', use_fp16_qk_reduction=False"
+OLD_SCORES = "window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None"
 PLANNED = "pos_encoding_mode='NONE', window_left=-1, logits_soft_cap=None"
 DRAWN = "deterministic=True, generator=None, check_nan=False, seed=None, offset=None"
 EXPECTED: list[tuple[Callable[..., Any], str]] = [
@@ -103,6 +109,77 @@ EXPECTED: list[tuple[Callable[..., Any], str]] = [
         "disable_split_kv=False, q_len_per_req=1, window_right=0",
     ),
     (
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper,
+        f"{GRAPH}, use_tensor_cores=False, paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, "
+        "paged_kv_last_page_len_buffer=None, backend='auto', jit_args=None",
+    ),
+    (
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper.run,
+        f"self, q, paged_kv_cache, *args, {SCALES}, {RESULTS}, window_left=None, sinks=None, q_len_per_req=None, "
+        "skip_softmax_threshold_scale_factor=None, kv_cache_sf=None",
+    ),
+    *(
+        (method, f"self, q, paged_kv_cache, pos_encoding_mode='NONE', {SCALES}, {OLD_SCORES}")
+        for method in (
+            flashinfer.BatchDecodeWithPagedKVCacheWrapper.forward,
+            flashinfer.BatchDecodeWithPagedKVCacheWrapper.forward_return_lse,
+        )
+    ),
+    (
+        flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+        "workspace_buffer, indptr_buffer, indices_buffer, last_page_len_buffer, kv_layout='NHD', use_tensor_cores=False",
+    ),
+    (
+        flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+        f"{GRAPH}, qo_indptr_buf=None, paged_kv_indptr_buf=None, paged_kv_indices_buf=None, "
+        "paged_kv_last_page_len_buf=None, custom_mask_buf=None, mask_indptr_buf=None, backend='auto', jit_args=None, "
+        "jit_kwargs=None",
+    ),
+    (
+        flashinfer.BatchPrefillWithPagedKVCacheWrapper.plan,
+        "self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, "
+        f"head_dim_qk, page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, {OLD}, sm_scale=None, "
+        "window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None, q_data_type='float16', kv_data_type=None, "
+        f"o_data_type=None, non_blocking=True, {ITEMS}, seq_lens=None, seq_lens_q=None, block_tables=None, "
+        "max_token_per_sequence=None, max_sequence_kv=None, fixed_split_size=None, disable_split_kv=False",
+    ),
+    (
+        flashinfer.BatchPrefillWithPagedKVCacheWrapper.run,
+        f"self, q, paged_kv_cache, *args, {SCALES}, {RESULTS}, window_left=None, sinks=None, kv_cache_sf=None, "
+        "skip_softmax_threshold_scale_factor=None, use_fp16_softmax=None, uses_spcompress=None",
+    ),
+    *(
+        (method, f"self, q, paged_kv_cache, {OLD}, k_scale=None, v_scale=None, {OLD_SCORES}")
+        for method in (
+            flashinfer.BatchPrefillWithPagedKVCacheWrapper.forward,
+            flashinfer.BatchPrefillWithPagedKVCacheWrapper.forward_return_lse,
+        )
+    ),
+    (
+        flashinfer.BatchPrefillWithRaggedKVCacheWrapper,
+        f"{GRAPH}, qo_indptr_buf=None, kv_indptr_buf=None, custom_mask_buf=None, mask_indptr_buf=None, backend='auto', "
+        "jit_args=None, jit_kwargs=None",
+    ),
+    (
+        flashinfer.BatchPrefillWithRaggedKVCacheWrapper.plan,
+        "self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo=None, custom_mask=None, "
+        f"packed_custom_mask=None, {OLD}, {OLD_SCORES}, q_data_type='float16', kv_data_type=None, o_data_type=None, "
+        f"non_blocking=True, {ITEMS}, fixed_split_size=None, disable_split_kv=False, seq_lens=None, seq_lens_q=None, "
+        "max_token_per_sequence=None, max_sequence_kv=None, v_indptr=None, o_indptr=None",
+    ),
+    (
+        flashinfer.BatchPrefillWithRaggedKVCacheWrapper.run,
+        f"self, q, k, v, *args, {SCALES}, o_scale=None, {RESULTS}, kv_cache_sf=None",
+    ),
+    *(
+        (method, f"self, q, k, v, {OLD}, {OLD_SCORES}")
+        for method in (
+            flashinfer.BatchPrefillWithRaggedKVCacheWrapper.forward,
+            flashinfer.BatchPrefillWithRaggedKVCacheWrapper.forward_return_lse,
+        )
+    ),
+    (flashinfer.MultiLevelCascadeAttentionWrapper.run, "self, q, paged_kv_cache"),
+    (
         flashinfer.MultiLevelCascadeAttentionWrapper,
         "num_levels, float_workspace_buffer, kv_layout='NHD', use_cuda_graph=False, qo_indptr_buf_arr=None, "
         "paged_kv_indptr_buf_arr=None, paged_kv_indices_buf_arr=None, paged_kv_last_page_len_buf_arr=None",
@@ -147,7 +224,24 @@ EXPECTED: list[tuple[Callable[..., Any], str]] = [
     ("function", "expected"), EXPECTED, ids=[f"{f.__module__}.{f.__qualname__}" for f, _ in EXPECTED]
 )
 def test_signature(function: Callable[..., Any], expected: str) -> None:
-    parameters = inspect.signature(function).parameters.values()
-    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    found = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
-    assert found == expected
+    names = []
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.VAR_POSITIONAL:
+            names.append(f"*{p.name}")
+            continue
+        behind_a_star = any(name.startswith("*") for name in names)
+        assert p.kind is (p.KEYWORD_ONLY if behind_a_star else p.POSITIONAL_OR_KEYWORD), p
+        names.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+    assert ", ".join(names) == expected
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper,
+        flashinfer.BatchPrefillWithPagedKVCacheWrapper,
+        flashinfer.BatchPrefillWithRaggedKVCacheWrapper,
+    ],
+)
+def test_begin_forward_is_plan(wrapper: Any) -> None:
+    assert wrapper.begin_forward is wrapper.plan

@@ -193,9 +193,26 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         )
         return self._attend(op, planned, q, paged_kv_cache, None, k_scale, v_scale, None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        paged_kv_cache: PagedCache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> Tensor:
         """`forward_return_lse` without the LSE."""
-        return self.forward_return_lse(*args, **kwargs)[0]
+        return self.forward_return_lse(
+            q, paged_kv_cache, causal, pos_encoding_mode, use_fp16_qk_reduction, k_scale, v_scale, window_left,
+            logits_soft_cap, sm_scale, rope_scale, rope_theta,
+        )[0]  # fmt: skip
 
     def _rows_of(self, op: str, q: Tensor) -> tuple[Tensor, int]:
         return self._rows.of(q)

@@ -168,9 +168,25 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         )
         return self._attend(op, planned, q, k, v, None, None, None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+    ) -> Tensor:
         """`forward_return_lse` without the LSE."""
-        return self.forward_return_lse(*args, **kwargs)[0]
+        return self.forward_return_lse(
+            q, k, v, causal, pos_encoding_mode, use_fp16_qk_reduction, window_left, logits_soft_cap, sm_scale, rope_scale,
+            rope_theta,
+        )[0]  # fmt: skip
 
     @torch.no_grad()
     def _attend(
