@@ -190,7 +190,8 @@ def explain(
             return _flash_forward(problem, num_pairs, causal, kernel, capability, num_sms)
         shared_memory = _HOPPER_SHARED_MEMORY
         if isinstance(first, Tensor) and first.is_cuda:
-            shared_memory = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
+            of_device = torch.cuda.get_device_properties(first.device)
+            shared_memory = of_device.shared_memory_per_block_optin  # type: ignore[attr-defined]
         return explain_backward(problem, num_pairs, causal, deterministic, kernel, capability, num_sms, shared_memory)
     if what == "paged_attention":
         if not batch_invariant:

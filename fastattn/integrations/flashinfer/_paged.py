@@ -45,18 +45,17 @@ class PagedWrapper(Wrapper):
         planned.check(op, q, k, v)
         if planned.tree_mask is not None and planned.window_left >= 0:
             not_implemented(op, f"window_left is {planned.window_left} with a custom mask, expected -1")
-        of_heads: dict[str, Tensor] = {}
+        k_of_heads = v_of_heads = None
         if k.dtype is FP8 and (isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor)):
             # The kernels read them where they are; numbers cost less as factors of the scores and of the result.
-            of_heads = {
-                name: scale_of_heads(op, name, scale, k) for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
-            }
+            k_of_heads = scale_of_heads(op, "k_scale", k_scale, k)
+            v_of_heads = scale_of_heads(op, "v_scale", v_scale, k)
             k_scale = v_scale = None
         cu_seqlens_q, longest = self._rows_of(op, q)
         out, lse = paged_attention(
             q, k, v, cu_seqlens_q, self._pages.seq_lens, self._pages.block_table, longest,
             softmax_scale=scale_of(op, planned.head_dim_qk, planned.sm_scale, q_scale=q_scale, k_scale=k_scale),
             causal=planned.causal or planned.tree_mask is not None, window_size=window_of(op, planned.window_left),
-            softcap=planned.softcap, sinks=sinks, tree_mask=planned.tree_mask, **of_heads,
+            softcap=planned.softcap, sinks=sinks, tree_mask=planned.tree_mask, k_scale=k_of_heads, v_scale=v_of_heads,
         )  # fmt: skip
         return scaled(out, v_scale), base2(lse)
