@@ -149,6 +149,27 @@ def flash_sm80_config(
     num_sms: int,
     batch_invariant: bool = ...,
 ) -> dict[str, int]: ...
+def flash_bwd_sm80_config(
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    deterministic: bool,
+    shared_memory: int,
+    num_sms: int,
+) -> dict[str, int]: ...
+def flash_bwd_sm90_config(
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    num_sms: int,
+) -> dict[str, int]: ...
 def paged_decode_config(
     num_seqs: int,
     num_heads: int,

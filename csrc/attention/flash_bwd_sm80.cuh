@@ -253,6 +253,7 @@ cudaError_t launch_flash_bwd_sm80(const FlashBwdSm80Params& p, cudaStream_t stre
   if (num_n_ctas > 0) {
     constexpr int kSmemBytes = sizeof(FlashBwdSm80Storage<T, HEAD_DIM, LARGE>);
     static_assert(kSmemBytes <= (LARGE ? 227 : 163) * 1024, "the limits of sm_90 and sm_80");
+    static_assert(kSmemBytes == flash_bwd_sm80_smem_bytes(HEAD_DIM, LARGE));
     const auto kernel = flash_bwd_sm80_kernel<T, HEAD_DIM, LARGE>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
     if (error != cudaSuccess) return error;

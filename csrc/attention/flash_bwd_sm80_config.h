@@ -34,6 +34,12 @@ constexpr FlashBwdSm80Tile flash_bwd_sm80_tile(int head_dim, bool large) {
   return {32, 64, 2, 2, 2};
 }
 
+// Shared memory of a CTA: K and V, two stages of Q and dO, P and dS. FlashBwdSm80Storage is held against it.
+constexpr int64_t flash_bwd_sm80_smem_bytes(int head_dim, bool large) {
+  const FlashBwdSm80Tile tile = flash_bwd_sm80_tile(head_dim, large);
+  return 4 * (head_dim * (tile.block_n + 2 * tile.block_m) + tile.block_m * tile.block_n);
+}
+
 // The kernel that computes dQ alone, for `deterministic`: a CTA owns block_m queries, 16 a warp.
 struct FlashBwdSm80DqTile {
   int block_m;

@@ -23,6 +23,27 @@ constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int head_dim) {
   return head_dim <= 128 ? FlashBwdSm90Tile{64, 128} : FlashBwdSm90Tile{64, 64};
 }
 
+// How often shared memory has a step's Q, dO and dS, and a tile's K.
+struct FlashBwdSm90Stages {
+  int q, dout, ds, k;
+};
+
+constexpr FlashBwdSm90Stages flash_bwd_sm90_stages(int head_dim) {
+  if (head_dim <= 128) return {3, 2, 2, 2};
+  return head_dim <= 192 ? FlashBwdSm90Stages{3, 2, 1, 1} : FlashBwdSm90Stages{2, 2, 1, 1};
+}
+
+// Shared memory that a CTA asks for: FlashBwdSm90Storage, which the launch holds against this, and what aligns it.
+constexpr int64_t flash_bwd_sm90_smem_bytes(int head_dim) {
+  const FlashBwdSm90Tile tile = flash_bwd_sm90_tile(head_dim);
+  const FlashBwdSm90Stages stages = flash_bwd_sm90_stages(head_dim);
+  const int num_scores = stages.ds + (tile.block_n == 64);  // P too is there where groups share the keys
+  const int64_t num_elements = head_dim * (tile.block_m * (stages.q + stages.dout) + tile.block_n * (stages.k + 1)) +
+                               tile.block_m * tile.block_n * num_scores;
+  constexpr int64_t kRowsAndBarriers = 2048, kAlignment = 1024;
+  return 2 * num_elements + kRowsAndBarriers + kAlignment;
+}
+
 // Columns of a row that lie side by side in shared memory.
 FASTATTN_HOST_DEVICE constexpr int flash_bwd_sm90_panel(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
@@ -61,6 +82,15 @@ struct FlashBwdSm90Config {
 
   int64_t rows(int64_t num_heads) const { return num_heads * blocks_of_head * tile.block_m; }
 };
+
+// Which kernel, if a call does not say: where tiles are few, flash_bwd_sm80 shares out the heads of a group, which this
+// one has no way to.
+inline bool flash_bwd_sm90_is_better(const FlashBwdSm90Problem& problem) {
+  if (problem.num_heads == problem.num_kv_heads) return true;
+  const int block_n = flash_bwd_sm90_tile(static_cast<int>(problem.head_dim)).block_n;
+  const int64_t num_n_tiles = (problem.max_seqlen_k + block_n - 1) / block_n;
+  return 3 * problem.num_seqs * problem.num_kv_heads * num_n_tiles >= problem.num_sms;
+}
 
 // A function of sizes that the host knows, never of the lengths, so that a captured CUDA graph stays valid.
 inline FlashBwdSm90Config flash_bwd_sm90_config(const FlashBwdSm90Problem& problem) {

@@ -12,7 +12,7 @@ template <typename T, int HEAD_DIM>
 cudaError_t launch_flash_bwd_sm90(const FlashBwdSm90Params& p, cudaStream_t stream) {
   using Storage = FlashBwdSm90Storage<T, HEAD_DIM>;
   constexpr int kSmemBytes = sizeof(Storage) + 1024;  // shared memory begins at any multiple of 16 bytes
-  static_assert(kSmemBytes <= 227 * 1024);
+  static_assert(kSmemBytes <= 227 * 1024 && kSmemBytes == flash_bwd_sm90_smem_bytes(HEAD_DIM));
   const FlashBwdSm90Config& config = p.config;
   if (config.num_tiles > INT32_MAX - config.num_ctas) return cudaErrorInvalidConfiguration;
   if (config.blocks_of_head * p.num_heads > INT32_MAX) return cudaErrorInvalidConfiguration;

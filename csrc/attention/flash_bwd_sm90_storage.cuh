@@ -11,8 +11,9 @@ struct FlashBwdSm90Storage {
   static constexpr FlashBwdSm90Tile kTile = flash_bwd_sm90_tile(HEAD_DIM);
   static constexpr int BLOCK_M = kTile.block_m, BLOCK_N = kTile.block_n;
   static constexpr bool kSharedKeys = BLOCK_N == 64;
-  static constexpr int kStagesQ = HEAD_DIM <= 192 ? 3 : 2, kStagesDo = 2, kStagesDs = kSharedKeys ? 1 : 2;
-  static constexpr int kStagesK = kSharedKeys ? 1 : 2, kTileStages = 2;
+  static constexpr FlashBwdSm90Stages kStages = flash_bwd_sm90_stages(HEAD_DIM);
+  static constexpr int kStagesQ = kStages.q, kStagesDo = kStages.dout, kStagesDs = kStages.ds, kStagesK = kStages.k;
+  static constexpr int kTileStages = 2;
   static constexpr int PANEL = flash_bwd_sm90_panel(HEAD_DIM);  // elements of a row that lie side by side
 
   alignas(1024) T q[kStagesQ][BLOCK_M * HEAD_DIM];

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention/flash_bwd_sm80_config.h"
+#include "attention/flash_bwd_sm90_config.h"
 #include "attention/flash_fwd_sm90_config.h"
 #include "attention/flash_sm80_config.h"
 #include "attention/paged_decode_config.h"
@@ -231,6 +233,35 @@ void bind_kernel_configs(py::module_& m) {
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "num_sms"_a,
       "batch_invariant"_a = false);
+  m.def(
+      "flash_bwd_sm80_config",
+      [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, bool deterministic, int64_t shared_memory, int64_t num_sms) {
+        const FlashBwdSm80Config c =
+            flash_bwd_sm80_config({num_seqs, num_heads, num_kv_heads, head_dim, num_seqs * max_seqlen_q, max_seqlen_q,
+                                   max_seqlen_k, false, deterministic, shared_memory, num_sms});
+        const int64_t num_ctas = c.num_n_blocks * num_kv_heads * num_seqs * c.num_splits;
+        return py::dict("head_dim"_a = c.head_dim, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
+                        "smem_bytes"_a = flash_bwd_sm80_smem_bytes(c.head_dim, c.large), "num_splits"_a = c.num_splits,
+                        "num_tiles"_a = num_ctas, "num_ctas"_a = num_ctas);
+      },
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
+      "deterministic"_a, "shared_memory"_a, "num_sms"_a);
+  m.def(
+      "flash_bwd_sm90_config",
+      [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, bool causal, int64_t num_sms) {
+        const FlashBwdSm90Problem problem = {
+            num_seqs,     num_heads,    num_kv_heads, head_dim, num_seqs * max_seqlen_q,
+            max_seqlen_q, max_seqlen_k, false,        causal,   num_sms};
+        const FlashBwdSm90Config c = flash_bwd_sm90_config(problem);
+        return py::dict("head_dim"_a = c.head_dim, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
+                        "smem_bytes"_a = flash_bwd_sm90_smem_bytes(c.head_dim),
+                        "is_better"_a = flash_bwd_sm90_is_better(problem), "num_tiles"_a = c.num_tiles,
+                        "num_ctas"_a = c.num_ctas);
+      },
+      "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a, "causal"_a,
+      "num_sms"_a);
   m.def(
       "paged_decode_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t max_seqlen_q,

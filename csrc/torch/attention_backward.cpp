@@ -107,15 +107,25 @@ Tensor without_strides(const Tensor& t) {
   return t;
 }
 
-// Whether a call goes to the Hopper kernel, which needs some of q and k. If it does not say: that one has no way to
-// share out the heads of a group where key blocks are few.
+FlashBwdSm90Problem sm90_problem(const AttentionCall& call) {
+  const Dims dims(call.q);
+  return {call.num_seqs,
+          call.num_heads(),
+          call.num_kv_heads(),
+          std::max(call.head_dim(), call.v_head_dim()),
+          call.q.size(dims.token),
+          call.max_seqlen_q,
+          call.max_seqlen_k,
+          dims.packed(),
+          call.causal || call.window_right == 0,
+          num_sms_of(call.q)};
+}
+
+// Whether a call goes to the Hopper kernel, which needs some of q and k.
 bool for_sm90(const AttentionCall& call) {
   const bool any = call.q.numel() > 0 && call.k.numel() > 0 && call.max_seqlen_q > 0 && call.max_seqlen_k > 0;
   if (!any || call.kernel != 0) return any && call.kernel == 90;
-  if (!possible_on_sm90(call)) return false;
-  const int64_t block_n = flash_bwd_sm90_tile(static_cast<int>(std::max(call.head_dim(), call.v_head_dim()))).block_n;
-  const int64_t num_tiles = call.num_seqs * call.num_kv_heads() * ((call.max_seqlen_k + block_n - 1) / block_n);
-  return call.num_heads() == call.num_kv_heads() || 3 * num_tiles >= num_sms_of(call.q);
+  return possible_on_sm90(call) && flash_bwd_sm90_is_better(sm90_problem(call));
 }
 
 Gradients run_sm90(const char* op, const AttentionCall& call, const Upstream& up) {
@@ -159,9 +169,7 @@ Gradients run_sm90(const char* op, const AttentionCall& call, const Upstream& up
   p.out_head_stride = out.stride(dims.head);
   p.q_tokens = q.size(dims.token);
   p.k_tokens = k.size(dims.token);
-  p.config =
-      flash_bwd_sm90_config({call.num_seqs, p.num_heads, p.num_kv_heads, std::max(p.head_dim, p.v_head_dim), p.q_tokens,
-                             call.max_seqlen_q, call.max_seqlen_k, dims.packed(), p.window_right == 0, num_sms_of(q)});
+  p.config = flash_bwd_sm90_config(sm90_problem(call));
   const int64_t num_rows = p.config.rows(p.num_heads);
   const Tensor lse_log2 = empty(q, {num_rows}, ScalarType::Float);
   const Tensor delta = empty(q, {num_rows}, ScalarType::Float);

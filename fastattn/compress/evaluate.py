@@ -222,8 +222,7 @@ def _load(source: ModelSource, options: EvalOptions, kv_cache_dtype: str, kv_cac
     form = nn.kv_cache_format(kv_cache_dtype, dtype, config.head_dim, kv_cache_scales)
     check_kv_scales(kv_cache_scales, kv_cache_dtype, source)
     scales = load_kv_scales(kv_cache_scales, kv_cache_dtype, source)
-    calibrate = form.static_scales and scales is None
-    if calibrate:
+    if form.calibrated:
         scales = torch.ones(config.num_layers, 2, config.num_kv_heads)
     network = load_model(source, device, dtype, options.length)
-    return _Judged(network, form, None if scales is None else scales.to(device), calibrate)
+    return _Judged(network, form, None if scales is None else scales.to(device), form.calibrated)

@@ -191,6 +191,7 @@ def window_cache(
         seqused_k=ints(torch.full((count,), length)),
         block_table=ints(text[:, None] * blocks + torch.arange(blocks)),
         max_seqlen_q=length,
+        mixes_keys=form.mixes_keys,
     )
     memory = nn.KVMemory(form, num_layers, count * blocks, _BLOCK, num_kv_heads, head_dim, device, static_scales)
     return meta, memory.layers

@@ -101,8 +101,17 @@ class BatchBuffers:
     """The step buffer on the host (pinned, for a GPU) and its twin on the device; all arrays stand at fixed places in both,
     so that a captured graph finds the next step's inputs where it found the last one's."""
 
-    def __init__(self, device: torch.device, config: EngineConfig, host: torch.Tensor | None = None) -> None:
-        """host: the memory to build in, uint8, if it is another's (ranks share it)."""
+    def __init__(
+        self,
+        device: torch.device,
+        config: EngineConfig,
+        host: torch.Tensor | None = None,
+        *,
+        mixes_keys: bool = False,
+    ) -> None:
+        """host: the memory to build in, uint8, if it is another's (ranks share it). mixes_keys: as the KV cache's
+        (`KVCacheFormat`)."""
+        self._mixes_keys = mixes_keys
         self.builder = step_builder(config)
         if host is None:
             host = torch.zeros(self.builder.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -180,6 +189,7 @@ class BatchBuffers:
                 seqused_k=v["seqused_k"][:num_seqs],
                 block_table=block_table,
                 max_seqlen_q=max_seqlen_q,
+                mixes_keys=self._mixes_keys,
             ),
             logits_indices=v["logits_indices"][:n],
             temperature=v["temperature"][:n],

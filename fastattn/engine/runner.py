@@ -91,12 +91,12 @@ class Runner:
         if device.type == "cuda":
             for tensor in self.host_blocks:
                 pin(tensor)
-        self._calibrates = self.kv_memory.form.static_scales and kv_scales is None
+        self._calibrates = self.kv_memory.form.calibrated
         self._group_size: int | None = None  # of queries that come to attention together; None: those of a sequence
         if config.batch_invariant:
             form = self.kv_memory.form
             self._group_size = group_size(c.num_heads // c.num_kv_heads, c.sliding_window, form.has_token_scales)
-        self.buffers = BatchBuffers(device, config, step_memory)
+        self.buffers = BatchBuffers(device, config, step_memory, mixes_keys=self.kv_memory.form.mixes_keys)
         self.sampler = Sampler()
         self.pooler = Pooler()
         self.graphs: DecodeGraphs | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def cached_attention(
             name, needed = ("v", "value") if v is None else ("cache_seqlens", "cache_seqlens")
             fail(op, f"k is given and {name} is not: If key is supplied, {needed} must also be passed in")
         check(op, q, k, v)
-        _check_room(op, seqlens, k, cu_seqlens_k_new, capacity)
+        _check_append(op, seqlens, k, cu_seqlens_k_new, capacity, cache_batch_idx)
         cos, sin = _rotary_tables(op, q, rotary_cos, rotary_sin)
         moves = moves or max_seqlen_q == 1
         aligned = moves and q.dim() == 4 and q.shape[1] == k.shape[1]
@@ -119,7 +120,10 @@ def cached_attention(
     return out, lse
 
 
-def _check_room(op: str, seqlens: Tensor, k: Tensor, cu_seqlens_k_new: Tensor | None, capacity: int) -> None:
+def _check_append(
+    op: str, seqlens: Tensor, k: Tensor, cu_seqlens_k_new: Tensor | None, capacity: int, cache_batch_idx: Tensor | None
+) -> None:
+    """That the new keys fit, and that no two sequences write theirs to one place."""
     if not values_readable(seqlens):
         return
     new = [k.shape[1]] * seqlens.shape[0] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff().tolist()
@@ -128,6 +132,19 @@ def _check_room(op: str, seqlens: Tensor, k: Tensor, cu_seqlens_k_new: Tensor | 
             raise ValueError(
                 f"{op}: cache_seqlens[{b}] is {old}, expected 0 ≤ cache_seqlens ≤ {capacity - more}: the cache has room "
                 f"for {capacity} keys of a sequence, and k brings {more}"
+            )
+    if cache_batch_idx is None:
+        return
+    runs = sorted(
+        (row, old, old + more, b)
+        for b, (row, old, more) in enumerate(zip(cache_batch_idx.tolist(), seqlens.tolist(), new, strict=True))
+        if more > 0
+    )
+    for (row, first, end, b), (other_row, other_first, other_end, other) in pairwise(runs):
+        if row == other_row and other_first < end:
+            raise ValueError(
+                f"{op}: cache_batch_idx[{b}] and [{other}] are both {row}, and k is written to its places {first} to {end - 1} "
+                f"for the one and {other_first} to {other_end - 1} for the other, expected each place to be written once"
             )
 
 

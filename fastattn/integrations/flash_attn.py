@@ -223,7 +223,9 @@ def flash_attn_with_kvcache(
     rotary_cos, rotary_sin: (max_position, rotary_dim / 2): k is rotated at the positions it is written to, and q at
       cache_seqlens, cache_seqlens + 1, … if causal or with a window, else all at cache_seqlens.
     cache_seqlens: keys in the cache, an int or (B) int32; the whole cache if None.
-    cache_batch_idx: (B) int32, each sequence's row of the cache. cache_leftpad: (B) int32, where its keys begin.
+    cache_batch_idx: (B) int32, each sequence's row of the cache. Several may read one row. With k and v, sequences of one row must
+      write to different places, else each place holds what any one of them brought, as in flash-attn; the CPU, which can
+      look, raises ValueError. cache_leftpad: (B) int32, where its keys begin.
     block_table: (B, max_blocks) int32, the pages of each sequence.
     rotary_interleaved: pairs are (2i, 2i + 1) if True, (i, i + rotary_dim / 2) if False.
     num_splits: for flash-attn's signature; the kernel decides.

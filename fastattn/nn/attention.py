@@ -14,6 +14,7 @@ from fastattn.nn.norm import RMSNorm
 from fastattn.nn.parallel import ALONE, TensorParallel
 from fastattn.nn.quantized import Rows
 from fastattn.nn.shard import Shard
+from fastattn.reference.rope import hadamard_product
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class AttentionMetadata:
     """Where the tokens of one step stand. All tensors are int32 on the model's device.
 
     positions, slot_mapping: (T,). cu_seqlens_q: (B + 1,). seqused_k: (B,). block_table: (B, max_blocks).
-    calibrate: static scales of the KV cache are set from the step's tokens, before these are written.
+    mixes_keys: as the KV cache's (`KVCacheFormat`). calibrate: its static scales are set from the step's tokens, before these are
+      written.
     """
 
     positions: torch.Tensor
@@ -30,6 +32,7 @@ class AttentionMetadata:
     seqused_k: torch.Tensor
     block_table: torch.Tensor
     max_seqlen_q: int
+    mixes_keys: bool = False
     calibrate: bool = False
 
 
@@ -105,8 +108,7 @@ class Attention(Module):
             k_scale=k_scale,
             v_scale=v_scale,
             norm_eps=self.qk_norm_eps,
-            # Static scales are for keys as they are.
-            hadamard=k_scale is not None and k_scale.dim() == 3,
+            hadamard=meta.mixes_keys,
         )
         out, _ = ops.paged_attention(
             q,
@@ -136,7 +138,7 @@ class Attention(Module):
         k_scale: torch.Tensor,
         v_scale: torch.Tensor,
     ) -> None:
-        """Sets the scales (Hk) of a cache in ``dtype`` from k and v (T, Hk, D), as a cache in their own dtype would hold them."""
+        """Sets the scales (Hk) of a cache in ``dtype`` from k and v (T, Hk, D), as they will be written."""
         count = k.shape[0]
         pages = k.new_empty(2, count, 1, *k.shape[1:])
         ops.rope_kv_write(
@@ -150,5 +152,8 @@ class Attention(Module):
             k_norm_weight=self.k_norm.weight if self.k_norm is not None else None,
             norm_eps=self.qk_norm_eps,
         )
-        for scale, written in zip((k_scale, v_scale), pages, strict=True):
-            scale.copy_(calibrated_scale(written.squeeze(1), dtype))
+        keys, values = pages.squeeze(2)
+        if meta.mixes_keys:
+            keys = hadamard_product(keys.float())
+        k_scale.copy_(calibrated_scale(keys, dtype))
+        v_scale.copy_(calibrated_scale(values, dtype))

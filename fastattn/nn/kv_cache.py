@@ -36,11 +36,12 @@ class KVCacheFormat:
 
     static_scales False: one for each token's head, which is written with it: so nothing is calibrated, no token is out of range,
     and what a token leaves in the cache depends on that token alone. True: one for each KV head of a layer, fixed before
-    anything is written.
+    anything is written. calibrated: those are set from the first tokens that are written, and not by a checkpoint or a file.
     """
 
     dtype: torch.dtype
     static_scales: bool = False
+    calibrated: bool = False
 
     @property
     def is_8bit(self) -> bool:
@@ -49,6 +50,12 @@ class KVCacheFormat:
     @property
     def has_token_scales(self) -> bool:
         return self.is_8bit and not self.static_scales
+
+    @property
+    def mixes_keys(self) -> bool:
+        """Keys, and queries with them, are multiplied by a Hadamard matrix before they are rounded. A checkpoint's scales and a
+        file's are for keys as they are."""
+        return self.is_8bit and (self.calibrated or not self.static_scales)
 
     def bytes_per_token(self, num_layers: int, num_kv_heads: int, head_dim: int) -> int:
         return num_layers * 2 * num_kv_heads * (head_dim * self.dtype.itemsize + 4 * self.has_token_scales)
@@ -82,7 +89,7 @@ def check_kv_cache_scales(scales: str, name: str) -> None:
 def kv_cache_format(name: str, dtype: torch.dtype, head_dim: int, scales: str = "dynamic") -> KVCacheFormat:
     """name, scales: the options kv_cache_dtype and kv_cache_scales. dtype, head_dim: the model's."""
     check_kv_cache_scales(scales, name)
-    form = KVCacheFormat(_DTYPES[name] or dtype, static_scales=scales != "dynamic")
+    form = KVCacheFormat(_DTYPES[name] or dtype, static_scales=scales != "dynamic", calibrated=scales == "calculate")
     if not form.is_8bit and form.dtype is not dtype:
         model = str(dtype).removeprefix("torch.")
         raise ValueError(

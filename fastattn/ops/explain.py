@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastattn import _runtime
 from fastattn.ops._args import MAX_LEADING_DIMS
+from fastattn.ops._explain_backward import FlashBackward, explain_backward
 from fastattn.ops._explain_paged import InvariantAttention, explain_invariant
 from fastattn.ops.checks import MAX_HEAD_DIM, fail_value
 
-_HOPPER_SMS = 132  # of an H100 or H200 (SXM)
+_HOPPER_SMS, _HOPPER_SHARED_MEMORY = 132, 227 * 1024  # of an H100 or H200 (SXM), and what a thread block may have
 _TFLOPS, _TB_S = 790.0, 3.0  # what an H100's matrix units and memory were measured to do
 Shape = tuple[int, ...] | torch.Size
 
@@ -130,6 +131,17 @@ def explain(
 ) -> FlashForward: ...
 @overload
 def explain(
+    what: Literal["flash_bwd"],
+    q: Tensor | Shape,
+    k: Tensor | Shape,
+    /,
+    *,
+    causal: bool = False,
+    deterministic: bool = False,
+    kernel: str = "auto",
+) -> FlashBackward: ...
+@overload
+def explain(
     what: Literal["paged_attention"],
     q: Tensor | Shape,
     k_cache: Tensor | Shape,
@@ -148,15 +160,16 @@ def explain(
     /,
     *,
     causal: bool = False,
+    deterministic: bool = False,
     kernel: str = "auto",
     seqlen_k: int | None = None,
     batch_invariant: bool = False,
     tree: bool = False,
-) -> FlashForward | InvariantAttention | DenseLayer:
+) -> FlashForward | FlashBackward | InvariantAttention | DenseLayer:
     """The configuration that a call gets, and its floor; print it.
 
     `explain("flash_fwd", q, k)` is of `batch_attention(q, k, k, causal=causal, kernel=kernel)`: q (B, Sq, H, D), k (B, Sk, Hk,
-    D). `explain("paged_attention", q, k_cache, seqlen_k=…, batch_invariant=True)` is of one sequence of such a call, with or
+    D). `explain("flash_bwd", q, k)` is of its gradients, also with deterministic=…. `explain("paged_attention", q, k_cache, seqlen_k=…, batch_invariant=True)` is of one sequence of such a call, with or
     without a tree_mask (tree): q (Sq, H, D), its queries, seqlen_k, its keys, and k_cache (num_blocks, block_size, Hk, D), a
     tensor if it is of 8 bits; without batch_invariant it depends on the whole batch, and is not told.
     `explain("linear", x, weight)`, and "rms_norm_linear", "layer_norm_linear", "gated_linear" or "rms_norm_gated_linear", is of
@@ -170,8 +183,16 @@ def explain(
     if isinstance(first, Tensor) and first.is_cuda:
         capability = torch.cuda.get_device_capability(first.device)
         num_sms = torch.cuda.get_device_properties(first.device).multi_processor_count
-    if what == "flash_fwd":
-        return _flash_forward(shapes, causal, kernel, capability, num_sms)
+    if what in ("flash_fwd", "flash_bwd"):
+        problem = _attention_problem(shapes, kernel, capability)
+        num_pairs = _visible_pairs(*problem[4:], causal)
+        if what == "flash_fwd":
+            return _flash_forward(problem, num_pairs, causal, kernel, capability, num_sms)
+        shared_memory = _HOPPER_SHARED_MEMORY
+        if isinstance(first, Tensor) and first.is_cuda:
+            of_device = torch.cuda.get_device_properties(first.device)
+            shared_memory = of_device.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return explain_backward(problem, num_pairs, causal, deterministic, kernel, capability, num_sms, shared_memory)
     if what == "paged_attention":
         if not batch_invariant:
             fail_value(
@@ -180,7 +201,7 @@ def explain(
         is_8bit = isinstance(second, Tensor) and second.itemsize == 1
         return explain_invariant(shapes[0], shapes[1], seqlen_k, tree, is_8bit, capability, num_sms)
     if what not in _DENSE:
-        allowed = ("flash_fwd", "paged_attention", *_DENSE)
+        allowed = ("flash_fwd", "flash_bwd", "paged_attention", *_DENSE)
         fail_value("explain", f"what is {what!r}, expected {', '.join(map(repr, allowed))}")
     return _dense(what, shapes, capability, num_sms)
 
@@ -207,9 +228,10 @@ def _dense(what: str, shapes: list[tuple[int, ...]], capability: tuple[int, int]
     return DenseLayer(what, kernel, m, n, k, *tile, norm != "", *work, gated, bool(config["stream_k"]))
 
 
-def _flash_forward(
-    shapes: list[tuple[int, ...]], causal: bool, kernel: str, capability: tuple[int, int], num_sms: int
-) -> FlashForward:
+def _attention_problem(
+    shapes: list[tuple[int, ...]], kernel: str, capability: tuple[int, int]
+) -> tuple[int, int, int, int, int, int]:
+    """B, H, Hk, D, Sq and Sk of q (B, Sq, H, D) and k (B, Sk, Hk, D), if they fit and the kernel can be had."""
     op = "explain"
     for name, shape in zip("qk", shapes, strict=True):
         if len(shape) != 4:
@@ -222,9 +244,30 @@ def _flash_forward(
             op,
             f"q is {shapes[0]} and k {shapes[1]}, expected D a multiple of 8 up to {MAX_HEAD_DIM}, and Hk to divide H",
         )
-    problem = (batch, heads, kv_heads, dim, seqlen_q, seqlen_k)
     if kernel not in ("auto", "sm80", "sm90") or (kernel == "sm90" and capability != (9, 0)):
         fail_value(op, f"kernel is {kernel!r}, expected 'auto', 'sm80', or 'sm90' for a GPU of capability 9.0")
+    return batch, heads, kv_heads, dim, seqlen_q, seqlen_k
+
+
+def _visible_pairs(seqlen_q: int, seqlen_k: int, causal: bool) -> int:
+    """Pairs of a query and a key that it sees."""
+    if not causal:
+        return seqlen_q * seqlen_k
+    rows = min(
+        seqlen_q, seqlen_k
+    )  # aligned bottom-right: of those that see a key, each sees one more than the one before
+    return rows * (rows + 1) // 2 + rows * (seqlen_k - rows)
+
+
+def _flash_forward(
+    problem: tuple[int, int, int, int, int, int],
+    num_pairs: int,
+    causal: bool,
+    kernel: str,
+    capability: tuple[int, int],
+    num_sms: int,
+) -> FlashForward:
+    batch, heads, kv_heads, dim, seqlen_q, seqlen_k = problem
     large_smem = capability[0] in (9, 10)  # 227 KiB for a CTA
     decode = _runtime.paged_decode_config(*problem, num_sms, large_smem)
     if kernel == "auto":
@@ -240,10 +283,6 @@ def _flash_forward(
         config = _runtime.flash_sm80_config(*problem, num_sms)
         num_splits = config["num_splits"]
         num_tiles = num_ctas = config["num_m_tiles"] * kv_heads * batch * num_splits
-    pairs = seqlen_q * seqlen_k
-    if causal:  # aligned bottom-right: of the rows that see a key, each sees one more than the row before
-        rows = min(seqlen_q, seqlen_k)
-        pairs = rows * (rows + 1) // 2 + rows * (seqlen_k - rows)
     return FlashForward(
         kernel,
         batch,
@@ -259,6 +298,6 @@ def _flash_forward(
         num_tiles,
         num_splits,
         num_ctas,
-        4 * batch * heads * pairs * dim,
+        4 * batch * heads * num_pairs * dim,
         4 * batch * dim * (seqlen_q * heads + seqlen_k * kv_heads),
     )

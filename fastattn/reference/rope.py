@@ -25,7 +25,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def _hadamard(x: Tensor) -> Tensor:
+def hadamard_product(x: Tensor) -> Tensor:
     """x (T, heads, D) times orthonormal Hadamard matrices along the diagonal, of the largest power of two that divides D.
 
     By butterflies, as the kernel does it: a BLAS library's sums would depend on the number of rows.
@@ -82,7 +82,7 @@ def rope_kv_write(
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)  # (T, 1, rotary_dim / 2) each
     q_normed = q if q_norm_weight is None else rms_norm(q, q_norm_weight, norm_eps)
     turned = _rotate(q_normed, cos, sin, interleaved)
-    q.copy_(_hadamard(turned) if hadamard else turned)
+    q.copy_(hadamard_product(turned) if hadamard else turned)
 
     slots = slot_mapping.long()
     if int(slots.min()) < 0:
@@ -91,6 +91,6 @@ def rope_kv_write(
     k_normed = k if k_norm_weight is None else rms_norm(k, k_norm_weight, norm_eps)
     rotated = _rotate(k_normed, cos, sin, interleaved)
     if hadamard:
-        rotated = _hadamard(rotated)
+        rotated = hadamard_product(rotated)
     _write(k_cache, rotated if k_cache.dtype in LARGEST else rotated.to(k_cache.dtype), slots, k_scale)
     _write(v_cache, v, slots, v_scale)

@@ -34,7 +34,8 @@ from fastattn.models.loader import ModelFileError, open_model
 from fastattn.models.loader.kv_scales import is_kv_scale
 from fastattn.models.registry import load_model
 from fastattn.nn import TensorParallel
-from fastattn.nn.kv_cache import calibrated_scale, check_kv_cache_scales
+from fastattn.nn.kv_cache import calibrated_scale, check_kv_cache_scales, kv_cache_format
+from fastattn.reference.rope import hadamard_product
 from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
 from tests.engine.test_kv_cache_dtype import CONFIG, GREEDY, PROMPTS, SOURCE, tokens
@@ -224,14 +225,17 @@ def make(network: DecoderModel, kv_cache_dtype: str, **options: Any) -> Engine:
 def test_calibrated_on_the_first_step(
     network: DecoderModel, caplog: pytest.LogCaptureFixture, kv_cache_dtype: str, per_amax: float, padded: bool
 ) -> None:
-    """The largest of the first prompt's keys and values, as a cache in fp32 has them, with head room; and then fixed."""
+    """The largest of the first prompt's keys and values, as a cache in fp32 has them, keys mixed, with head room; and then
+    fixed."""
     plain = tiny.make_engine(network, SOURCE.tokenizer(), enable_prefix_caching=False)
     plain.runner.kv_memory.values.zero_()
     first = dataclasses.replace(GREEDY, max_tokens=1)
     tiny.run(plain, [LONG], first)
     engine = make(network, kv_cache_dtype, padded=padded)
     tiny.run(engine, [LONG], first)
-    expected = plain.runner.kv_memory.values.abs().amax((2, 3, 5)) * per_amax
+    kept = plain.runner.kv_memory.values  # (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+    kept[:, 0] = hadamard_product(kept[:, 0])
+    expected = kept.abs().amax((2, 3, 5)) * per_amax
     # The layers after the first see their input through rounded keys.
     torch.testing.assert_close(scales_of(engine)[0], expected[0])
     torch.testing.assert_close(scales_of(engine), expected, rtol=0.2, atol=0)
@@ -288,6 +292,41 @@ def test_a_draft_models_scales_are_dynamic(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_do_not_count() -> None:
     seen = torch.tensor([[[1.0, torch.nan], [0.0, 0.0]], [[-3.0, torch.inf], [0.0, 0.0]]])
     torch.testing.assert_close(calibrated_scale(seen, torch.int8), torch.tensor([3 * 1.25 / 127, 1.0]))
+
+
+def test_keys_are_mixed_but_for_scales_that_come_from_elsewhere() -> None:
+    mixes = {
+        (name, scales): kv_cache_format(name, torch.bfloat16, 64, scales).mixes_keys
+        for name in ("fp8", "int8")
+        for scales in ("dynamic", "calculate", "checkpoint", "s.safetensors")
+    }
+    assert {scales for (_, scales), mixed in mixes.items() if mixed} == {"dynamic", "calculate"}
+    assert sum(mixes.values()) == 4
+    assert not kv_cache_format("auto", torch.bfloat16, 64).mixes_keys
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "calculate", "checkpoint"])
+def test_what_is_mixed_is_what_is_written(tmp_path: Path, scales: str) -> None:
+    """The codes of the first layer's keys, times their scales, are the mixed keys of a cache in fp32, or those as they are."""
+    folder = write(tmp_path, {name: torch.tensor(0.05) for pair in names(STYLES[0]) for name in pair}, SCHEME)
+    engines = [
+        LLM(str(folder), device="cpu", max_model_len=256, quiet=True, enable_prefix_caching=False, num_kv_blocks=32, **options).engine
+        for options in ({"kv_cache_dtype": "float32"}, {"kv_cache_dtype": "fp8", "kv_cache_scales": scales})
+    ]  # fmt: skip
+    keys = []
+    for engine in engines:
+        memory = engine.runner.kv_memory
+        memory.values.zero_()
+        tiny.run(engine, [LONG], dataclasses.replace(GREEDY, max_tokens=1))
+        codes, scale = memory.values[0, 0].float(), memory.scales
+        of_keys = 1.0 if scale is None else scale[0, 0].unsqueeze(-1)
+        keys.append(torch.where(codes == 0, 0.0, codes * of_keys))
+    plain, rounded = keys
+    expected = plain if scales == "checkpoint" else hadamard_product(plain)
+    assert bool((plain != 0).any())
+    torch.testing.assert_close(rounded, expected, rtol=0.07, atol=0.01)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(rounded, hadamard_product(expected), rtol=0.07, atol=0.01)
 
 
 def test_memory_plan() -> None:

@@ -40,6 +40,13 @@ ERRORS: list[tuple[Callable[[], Any], str, type[Exception]]] = [
         ValueError,
     ),
     (
+        lambda: fastattn.flash_attn_with_kvcache(
+            Q, CACHE.clone(), CACHE.clone(), NEW, NEW, cache_seqlens=4, cache_batch_idx=torch.tensor([1, 1])
+        ),
+        r"cache_batch_idx\[0\] and \[1\] are both 1, and k is written to its places 4 to 4 for the one and 4 to 4 for the other",
+        ValueError,
+    ),
+    (
         lambda: fastattn.flash_attn_with_kvcache(Q, CACHE, CACHE, rotary_cos=COS, rotary_sin=COS),
         "rotary needs the new key and value",
         RuntimeError,
@@ -64,6 +71,21 @@ def test_errors(index: int) -> None:
     call, message, kind = ERRORS[index]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_sequences_of_one_row_of_the_cache() -> None:
+    """Two may read a row, and append to it at different places; what both see is there."""
+    keys, values, row = CACHE.clone(), 2 * CACHE, torch.tensor([1, 1])
+    lengths = torch.tensor([4, 3], dtype=torch.int32)
+    read = fastattn.flash_attn_with_kvcache(Q, keys, values, cache_seqlens=lengths, cache_batch_idx=row)
+    for b in (0, 1):
+        own = slice(0, int(lengths[b]))
+        torch.testing.assert_close(read[b : b + 1], attention(Q[b : b + 1], keys[1:, own], values[1:, own])[0])
+    out = fastattn.flash_attn_with_kvcache(Q, keys, values, NEW, 3 * NEW, cache_seqlens=lengths, cache_batch_idx=row)
+    assert torch.equal(keys[0], CACHE[0]) and torch.equal(keys[1, [4, 3]], NEW[:, 0])
+    for b in (0, 1):
+        own = slice(0, int(lengths[b]) + 1)
+        torch.testing.assert_close(out[b : b + 1], attention(Q[b : b + 1], keys[1:, own], values[1:, own])[0])
 
 
 def test_defaults_of_the_cache() -> None:

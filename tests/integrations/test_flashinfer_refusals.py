@@ -32,7 +32,11 @@ def planned(**options: Any) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
         ({"window_right": 3}, NotImplementedError, "window_right is 3, expected 0"),
         ({"window_left": -2}, ValueError, "window_left is -2"),
         ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap is -1.0"),
-        ({"kv_data_type": torch.float8_e4m3fn}, NotImplementedError, "kv_data_type is torch.float8_e4m3fn"),
+        (
+            {"kv_data_type": "float8_e5m2"},
+            NotImplementedError,
+            "kv_data_type is float8_e5m2, expected q_data_type, torch.float32, or torch.float8_e4m3fn",
+        ),
         ({"data_type": torch.float16}, NotImplementedError, "kv_data_type is torch.float16, expected q_data_type"),
         ({"o_data_type": "float16"}, NotImplementedError, "o_data_type is float16"),
         ({"q_data_type": "float17"}, ValueError, "q_data_type is 'float17'"),
@@ -51,6 +55,7 @@ def test_plans_that_are_refused(options: dict[str, Any], error: type[Exception],
     ("options", "message"),
     [
         ({"q_scale": torch.ones(1)}, "q_scale is a tensor, expected a float"),
+        ({"k_scale": torch.ones(1)}, "k_scale is a tensor, expected a float"),
         ({"kv_cache_sf": (torch.ones(1), torch.ones(1))}, "kv_cache_sf is "),
         ({"skip_softmax_threshold_scale_factor": 0.5}, "skip_softmax_threshold_scale_factor is 0.5, expected None"),
     ],
@@ -78,6 +83,17 @@ def test_tensors_that_were_not_planned_for() -> None:
             wrapper.run(*arguments)
     with pytest.raises(ValueError, match="q_len_per_req is 2, expected 1"):
         wrapper.run(q, cache, q_len_per_req=2)
+    eight, wrapper = cache.to(torch.float8_e4m3fn), planned(kv_data_type=torch.float8_e4m3fn)
+    with pytest.raises(
+        ValueError, match=r"k is torch.float32, expected torch.float8_e4m3fn, as planned: give plan kv_data"
+    ):
+        wrapper.run(q, cache)
+    with pytest.raises(ValueError, match=r"v_scale has shape \(3,\), expected one number or \(Hk\) = \(2,\)"):
+        wrapper.run(q, eight, v_scale=torch.ones(3))
+    with pytest.raises(
+        ValueError, match=r"k is torch.float8_e4m3fn, expected torch.float32, as planned: give plan q_data"
+    ):
+        planned().run(q, eight)
 
 
 def test_pages_that_do_not_fit() -> None:
@@ -152,6 +168,10 @@ def test_other_things_that_are_refused() -> None:
         prefill.plan(*pages, token_pos_in_items_len=3)
     with pytest.raises(ValueError, match="qo_indptr has 3 entries, expected 2"):
         prefill.plan(ints(0, 1, 1), *pages[1:])
+    with pytest.raises(
+        NotImplementedError, match=r"kv_data_type is torch.float8_e4m3fn, expected q_data_type, torch.float16$"
+    ):
+        ragged.plan(ints(0, 1), ints(0, 1), *HEADS, DIM, kv_data_type=torch.float8_e4m3fn)
     with pytest.raises(NotImplementedError, match="v_indptr is a tensor"):
         ragged.plan(ints(0, 1), ints(0, 1), *HEADS, DIM, v_indptr=ints(0, 1))
     with pytest.raises(

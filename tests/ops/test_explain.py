@@ -254,13 +254,84 @@ def test_work_and_floor() -> None:
     assert fastattn.explain("flash_fwd", (1, 9, 1, 64), (1, 2, 1, 64), causal=True).num_ops == 4 * 3 * 64
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(0, 40),
+    kv_heads=st.integers(1, 16),
+    group=st.integers(1, 16),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    seqlen_q=st.integers(0, 9000),
+    seqlen_k=st.integers(0, 9000),
+    causal=st.booleans(),
+    deterministic=st.booleans(),
+    kernel=st.sampled_from(("auto", "sm80", "sm90")),
+)
+def test_gradients_have_a_tile_for_each_key(
+    batch: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool,
+    deterministic: bool,
+    kernel: str,
+) -> None:
+    q, k = (batch, seqlen_q, kv_heads * group, head_dim), (batch, seqlen_k, kv_heads, head_dim)
+    found = fastattn.explain("flash_bwd", q, k, causal=causal, deterministic=deterministic, kernel=kernel)
+    tiles = batch * kv_heads * -(-seqlen_k // found.block_n)
+    assert found.num_tiles == tiles * found.num_splits
+    assert 0 <= found.padded_head_dim - head_dim < 64 and found.padded_head_dim in (64, 96, 128, 192, 256)
+    assert found.smem_bytes <= 227 * 1024
+    assert 2 * found.smem_bytes > 227 * 1024, "one CTA an SM, as num_waves counts them"
+    assert (found.num_waves - 1) * 132 < found.num_tiles <= found.num_waves * 132
+    if batch * seqlen_q * seqlen_k == 0:
+        assert found.kernel == "sm80"
+    elif kernel != "auto":
+        assert found.kernel == kernel
+    else:
+        hopper_tiles = batch * kv_heads * -(-seqlen_k // (128 if head_dim <= 128 else 64))
+        assert (found.kernel == "sm80") == (group > 1 and 3 * hopper_tiles < 132)
+    if found.kernel == "sm90":
+        assert found.num_splits == 1 and found.num_ctas == min(found.num_tiles, 132)
+    else:
+        assert 1 <= found.num_splits <= group and found.num_ctas == found.num_tiles
+
+
+def test_gradients_are_explained() -> None:
+    q, k = (4, 4096, 32, 128), (4, 4096, 8, 128)
+    many = fastattn.explain("flash_bwd", q, k, causal=True)
+    assert (many.kernel, many.block_m, many.block_n, many.num_tiles, many.num_ctas) == ("sm90", 64, 128, 1024, 132)
+    assert many.num_waves == 8
+    forward = fastattn.explain("flash_fwd", q, k, causal=True)
+    assert many.num_ops * 2 == forward.num_ops * 5
+    tensor = torch.empty(q, device="meta", dtype=torch.bfloat16)
+    assert many.num_bytes == 8 * tensor.numel() + 2 * tensor.numel() + 4 * 4 * 32 * 4096
+    assert many.floor_us(tflops=1.0) == pytest.approx(many.num_ops / 1e6)
+    said = str(many)
+    assert (
+        "1024 tiles of 128 keys, 64 query rows a step; 132 CTAs of 211 KiB of shared memory, 8 waves on 132 SMs" in said
+    )
+    assert "added up in any order" in said and "bound by its matrix units" in said
+    assert "deterministic, in the order of the keys" in str(fastattn.explain("flash_bwd", q, k, deterministic=True))
+    # Few keys and grouped heads: the portable kernel shares out the heads.
+    few = fastattn.explain("flash_bwd", (1, 512, 32, 128), (1, 512, 8, 128), deterministic=True)
+    assert (few.kernel, few.num_splits, few.num_ctas) == ("sm80", 4, 128)
+    assert "Hopper's kernel would have 32 tiles, less than a third of 132 SMs" in few.why
+    assert "by a kernel of its own" in str(few) and "among 4 CTAs" in str(few)
+    assert fastattn.explain("flash_bwd", (1, 512, 8, 128), (1, 512, 8, 128)).kernel == "sm90"
+    padded = fastattn.explain("flash_bwd", (1, 512, 8, 80), (1, 512, 8, 80), kernel="sm80")
+    assert "(padded to 96)" in str(padded) and padded.why == "as it was asked for"
+    assert fastattn.explain("flash_bwd", (1, 9, 8, 256), (1, 0, 8, 256)).why == "there are no queries or no keys"
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
         (
-            ("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)),
+            ("flash_bwd_fp8", (1, 1, 1, 64), (1, 1, 1, 64)),
             {},
-            "what is 'flash_bwd', expected 'flash_fwd', 'paged_attention', 'linear'",
+            "what is 'flash_bwd_fp8', expected 'flash_fwd', 'flash_bwd', 'paged_attention', 'linear'",
         ),
         (("linear", (1, 2, 3, 64), (64, 64)), {}, r"x has shape \(1, 2, 3, 64\), expected 1 to 3 dimensions"),
         (("gated_linear", (2, 64), (63, 64)), {}, r"weight has shape \(63, 64\), expected \(2N, 64\), as many rows"),
@@ -270,6 +341,9 @@ def test_work_and_floor() -> None:
         (("flash_fwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),
         (("flash_fwd", (1, 1, 1, 60), (1, 1, 1, 60)), {}, "multiple of 8"),
         (("flash_fwd", (1, 1, 1, 64), (1, 1, 1, 64)), {"kernel": "sm70"}, "kernel is 'sm70'"),
+        (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {"kernel": "sm70"}, "kernel is 'sm70'"),
+        (("flash_bwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
+        (("flash_bwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments: tuple, options: dict, says: str) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from fastattn.integrations._common import not_implemented
 
 LOG2_E = math.log2(math.e)
+FP8 = torch.float8_e4m3fn
 PagedCache = Tensor | tuple[Tensor, Tensor]
 DType = str | torch.dtype
+Scale = float | Tensor | None  # a tensor: of one number, or (Hk)
 
 
 def refuse(op: str, **given: Any) -> None:
@@ -64,7 +66,7 @@ def caches(op: str, paged_kv_cache: PagedCache, kv_layout: str) -> tuple[Tensor,
     return tokens_first(k, kv_layout), tokens_first(v, kv_layout)
 
 
-def scale_of(op: str, head_dim: int, sm_scale: float | None, **factors: float | None) -> float:
+def scale_of(op: str, head_dim: int, sm_scale: float | None, **factors: Scale) -> float:
     """sm_scale, 1/√D if None, times the factors that are given."""
     scale = max(head_dim, 1) ** -0.5 if sm_scale is None else sm_scale
     for name, factor in factors.items():
@@ -72,6 +74,16 @@ def scale_of(op: str, head_dim: int, sm_scale: float | None, **factors: float | 
             not_implemented(op, f"{name} is a tensor, expected a float: reading it would wait for the GPU")
         scale *= 1.0 if factor is None else factor
     return float(scale)
+
+
+def scale_of_heads(op: str, name: str, scale: Scale, k_cache: Tensor) -> Tensor:
+    """(Hk) fp32, on the cache's device, of k_cache (pages, page_size, Hk, D): ones if None."""
+    heads = k_cache.shape[2]
+    if not isinstance(scale, Tensor):
+        return torch.full((heads,), 1.0 if scale is None else scale, device=k_cache.device)
+    if scale.numel() != 1 and scale.shape != (heads,):
+        raise ValueError(f"{op}: {name} has shape {tuple(scale.shape)}, expected one number or (Hk) = ({heads},)")
+    return scale.to(k_cache.device, torch.float32).flatten().expand(heads)
 
 
 def softcap_of(op: str, logits_soft_cap: float | None) -> float:
@@ -97,7 +109,7 @@ def dtype_of(op: str, name: str, dtype: DType) -> torch.dtype:
     return found
 
 
-def scaled(out: Tensor, v_scale: float | None) -> Tensor:
+def scaled(out: Tensor, v_scale: Scale) -> Tensor:
     return out if v_scale is None else out * v_scale
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.integrations._common import not_implemented
 from fastattn.integrations.flashinfer._common import (
+    FP8,
     DType,
     check_encoding,
     check_layout,
@@ -61,28 +62,36 @@ class Plan:
         # Both promise that a row does not depend on its batch, which our kernels do not.
         refuse(op, fixed_split_size=fixed_split_size, disable_split_kv=disable_split_kv)
         q_dtype = dtype_of(op, "q_data_type", q_data_type)
-        for name, dtype in (("kv_data_type", kv_data_type), ("o_data_type", o_data_type)):
-            if dtype is not None and dtype_of(op, name, dtype) != q_dtype:
-                not_implemented(op, f"{name} is {dtype}, expected q_data_type, {q_dtype}")
+        kv_dtype = q_dtype if kv_data_type is None else dtype_of(op, "kv_data_type", kv_data_type)
+        if kv_dtype not in (q_dtype, FP8 if page_size is not None else q_dtype):
+            also = f", or {FP8}" if page_size is not None else ""
+            not_implemented(op, f"kv_data_type is {kv_data_type}, expected q_data_type, {q_dtype}{also}")
+        if o_data_type is not None and dtype_of(op, "o_data_type", o_data_type) != q_dtype:
+            not_implemented(op, f"o_data_type is {o_data_type}, expected q_data_type, {q_dtype}")
         if page_size is not None and page_size < 1:
             raise ValueError(f"{op}: page_size is {page_size}, expected an int ≥ 1")
         return Plan(
             num_qo_heads, num_kv_heads, head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo, page_size, q_dtype,
-            q_dtype, causal, window_left, softcap_of(op, logits_soft_cap), sm_scale,
+            kv_dtype, causal, window_left, softcap_of(op, logits_soft_cap), sm_scale,
         )  # fmt: skip
 
     def check(self, op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         """That a call's tensors, k and v with tokens before heads, are those that were planned for."""
         heads, dim, dim_v = self.num_kv_heads, self.head_dim_qk, self.head_dim_vo
-        planned = (("q", q, (self.num_qo_heads, dim)), ("k", k, (heads, dim)), ("v", v, (heads, dim_v)))
-        for name, t, shape in planned:
+        planned = (
+            ("q", q, (self.num_qo_heads, dim), self.q_dtype),
+            ("k", k, (heads, dim), self.kv_dtype),
+            ("v", v, (heads, dim_v), self.kv_dtype),
+        )
+        for name, t, shape, dtype in planned:
             if t.shape[-2:] != shape:
                 raise ValueError(
                     f"{op}: {name} has shape {tuple(t.shape)}, expected heads and head dim {shape}, as planned"
                 )
-            if t.dtype != self.q_dtype:
+            if t.dtype != dtype:
+                option = "q_data_type" if name == "q" or self.kv_dtype == self.q_dtype else "kv_data_type"
                 raise ValueError(
-                    f"{op}: {name} is {t.dtype}, expected {self.q_dtype}, as planned: give plan q_data_type={t.dtype}"
+                    f"{op}: {name} is {t.dtype}, expected {dtype}, as planned: give plan {option}={t.dtype}"
                 )
         if self.page_size is not None and k.shape[1] != self.page_size:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.integrations.flashinfer._common import PagedCache, caches, check_layout
+from fastattn.integrations.flashinfer._common import FP8, PagedCache, caches, check_layout
 from fastattn.ops import rope_kv_write
 
 
@@ -61,7 +61,8 @@ def append_paged_kv_cache(
 ) -> None:
     """Write keys and values to the pages of their requests, which are there already.
 
-    append_key, append_value: (nnz, Hk, D). batch_indices, positions: (nnz) int32, where each goes, as
+    append_key, append_value: (nnz, Hk, D), the cache's dtype; for a cache in float8_e4m3fn also 16 bits, which are rounded as
+      they are: divide them by the scales before. batch_indices, positions: (nnz) int32, where each goes, as
       `get_batch_indices_positions` gives them; nothing is written for a batch index of -1.
     paged_kv_cache: (pages, 2, page_size, Hk, D), for kv_layout "HND" (pages, 2, Hk, page_size, D), or a tuple (k, v)
       without the 2; changed in place.
@@ -89,6 +90,8 @@ def append_paged_kv_cache(
 
 def _write_slots(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """The cache write of `rope_kv_write`, without a query and with no dimension rotated."""
+    if k.dtype is FP8:  # every one of its numbers is one of bf16, and comes back
+        k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
     nowhere = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
     rope_kv_write(
         k.new_empty((k.shape[0], 0, k.shape[2])), k, v, torch.empty((1, 0), device=k.device), nowhere, slots,

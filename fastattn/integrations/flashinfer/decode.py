@@ -10,6 +10,7 @@ from fastattn.integrations._common import offsets
 from fastattn.integrations.flashinfer._common import (
     DType,
     PagedCache,
+    Scale,
     check_encoding,
     given,
     refuse,
@@ -92,7 +93,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
           last page, 1 to page_size.
         window_left: how many keys before its own a query sees, -1 is all. logits_soft_cap: `cap * tanh(score / cap)`, None
           or 0 is off. sm_scale: 1/√head_dim if None.
-        q_data_type, and the others, which must be the same: a torch.dtype or its name.
+        q_data_type, and the others, which must be the same: a torch.dtype or its name. kv_data_type may also be
+          torch.float8_e4m3fn, with head_dim a multiple of 16.
         block_tables: (B, max_blocks) int32, in place of indices; with use_cuda_graph its width is fixed by the first plan,
           and the table takes less memory than without, which is B times the indices buffer.
         seq_lens: (B) int32, in place of the lengths that indptr and last_page_len give.
@@ -125,8 +127,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         *args: Any,
         q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
@@ -142,7 +144,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         q: (B, H, D), or (B * q_len_per_req, H, D).
         paged_kv_cache: (pages, 2, page_size, Hk, D), for kv_layout "HND" (pages, 2, Hk, page_size, D), or a tuple (k, v)
           without the 2.
-        q_scale, k_scale: factors of the scores. v_scale: one of the result. out, lse: to write to.
+        q_scale, k_scale: factors of the scores. v_scale: one of the result. With a cache in float8_e4m3fn k_scale and v_scale
+          are what its numbers are multiplied by, and may be tensors of one number or (Hk) too. out, lse: to write to.
         window_left: in place of the plan's. sinks: (H), a logit more in the sum of each row's softmax; the LSE has it too.
 
         Returns out like q, with return_lse also lse (B, H) fp32, base 2.
@@ -164,8 +167,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
         q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
@@ -183,8 +186,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
         q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
@@ -202,8 +205,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str,
         q_scale: float | None,
-        k_scale: float | None,
-        v_scale: float | None,
+        k_scale: Scale,
+        v_scale: Scale,
         window_left: int,
         logits_soft_cap: float | None,
         sm_scale: float | None,
