@@ -204,12 +204,13 @@ def gemm_sm90_config(
     num_sms: int,
     element_bytes: int = ...,
     two_levels: bool = ...,
-    norm: Literal["", "rms", "layer"] = ...,
+    norm: Literal["", "rms", "rms_given", "layer"] = ...,
     gated: bool = ...,
     block_scales: bool = ...,
     zero_points: bool = ...,
     in_order: bool = ...,
     fast_accum: bool = ...,
+    added: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_w4_config(
     m: int,

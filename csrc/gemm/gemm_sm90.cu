@@ -25,6 +25,11 @@ constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128, 128>, kManyR
                                            kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>,
                                            kManyRows<Operands, 192, 224>};
 template <typename Operands>
+constexpr Instantiation kGivenManyRows[] = {
+    kManyRows<Operands, 64, 224>,  kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
+    kManyRows<Operands, 128, 192>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
+    kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
+template <typename Operands>
 constexpr int kHalfTileColumns = sizeof(typename Operands::Element) == 1 ? 96 : 224;  // of gemm_sm90_has_width
 template <typename Operands>
 constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 64, kHalfTileColumns<Operands>>,
@@ -102,10 +107,6 @@ template <typename Operands, typename Epilogue>
 constexpr bool kHasInOrder = Operands::kNorm == GemmSm90Norm::kNone && !(Operands::kScaled && Epilogue::kRows == 2) &&
                              !std::is_same_v<typename Operands::Sum, int32_t>;
 
-template <typename Operands>
-constexpr bool kHasNarrow =
-    Operands::kNorm == GemmSm90Norm::kNone && !std::is_same_v<typename Operands::Element, __nv_fp8_e4m3>;
-
 template <typename FewRowsOperands, typename ManyRowsOperands = FewRowsOperands, typename Epilogue = GemmSm90Plain>
 cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
   if constexpr (kHasInOrder<FewRowsOperands, Epilogue>) {
@@ -120,7 +121,9 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (gemm_sm90_counts(ManyRowsOperands::kNorm)) {
     return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
-  } else if constexpr (!kHasNarrow<ManyRowsOperands>) {
+  } else if constexpr (ManyRowsOperands::kNorm == GemmSm90Norm::kRmsGiven) {
+    return launch_of(kGivenManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (std::is_same_v<typename ManyRowsOperands::Element, __nv_fp8_e4m3>) {
     return launch_of(kWideManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);

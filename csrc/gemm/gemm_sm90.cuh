@@ -30,8 +30,8 @@
 //
 // Tiles of 192 rows have three groups, in none of these turns.
 //
-// Where tiles are fewer than pairs of SMs, clusters share the stages of all tiles of 128 x 256, or of a plain product's
-// of 128 x 128, instead: gemm_sm90_stream_k.cuh. Not with turns in which a group has a tile for itself.
+// Where tiles are fewer than pairs of SMs, clusters share the stages of all tiles of 128 x 256, or of most products' of
+// 128 x 128, instead: gemm_sm90_stream_k.cuh. Not with turns in which a group has a tile for itself.
 //
 // Rows of x are shared out evenly: a CTA has config.rows of them, as many as there are rows in a box of x, up to its
 // tile's. What lies in the place of others was there before, and is multiplied, but not stored.
@@ -69,10 +69,8 @@ struct GemmSm90ManyRowsThreads {
 };
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
-constexpr bool kGemmSm90Streams =
-    gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels,
-                      Operands::kNorm == GemmSm90Norm::kNone && !kGemmSm90HasBlockScales<Operands> &&
-                          std::is_same_v<Epilogue, GemmSm90Plain>);
+constexpr bool kGemmSm90Streams = gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels,
+                                                    Epilogue::kRows == 2, kGemmSm90Counts<Operands::kNorm>);
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
 __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, 1)
@@ -167,7 +165,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
     constexpr bool kCounts = kGemmSm90Counts<Operands::kNorm>, kGiven = Operands::kNorm == GemmSm90Norm::kRmsGiven;
-    static_assert(!kCounts || !OWN_TILES, "a warp looks at 16 rows");
+    static_assert(!(kCounts || kGiven) || !OWN_TILES, "a warp has 16 rows");
     GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
     using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8 + (kCounts ? 1 : 0)>;
     int buffer = 0;
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
       const int32_t end_row = min(tile.first_m + cta_rows, num_rows);
       const bool ends_tile = end == num_steps;
-      GemmSm90GivenSquares<HALVES> given(p);
+      GemmSm90GivenSquares given(p);
       using Added = std::conditional_t<Epilogue::kAdds, GemmSm90AddedRows<T, HALVES, BLOCK_N>, GemmSm90NothingAdded>;
       Added added(p, first_row, end_row, tile.first_n, lane);
       const auto beside_products = [&](uint32_t stage, int32_t step) {
@@ -245,7 +243,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
           } while (GemmSm90Walk::run_begin(num_tiles * num_steps, other, num_clusters) > first_step);
         }
       }
-      if constexpr (kGiven) given.finish(of_rows, p, first_row + lane / 4, lane);
+      if constexpr (kGiven) given.finish(of_rows[0], p, first_row + lane / 4, lane);
       if constexpr (kCounts) {
         moments.finish();
 #pragma unroll

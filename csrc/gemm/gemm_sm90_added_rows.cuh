@@ -33,10 +33,9 @@ struct GemmSm90NothingAdded {
 template <typename T, int HALVES, int BLOCK_N>
 struct GemmSm90AddedRows {
   static constexpr int kChunks = BLOCK_N / 32 * HALVES;
-  // Chunks that are asked for behind the last products; two for each that is stored, since its sums leave room for
-  // Chunks on their way, as many as there are registers for. Of 192 columns in turns none: the other group's products
-  // hide what is waited for.
-  static constexpr int kAhead = HALVES == 1 ? 2 : BLOCK_N == 192 ? 0 : 4, kSlots = kAhead == 0 ? 1 : kAhead;
+  // Chunks on their way, as many as there are registers for. In turns none: the other group's products hide what is
+  // waited for.
+  static constexpr int kAhead = HALVES == 1 ? 2 : 0, kSlots = kAhead == 0 ? 1 : kAhead;
   const GemmSm90AddedParams& p;
   int32_t row, column, end_row;  // of a lane's first 8 columns; where rows end
   int lane;

@@ -37,22 +37,22 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
 // Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no norm
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one, and where a residual is added 64 have a sum of squares. `narrow`: whether there are tiles of 64
-// rows, of 96 columns, and instead of 128 x 128 in turns those without, which can be streamed: not of norms whose
-// squares are known and of e4m3 in one level.
+// columns have one, and where a residual is added 64 have a sum of squares, and 128 x 192 is there with turns, which
+// hide what is waited for, and without, since their last tile's rows are one group's. `narrow`: whether there are tiles
+// of 64 rows, of 96 columns, and instead of 128 x 128 in turns those without, which can be streamed.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
                                   bool block_scales = false, bool zero_points = false, bool added = false,
                                   bool narrow = true) {
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
-  if (tile.block_m == 64) return narrow && !two_levels && !norm && !gated;
-  if (tile.block_n == 96) return narrow && !norm && !gated;
+  if (tile.block_m == 64) return narrow && !two_levels && !gated;
+  if (tile.block_n == 96) return narrow && !gated;
   if (gated && tile.block_n == 224) return false;
   if (norm || gated) return !tile.turns && (!two_levels || tile.block_n <= 192);
   if (two_levels) return tile.turns ? tile.block_n == 256 : tile.block_n <= 192;
-  if (tile.block_m == 128 && tile.block_n == 128) return tile.turns == (added || !narrow);
-  return tile.turns ? tile.block_n <= 192 : tile.block_m == 192 || tile.block_n > 192;
+  if (tile.block_m == 128 && tile.block_n == 128) return tile.turns == !narrow;
+  return tile.turns ? tile.block_n <= 192 : added || tile.block_m == 192 || tile.block_n > 192;
 }
 
 // Tiles of 64 rows are as wide as is the fastest somewhere.
@@ -61,12 +61,13 @@ constexpr bool gemm_sm90_has_width(const GemmSm90Tile& tile, int64_t element_byt
 }
 
 // In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on,
-// and of plain products (no norm, no gates, nothing added) in one level those with which 256 rows by 4,096 columns
-// leave two pairs for each tile. In two levels these lose 2 % by it elsewhere.
-constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels, bool plain) {
+// and in one level those with which 256 rows by 4,096 columns leave two pairs for each tile, but for gates (not
+// measured) and norms that look at x, which wide tiles hide and these do not. In two levels they lose 2 % by it
+// elsewhere.
+constexpr bool gemm_sm90_streams(const GemmSm90Tile& tile, bool two_levels, bool gated, bool counts) {
   if (tile.block_m != 128) return false;
   if (tile.block_n == 256) return tile.turns == two_levels;
-  return plain && !two_levels && tile.block_n == 128 && !tile.turns;
+  return !gated && !counts && !two_levels && tile.block_n == 128 && !tile.turns;
 }
 
 // Of gemm_sm90_few_rows.cuh.
@@ -127,7 +128,7 @@ struct GemmSm90Problem {
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 
-  bool narrow() const { return norm != GemmSm90Norm::kRmsGiven && !fast_accum; }
+  bool narrow() const { return !gemm_sm90_counts(norm) && !fast_accum; }
   bool plain() const { return norm == GemmSm90Norm::kNone && !gated && !added && !block_scales; }
 };
 
@@ -199,9 +200,10 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double norm_us =
         has_norm ? 0.1 * (256.0 / static_cast<double>(block_n) - 1.0) + (has_mean ? 0.09 : 0.0) : 0.0;
     // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
-    // write at the same time.
-    const double epilogue_us = 6.7e-5 * tile_size;
-    const double num_epilogues = config.tile.turns && !problem.two_levels ? 1.0 : num_waves;
+    // write at the same time. A residual is waited for, by one group with turns, which has no registers to ask early.
+    const bool own_tiles = config.tile.turns && !problem.two_levels;
+    const double epilogue_us = tile_size * (6.7e-5 + (problem.added ? own_tiles ? 4.5e-4 : 1.4e-4 : 0.0));
+    const double num_epilogues = own_tiles ? 1.0 : num_waves;
     double num_panels = num_waves * static_cast<double>(problem.num_panels()), handed_us = 0.0;
     if (config.stream_k) {
       // Pairs that are at different places of K share less in the L2 cache, the less so the larger the weight is. One
@@ -209,7 +211,9 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
       const double part = static_cast<double>(num_tiles) / static_cast<double>(num_pairs);  // of a wave
       const double num_others = static_cast<double>(ceil_div(num_pairs, num_tiles));
       num_panels = part * static_cast<double>(problem.num_panels()) * (1.06 + 0.003 * std::max(0.0, weight_us - 45.0));
-      handed_us = tile_size * (7.0e-5 + 1.0e-4 * num_others);
+      // Where pairs are no multiple of tiles, some end one tile and begin another.
+      const double uneven = num_pairs % num_tiles == 0 ? 0.0 : 1.4e-4;
+      handed_us = tile_size * (7.0e-5 + 1.0e-4 * num_others + uneven);
     }
     // With 64 rows a panel is soon multiplied, and what it takes to come counts, the more so the fewer SMs ask for
     // some.
@@ -306,7 +310,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   }
   if (problem.m > 64) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
-      const bool has_norm = gemm_sm90_counts(problem.norm);
+      const bool has_norm = problem.norm != GemmSm90Norm::kNone, counts = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
                               problem.zero_points, problem.added, problem.narrow()) ||
           !gemm_sm90_has_width(tile, problem.element_bytes)) {
@@ -315,7 +319,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
       if (tile.block_m == 64 && problem.m > 128) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
-      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.plain() && problem.narrow()) &&
+      if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.gated, counts) &&
           num_tiles < problem.num_pairs() && num_tiles * problem.num_panels() < INT32_MAX) {
         consider(false, tile, 1, true);
       }

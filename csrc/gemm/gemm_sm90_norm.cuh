@@ -162,14 +162,13 @@ struct GemmSm90RowMoments {
   }
 };
 
-// Many rows whose sums of squares are given: of a lane's two rows, 8 apart, of each half of a tile, every fourth. A
-// lane asks for one beside a stage's products and adds it kSteps stages later: one step of a narrow tile is shorter
-// than the way to L2 and back. Nothing moves from register to register meanwhile, since that would wait for it.
-template <int HALVES>
+// Many rows whose sums of squares are given: of a lane's two rows, 8 apart, every fourth. A lane asks for one beside a
+// stage's products and adds it kSteps stages later: one step of a narrow tile is shorter than the way to L2 and back.
+// Nothing moves from register to register meanwhile, since that would wait for it.
 struct GemmSm90GivenSquares {
   static constexpr int kSteps = 3;
   int32_t num_parts, first = 0, next = 0;  // the parts that are asked for next, and beside which stage
-  float asked[HALVES][2] = {}, squares[HALVES][2] = {};
+  float asked[2] = {}, squares[2] = {};
 
   __device__ __forceinline__ explicit GemmSm90GivenSquares(const GemmSm90Params& p)
       : num_parts(num_squares_parts(p.k)) {}
@@ -181,19 +180,15 @@ struct GemmSm90GivenSquares {
 
   // Behind the last one: every lane gets what its rows are multiplied by.
   template <typename RowFactors>
-  __device__ __forceinline__ void finish(RowFactors (&of_rows)[HALVES], const GemmSm90Params& p, int32_t row,
-                                         int lane) {
+  __device__ __forceinline__ void finish(RowFactors& of_rows, const GemmSm90Params& p, int32_t row, int lane) {
 #pragma unroll 1
     while (first < num_parts + 4) step(p, row, lane);
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        GemmSm90Moments moments = {0.0f, squares[half][r]};
-        moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 1);
-        moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 2);
-        of_rows[half].scale[r] = row_norm_of<GemmSm90Norm::kRmsGiven>(p, moments, 0.0f).scale;
-      }
+    for (int r = 0; r < 2; ++r) {
+      GemmSm90Moments moments = {0.0f, squares[r]};
+      moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 1);
+      moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 2);
+      of_rows.scale[r] = row_norm_of<GemmSm90Norm::kRmsGiven>(p, moments, 0.0f).scale;
     }
   }
 
@@ -201,14 +196,11 @@ struct GemmSm90GivenSquares {
   __device__ __forceinline__ void step(const GemmSm90Params& p, int32_t row, int lane) {
     const int32_t part = first + lane % 4;
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        squares[half][r] += asked[half][r];
-        asked[half][r] = 0.0f;
-        const int32_t of_row = row + half * 64 + r * 8;
-        if (part < num_parts && of_row < p.m) asked[half][r] = p.x_squares[int64_t{of_row} * num_parts + part];
-      }
+    for (int r = 0; r < 2; ++r) {
+      squares[r] += asked[r];
+      asked[r] = 0.0f;
+      const int32_t of_row = row + r * 8;
+      if (part < num_parts && of_row < p.m) asked[r] = p.x_squares[int64_t{of_row} * num_parts + part];
     }
     first += 4;
     next += kSteps;

@@ -302,12 +302,14 @@ void bind_kernel_configs(py::module_& m) {
   m.def(
       "gemm_sm90_config",
       [](int64_t rows, int64_t n, int64_t k, int64_t num_sms, int64_t element_bytes, bool two_levels,
-         const std::string& norm, bool gated, bool block_scales, bool zero_points, bool in_order, bool fast_accum) {
-        const GemmSm90Norm kind = norm == "rms"     ? GemmSm90Norm::kRms
-                                  : norm == "layer" ? GemmSm90Norm::kLayer
-                                                    : GemmSm90Norm::kNone;
+         const std::string& norm, bool gated, bool block_scales, bool zero_points, bool in_order, bool fast_accum,
+         bool added) {
+        const GemmSm90Norm kind = norm == "rms"         ? GemmSm90Norm::kRms
+                                  : norm == "rms_given" ? GemmSm90Norm::kRmsGiven
+                                  : norm == "layer"     ? GemmSm90Norm::kLayer
+                                                        : GemmSm90Norm::kNone;
         const GemmSm90Config c = gemm_sm90_config({rows, n, k, num_sms, element_bytes, two_levels, kind, gated,
-                                                   block_scales, zero_points, in_order, false, fast_accum});
+                                                   block_scales, zero_points, in_order, added, fast_accum});
         return py::dict("few_rows"_a = c.few_rows, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
                         "ctas_per_sm"_a = c.tile.ctas_per_sm, "turns"_a = c.tile.turns, "in_order"_a = c.tile.in_order,
                         "weight_rows"_a = c.weight_rows, "num_splits"_a = c.num_splits, "stream_k"_a = c.stream_k,
@@ -315,7 +317,8 @@ void bind_kernel_configs(py::module_& m) {
                         "group_rows"_a = c.group_rows, "num_ctas"_a = c.num_ctas);
       },
       "m"_a, "n"_a, "k"_a, "num_sms"_a, "element_bytes"_a = 2, "two_levels"_a = false, "norm"_a = "", "gated"_a = false,
-      "block_scales"_a = false, "zero_points"_a = false, "in_order"_a = false, "fast_accum"_a = false);
+      "block_scales"_a = false, "zero_points"_a = false, "in_order"_a = false, "fast_accum"_a = false,
+      "added"_a = false);
   m.def(
       "gemm_sm90_w4_config",
       [](int64_t rows, int64_t n, int64_t k, double weight_bits, int64_t num_sms, int64_t x_bytes, bool two_levels,

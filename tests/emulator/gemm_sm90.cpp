@@ -1,6 +1,7 @@
 // Draws calls of the Hopper GEMMs and holds their results against a reference.
 #include "gemm/gemm_sm90.h"
 
+#include <functional>
 #include <numeric>
 
 #include "drawn_call.h"
@@ -53,7 +54,7 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
   const bool two_levels = kFp8 && !fast_accum;
   config.stream_k = !few_rows &&
-                    gemm_sm90_streams(tile, two_levels, norm == Norm::kNone && gate == Gate::kNone && !blocks) &&
+                    gemm_sm90_streams(tile, two_levels, gate != Gate::kNone, fastattn::gemm_sm90_counts(norm)) &&
                     one_in(2);
   set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms, sizeof(E), two_levels, norm}, num_splits);
   config.group_rows = pick({1, 2, 8});
@@ -235,7 +236,7 @@ struct ExactCall {
     p.dtype = TypeInfo<T>::kDType;
     p.config.few_rows = few_rows;
     p.config.tile = tile;
-    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false, false) && one_in(2);
+    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false, false, false) && one_in(2);
     if (shares_weight && one_in(2)) p.config.weight_rows = 8 * between(1, tile.block_n / 8);
     p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
     p.n = 8 * between(1, 3 * tile.block_n / 8);
@@ -393,43 +394,36 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
     if (one_in(3)) return run_call<__nv_fp8_e4m3, T>(few_rows, tile, false);
     return run_call<T, T>(few_rows, tile, false, Norm::kNone, pick({Gate::kNone, Gate::kSilu, Gate::kGeluTanh}));
   }
-  const bool has_one_level = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false);
-  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false);
-  const bool has_norms = few_rows || fastattn::gemm_sm90_has_tile(tile, false, true);
-  if (!few_rows && tile.block_m == 64) {
-    return fastattn::gemm_sm90_has_width(tile, 1) ? run_call<int8_t, T>(few_rows, tile, false)
-                                                  : run_call<T, T>(few_rows, tile, false);
-  }
-  // Of norms whose squares are known, and of e4m3 in one level.
-  const bool has_wide = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, false, false, false, false, false);
-  const bool has_gates = few_rows || fastattn::gemm_sm90_has_tile(tile, false, false, true);
-  const bool has_blocks = few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true)
-                                   : fastattn::gemm_sm90_has_tile(tile, true, false, false, true);
-  const auto run_in_blocks = [&] { run_call<__nv_fp8_e4m3, T>(few_rows, tile, false, Norm::kNone, Gate::kNone, true); };
-  if (!has_one_level && !has_two_levels) {
-    return one_in(2) ? run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven)
-                     : run_call<__nv_fp8_e4m3, T>(few_rows, tile, true);
-  }
-  switch (has_one_level ? between(0, 4) : 1) {
-    case 0:
-      return run_call<int8_t, T>(few_rows, tile, false);
-    case 1:
-      if (has_blocks && !has_one_level && one_in(2)) return run_in_blocks();
-      return run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || (has_wide && has_one_level && one_in(3)));
-    case 2:
-      if (has_wide && one_in(2)) return run_call<T, T>(few_rows, tile, false, Norm::kRmsGiven);
-      if (has_norms) return run_call<T, T>(few_rows, tile, false, one_in(2) ? Norm::kRms : Norm::kLayer);
-      return run_call<T, T>(few_rows, tile, false);
-    case 3:
-      if (has_gates) {
-        return run_call<T, T>(few_rows, tile, false, pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}),
-                              one_in(2) ? Gate::kSilu : Gate::kGeluTanh);
-      }
-      [[fallthrough]];
-    default:
-      if (has_blocks && one_in(2)) return run_in_blocks();
-      return run_call<T, T>(few_rows, tile, false);
-  }
+  struct Kinds {  // of products that a tile of many rows has
+    bool two_levels = false, norm = false, gated = false, block_scales = false, narrow = true;
+  };
+  const auto has = [&](const Kinds& kinds) {
+    return few_rows || fastattn::gemm_sm90_has_tile(tile, kinds.two_levels, kinds.norm, kinds.gated, kinds.block_scales,
+                                                    false, false, kinds.narrow);
+  };
+  const auto has_width = [&](int64_t element_bytes) {
+    return few_rows || fastattn::gemm_sm90_has_width(tile, element_bytes);
+  };
+  const auto run_half = [&](Norm norm, Gate gate) { run_call<T, T>(few_rows, tile, false, norm, gate); };
+  const auto run_fp8 = [&](bool fast_accum, bool blocks) {
+    run_call<__nv_fp8_e4m3, T>(few_rows, tile, fast_accum, Norm::kNone, Gate::kNone, blocks);
+  };
+  std::vector<std::function<void()>> calls;
+  const auto add = [&](bool is_there, auto call) {
+    if (is_there) calls.push_back(call);
+  };
+  add(has({}) && has_width(1), [&] { run_call<int8_t, T>(few_rows, tile, false); });
+  add(has({}) && has_width(2), [&] { run_half(Norm::kNone, Gate::kNone); });
+  add(has({.norm = true}) && has_width(2), [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
+  add(has({.norm = true, .narrow = false}), [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
+  add(has({.gated = true}),
+      [&] { run_half(pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}), one_in(2) ? Gate::kSilu : Gate::kGeluTanh); });
+  add(has({.two_levels = true}), [&] { run_fp8(false, false); });
+  add(has({.narrow = false}), [&] { run_fp8(true, false); });
+  const bool has_blocks =
+      few_rows ? fastattn::gemm_sm90_has_few_rows_tile(tile, true) : has({.two_levels = true, .block_scales = true});
+  add(has_blocks, [&] { run_fp8(false, true); });
+  calls[between(0, static_cast<int>(calls.size()) - 1)]();
 }
 
 // Of a tile that has gates.
@@ -456,7 +450,7 @@ int main(int argc, char** argv) {
     // In place of a tile's rows: those with turns, and so on; the last, gates of products in 8 bits.
     constexpr int kTurns = 1, kStreams = 2, kInOrder = 3, kGates = 4;
     const auto has_other_size = [&](const Choice& choice) {
-      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, true);
+      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, false, false);
       if (size == kGates) {
         return choice.tile.in_order ||
                !(choice.few_rows || fastattn::gemm_sm90_has_tile(choice.tile, false, false, true));

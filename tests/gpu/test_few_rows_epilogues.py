@@ -50,12 +50,12 @@ def test_a_head_gives_what_linear_and_sample_give(vocab: int, k: int, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14336), (576, 1536)])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14336), (6144, 4096), (576, 1536)])
 def test_a_residual_is_added_before_the_sum_is_rounded(n: int, k: int, dtype: torch.dtype) -> None:
     """Of integers and quarters, whose sums are exact, the same bits as a product in fp64, also with gaps between rows."""
     gen = torch.Generator().manual_seed(k)
     weight = torch.randint(-1, 2, (n, k), generator=gen).to(CUDA, dtype)
-    for rows in (1, 2, 16, 33, 64, 100, 128, 200, 257, 384, 512, 768, 1030, 4096):
+    for rows in (1, 2, 16, 33, 64, 100, 128, 200, 256, 257, 384, 512, 768, 1030, 4096):
         x = torch.randint(-2, 3, (rows, k), generator=gen).to(CUDA, dtype)
         residual = (torch.randint(-100, 101, (rows, n + 8), generator=gen).to(CUDA, torch.float32) / 4).to(dtype)[:, :n]
         expected = (x.double() @ weight.double().t() + residual.double()).to(dtype)

@@ -29,11 +29,13 @@ def plain(norm: str, gated: bool) -> tuple[Callable[[Tensor], Tensor], Callable[
             return (ops.rms_norm_gated_linear if norm else ops.gated_linear)(x, weight, bias)
         if norm == "layer":
             return ops.layer_norm_linear(x, weight, weight.float().sum(1), bias)
+        if norm == "rms_given":
+            return ops.rms_norm_linear(x, weight, bias, sums_of_squares=x.float().square().view(M, -1, 64).sum(-1))
         return (ops.rms_norm_linear if norm else ops.linear)(x, weight, bias)
 
     def torchs(x: Tensor) -> Tensor:
         w, b = weight.to(x.dtype), bias.to(x.dtype)
-        if norm == "rms":
+        if norm.startswith("rms"):
             x = F.rms_norm(x, (K,), eps=1e-6)
         if norm == "layer":
             x = F.layer_norm(x, (K,), eps=1e-5)
@@ -69,7 +71,9 @@ def at_once_and_again(run: Callable[[], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("norm", "gated"), [("", False), ("rms", False), ("layer", False), ("", True), ("rms", True)], ids=str
+    ("norm", "gated"),
+    [("", False), ("rms", False), ("rms_given", False), ("layer", False), ("", True), ("rms", True)],
+    ids=str,
 )
 def test_16_bits(norm: str, gated: bool) -> None:
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count

@@ -100,6 +100,25 @@ def test_norms_and_gates_get_tiles_that_they_have() -> None:
     assert {(128, 256), (192, 192)} <= tiles
 
 
+def test_given_squares_and_residuals_get_the_tiles_of_plain_products() -> None:
+    """But for columns that end in half of a sum of squares, and turns that hide nothing of the last tile."""
+    for m, n, k in itertools.product((256, 512, 1024), (6144, 8192, 28672), (4096, 14336)):
+        given = _runtime.gemm_sm90_config(m, n, k, 132, norm="rms_given")
+        plain = _runtime.gemm_sm90_config(m, n, k, 132)
+        assert not given["turns"]
+        if not plain["turns"]:
+            assert given == plain
+        added = _runtime.gemm_sm90_config(m, n, k, 132, added=True)
+        assert added["few_rows"] or added["block_n"] % 64 == 0
+    for call in ({"norm": "rms_given"}, {"added": True}):
+        shared = _runtime.gemm_sm90_config(256, 4096, 14336, 132, **call)
+        assert (shared["block_m"], shared["block_n"], shared["stream_k"], shared["turns"]) == (128, 128, True, False)
+        whole = _runtime.gemm_sm90_config(512, 6144, 4096, 132, **call)
+        assert (whole["block_m"], whole["block_n"], whole["turns"]) == (128, 192, False)
+    assert _runtime.gemm_sm90_config(128, 28672, 4096, 132, norm="rms_given")["block_m"] == 64
+    assert _runtime.gemm_sm90_config(8192, 6144, 4096, 132, added=True)["turns"]
+
+
 def test_scales_of_blocks_and_zero_points_get_tiles_that_they_have() -> None:
     for m, n, k in itertools.product((1, 40, 64, 65, 128, 200, 768, 4096), (6144, 28672), (4096, 14336)):
         config = _runtime.gemm_sm90_config(m, n, k, 132, element_bytes=1, two_levels=True, block_scales=True)
