@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def bodies(max_tokens: int) -> list[dict[str, Any]]:
     return [chat(f"story {i} " + "the " * i, **kind, **shared) for i, kind in enumerate(kinds)]
 
 
-def read(server: Running, body: dict[str, Any]) -> dict[str, Any]:
-    """A stream to its end: text and number of log-probabilities of each completion, and how it ended."""
+def read(server: Running, body: dict[str, Any], text: threading.Event | None = None) -> dict[str, Any]:
+    """A stream to its end: text and number of log-probabilities of each completion, and how it ended. `text` is set
+    whenever some came."""
     texts: dict[int, str] = {}
     logprobs: dict[int, int] = {}
     finish: dict[int, str] = {}
@@ -58,11 +60,24 @@ def read(server: Running, body: dict[str, Any]) -> dict[str, Any]:
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
                 index = choice["index"]
-                texts[index] = texts.get(index, "") + (choice["delta"].get("content") or "")
+                content = choice["delta"].get("content") or ""
+                if content and text is not None:
+                    text.set()
+                texts[index] = texts.get(index, "") + content
                 logprobs[index] = logprobs.get(index, 0) + len((choice["logprobs"] or {}).get("content") or ())
                 finish[index] = choice["finish_reason"] or finish.get(index, "")
     usage = usage and usage["completion_tokens"]
     return {"texts": texts, "logprobs": logprobs, "finish": finish, "usage": usage, "error": error, "done": done}
+
+
+def wait_for_text(server: Running, kills: int, text: threading.Event, futures: list[Any]) -> None:
+    """Until the engine that follows the last kill has done something (or there is nothing left to do): of engines that die
+    before that, a server bears only some in a row."""
+    restarts = "fastattn:engine_restarts_total"
+    wait_for(lambda: server.metric(restarts) == kills, "the last death to be noticed")
+    wait_for(lambda: server.get("/health").status_code == 200, "a healthy engine")
+    text.clear()
+    wait_for(lambda: text.is_set() or all(future.done() for future in futures), "text of this engine")
 
 
 @pytest.mark.long
@@ -74,14 +89,14 @@ def test_streams_survive_the_death_of_the_engine(tiny_folder: Path) -> None:
         expected = list(pool.map(lambda body: read(server, body), requests))
         assert all(e["done"] and e["error"] is None for e in expected)
         results = []
-        kills, tries = 0, 0
+        kills, tries, text = 0, 0, threading.Event()
         while kills < KILLS:
             tries += 1
             assert tries <= 3 * KILLS, "the streams are over before they can be killed"
-            futures = [pool.submit(read, server, body) for body in requests]
+            futures = [pool.submit(read, server, body, text) for body in requests]
             for _ in range(4):  # several in the life of the same streams
-                wait_for(lambda: server.get("/health").status_code == 200, "a healthy engine")
-                time.sleep(0.1 + 0.05 * (kills % 7))
+                wait_for_text(server, kills, text, futures)
+                time.sleep(0.05 * (kills % 7))
                 if all(future.done() for future in futures) or kills == KILLS:
                     break
                 os.kill(server.engine_pid(), signal.SIGKILL)
