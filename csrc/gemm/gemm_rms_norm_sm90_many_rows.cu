@@ -5,6 +5,8 @@ namespace fastattn {
 using Bf16 = GemmSm90Normed<__nv_bfloat16, GemmSm90Norm::kRms>;
 using Fp16 = GemmSm90Normed<__half, GemmSm90Norm::kRms>;
 
+template cudaError_t launch_gemm_sm90<Bf16, 64, 224>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<Bf16, 128, 96>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Bf16, 128, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Bf16, 128, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Bf16, 128, 224>(const GemmSm90Params&, cudaStream_t);
@@ -12,6 +14,8 @@ template cudaError_t launch_gemm_sm90<Bf16, 128, 256>(const GemmSm90Params&, cud
 template cudaError_t launch_gemm_sm90<Bf16, 192, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Bf16, 192, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Bf16, 192, 224>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<Fp16, 64, 224>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<Fp16, 128, 96>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Fp16, 128, 128>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Fp16, 128, 192>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<Fp16, 128, 224>(const GemmSm90Params&, cudaStream_t);

@@ -20,12 +20,7 @@ constexpr Instantiation kFewRows = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
 
 // Which exist: add a line here, in gemm_sm90_config.h, and its instantiation in gemm_*sm90_*_rows.cu.
 template <typename Operands>
-constexpr Instantiation kNormManyRows[] = {kManyRows<Operands, 128, 128>, kManyRows<Operands, 128, 192>,
-                                           kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
-                                           kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>,
-                                           kManyRows<Operands, 192, 224>};
-template <typename Operands>
-constexpr Instantiation kGivenManyRows[] = {
+constexpr Instantiation kNormManyRows[] = {
     kManyRows<Operands, 64, 224>,  kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
     kManyRows<Operands, 128, 192>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
     kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
@@ -119,10 +114,8 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
-  } else if constexpr (gemm_sm90_counts(ManyRowsOperands::kNorm)) {
+  } else if constexpr (ManyRowsOperands::kNorm != GemmSm90Norm::kNone) {
     return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
-  } else if constexpr (ManyRowsOperands::kNorm == GemmSm90Norm::kRmsGiven) {
-    return launch_of(kGivenManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (std::is_same_v<typename ManyRowsOperands::Element, __nv_fp8_e4m3>) {
     return launch_of(kWideManyRows<ManyRowsOperands>, params, stream);
   } else {

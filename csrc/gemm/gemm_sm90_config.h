@@ -128,7 +128,7 @@ struct GemmSm90Problem {
 
   int64_t num_pairs() const { return std::max<int64_t>(1, num_sms / 2); }  // of CTAs that run at a time
 
-  bool narrow() const { return !gemm_sm90_counts(norm) && !fast_accum; }
+  bool narrow() const { return !fast_accum; }
   bool plain() const { return norm == GemmSm90Norm::kNone && !gated && !added && !block_scales; }
 };
 
@@ -193,12 +193,17 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const int64_t num_tiles = config.m_tiles * config.n_tiles, num_pairs = config.num_ctas / 2;
     const double num_waves = static_cast<double>(ceil_div(num_tiles, num_pairs));
     const double tile_size = static_cast<double>(block_m * block_n);
-    // A panel's products at 1,755 MHz, and what lies between them. Two groups add up a second level at the same time,
-    // three find their own way.
-    const double products_us = (0.08 + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
-    // Looking at x for a norm takes longer than the products of a narrow tile leave time for.
-    const double norm_us =
-        has_norm ? 0.1 * (256.0 / static_cast<double>(block_n) - 1.0) + (has_mean ? 0.09 : 0.0) : 0.0;
+    // With 64 rows a panel is soon multiplied, and what it takes to come counts, the more so the fewer SMs ask for
+    // some.
+    const bool half = block_m == 64;
+    // A panel's products at 1,755 MHz, and what lies between them, more where one group has the tensor cores alone. Two
+    // groups add up a second level at the same time, three find their own way.
+    const double products_us =
+        ((half ? 0.145 : 0.08) + tile_size / 56160) * (problem.two_levels && block_m == 128 ? 1.09 : 1.0);
+    // Looking at x for a norm takes longer than the products of a narrow tile leave time for, all that it takes those
+    // of 128 columns or fewer. With 64 rows a CTA looks at half as many.
+    const double looks_us = 0.1 * (256.0 / static_cast<double>(std::max<int64_t>(block_n, 128)) - 1.0);
+    const double norm_us = has_norm ? (looks_us + (has_mean ? 0.09 : 0.0)) * (half ? 0.5 : 1.0) : 0.0;
     // With turns one group writes while the other multiplies, but for the last time. Those of sums in two levels both
     // write at the same time. A residual is waited for, by one group with turns, which has no registers to ask early.
     const bool own_tiles = config.tile.turns && !problem.two_levels;
@@ -215,9 +220,6 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
       const double uneven = num_pairs % num_tiles == 0 ? 0.0 : 1.4e-4;
       handed_us = tile_size * (7.0e-5 + 1.0e-4 * num_others + uneven);
     }
-    // With 64 rows a panel is soon multiplied, and what it takes to come counts, the more so the fewer SMs ask for
-    // some.
-    const bool half = block_m == 64;
     const double idle = 1.0 - static_cast<double>(config.num_ctas) / static_cast<double>(problem.num_sms);
     const double panel_us = std::max(products_us, half ? 0.27 : 0.0) + norm_us;
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;

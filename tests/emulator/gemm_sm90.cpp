@@ -414,8 +414,9 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   };
   add(has({}) && has_width(1), [&] { run_call<int8_t, T>(few_rows, tile, false); });
   add(has({}) && has_width(2), [&] { run_half(Norm::kNone, Gate::kNone); });
-  add(has({.norm = true}) && has_width(2), [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
-  add(has({.norm = true, .narrow = false}), [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
+  const bool has_norms = has({.norm = true}) && has_width(2);
+  add(has_norms, [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
+  add(has_norms, [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
   add(has({.gated = true}),
       [&] { run_half(pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}), one_in(2) ? Gate::kSilu : Gate::kGeluTanh); });
   add(has({.two_levels = true}), [&] { run_fp8(false, false); });
