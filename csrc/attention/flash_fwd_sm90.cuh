@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       smem.tile_full[i].init(1);
       smem.tile_empty[i].init(4 * NUM_CONSUMERS + (HAS_HELPERS || ends_inside ? 3 : 2));
     }
+    smem.tile_ends.init(1);
     fence_barrier_init();
   }
   __syncthreads();
@@ -199,6 +200,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
     };
     FlashTileReader<Storage> tiles(smem);
+    // With this block of keys a tile is near its end, and the next one is asked for: not before, since no CTA should
+    // hold a tile that others have time for, and not after, since keys are fetched so many blocks ahead.
+    const auto near_end = [](const FlashTile& t) { return min(t.end_step, t.begin_step + STAGES) - 1; };
     if (warp_idx == 0) {
       // ------------------------------------------------------------------------ tiles, and their Q
       RingPosition<Storage::kTileStages> tile_ring;
@@ -248,11 +252,15 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         if (!decode_tile<BLOCK_M, BLOCK_N, PACKS>(args, tile_idx, packed_tiles, tile)) break;
         publish();  // also a tile without keys, whose rows must be written
         if (tile.begin_step < tile.end_step) load_q();
-        // Not before the last scores of the tile before are done: no CTA holds tiles that others have time for.
-        if (!HAS_HELPERS && Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
-        claim();
-        if constexpr (HAS_HELPERS) {
+        if constexpr (!HAS_HELPERS) {
+          smem.tile_ends.wait((tile_ring.count - 1) % 2);
+          // Nor before the last scores of the tile before are done, if this one is short.
+          if (Storage::kStagesQ > 1) smem.q_empty[q_ring.stage()].wait(q_ring.parity() ^ 1);
+          claim();
+        } else {
+          if (tile.begin_step == tile.end_step) claim();
           for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
+            if (step == near_end(tile)) claim();
             if constexpr (WIDENS) {
               load_raw(args.k, tile, step);
               load_raw(args.v, tile, step);
@@ -269,8 +277,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     } else if (!HAS_HELPERS && warp_idx >= 2) {
       // ---------------------------------------------------------------------------------- K; V
       while (tiles.take(tile)) {
+        // Of each tile once; K's warp tells it.
+        const int32_t end = warp_idx == 2 && lane == 0 ? near_end(tile) : INT32_MIN;
+        if (end == tile.begin_step - 1) smem.tile_ends.arrive();
         for (int32_t step = tile.end_step - 1; step >= tile.begin_step; --step) {
           warp_idx == 2 ? load_k(tile, step) : load_v(tile, step);
+          if (step == end) smem.tile_ends.arrive();
         }
       }
     } else if constexpr (FP8) {

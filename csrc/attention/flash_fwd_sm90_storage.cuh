@@ -71,6 +71,7 @@ struct FlashFwdSm90Storage
   MBarrier v_loaded[kStages];  // a V whose tail must be cleared, or that must be turned, before it is full
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashTile tile[kTileStages];
+  MBarrier tile_ends;  // the tile's last keys are being fetched
 };
 
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>
