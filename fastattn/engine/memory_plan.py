@@ -281,9 +281,8 @@ def activation_bytes(config: ModelConfig, options: PlanOptions) -> int:
     # Residual stream, the previous layer's output and its norm live on through both phases.
     stream = 3 * c.hidden_size * item
     attention = (q_width + 2 * kv_width + q_width + c.hidden_size) * item + part.heads * 4  # qkv, out, o_proj; lse
-    if (
-        options.kv_cache_scales == "calculate"
-    ):  # in the first step: k and v as they are kept, mixed keys in fp32, magnitudes
+    if options.kv_cache_scales == "calculate":
+        # In the first step: k and v as they are kept, mixed keys in fp32, magnitudes.
         attention = max(attention, (q_width + 2 * kv_width) * item + kv_width * (2 * item + 3 * 4 + 1))
     mlp = (3 * part.intermediate + c.hidden_size) * item  # gate and up, their product, down
     if options.device_type == "cuda":
