@@ -36,7 +36,7 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
   if (v_head_dim <= 80) return few_rows ? FlashFwdSm90Tile{2, 128} : FlashFwdSm90Tile{3, 112};
   if (v_head_dim <= 96) return few_rows ? FlashFwdSm90Tile{2, 128} : FlashFwdSm90Tile{3, 96};
   if (v_head_dim <= 128) return {2, 128};
-  if (v_head_dim <= 192) return {2, 112};
+  if (v_head_dim <= 192) return {2, 96};
   return {2, 80};
 }
 
