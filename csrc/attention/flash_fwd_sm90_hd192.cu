@@ -3,10 +3,10 @@
 namespace fastattn {
 
 template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 192, 192, 2, 96, false>(const FlashFwdSm90Params&,
-                                                                                   cudaStream_t);
+                                                                                  cudaStream_t);
 template cudaError_t launch_flash_fwd_sm90<__half, 192, 192, 2, 96, false>(const FlashFwdSm90Params&, cudaStream_t);
 template cudaError_t launch_flash_fwd_sm90<__nv_bfloat16, 192, 192, 2, 96, true>(const FlashFwdSm90Params&,
-                                                                                  cudaStream_t);
+                                                                                 cudaStream_t);
 template cudaError_t launch_flash_fwd_sm90<__half, 192, 192, 2, 96, true>(const FlashFwdSm90Params&, cudaStream_t);
 
 }  // namespace fastattn
