@@ -35,7 +35,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
-        call=164,
+        call=116,
     ),
     Mistake(
         "a CTA stores rows that are the next one's, of which it has loaded nothing",
@@ -54,6 +54,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
+        call=344,
     ),
     Mistake(
         "squares of the columns that other CTAs have are left out",
@@ -140,7 +141,7 @@ MISTAKES = [
         "gemm_fp8_sm90_many_rows.cu",
         "128",
         "in the call: seed",
-        call=72,
+        call=716,
     ),
     Mistake(
         "sums of a panel are multiplied by the scales of the one before",
@@ -151,7 +152,7 @@ MISTAKES = [
         "gemm_fp8_blocks_sm90.cu",
         "128",
         "expected",
-        call=15,
+        call=442,
     ),
     Mistake(
         "panels of the second group have the scales of the first one's",
