@@ -25,7 +25,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "deadlock",
-        call=80,
+        call=45,
     ),
     Mistake(
         "the CTA that loads the other half of the weight is not told that a stage is free",
@@ -45,6 +45,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "192",
         "expected",
+        call=23,
     ),
     Mistake(
         "a run that begins inside a tile loads the tile's first columns",
@@ -64,7 +65,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_many_rows.cu",
         "2",
         "expected",
-        call=7,
+        call=277,
     ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
     Mistake(
@@ -75,6 +76,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "1",
         "in the call: seed",
+        call=55,
     ),
     Mistake(
         "a group goes on in the stages of the other's tile",
@@ -84,7 +86,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "1",
         "in the call: seed",
-        call=40,
+        call=13,
     ),
     Mistake(
         "sums are written where the other group still reads operands",
@@ -94,7 +96,7 @@ MISTAKES = [
         "gemm_sm90_few_rows.cu",
         "64",
         "expected",
-        call=15,
+        call=6,
     ),
     Mistake(
         "one group of 64 rows leaves every other panel to another",
@@ -104,6 +106,7 @@ MISTAKES = [
         "gemm_sm90_in_order.cu",
         "3",
         "expected",
+        call=8,
     ),
     Mistake(
         "a CTA ends while others read its sums",
@@ -113,6 +116,7 @@ MISTAKES = [
         "gemm_sm90_few_rows.cu",
         "8",
         "CTA that has ended",
+        call=51,
     ),
     Mistake(
         "rows of out are written over before they have left",
@@ -131,7 +135,7 @@ MISTAKES = [
         "gemm_fp8_sm90_few_rows.cu",
         "8",
         "expected",
-        call=109,
+        call=123,
     ),
     Mistake(
         "a stage is released before the second half of a tile has been multiplied",
@@ -162,6 +166,7 @@ MISTAKES = [
         "gemm_fp8_blocks_sm90.cu",
         "8",
         "expected",
+        call=76,
     ),
     Mistake(
         "the squares of half of the columns are left out",
@@ -171,6 +176,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_few_rows.cu",
         "8",
         "expected",
+        call=1,
     ),
     Mistake(
         "zeros behind the end of a row are counted as its elements",
@@ -180,7 +186,7 @@ MISTAKES = [
         "gemm_layer_norm_sm90_many_rows.cu",
         "128",
         "expected",
-        call=38,
+        call=3,
     ),
     Mistake(
         "a variance is the difference of two large numbers",
@@ -190,7 +196,7 @@ MISTAKES = [
         "gemm_layer_norm_sm90_many_rows.cu",
         "192",
         "expected",
-        call=66,
+        call=32,
     ),
     Mistake(
         "columns of out take the place of those eight before",
@@ -200,7 +206,7 @@ MISTAKES = [
         "gemm_gated_sm90_many_rows.cu",
         "128",
         "expected",
-        call=29,
+        call=23,
     ),
     Mistake(
         "sums of ups lie where those of the next gates do",
@@ -210,6 +216,7 @@ MISTAKES = [
         "gemm_gated_sm90_few_rows.cu",
         "8",
         "expected",
+        call=7,
     ),
     Mistake(
         "rows eight apart have one zero point",
@@ -239,6 +246,7 @@ MISTAKES = [
         "gemm_added_sm90_few_rows.cu",
         "64",
         "expected",
+        call=10,
     ),
     Mistake(
         "a residual's columns stay with the lane that asked for them",
@@ -268,7 +276,7 @@ MISTAKES = [
         "gemm_rms_norm_given_sm90_many_rows.cu",
         "128",
         "expected",
-        call=116,
+        call=7,
     ),
     Mistake(
         "every CTA of a cluster adds up all of the given squares",
@@ -278,6 +286,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_few_rows.cu",
         "8",
         "expected",
+        call=34,
     ),
     Mistake(
         "half of a tile's tokens are not looked at",
@@ -287,6 +296,7 @@ MISTAKES = [
         "gemm_sampled_sm90_few_rows.cu",
         "8",
         "expected",
+        call=5,
     ),
     Mistake(
         "every other product has the metadata of the one before",
