@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.families.flash_fwd import HEADS, LENGTHS, TOKENS, first, lognormal
+from bench.families.sequences import Sequences
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
@@ -105,63 +106,44 @@ def of_sequences(
     **options: Any,
 ) -> Case:
     """Sequences of these lengths, as one batch where all are alike. options: of the operator."""
-    key_lengths = key_lengths or lengths
+    sequences = Sequences(lengths, key_lengths or lengths)
+    alike, packed = sequences.alike, sequences.packed(context.device)
+    longest = max(sequences.lengths), max(sequences.key_lengths)
     rng = context.generator(dim + lengths[0])
-    batch, max_q, max_k = len(lengths), max(lengths), max(key_lengths)
-    alike = len({*lengths}) == len({*key_lengths}) == 1
 
     def randn(runs: Sequence[int], num_heads: int) -> Tensor:
-        shape = (batch, runs[0], num_heads, dim) if alike else (sum(runs), num_heads, dim)
+        shape = (*sequences.shape(runs), num_heads, dim)
         return torch.randn(shape, generator=rng, device=context.device, dtype=torch.bfloat16)
 
-    q, dout = (randn(lengths, heads) for _ in range(2))
-    k, v = (randn(key_lengths, kv_heads) for _ in range(2))
+    q, dout = (randn(sequences.lengths, heads) for _ in range(2))
+    k, v = (randn(sequences.key_lengths, kv_heads) for _ in range(2))
     kernel = {name: options[name] for name in ("kernel",) if name in options}
-    call: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "causal": causal}
-    if alike:
-        call["out"], call["lse"] = ops.batch_attention(q, k, v, causal=causal, **kernel)
-    else:
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
-            for runs in (lengths, key_lengths)
-        )
-        sequences: dict[str, Any] = {
-            "cu_seqlens_q": cu_q,
-            "cu_seqlens_k": cu_k,
-            "max_seqlen_q": max_q,
-            "max_seqlen_k": max_k,
-        }
-        call["out"], call["lse"] = ops.varlen_attention(q, k, v, **sequences, causal=causal, **kernel)
-        call |= sequences
+    attend = ops.batch_attention if alike else ops.varlen_attention
+    out, lse = attend(q, k, v, **packed, causal=causal, **kernel)
+    call = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, **packed, "causal": causal}
     if not alike:
         peers = {
             "cudnn": skip("torch has cuDNN's gradients of packed sequences turned off"),
-            "fa2": aten_backward(dout, q, k, v, (cu_q, cu_k), (max_q, max_k), causal),
+            "fa2": aten_backward(dout, q, k, v, (packed["cu_seqlens_q"], packed["cu_seqlens_k"]), longest, causal),
         }
-    elif max_q != max_k:
+    elif longest[0] != longest[1]:
         peers = {
             "cudnn": cudnn_backward(dout, q, k, v, causal),
-            "fa2": aten_backward(dout, q, k, v, None, (max_q, max_k), causal),
+            "fa2": aten_backward(dout, q, k, v, None, longest, causal),
         }
     else:
         peers = {
             "cudnn": sdpa_backward(SDPBackend.CUDNN_ATTENTION, dout, q, k, v, causal),
             "fa2": sdpa_backward(SDPBackend.FLASH_ATTENTION, dout, q, k, v, causal),
         }
-    pairs = sum(
-        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
-    )  # causal: n ≤ m
-    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
-    if alike and max_k != max_q:
-        what += f" to {max_k} keys"
     return op_case(
         ops.batch_attention_backward if alike else ops.varlen_attention_backward,
         call | options,
         formulas.batch_attention_backward if alike else formulas.varlen_attention_backward,
         peers=peers,
-        work=Work(num_bytes=4 * q.nbytes + 4 * k.nbytes, num_ops=10 * pairs * heads * dim),
-        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
-        f"{'causal' if causal else 'full'}{', deterministic' if options.get('deterministic') else ''}",
+        work=Work(num_bytes=4 * q.nbytes + 4 * k.nbytes, num_ops=10 * sequences.pairs(causal) * heads * dim),
+        config=sequences.describe(heads, kv_heads, dim, "bf16", causal)
+        + (", deterministic" if options.get("deterministic") else ""),
     )
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.families.sequences import Sequences
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
@@ -62,36 +63,30 @@ def attention(
     **options: Any,
 ) -> Case:
     """Sequences of these lengths; where all are alike, as one batch for the peers that want it so. options: of the operator."""
-    key_lengths = key_lengths or lengths
+    sequences = Sequences(lengths, key_lengths or lengths)
+    alike, packed = sequences.alike, sequences.packed(context.device)
     rng = context.generator(dim + len(lengths) + lengths[0])
 
-    def randn(tokens: int, num_heads: int) -> Tensor:
-        return torch.randn(tokens, num_heads, dim, generator=rng, device=context.device, dtype=torch.bfloat16)
+    def randn(runs: Sequence[int], num_heads: int) -> Tensor:
+        shape = (*sequences.shape(runs), num_heads, dim)
+        return torch.randn(shape, generator=rng, device=context.device, dtype=torch.bfloat16)
 
-    def offsets(runs: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
-
-    q = randn(sum(lengths), heads)
-    k, v = (randn(sum(key_lengths), kv_heads) for _ in range(2))
-    cu_q, cu_k = offsets(lengths), offsets(key_lengths)
-    max_q, max_k = max(lengths), max(key_lengths)
-    alike = len({*lengths}) == len({*key_lengths}) == 1
-    batch = len(lengths)
+    q = randn(sequences.lengths, heads)
+    k, v = (randn(sequences.key_lengths, kv_heads) for _ in range(2))
     peers: dict[str, PeerBuilder] = {}
-    bq, bk, bv = (t.unflatten(0, (batch, -1)) if alike else t for t in (q, k, v))
     if alike:
 
         def batched(module: str) -> PeerBuilder:
             def build() -> Callable[[], Tensor]:
                 attend = require(module).flash_attn_func
-                return lambda: first(attend(bq, bk, bv, causal=causal))
+                return lambda: first(attend(q, k, v, causal=causal))
 
             return build
 
         peers = {
             "fa3": batched("fa3_fwd_interface"),
-            "cudnn": sdpa_peer(SDPBackend.CUDNN_ATTENTION, bq, bk, bv, causal),
-            "fa2": sdpa_peer(SDPBackend.FLASH_ATTENTION, bq, bk, bv, causal),
+            "cudnn": sdpa_peer(SDPBackend.CUDNN_ATTENTION, q, k, v, causal),
+            "fa2": sdpa_peer(SDPBackend.FLASH_ATTENTION, q, k, v, causal),
             "flash_attn": batched("flash_attn"),
         }
     else:
@@ -99,40 +94,23 @@ def attention(
         def varlen(module: str) -> PeerBuilder:
             def build() -> Callable[[], Tensor]:
                 attend = require(module).flash_attn_varlen_func
-                return lambda: first(attend(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal))
+                return lambda: first(attend(q, k, v, *packed.values(), causal=causal))
 
             return build
 
         def fa2() -> Callable[[], Tensor]:
             attend = torch.ops.aten._flash_attention_forward
-            return lambda: first(attend(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False))
+            return lambda: first(attend(q, k, v, *packed.values(), 0.0, causal, False))
 
         peers = {"fa3": varlen("fa3_fwd_interface"), "fa2": fa2, "flash_attn": varlen("flash_attn")}
 
-    pairs = sum(
-        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
-    )  # causal: n ≤ m
-    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
-    if alike and max_k != max_q:
-        what += f" to {max_k} keys"
-    packed = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cu_seqlens_q": cu_q,
-        "cu_seqlens_k": cu_k,
-        "max_seqlen_q": max_q,
-        "max_seqlen_k": max_k,
-        "causal": causal,
-    }
     return op_case(
         ops.batch_attention if alike else ops.varlen_attention,
-        ({"q": bq, "k": bk, "v": bv, "causal": causal} if alike else packed) | options,
+        {"q": q, "k": k, "v": v, **packed, "causal": causal, **options},
         formulas.batch_attention if alike else formulas.varlen_attention,
         peers=peers,
-        work=Work(num_bytes=2 * q.nbytes + 2 * k.nbytes, num_ops=4 * pairs * heads * dim),
-        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, bf16, "
-        f"{'causal' if causal else 'full'}",
+        work=Work(num_bytes=2 * q.nbytes + 2 * k.nbytes, num_ops=4 * sequences.pairs(causal) * heads * dim),
+        config=sequences.describe(heads, kv_heads, dim, "bf16", causal),
     )
 
 

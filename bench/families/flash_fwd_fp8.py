@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.families.flash_fwd import HEADS, TOKENS, first, lognormal
+from bench.families.sequences import Sequences
 from bench.harness import accuracy, formulas
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family, op_case
 from bench.harness.ceilings import Work
@@ -70,45 +71,35 @@ def attention(
     key_lengths: Sequence[int] | None = None,
 ) -> Case:
     """Sequences of these lengths, as one batch where all are alike."""
-    key_lengths = key_lengths or lengths
+    sequences = Sequences(lengths, key_lengths or lengths)
+    alike, packed = sequences.alike, sequences.packed(context.device)
     rng = context.generator(dim + lengths[0])
-    batch, max_q, max_k = len(lengths), max(lengths), max(key_lengths)
-    alike = len({*lengths}) == len({*key_lengths}) == 1
 
     def randn(runs: Sequence[int], num_heads: int) -> Tensor:
-        shape = (batch, runs[0], num_heads, dim) if alike else (sum(runs), num_heads, dim)
+        shape = (*sequences.shape(runs), num_heads, dim)
         return torch.randn(shape, generator=rng, device=context.device).to(torch.float8_e4m3fn)
 
-    q, k, v = randn(lengths, heads), randn(key_lengths, kv_heads), randn(key_lengths, kv_heads)
+    q = randn(sequences.lengths, heads)
+    k, v = (randn(sequences.key_lengths, kv_heads) for _ in range(2))
     names = ("q_descale", "k_descale", "v_descale")
-    scales = {name: torch.ones(batch, kv_heads, device=context.device) for name in names}
-    sequences: dict[str, Any] = {}
-    if not alike:
-        cu_q, cu_k = (
-            torch.tensor([0, *accumulate(runs)], dtype=torch.int32, device=context.device)
-            for runs in (lengths, key_lengths)
-        )
-        sequences = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    scales = {name: torch.ones(len(lengths), kv_heads, device=context.device) for name in names}
 
     def fa3() -> Callable[[], Tensor]:
         library = require("fa3_fwd_interface")
         attend = library.flash_attn_func if alike else library.flash_attn_varlen_func
-        return lambda: first(attend(q, k, v, **sequences, causal=causal, **scales))
+        return lambda: first(attend(q, k, v, **packed, causal=causal, **scales))
 
-    pairs = sum(
-        n * m if not causal else n * m - n * (n - 1) // 2 for n, m in zip(lengths, key_lengths, strict=True)
-    )  # causal: n ≤ m
-    what = f"{batch} × {max_q} tokens" if alike else f"{batch} sequences of {min(lengths)} to {max_q} tokens"
-    if alike and max_k != max_q:
-        what += f" to {max_k} keys"
     return op_case(
         ops.batch_attention if alike else ops.varlen_attention,
-        {"q": q, "k": k, "v": v, **sequences, "causal": causal, **scales},
+        {"q": q, "k": k, "v": v, **packed, "causal": causal, **scales},
         formulas.batch_attention if alike else formulas.varlen_attention,
         peers={"fa3": fa3},
-        work=Work(num_bytes=3 * q.nbytes + k.nbytes + v.nbytes, num_ops=4 * pairs * heads * dim, rate="fp8_tflop_s"),
-        config=f"{what}, {heads} heads{f' to {kv_heads}' if kv_heads != heads else ''} of {dim}, e4m3, "
-        f"{'causal' if causal else 'full'}",
+        work=Work(
+            num_bytes=3 * q.nbytes + k.nbytes + v.nbytes,
+            num_ops=4 * sequences.pairs(causal) * heads * dim,
+            rate="fp8_tflop_s",
+        ),
+        config=sequences.describe(heads, kv_heads, dim, "e4m3", causal),
         judge=_judge,
     )
 
