@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
     for (int i = 0; i < Storage::kTileStages; ++i) {
       smem.tile_full[i].init(1);
-      smem.tile_empty[i].init(4 * NUM_CONSUMERS + (HAS_HELPERS || ends_inside ? 3 : 2));
+      smem.tile_empty[i].init(32 * (4 * NUM_CONSUMERS + (HAS_HELPERS || ends_inside ? 3 : 2)));
     }
     smem.tile_ends.init(1);
     fence_barrier_init();
