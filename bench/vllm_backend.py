@@ -188,6 +188,12 @@ def main() -> None:
     }
     wrong = None
     report["command"] = " ".join(["python -m bench.vllm_backend", *args.part])
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after each part: an engine may fail in the next one
+        (args.out / "vllm_backend.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.out / "vllm_backend.md").write_text(table(report))
+
     with tempfile.TemporaryDirectory() as scratch:
         if "smollm2" in parts:
             write_smollm2(Path(scratch))
@@ -197,6 +203,7 @@ def main() -> None:
                 texts = dict(zip(backends, found, strict=True))
             wrong = complaint(texts[OURS], texts[THEIRS], texts[YARDSTICK])
             report["smollm2"] = {f"{b} beside {THEIRS}": compare(texts[b], texts[THEIRS]) for b in (OURS, YARDSTICK)}
+            save()
         if "8b" in parts:
             Path(scratch, "config.json").write_text(json.dumps(SHAPE_8B))
             theirs, ours = (run_child("8b", scratch, backend) for backend in (THEIRS, OURS))
@@ -209,9 +216,7 @@ def main() -> None:
                     "ratio": round(a / b, 3),
                     "all": [theirs[name], ours[name]],
                 }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "vllm_backend.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / "vllm_backend.md").write_text(table(report))
+            save()
     print(table(report))
     if wrong:
         sys.exit(f"{OURS} beside {THEIRS}: {wrong}")
