@@ -165,6 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.vllm_backend", description=__doc__)
     parser.add_argument("part", nargs="*", metavar="smollm2|8b")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the other part that DIR's file has, of the same GPU and commit"
+    )
     parser.add_argument("--commit", metavar="SHA", help="what to record where there is no .git")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -188,6 +191,12 @@ def main() -> None:
     }
     wrong = None
     report["command"] = " ".join(["python -m bench.vllm_backend", *args.part])
+    if args.add:
+        kept = json.loads((args.out / "vllm_backend.json").read_text())
+        if (kept["meta"]["gpu"], kept["meta"]["commit"]) != (report["meta"]["gpu"], report["meta"]["commit"]):
+            sys.exit(f"--add: {args.out} has a file of {kept['meta']['gpu']}, commit {kept['meta']['commit']}")
+        report["command"] = f"{kept['command']}; {report['command']} --add"
+        report = kept | report
     args.out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:  # after each part: an engine may fail in the next one
