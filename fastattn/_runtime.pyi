@@ -89,6 +89,7 @@ class ScheduledBatch:
     def draws(self) -> list[int]: ...
     @property
     def num_drafted(self) -> list[int]: ...
+    def num_shared_blocks(self, block_size: int, at_least: int) -> int: ...
     def advance(self, block_size: int) -> list[int]: ...
     def append_unknown(self) -> None: ...
     def settle(self, drawn: Sequence[int]) -> tuple[list[int], list[int], int]: ...
@@ -121,7 +122,13 @@ class BatchBuilder:
     def layout(self) -> dict[str, tuple[int, str, tuple[int, ...]]]: ...
     @overload
     def build(
-        self, address: int, batch: ScheduledBatch, pad_num_seqs: int = 0, pad_num_tokens: int = 0
+        self,
+        address: int,
+        batch: ScheduledBatch,
+        pad_num_seqs: int = 0,
+        pad_num_tokens: int = 0,
+        cascade: bool = False,
+        num_shared_blocks: int = 0,
     ) -> BatchInfo: ...
     @overload
     def build(
@@ -131,6 +138,8 @@ class BatchBuilder:
         num_tokens: Sequence[int],
         pad_num_seqs: int = 0,
         pad_num_tokens: int = 0,
+        cascade: bool = False,
+        num_shared_blocks: int = 0,
     ) -> BatchInfo: ...
 
 class NgramIndex:

@@ -37,13 +37,14 @@ BatchBuilder::BatchBuilder(int64_t max_num_tokens, int64_t max_num_seqs, int64_t
     nbytes_ += (bytes + 15) / 16 * 16;  // the next array starts aligned for 16-byte loads
   };
   for (const char* name : {"token_ids", "positions", "slot_mapping"}) add(name, "int32", 4, {max_num_tokens});
-  add("cu_seqlens_q", "int32", 4, {max_num_seqs + 1});
-  add("seqused_k", "int32", 4, {max_num_seqs});
+  // One more sequence is what all share: its two ends stand behind those of the others.
+  add("cu_seqlens_q", "int32", 4, {max_num_seqs + 3});
+  add("seqused_k", "int32", 4, {max_num_seqs + 1});
   for (const char* name : {"logits_indices", "top_k"}) add(name, "int32", 4, {max_num_logits});
   for (const char* name : {"temperature", "top_p", "min_p"}) add(name, "float32", 4, {max_num_logits});
   for (const char* name : {"seed", "sample_position"}) add(name, "int64", 8, {max_num_logits});
   // Last, because it is the largest: a step copies only the rows that it uses.
-  add("block_table", "int32", 4, {max_num_seqs, max_blocks_per_seq});
+  add("block_table", "int32", 4, {max_num_seqs + 1, max_blocks_per_seq});
 }
 
 template <typename T>
@@ -53,8 +54,8 @@ T* BatchBuilder::at(uintptr_t address, const char* name) const {
 }
 
 void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                            const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs,
-                            int64_t pad_num_tokens) const {
+                            const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens,
+                            bool cascade, int64_t num_shared_blocks) const {
   if (address == 0 || address % 16 != 0)
     refuse("BatchBuilder.build: address is ", address, ", expected a multiple of 16");
   if (sequences.size() != num_tokens.size()) {
@@ -68,6 +69,10 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
   if (pad_num_tokens < 0 || pad_num_tokens > pad_num_seqs * max_logits_per_seq_) {
     refuse("BatchBuilder.build: pad_num_tokens is ", pad_num_tokens, ", allowed is 0 to ",
            pad_num_seqs * max_logits_per_seq_, " with pad_num_seqs ", pad_num_seqs);
+  }
+  if (num_shared_blocks < 0 || num_shared_blocks > (cascade ? max_blocks_per_seq_ : 0)) {
+    refuse("BatchBuilder.build: num_shared_blocks is ", num_shared_blocks, ", allowed is 0 to ",
+           cascade ? max_blocks_per_seq_ : 0, cascade ? "" : " without cascade");
   }
   int64_t total = pad_num_tokens;
   for (int64_t i = 0; i < num_real; ++i) {
@@ -95,6 +100,17 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
     if ((seq->max_block() + int64_t{1}) * block_size_ > std::numeric_limits<int32_t>::max()) {
       refuse("BatchBuilder.build: sequences[", i, "] has block ", seq->max_block(), ", whose slots do not fit 32 bits");
     }
+    if (num_shared_blocks > 0) {
+      if (num_shared_blocks > seq->num_computed() / block_size_) {
+        refuse("BatchBuilder.build: num_shared_blocks is ", num_shared_blocks, ", allowed is up to ",
+               seq->num_computed() / block_size_, ", which sequences[", i, "] has computed");
+      }
+      if (!std::equal(seq->blocks().begin(), seq->blocks().begin() + num_shared_blocks,
+                      sequences[0]->blocks().begin())) {
+        refuse("BatchBuilder.build: num_shared_blocks is ", num_shared_blocks, ", but the first blocks of sequences[",
+               i, "] are not those of sequences[0]");
+      }
+    }
     total += num_tokens[i];
   }
   if (total > max_num_tokens_) {
@@ -103,9 +119,9 @@ void BatchBuilder::validate(uintptr_t address, const std::vector<const TokenSequ
 }
 
 BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                              const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs,
-                              int64_t pad_num_tokens) const {
-  validate(address, sequences, num_tokens, pad_num_seqs, pad_num_tokens);
+                              const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens,
+                              bool cascade, int64_t num_shared_blocks) const {
+  validate(address, sequences, num_tokens, pad_num_seqs, pad_num_tokens, cascade, num_shared_blocks);
   auto* token_ids = at<int32_t>(address, "token_ids");
   auto* positions = at<int32_t>(address, "positions");
   auto* slot_mapping = at<int32_t>(address, "slot_mapping");
@@ -145,8 +161,8 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
       if (position >= seq.size() - 1) add_logits_row(info.num_tokens, seq.sampling(), position + 1);
     }
     int32_t* row = block_table + info.num_seqs * max_blocks_per_seq_;
-    std::copy(seq.blocks().begin(), seq.blocks().end(), row);
-    seqused_k[info.num_seqs] = static_cast<int32_t>(end);
+    std::copy(seq.blocks().begin() + num_shared_blocks, seq.blocks().end(), row);
+    seqused_k[info.num_seqs] = static_cast<int32_t>(end - num_shared_blocks * block_size_);
     cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(info.num_tokens);
     info.max_seqlen_q = std::max(info.max_seqlen_q, num_tokens[i]);
     info.max_seqlen_k = std::max(info.max_seqlen_k, end);
@@ -164,7 +180,15 @@ BatchInfo BatchBuilder::build(uintptr_t address, const std::vector<const TokenSe
     cu_seqlens_q[++info.num_seqs] = static_cast<int32_t>(info.num_tokens);
     info.max_seqlen_q = std::max(info.max_seqlen_q, share);
   }
-  info.nbytes = fields_.back().offset + info.num_seqs * max_blocks_per_seq_ * int64_t{4};
+  if (cascade) {
+    cu_seqlens_q[info.num_seqs + 1] = 0;
+    cu_seqlens_q[info.num_seqs + 2] = static_cast<int32_t>(info.num_tokens);
+    seqused_k[info.num_seqs] = static_cast<int32_t>(num_shared_blocks * block_size_);
+    int32_t* row = block_table + info.num_seqs * max_blocks_per_seq_;
+    row[0] = 0;
+    if (num_shared_blocks > 0) std::copy_n(sequences[0]->blocks().begin(), num_shared_blocks, row);
+  }
+  info.nbytes = fields_.back().offset + (info.num_seqs + cascade) * max_blocks_per_seq_ * int64_t{4};
   return info;
 }
 

@@ -32,15 +32,19 @@ class BatchBuilder {
 
   // num_tokens[i] tokens of sequences[i], its drafts after its own: the last of its own and each draft get a row of
   // logits. Then pad_num_seqs rows that share pad_num_tokens tokens evenly, which write nothing and see nothing.
+  // With `cascade` one more row is what they share: all tokens as one sequence's, and the first num_shared_blocks
+  // blocks, which each sequence must have, before its first token here; its own row begins behind them.
   BatchInfo build(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                  const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens) const;
+                  const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens, bool cascade,
+                  int64_t num_shared_blocks) const;
 
   int64_t nbytes() const { return nbytes_; }
   const std::vector<Field>& layout() const { return fields_; }
 
  private:
   void validate(uintptr_t address, const std::vector<const TokenSequence*>& sequences,
-                const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens) const;
+                const std::vector<int64_t>& num_tokens, int64_t pad_num_seqs, int64_t pad_num_tokens, bool cascade,
+                int64_t num_shared_blocks) const;
   template <typename T>
   T* at(uintptr_t address, const char* name) const;
 

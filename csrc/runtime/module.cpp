@@ -163,6 +163,8 @@ void bind_scheduled_batch(py::module_& m) {
                              "Indices of those that are in their prompt, or have more than one token to compute.")
       .def_property_readonly("draws", &ScheduledBatch::draws, "Indices of those whose next token is drawn.")
       .def_property_readonly("num_drafted", &ScheduledBatch::num_drafted, "Drafts to verify of each of `draws`.")
+      .def("num_shared_blocks", &ScheduledBatch::num_shared_blocks, "block_size"_a, "at_least"_a,
+           "The first blocks that all sequences have computed and have in common; 0 if they are fewer than at_least.")
       .def("advance", &ScheduledBatch::advance, "block_size"_a,
            "Counts the tokens as computed; returns the indices of those that filled a block.")
       .def("append_unknown", &ScheduledBatch::append_unknown, "What they draw is a token that is not known yet.")
@@ -199,17 +201,18 @@ void bind_batch_builder(py::module_& m) {
              return layout;
            })
       .def("build", &BatchBuilder::build, "address"_a, "sequences"_a, "num_tokens"_a, "pad_num_seqs"_a = 0,
-           "pad_num_tokens"_a = 0,
+           "pad_num_tokens"_a = 0, "cascade"_a = false, "num_shared_blocks"_a = 0,
            "Fills the buffer at `address` (nbytes long) for num_tokens[i] tokens of sequences[i], drafts after the "
-           "rest.")
+           "rest; with cascade, what all share as one more sequence.")
       .def(
           "build",
           [](const BatchBuilder& builder, uintptr_t address, const ScheduledBatch& batch, int64_t pad_num_seqs,
-             int64_t pad_num_tokens) {
+             int64_t pad_num_tokens, bool cascade, int64_t num_shared_blocks) {
             return builder.build(address, {batch.sequences().begin(), batch.sequences().end()}, batch.num_tokens(),
-                                 pad_num_seqs, pad_num_tokens);
+                                 pad_num_seqs, pad_num_tokens, cascade, num_shared_blocks);
           },
-          "address"_a, "batch"_a, "pad_num_seqs"_a = 0, "pad_num_tokens"_a = 0);
+          "address"_a, "batch"_a, "pad_num_seqs"_a = 0, "pad_num_tokens"_a = 0, "cascade"_a = false,
+          "num_shared_blocks"_a = 0);
 }
 
 void bind_ngram_index(py::module_& m) {

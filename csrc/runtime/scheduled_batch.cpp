@@ -46,6 +46,27 @@ std::pair<ScheduledBatch, ScheduledBatch::Indices> ScheduledBatch::of_decodes(co
   return {ScheduledBatch(std::move(decodes), std::move(ones)), std::move(others)};
 }
 
+int64_t ScheduledBatch::num_shared_blocks(int64_t block_size, int64_t at_least) const {
+  if (block_size < 1 || at_least < 1) {
+    refuse("ScheduledBatch.num_shared_blocks: block_size is ", block_size, " and at_least is ", at_least,
+           ", allowed is 1 or more");
+  }
+  if (pointers_.empty()) return 0;
+  const std::vector<int32_t>& first = pointers_[0]->blocks();
+  int64_t shared = static_cast<int64_t>(first.size());
+  // The last block that is wanted tells most batches apart, before whole tables are read.
+  for (const TokenSequence* seq : pointers_) {
+    shared = std::min({shared, seq->num_computed() / block_size, static_cast<int64_t>(seq->blocks().size())});
+    if (shared < at_least || seq->blocks()[at_least - 1] != first[at_least - 1]) return 0;
+  }
+  for (const TokenSequence* seq : pointers_) {
+    const auto end = std::mismatch(first.begin(), first.begin() + shared, seq->blocks().begin()).first;
+    shared = end - first.begin();
+    if (shared < at_least) return 0;
+  }
+  return shared;
+}
+
 ScheduledBatch::Indices ScheduledBatch::advance(int64_t block_size) {
   if (block_size < 1) refuse("ScheduledBatch.advance: block_size is ", block_size, ", allowed is 1 or more");
   Indices filled;

@@ -153,6 +153,14 @@ BatchInvariant = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+DisableCascadeAttn = Annotated[
+    bool,
+    typer.Option(
+        "--disable-cascade-attn/--no-disable-cascade-attn",
+        help="Read what requests begin with for each of them, also where once for all is faster.",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 
 def _parse_speculative(text: str) -> object:

@@ -12,9 +12,10 @@ from fastattn._runtime import BatchBuilder, ScheduledBatch, TokenSequence
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
 from fastattn.nn import AttentionMetadata
+from fastattn.ops import CascadeLevel
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-_STEP = struct.Struct("<8q")
+_STEP = struct.Struct("<9q")
 _ROWS = struct.Struct("<2q")
 _COPY = struct.Struct("<4i")
 _MAX_BATCHES = 256  # of which views are kept
@@ -24,7 +25,7 @@ _MAX_BATCHES = 256  # of which views are kept
 class Step:
     """A step as a message: with the bytes of the step buffer it is all that a rank must know to compute its part.
 
-    nbytes: of the step buffer that are in use. graph: replay the CUDA graph of this shape, recording it first with
+    nbytes: of the step buffer that are in use. cascade: what all sequences begin with is read once (`CascadeLevel`). graph: replay the CUDA graph of this shape, recording it first with
     ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
     `logits_indices` names. copies: (from, to, tokens, `Route`) of KV blocks, to be made first, in this order.
     """
@@ -34,6 +35,7 @@ class Step:
     num_logits: int
     max_seqlen_q: int
     nbytes: int
+    cascade: bool = False
     graph: bool = False
     capture: bool = False
     extra_rows: tuple[tuple[int, int], ...] = ()
@@ -43,19 +45,19 @@ class Step:
         sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes)
         rows = b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
         copies = b"".join(_COPY.pack(*copy) for copy in self.copies)
-        return _STEP.pack(*sizes, self.graph, self.capture, len(self.extra_rows)) + rows + copies
+        return _STEP.pack(*sizes, self.cascade, self.graph, self.capture, len(self.extra_rows)) + rows + copies
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        tokens, seqs, logits, max_seqlen_q, nbytes, graph, capture, num_rows = _STEP.unpack_from(message)
+        *sizes, cascade, graph, capture, num_rows = _STEP.unpack_from(message)
         end = _STEP.size + num_rows * _ROWS.size
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size : end]))
         copies = tuple(_COPY.iter_unpack(message[end:]))
-        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, bool(graph), bool(capture), rows, copies)
+        return cls(*sizes, bool(cascade), bool(graph), bool(capture), rows, copies)
 
     @property
     def shape(self) -> DecodeShape:
-        return DecodeShape(self.num_seqs, self.num_tokens, self.max_seqlen_q)
+        return DecodeShape(self.num_seqs, self.num_tokens, self.max_seqlen_q, self.cascade)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class BatchBuffers:
         self.device_buffer = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._views = {}
-        self._batches: dict[tuple[int, int, int, int], Batch] = {}  # by their sizes
+        self._batches: dict[tuple[int, int, int, int, bool], Batch] = {}  # by their sizes
         for name, (offset, dtype, shape) in self.builder.layout().items():
             torch_dtype = _DTYPES[dtype]
             count = torch.Size(shape).numel() * torch_dtype.itemsize
@@ -134,20 +136,23 @@ class BatchBuffers:
         them; what is missing to it is made up by sequences that write nothing and see nothing."""
         return self.fill_batch(ScheduledBatch(sequences, num_tokens), shape)
 
-    def fill_batch(self, batch: ScheduledBatch, shape: DecodeShape | None = None) -> Step:
-        """As `fill`, of what the scheduler gave."""
+    def fill_batch(self, batch: ScheduledBatch, shape: DecodeShape | None = None, num_shared_blocks: int = 0) -> Step:
+        """As `fill`, of what the scheduler gave. num_shared_blocks: that all sequences begin with and that are to be read once,
+        in a shape that is a cascade if there is a shape."""
         self.wait()
         pad = (0, 0) if shape is None else (shape.num_seqs - len(batch), shape.num_tokens - batch.total_tokens)
-        info = self.builder.build(self._host_address, batch, *pad)
+        cascade = num_shared_blocks > 0 if shape is None else shape.cascade
+        info = self.builder.build(self._host_address, batch, *pad, cascade, num_shared_blocks)
         max_seqlen_q = info.max_seqlen_q if shape is None else shape.max_seqlen_q
-        return Step(info.num_tokens, info.num_seqs, info.num_logits, max_seqlen_q, info.nbytes, shape is not None)
+        sizes = (info.num_tokens, info.num_seqs, info.num_logits, max_seqlen_q, info.nbytes)
+        return Step(*sizes, cascade, shape is not None)
 
     def load(self, step: Step) -> Batch:
         """Brings what was filled to the device, in the order of its stream."""
         if self._copied is not None:
             self.device_buffer[: step.nbytes].copy_(self.host[: step.nbytes], non_blocking=True)
             self._copied.record()
-        return self.view(step.num_tokens, step.num_seqs, step.num_logits, step.max_seqlen_q)
+        return self.view(step.num_tokens, step.num_seqs, step.num_logits, step.max_seqlen_q, step.cascade)
 
     def lengths(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """What was filled: cu_seqlens_q (num_seqs + 1) and seqused_k (num_seqs), int32, on the host."""
@@ -161,10 +166,10 @@ class BatchBuffers:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int) -> Batch:
+    def view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int, cascade: bool) -> Batch:
         """The arrays of a step of these sizes. Decode steps have the same ones again and again, and fifteen views cost more than
         all else that the host does for such a step."""
-        sizes = (num_tokens, num_seqs, num_logits, max_seqlen_q)
+        sizes = (num_tokens, num_seqs, num_logits, max_seqlen_q, cascade)
         batch = self._batches.get(sizes)
         if batch is None:
             if len(self._batches) == _MAX_BATCHES:
@@ -172,10 +177,14 @@ class BatchBuffers:
             batch = self._batches[sizes] = self._view(*sizes)
         return batch
 
-    def _view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int) -> Batch:
+    def _view(self, num_tokens: int, num_seqs: int, num_logits: int, max_seqlen_q: int, cascade: bool) -> Batch:
         v = self._views
         n = num_logits
-        block_table = v["block_table"][:num_seqs]
+        shared: CascadeLevel | None = None
+        if cascade:
+            row = slice(num_seqs, num_seqs + 1)
+            ends = v["cu_seqlens_q"][num_seqs + 1 : num_seqs + 3]
+            shared = CascadeLevel(ends, v["seqused_k"][row], v["block_table"][row], num_tokens)
         return Batch(
             num_tokens=num_tokens,
             num_seqs=num_seqs,
@@ -187,8 +196,9 @@ class BatchBuffers:
                 slot_mapping=v["slot_mapping"][:num_tokens],
                 cu_seqlens_q=v["cu_seqlens_q"][: num_seqs + 1],
                 seqused_k=v["seqused_k"][:num_seqs],
-                block_table=block_table,
+                block_table=v["block_table"][:num_seqs],
                 max_seqlen_q=max_seqlen_q,
+                shared=shared,
                 mixes_keys=self._mixes_keys,
             ),
             logits_indices=v["logits_indices"][:n],

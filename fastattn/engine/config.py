@@ -25,7 +25,8 @@ class EngineConfig:
     a seed get theirs from. use_cuda_graphs: replay decode steps as graphs (CUDA only).
     async_scheduling: a step is scheduled and queued while the one before it runs. debug_checks: verify the KV
     bookkeeping after each step. batch_invariant: a request's tokens and log-probabilities are the same bits whatever else is
-    computed with it, and however. speculative: guess tokens and verify them, several a step; None is off.
+    computed with it, and however. disable_cascade_attn: what the sequences of a decode step begin with (a system prompt) is read
+    for each of them, and not once for all where that is faster. speculative: guess tokens and verify them, several a step; None is off.
     """
 
     max_model_len: int
@@ -46,6 +47,7 @@ class EngineConfig:
     async_scheduling: bool = False
     debug_checks: bool = False
     batch_invariant: bool = False
+    disable_cascade_attn: bool = False
     speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:

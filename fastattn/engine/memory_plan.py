@@ -359,7 +359,9 @@ def buffer_bytes(options: PlanOptions) -> int:
     seqs = DecodeShapes(options.max_num_seqs, per_seq, tokens).max_num_seqs
     rows = seqs * per_seq
     blocks = -(-options.max_model_len // options.block_size)
-    fields = [4 * tokens] * 3 + [4 * (seqs + 1), 4 * seqs] + [4 * rows] * 5 + [8 * rows] * 2 + [4 * seqs * blocks]
+    # of a cascade one sequence more is what all share
+    fields = [4 * tokens] * 3 + [4 * (seqs + 3), 4 * (seqs + 1)] + [4 * rows] * 5 + [8 * rows] * 2
+    fields.append(4 * (seqs + 1) * blocks)
     return sum(-(-nbytes // 16) * 16 for nbytes in fields)
 
 

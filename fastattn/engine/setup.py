@@ -42,7 +42,8 @@ class EngineOptions:
     async_scheduling: a step is scheduled and queued while the one before it runs; None: on GPUs, but for several ranks and
     speculative decoding. kv_offloading_size: GiB of host memory, of all ranks together, for KV blocks that are evicted; None
     is off. batch_invariant: a request's tokens and log-probabilities are the same bits alone and in any batch, however its prompt is
-    cut, with prefix hits and after preemption; on one GPU (or CPU), without speculative decoding. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
+    cut, with prefix hits and after preemption; on one GPU (or CPU), without speculative decoding. disable_cascade_attn: see
+    `EngineConfig`. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
     may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
     trace: file that takes a trace of every step, for Perfetto; compressed if it ends in .gz.
     """
@@ -68,6 +69,7 @@ class EngineOptions:
     async_scheduling: bool | None = None
     debug_checks: bool = False
     batch_invariant: bool = False
+    disable_cascade_attn: bool = False
     speculative: SpeculativeConfig | None = None
     rank_timeout_seconds: float | None = None
     trace: str | None = None
@@ -176,6 +178,7 @@ def engine_config(
         async_scheduling=options.overlaps(sizes.device_type),
         debug_checks=options.debug_checks,
         batch_invariant=options.batch_invariant,
+        disable_cascade_attn=options.disable_cascade_attn,
         speculative=options.speculative,
     )
 

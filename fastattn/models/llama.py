@@ -130,10 +130,11 @@ class LlamaForCausalLM(DecoderModel):
     def _is_one_kernel(
         self, num_tokens: int, dtype: torch.dtype, meta: nn.AttentionMetadata, kv_cache: KVCache
     ) -> bool:
-        one_each = meta.max_seqlen_q == 1 and meta.block_table.shape[0] == num_tokens and not meta.calibrate
+        one_each = meta.max_seqlen_q == 1 and meta.block_table.shape[0] == num_tokens
+        is_plain = not meta.calibrate and meta.shared is None
         block_size = kv_cache[0][0].shape[1]
         takes_cache = kv_cache[0][0].dtype is dtype and block_size & (block_size - 1) == 0
-        return one_each and takes_cache and 0 < num_tokens <= self.max_one_kernel_tokens
+        return one_each and is_plain and takes_cache and 0 < num_tokens <= self.max_one_kernel_tokens
 
     def decode_layers(
         self,

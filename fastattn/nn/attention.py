@@ -22,6 +22,7 @@ class AttentionMetadata:
     """Where the tokens of one step stand. All tensors are int32 on the model's device.
 
     positions, slot_mapping: (T,). cu_seqlens_q: (B + 1,). seqused_k: (B,). block_table: (B, max_blocks).
+    shared: what all B sequences begin with, which `seqused_k` and `block_table` are without (`ops.cascade_attention`).
     mixes_keys: as the KV cache's (`KVCacheFormat`). calibrate: its static scales are set from the step's tokens, before these are
       written.
     """
@@ -32,6 +33,7 @@ class AttentionMetadata:
     seqused_k: torch.Tensor
     block_table: torch.Tensor
     max_seqlen_q: int
+    shared: ops.CascadeLevel | None = None
     mixes_keys: bool = False
     calibrate: bool = False
 
@@ -110,22 +112,32 @@ class Attention(Module):
             norm_eps=self.qk_norm_eps,
             hadamard=meta.mixes_keys,
         )
-        out, _ = ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            meta.cu_seqlens_q,
-            meta.seqused_k,
-            meta.block_table,
-            meta.max_seqlen_q,
-            softmax_scale=self.softmax_scale,
-            causal=True,
-            window_size=self.window_size,
-            softcap=self.softcap,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            batch_invariant=self.batch_invariant,
-        )
+        own = ops.CascadeLevel(meta.cu_seqlens_q, meta.seqused_k, meta.block_table, meta.max_seqlen_q)
+        if meta.shared is not None:
+            out, _ = ops.cascade_attention(
+                q,
+                k_cache,
+                v_cache,
+                [meta.shared, own],
+                softmax_scale=self.softmax_scale,
+                softcap=self.softcap,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+        else:
+            out, _ = ops.paged_attention(
+                q,
+                k_cache,
+                v_cache,
+                *own,
+                softmax_scale=self.softmax_scale,
+                causal=True,
+                window_size=self.window_size,
+                softcap=self.softcap,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                batch_invariant=self.batch_invariant,
+            )
         return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual))
 
     def _calibrate(

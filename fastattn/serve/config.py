@@ -118,6 +118,9 @@ class EngineSettings(BaseModel):
             description="A request's tokens and log-probabilities are the same bits whatever else is served; slower, see the docs."
         ),
     ] = False
+    disable_cascade_attn: Annotated[
+        bool, Field(description="Read what requests begin with for each of them, also where once for all is faster.")
+    ] = False
     enforce_eager: Annotated[bool, Field(description="No CUDA graphs.")] = False
     tensor_parallel_size: Annotated[int, Field(ge=1, le=1024, description="GPUs (or CPU processes) that share the model.")] = 1  # fmt: skip
     speculative_config: Annotated[
@@ -153,7 +156,7 @@ class EngineSettings(BaseModel):
 
     def engine_options(self) -> dict[str, Any]:
         """Fields of EngineOptions, as JSON has them."""
-        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks kv_offloading_size gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling batch_invariant trace"  # fmt: skip
+        names = "device dtype max_model_len max_num_seqs max_num_batched_tokens block_size kv_cache_dtype kv_cache_scales quantization num_kv_blocks kv_offloading_size gpu_memory_utilization enable_prefix_caching enable_chunked_prefill tensor_parallel_size seed async_scheduling batch_invariant disable_cascade_attn trace"  # fmt: skip
         options = {name: getattr(self, name) for name in names.split()}
         options |= {"policy": self.scheduling_policy, "use_cuda_graphs": not self.enforce_eager}
         if self.speculative_config is not None:

@@ -20,15 +20,14 @@ BLOCKS = st.integers(0, 2**31 - 1)
 
 @given(
     st.lists(SIZES, min_size=5, max_size=5),
-    st.booleans(),
-    st.booleans(),
+    st.lists(st.booleans(), min_size=3, max_size=3),
     st.lists(st.tuples(SIZES, SIZES), max_size=5),
     st.lists(st.tuples(BLOCKS, BLOCKS, BLOCKS, st.sampled_from(Route)), max_size=5),
 )
 def test_bytes_and_back(
-    sizes: list[int], graph: bool, capture: bool, rows: list[tuple[int, int]], copies: list[tuple[int, int, int, int]]
+    sizes: list[int], flags: list[bool], rows: list[tuple[int, int]], copies: list[tuple[int, int, int, int]]
 ) -> None:
-    step = Step(*sizes, graph, capture, tuple(rows), tuple(copies))
+    step = Step(*sizes, *flags, tuple(rows), tuple(copies))
     assert Step.from_bytes(step.to_bytes()) == step
 
 

@@ -48,9 +48,12 @@ class Buffer:
         self.bytes = raw[start : start + builder.nbytes + 16]  # the last 16 are past its end
         self.address = self.bytes.ctypes.data
 
-    def fill(self, specs: list[Spec], pad: int = 0, pad_num_tokens: int = 0) -> BatchInfo:
+    def fill(
+        self, specs: list[Spec], pad: int = 0, pad_num_tokens: int = 0, cascade: bool = False, shared: int = 0
+    ) -> BatchInfo:
         counts = [s.num_tokens for s in specs]
-        return self.builder.build(self.address, [s.build() for s in specs], counts, pad, pad_num_tokens)
+        built = [s.build() for s in specs]
+        return self.builder.build(self.address, built, counts, pad, pad_num_tokens, cascade, shared)
 
     def field(self, name: str) -> NDArray[Any]:
         offset, dtype, shape = self.builder.layout()[name]
@@ -163,8 +166,8 @@ def test_layout() -> None:
         "token_ids": ("int32", (7,)),
         "positions": ("int32", (7,)),
         "slot_mapping": ("int32", (7,)),
-        "cu_seqlens_q": ("int32", (4,)),
-        "seqused_k": ("int32", (3,)),
+        "cu_seqlens_q": ("int32", (6,)),
+        "seqused_k": ("int32", (4,)),
         "logits_indices": ("int32", (6,)),
         "top_k": ("int32", (6,)),
         "temperature": ("float32", (6,)),
@@ -172,7 +175,7 @@ def test_layout() -> None:
         "min_p": ("float32", (6,)),
         "seed": ("int64", (6,)),
         "sample_position": ("int64", (6,)),
-        "block_table": ("int32", (3, 5)),
+        "block_table": ("int32", (4, 5)),
     }
     assert list(layout)[-1] == "block_table"
     end = 0
@@ -241,6 +244,66 @@ def test_a_bad_call_leaves_the_buffer_untouched(buffer: Buffer) -> None:
         with pytest.raises(ValueError) as caught:
             buffer.builder.build(*args)  # type: ignore[arg-type]
         assert str(caught.value) == f"BatchBuilder.build: {message}"
+    np.testing.assert_array_equal(buffer.bytes, before)
+
+
+@given(case=spec_lists(), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_cascade_equals_the_batch_without_it(case: tuple[list[Spec], int, int], data: st.DataObject) -> None:
+    """What all share is one more row, and each row begins behind it."""
+    specs, pad, pad_num_tokens = case
+    most = min((s.num_computed // BLOCK_SIZE for s in specs), default=0)
+    shared = data.draw(st.integers(0, most))
+    specs = [dataclasses.replace(s, blocks=[*specs[0].blocks[:shared], *s.blocks[shared:]]) for s in specs]
+    builder = BatchBuilder(MAX_TOKENS, MAX_SEQS, MAX_BLOCKS, BLOCK_SIZE, MAX_LOGITS)
+    plain, buffer = Buffer(builder), Buffer(builder)
+    expected = plain.fill(specs, pad, pad_num_tokens)
+    info = buffer.fill(specs, pad, pad_num_tokens, True, shared)
+    n = expected.num_seqs
+    assert (info.num_tokens, info.num_seqs, info.num_logits) == (expected.num_tokens, n, expected.num_logits)
+    assert info.nbytes == expected.nbytes + 4 * MAX_BLOCKS
+    for name in builder.layout():
+        if name not in ("cu_seqlens_q", "seqused_k", "block_table"):
+            np.testing.assert_array_equal(buffer.field(name), plain.field(name), err_msg=name)
+    ends, used, table = (buffer.field(name) for name in ("cu_seqlens_q", "seqused_k", "block_table"))
+    np.testing.assert_array_equal(ends[: n + 1], plain.field("cu_seqlens_q")[: n + 1])
+    assert ends[n + 1 : n + 3].tolist() == [0, info.num_tokens]
+    assert used[n] == shared * BLOCK_SIZE
+    np.testing.assert_array_equal(used[: len(specs)], plain.field("seqused_k")[: len(specs)] - shared * BLOCK_SIZE)
+    assert (used[len(specs) : n] == 0).all()
+    assert table[n, : max(shared, 1)].tolist() == (specs[0].blocks[:shared] if shared else [0])
+    for row, spec in enumerate(specs):
+        assert table[row, : len(spec.blocks) - shared].tolist() == spec.blocks[shared:]
+
+
+@pytest.mark.parametrize(
+    ("second", "cascade", "shared", "message"),
+    [
+        (DECODE, False, 1, "num_shared_blocks is 1, allowed is 0 to 0 without cascade"),
+        (DECODE, True, -1, "num_shared_blocks is -1, allowed is 0 to 6"),
+        (DECODE, True, 7, "num_shared_blocks is 7, allowed is 0 to 6"),
+        (DECODE, True, 2, "num_shared_blocks is 2, allowed is up to 1, which sequences[0] has computed"),
+        (
+            dataclasses.replace(DECODE, num_computed=3, num_tokens=2),
+            True,
+            1,
+            "num_shared_blocks is 1, allowed is up to 0, which sequences[1] has computed",
+        ),
+        (
+            dataclasses.replace(DECODE, blocks=[7, 9]),
+            True,
+            1,
+            "num_shared_blocks is 1, but the first blocks of sequences[1] are not those of sequences[0]",
+        ),
+    ],
+)
+def test_a_bad_cascade_leaves_the_buffer_untouched(
+    buffer: Buffer, second: Spec, cascade: bool, shared: int, message: str
+) -> None:
+    before = buffer.bytes.copy()
+    with pytest.raises(ValueError) as caught:
+        buffer.fill([DECODE, second], 0, 0, cascade, shared)
+    assert str(caught.value) == f"BatchBuilder.build: {message}"
     np.testing.assert_array_equal(buffer.bytes, before)
 
 

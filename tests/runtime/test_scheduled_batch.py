@@ -117,6 +117,27 @@ def test_grow_gives_a_block_to_whose_blocks_are_full_or_nothing() -> None:
     pool.check()
 
 
+def test_shared_blocks_are_those_that_all_begin_with() -> None:
+    def of(blocks: list[int], num_computed: int) -> TokenSequence:
+        seq = TokenSequence([0] * (num_computed + 1))
+        seq.add_blocks(blocks)
+        seq.num_computed = num_computed
+        return seq
+
+    first, longer, other = of([5, 6, 7, 8], 30), of([5, 6, 7, 9, 10], 39), of([4, 6, 7, 8], 31)
+
+    def shared(at_least: int, *sequences: TokenSequence) -> int:
+        return ScheduledBatch(sequences, [1] * len(sequences)).num_shared_blocks(BLOCK, at_least)
+
+    assert shared(1, first, longer) == shared(3, longer, first) == 3
+    assert shared(4, first, longer) == 0
+    assert shared(1, first) == 3  # the fourth is not full
+    assert shared(1, first, longer, other) == shared(2, other, first) == 0
+    assert shared(2, first, of([5, 6, 7], 20)) == 2  # of the shorter one
+    assert shared(3, first, of([5, 6, 7], 20)) == 0
+    assert ScheduledBatch([], []).num_shared_blocks(BLOCK, 1) == 0
+
+
 def test_mistakes_are_named() -> None:
     seq, pool = decoding(3), BlockPool(2)
     batch = ScheduledBatch([seq], [1])
@@ -125,6 +146,8 @@ def test_mistakes_are_named() -> None:
         (lambda: ScheduledBatch([None], [1]), r"sequences\[0\] is None"),  # type: ignore[list-item]
         (lambda: ScheduledBatch([seq], [0]), r"num_tokens\[0\] is 0, allowed is 1 or more"),
         (lambda: batch.advance(0), "block_size is 0, allowed is 1 or more"),
+        (lambda: batch.num_shared_blocks(0, 1), "block_size is 0 and at_least is 1, allowed is 1 or more"),
+        (lambda: batch.num_shared_blocks(8, 0), "block_size is 8 and at_least is 0, allowed is 1 or more"),
         (lambda: pool.grow(batch, 0), "block_size is 0, allowed is 1 or more"),
         (lambda: batch.settle([1, 2]), "drawn has 2 tokens, expected 1"),
         (lambda: seq.outputs(1), "start is 1, allowed is 0 to 0"),
