@@ -10,13 +10,14 @@ namespace fastattn {
 struct MBarrier {
   int32_t num_bytes_expected;
   int16_t num_missing;  // arrivals
-  uint8_t num_arrivals;
-  uint8_t phase;
+  uint16_t num_arrivals : 14;
+  uint16_t phase : 2;  // above 1: never initialized
 
   void init(uint32_t num) {
     num_bytes_expected = 0;
     num_missing = static_cast<int16_t>(num);
-    num_arrivals = static_cast<uint8_t>(num);
+    num_arrivals = static_cast<uint16_t>(num & 0x3fff);
+    if (num_arrivals != num) emulator::fail("a barrier of " + std::to_string(num) + " arrivals");
     phase = 0;
   }
 
