@@ -205,6 +205,8 @@ def flash_fwd_sm90_config(
     num_sms: int,
     packed_tokens: int = ...,
     batch_invariant: bool = ...,
+    fp8: bool = ...,
+    extras: bool = ...,
 ) -> dict[str, int]: ...
 def gemm_sm90_config(
     m: int,

@@ -100,8 +100,12 @@ constexpr Instantiation kInstantiations[] = {
     kInstance<__half, 256, 256, 2, 64, true, true>,
     kInstance<__nv_fp8_e4m3, 64, 64, 3, 128, false>,
     kInstance<__nv_fp8_e4m3, 64, 64, 3, 128, true>,
+    kInstance<__nv_fp8_e4m3, 96, 96, 2, 224, false>,
+    kInstance<__nv_fp8_e4m3, 96, 96, 2, 192, true>,
     kInstance<__nv_fp8_e4m3, 128, 128, 2, 192, false>,
     kInstance<__nv_fp8_e4m3, 128, 128, 2, 192, true>,
+    kInstance<__nv_fp8_e4m3, 192, 192, 2, 160, false>,
+    kInstance<__nv_fp8_e4m3, 192, 192, 2, 128, true>,
     kInstance<__nv_fp8_e4m3, 256, 256, 2, 96, false>,
     kInstance<__nv_fp8_e4m3, 256, 256, 2, 96, true>,
 };

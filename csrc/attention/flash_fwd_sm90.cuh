@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
   constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS && HEAD_DIM <= 128;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
-  static_assert(HEAD_DIM % 16 == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % 16 == 0);
+  constexpr int K = 32 / sizeof(T);  // what a product sums over
+  static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0);
 
   extern __shared__ __align__(1024) unsigned char smem_bytes[];  // so that addresses in it are constants
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
@@ -414,7 +415,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   float correction[2];                          // what a change of the reference makes of sums and O
 
   // ---- products
-  constexpr int K = 32 / sizeof(T);  // what an instruction sums over
   const auto q_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.q[0] + consumer * 64 * PANEL, 0);
   const auto k_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.k[0], 0);
   constexpr int KEY_PANEL = kKeyPanel<BLOCK_N>;

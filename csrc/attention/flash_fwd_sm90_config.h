@@ -25,7 +25,8 @@ struct FlashFwdSm90HeadDims {
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-// Of fp8, of K and V of 8 bits, and of packed groups.
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90Fp8HeadDims[] = {{64, 64}, {96, 96}, {128, 128}, {192, 192}, {256, 256}};
+// Of K and V of 8 bits, and of packed groups.
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90FewHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
 // Bounded by registers (O and S are fp32, block_m x v_head_dim and block_m x block_n over all consumers) and by 227 KiB
@@ -40,9 +41,13 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
   return {2, 80};
 }
 
-constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim) {
+// Bounded by registers: P, rounded, takes a fourth of what S does. 224 keys at head dim 96 and 160 at 192, whose K and
+// V leave place for one Q only, are the most that fit; extras have fewer registers left, and would spill some.
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim, bool extras) {
   if (v_head_dim <= 64) return {3, 128};
+  if (v_head_dim <= 96) return {2, extras ? 192 : 224};
   if (v_head_dim <= 128) return {2, 192};
+  if (v_head_dim <= 192) return {2, extras ? 128 : 160};
   return {2, 96};
 }
 
@@ -117,8 +122,8 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   FlashFwdSm90HeadDims dims;
   if (problem.fp8) {
-    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
-    config.tile = flash_fwd_sm90_tile_fp8(dims.v);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
+    config.tile = flash_fwd_sm90_tile_fp8(dims.v, problem.extras);
   } else if (problem.widens) {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     config.tile = flash_fwd_sm90_tile_widened(dims.v);

@@ -40,8 +40,10 @@ struct FlashFwdSm90Sizes {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
   static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
-  static constexpr int kStoredKeys = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N;  // of V
-  static constexpr int kBytesV = (kStoredKeys + (sizeof(T) == 1 ? BLOCK_N : 0)) * kStoredDim<T, V_HEAD_DIM> * sizeof(T);
+  // V as it comes; in fp8 a product reads it turned around, in whole panels of keys, beside.
+  static constexpr int kSizeLoadedV = BLOCK_N * kStoredDim<T, V_HEAD_DIM>;
+  static constexpr int kSizeV = sizeof(T) == 1 ? (BLOCK_N + 63) / 64 * 64 * V_HEAD_DIM : kSizeLoadedV;
+  static constexpr int kBytesV = (kSizeV + (sizeof(T) == 1 ? kSizeLoadedV : 0)) * sizeof(T);
   static constexpr int kBytesKv = BLOCK_N * kStoredDim<T, HEAD_DIM> * sizeof(T) + kBytesV;
   static constexpr int kMostBytes = 224 * 1024;
   static constexpr int kBytesRaw = WIDENS ? BLOCK_N * HEAD_DIM : 0;
@@ -55,16 +57,17 @@ struct FlashFwdSm90Sizes {
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
 struct FlashFwdSm90Storage
     : FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>,
-      FlashFwdSm90RawValues<T, BLOCK_N * V_HEAD_DIM>,
+      FlashFwdSm90RawValues<T,
+                            FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kSizeLoadedV>,
       FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
                             BLOCK_N * HEAD_DIM> {
   using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
-  static constexpr int BLOCK_M = Sizes::BLOCK_M, kStoredKeys = Sizes::kStoredKeys;
+  static constexpr int BLOCK_M = Sizes::BLOCK_M;
 
   alignas(1024) T q[kStagesQ][BLOCK_M * kStoredDim<T, HEAD_DIM>];
   alignas(1024) T k[kStages][BLOCK_N * kStoredDim<T, HEAD_DIM>];
-  alignas(1024) T v[kStages][kStoredKeys * kStoredDim<T, V_HEAD_DIM>];
+  alignas(1024) T v[kStages][Sizes::kSizeV];
   MBarrier q_full[kStagesQ], q_empty[kStagesQ];
   MBarrier k_full[kStages], k_empty[kStages];
   MBarrier v_full[kStages], v_empty[kStages];

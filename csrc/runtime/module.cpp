@@ -288,10 +288,10 @@ void bind_kernel_configs(py::module_& m) {
       "flash_fwd_sm90_config",
       [](int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t v_head_dim,
          int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, int64_t num_sms, int64_t packed_tokens,
-         bool batch_invariant) {
+         bool batch_invariant, bool fp8, bool extras) {
         const FlashFwdSm90Config c =
             flash_fwd_sm90_config({num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_seqlen_q, max_seqlen_k,
-                                   causal, num_sms, packed_tokens, false, false, false, false, batch_invariant});
+                                   causal, num_sms, packed_tokens, extras, fp8, false, false, batch_invariant});
         return py::dict("head_dim"_a = c.head_dim, "v_head_dim"_a = c.v_head_dim, "block_m"_a = c.tile.block_m(),
                         "block_n"_a = c.tile.block_n, "packs"_a = c.packs, "tile_tokens"_a = c.tile_tokens,
                         "num_m_tiles"_a = c.num_m_tiles, "pairs_per_section"_a = c.order.pairs_per_section,
@@ -301,7 +301,8 @@ void bind_kernel_configs(py::module_& m) {
                         "few_keys"_a = flash_fwd_sm90_few_keys(c, num_seqs, num_kv_heads, 2));
       },
       "num_seqs"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "v_head_dim"_a, "max_seqlen_q"_a, "max_seqlen_k"_a,
-      "causal"_a, "num_sms"_a, "packed_tokens"_a = -1, "batch_invariant"_a = false);
+      "causal"_a, "num_sms"_a, "packed_tokens"_a = -1, "batch_invariant"_a = false, "fp8"_a = false,
+      "extras"_a = false);
   m.def(
       "gemm_sm90_config",
       [](int64_t rows, int64_t n, int64_t k, int64_t num_sms, int64_t element_bytes, bool two_levels,

@@ -43,13 +43,18 @@ class FlashForward:
     num_ctas: int
     num_ops: int
     num_bytes: int
+    fp8: bool = False
 
-    def floor_us(self, tflops: float = _TFLOPS, tb_s: float = _TB_S) -> float:
+    def floor_us(self, tflops: float | None = None, tb_s: float = _TB_S) -> float:
         """Microseconds that it takes at least, at these rates of the matrix units and the memory."""
-        return max(self.num_ops / tflops, self.num_bytes / tb_s) / 1e6
+        return max(self.num_ops / (tflops or self._tflops), self.num_bytes / tb_s) / 1e6
+
+    @property
+    def _tflops(self) -> float:  # of fp8, twice as much at most
+        return _TFLOPS * (2 if self.fp8 else 1)
 
     def __str__(self) -> str:
-        bound = "matrix units" if self.num_ops / _TFLOPS > self.num_bytes / _TB_S else "memory"
+        bound = "matrix units" if self.num_ops / self._tflops > self.num_bytes / _TB_S else "memory"
         padded = f" (padded to {self.padded_head_dim})" if self.padded_head_dim != self.head_dim else ""
         split = f", the keys of each among {self.num_splits} CTAs" if self.num_splits > 1 else ""
         tiles = f"{self.num_tiles // self.num_splits} tiles of {self.block_m} rows, {self.block_n} keys a step{split}; "
@@ -58,7 +63,8 @@ class FlashForward:
             tiles = f"{self.num_tiles} tiles of {self.block_m} rows and {self.block_n} keys, {each} to each of "
         return (
             f"flash_fwd on {self.kernel}: {self.batch} × {self.seqlen_q} queries to {self.seqlen_k} keys, {self.num_heads} "
-            f"heads to {self.num_kv_heads} of {self.head_dim}{padded}{', causal' if self.causal else ''}\n"
+            f"heads to {self.num_kv_heads} of {self.head_dim}{padded}{' in fp8' if self.fp8 else ''}"
+            f"{', causal' if self.causal else ''}\n"
             f"  {tiles}{self.num_ctas} CTAs\n"
             f"  {self.num_ops / 1e9:.4g} GFLOP, {self.num_bytes / 1e6:.4g} MB: at least {self.floor_us():.3g} µs on an H100, "
             f"bound by its {bound}"
@@ -175,7 +181,7 @@ def explain(
     `explain("linear", x, weight)`, and "rms_norm_linear", "layer_norm_linear", "gated_linear" or "rms_norm_gated_linear", is of
     that operator: x (…, K), weight (N, K), with gates (2N, K) and the activation "silu" or "gelu_tanh".
 
-    16-bit tensors or their shapes, and rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
+    16-bit tensors or their shapes, for "flash_fwd" also float8_e4m3fn tensors; rows of shapes are packed and aligned. For tensors on a GPU it is that GPU's,
     for others an H100's. Raises ValueError for what does not fit.
     """
     shapes = [tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for t in (first, second)]
@@ -186,8 +192,11 @@ def explain(
     if what in ("flash_fwd", "flash_bwd"):
         problem = _attention_problem(shapes, kernel, capability)
         num_pairs = _visible_pairs(*problem[4:], causal)
+        fp8 = isinstance(first, Tensor) and first.dtype is torch.float8_e4m3fn
         if what == "flash_fwd":
-            return _flash_forward(problem, num_pairs, causal, kernel, capability, num_sms)
+            return _flash_forward(problem, num_pairs, causal, kernel, capability, num_sms, fp8)
+        if fp8:
+            fail_value("explain", "q is float8_e4m3fn, expected 16 bits: fp8 attention has no backward")
         shared_memory = _HOPPER_SHARED_MEMORY
         if isinstance(first, Tensor) and first.is_cuda:
             of_device = torch.cuda.get_device_properties(first.device)
@@ -266,15 +275,20 @@ def _flash_forward(
     kernel: str,
     capability: tuple[int, int],
     num_sms: int,
+    fp8: bool,
 ) -> FlashForward:
     batch, heads, kv_heads, dim, seqlen_q, seqlen_k = problem
+    if fp8 and (kernel == "sm80" or capability != (9, 0)):
+        fail_value("explain", "q is float8_e4m3fn, expected 16 bits: only the kernel 'sm90' has fp8")
+    if fp8 and dim % 16 != 0:
+        fail_value("explain", f"q has D = {dim}, expected a multiple of 16 in fp8")
     large_smem = capability[0] in (9, 10)  # 227 KiB for a CTA
     decode = _runtime.paged_decode_config(*problem, num_sms, large_smem)
     if kernel == "auto":
         few_rows = decode["fits"] and decode["num_columns"] == kv_heads
-        kernel = "sm90" if capability == (9, 0) and not few_rows else "sm80"
+        kernel = "sm90" if capability == (9, 0) and (fp8 or not few_rows) else "sm80"
     if kernel == "sm90":
-        config = _runtime.flash_fwd_sm90_config(*problem[:4], *problem[3:], causal, num_sms)
+        config = _runtime.flash_fwd_sm90_config(*problem[:4], *problem[3:], causal, num_sms, fp8=fp8)
         num_tiles, num_ctas, num_splits = config["num_tiles"], config["num_ctas"], config["num_splits"]
     elif decode["fits"]:
         kernel, config = "paged_decode", decode
@@ -299,5 +313,8 @@ def _flash_forward(
         num_splits,
         num_ctas,
         4 * batch * heads * num_pairs * dim,
-        4 * batch * dim * (seqlen_q * heads + seqlen_k * kv_heads),
+        batch
+        * dim
+        * ((3 if fp8 else 4) * seqlen_q * heads + (2 if fp8 else 4) * seqlen_k * kv_heads),  # out has 16 bits
+        fp8,
     )

@@ -80,7 +80,7 @@ void choose_config(const AttentionCall<T, KV>& call, FlashFwdSm90Params& p) {
 template <typename T, typename KV = T>
 void run_call(const FlashFwdSm90HeadDims& dims) {
   const FlashFwdSm90Tile tile = sizeof(KV) < sizeof(T) ? fastattn::flash_fwd_sm90_tile_widened(dims.v)
-                                : sizeof(T) == 1       ? fastattn::flash_fwd_sm90_tile_fp8(dims.v)
+                                : sizeof(T) == 1       ? fastattn::flash_fwd_sm90_tile_fp8(dims.v, false)
                                                        : fastattn::flash_fwd_sm90_tile(dims.v, false);
   AttentionCall<T, KV> call = draw_call<T, KV>(dims, tile);
   if (call.num_tokens == 0) return;
@@ -147,13 +147,13 @@ int main(int argc, char** argv) {
       if (head_dim == 0 || (dims.qk == head_dim && dims.v == head_dim)) choices.push_back(dims);
     }
     const FlashFwdSm90HeadDims dims = choices[seed % choices.size()];
-    bool has_8bit = false;
-    for (const FlashFwdSm90HeadDims& other : fastattn::kFlashFwdSm90FewHeadDims) {
-      has_8bit = has_8bit || (other.qk == dims.qk && other.v == dims.v);
-    }
-    if (has_8bit && one_in(3)) {
+    const auto is_among = [&](const auto& others) {
+      return std::any_of(std::begin(others), std::end(others),
+                         [&](const auto& other) { return other.qk == dims.qk && other.v == dims.v; });
+    };
+    if (is_among(fastattn::kFlashFwdSm90Fp8HeadDims) && one_in(3)) {
       run_call<__nv_fp8_e4m3>(dims);
-    } else if (has_8bit && one_in(2)) {
+    } else if (is_among(fastattn::kFlashFwdSm90FewHeadDims) && one_in(2)) {
       const bool fp8 = one_in(2);
       if (one_in(2)) {
         fp8 ? run_call<__half, __nv_fp8_e4m3>(dims) : run_call<__half, int8_t>(dims);

@@ -165,6 +165,34 @@ def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled:
     assert (config["head_dim"], config["v_head_dim"]) == compiled
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "compiled", "tiles"),
+    [
+        (64, 64, [(192, 128), (192, 128)]),
+        (80, 96, [(128, 224), (128, 192)]),
+        (96, 96, [(128, 224), (128, 192)]),
+        (112, 128, [(128, 192), (128, 192)]),
+        (176, 192, [(128, 160), (128, 128)]),
+        (192, 192, [(128, 160), (128, 128)]),
+        (256, 256, [(128, 96), (128, 96)]),
+    ],
+)
+def test_fp8_has_head_dims_of_its_own(head_dim: int, compiled: int, tiles: list[tuple[int, int]]) -> None:
+    for extras, tile in zip((False, True), tiles, strict=True):
+        config = _runtime.flash_fwd_sm90_config(
+            2, 8, 8, head_dim, head_dim, 1000, 1000, False, 132, fp8=True, extras=extras
+        )
+        assert (config["head_dim"], config["v_head_dim"]) == (compiled, compiled)
+        assert (config["block_m"], config["block_n"]) == tile
+    q = torch.empty(2, 1000, 8, head_dim, dtype=torch.float8_e4m3fn, device="meta")
+    told = fastattn.explain("flash_fwd", q, q)
+    assert (told.kernel, told.padded_head_dim, (told.block_m, told.block_n)) == ("sm90", compiled, tiles[0])
+    assert told.num_bytes == 5 * q.numel(), "three tensors of 8 bits, and one of 16"
+    assert "in fp8" in str(told)
+    wide = fastattn.explain("flash_fwd", q.shape, q.shape)
+    assert told.num_ops == wide.num_ops and told.floor_us() < wide.floor_us()
+
+
 def test_batch_invariant_attention_of_a_sequence_is_told() -> None:
     def explain(
         tokens: int, keys: int = 9000, page: int = 16, tree: bool = False, heads: int = 32, bits: int = 16
@@ -341,6 +369,9 @@ def test_gradients_are_explained() -> None:
         (("flash_fwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),
         (("flash_fwd", (1, 1, 1, 60), (1, 1, 1, 60)), {}, "multiple of 8"),
         (("flash_fwd", (1, 1, 1, 64), (1, 1, 1, 64)), {"kernel": "sm70"}, "kernel is 'sm70'"),
+        (("flash_fwd", *[torch.empty(1, 1, 1, 64, dtype=torch.float8_e4m3fn)] * 2), {"kernel": "sm80"}, "has fp8"),
+        (("flash_fwd", *[torch.empty(1, 1, 1, 72, dtype=torch.float8_e4m3fn)] * 2), {}, "D = 72, expected a multiple"),
+        (("flash_bwd", *[torch.empty(1, 1, 1, 64, dtype=torch.float8_e4m3fn)] * 2), {}, "fp8 attention has no back"),
         (("flash_bwd", (1, 1, 1, 64), (1, 1, 1, 64)), {"kernel": "sm70"}, "kernel is 'sm70'"),
         (("flash_bwd", (1, 1, 64), (1, 1, 1, 64)), {}, r"q has shape \(1, 1, 64\)"),
         (("flash_bwd", (1, 1, 3, 64), (1, 1, 2, 64)), {}, "Hk to divide H"),

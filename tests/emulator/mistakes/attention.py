@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.emulator.mistakes.mistake import Header, Mistake
 
 FWD = Header("attention/flash_fwd_sm90.cuh", "flash_fwd_sm90")
+FWD_STORAGE = Header("attention/flash_fwd_sm90_storage.cuh", "flash_fwd_sm90")
 BWD = Header("attention/flash_bwd_sm90.cuh", "flash_bwd_sm90")
 DECODE = Header("attention/paged_decode.cuh", "paged_decode")
 DECODE_CLUSTER = Header("attention/paged_decode_cluster.cuh", "paged_decode")
@@ -75,6 +76,16 @@ MISTAKES = [
         "128",
         "expected",
         call=11,
+    ),
+    Mistake(
+        "V of head dim 96, as it comes, has no place for what its last panel is padded with",
+        FWD_STORAGE,
+        "kSizeLoadedV = BLOCK_N * kStoredDim<T, V_HEAD_DIM>",
+        "kSizeLoadedV = BLOCK_N * V_HEAD_DIM",
+        "flash_fwd_sm90_fp8_hd96.cu",
+        "96",
+        "that was not initialized",
+        call=8,
     ),
     # Wrong rows, or an end that never comes: who is first, the schedule decides.
     Mistake(
