@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastattn import LLM, SamplingParams, ops
+from fastattn.engine.outputs import RequestOutput
 from fastattn.models.loader import ModelFileError, open_model
 from fastattn.nn import split_gate_up
 from tests.engine.exact import hf_model
@@ -101,6 +102,10 @@ def test_greedy_text_is_that_of_fp32_but_at_near_ties(llm: LLM, judges: tuple[An
         outputs = llm.generate(prompts, params, use_tqdm=False)
     finally:
         runner.graphs = kept
+    hold_to_fp32(outputs, judges)
+
+
+def hold_to_fp32(outputs: list[RequestOutput], judges: tuple[Any, Any]) -> None:
     num_ties, num_equal, widest = 0, 0, 0.0
     for index, output in enumerate(outputs):
         prompt, tokens = output.prompt_token_ids, output.outputs[0].token_ids
@@ -122,6 +127,33 @@ def test_greedy_text_is_that_of_fp32_but_at_near_ties(llm: LLM, judges: tuple[An
         f"the widest {widest:.3f}",
         stacklevel=2,
     )
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_what_all_begin_with_is_read_once(
+    llm: LLM, judges: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Decode steps with a shared prefix of 37 blocks, as a cascade: held to fp32 as all greedy text is."""
+    runner, levels = llm.engine.runner, []
+    plain = ops.cascade_attention
+
+    def counted(*args: Any, **options: Any) -> Any:
+        levels.append(args[3][1].seqused_k.shape[0])
+        return plain(*args, **options)
+
+    monkeypatch.setattr(ops, "cascade_attention", counted)
+    monkeypatch.setattr(runner, "_cascade_keys", 1)
+    monkeypatch.setattr(runner, "graphs", runner.graphs if graphs else None)
+    shared = llm.tokenizer.encode(" ".join(PROMPTS))[:600]
+    prompts = [{"prompt_token_ids": shared + llm.tokenizer.encode(prompt)} for prompt in PROMPTS[:12]]
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    llm.generate(prompts[:1], params, use_tqdm=False)
+    hold_to_fp32(llm.generate(prompts, params, use_tqdm=False), judges)
+    num_layers = llm.engine.runner.model.config.num_layers
+    assert set(levels) == {16 if graphs else 12}
+    assert (
+        len(levels) == 2 * num_layers if graphs else len(levels) >= (NUM_TOKENS - 2) * num_layers
+    )  # before and in the capture
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
