@@ -42,12 +42,13 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
 }
 
 // Bounded by registers: P, rounded, takes a fourth of what S does. 224 keys at head dim 96 and 160 at 192, whose K and
-// V leave place for one Q only, are the most that fit; extras have fewer registers left, and would spill some.
-constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim, bool extras) {
+// V leave place for one Q only, are the most that fit; extras have fewer registers left, and would spill some. Few rows
+// are faster with the same few keys and two Q.
+constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim, bool few_rows, bool extras) {
   if (v_head_dim <= 64) return {3, 128};
-  if (v_head_dim <= 96) return {2, extras ? 192 : 224};
+  if (v_head_dim <= 96) return {2, few_rows || extras ? 192 : 224};
   if (v_head_dim <= 128) return {2, 192};
-  if (v_head_dim <= 192) return {2, extras ? 128 : 160};
+  if (v_head_dim <= 192) return {2, few_rows || extras ? 128 : 160};
   return {2, 96};
 }
 
@@ -121,16 +122,20 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   FlashFwdSm90Config config = {};
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   FlashFwdSm90HeadDims dims;
+  const bool few_rows =
+      problem.max_seqlen_q <= (problem.fp8 ? 2048 : 1024) && !problem.extras && !problem.batch_invariant;
   if (problem.fp8) {
-    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
-    config.tile = flash_fwd_sm90_tile_fp8(dims.v, problem.extras);
+    // A row of 128 bytes is one box of the copy engine, of 96 it is two: 80 are faster in the former.
+    const int64_t widest = std::max(problem.head_dim, problem.v_head_dim);
+    dims = widest > 64 && widest <= 80 ? FlashFwdSm90HeadDims{128, 128}
+                                       : flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
+    config.tile = flash_fwd_sm90_tile_fp8(dims.v, few_rows, problem.extras);
   } else if (problem.widens) {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     config.tile = flash_fwd_sm90_tile_widened(dims.v);
   } else {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims);
-    config.tile =
-        flash_fwd_sm90_tile(dims.v, problem.max_seqlen_q <= 1024 && !problem.extras && !problem.batch_invariant);
+    config.tile = flash_fwd_sm90_tile(dims.v, few_rows);
     // Few rows of each head leave most of a tile empty. Packed they must save a fourth: positions of rows then take
     // divisions, and the tiles of long sequences are well filled anyway.
     const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);

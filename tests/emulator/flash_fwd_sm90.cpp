@@ -59,7 +59,7 @@ AttentionCall<T, KV> draw_call(const FlashFwdSm90HeadDims& dims, const FlashFwdS
 template <typename T, typename KV>
 void choose_config(const AttentionCall<T, KV>& call, FlashFwdSm90Params& p) {
   const int num_sms = pick({1, 2, 3, 5, 40});
-  const int longer = call.packed_q && one_in(2) ? pick({1, 300, 1100}) : 0;  // than any sequence is
+  const int longer = call.packed_q && one_in(2) ? pick({1, 300, 1100, 2100, 2100}) : 0;  // than any sequence is
   const int max_k = call.page_size > 0 ? call.max_blocks * call.page_size : std::max(1, call.max_k_len());
   fastattn::FlashFwdSm90Config& config = p.config;
   config = fastattn::flash_fwd_sm90_config({call.num_seqs, call.num_heads, call.num_kv_heads, call.head_dim,
@@ -80,7 +80,7 @@ void choose_config(const AttentionCall<T, KV>& call, FlashFwdSm90Params& p) {
 template <typename T, typename KV = T>
 void run_call(const FlashFwdSm90HeadDims& dims) {
   const FlashFwdSm90Tile tile = sizeof(KV) < sizeof(T) ? fastattn::flash_fwd_sm90_tile_widened(dims.v)
-                                : sizeof(T) == 1       ? fastattn::flash_fwd_sm90_tile_fp8(dims.v, false)
+                                : sizeof(T) == 1       ? fastattn::flash_fwd_sm90_tile_fp8(dims.v, false, false)
                                                        : fastattn::flash_fwd_sm90_tile(dims.v, false);
   AttentionCall<T, KV> call = draw_call<T, KV>(dims, tile);
   if (call.num_tokens == 0) return;

@@ -216,7 +216,8 @@ def test_drawn_calls_of_fp8(chunk: int) -> None:
         for b, n in enumerate(options.get("seqused_k", ())):
             for t in (k, v):
                 t.view(torch.uint8)[sum(lengths[:b]) + n : sum(lengths[: b + 1])] = 127
-        out, lse = ops.varlen_attention(q, k, v, starts, key_starts, max(runs), max(lengths), **given)
+        most = max(*runs, rng.choice((0, 2100)))  # calls of more than 2,048 rows have tiles of their own
+        out, lse = ops.varlen_attention(q, k, v, starts, key_starts, most, max(lengths), **given)
         assert out.dtype is torch.bfloat16
         what = f"case {index}: head dims {dim} and {v_dim}, heads {heads}/{kv_heads}, {runs} to {lengths}, {options}"
         worst = plain_worst = scale = 0.0
