@@ -49,10 +49,11 @@ class Step:
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        *sizes, cascade, graph, capture, num_rows = _STEP.unpack_from(message)
+        tokens, seqs, logits, max_seqlen_q, nbytes, cascade, graph, capture, num_rows = _STEP.unpack_from(message)
         end = _STEP.size + num_rows * _ROWS.size
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size : end]))
         copies = tuple(_COPY.iter_unpack(message[end:]))
+        sizes = (tokens, seqs, logits, max_seqlen_q, nbytes)
         return cls(*sizes, bool(cascade), bool(graph), bool(capture), rows, copies)
 
     @property

@@ -62,7 +62,7 @@ def test_a_trace_of_an_engine(name: str, overlap: bool, tmp_path: Path) -> None:
     device = track(found, "cpu")
     assert len(device) == num_steps + overlap  # the last one drew for a request that was gone
     assert all(a["ts"] <= b["ts"] and b["dur"] <= a["dur"] for a, b in zip(launches, device, strict=True))
-    assert device[0]["args"] == {"tokens": 6, "sequences": 2, "graph": False}
+    assert device[0]["args"] == {"tokens": 6, "sequences": 2, "graph": False, "cascade": False}
 
     curves = {e["name"]: [x["args"]["value"] for x in found if x["name"] == e["name"]] for e in found if e["ph"] == "C"}
     assert set(curves) == {"requests running", "requests waiting", "KV blocks in use", "tokens in step"}
