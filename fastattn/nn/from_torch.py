@@ -21,9 +21,8 @@ def linear_tensors(layer: str, name: str, module: object) -> tuple[Tensor, Tenso
         raise ValueError(f"{layer}: {name} has no weight yet, expected a layer that was called once")
     check_forward(layer, name, module, torch.nn.Linear)
     weight, bias = module.weight.detach(), module.bias
-    allowed = FLOAT.cpu if weight.device.type in ("cpu", "meta") else FLOAT.cuda
-    if weight.dtype not in allowed:
-        raise TypeError(f"{layer}: {name}.weight is {weight.dtype}, expected {' or '.join(map(str, allowed))}")
+    if weight.dtype not in FLOAT.cpu:  # fp32 on a GPU, too: the layer may be on its way to another dtype
+        raise TypeError(f"{layer}: {name}.weight is {weight.dtype}, expected {' or '.join(map(str, FLOAT.cpu))}")
     return weight, None if bias is None else bias.detach()
 
 
