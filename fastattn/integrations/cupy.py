@@ -105,7 +105,12 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """`fastattn.flash_attn_with_kvcache` over arrays; k_cache and v_cache are changed in place."""
+    """`fastattn.flash_attn_with_kvcache` over arrays; k_cache and v_cache are changed in place, if there is a k."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)) if k is not None else ():
+        if not getattr(getattr(cache, "flags", None), "writeable", True):
+            raise ValueError(
+                f"flash_attn_with_kvcache: {name} is read-only, expected an array that k can be written to"
+            )
     return call(
         flash_attn.flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved,

@@ -59,6 +59,16 @@ def test_the_cache_is_changed_itself() -> None:
     np.testing.assert_array_equal(v_cache[0, 3], v[0, 0])
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_that_is_read_only_is_not_written(name: str) -> None:
+    q, k_cache, v_cache, k, v = arrays((1, 1, 4, 16), (1, 8, 2, 16), (1, 8, 2, 16), (1, 1, 2, 16), (1, 1, 2, 16))
+    {"k_cache": k_cache, "v_cache": v_cache}[name].setflags(write=False)
+    lengths = np.array([3], np.int32)
+    with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {name} is read-only"):
+        cupy.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    assert cupy.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths).shape == q.shape
+
+
 def test_rows_backwards_are_refused() -> None:
     """torch would end the process: an exception of its own that nobody catches."""
     x, weight = arrays((5, 64), (48, 64))
