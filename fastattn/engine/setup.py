@@ -148,16 +148,24 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
     kv_cache_format(options.kv_cache_dtype, dtype, config.head_dim, options.kv_cache_scales)
     on_gpu = device.type == "cuda"
     max_model_len = choose_model_len(config, options.max_model_len)
-    max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
-    max_tokens = options.max_num_batched_tokens or (8192 if on_gpu else 512)
-    if not options.enable_chunked_prefill:
-        max_tokens = max(max_tokens, max_model_len)
+    max_num_seqs, max_tokens = options.max_num_seqs, options.max_num_batched_tokens
+    if max_num_seqs is not None and max_tokens is not None and max_tokens < max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens is {max_tokens}, allowed is at least max_num_seqs = {max_num_seqs}: each sequence that "
+            "decodes has a token in a step"
+        )
+    # What is asked for is kept, what is left to us follows it.
+    if max_num_seqs is None:
+        most_seqs = 256 if on_gpu else 32
+        max_num_seqs = min(most_seqs, max_tokens or most_seqs)
+    if max_tokens is None:
+        max_tokens = max(8192 if on_gpu else 512, max_num_seqs, 0 if options.enable_chunked_prefill else max_model_len)
     return PlanOptions(
         device_type=device.type,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(max_tokens, max_num_seqs),
+        max_num_batched_tokens=max_tokens,
         block_size=options.block_size,
         kv_cache_dtype=options.kv_cache_dtype,
         kv_cache_scales=options.kv_cache_scales,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastattn.engine.llm import LLM
-from fastattn.engine.setup import EngineOptions
-from tests.engine.tiny import TinySource
+from fastattn.engine.setup import EngineOptions, plan_options
+from tests.engine.tiny import CONFIG, TinySource
 
 _SIZES = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "tensor_parallel_size")
 _FLAGS = (
@@ -49,6 +50,24 @@ def test_another_kind_of_value_is_named(name: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=name) as caught:
         LLM(TinySource(), quiet=True, **({"device": "cpu"} | options))
     assert repr(value) in str(caught.value) or type(value).__name__ in str(caught.value)
+
+
+def sizes(**wishes: Any) -> tuple[int, int]:
+    chosen = plan_options(CONFIG, EngineOptions(max_model_len=64, **wishes), torch.device("cpu"), torch.float32)
+    return chosen.max_num_seqs, chosen.max_num_batched_tokens
+
+
+def test_sizes_of_a_step_are_those_that_are_asked_for() -> None:
+    """5 tokens were 32: as many as there are places for sequences, which nobody had asked for."""
+    assert sizes() == (32, 512)
+    assert sizes(max_num_batched_tokens=5) == (5, 5)
+    assert sizes(max_num_seqs=1000) == (1000, 1000)
+    assert sizes(max_num_seqs=3, max_num_batched_tokens=3) == (3, 3)
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 7, allowed is at least max_num_seqs = 8"):
+        sizes(max_num_seqs=8, max_num_batched_tokens=7)
+    assert sizes(enable_chunked_prefill=False) == (32, 512)
+    with pytest.raises(ValueError, match=r"without chunked prefill .* allowed is at least max_model_len = 64"):
+        LLM(TinySource(), device="cpu", enable_chunked_prefill=False, max_num_batched_tokens=40, max_model_len=64)
 
 
 def test_a_trace_is_no_folder(tmp_path: Path) -> None:
