@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.families.gemm_bf16 import ROWS, WEIGHTS
+from bench.families.gemm_bf16 import ROWS, SMOLLM2, WEIGHTS
 from bench.harness import accuracy, formulas
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family, PeerBuilder, op_case
 from bench.harness.ceilings import Work
@@ -103,7 +103,7 @@ def fp8_blocks(context: Context, m: int, n: int, k: int) -> Case:
 
 
 def _specs(build: Callable[..., Case]) -> Iterator[CaseSpec]:
-    for n, k in WEIGHTS:
+    for n, k in (*WEIGHTS, *SMOLLM2):
         for m in ROWS:
             yield CaseSpec(f"m{m}_n{n}_k{k}", partial(build, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
 

@@ -1,4 +1,4 @@
-"""Dense layers in bf16 beside cuBLAS: the projections of an 8B-class decoder, from one token to a long prefill."""
+"""Dense layers in bf16 beside cuBLAS: the projections of an 8B-class decoder and of SmolLM2, from one token to a long prefill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastattn import ops
 
 # N × K: QKV, gate + up, down, and a square one.
 WEIGHTS = ((6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+SMOLLM2 = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # 135M: QKV, output, gate + up, down
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 _QUICK = {(1, 6144, 4096), (64, 28672, 4096), (512, 6144, 4096), (4096, 4096, 14336)}
 
 
@@ -38,7 +39,7 @@ FAMILY = Family(
     "linear in bf16 beside cuBLAS",
     tuple(
         CaseSpec(f"m{m}_n{n}_k{k}", partial(gemm, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
-        for n, k in WEIGHTS
+        for n, k in (*WEIGHTS, *SMOLLM2)
         for m in ROWS
     ),
 )

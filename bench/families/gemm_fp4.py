@@ -1,4 +1,4 @@
-"""Dense layers with weights of 4 bits beside Marlin, as vLLM ships it, and beside cuBLAS with the same weights in bf16.
+"""Dense layers with weights of 4 bits beside Marlin and Machete, as vLLM ships them, and beside cuBLAS with the same weights in bf16.
 
 w4a8: x in fp8, quantized before the measured call as in gemm_fp8; the peer is cuBLAS with all in bf16.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.families.gemm_bf16 import WEIGHTS
+from bench.families.gemm_bf16 import ROWS, SMOLLM2, WEIGHTS
 from bench.harness import accuracy, formulas, peers
 from bench.harness.case import Case, CaseSpec, Checked, Context, Family, op_case
 from bench.harness.ceilings import Work
@@ -22,7 +22,6 @@ from fastattn import ops
 from fastattn.reference import quantized as reference
 
 FORMATS = {"nvfp4": 16, "mxfp4": 32, "int4": 128}  # columns of a group
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 FP8_ROWS = (1, 64, 256, 512, 1024, 4096, 8192)
 _QUICK = {(1, 6144, 4096), (64, 28672, 4096), (256, 6144, 4096), (1024, 28672, 4096)}
 # Of x in fp8 on tiles: NVFP4's weights are then as they are, not rounded to e4m3 (csrc/gemm/gemm_sm90_w4_tiles_formats.cuh).
@@ -101,6 +100,14 @@ def marlin(name: str, x: Tensor, call: dict[str, Any], n: int, k: int) -> Call:
     return partial(fp4.apply_fp4_marlin_linear, x, weight, scale, whole, workspace, n, k)
 
 
+def machete(x: Tensor, call: dict[str, Any]) -> Call:
+    """Machete has no FP4. Its words are ours, with the columns of the transpose side by side, as `t` leaves them."""
+    vllm, kind = peers.vllm_ops(), peers.require("vllm.scalar_type").scalar_types.uint4b8
+    words = vllm.machete_prepack_B(call["weight_packed"].t(), x.dtype, kind, x.dtype)
+    scale = call["weight_scale"].t().contiguous()
+    return partial(vllm.machete_mm, a=x, b_q=words, b_type=kind, b_group_scales=scale, b_group_size=call["group_size"])
+
+
 def gemm(context: Context, name: str, m: int, n: int, k: int) -> Case:
     x = torch.randn(m, k, generator=context.generator(m), device=context.device, dtype=torch.bfloat16)
     weight = quantized_weight(context, name, n, k)
@@ -115,7 +122,8 @@ def gemm(context: Context, name: str, m: int, n: int, k: int) -> Case:
         on_tiles(op, weight, 16),
         {"x": x, **weight},
         formula,
-        peers={"marlin": lambda: marlin(name, x, weight, n, k), "cublas": cublas},
+        peers={"marlin": lambda: marlin(name, x, weight, n, k), "cublas": cublas}
+        | ({"machete": lambda: machete(x, weight)} if name == "int4" else {}),
         work=Work(num_bytes=stored + 2 * (m * k + m * n), num_ops=2 * m * n * k),
         config=f"x {m} × {k} in bf16, weight {n} × {k} in {name.upper()}",
     )
@@ -157,17 +165,18 @@ def gemm_fp8(context: Context, name: str, m: int, n: int, k: int) -> Case:
 FAMILY = Family(
     "gemm_fp4",
     "cuda",
-    "int4_linear, fp4_linear and fp4_fp8_linear beside Marlin and cuBLAS in bf16",
+    "int4_linear, fp4_linear and fp4_fp8_linear beside Marlin, Machete and cuBLAS in bf16",
     tuple(
         CaseSpec(f"m{m}_n{n}_k{k}_{name}_w4a16", partial(gemm, name=name, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
         for name in FORMATS
-        for n, k in WEIGHTS
+        for n, k in (*WEIGHTS, *SMOLLM2)
+        if k % FORMATS[name] == 0  # Marlin and Machete have no group that is cut short
         for m in ROWS
     )
     + tuple(
         CaseSpec(f"w4a8_m{m}_n{n}_k{k}_{name}", partial(gemm_fp8, name=name, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
         for name in ("nvfp4", "mxfp4")
-        for n, k in WEIGHTS
+        for n, k in (*WEIGHTS, *SMOLLM2)
         for m in FP8_ROWS
     ),
 )

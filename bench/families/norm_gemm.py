@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from bench.families.gemm_bf16 import WEIGHTS
+from bench.families.gemm_bf16 import SMOLLM2, WEIGHTS
 from bench.harness import formulas
 from bench.harness.case import Case, CaseSpec, Context, Family, op_case
 from bench.harness.ceilings import Work
 from fastattn import ops
 
-ROWS = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 _QUICK = {(1, 6144, 4096), (64, 28672, 4096), (512, 6144, 4096), (4096, 4096, 14336)}
 
 
@@ -79,12 +79,12 @@ FAMILY = Family(
     tuple(
         CaseSpec(f"m{m}_n{n}_k{k}_{norm}", partial(norm_gemm, m=m, n=n, k=k, norm=norm), quick=(m, n, k) in _QUICK)
         for norm in ("rms", "rms_given", "layer")
-        for n, k in WEIGHTS
+        for n, k in (*WEIGHTS, *SMOLLM2)
         for m in ROWS
     )
     + tuple(
         CaseSpec(f"m{m}_n{n}_k{k}_residual", partial(residual_gemm, m=m, n=n, k=k), quick=(m, n, k) in _QUICK)
-        for n, k in WEIGHTS
+        for n, k in (*WEIGHTS, *SMOLLM2)
         for m in ROWS
     ),
 )

@@ -20,6 +20,11 @@ from fastattn.models.loader.safetensors_source import SafetensorsSource
 
 PEERS = {"vllm": "vllm", "hf": "transformers"}  # what a user calls it, and its package
 _SHARD_BYTES = 4 << 30
+_OUR_SECONDS = {  # load → the figure of our result that a peer's time is compared with
+    "latency": "avg_latency",
+    "throughput": "elapsed_time",
+    "startup": "avg_warm_first_token_time",
+}
 
 
 def parse_peers(text: str | None) -> list[str]:
@@ -109,15 +114,16 @@ def beside(
     ours: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """The "against" of a result, `ours`: for each peer its version and start, the same figures, made of its seconds, and the
-    ratio of its time to ours, above 1 where ours is faster; or why there are none."""
-    our_seconds = ours["avg_latency"] if "avg_latency" in ours else ours["elapsed_time"]
+    ratio of its time to ours, above 1 where ours is faster; or why there are none. load: "latency", "throughput" or "startup", where
+    the seconds are those from a process's start to its first token, the files being in the page cache."""
+    our_seconds = ours[_OUR_SECONDS[load]]
     result: dict[str, dict[str, Any]] = {}
     for name, m in found.items():
         about: dict[str, Any] = {"version": m.version, "startup_seconds": m.startup_seconds}
         if m.error:
             result[name] = about | {"error": m.error}
             continue
-        seconds = m.seconds[load]
+        seconds = [m.startup_seconds] if load == "startup" else m.seconds[load]
         ratio = sum(seconds) / len(seconds) / our_seconds
         result[name] = about | figures(seconds) | {"ratio": ratio}
         if note := m.notes.get(load):

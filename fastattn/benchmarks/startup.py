@@ -15,7 +15,7 @@ import numpy as np
 from fastattn.benchmarks.offline import PERCENTILES
 from fastattn.engine.quick_start import quick_start
 
-_PROMPT_LEN = 32
+PROMPT_LEN = 32
 
 
 def startup(
@@ -96,7 +96,7 @@ def _measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         from fastattn.engine.sampling_params import SamplingParams
 
         llm = LLM(spec["model"], quiet=True, **spec["options"])
-    prompt = {"prompt_token_ids": [i % llm.model_config.vocab_size for i in range(_PROMPT_LEN)]}
+    prompt = {"prompt_token_ids": [i % llm.model_config.vocab_size for i in range(PROMPT_LEN)]}
     llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
     startup = llm.engine.startup
     assert startup is not None

@@ -1,4 +1,4 @@
-"""What `bench latency` and `throughput` set beside our engine, and where the result of both goes."""
+"""What `bench latency`, `throughput` and `startup` set beside our engine, and where their result goes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Beside:
             result["against"] = against.beside(self._found, self._load, figures, result)
             for line in against.lines(result["against"], shown):
                 typer.echo(line)
-        write_json(self._output_json, result)
+        _write_json(self._output_json, result)
         if self._plot is not None:
             from fastattn.benchmarks.plot import offline_section, write
 
@@ -96,6 +96,6 @@ class Beside:
             raise typer.Exit(1)
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")

@@ -67,19 +67,20 @@ def kernels(
     typer.echo(
         f"{name}, {str(kind).removeprefix('torch.')}: copy {limits['memory']:.3g} TB/s, matrix {limits['matrix']:.3g} TFLOP/s"
     )
-    typer.echo(f"{'operator':18}{'shape':38}{'µs':>12}{'':>4}{'rate':>12}  {'share':>6} of")
+    width = 2 + max(len("operator"), *(len(case.operator) for case in chosen))
+    typer.echo(f"{'operator':{width}}{'shape':38}{'µs':>12}{'':>4}{'rate':>12}  {'share':>6} of")
     rows_out = []
     for case in chosen:
         row = bench.measure(case, timer, limits)
         rows_out.append(row)
-        typer.echo(line(row))
+        typer.echo(line(row, width))
     if output_json is not None:
         _write(output_json, name, str(kind), timer.method, limits, rows_out)
 
 
-def line(row: Row) -> str:
+def line(row: Row, width: int) -> str:
     unit = "TFLOP/s" if row.bound == "matrix" else "TB/s"
-    return f"{row.operator:18}{row.shape:38}{row.us:12.1f}{'':4}{row.rate:>8.3g} {unit:7} {row.share:6.0%} {row.bound}"
+    return f"{row.operator:{width}}{row.shape:38}{row.us:12.1f}{'':4}{row.rate:>8.3g} {unit:7} {row.share:6.0%} {row.bound}"
 
 
 def _write(path: Path, device: str, dtype: str, method: str, limits: dict[str, float], rows: list[Row]) -> None:

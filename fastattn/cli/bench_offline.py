@@ -10,7 +10,7 @@ from tqdm import tqdm
 from fastattn.cli import _bench_options as bopt
 from fastattn.cli import _options as opt
 from fastattn.cli import _session
-from fastattn.cli._beside import Beside, write_json
+from fastattn.cli._beside import Beside
 
 
 @opt.with_engine()
@@ -156,6 +156,7 @@ def startup(
     output_json: bopt.OutputJson = None,
     *,
     engine: opt.Engine,
+    against: bopt.Against = None,
 ) -> None:
     """Time the start of new processes, to the first token."""
     _check_least(
@@ -165,8 +166,16 @@ def startup(
     )
     if num_iters_cold + num_iters_warm == 0:
         raise ValueError("--num-iters-cold and --num-iters-warm are 0, expected a start that is counted")
+    if against is not None and num_iters_warm == 0:
+        raise ValueError(
+            "--num-iters-warm is 0, allowed is at least 1 with --against: a peer starts with the files in the cache"
+        )
+    from fastattn.benchmarks.offline import latency_requests
+    from fastattn.benchmarks.startup import PROMPT_LEN
     from fastattn.benchmarks.startup import startup as measure
 
+    beside = Beside("startup", model, against=against, plot=None, output_json=output_json, n=1, engine=engine)
+    beside.measure(lambda source: latency_requests(source, PROMPT_LEN, 1, 1, 0))
     with tqdm(total=num_iters_cold + num_iters_warmup + num_iters_warm, desc="Starts", disable=None) as bar:
         result = measure(
             model,
@@ -184,7 +193,8 @@ def startup(
             )
             last = result[f"{kind}_phases"][-1]
             typer.echo("  last: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in last.items()))
-    write_json(output_json, result)
+    shown = "avg_warm_first_token_time"
+    beside.finish(result, lambda seconds: {shown: seconds[0]}, shown)
 
 
 def _check_least(*counts: tuple[str, int, int]) -> None:

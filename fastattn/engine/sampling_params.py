@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from fastattn.engine.allowed import FLAG, Allowed, above_0, check_fields, each, integer, number, or_none
 from fastattn.engine.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 64
@@ -13,60 +14,38 @@ MAX_N = 256
 
 OutputKind = Literal["cumulative", "delta", "final"]
 
-
-Check = Callable[[Any], bool]
-
-
-def _integer(low: int, high: int) -> Check:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(low: float, high: float) -> Check:
-    """A NaN is in no range."""
-    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _each(check: Check, limit: int) -> Check:
-    return lambda values: isinstance(values, Collection) and len(values) <= limit and all(map(check, values))
-
-
-_TOKEN_ID = _integer(0, 2**31 - 1)
-_FLAG: tuple[Check, str] = (lambda value: isinstance(value, bool), "True or False")
+_TOKEN_ID = integer(0, 2**31 - 1)
 # The bounds that are neither a probability's nor a counter's keep every logit finite in fp32.
-_ALLOWED: dict[str, tuple[Check, str]] = {
-    "n": (_integer(1, MAX_N), f"an integer from 1 to {MAX_N}"),
-    "temperature": (_number(0, 100), "a number from 0 to 100"),
-    "top_p": (lambda p: _number(0, 1)(p) and p > 0, "a number above 0 and up to 1"),
-    "top_k": (_integer(-1, 2**31 - 1), "an integer, 0 or -1 for off"),
-    "min_p": (_number(0, 1), "a number from 0 to 1"),
-    "seed": (_or_none(_integer(-(2**63), 2**63 - 1)), "None or a 64-bit integer"),
-    "max_tokens": (_or_none(_integer(1, 2**31 - 1)), "None or an integer from 1"),
-    "min_tokens": (_integer(0, 2**31 - 1), "an integer from 0"),
-    "stop": (_or_none(_each(lambda s: isinstance(s, str) and s != "", 16)), "up to 16 non-empty strings"),
-    "stop_token_ids": (_or_none(_each(_TOKEN_ID, 1024)), "up to 1024 token ids from 0"),
-    "ignore_eos": _FLAG,
-    "presence_penalty": (_number(-2, 2), "a number from -2 to 2"),
-    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
-    "repetition_penalty": (_number(0.01, 10), "a number from 0.01 to 10"),
+_ALLOWED: Allowed = {
+    "n": (integer(1, MAX_N), f"an integer from 1 to {MAX_N}"),
+    "temperature": (number(0, 100), "a number from 0 to 100"),
+    "top_p": (above_0(1, inclusive=True), "a number above 0 and up to 1"),
+    "top_k": (integer(-1, 2**31 - 1), "an integer, 0 or -1 for off"),
+    "min_p": (number(0, 1), "a number from 0 to 1"),
+    "seed": (or_none(integer(-(2**63), 2**63 - 1)), "None or a 64-bit integer"),
+    "max_tokens": (or_none(integer(1, 2**31 - 1)), "None or an integer from 1"),
+    "min_tokens": (integer(0, 2**31 - 1), "an integer from 0"),
+    "stop": (or_none(each(lambda s: isinstance(s, str) and s != "", 16)), "up to 16 non-empty strings"),
+    "stop_token_ids": (or_none(each(_TOKEN_ID, 1024)), "up to 1024 token ids from 0"),
+    "ignore_eos": FLAG,
+    "presence_penalty": (number(-2, 2), "a number from -2 to 2"),
+    "frequency_penalty": (number(-2, 2), "a number from -2 to 2"),
+    "repetition_penalty": (number(0.01, 10), "a number from 0.01 to 10"),
     "logit_bias": (
-        _or_none(
+        or_none(
             lambda bias: (
                 isinstance(bias, Mapping)
-                and _each(_TOKEN_ID, 1024)(bias)
-                and all(map(_number(-1000, 1000), bias.values()))
+                and each(_TOKEN_ID, 1024)(bias)
+                and all(map(number(-1000, 1000), bias.values()))
             )
         ),
         "up to 1024 token ids from 0, each with a number from -1000 to 1000",
     ),
-    "logprobs": (_or_none(_integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
-    "prompt_logprobs": (_or_none(_integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
-    "skip_special_tokens": _FLAG,
-    "include_stop_str_in_output": _FLAG,
-    "structured_output": (_or_none(lambda value: isinstance(value, StructuredOutput)), "None or a StructuredOutput"),
+    "logprobs": (or_none(integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": (or_none(integer(0, MAX_LOGPROBS)), f"None or an integer from 0 to {MAX_LOGPROBS}"),
+    "skip_special_tokens": FLAG,
+    "include_stop_str_in_output": FLAG,
+    "structured_output": (or_none(lambda value: isinstance(value, StructuredOutput)), "None or a StructuredOutput"),
     "output_kind": (lambda kind: kind in ("cumulative", "delta", "final"), "'cumulative', 'delta' or 'final'"),
 }
 
@@ -112,9 +91,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, (check, allowed) in _ALLOWED.items():
-            if not check(getattr(self, name)):
-                raise ValueError(f"SamplingParams: {name} is {getattr(self, name)!r}, allowed is {allowed}")
+        check_fields(self, _ALLOWED, "SamplingParams: ")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"SamplingParams: min_tokens is {self.min_tokens}, allowed is at most max_tokens = {self.max_tokens}"

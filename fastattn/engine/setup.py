@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from fastattn.engine.allowed import FLAG, OPTIONAL_SIZE, Allowed, above_0, check_fields, integer, or_none, text
 from fastattn.engine.batch import step_builder
 from fastattn.engine.config import EngineConfig, Policy
 from fastattn.engine.device import choose_device, choose_dtype, rank_memory
@@ -29,6 +30,27 @@ from fastattn.speculative.setup import build_speculator, open_draft
 
 # A step on a GPU may have to record a graph; an exchange on a CPU waits for nothing but the other ranks.
 _RANK_TIMEOUT_SECONDS = {"cpu": 4.0, "cuda": 15.0}
+# Of which kind each option is; what is wrong with a number or name that is of the right kind, others know better.
+_ALLOWED: Allowed = {
+    "dtype": (text, "'auto', 'float32', 'bfloat16' or 'float16'"),
+    "tensor_parallel_size": (integer(1, 2**31 - 1), "an integer from 1"),
+    "max_model_len": OPTIONAL_SIZE,
+    "max_num_seqs": OPTIONAL_SIZE,
+    "max_num_batched_tokens": OPTIONAL_SIZE,
+    "num_kv_blocks": OPTIONAL_SIZE,
+    "kv_cache_dtype": (text, "'auto', a dtype, 'fp8' or 'int8'"),
+    "kv_cache_scales": (text, "'auto', 'dynamic', 'checkpoint', 'calculate' or a file's name"),
+    "kv_offloading_size": (or_none(above_0(1e6)), "above 0, below 1e6 (GiB)"),
+    "gpu_memory_utilization": (above_0(1, inclusive=True), "above 0 and up to 1"),
+    "rank_timeout_seconds": (or_none(above_0(1e6)), "above 0, below 1e6"),
+    "seed": (integer(-(2**63), 2**63 - 1), "a 64-bit integer"),
+    "enable_prefix_caching": FLAG,
+    "enable_chunked_prefill": FLAG,
+    "use_cuda_graphs": FLAG,
+    "async_scheduling": (or_none(FLAG[0]), "None, True or False"),
+    "debug_checks": FLAG,
+    "batch_invariant": FLAG,
+}
 
 
 @dataclass(frozen=True)
@@ -75,22 +97,13 @@ class EngineOptions:
     trace: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, _ALLOWED)
         size = self.tensor_parallel_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"tensor_parallel_size is {size!r}, allowed is an integer from 1")
-        if self.rank_timeout_seconds is not None and not 0 < self.rank_timeout_seconds < 1e6:
-            raise ValueError(f"rank_timeout_seconds is {self.rank_timeout_seconds}, allowed is above 0, below 1e6")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, allowed is above 0 and up to 1")
-        offloaded = self.kv_offloading_size
-        if offloaded is not None:
-            if not 0 < offloaded < 1e6:
-                raise ValueError(f"kv_offloading_size is {offloaded}, allowed is above 0, below 1e6 (GiB)")
-            if not self.enable_prefix_caching:
-                raise ValueError(
-                    f"kv_offloading_size is {offloaded} with enable_prefix_caching False, allowed is None there: "
-                    "host memory is a second tier of the prefix cache"
-                )
+        if self.kv_offloading_size is not None and not self.enable_prefix_caching:
+            raise ValueError(
+                f"kv_offloading_size is {self.kv_offloading_size} with enable_prefix_caching False, allowed is None there: "
+                "host memory is a second tier of the prefix cache"
+            )
         check_quantization(self.quantization)
         check_trace_path(self.trace)
         if self.batch_invariant and size > 1:
@@ -137,16 +150,24 @@ def plan_options(config: ModelConfig, options: EngineOptions, device: torch.devi
     kv_cache_format(options.kv_cache_dtype, dtype, config.head_dim, options.kv_cache_scales)
     on_gpu = device.type == "cuda"
     max_model_len = choose_model_len(config, options.max_model_len)
-    max_num_seqs = options.max_num_seqs or (256 if on_gpu else 32)
-    max_tokens = options.max_num_batched_tokens or (8192 if on_gpu else 512)
-    if not options.enable_chunked_prefill:
-        max_tokens = max(max_tokens, max_model_len)
+    max_num_seqs, max_tokens = options.max_num_seqs, options.max_num_batched_tokens
+    if max_num_seqs is not None and max_tokens is not None and max_tokens < max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens is {max_tokens}, allowed is at least max_num_seqs = {max_num_seqs}: each sequence that "
+            "decodes has a token in a step"
+        )
+    # What is asked for is kept, what is left to us follows it.
+    if max_num_seqs is None:
+        most_seqs = 256 if on_gpu else 32
+        max_num_seqs = min(most_seqs, max_tokens or most_seqs)
+    if max_tokens is None:
+        max_tokens = max(8192 if on_gpu else 512, max_num_seqs, 0 if options.enable_chunked_prefill else max_model_len)
     return PlanOptions(
         device_type=device.type,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(max_tokens, max_num_seqs),
+        max_num_batched_tokens=max_tokens,
         block_size=options.block_size,
         kv_cache_dtype=options.kv_cache_dtype,
         kv_cache_scales=options.kv_cache_scales,

@@ -42,7 +42,9 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 def check_trace_path(path: str | None) -> None:
     """Raises ValueError for what cannot be the file of a trace."""
-    if path is not None and not Path(path).parent.is_dir():
+    if path is None:
+        return
+    if not isinstance(path, str) or Path(path).is_dir() or not Path(path).parent.is_dir():
         raise ValueError(f"trace is {path!r}, expected a file in a folder that is there")
 
 

@@ -30,14 +30,13 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if first is not None:
             for context in _stream_of(first):
                 stack.enter_context(context)
-        names = dict(zip(kwargs, map(_tensor, kwargs.values()), strict=True))
-        result = function(*map(_tensor, args), **names)
+        tensors = [_tensor(f"argument {i}", value) for i, value in enumerate(args)]
+        result = function(*tensors, **{name: _tensor(name, value) for name, value in kwargs.items()})
         if first is None:
             return result
-        back = _importer(first)
         if isinstance(result, tuple):
-            return tuple(back(part) for part in result)
-        return back(result)
+            return tuple(_array(part, first) for part in result)
+        return _array(result, first)
 
 
 def flash_attn_func(
@@ -106,7 +105,12 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """`fastattn.flash_attn_with_kvcache` over arrays; k_cache and v_cache are changed in place."""
+    """`fastattn.flash_attn_with_kvcache` over arrays; k_cache and v_cache are changed in place, if there is a k."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)) if k is not None else ():
+        if not getattr(getattr(cache, "flags", None), "writeable", True):
+            raise ValueError(
+                f"flash_attn_with_kvcache: {name} is read-only, expected an array that k can be written to"
+            )
     return call(
         flash_attn.flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved,
@@ -118,8 +122,26 @@ def _is_array(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__")
 
 
-def _tensor(value: Any) -> Any:
-    return torch.utils.dlpack.from_dlpack(value) if _is_array(value) else value
+def _tensor(name: str, value: Any) -> Any:
+    if not _is_array(value):
+        return value
+    strides = getattr(value, "strides", None)
+    if isinstance(strides, tuple) and any(stride < 0 for stride in strides):  # torch ends the process
+        raise ValueError(f"cupy.call: {name} has strides {strides}, in bytes, expected none below 0: copy it first")
+    return torch.utils.dlpack.from_dlpack(value)
+
+
+def _array(part: Any, first: Any) -> Any:
+    """A tensor of a result as an array of the kind of `first`; what is none, such as None, as it is."""
+    if not isinstance(part, torch.Tensor):
+        return part
+    back = _importer(first)
+    try:
+        return back(part)
+    except (RuntimeError, TypeError, ValueError, BufferError) as error:
+        raise TypeError(
+            f"cupy.call: a result in {part.dtype} cannot be returned as an array of {_library(first)}: {error}"
+        ) from error
 
 
 def _library(array: Any) -> str:

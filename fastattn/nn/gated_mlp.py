@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
+from fastattn.nn.from_torch import check_forward, linear_tensors, norm_eps
 from fastattn.nn.linear import Linear
+from fastattn.nn.module import empty_parameter
 from fastattn.ops.gated_linear import ACTIVATIONS
 from fastattn.reference.gated_linear import interleave_gate_up, split_gate_up
 from fastattn.reference.norm_linear import fold_rms_norm
@@ -45,12 +47,9 @@ class GatedMLP(torch.nn.Module):
             raise ValueError(f"GatedMLP: activation is {activation!r}, expected one of {expected}")
         self.activation, self.norm_eps = activation, norm_eps
 
-        def parameter(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-
-        self.gate_up_weight = parameter(2 * intermediate_size, hidden_size)
-        self.gate_up_bias = parameter(2 * intermediate_size) if bias else None
-        self.down_proj = Linear(intermediate_size, hidden_size, bias).to(device, dtype)
+        self.gate_up_weight = empty_parameter(2 * intermediate_size, hidden_size, device=device, dtype=dtype)
+        self.gate_up_bias = empty_parameter(2 * intermediate_size, device=device, dtype=dtype) if bias else None
+        self.down_proj = Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
         self.register_state_dict_post_hook(_split_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_interleave_state)  # type: ignore[no-untyped-call]
 
@@ -60,30 +59,31 @@ class GatedMLP(torch.nn.Module):
 
         mlp: has gate_proj, up_proj and down_proj, torch's Linear, all with a bias or none, and act_fn, SiLU or GELU, of torch
         or transformers. norm: torch's RMSNorm, or None. Weights are shared where their layout is the same. Raises TypeError
-        for other modules, ValueError for sizes that do not agree.
+        for other modules, and for those with a forward of their own or another dtype, ValueError for sizes that do not agree and
+        for forward hooks.
         """
-        layers = [_linear_of(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
-        gate, up, down = layers
-        hidden, intermediate = gate.in_features, gate.out_features
-        for name, layer, expected in (
-            ("up_proj", up, (intermediate, hidden)),
-            ("down_proj", down, (hidden, intermediate)),
-        ):
-            found = (layer.out_features, layer.in_features)
-            if found != expected:
+        tensors = {name: linear_tensors("GatedMLP", f"mlp.{name}", getattr(mlp, name, None)) for name in _NAMES}
+        gate, _ = tensors["gate_proj"]
+        intermediate, hidden = gate.shape
+        for name, expected in (("up_proj", (intermediate, hidden)), ("down_proj", (hidden, intermediate))):
+            weight, _ = tensors[name]
+            if (found := tuple(weight.shape)) != expected:
                 raise ValueError(f"GatedMLP: {name} is {found[1]} → {found[0]}, expected {expected[1]} → {expected[0]}")
-        has_bias = [layer.bias is not None for layer in layers]
-        if len(set(has_bias)) != 1:
+            if weight.dtype is not gate.dtype:
+                raise TypeError(f"GatedMLP: {name} is {weight.dtype}, expected {gate.dtype} as gate_proj")
+        has_bias = {bias is not None for _, bias in tensors.values()}
+        if len(has_bias) != 1:
             raise ValueError("GatedMLP: some of gate_proj, up_proj and down_proj have a bias, expected all or none")
-        eps, state = (
-            None,
-            {f"{name}.{key}": t for name, layer in zip(_NAMES, layers, strict=True) for key, t in _state(layer)},
-        )
+        eps, norm_weight = None, None
         if norm is not None:
-            eps, norm_weight = _rms_norm_of(norm, hidden)
-            for name in _NAMES[:2]:
-                state[f"{name}.weight"] = fold_rms_norm(norm_weight, state[f"{name}.weight"])
-        made = cls(hidden, intermediate, _activation_of(mlp), has_bias[0], eps, "meta", gate.weight.dtype)
+            eps, norm_weight = _rms_norm_of(norm, gate)
+        state = {}
+        for name, (weight, bias) in tensors.items():
+            folded = norm is not None and name != "down_proj"
+            state[f"{name}.weight"] = fold_rms_norm(norm_weight, weight) if folded else weight
+            if bias is not None:
+                state[f"{name}.bias"] = bias
+        made = cls(hidden, intermediate, _activation_of(mlp), has_bias.pop(), eps, "meta", gate.dtype)
         made.load_state_dict(state, assign=True)
         return made.requires_grad_(False).train(mlp.training)
 
@@ -106,17 +106,6 @@ class GatedMLP(torch.nn.Module):
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-def _state(layer: torch.nn.Linear) -> list[tuple[str, Tensor]]:
-    return [(key, t.detach()) for key, t in layer.named_parameters()]
-
-
-def _linear_of(mlp: torch.nn.Module, name: str) -> torch.nn.Linear:
-    layer = getattr(mlp, name, None)
-    if not isinstance(layer, torch.nn.Linear):
-        raise TypeError(f"GatedMLP: mlp.{name} is a {type(layer).__name__}, expected torch.nn.Linear")
-    return layer
-
-
 def _activation_of(mlp: torch.nn.Module) -> str:
     act = getattr(mlp, "act_fn", None)
     if isinstance(act, torch.nn.GELU):
@@ -129,16 +118,15 @@ def _activation_of(mlp: torch.nn.Module) -> str:
     return _ACTIVATION_OF[name]
 
 
-def _rms_norm_of(norm: torch.nn.Module, size: int) -> tuple[float, Tensor | None]:
+def _rms_norm_of(norm: torch.nn.Module, gate: Tensor) -> tuple[float, Tensor | None]:
     if not isinstance(norm, torch.nn.RMSNorm):
         raise TypeError(f"GatedMLP: norm is a {type(norm).__name__}, expected torch.nn.RMSNorm")
-    if tuple(norm.normalized_shape) != (size,):
+    check_forward("GatedMLP", "norm", norm, torch.nn.RMSNorm)
+    if tuple(norm.normalized_shape) != (gate.shape[1],):
         raise ValueError(
-            f"GatedMLP: norm is over {tuple(norm.normalized_shape)}, expected ({size},), gate_proj's in_features"
+            f"GatedMLP: norm is over {tuple(norm.normalized_shape)}, expected ({gate.shape[1]},), gate_proj's in_features"
         )
-    weight = None if norm.weight is None else norm.weight.detach()
-    dtype = torch.get_default_dtype() if weight is None else weight.dtype
-    return torch.finfo(dtype).eps if norm.eps is None else norm.eps, weight  # as torch's RMSNorm has it
+    return norm_eps(norm, gate), None if norm.weight is None else norm.weight.detach()
 
 
 def _split_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.fp8_blocks import can_merge
+from fastattn.nn.from_torch import linear_tensors
 from fastattn.nn.module import Module, Weight, Weights, empty_parameter
-from fastattn.nn.quantized import Piece, QuantizedWeight, Rows, Scheme
+from fastattn.nn.quantized import EightBitRows, Piece, QuantizedWeight, Rows, Scheme
 from fastattn.nn.shard import Shard
 from fastattn.reference import linear as reference
 from fastattn.reference.norm_linear import fold_rms_norm
@@ -22,36 +23,48 @@ class Linear(Module):
 
     shard: the rows of W (dim 0) or its columns (dim 1) that this rank holds. With rows it computes those features of y; with
     columns it takes those of x, and the sum of y over ranks, which is the caller's to make, is the layer's.
+
+    For inference: W and b are uninitialized until they are loaded, and have no gradient. bias: False, where torch's is True.
     """
 
     packed: torch.Tensor | None = None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        shard: Shard | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.quantized: QuantizedWeight | None = (
             None  # here: a class attribute would hide the module that it may become
         )
         self.shard = shard or Shard.whole(out_features)
         rows = self.shard.length if self.shard.dim == 0 else out_features
-        self.weight = empty_parameter(rows, self.shard.length if self.shard.dim == 1 else in_features)
+        columns = self.shard.length if self.shard.dim == 1 else in_features
+        self.weight = empty_parameter(rows, columns, device=device, dtype=dtype)
         # One rank brings the bias into a sum.
         self.bias_shard = self.shard
         if self.shard.dim == 1:
             self.bias_shard = Shard(0, 0, out_features if self.shard.start == 0 else 0, out_features)
         self.has_bias = bias
-        self.bias = empty_parameter(rows) if bias and self.bias_shard.length else None
+        self.bias = empty_parameter(rows, device=device, dtype=dtype) if bias and self.bias_shard.length else None
 
     @classmethod
     def from_float(cls, linear: torch.nn.Linear) -> Linear:
         """The layer that does what torch's does, with the same weight and bias and the same names in its state; for inference.
 
-        linear: bf16 or fp16, on a CPU also fp32. Raises TypeError for another module.
+        linear: bf16 or fp16, on a CPU also fp32. Raises TypeError for another module, and for one with another dtype or a forward
+        of its own, ValueError for one with forward hooks.
         """
-        if not isinstance(linear, torch.nn.Linear):
-            raise TypeError(f"Linear: linear is a {type(linear).__name__}, expected torch.nn.Linear")
-        state = {name: t.detach() for name, t in linear.named_parameters()}
-        with torch.device("meta"):
-            layer = Linear(linear.in_features, linear.out_features, "bias" in state)
+        weight, bias = linear_tensors("Linear", "linear", linear)
+        layer = Linear(linear.in_features, linear.out_features, bias is not None, device="meta")
+        state = {"weight": weight} | ({} if bias is None else {"bias": bias})
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).train(linear.training)
 
@@ -61,12 +74,15 @@ class Linear(Module):
             assert residual is None, "a residual is added to the result of a plain weight"
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
-        assert isinstance(x, torch.Tensor)
+        assert not isinstance(x, EightBitRows), "rows in 8 bits are for a weight that takes them"
         if residual is not None:
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if self.packed is not None:
             return reference.packed_linear(x, self.packed, self.bias, self.batch_invariant)
         return ops.linear(x, self.weight, self.bias, batch_invariant=self.batch_invariant)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}"
 
     def rounds_to(self, num_rows: int) -> torch.dtype | None:
         """The 8 bits that it rounds an x of so many rows to, with a scale a row: it takes x so, too."""
@@ -130,7 +146,7 @@ class MergedLinear(Linear):
 
     def __init__(self, in_features: int, parts: tuple[tuple[str, Shard], ...], bias: bool = False) -> None:
         super().__init__(in_features, sum(rows.length for _, rows in parts), bias)
-        self.in_features, self.parts = in_features, parts
+        self.parts = parts
         self.separate: torch.nn.ModuleList | None = None
 
     def pieces(self, name: str) -> list[Piece]:

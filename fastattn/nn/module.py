@@ -47,9 +47,11 @@ class Module(torch.nn.Module):
                 yield from child.weights(f"{prefix}{name}.")
 
 
-def empty_parameter(*shape: int) -> torch.nn.Parameter:
-    """An uninitialized weight in the default dtype on the default device; inference only, so it never requires grad."""
-    return torch.nn.Parameter(torch.empty(shape), requires_grad=False)
+def empty_parameter(
+    *shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> torch.nn.Parameter:
+    """An uninitialized weight, in the default dtype on the default device if not given; inference only, so it never requires grad."""
+    return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 def fixed_parameter(dtype: torch.dtype, *shape: int) -> torch.nn.Parameter:

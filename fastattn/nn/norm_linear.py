@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
+from fastattn.nn.from_torch import check_forward, linear_tensors, norm_eps
+from fastattn.nn.module import empty_parameter
 from fastattn.reference.norm_linear import fold_layer_norm, fold_rms_norm, sum_of_rows
 
 _NORMS = {"rms_norm": 1e-6, "layer_norm": 1e-5}  # and their eps
@@ -37,11 +39,8 @@ class NormLinear(torch.nn.Module):
             raise ValueError(f"NormLinear: norm is {norm!r}, expected one of {', '.join(map(repr, _NORMS))}")
         self.norm, self.eps = norm, _NORMS[norm] if eps is None else eps
 
-        def parameter(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
-
-        self.weight = parameter(out_features, in_features)
-        self.bias = parameter(out_features) if bias else None
+        self.weight = empty_parameter(out_features, in_features, device=device, dtype=dtype)
+        self.bias = empty_parameter(out_features, device=device, dtype=dtype) if bias else None
         self.weight_sum: Tensor | None
         wide = torch.empty(out_features, device=device, dtype=torch.float32) if norm == "layer_norm" else None
         self.register_buffer("weight_sum", wide)
@@ -51,21 +50,18 @@ class NormLinear(torch.nn.Module):
         """The layer that does what a norm over the last dimension and the dense layer behind it do.
 
         norm: torch's RMSNorm or LayerNorm, with or without weight and bias. linear: torch's Linear, bf16 or fp16, on a CPU
-        also fp32: the dtype of the result. Raises TypeError for other modules, ValueError for sizes that do not agree.
+        also fp32: the dtype of the result. Raises TypeError for other modules, and for those with a forward of their own or another
+        dtype, ValueError for sizes that do not agree and for forward hooks.
         """
         if not isinstance(norm, torch.nn.RMSNorm | torch.nn.LayerNorm):
             raise TypeError(f"NormLinear: norm is a {type(norm).__name__}, expected torch.nn.RMSNorm or LayerNorm")
-        if not isinstance(linear, torch.nn.Linear):
-            raise TypeError(f"NormLinear: linear is a {type(linear).__name__}, expected torch.nn.Linear")
-        weight = linear.weight.detach()
-        if tuple(norm.normalized_shape) != (linear.in_features,):
+        check_forward("NormLinear", "norm", norm, torch.nn.RMSNorm, torch.nn.LayerNorm)
+        weight, bias = linear_tensors("NormLinear", "linear", linear)
+        out_features, in_features = weight.shape
+        if tuple(norm.normalized_shape) != (in_features,):
             shape = tuple(norm.normalized_shape)
-            raise ValueError(
-                f"NormLinear: norm is over {shape}, expected ({linear.in_features},), linear's in_features"
-            )
-        bias: Tensor | None = linear.bias  # torch's own annotation knows no None
-        bias = None if bias is None else bias.detach()
-        eps = torch.finfo(weight.dtype).eps if norm.eps is None else norm.eps  # as torch's RMSNorm has it
+            raise ValueError(f"NormLinear: norm is over {shape}, expected ({in_features},), linear's in_features")
+        eps = norm_eps(norm, weight)
         norm_weight = None if norm.weight is None else norm.weight.detach()
         weight_sum = None
         if isinstance(norm, torch.nn.LayerNorm):
@@ -74,8 +70,8 @@ class NormLinear(torch.nn.Module):
         else:
             weight = fold_rms_norm(norm_weight, weight)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             "rms_norm" if weight_sum is None else "layer_norm",
             bias is not None,
             eps,

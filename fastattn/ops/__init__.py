@@ -45,6 +45,13 @@ from fastattn.ops.sparse_24 import (
     unpack_sparse_24,
 )
 from fastattn.ops.w4_tiles import pack_w4_scales, pack_w4_tiles, unpack_w4_scales, unpack_w4_tiles
+from fastattn.ops.weight_quantizers import (
+    dequantize_fp4,
+    dequantize_int4,
+    quantize_int4,
+    quantize_mxfp4,
+    quantize_nvfp4,
+)
 
 __all__ = [
     "CascadeLevel",
@@ -60,6 +67,8 @@ __all__ = [
     "decode_layers",
     "decode_layers_max_tokens",
     "decode_layers_workspace",
+    "dequantize_fp4",
+    "dequantize_int4",
     "embedding",
     "fp4_fp8_linear",
     "fp4_linear",
@@ -81,8 +90,11 @@ __all__ = [
     "paged_attention",
     "quantize_fp8",
     "quantize_fp8_groups",
+    "quantize_int4",
     "quantize_int8",
     "quantize_int8_asymmetric",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
     "rms_norm",
     "rms_norm_gated_linear",
     "rms_norm_linear",

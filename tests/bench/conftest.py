@@ -181,6 +181,14 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         assert none[-3:] == ("uint4b8", scale.shape[1], x.shape[1])
         return loops.int4_linear(torch.float32, x, words.t(), scale.t(), x.shape[1] // len(scale))[0].to(x.dtype)
 
+    def machete_prepack(b_q_weight: Tensor, a_type: torch.dtype, b_type: str, group_scales_type: torch.dtype) -> Tensor:
+        assert b_q_weight.stride(0) == 1 and (a_type, b_type, group_scales_type) == (torch.bfloat16, "uint4b8", a_type)
+        return b_q_weight
+
+    def machete_mm(a: Tensor, b_q: Tensor, b_type: str, *, b_group_scales: Tensor, b_group_size: int) -> Tensor:
+        assert b_group_scales.is_contiguous() and b_type == "uint4b8"
+        return loops.int4_linear(torch.float32, a, b_q.t(), b_group_scales.t(), b_group_size)[0].to(a.dtype)
+
     marlin = {
         "marlin_make_workspace_new": lambda device: torch.zeros(1, device=device),
         "marlin_make_empty_g_idx": lambda device: torch.zeros(0, dtype=torch.int32, device=device),
@@ -204,6 +212,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             rotary_embedding=rotary_embedding,
             reshape_and_cache_flash=reshape_and_cache_flash,
             gptq_marlin_repack=repack,
+            machete_prepack_B=machete_prepack,
+            machete_mm=machete_mm,
             cutlass_scaled_mm=cutlass_scaled_mm,
         ),
         *(module(layers.rsplit(".", i)[0]) for i in range(4, 0, -1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from bench.families import (
 )
 from bench.harness import accuracy
 from bench.harness.accuracy import WrongResultError
-from bench.harness.case import Case, Context
+from bench.harness.case import Case, Context, Family
 from bench.harness.peers import PeerAbsentError
 
 CPU = torch.device("cpu")
@@ -91,7 +92,8 @@ CASES: dict[str, Callable[[Context], Case]] = {
 # What each case can be measured beside when everything is installed, but for torch.compile.
 BESIDE = {
     "gemm": {"cublas"},
-    **{f"gemm {name}": {"marlin", "cublas"} for name in gemm_fp4.FORMATS},
+    **{f"gemm {name}": {"marlin", "cublas"} for name in ("nvfp4", "mxfp4")},
+    "gemm int4": {"marlin", "machete", "cublas"},
     "rms_norm and gemm": {"cublas", "torch"},
     "rms_norm and gemm, squares given": {"cublas", "torch"},
     "layer_norm and gemm": {"cublas", "torch"},
@@ -137,6 +139,19 @@ BESIDE = {
     "sample topk_topp": {"torch", "vllm", "flashinfer"},
     "sample minp": {"torch"},
 }
+
+
+ISSUE_7_ROWS = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192}
+
+
+@pytest.mark.parametrize(
+    "family", [gemm_bf16.FAMILY, gemm_8bit.INT8, gemm_8bit.FP8, gemm_fp4.FAMILY, norm_gemm.FAMILY], ids=lambda f: f.name
+)
+def test_products_have_all_rows_and_shapes_that_goals_are_about(family: Family) -> None:
+    sizes = {tuple(map(int, re.findall(r"[mnk](\d+)", spec.id.removeprefix("w4a8_"))[:3])) for spec in family.specs}
+    for n, k in (*gemm_bf16.WEIGHTS, *gemm_bf16.SMOLLM2):
+        assert {m for m, *weight in sizes if weight == [n, k]} >= ISSUE_7_ROWS, (n, k)
+    assert len({spec.id for spec in family.specs}) == len(family.specs)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -104,6 +104,31 @@ def test_throughput_beside_peers(invoke: Invoke, tmp_path: Path, monkeypatch: py
     assert "vllm: failed: no GPU" in result.stdout
 
 
+def test_start_beside_peers(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer's time is that from its process's start to the first token of a prompt as long as ours, not that of the request."""
+
+    def fake(start: str, model: str, options: dict[str, Any], loads: list[engines.Load]) -> Measured:
+        ((ids, new),) = loads[0].requests
+        assert (len(ids), new) == (32, 1)
+        return Measured("1", 30.0, {"startup": [0.1]}) if start.endswith("hf") else Measured(error="no GPU")
+
+    monkeypatch.setattr(against, "measure", fake)
+    monkeypatch.setattr(against, "missing", lambda package: "")
+    ours = {"avg_warm_startup_time": 1.0, "avg_warm_first_token_time": 2.0, "warm_phases": [{"weights": 0.5}]}
+    monkeypatch.setattr("fastattn.benchmarks.startup.startup", lambda *_, **__: dict(ours))
+    path = tmp_path / "startup.json"
+    command = ("bench", "startup", "-m", "tiny", "--device", "cpu", "--num-iters-cold", "0", "--against", "hf,vllm")
+    result = invoke(*command, "--output-json", str(path))
+    assert result.exit_code == 1, result.output
+    saved = json.loads(path.read_text())
+    about = {"version": "1", "startup_seconds": 30.0}
+    assert saved["against"]["hf"] == about | {"avg_warm_first_token_time": 30.0, "ratio": 15.0}
+    assert "hf 1: avg_warm_first_token_time 30.0000; ours is 15.00 times as fast" in result.stdout
+    assert "vllm: failed: no GPU" in result.stdout
+    said = one_line_error(invoke(*command, "--num-iters-cold", "1", "--num-iters-warm", "0"))
+    assert "--num-iters-warm is 0, allowed is at least 1 with --against" in said
+
+
 def test_peers_that_cannot_be(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(against, "missing", lambda package: "")
     said = one_line_error(invoke(*LATENCY, "--against", "hf", "-tp", "2"))

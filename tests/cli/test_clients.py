@@ -262,11 +262,12 @@ def test_bench_throughput(invoke: Invoke, tmp_path: Path) -> None:
 def test_bench_kernels(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     result = invoke(
-        "bench", "kernels", "rms_norm", "linear", "--num-tokens", "2", "--hidden-size", "64", "--intermediate-size", "64",
+        "bench", "kernels", "rms_norm", "linear", "rms_norm_quantize_int8", "--num-tokens", "2", "--hidden-size", "64", "--intermediate-size", "64",
         "--device", "cpu", "--min-seconds", "0", "--output-json", str(path),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     saved = json.loads(path.read_text())
-    assert [row["operator"] for row in saved["rows"]] == ["rms_norm"] + ["linear"] * 4
+    assert [row["operator"] for row in saved["rows"]] == ["rms_norm"] + ["linear"] * 4 + ["rms_norm_quantize_int8"]
+    assert [text.split()[0] for text in result.stdout.splitlines()[2:]] == [row["operator"] for row in saved["rows"]]
     assert set(saved["ceilings"]) == {"memory", "matrix"}
     assert "softmax" in one_line_error(invoke("bench", "kernels", "softmax", "--device", "cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from fastattn import LLM, SamplingParams, ops
+from fastattn.engine.device import device_memory
+from fastattn.engine.memory_plan import memory_plan
 from fastattn.engine.outputs import RequestOutput
+from fastattn.engine.setup import EngineOptions, plan_options
 from fastattn.models.loader import ModelFileError, open_model
 from fastattn.nn import split_gate_up
 from tests.engine.exact import hf_model
@@ -57,6 +61,32 @@ def our_logits(llm: LLM, token_ids: list[int]) -> torch.Tensor:
         return runner.compute(step).extra_logits[0]
     finally:
         llm.engine.kv.pool.release(blocks)
+
+
+def test_the_plan_is_what_is_taken() -> None:
+    """Weights, cache and buffers to a percent of what the allocator holds for them; a widest step takes no more than was planned."""
+    wishes: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "max_model_len": 2048, "num_kv_blocks": 4096}
+    options, device = EngineOptions(**wishes), torch.device("cuda")
+    try:
+        source = open_model("smollm2")
+    except ModelFileError as error:
+        pytest.skip(f"smollm2 cannot be had: {error}")
+    sizes = plan_options(source.config, options, device, torch.bfloat16)
+    plan = memory_plan(source.config, source.tensors(), sizes, *device_memory(device))
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = LLM(source, quiet=True, **wishes)
+    gc.collect()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    assert held == pytest.approx(plan.weights_total + plan.kv_bytes + plan.buffer_bytes, rel=0.01)
+    prompts = [{"prompt_token_ids": [i % 1000 + 2] * 32} for i in range(sizes.max_num_seqs)]
+    made.generate(prompts, SamplingParams(temperature=0.8, max_tokens=4, ignore_eos=True), use_tqdm=False)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes
+    made.close()
 
 
 def test_gates_ups_and_activation_are_one_product(llm: LLM) -> None:

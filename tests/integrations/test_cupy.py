@@ -59,6 +59,43 @@ def test_the_cache_is_changed_itself() -> None:
     np.testing.assert_array_equal(v_cache[0, 3], v[0, 0])
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_that_is_read_only_is_not_written(name: str) -> None:
+    q, k_cache, v_cache, k, v = arrays((1, 1, 4, 16), (1, 8, 2, 16), (1, 8, 2, 16), (1, 1, 2, 16), (1, 1, 2, 16))
+    {"k_cache": k_cache, "v_cache": v_cache}[name].setflags(write=False)
+    lengths = np.array([3], np.int32)
+    with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {name} is read-only"):
+        cupy.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    assert cupy.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths).shape == q.shape
+
+
+def test_rows_backwards_are_refused() -> None:
+    """torch would end the process: an exception of its own that nobody catches."""
+    x, weight = arrays((5, 64), (48, 64))
+    for args, kwargs, name in (
+        ((x[::-1], weight), {}, "argument 0"),
+        ((x, weight[:, ::-1]), {}, "argument 1"),
+        ((x, weight), {"bias": weight[::-1, 0]}, "bias"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"cupy.call: {name} has strides \(.*-\d+.*\), in bytes, expected none below 0"
+        ):
+            cupy.call(fastattn.linear, *args, **kwargs)
+
+
+def test_what_is_no_tensor_comes_back_as_it_is() -> None:
+    tiles, global_scale = cupy.call(ops.pack_w4_scales, np.zeros((16, 4), np.uint8), 16)
+    assert isinstance(tiles, np.ndarray) and global_scale is None
+    assert cupy.call(lambda x: x.shape[0], *arrays((5, 64))) == 5
+
+
+def test_a_type_that_the_library_has_not_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"cupy.call: a result in torch\.float8_e4m3fn cannot be returned as an array of numpy"
+    ):
+        cupy.call(ops.quantize_fp8, *arrays((5, 64)))
+
+
 def test_tensors_stay_tensors() -> None:
     q = torch.randn(1, 3, 2, 16)
     assert isinstance(cupy.flash_attn_func(q, q, q), torch.Tensor)

@@ -159,6 +159,68 @@ def test_linear_is_torchs() -> None:
         made.load_state_dict(nn.Linear(24, 16, bias=bias).state_dict())
 
 
+class Twice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_linear_with_a_computed_weight(norm: Callable[[nn.Linear], nn.Linear]) -> None:
+    layer, x = norm(nn.Linear(24, 16)).eval(), torch.randn(5, 24)
+    torch.testing.assert_close(fastattn.Linear.from_float(layer)(x), layer(x).detach())
+
+
+def test_linear_is_made_as_torchs_is() -> None:
+    layer = fastattn.Linear(24, 16, bias=True, device="meta", dtype=torch.bfloat16)
+    assert (layer.in_features, layer.out_features) == (24, 16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert repr(layer) == "Linear(in_features=24, out_features=16, bias=True)"
+
+
+def with_hook(register: str) -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def with_own_forward() -> nn.Linear:
+    """As accelerate does it, to move what comes in to the layer's device."""
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        (Twice(8, 8), TypeError, r"is a Twice with a forward of its own, expected that of torch\.nn\.Linear"),
+        (with_own_forward(), TypeError, "is a Linear with a forward of its own"),
+        (with_hook("register_forward_hook"), ValueError, "has forward hooks, expected none"),
+        (with_hook("register_forward_pre_hook"), ValueError, "has forward hooks, expected none"),
+        (nn.utils.spectral_norm(nn.Linear(8, 8)), ValueError, "has forward hooks, expected none"),
+        (nn.LazyLinear(8), ValueError, "has no weight yet, expected a layer that was called once"),
+        (nn.Linear(8, 8).double(), TypeError, r"weight is torch\.float64, expected torch\.bfloat16 or torch\.float16"),
+    ],
+)
+def test_a_layer_that_computes_something_else_is_refused(
+    layer: nn.Linear, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^Linear: linear.* ?{message}"):
+        fastattn.Linear.from_float(layer)
+    with pytest.raises(error, match=f"^NormLinear: linear.* ?{message}"):
+        fastattn.NormLinear.from_float(nn.RMSNorm(8), layer)
+    mlp = PlainMLP(8, 8)
+    mlp.down_proj = layer
+    with pytest.raises(error, match=rf"^GatedMLP: mlp\.down_proj.* ?{message}"):
+        fastattn.GatedMLP.from_float(mlp)
+
+
+@pytest.mark.parametrize("x", [None, [1.0], 1])
+def test_what_is_no_tensor_is_named(x: object) -> None:
+    with pytest.raises(TypeError, match=f"linear: x is a {type(x).__name__}, expected a torch.Tensor"):
+        fastattn.Linear.from_float(nn.Linear(8, 8))(x)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 12, 40])
 def test_order_of_rows(n: int) -> None:
     gate, up = torch.arange(n), torch.arange(100, 100 + n)
@@ -184,6 +246,9 @@ def test_mistakes_are_named() -> None:
         fastattn.GatedMLP.from_float(mlp)
     mlp.down_proj = nn.Linear(16, 8)
     with pytest.raises(ValueError, match="some of gate_proj, up_proj and down_proj have a bias, expected all or none"):
+        fastattn.GatedMLP.from_float(mlp)
+    mlp.down_proj = nn.Linear(16, 8).half()
+    with pytest.raises(TypeError, match=r"down_proj is torch\.float16, expected torch\.float32 as gate_proj"):
         fastattn.GatedMLP.from_float(mlp)
     mlp.down_proj = nn.Identity()
     with pytest.raises(TypeError, match=r"mlp\.down_proj is a Identity, expected torch\.nn\.Linear"):

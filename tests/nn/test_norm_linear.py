@@ -21,6 +21,11 @@ NORMS = {
 each_norm = pytest.mark.parametrize("name", NORMS)
 
 
+class Twice(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 def layers(gen: Gen, name: str, n: int, k: int, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Linear]:
     """With weights whose rows do not add up to 0, which a mean shows in."""
     norm, linear = NORMS[name](k), nn.Linear(k, n, bias=bias)
@@ -33,10 +38,9 @@ def layers(gen: Gen, name: str, n: int, k: int, bias: bool, dtype: torch.dtype) 
 
 @torch.no_grad()
 def check(norm: nn.Module, linear: nn.Linear, x: Tensor, what: str) -> None:
-    out = NormLinear.from_float(norm, linear)(x)
-    plain = linear(norm(x))
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    wide = type(norm)(norm.normalized_shape, eps, norm.weight is not None).to(x.device, torch.float64)
+    made = NormLinear.from_float(norm, linear)
+    out, plain = made(x), linear(norm(x))
+    wide = type(norm)(norm.normalized_shape, made.eps, norm.weight is not None).to(x.device, torch.float64)
     wide.load_state_dict({name: t.double() for name, t in norm.state_dict().items()}, strict=False)
     exact = nn.functional.linear(
         wide(x.double()), linear.weight.double(), None if linear.bias is None else linear.bias.double()
@@ -97,6 +101,15 @@ def test_every_tile(name: str, size: tuple[int, int, int]) -> None:
         assert torch.equal(made(x), made(x)), "two runs differ"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_an_eps_it_is_the_one_that_torch_takes(dtype: torch.dtype, device: str) -> None:
+    """Of rows whose squares are less than the eps of 16 bits and more than that of 32: the wrong one is off by a factor."""
+    norm, linear = nn.RMSNorm(64).to(device, dtype), nn.Linear(64, 48).to(device, dtype)
+    x = (Gen(device, seed=3).randn(5, 64) * 2**-7).to(dtype)
+    torch.testing.assert_close(NormLinear.from_float(norm, linear)(x), linear(norm(x)), rtol=0.05, atol=0.05)
+
+
 @each_norm
 def test_state(name: str) -> None:
     norm, linear = layers(Gen(), name, 16, 24, True, torch.float32)
@@ -126,6 +139,14 @@ def test_mistakes_are_named() -> None:
         NormLinear.from_float(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(TypeError, match=r"linear is a Identity, expected torch\.nn\.Linear"):
         NormLinear.from_float(nn.RMSNorm(8), nn.Identity())
+    with pytest.raises(
+        TypeError, match=r"norm is a Twice with a forward of its own, expected that of torch\.nn\.RMSNorm"
+    ):
+        NormLinear.from_float(Twice(8), nn.Linear(8, 8))
+    hooked = nn.LayerNorm(8)
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="norm has forward hooks, expected none"):
+        NormLinear.from_float(hooked, nn.Linear(8, 8))
     weight = torch.ones(8, 16)
     with pytest.raises(ValueError, match=r"fold_rms_norm: norm_weight has shape \(1,\), expected \(16,\) as weight is"):
         fold_rms_norm(torch.ones(1), weight)
