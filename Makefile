@@ -8,6 +8,8 @@ FAMILIES ?= engine_cpu
 MARKS ?= not slow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
+# Python compiles what is imported, at its first import; pip would compile all of torch's and transformers' files.
+export PIP_COMPILE := 0
 # Tests start some hundred processes, each of which would compile our sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
