@@ -47,6 +47,12 @@ constexpr Instantiation kTwoLevelsManyRows[] = {kManyRows<Operands, 128, 96>,   
                                                 kManyRows<Operands, 128, 256, true>, kManyRows<Operands, 192, 192>};
 template <typename Operands>
 constexpr Instantiation kGatedManyRows[] = {
+    kManyRows<Operands, 64, 192, false, GemmSm90Gated>,  kManyRows<Operands, 64, 256, false, GemmSm90Gated>,
+    kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
+    kManyRows<Operands, 128, 256, false, GemmSm90Gated>, kManyRows<Operands, 192, 128, false, GemmSm90Gated>,
+    kManyRows<Operands, 192, 192, false, GemmSm90Gated>};
+template <typename Operands>
+constexpr Instantiation k8BitGatedManyRows[] = {
     kManyRows<Operands, 128, 128, false, GemmSm90Gated>, kManyRows<Operands, 128, 192, false, GemmSm90Gated>,
     kManyRows<Operands, 128, 256, false, GemmSm90Gated>, kManyRows<Operands, 192, 128, false, GemmSm90Gated>,
     kManyRows<Operands, 192, 192, false, GemmSm90Gated>};
@@ -110,6 +116,8 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
   if (params.config.few_rows) return launch_of(kAllFewRows<FewRowsOperands, Epilogue>, params, stream);
   if constexpr (Epilogue::kRows == 2 && ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsGatedManyRows<ManyRowsOperands>, params, stream);
+  } else if constexpr (Epilogue::kRows == 2 && ManyRowsOperands::kScaled) {
+    return launch_of(k8BitGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (Epilogue::kRows == 2) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (ManyRowsOperands::kTwoLevels) {

@@ -28,8 +28,9 @@ struct GemmSm90Tile {
 
 // Of gemm_sm90.cuh.
 constexpr GemmSm90Tile kGemmSm90Tiles[] = {
-    {64, 96},   {64, 224},  {128, 96},  {128, 128},          {128, 192},          {128, 224},         {128, 256},
-    {192, 128}, {192, 192}, {192, 224}, {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}};
+    {64, 96},   {64, 224},  {128, 96},  {128, 128},          {128, 192},          {128, 224},          {128, 256},
+    {192, 128}, {192, 192}, {192, 224}, {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}, {64, 192},
+    {64, 256}};
 
 // Whether a tile of so many columns has room for the sums of weight's rows, which zero points of x are multiplied by:
 // 224 would have it in place of a stage.
@@ -39,14 +40,15 @@ constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 // and no gates have turns, and of gates half of the columns are stored, 32 at a time. Where blocks have scales, 128
 // columns have one, and where a residual is added 64 have a sum of squares, and 128 x 192 is there with turns, which
 // hide what is waited for, and without, since their last tile's rows are one group's. `narrow`: whether there are tiles
-// of 64 rows, of 96 columns, and instead of 128 x 128 in turns those without, which can be streamed.
+// of 64 rows, of gates in 192 and 256 columns, of 96 columns, and instead of 128 x 128 in turns those without, which
+// can be streamed.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool norm, bool gated = false,
                                   bool block_scales = false, bool zero_points = false, bool added = false,
                                   bool narrow = true) {
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
-  if (tile.block_m == 64) return narrow && !two_levels && !gated;
+  if (tile.block_m == 64) return narrow && !two_levels && gated == (tile.block_n == 192 || tile.block_n == 256);
   if (tile.block_n == 96) return narrow && !gated;
   if (gated && tile.block_n == 224) return false;
   if (norm || gated) return !tile.turns && (!two_levels || tile.block_n <= 192);
@@ -55,9 +57,9 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
   return tile.turns ? tile.block_n <= 192 : added || tile.block_m == 192 || tile.block_n > 192;
 }
 
-// Tiles of 64 rows are as wide as is the fastest somewhere.
+// Tiles of 64 rows are as wide as is the fastest somewhere: 96 columns in 8 bits, in 16 more.
 constexpr bool gemm_sm90_has_width(const GemmSm90Tile& tile, int64_t element_bytes) {
-  return tile.block_m != 64 || tile.block_n == (element_bytes == 1 ? 96 : 224);
+  return tile.block_m != 64 || (tile.block_n == 96) == (element_bytes == 1);
 }
 
 // In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on,
@@ -223,9 +225,16 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double idle = 1.0 - static_cast<double>(config.num_ctas) / static_cast<double>(problem.num_sms);
     const double panel_us = std::max(products_us, half ? 0.27 : 0.0) + norm_us;
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
+    double read_us = 8.0 + 1.13 * weight_us;
+    if (half) {
+      // A last wave of few tiles is not read faster than it is multiplied.
+      const double last = 1.0 - (num_waves - 1.0) * static_cast<double>(num_pairs) / static_cast<double>(num_tiles);
+      const double all_us = (1.06 + 0.15 * std::max(0.0, idle)) * weight_us;
+      const double last_us = std::max(last * all_us, static_cast<double>(problem.num_panels()) * panel_us);
+      read_us = 8.5 + (1.0 - last) * all_us + last_us;
+    }
     // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
-    return std::max(us, half ? 8.5 + (1.06 + 0.15 * std::max(0.0, idle)) * weight_us : 8.0 + 1.13 * weight_us) +
-           0.02 * us + handed_us;
+    return std::max(us, read_us) + 0.02 * us + handed_us;
   }
 
   const GemmSm90FewRowsRing ring = gemm_sm90_few_rows_ring(config.tile);

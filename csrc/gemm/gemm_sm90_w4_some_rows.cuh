@@ -19,6 +19,10 @@
 //   16 warps     A fragments of a tile, two products each of which the tensor cores run while the next are made
 //   then         sums to shared memory │ each CTA adds up those of the splits, in their order │ bias, round, store
 //
+// Where a CTA has four rows of tiles or fewer, one group would be alone with them, a warp to each scheduler, and wait
+// for its own instructions. Then all four groups have the same rows, and of the columns every fourth stage: four parts
+// of a sum. A stage has place for four rows of tiles only, and there are more of them.
+//
 // Limits: 16-byte aligned rows of x, K a multiple of 64, N of 16. Columns past K are zeros in shared memory.
 #pragma once
 
@@ -45,46 +49,49 @@ struct GemmSm90W4SomeRowsArgs {
   CUtensorMap x, codes, scales;
 };
 
-template <typename Format, int BLOCK_M>
+template <typename Format, int BLOCK_M, int ROW_TILES>
 struct GemmSm90W4SomeRowsStorage {
-  static constexpr int kRowTiles = kGemmSm90W4SomeRowsTiles, kStageTiles = 4;
-  static constexpr uint32_t kPanelBytes = BLOCK_M * 128;  // of x: a tile's columns
+  static constexpr int kRowTiles = ROW_TILES, kStageTiles = 4;
+  static constexpr int kParts = kGemmSm90W4SomeRowsTiles / kRowTiles;  // of a sum
+  static constexpr uint32_t kPanelBytes = BLOCK_M * 128;               // of x: a tile's columns
   static constexpr uint32_t kXBytes = kStageTiles * kPanelBytes;
   static constexpr uint32_t kCodeBytes = kRowTiles * kStageTiles * 512;
-  // Of FP4's scales a copy brings 128 bytes of a row of tiles; of INT4's none.
-  static constexpr int kTilesOfCopy = 128 / std::max(Format::kTileBytes, 32);
-  static constexpr int kScaleCopies = Format::kTileBytes > 0 ? kStageTiles / kTilesOfCopy : 0;
-  static constexpr int kStages =
-      (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kRowTiles * kStageTiles * Format::kTileBytes);
+  // FP4's scales of a row of tiles. Of 128 bytes (MXFP4) the chunks of 16 change places within eight rows.
+  static constexpr int kScaleRowBytes = kStageTiles * Format::kTileBytes;
+  static constexpr bool kSwizzled = kScaleRowBytes == 128;
+  static constexpr uint32_t kScaleBytes = (kSwizzled ? std::max(kRowTiles, 8) : kRowTiles) * kScaleRowBytes;
+  // A stage is always the same part's: of another's it would not see each phase, and could not tell one from the next.
+  static constexpr int kStages = (227 * 1024 - 2048) / (kXBytes + kCodeBytes + kScaleBytes) / kParts * kParts;
 
-  // Where a lane's scales lie in those of a stage. Chunks of 16 bytes change places within eight rows.
+  // Where a lane's scales lie in those of a stage.
   __device__ __forceinline__ static uint32_t scales_of_lane(int row_tile, int tile, int lane) {
-    const uint32_t place = tile % kTilesOfCopy * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
-    return (tile / kTilesOfCopy * kRowTiles + row_tile) * 128 + (place ^ row_tile % 8 * 16);
+    const uint32_t place = tile * Format::kTileBytes + lane / 4 * (Format::kTileBytes / 8);
+    return row_tile * kScaleRowBytes + (kSwizzled ? place ^ row_tile % 8 * 16 : place);
   }
 
   struct Ring {
     alignas(1024) unsigned char x[kStages][kStageTiles][kPanelBytes];
     alignas(1024) uint4 codes[kStages][kRowTiles][kStageTiles][32];
-    alignas(1024) unsigned char scales[kStages][kScaleCopies > 0 ? kScaleCopies * kRowTiles * 128 : 1];
+    alignas(1024) unsigned char scales[kStages][std::max<uint32_t>(kScaleBytes, 1)];
   };
   union {
     Ring ring;
     // When the ring is no longer needed. Rows are 4 sums apart modulo 16, so that the accumulators of a warp go to all
     // banks.
-    float sums[BLOCK_M][16 * kRowTiles + 4];
+    float sums[kParts][BLOCK_M][16 * kRowTiles + 4];
   };
   MBarrier full[kStages], empty[kStages];
 };
 
-template <typename Format, int BLOCK_M>
+template <typename Format, int BLOCK_M, int ROW_TILES>
 __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     gemm_sm90_w4_some_rows_kernel(const __grid_constant__ GemmSm90W4SomeRowsArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Format::T;
-  using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
+  using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M, ROW_TILES>;
   using Product = Wgmma<T, BLOCK_M>;
-  constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles, WARPS = Storage::kRowTiles;
+  constexpr int STAGES = Storage::kStages, STAGE_TILES = Storage::kStageTiles, PARTS = Storage::kParts;
+  constexpr int WARPS = kGemmSm90W4SomeRowsTiles;  // that multiply
   constexpr int SHARERS = kGemmSm90W4SomeRowsSharers, SHARE_M = BLOCK_M / SHARERS;
 
   Storage& smem = shared_storage_of_1024<Storage>();
@@ -132,16 +139,13 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     const int32_t num_shares = min(SHARERS, (static_cast<int32_t>(p.m) + SHARE_M - 1) / SHARE_M);
     const uint32_t num_bytes = static_cast<uint32_t>(args.config.box_tiles) * STAGE_TILES * (512 + Format::kTileBytes) +
                                num_shares * Storage::kXBytes / SHARERS;
-    const auto scales_of = [](int32_t step, int copy) {  // bytes of a row
-      return (step * STAGE_TILES + copy * Storage::kTilesOfCopy) * Format::kTileBytes;
-    };
     const uint64_t policy = evict_first_policy();
     const auto load_weight = [&](int32_t step, uint32_t stage) {
       MBarrier& full = smem.full[stage];
       full.arrive_expect_bytes(num_bytes);
       tma_load_4d(smem.ring.codes[stage], args.codes, full, 0, step * STAGE_TILES, first_row, 0, policy);
-      for (int i = 0; i < Storage::kScaleCopies; ++i) {
-        tma_load_4d(smem.ring.scales[stage] + i * WARPS * 128, args.scales, full, scales_of(step, i), first_row, 0, 0,
+      if constexpr (Format::kTileBytes > 0) {
+        tma_load_4d(smem.ring.scales[stage], args.scales, full, step * Storage::kScaleRowBytes, first_row, 0, 0,
                     policy);
       }
     };
@@ -149,8 +153,8 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
       const int32_t end_of_ring = min(begin + STAGES, end);
       for (int32_t step = begin; step < end_of_ring; ++step) {
         tma_prefetch_4d(args.codes, 0, step * STAGE_TILES, first_row, 0, policy);
-        for (int i = 0; i < Storage::kScaleCopies; ++i) {
-          tma_prefetch_4d(args.scales, scales_of(step, i), first_row, 0, 0, policy);
+        if constexpr (Format::kTileBytes > 0) {
+          tma_prefetch_4d(args.scales, step * Storage::kScaleRowBytes, first_row, 0, 0, policy);
         }
       }
       grid_dependency_wait();
@@ -181,25 +185,28 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     // ------------------------------------------------------------------------------ consumers
     cluster_wait();
     grid_dependency_wait();
-    if (warp_idx / 4 < num_groups_of(sharer)) {
-      const int own = min(warp_idx, num_rows - 1);  // row of tiles; below the last one stands that one
+    const int part = warp_idx / ROW_TILES, row_tile = warp_idx % ROW_TILES;
+    if (row_tile / 4 < num_groups_of(sharer)) {
+      const int own = min(row_tile, num_rows - 1);  // below the last one stands that one
       const WgmmaDescriptor first_x = WgmmaDescriptor::make<128>(smem.ring.x[0][0], 0);
       typename Format::template Step<1, STAGE_TILES> step_scales;
       const auto load_scales = [&](int32_t step) {
         if constexpr (Format::kTileBytes == 0) step_scales.load(p, first_row + own, step * STAGE_TILES, lane);
       };
-      load_scales(begin);
+      const int32_t first_step = begin + part;
+      load_scales(min(first_step, end - 1));
       float acc[BLOCK_M / 8][4];
       uint32_t a[2][2][4];  // two sets of two fragments
       uint32_t last_stage = 0;
       const auto release_last = [&] {
         if (lane < SHARERS) smem.empty[last_stage].arrive_at_cta(split * SHARERS + lane);
       };
+      position.count = part;
 #pragma unroll 1
-      for (int32_t step = begin; step < end; ++step) {
+      for (int32_t step = first_step; step < end; step += PARTS) {
         if constexpr (Format::kTileBytes == 0) {
           step_scales.take();
-          load_scales(min(step + 1, end - 1));
+          load_scales(min(step + PARTS, end - 1));
         }
         const uint32_t stage = position.stage();
         smem.full[stage].wait(position.parity());
@@ -214,29 +221,38 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
           for (int i = 0; i < 2; ++i) {
             wgmma_wait<1>();
             pin_registers(a[i]);
-            if (tile == 0 && i == 1 && step > begin) release_last();
+            if (PARTS == 1 && tile == 0 && i == 1 && step > begin) release_last();
 #pragma unroll
             for (int j = 0; j < 2; ++j) scales.make_fragment(a[i][j], words[2 * i + j], 2 * i + j, lane);
             const WgmmaDescriptor x = {stage_x.low + tile * (Storage::kPanelBytes / 16), stage_x.high};
             wgmma_fence();
-            Product::rs_k(acc, a[i][0], x.plus(i * 64), tile > 0 || i > 0 || step > begin);
+            Product::rs_k(acc, a[i][0], x.plus(i * 64), tile > 0 || i > 0 || step > first_step);
             Product::rs_k(acc, a[i][1], x.plus(i * 64 + 32), 1);
             wgmma_commit();
           }
         }
         last_stage = stage;
-        position.advance();
+        position.count += PARTS;
+        // Its next stage may be one that waits for this one; the other groups' products run meanwhile.
+        if constexpr (PARTS > 1) {
+          wgmma_wait<0>();
+          pin_registers(a[0]);
+          pin_registers(a[1]);
+          release_last();
+        }
       }
       wgmma_wait<0>();
       pin_registers(a[0]);
       pin_registers(a[1]);
       pin_registers(acc);
       ring_is_free();
+      const bool has_steps = PARTS == 1 || first_step < end;
 #pragma unroll
       for (int t = 0; t < BLOCK_M / 8; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          smem.sums[t * 8 + lane % 4 * 2 + i % 2][warp_idx * 16 + lane / 4 + i / 2 * 8] = acc[t][i];
+          float& sum = smem.sums[part][t * 8 + lane % 4 * 2 + i % 2][row_tile * 16 + lane / 4 + i / 2 * 8];
+          sum = has_steps ? acc[t][i] : 0.0f;
         }
       }
     } else {
@@ -268,8 +284,9 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
     for (int32_t row = split * rows_at_once + first_m; row < p.m; row += num_splits * rows_at_once) {
       float4 sum = {};
 #pragma unroll 4
-      for (int32_t other = 0; other < num_splits; ++other) {
-        const auto value = load_cluster<float4>(cluster_address(&smem.sums[row][four * 4], other * SHARERS + sharer));
+      for (int32_t other = 0; other < num_splits * PARTS; ++other) {
+        const float* const its_sums = smem.sums[other % PARTS][row] + four * 4;
+        const auto value = load_cluster<float4>(cluster_address(its_sums, other / PARTS * SHARERS + sharer));
         sum.x += value.x;
         sum.y += value.y;
         sum.z += value.z;
@@ -288,10 +305,10 @@ __global__ void __launch_bounds__(kGemmSm90W4SomeRowsThreads, 1)
 // ---------------------------------------------------------------------------------------------
 // Host
 
-template <typename Format, int BLOCK_M>
+template <typename Format, int BLOCK_M, int ROW_TILES>
 cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmSm90W4SomeRowsConfig& config,
                                           cudaStream_t stream) {
-  using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M>;
+  using Storage = GemmSm90W4SomeRowsStorage<Format, BLOCK_M, ROW_TILES>;
   static_assert(sizeof(Storage) <= 227 * 1024);
   GemmSm90W4SomeRowsArgs args = {p, config, {}, {}, {}};
   const int64_t row_tiles = p.n / 16, num_tiles = p.k / 64;
@@ -310,14 +327,25 @@ cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmS
   }
   if (error == cudaSuccess && Format::kTileBytes > 0) {
     const int64_t row_bytes = num_tiles * Format::kTileBytes;
-    error = make_tensor_map(
-        &args.scales,
-        {p.weight_scale, DType::kFloat8E4M3, {row_bytes, row_tiles, 1, 1}, {row_bytes, 0, 0}, 128, config.box_tiles});
+    error = make_tensor_map(&args.scales, {p.weight_scale,
+                                           DType::kFloat8E4M3,
+                                           {row_bytes, row_tiles, 1, 1},
+                                           {row_bytes, 0, 0},
+                                           Storage::kScaleRowBytes,
+                                           config.box_tiles});
   }
   if (error != cudaSuccess) return error;
-  return launch_clusters(gemm_sm90_w4_some_rows_kernel<Format, BLOCK_M>, config.num_ctas,
+  return launch_clusters(gemm_sm90_w4_some_rows_kernel<Format, BLOCK_M, ROW_TILES>, config.num_ctas,
                          config.num_splits * kGemmSm90W4SomeRowsSharers, kGemmSm90W4SomeRowsThreads, sizeof(Storage),
                          stream, args);
+}
+
+template <typename Format, int BLOCK_M>
+cudaError_t launch_gemm_sm90_w4_some_rows(const GemmSm90W4Params& p, const GemmSm90W4SomeRowsConfig& config,
+                                          cudaStream_t stream) {
+  return config.box_tiles <= kGemmSm90W4SomeRowsGroup
+             ? launch_gemm_sm90_w4_some_rows<Format, BLOCK_M, kGemmSm90W4SomeRowsGroup>(p, config, stream)
+             : launch_gemm_sm90_w4_some_rows<Format, BLOCK_M, kGemmSm90W4SomeRowsTiles>(p, config, stream);
 }
 
 template <typename Format>

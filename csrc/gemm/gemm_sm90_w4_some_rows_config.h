@@ -6,7 +6,8 @@
 
 namespace fastattn {
 
-constexpr int kGemmSm90W4SomeRowsTiles = 16;  // of a CTA, one above the other: a warp each
+constexpr int kGemmSm90W4SomeRowsTiles = 16;  // of a CTA at most, one above the other: a warp each
+constexpr int kGemmSm90W4SomeRowsGroup = 4;   // of a group of warps; a CTA with no more has all groups at them
 constexpr int kGemmSm90W4SomeRowsSharers =
     2;  // CTAs of a cluster that have the same columns, and bring x for each other
 constexpr int kGemmSm90W4SomeRowsThreads = 32 * (kGemmSm90W4SomeRowsTiles + 1);
@@ -39,7 +40,7 @@ inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config
       static_cast<double>(std::min(num_clusters, at_once) * cluster_size) / static_cast<double>(num_sms);
   const double tiles = static_cast<double>(4 * ceil_div(ceil_div(k, 256), config.num_splits));  // of a row
   const double read_us = (0.0303 + 0.000065 * config.block_m) * config.box_tiles * at_work;
-  const double wait_us = config.box_tiles <= 4 ? 0.104 + 0.0008 * config.block_m : 0.19;
+  const double wait_us = config.box_tiles <= kGemmSm90W4SomeRowsGroup ? 0.08 + 0.0007 * config.block_m : 0.19;
   return 9.0 + static_cast<double>(waves) * tiles * std::max(read_us, wait_us) + 1.8 * (config.num_splits - 1);
 }
 

@@ -417,7 +417,7 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const bool has_norms = has({.norm = true}) && has_width(2);
   add(has_norms, [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
   add(has_norms, [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
-  add(has({.gated = true}),
+  add(has({.gated = true}) && has_width(2),
       [&] { run_half(pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}), one_in(2) ? Gate::kSilu : Gate::kGeluTanh); });
   add(has({.two_levels = true}), [&] { run_fp8(false, false); });
   add(has({.narrow = false}), [&] { run_fp8(true, false); });
@@ -454,7 +454,8 @@ int main(int argc, char** argv) {
       if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, false, false);
       if (size == kGates) {
         return choice.tile.in_order ||
-               !(choice.few_rows || fastattn::gemm_sm90_has_tile(choice.tile, false, false, true));
+               !(choice.few_rows || (fastattn::gemm_sm90_has_tile(choice.tile, false, false, true) &&
+                                     fastattn::gemm_sm90_has_width(choice.tile, 1)));
       }
       const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
       return size != 0 && own != size;

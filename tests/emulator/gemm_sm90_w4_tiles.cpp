@@ -84,11 +84,14 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape, bool some
   const int pass = shape.pass_tiles;
   p.m = pick({1, between(1, shape.block_m), shape.block_m});
   const bool more_passes = !some_rows && one_in(6);
-  p.n = 16 * (more_passes ? between(1, 5) : pick({1, between(1, 8), between(1, 40)}));
-  p.k = 64 * (more_passes ? between(pass + 1, 2 * pass + 2) : pick({1, between(1, 12), between(1, 24)}));
+  const bool many_row_tiles = some_rows && one_in(2);  // of a CTA: its groups do not share the columns
+  p.n = 16 * (more_passes ? between(1, 5) : many_row_tiles ? between(9, 40) : pick({1, between(1, 8), between(1, 40)}));
+  p.k = 64 * (more_passes      ? between(pass + 1, 2 * pass + 2)
+              : many_row_tiles ? between(1, 24)
+                               : pick({1, between(1, 12), between(1, some_rows ? 48 : 24)}));
   const int64_t most_splits = some_rows ? std::min<int64_t>((p.k / 64 + 3) / 4, 4) : p.k / 64;
   const int splits = static_cast<int>(std::min<int64_t>(most_splits, pick({1, 1, 2, 3, 8})));
-  const int64_t num_sms = pick<int64_t>({1, 20, 132});
+  const int64_t num_sms = many_row_tiles ? 1 : pick<int64_t>({1, 20, 132});
   const GemmSm90W4TilesConfig few = fastattn::gemm_sm90_w4_tiles_of(shape, splits, p.n, num_sms);
   const GemmSm90W4SomeRowsConfig some = fastattn::gemm_sm90_w4_some_rows_of(shape.block_m, splits, p.n, num_sms);
 

@@ -54,7 +54,7 @@ _FORMATS = {"nvfp4": (16, 16), "mxfp4": (32, 16), "nvfp4 in order 8": (16, 8), "
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 48, 49, 64])
-@pytest.mark.parametrize(("n", "k"), [(16, 64), (272, 960), (4112, 4160), (2064, 14400)])
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (272, 960), (4112, 4160), (2064, 14400), (14352, 1088)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*_FORMATS, "int4", "int4 with zero points"])
 def test_up_to_64_rows(name: str, dtype: torch.dtype, n: int, k: int, rows: int) -> None:

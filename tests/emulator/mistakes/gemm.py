@@ -96,7 +96,7 @@ MISTAKES = [
         "gemm_sm90_few_rows.cu",
         "64",
         "expected",
-        call=6,
+        call=28,
     ),
     Mistake(
         "one group of 64 rows leaves every other panel to another",
@@ -236,7 +236,7 @@ MISTAKES = [
         "gemm_int8_sm90_few_rows.cu",
         "64",
         "expected",
-        call=230,
+        call=58,
     ),
     Mistake(
         "all rows that a lane adds a residual to get the first one's",
@@ -246,7 +246,7 @@ MISTAKES = [
         "gemm_added_sm90_few_rows.cu",
         "64",
         "expected",
-        call=10,
+        call=16,
     ),
     Mistake(
         "a residual's columns stay with the lane that asked for them",
