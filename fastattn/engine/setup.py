@@ -50,6 +50,7 @@ _ALLOWED: Allowed = {
     "async_scheduling": (or_none(FLAG[0]), "None, True or False"),
     "debug_checks": FLAG,
     "batch_invariant": FLAG,
+    "disable_cascade_attn": FLAG,
 }
 
 

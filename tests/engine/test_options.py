@@ -21,6 +21,7 @@ _FLAGS = (
     "async_scheduling",
     "debug_checks",
     "batch_invariant",
+    "disable_cascade_attn",
 )
 _NUMBERS = ("kv_offloading_size", "gpu_memory_utilization", "rank_timeout_seconds")
 _TEXTS = ("dtype", "kv_cache_dtype", "kv_cache_scales", "quantization", "policy", "trace")
