@@ -163,8 +163,9 @@ void bind_scheduled_batch(py::module_& m) {
                              "Indices of those that are in their prompt, or have more than one token to compute.")
       .def_property_readonly("draws", &ScheduledBatch::draws, "Indices of those whose next token is drawn.")
       .def_property_readonly("num_drafted", &ScheduledBatch::num_drafted, "Drafts to verify of each of `draws`.")
-      .def("num_shared_blocks", &ScheduledBatch::num_shared_blocks, "block_size"_a, "at_least"_a,
-           "The first blocks that all sequences have computed and have in common; 0 if they are fewer than at_least.")
+      .def("num_shared_blocks", &ScheduledBatch::num_shared_blocks, "block_size"_a, "least_keys"_a, "least_seqs"_a,
+           "The first blocks that all sequences have computed and have in common; 0 if reading them once spares fewer "
+           "than least_keys keys, or for fewer than least_seqs sequences.")
       .def("advance", &ScheduledBatch::advance, "block_size"_a,
            "Counts the tokens as computed; returns the indices of those that filled a block.")
       .def("append_unknown", &ScheduledBatch::append_unknown, "What they draw is a token that is not known yet.")

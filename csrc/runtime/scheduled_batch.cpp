@@ -46,12 +46,14 @@ std::pair<ScheduledBatch, ScheduledBatch::Indices> ScheduledBatch::of_decodes(co
   return {ScheduledBatch(std::move(decodes), std::move(ones)), std::move(others)};
 }
 
-int64_t ScheduledBatch::num_shared_blocks(int64_t block_size, int64_t at_least) const {
-  if (block_size < 1 || at_least < 1) {
-    refuse("ScheduledBatch.num_shared_blocks: block_size is ", block_size, " and at_least is ", at_least,
-           ", allowed is 1 or more");
+int64_t ScheduledBatch::num_shared_blocks(int64_t block_size, int64_t least_keys, int64_t least_seqs) const {
+  if (block_size < 1 || least_keys < 1 || least_seqs < 2) {
+    refuse("ScheduledBatch.num_shared_blocks: block_size is ", block_size, ", least_keys ", least_keys, ", least_seqs ",
+           least_seqs, ", allowed are 1, 1 and 2 or more");
   }
-  if (pointers_.empty()) return 0;
+  if (size() < least_seqs) return 0;
+  const int64_t keys_of_block = (size() - 1) * block_size;
+  const int64_t at_least = (least_keys + keys_of_block - 1) / keys_of_block;
   const std::vector<int32_t>& first = pointers_[0]->blocks();
   int64_t shared = static_cast<int64_t>(first.size());
   // The last block that is wanted tells most batches apart, before whole tables are read.

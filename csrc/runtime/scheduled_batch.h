@@ -33,8 +33,9 @@ class ScheduledBatch {
   const Indices& draws() const { return draws_; }        // those whose next token is drawn, in the order of rows
   const Indices& num_drafted() const { return num_drafted_; }  // of each of draws()
 
-  // The first blocks that are the same in all sequences and full of computed tokens; 0 if they are fewer than at_least.
-  int64_t num_shared_blocks(int64_t block_size, int64_t at_least) const;
+  // The first blocks that are the same in all sequences and full of computed tokens; 0 where to read them once, and not
+  // for each, spares fewer than least_keys keys, or where there are fewer than least_seqs sequences.
+  int64_t num_shared_blocks(int64_t block_size, int64_t least_keys, int64_t least_seqs) const;
   // Counts the tokens as computed, drafts apart. Returns who filled a block with them.
   Indices advance(int64_t block_size);
   // What draws() draw is a token of theirs, though not known yet; but for the last one of all, after which nothing

@@ -228,10 +228,9 @@ class Runner:
     def _num_shared_blocks(self, batch: ScheduledBatch) -> int:
         """Blocks that all sequences begin with, if it is worth to read them once. Only of decode steps: where a prompt is computed
         attention is a small part."""
-        if self._cascade_keys is None or len(batch) < _CASCADE_SEQS or not batch.only_decodes or self._calibrates:
+        if self._cascade_keys is None or not batch.only_decodes or self._calibrates:
             return 0
-        at_least = -(-self._cascade_keys // ((len(batch) - 1) * self.config.block_size))
-        return batch.num_shared_blocks(self.config.block_size, at_least)
+        return batch.num_shared_blocks(self.config.block_size, self._cascade_keys, _CASCADE_SEQS)
 
     def _graph_shape(self, batch: ScheduledBatch, cascade: bool) -> DecodeShape | None:
         if self.graphs is None or len(batch) == 0 or self._calibrates:

@@ -21,7 +21,8 @@ def test_every_operator_is_measured(device: str) -> None:
     # Without a sensible size of its own: it touches a handful of logits. And what is made of other operators.
     others = {"has_cuda_kernels", "adjust_logits", "cascade_attention", "shared_prefix_levels", "CascadeLevel"}
     others |= {"pack_sparse_24", "unpack_sparse_24", "pack_w4_tiles", "unpack_w4_tiles"}  # once a weight
-    others |= {"pack_w4_scales", "unpack_w4_scales"}
+    others |= {"pack_w4_scales", "unpack_w4_scales", "quantize_int4", "quantize_nvfp4", "quantize_mxfp4"}
+    others |= {"dequantize_int4", "dequantize_fp4"}
     # All layers at once, which engines' benchmarks time, and what belongs to it.
     others |= {"decode_layers", "decode_layers_max_tokens", "decode_layers_workspace", "DecoderWeights", "DecoderHead"}
     assert {case.operator for case in found} >= set(ops.__all__) - others

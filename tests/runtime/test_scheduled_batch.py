@@ -126,16 +126,20 @@ def test_shared_blocks_are_those_that_all_begin_with() -> None:
 
     first, longer, other = of([5, 6, 7, 8], 30), of([5, 6, 7, 9, 10], 39), of([4, 6, 7, 8], 31)
 
-    def shared(at_least: int, *sequences: TokenSequence) -> int:
-        return ScheduledBatch(sequences, [1] * len(sequences)).num_shared_blocks(BLOCK, at_least)
+    def shared(at_least: int, *sequences: TokenSequence, least_seqs: int = 2, less: int = 0) -> int:
+        keys = at_least * BLOCK * (len(sequences) - 1) - less
+        return ScheduledBatch(sequences, [1] * len(sequences)).num_shared_blocks(BLOCK, keys, least_seqs)
 
     assert shared(1, first, longer) == shared(3, longer, first) == 3
     assert shared(4, first, longer) == 0
-    assert shared(1, first) == 3  # the fourth is not full
+    assert shared(3, first, of([5, 6, 7, 8], 31)) == 3  # the fourth is not full
+    assert shared(4, first, longer, less=BLOCK) == 3 and shared(4, first, longer, less=BLOCK - 1) == 0
+    assert shared(3, first, longer, longer) == 3
+    assert shared(3, first, longer, longer, least_seqs=3) == 3 and shared(3, first, longer, least_seqs=3) == 0
     assert shared(1, first, longer, other) == shared(2, other, first) == 0
     assert shared(2, first, of([5, 6, 7], 20)) == 2  # of the shorter one
     assert shared(3, first, of([5, 6, 7], 20)) == 0
-    assert ScheduledBatch([], []).num_shared_blocks(BLOCK, 1) == 0
+    assert ScheduledBatch([], []).num_shared_blocks(BLOCK, 1, 2) == 0
 
 
 def test_mistakes_are_named() -> None:
@@ -146,8 +150,18 @@ def test_mistakes_are_named() -> None:
         (lambda: ScheduledBatch([None], [1]), r"sequences\[0\] is None"),  # type: ignore[list-item]
         (lambda: ScheduledBatch([seq], [0]), r"num_tokens\[0\] is 0, allowed is 1 or more"),
         (lambda: batch.advance(0), "block_size is 0, allowed is 1 or more"),
-        (lambda: batch.num_shared_blocks(0, 1), "block_size is 0 and at_least is 1, allowed is 1 or more"),
-        (lambda: batch.num_shared_blocks(8, 0), "block_size is 8 and at_least is 0, allowed is 1 or more"),
+        (
+            lambda: batch.num_shared_blocks(0, 1, 2),
+            "block_size is 0, least_keys 1, least_seqs 2, allowed are 1, 1 and 2",
+        ),
+        (
+            lambda: batch.num_shared_blocks(8, 0, 2),
+            "block_size is 8, least_keys 0, least_seqs 2, allowed are 1, 1 and 2",
+        ),
+        (
+            lambda: batch.num_shared_blocks(8, 1, 1),
+            "block_size is 8, least_keys 1, least_seqs 1, allowed are 1, 1 and 2",
+        ),
         (lambda: pool.grow(batch, 0), "block_size is 0, allowed is 1 or more"),
         (lambda: batch.settle([1, 2]), "drawn has 2 tokens, expected 1"),
         (lambda: seq.outputs(1), "start is 1, allowed is 0 to 0"),
