@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +18,9 @@ from fastattn.models.registry import load_model
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
-from tests.engine.requests import only
+from tests.engine.requests import MakeEngine, only
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
