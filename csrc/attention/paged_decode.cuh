@@ -33,6 +33,9 @@
 //     warp 2   ═ tile 0 keys 32-47 ═╪═ tile 1 keys 32-47 ═╪═ …   │ part of it) ends, through the stages consumed last
 //     ...                                                        ┘
 //
+// Q of a sequence comes with its first tile; its lengths have been asked for when the sequence before it began, and its
+// first page when that one's last tile was. So a warp waits for memory once at a border, as within a sequence.
+//
 // A sequence that several parts share is finished by the team of the last one, when it has done all else: the others
 // write what they have, and a mark, to the workspace; it waits for their marks and adds up in their order. It waits for
 // teams of lower numbers only, which were started before it. A mark is launch_id, which no other launch had, and is
@@ -85,22 +88,32 @@ namespace fastattn {
 
 template <typename KV, int HEAD_DIM, typename Mask, typename Team>
 class DecodeLoader {
-  using Ring = PagedDecodeRing<KV, HEAD_DIM>;
+  using Ring = PagedDecodeRingWithQ<KV, HEAD_DIM>;
   using Stage = typename Ring::Stage;
   static constexpr int KEYS = Ring::kKeys;
 
  public:
   __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan<Mask>& plan)
-      : p_(p), plan_(plan), cursor_(plan), tile_(plan.begin_tile) {}
+      : p_(p), plan_(plan), cursor_(plan), tile_(plan.begin_tile) {
+    if constexpr (Ring::kLooksAhead) next_lengths_ = DecodeLengths(p, plan.seq_idx);
+    begin_sequence();
+  }
 
   // Asks for the next tile, if there is one, and closes the group.
-  __device__ __forceinline__ void load(Stage& stage) {
+  __device__ __forceinline__ void load(Ring& ring, int stage) {
     if (tile_ < plan_.end_tile) {
-      if (tile_ == max(cursor_.seq_end, plan_.begin_tile)) begin_sequence();
-      load_rows(stage);
+      if constexpr (Ring::kHasQ) {
+        if (begins_) load_q(ring.q);
+        begins_ = false;
+      }
+      load_rows(ring.stages[stage]);
       ++tile_;
-      key_ += p_.config.block_n;
-      find_page();
+      if (tile_ < cursor_.seq_end) {
+        key_ += p_.config.block_n;
+        find_page();
+      } else if (tile_ < plan_.end_tile) {
+        begin_sequence();
+      }
     }
     cp_async_commit();
   }
@@ -108,9 +121,19 @@ class DecodeLoader {
  private:
   __device__ __forceinline__ bool key_is_visible() const { return key_ >= visible_.begin && key_ < visible_.end; }
 
+  // A tile ahead of its first use, as its page is found; the lengths of the one behind it a sequence ahead.
   __device__ __forceinline__ void begin_sequence() {
     const int32_t seq_idx = cursor_.next_seq_idx;
-    visible_ = cursor_.next(p_, plan_).visible;
+    if constexpr (!Ring::kLooksAhead) next_lengths_ = DecodeLengths(p_, seq_idx);
+    const DecodeSequence<Mask> sequence = cursor_.next(p_, plan_, next_lengths_);
+    if constexpr (Ring::kLooksAhead) next_lengths_ = DecodeLengths(p_, min(seq_idx + 1, p_.num_seqs - 1));
+    visible_ = sequence.visible;
+    if constexpr (Ring::kHasQ) {
+      begins_ = true;
+      q_start_ = sequence.q_start;
+      num_rows_ = sequence.num_rows;
+      seq_idx_ = seq_idx;
+    }
     key_ = cursor_.first_key + Team{p_}.warp_idx() * KEYS + threadIdx.x % KEYS;
     block_table_ = p_.block_table + seq_idx * p_.block_table_stride;
     find_page();
@@ -123,6 +146,19 @@ class DecodeLoader {
   // One tile ahead of its use.
   __device__ __forceinline__ void find_page() {
     if (p_.paged && key_is_visible()) page_ = block_table_[p_.block_size_div.divide(key_)];
+  }
+
+  __device__ __forceinline__ void load_q(uint16_t* rows) const {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const int32_t chunks_of_row = p_.head_dim / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < num_rows_ * CHUNKS; i += 32) {
+      const int32_t row = i / CHUNKS, chunk = i % CHUNKS, row_of_head = plan_.first_row + row;
+      const uint16_t* const source = static_cast<const uint16_t*>(p_.q) + seq_idx_ * p_.q_batch_stride +
+                                     (q_start_ + p_.group_size.divide(row_of_head)) * p_.q_token_stride +
+                                     plan_.head(p_, row_of_head) * p_.q_head_stride + chunk * 8;
+      if (chunk < chunks_of_row) cp_async_16(rows + row * Ring::kRow + chunk * 8, source, true, evict_normal_policy());
+    }
   }
 
   __device__ __forceinline__ void load_rows(Stage& stage) const {
@@ -140,6 +176,9 @@ class DecodeLoader {
   const DecodePlan<Mask>& plan_;
   DecodeCursor<Mask> cursor_;
   int32_t tile_;  // the next one, and the lane's key in it
+  DecodeLengths next_lengths_;
+  bool begins_ = false;  // the sequence does, whose Q is in these rows
+  int32_t q_start_ = 0, num_rows_ = 0, seq_idx_ = 0;
   int32_t key_ = 0;
   int32_t page_ = 0;         // of that key; of contiguous keys the sequence
   int32_t first_token_ = 0;  // of contiguous keys, of the sequence
@@ -153,9 +192,9 @@ class DecodeLoader {
 // T: of q and out; uint16_t, which of the two is said by the call, where KV is __nv_fp8_e4m3 or int8_t, else T. Mask:
 // AttentionMask or TreeMask. BESIDE: prompts, on Hopper.
 template <typename T, typename KV, int HEAD_DIM, typename Mask, bool BESIDE, bool INVARIANT>
-__global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
+__global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThreads, 1)
     paged_decode_kernel(const __grid_constant__ PagedDecodeParams p, const ScoreScale score_scale) {
-  using Ring = PagedDecodeRing<KV, HEAD_DIM>;
+  using Ring = PagedDecodeRingWithQ<KV, HEAD_DIM>;
   constexpr int KEYS = Ring::kKeys;
   constexpr int STAGES = Ring::kStages;
   constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
@@ -245,29 +284,47 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 
   int stage = 0;
   if constexpr (INVARIANT) products.begin(p);
-  // The first sequence begins while its keys are on their way: Q is asked for behind the first tile.
+  // The first sequence begins while its keys are on their way, with Q behind its first tile's rows or among them.
   int32_t next_begin = plan.begin_tile - (STAGES - 2);
 #pragma unroll 1
   for (int32_t tile = plan.begin_tile - (STAGES - 1); tile < plan.end_tile; ++tile) {
-    if (tile == next_begin) {
+    const bool begins = tile == next_begin;
+    const auto load_q = [&](auto row_of) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = half * 8 + lane / 4;
+        if (half * 8 >= sequence.num_rows) {
+          products.clear_q(half);
+        } else {
+          products.load_q(p, half, row_of(row), row < sequence.num_rows, plan.kv_head_idx);
+        }
+      }
+      products.load_value_scale(p, plan.kv_head_idx);
+    };
+    if (begins) {
       if constexpr (!INVARIANT) products.begin(p);
       const int32_t seq_idx = cursor.next_seq_idx;
       sequence = cursor.next(p, plan);
       next_begin = cursor.seq_end;
       first_key = cursor.first_key + team.warp_idx() * KEYS;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t row = half * 8 + lane / 4, row_of_head = plan.first_row + row;
-        const T* const source = static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride +
-                                (sequence.q_start + p.group_size.divide(row_of_head)) * p.q_token_stride +
-                                plan.head(p, row_of_head) * p.q_head_stride;
-        products.load_q(p, half, source, row < sequence.num_rows, plan.kv_head_idx);
+      if constexpr (!Ring::kHasQ) {
+        load_q([&](int row) {
+          const int32_t row_of_head = plan.first_row + row;
+          return static_cast<const T*>(p.q) + seq_idx * p.q_batch_stride +
+                 (sequence.q_start + p.group_size.divide(row_of_head)) * p.q_token_stride +
+                 plan.head(p, row_of_head) * p.q_head_stride;
+        });
       }
-      products.load_value_scale(p, plan.kv_head_idx);
     }
     cp_async_wait<STAGES - 2>();
     __syncwarp();  // the other lanes' copies are here, and all are done with the stage before, which is loaded next
-    loader.load(rings[warp_idx].stages[stage]);
+    if constexpr (Ring::kHasQ) {
+      if (begins) {
+        load_q([&](int row) { return reinterpret_cast<const T*>(rings[warp_idx].q) + row * Ring::kRow; });
+        __syncwarp();  // the next sequence's Q may come now
+      }
+    }
+    loader.load(rings[warp_idx], stage);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     if (tile < plan.begin_tile) continue;
     typename Ring::Stage& now = rings[warp_idx].stages[stage];
@@ -296,18 +353,25 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
     }
     each_group(sequence.all_rows, [&](int32_t row, int group) {
       DecodePartial result;
-      if (row < sequence.num_rows) {
+      const auto partial_of = [&](int warp, float2& sums, float4& out) {
+        sums = make_float2(warp_sums[warp].row_max[row], warp_sums[warp].row_sum[row]);
+        out = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[warp].stages[stage]) +
+                                               out_offset<HEAD_DIM>(row, group));
+      };
+      if (row < sequence.num_rows && num_warps == 1) {
+        float2 sums[1];
+        float4 outs[1];
+        partial_of(first_warp, sums[0], outs[0]);
+        result.add(sums, outs);
+      } else if (row < sequence.num_rows) {
 #pragma unroll 1
         for (int w = 0; w < num_warps; w += 4) {
           float2 sums[4];
           float4 outs[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int from = first_warp + min(w + i, num_warps - 1);
-            sums[i] =
-                make_float2(w + i < num_warps ? warp_sums[from].row_max[row] : -INFINITY, warp_sums[from].row_sum[row]);
-            outs[i] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[from].stages[stage]) +
-                                                       out_offset<HEAD_DIM>(row, group));
+            partial_of(first_warp + min(w + i, num_warps - 1), sums[i], outs[i]);
+            if (w + i >= num_warps) sums[i].x = -INFINITY;
           }
           result.add(sums, outs);
         }
@@ -396,7 +460,8 @@ cudaError_t launch_paged_decode(const PagedDecodeParams& p, cudaStream_t stream)
     if (p.config.cluster_log2 > 0) return launch_paged_decode_cluster<T, KV, HEAD_DIM>(p, stream);
   }
   const int num_warps = p.config.num_warps * (BESIDE ? 2 : 1);
-  const int smem_bytes = num_warps * static_cast<int>(sizeof(PagedDecodeRing<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
+  const int smem_bytes =
+      num_warps * static_cast<int>(sizeof(PagedDecodeRingWithQ<KV, HEAD_DIM>) + sizeof(DecodeRowSums));
   const auto kernel = p.config.batch_invariant ? paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, true>
                                                : paged_decode_kernel<T, KV, HEAD_DIM, Mask, BESIDE, false>;
   return launch_kernel_behind(kernel, p.config.num_ctas, 32 * num_warps, smem_bytes, stream, p,

@@ -48,7 +48,7 @@ constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit) {
   return paged_decode_stages(head_dim, is_8bit) + (is_8bit ? 0 : 1);
 }
 
-// Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (72 KiB
+// Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (82 KiB
 // is within the limit of sm_86); Hopper holds two of those an SM. Beside prompts, which fit beside none, these two are
 // the teams of one CTA, so that the other SMs stay empty.
 constexpr int paged_decode_max_warps(int head_dim) { return head_dim <= 128 ? 8 : 4; }
@@ -103,6 +103,7 @@ struct PagedDecodeConfig {
 inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) {
   constexpr int64_t kFewSequences = 8;
   constexpr int64_t kFewBytes = 240 << 20;
+  constexpr int64_t kManyPairs = 12;
   PagedDecodeConfig config = {};
   for (int head_dim : kPagedDecodeHeadDims) {
     if (config.head_dim == 0 && problem.head_dim <= head_dim && (!problem.is_8bit || paged_decode_has_8bit(head_dim))) {
@@ -147,6 +148,17 @@ inline PagedDecodeConfig paged_decode_config(const PagedDecodeProblem& problem) 
     config.num_ctas = (config.num_teams + 1) / 2;
   } else if (!problem.large_smem || few_ctas || many_sequences || problem.batch_invariant) {
     use(max_warps / 2);
+    // With more sequences still, what is done at the end of each of them is a large part: the fewer warps share it,
+    // the more sequences end at the same time. With 16 bits the longer ones are up to 2 % slower so.
+    const int64_t pairs = problem.num_seqs * config.num_columns, small_teams = 2 * problem.num_sms;
+    const bool one_half = rows <= kPagedDecodeRows / 2 && !problem.batch_invariant && !problem.has_tree;
+    if (problem.large_smem && one_half && problem.is_8bit && config.head_dim <= 128) {
+      if (pairs >= kManyPairs * small_teams) {
+        use(1);
+      } else if (2 * pairs >= 7 * small_teams) {
+        use(2);
+      }
+    }
   }
 
   config.rows_of_slot = kPagedDecodeRows;

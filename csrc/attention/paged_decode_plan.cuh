@@ -2,12 +2,37 @@
 // it from the lengths for itself.
 #pragma once
 
+#include <type_traits>
+
 #include "arch/global_memory.cuh"
 #include "arch/mbarrier.cuh"
 #include "attention/mask.cuh"
 #include "attention/paged_decode.h"
 
 namespace fastattn {
+
+// What memory says of one sequence's lengths. All of it is asked for here, and nothing is used, so that several
+// sequences' are on their way at once.
+struct DecodeLengths {
+  int32_t q_start, q_end, used_q;
+  int32_t used_k, k_start, k_end;  // k_start, k_end: of contiguous keys
+
+  DecodeLengths() = default;
+  __device__ __forceinline__ DecodeLengths(const PagedDecodeParams& p, int32_t seq_idx) {
+    const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
+    q_start = packed_q ? load_early(p.cu_seqlens_q + seq_idx) : 0;
+    q_end = packed_q ? load_early(p.cu_seqlens_q + seq_idx + 1) : p.batch_q_len;
+    used_q = p.seqused_q == nullptr ? INT32_MAX : load_early(p.seqused_q + seq_idx);
+    used_k = p.seqused_k == nullptr ? INT32_MAX : load_early(p.seqused_k + seq_idx);
+    k_start = packed_k ? load_early(p.cu_seqlens_k + seq_idx) : 0;
+    k_end = packed_k ? load_early(p.cu_seqlens_k + seq_idx + 1) : p.batch_k_len;
+  }
+
+  __device__ __forceinline__ int32_t k_len(const PagedDecodeParams& p) const {
+    const int64_t most = p.paged ? static_cast<int64_t>(p.max_blocks) * p.block_size : k_end - k_start;
+    return static_cast<int32_t>(min(static_cast<int64_t>(max(used_k, 0)), most));
+  }
+};
 
 // Lengths of one sequence, and which keys a column's rows see: first_row and the 15 behind it.
 template <typename Mask>
@@ -19,33 +44,21 @@ struct DecodeSequence {
   KeyRange visible;  // to any row
 
   DecodeSequence() = default;
-  __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row) {
-    // All that follows from memory is asked for before any of it is used.
-    const bool packed_q = p.cu_seqlens_q != nullptr;
-    q_start = packed_q ? load_early(p.cu_seqlens_q + seq_idx) : 0;
-    const int32_t q_end = packed_q ? load_early(p.cu_seqlens_q + seq_idx + 1) : p.batch_q_len;
-    const int32_t used_q = p.seqused_q == nullptr ? INT32_MAX : load_early(p.seqused_q + seq_idx);
-    const int32_t k_len = key_length(p, seq_idx);
-    int32_t all_q_len = q_end - q_start;
+  __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, int32_t seq_idx, int32_t first_row)
+      : DecodeSequence(p, DecodeLengths(p, seq_idx), first_row) {}
+  __device__ __forceinline__ DecodeSequence(const PagedDecodeParams& p, const DecodeLengths& lengths,
+                                            int32_t first_row) {
+    q_start = lengths.q_start;
+    int32_t all_q_len = lengths.q_end - q_start;
     if (all_q_len > p.max_q_len) all_q_len = 0;
-    const int32_t q_len = max(min(used_q, all_q_len), 0);
+    const int32_t q_len = max(min(lengths.used_q, all_q_len), 0);
     num_rows = max(min(q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     all_rows = max(min(all_q_len * p.group_size.divisor - first_row, kPagedDecodeRows), 0);
     first_token = p.group_size.divide(first_row);
     last_token = p.group_size.divide(first_row + max(num_rows - 1, 0));
-    mask = Mask::make(p, q_len, k_len, q_start);
+    mask = Mask::make(p, q_len, lengths.k_len(p), q_start);
     visible = {0, 0};
     if (num_rows > 0) visible = mask.seen_by_any(first_token, last_token);
-  }
-
-  static __device__ __forceinline__ int32_t key_length(const PagedDecodeParams& p, int32_t seq_idx) {
-    const int32_t used = p.seqused_k == nullptr ? INT32_MAX : load_early(p.seqused_k + seq_idx);
-    int64_t most = static_cast<int64_t>(p.max_blocks) * p.block_size;
-    if (!p.paged) {
-      const bool packed = p.cu_seqlens_k != nullptr;
-      most = packed ? load_early(p.cu_seqlens_k + seq_idx + 1) - load_early(p.cu_seqlens_k + seq_idx) : p.batch_k_len;
-    }
-    return static_cast<int32_t>(min(static_cast<int64_t>(max(used, 0)), most));
   }
 
   // Tiles are aligned: the first one may begin before the visible keys.
@@ -118,8 +131,7 @@ struct DecodeMixture {
       if (q_len <= p.max_q_len) {
         longest = max(longest, q_len);
       } else {
-        const AttentionMask mask = {q_len, DecodeSequence<AttentionMask>::key_length(p, seq), p.window_left,
-                                    p.window_right};
+        const AttentionMask mask = {q_len, DecodeLengths(p, seq).k_len(p), p.window_left, p.window_right};
         const KeyRange first = mask.visible(0), last = mask.visible(q_len - 1);
         const int32_t twice_mean = max(first.end - first.begin, 0) + max(last.end - last.begin, 0);
         pairs += 0.5f * static_cast<float>(twice_mean) * static_cast<float>(q_len);
@@ -180,13 +192,29 @@ struct DecodePlan : DecodeColumn {
     }
     column_idx = team_idx - part_idx * num_columns;
     static_cast<DecodeColumn&>(*this) = DecodeColumn(p, column_idx);
-    // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again.
-    const auto num_tiles = [&](int32_t seq) {
-      return seq < p.num_seqs ? DecodeSequence<Mask>(p, seq, first_row).num_tiles(p) : 0;
+    // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again. The lengths of
+    // AT_ONCE times as many are on their way together: a trip to memory for each 32 of 512 is 10 us.
+    constexpr int AT_ONCE = 4;
+    const auto lengths_of = [&](int32_t seq) { return DecodeLengths(p, min(seq, p.num_seqs - 1)); };
+    const auto num_tiles = [&](int32_t seq, const DecodeLengths& lengths) {
+      return seq < p.num_seqs ? DecodeSequence<Mask>(p, lengths, first_row).num_tiles(p) : 0;
     };
     int32_t own = 0, all_tiles = 0;
+    const auto add_up = [&](auto count, int32_t seq) {
+      DecodeLengths lengths[decltype(count)::value];
+#pragma unroll
+      for (int i = 0; i < decltype(count)::value; ++i) lengths[i] = lengths_of(seq + 32 * i);
+#pragma unroll
+      for (int i = 0; i < decltype(count)::value; ++i) all_tiles += own = num_tiles(seq + 32 * i, lengths[i]);
+    };
+    if (p.num_seqs <= 32) {
+      add_up(std::integral_constant<int, 1>(), lane);
+    } else {
 #pragma unroll 1
-    for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32) all_tiles += own = num_tiles(seq);
+      for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32 * AT_ONCE) {
+        add_up(std::integral_constant<int, AT_ONCE>(), seq);
+      }
+    }
     all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
     if constexpr (BESIDE) {
       // The other kernel takes the SMs that this one leaves, and never leaves one. So parts are as many as end when the
@@ -210,7 +238,7 @@ struct DecodePlan : DecodeColumn {
       seq_begin = 0;
 #pragma unroll 1
       for (seq_idx = 0;; seq_idx += 32) {
-        if (p.num_seqs > 32) own = num_tiles(seq_idx + lane);
+        if (p.num_seqs > 32) own = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
         int32_t end = own;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
@@ -262,7 +290,12 @@ struct DecodeCursor {
       : next_seq_idx(plan.seq_idx), seq_end(plan.seq_begin) {}
 
   __device__ __forceinline__ DecodeSequence<Mask> next(const PagedDecodeParams& p, const DecodePlan<Mask>& plan) {
-    const DecodeSequence<Mask> sequence(p, next_seq_idx++, plan.first_row);
+    return next(p, plan, DecodeLengths(p, next_seq_idx));
+  }
+  __device__ __forceinline__ DecodeSequence<Mask> next(const PagedDecodeParams& p, const DecodePlan<Mask>& plan,
+                                                       const DecodeLengths& lengths) {
+    const DecodeSequence<Mask> sequence(p, lengths, plan.first_row);
+    ++next_seq_idx;
     seq_begin = seq_end;
     seq_end += sequence.num_tiles(p);
     first_key = (sequence.first_tile(p) + max(plan.begin_tile - seq_begin, 0)) * p.config.block_n;

@@ -44,6 +44,18 @@ struct PagedDecodeRing {
   alignas(128) Stage stages[kStages];
 };
 
+// The same, with the rows of Q of the sequence that begins next, which come with its first tile. With three stages two
+// sequences may begin before the first of them is in hand; there Q comes straight into registers, and so it does where
+// registers are short.
+template <typename KV, int HEAD_DIM>
+struct PagedDecodeRingWithQ : PagedDecodeRing<KV, HEAD_DIM> {
+  static constexpr bool kLooksAhead = HEAD_DIM <= 128;  // registers for that are there
+  static constexpr bool kHasQ = kLooksAhead && PagedDecodeRing<KV, HEAD_DIM>::kStages == 2;
+  static constexpr int kRow = HEAD_DIM + 8;  // rows begin in different banks
+
+  alignas(16) uint16_t q[kHasQ ? kPagedDecodeRows * kRow : 8];
+};
+
 // What a warp has found for each row, beside O.
 struct DecodeRowSums {
   float row_max[kPagedDecodeRows];
@@ -225,6 +237,12 @@ struct DecodeProducts {
         q_frag[chunk / 2][chunk % 2 * 2 + half] = valid ? *reinterpret_cast<const uint32_t*>(pair) : 0;
       }
     }
+  }
+  // The same where none of the half's rows exists.
+  __device__ __forceinline__ void clear_q(int half) {
+#pragma unroll
+    for (int chunk = 0; chunk < HEAD_DIM / 16; ++chunk) q_frag[chunk][half] = q_frag[chunk][2 + half] = 0;
+    row_scale[half] = 0.0f;
   }
   // Once for both.
   __device__ __forceinline__ void load_value_scale(const PagedDecodeParams& p, int32_t kv_head_idx) {

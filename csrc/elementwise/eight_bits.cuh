@@ -71,10 +71,8 @@ struct Divider {
   }
 };
 
-template <typename Q, typename T, int VEC>
-__device__ __forceinline__ Pack<Q, VEC> codes_of(const Pack<T, VEC>& elements, const Divider& divide) {
-  float values[VEC];
-  unpack(elements, values);
+template <typename Q, int VEC>
+__device__ __forceinline__ Pack<Q, VEC> codes_of(const float (&values)[VEC], const Divider& divide) {
   Pack<Q, VEC> codes;
   if (divide.in_range) {
 #pragma unroll
@@ -84,6 +82,13 @@ __device__ __forceinline__ Pack<Q, VEC> codes_of(const Pack<T, VEC>& elements, c
     for (int i = 0; i < VEC; ++i) codes.words[i] = Code<Q>::of(values[i] / divide.by);
   }
   return codes;
+}
+
+template <typename Q, typename T, int VEC>
+__device__ __forceinline__ Pack<Q, VEC> codes_of(const Pack<T, VEC>& elements, const Divider& divide) {
+  float values[VEC];
+  unpack(elements, values);
+  return codes_of<Q>(values, divide);
 }
 
 }  // namespace fastattn

@@ -16,9 +16,9 @@
 // Grid: (token, group of heads); LANES lanes per head of q, then k, then v. A lane holds the pairs lane * VEC … of the
 // rotated part and VEC elements at a time of the rest, and gives on the elements that it read: q is rotated in place.
 // 8 lanes have 16 bytes each of both halves of a head of 128, which is how caches of 16 bits are written. Into 8 bits,
-// or mixed, a head has a warp, and then lies in its registers, elements lane + 32 i in each lane. Memory bounds it.
-#include <cuda_fp8.h>
-
+// or mixed, a head must lie in registers as a whole: one of 64, 128 or 256 dims, all rotated, in those of 4, 8 or 16
+// lanes that have 8 neighbours of each half, and any other in a warp's, elements lane + 32 i in each lane. Memory
+// bounds it with 16 bits, and with 8 the instructions of the search for scales.
 #include <cmath>
 #include <type_traits>
 
@@ -27,6 +27,7 @@
 #include "arch/launch.cuh"
 #include "arch/reduce.cuh"
 #include "arch/vec.cuh"
+#include "elementwise/eight_bits.cuh"
 #include "elementwise/rope_kv_write.h"
 
 namespace fastattn {
@@ -34,35 +35,49 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// Over the LANES lanes of a head, each of which gets it.
+// The lanes of this one's head: a warp may have heads of q and of v.
 template <int LANES>
-__device__ __forceinline__ float lanes_sum(float value) {
+__device__ __forceinline__ uint32_t lanes_of_head() {
   constexpr uint32_t kHead = LANES == 32 ? 0xffffffffu : (1u << LANES % 32) - 1;
-  const uint32_t lanes = kHead << (threadIdx.x % 32 / LANES * LANES);  // of one warp that has heads of q and of v
+  return kHead << (threadIdx.x % 32 / LANES * LANES);
+}
+
+// Over the lanes of a head, each of which gets it.
+template <int LANES, typename V, typename Combine>
+__device__ __forceinline__ V lanes_reduce(V value, Combine combine) {
 #pragma unroll
-  for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(lanes, value, distance);
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(lanes_of_head<LANES>(), value, distance));
+  }
   return value;
 }
 
+template <int LANES>
+__device__ __forceinline__ float lanes_sum(float value) {
+  return lanes_reduce<LANES>(value, [](float a, float b) { return a + b; });
+}
+
 // Head `source` normalized (norm_weight may be nullptr) and rotated by angles cos, sin (rotary_dim / 2 each):
-// put(element, values) for neighbouring elements from `element` on.
-template <typename T, int VEC, int LANES, bool INTERLEAVED, typename Put>
+// put(element, values) for neighbouring elements from `element` on. DIM: of the head and its rotation, or 0 where only
+// the call knows them.
+template <typename T, int VEC, int LANES, bool INTERLEAVED, int DIM = 0, typename Put>
 __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weight, const float* cos, const float* sin,
                                             const RopeKvWriteParams& p, Put put) {
   const int lane = threadIdx.x % LANES;
-  const int half = p.rotary_dim / 2;
+  const int head_dim = DIM > 0 ? DIM : p.head_dim, rotary_dim = DIM > 0 ? DIM : p.rotary_dim;
+  const int half = rotary_dim / 2;
   float scale = 1.0f;
   if (norm_weight != nullptr) {
     float square_sum = 0.0f;
 #pragma unroll 1
-    for (int i = lane * VEC; i < p.head_dim; i += LANES * VEC) {
+    for (int i = lane * VEC; i < head_dim; i += LANES * VEC) {
       float values[VEC];
       load_vec<VEC>(source + i, values);
 #pragma unroll
       for (float value : values) square_sum += value * value;
     }
     square_sum = lanes_sum<LANES>(square_sum);
-    scale = rsqrtf(square_sum / static_cast<float>(p.head_dim) + p.norm_eps);
+    scale = rsqrtf(square_sum / static_cast<float>(head_dim) + p.norm_eps);
   }
   const auto load = [&](int element, auto& values) {
     constexpr int COUNT = sizeof(values) / sizeof(float);
@@ -115,14 +130,15 @@ __device__ __forceinline__ void rotate_head(const T* source, const T* norm_weigh
     }
   }
 #pragma unroll 1
-  for (int element = p.rotary_dim + lane * VEC; element < p.head_dim; element += LANES * VEC) {
+  for (int element = rotary_dim + lane * VEC; element < head_dim; element += LANES * VEC) {
     float values[VEC];
     load(element, values);
     put(element, values);
   }
 }
 
-// A head: a lane's elements are lane + 32 i, zeros behind the last.
+// ---- a head over a warp: a lane's elements are lane + 32 i, zeros behind the last
+
 using Head = float[kMaxHeadDim8Bit / 32];
 
 template <typename F>
@@ -177,21 +193,52 @@ __device__ __forceinline__ void load_rotated(const T* source, const T* norm_weig
   if (p.hadamard) hadamard(x, p.head_dim);
 }
 
-// Of a number of 8 bits.
-template <typename KV>
-constexpr float kLargest = sizeof(KV) == 1 ? 127.0f : 0.0f;
-template <>
-constexpr float kLargest<__nv_fp8_e4m3> = 448.0f;
+// ---- a head over LANES lanes: elements lane * 8 … of its lower half, then those of its upper one
 
-// Beyond the largest it is that; a NaN is 0 in int8.
-template <typename KV>
-__device__ __forceinline__ KV narrow(float value) {
-  return KV(value);
+using Share = float[16];
+
+// load_rotated's.
+template <typename T, int LANES>
+__device__ __forceinline__ void load_rotated_share(const T* source, const T* norm_weight, const float* cos,
+                                                   const float* sin, const RopeKvWriteParams& p, Share& x) {
+  rotate_head<T, 8, LANES, false, 16 * LANES>(source, norm_weight, cos, sin, p,
+                                              [&](int element, const float (&values)[8]) {
+                                                const bool upper = element >= 8 * LANES;
+#pragma unroll
+                                                for (int i = 0; i < 8; ++i) x[upper ? 8 + i : i] = values[i];
+                                              });
 }
-template <>
-__device__ __forceinline__ int8_t narrow<int8_t>(float value) {
-  return static_cast<int8_t>(max(-127, min(127, __float2int_rn(value))));
+
+template <int LANES>
+__device__ __forceinline__ void hadamard_share(Share& x) {
+  const int lane = threadIdx.x % LANES;
+  const auto within = [&](int distance) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i & distance) continue;
+      const float sum = x[i] + x[i + distance];
+      x[i + distance] = x[i] - x[i + distance];
+      x[i] = sum;
+    }
+  };
+  within(1);
+  within(2);
+  within(4);
+#pragma unroll
+  for (int distance = 1; distance < LANES; distance *= 2) {
+#pragma unroll
+    for (float& value : x) {
+      const float other = __shfl_xor_sync(lanes_of_head<LANES>(), value, distance);
+      value = lane & distance ? other - value : value + other;
+    }
+  }
+  within(8);
+  const float norm = rsqrtf(static_cast<float>(16 * LANES));
+#pragma unroll
+  for (float& value : x) value *= norm;
 }
+
+// ---- numbers of 8 bits
 
 // value as if e4m3 had no smallest exponent: 4 significant bits, rounded to nearest even (Dekker's splitting). Without
 // fp8 conversions, which sm_80 has not.
@@ -205,8 +252,9 @@ __constant__ const float kScaleChoices[8] = {1.0f,        1.09050773f, 1.1892071
                                              1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
 
 // Of the choices the factor of `scale` that leaves a head in e4m3 the smallest squared error; 1 if that is not a
-// number.
-__device__ __forceinline__ float best_scale_choice(float scale, const Head& x) {
+// number. x: this lane's elements.
+template <int LANES, int COUNT>
+__device__ __forceinline__ float best_scale_choice(float scale, const float (&x)[COUNT]) {
   float best = 1.0f, smallest = INFINITY;
 #pragma unroll
   for (float choice : kScaleChoices) {
@@ -218,7 +266,7 @@ __device__ __forceinline__ float best_scale_choice(float scale, const Head& x) {
       const float wrong = (round_to_4_bits(scaled) - scaled) * choice;
       error += wrong * wrong;
     }
-    error = warp_reduce(error, [](float a, float b) { return a + b; });
+    error = lanes_sum<LANES>(error);
     if (error < smallest) {
       smallest = error;
       best = choice;
@@ -227,20 +275,18 @@ __device__ __forceinline__ float best_scale_choice(float scale, const Head& x) {
   return best;
 }
 
-template <typename KV>
-__device__ __forceinline__ void write_8bit(const Head& x, int head_dim, KV* target, float* own_scale, bool make_scale) {
-  float scale = own_scale == nullptr ? 1.0f : *own_scale;
-  if (make_scale) {
-    uint32_t largest = 0;  // as bits: NaN is above infinity, and both above every number
+// What a head is divided by: the scale that is given, 1 if there is none; or the head's own, which is left there.
+template <typename KV, int LANES, int COUNT>
+__device__ __forceinline__ float head_scale(const float (&x)[COUNT], float* there, bool is_own) {
+  if (!is_own) return there == nullptr ? 1.0f : *there;
+  uint32_t largest = 0;
 #pragma unroll
-    for (float value : x) largest = max(largest, __float_as_uint(fabsf(value)));
-    largest = warp_reduce(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
-    scale = __uint_as_float(largest) / kLargest<KV>;
-    if (scale == 0.0f) scale = 1.0f;
-    if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) scale *= best_scale_choice(scale, x);
-    if (threadIdx.x % 32 == 0) *own_scale = scale;
-  }
-  for_each_element(head_dim, [&](int i, int element) { target[element] = narrow<KV>(x[i] / scale); });
+  for (float value : x) largest = max(largest, __float_as_uint(fabsf(value)));
+  largest = lanes_reduce<LANES>(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
+  float scale = scale_of<KV>(largest);
+  if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) scale *= best_scale_choice<LANES>(scale, x);
+  if (threadIdx.x % LANES == 0) *there = scale;
+  return scale;
 }
 
 template <typename T, typename KV, int VEC, int LANES, bool INTERLEAVED>
@@ -309,6 +355,29 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
     }
   } else {
     if (is_query && !p.hadamard) return rotate_to(q);
+    if constexpr (VEC == 8) {
+      const int lower = threadIdx.x % LANES * 8, upper = lower + 8 * LANES;
+      Share x;
+      float (&low)[8] = reinterpret_cast<float (&)[8]>(x[0]);
+      float (&high)[8] = reinterpret_cast<float (&)[8]>(x[8]);
+      if (is_query || is_key) {
+        load_rotated_share<T, LANES>(source, weight, cos, sin, p, x);
+        if (p.hadamard) hadamard_share<LANES>(x);
+      } else {
+        load_vec<8>(source + lower, low);
+        load_vec<8>(source + upper, high);
+      }
+      if (is_query) {
+        store_vec(q + lower, low);
+        store_vec(q + upper, high);
+        return;
+      }
+      Divider divide(head_scale<KV, LANES>(x, scale, p.scales_of_tokens));
+      if (!p.scales_of_tokens) divide.in_range = false;  // an infinity is the largest number then, by a division
+      store_pack<8>(target + lower, codes_of<KV>(low, divide));
+      store_pack<8>(target + upper, codes_of<KV>(high, divide));
+      return;
+    }
     __shared__ float rows[kWarps][kMaxHeadDim8Bit];
     Head x = {};
     if (is_query || is_key) {
@@ -319,7 +388,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
     if (is_query) {
       for_each_element(p.head_dim, [&](int i, int element) { q[element] = round_to<T>(x[i]); });
     } else {
-      write_8bit(x, p.head_dim, target, scale, p.scales_of_tokens);
+      const float divisor = head_scale<KV, 32>(x, scale, p.scales_of_tokens);
+      for_each_element(p.head_dim, [&](int i, int element) { target[element] = Code<KV>::of(x[i] / divisor); });
     }
   }
 }
@@ -350,7 +420,15 @@ bool even_rows(const RopeKvWriteParams& p, int vec) {
 
 template <typename T, typename KV>
 cudaError_t launch_to(const RopeKvWriteParams& p, cudaStream_t stream) {
-  if (sizeof(KV) == sizeof(T) && !p.interleaved && even_rows(p, 8)) return launch<T, T, 8, 8, false>(p, stream);
+  if (!p.interleaved && even_rows(p, 8)) {
+    if constexpr (sizeof(KV) == sizeof(T)) {
+      return launch<T, T, 8, 8, false>(p, stream);
+    } else if (p.rotary_dim == p.head_dim) {
+      if (p.head_dim == 64) return launch<T, KV, 8, 4, false>(p, stream);
+      if (p.head_dim == 128) return launch<T, KV, 8, 8, false>(p, stream);
+      if (p.head_dim == 256) return launch<T, KV, 8, 16, false>(p, stream);
+    }
+  }
   if (even_rows(p, 2)) {
     return p.interleaved ? launch<T, KV, 2, 32, true>(p, stream) : launch<T, KV, 2, 32, false>(p, stream);
   }

@@ -39,6 +39,16 @@ def rope_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
         (3, 2, 2, 256, 64, 16, False, True),
         (9, 4, 2, 80, 80, 4, False, False),
         (4, 3, 1, 96, 48, 2, True, False),
+        # heads that a few lanes hold, into 8 bits: each kind, with both kinds of scales
+        (17, 5, 2, 64, 64, 8, False, False),
+        (21, 4, 2, 128, 128, 16, False, False),
+        (5, 3, 1, 256, 256, 4, True, False),
+        (12, 2, 2, 64, 64, 16, True, False),
+        (37, 7, 1, 128, 128, 16, False, False),
+        (6, 2, 2, 256, 256, 16, False, False),
+        (11, 6, 3, 128, 128, 1, True, False),
+        (9, 9, 3, 64, 64, 16, False, False),
+        (3, 1, 1, 256, 256, 16, False, False),
     )
     for tokens, heads, kv_heads, dim, rotary, size, norm, interleaved in cases:
         num_blocks = tokens // size + 3
