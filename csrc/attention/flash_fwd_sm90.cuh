@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
   constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS && HEAD_DIM <= 128;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
+  constexpr bool STAGES_ROWS = Storage::kStagedColumns > 0 && !EXTRAS && !PACKS;
   constexpr int K = 32 / sizeof(T);  // what a product sums over
   static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0);
 
@@ -734,17 +735,17 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
   };
-  // acc / sum, rounded, and the LSE. With few keys much of the time goes here, so that it is short in instructions.
-  const auto store = [&](const FlashTile& done) {
-    float row_sums[2];
+  // The end of a tile in two parts, since with few keys much of the time goes here: its LSE, while its last output is in
+  // flight, and its rows, acc * inverse, when the first scores of the next tile's second block are.
+  const auto conclude = [&](const FlashTile& done) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_sums[r] = row_sum[r] + __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
-      row_sums[r] += __shfl_xor_sync(0xffffffffu, row_sums[r], 2);
+      row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
+      row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 2);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = row_sums[r];
+      const float sum = row_sum[r];
       const auto row = row_of(done, r);
       float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
@@ -761,15 +762,63 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       }
       if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
       if constexpr (WIDENS) inverse *= reference_of_v;
-      if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
+      if (lane % 4 == 0) {
+        smem.inverse[lane_row + 8 * r] = inverse;
+        if (row.exists) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
+      }
+    }
+  };
+  // Through shared memory, a warp for itself, so that a row leaves in whole lines and with few instructions.
+  const auto write_staged_rows = [&](const FlashTile& done, const float (&inverse)[2]) {
+    if constexpr (STAGES_ROWS) {
+      constexpr int COLUMNS = Storage::kStagedColumns, PITCH = COLUMNS + 8;  // so that no bank is met twice
+      constexpr int CHUNKS = COLUMNS / 8, ROWS = CHUNKS > 16 ? 1 : CHUNKS > 8 ? 2 : 4;  // that a warp writes at a time
+      Out* const staged = reinterpret_cast<Out*>(smem.rows[warp_idx - 4]);
+      const uint32_t target = shared_address(staged + lane % 16 * PITCH + lane / 16 * 8);
+      const int row = lane / CHUNKS, column = lane % CHUNKS * 8;
+      const int32_t first_row = token_of_group(done, warp_idx % 4 * 16) + row;
+      const int32_t num_left = row < ROWS ? done.q_len - first_row : 0;
+      Out* const out = static_cast<Out*>(p.out) + (packed_q ? 0 : done.seq_idx) * p.out_batch_stride +
+                       (done.q_start + first_row) * p.out_token_stride + done.head_idx * p.out_head_stride + column;
+#pragma unroll
+      for (int begin = 0; begin < V_HEAD_DIM; begin += COLUMNS) {
+        if (begin > 0) __syncwarp();  // what was there has been read
+#pragma unroll
+        for (int t = 0; t < CHUNKS; t += 2) {
+          const auto &left = acc[begin / 8 + t], &right = acc[begin / 8 + t + 1];
+          const uint32_t words[4] = {pack_pair<Out>(left[0] * inverse[0], left[1] * inverse[0]),
+                                     pack_pair<Out>(left[2] * inverse[1], left[3] * inverse[1]),
+                                     pack_pair<Out>(right[0] * inverse[0], right[1] * inverse[0]),
+                                     pack_pair<Out>(right[2] * inverse[1], right[3] * inverse[1])};
+          store_matrices(target + t * 16, words);
+        }
+        __syncwarp();
+        const int32_t num_rows_left = begin + column < p.v_head_dim ? num_left : 0;
+        Out* next = out + begin;
+#pragma unroll
+        for (int i = 0; i < 16; i += ROWS) {
+          const uint4 chunk = *reinterpret_cast<const uint4*>(staged + (row % ROWS + i) * PITCH + column);
+          if (i < num_rows_left) *reinterpret_cast<uint4*>(next) = chunk;
+          next += ROWS * p.out_token_stride;
+        }
+      }
+    }
+  };
+  const auto write_rows = [&](const FlashTile& done) {
+    __syncwarp();
+    const float inverse[2] = {smem.inverse[lane_row], smem.inverse[lane_row + 8]};
+    if (STAGES_ROWS && whole) return write_staged_rows(done, inverse);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto row = row_of(done, r);
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
         const int32_t num_columns = (whole ? row.exists : row.counts) ? p.v_head_dim - first : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
           if (t * 8 >= num_columns) continue;
-          const float x[4] = {acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
-                              acc[t + 1][2 * r + 1] * inverse};
+          const float x[4] = {acc[t][2 * r] * inverse[r], acc[t + 1][2 * r] * inverse[r], acc[t][2 * r + 1] * inverse[r],
+                              acc[t + 1][2 * r + 1] * inverse[r]};
           if (whole) {
             *reinterpret_cast<uint2*>(row.out + first + t * 8) =
                 row.counts ? make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3])) : make_uint2(0, 0);
@@ -780,16 +829,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       } else if (in_e4m3 && whole) {
         // Two bytes at a time: a form with gather_columns spills registers.
         uint8_t* const out = bytes_of(done, r) + lane % 4 * 2;
-        inverse = __fdividef(inverse, *p.out_scale);
+        const float to_e4m3 = __fdividef(inverse[r], *p.out_scale);
         const int32_t num_columns = row.counts ? p.v_head_dim : 0;  // without seqused_q those that exist
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
           if (t * 8 < num_columns) {
             *reinterpret_cast<uint16_t*>(out + t * 8) =
-                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse));
+                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * to_e4m3, acc[t][2 * r + 1] * to_e4m3));
           }
         }
-      } else if (whole) {
+      } else if (!STAGES_ROWS && whole) {
         Out* const out = row.out + lane % 4 * 8;
         const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
 #pragma unroll
@@ -797,7 +846,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
-            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse[r], acc[t + i][2 * r + 1] * inverse[r]);
           }
           gather_columns(w, lane);
           if (t * 8 < num_columns) {
@@ -812,7 +861,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
           if (t * 8 < num_columns) {
             *reinterpret_cast<float2*>(partial + t * 8) =
-                make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+                make_float2(acc[t][2 * r] * inverse[r], acc[t][2 * r + 1] * inverse[r]);
           }
         }
       }
@@ -904,138 +953,152 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       q_ring.advance();
     }
   };
-  const auto start_first_scores = [&] {
+  const auto wait_for_q = [&] { smem.q_full[q_ring.stage()].wait(q_ring.parity()); };
+
+  // ---- main loop
+  int32_t step = 0;                    // the block whose P is in hand
+  bool is_first = true;                // of its tile; else O has something already
+  bool is_before = false;              // O is still the tile's before, whose rows are to be written
+  const auto begin = [&] {             // with a tile behind which nothing is in flight; false if there are no more
+    if (!find_tile()) return false;
+    begin_tile();
+    pass_over_unseen();
+    step = end_step - 1;
+    is_first = true;
     if (!TURNS) locate();
-    smem.q_full[q_ring.stage()].wait(q_ring.parity());
+    wait_for_q();
     wait_for_k();
     take_turn();
     if (TURNS) locate();
     start_scores();
     end_turn();
-  };
-  // P of a tile's first block, whose scores have been started.
-  const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
     scale_scores();
-    release_scores(end_step - 1);
+    release_scores(step);
     row_max[0] = row_max[1] = -INFINITY;
-    find_max(end_step - 1);
+    find_max(step);
     exponentials(row_sum, true);
     round_probs();
     scale_probs(true);
+    return true;
   };
-
-  // ---- main loop
   if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
-  if (!find_tile()) return;
-  begin_tile();
-  pass_over_unseen();
-  start_first_scores();
-  finish_first_scores();
+  if (!begin()) return;
+  if (LOCATES_AHEAD) locate();
 
-  while (true) {
-    // Here P of the tile's first block is ready, and nothing is in flight.
-    bool first = true;
-    if (LOCATES_AHEAD) locate();
 #pragma unroll 1
-    for (int32_t step = end_step - 2; step >= begin_step; --step) {
-      if (!TURNS && !LOCATES_AHEAD) locate();
-      wait_for_k();
-      take_turn();
-      if (TURNS) locate();
-      start_scores();
-      wait_for_v();
-      start_output(first);
-      if (LOCATES_AHEAD) locate(1);
-      end_turn();
-      first = false;
-      wgmma_wait<1>();
-      pin_registers(scores);
-      if constexpr (FP8) {
-        // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
-        // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
-        constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
-        release_scores(step);
-        find_max(step);
-        float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        exponentials_of(0, EARLY_TILES, parts);
-        // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
-        // to be rescaled is each warp's own.
-        const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f));
-        if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
-          wgmma_wait<0>();
-          pin_registers(acc);
-          if (moved) rescale();
+  while (true) {
+    // Here P of a block is ready, and nothing is in flight. The next scores are of the tile's next block, or of the
+    // next tile's first one.
+    const bool ends = step == begin_step;
+    if (ends) {
+      if (!(tiles.wait_for_next().whole_groups >> consumer & 1)) {
+        if (is_before) {
+          write_rows(tiles.before());
+          tiles.release_before();
+          is_before = false;
         }
+        locate();
+        wait_for_v();
+        start_output(is_first);
         finish_output();
-        exponentials_of(EARLY_TILES, NUM_TILES, parts);
-        row_sum[0] += parts[0] + parts[1];
-        row_sum[1] += parts[2] + parts[3];
-        round_probs();
-      } else {
-        float sums[2] = {0.0f, 0.0f};
-        bool exact = never_plain || is_masked(step);
-        if (!exact) {
-          exponentials(sums, false);
-          // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
-          // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
-          // say.
-          // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
-          exact = any_of_group(kVoteOfGroup + consumer,
-                               ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
-                                   ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
-          if (__builtin_expect(exact, 0)) {
-            wgmma_wait<0>();
-            pin_registers(acc);
-            if (TURNS) locate();
-            start_scores();
-            wgmma_wait<0>();
-            pin_registers(scores);
-          }
-        }
-        if (__builtin_expect(exact, 0)) {
-          scale_scores();
-          find_max(step);
-          exponentials(sums, true);
-          wgmma_wait<0>();
-          pin_registers(acc);
-          rescale();
-        }
-        row_sum[0] += sums[0];
-        row_sum[1] += sums[1];
-        release_scores(step);
-        finish_output();
-        round_probs();
-        scale_probs(false);
+        conclude(tiles.now());
+        write_rows(tiles.now());
+        tiles.release();
+        if (!begin()) return;
+        if (LOCATES_AHEAD) locate();
+        continue;
       }
+      if (LOCATES_AHEAD) locate();
+      wait_for_q();
     }
-
-    const FlashTile& next = tiles.wait_for_next();
-    const bool goes_on = next.begin_step < next.end_step && has_rows(next) && num_unseen(next) == 0;
-    locate();
+    if (!TURNS && !LOCATES_AHEAD) locate();
+    wait_for_k();
+    take_turn();
+    if (TURNS) locate();
+    start_scores();
+    if (is_before) {
+      end_turn();
+      write_rows(tiles.before());
+      tiles.release_before();
+    }
     wait_for_v();
-    if (goes_on) {
-      start_output(first);
-      start_first_scores();
-      wgmma_wait<1>();
-      pin_registers(acc);
-      pin_registers(probs);
-      release_v();
-      store(tiles.now());
-      tiles.release();
+    start_output(is_first);
+    if (LOCATES_AHEAD) locate(1);
+    if (!is_before) end_turn();
+    is_first = is_before = ends;
+    if (ends) {
+      conclude(tiles.now());
+      tiles.advance();
       begin_tile();
-    } else {
-      start_output(first);
-      finish_output();
-      store(tiles.now());
-      tiles.release();
-      if (!find_tile()) return;
-      begin_tile();
-      pass_over_unseen();
-      start_first_scores();
+      step = end_step;
+      row_max[0] = row_max[1] = -INFINITY;
+      row_sum[0] = row_sum[1] = 0.0f;
     }
-    finish_first_scores();
+    --step;
+    wgmma_wait<1>();
+    pin_registers(scores);
+    if constexpr (FP8) {
+      // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
+      // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
+      constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
+      release_scores(step);
+      find_max(step);
+      float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      exponentials_of(0, EARLY_TILES, parts);
+      // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
+      // to be rescaled is each warp's own.
+      const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f)) && !ends;
+      if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
+        wgmma_wait<0>();
+        pin_registers(acc);
+        if (moved) rescale();
+      }
+      finish_output();
+      exponentials_of(EARLY_TILES, NUM_TILES, parts);
+      row_sum[0] += parts[0] + parts[1];
+      row_sum[1] += parts[2] + parts[3];
+      round_probs();
+    } else {
+      float sums[2] = {0.0f, 0.0f};
+      const bool exact = never_plain || ends || is_masked(step);
+      if (exact) {
+        scale_scores();
+        find_max(step);
+      }
+      exponentials(sums, exact);
+      // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
+      // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
+      // say, nor have those that know their maximum.
+      // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
+      const bool overflows =
+          any_of_group(kVoteOfGroup + consumer,
+                       !exact & (((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+                                 ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY)))));
+      if (__builtin_expect(overflows, 0)) {
+        wgmma_wait<0>();
+        pin_registers(acc);
+        if (TURNS) locate();
+        start_scores();
+        wgmma_wait<0>();
+        pin_registers(scores);
+        scale_scores();
+        find_max(step);
+        exponentials(sums, true);
+      }
+      if (overflows | (exact & !ends)) {
+        wgmma_wait<0>();
+        pin_registers(acc);
+        rescale();
+      }
+      row_sum[0] += sums[0];
+      row_sum[1] += sums[1];
+      release_scores(step);
+      finish_output();
+      round_probs();
+      scale_probs(ends);
+    }
   }
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent
