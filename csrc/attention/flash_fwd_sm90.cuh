@@ -24,8 +24,8 @@
 //     the rest                        │ P(j+1) = exp(S(j+1)) │ round  │                │ P(j+2) = …
 //
 // While one group's exponentials run, another's products do: two groups issue theirs in turns, three find their own
-// way. Between two tiles the last O of one and the first S of the next are in flight together, and O is written while S
-// is computed.
+// way. The end of a tile is a step too: the first S of the next tile and the last O of this one are in flight together,
+// and O is written when the next P is there.
 //
 // The maximum of a row is looked for in its first block, in blocks with a mask, and where it must be. Else the
 // reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
@@ -39,8 +39,9 @@
 // up.
 //
 // Registers hold O (64 x D), S (64 x BLOCK_N) and P of a group; P feeds the second product from there. Shared memory:
-// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave straight from registers, 64
-// bytes at a time, so that packed sequences need no care about whose rows a tile's end would overwrite.
+// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Where there is place for them, rows
+// leave through shared memory too, each warp's for itself and in whole lines; else straight from registers, 64 bytes at
+// a time. No copy engine: packed sequences need no care about whose rows a tile's end would overwrite.
 //
 // Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
 // that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
@@ -274,6 +275,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
       tile.end_step = -1;
+      tile.whole_groups = 0;
       publish();
       if (p.beside) grid_dependency_wait();  // this kernel's end is the other one's too
     } else if (!HAS_HELPERS && warp_idx >= 2) {
@@ -430,7 +432,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto locate = [&](uint32_t num_ahead = 0) {
     if (num_ahead == 0) q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
     k = k_tiles.uniform_plus((k_ring.count + num_ahead) % STAGES * K_BYTES);
-    v = v_tiles.uniform_plus((v_ring.count + num_ahead) % STAGES * sizeof(smem.v[0]));
+    v = v_tiles.uniform_plus((k_ring.count - 1 + num_ahead) % STAGES * sizeof(smem.v[0]));
   };
   const auto start_scores = [&] {  // scores = Q K^T
     pin_registers(scores);
@@ -457,16 +459,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto release = [&](MBarrier& barrier) {  // each warp for itself: its part of a product may end before others'
     if (lane == 0) barrier.arrive();
   };
-  const auto release_k = [&] {
-    release(smem.k_empty[k_ring.stage()]);
-    k_ring.advance();
-  };
-  const auto release_v = [&] {
-    release(smem.v_empty[v_ring.stage()]);
-    v_ring.advance();
-  };
+  // Of V always the block before the one that is next of K: one count does for both.
+  const auto place_of_v = [&] { return RingPosition<STAGES>{k_ring.count - 1}; };
+  const auto release_k = [&] { release(smem.k_empty[k_ring.stage()]); };
+  const auto release_v = [&] { release(smem.v_empty[place_of_v().stage()]); };
+  const auto wait_for_q = [&] { smem.q_full[q_ring.stage()].wait(q_ring.parity()); };
   const auto wait_for_k = [&] { smem.k_full[k_ring.stage()].wait(k_ring.parity()); };
-  const auto wait_for_v = [&] { smem.v_full[v_ring.stage()].wait(v_ring.parity()); };
+  const auto wait_for_v = [&] { smem.v_full[place_of_v().stage()].wait(place_of_v().parity()); };
   // The groups issue their products in turns, once for each block of K, so that one's run during the other's
   // exponentials. By chance they may be in step, and then both wait.
   const auto take_turn = [&] {
@@ -735,8 +734,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
   };
-  // The end of a tile in two parts, since with few keys much of the time goes here: its LSE, while its last output is in
-  // flight, and its rows, acc * inverse, when the first scores of the next tile's second block are.
+  // The end of a tile, where with few keys much of the time goes, in two parts: while its last output is in flight, its
+  // LSE and what O is to be multiplied by, and later its rows.
   const auto conclude = [&](const FlashTile& done) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -771,7 +770,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // Through shared memory, a warp for itself, so that a row leaves in whole lines and with few instructions.
   const auto write_staged_rows = [&](const FlashTile& done, const float (&inverse)[2]) {
     if constexpr (STAGES_ROWS) {
-      constexpr int COLUMNS = Storage::kStagedColumns, PITCH = COLUMNS + 8;  // so that no bank is met twice
+      constexpr int COLUMNS = Storage::kStagedColumns, PITCH = COLUMNS + 8;             // so that no bank is met twice
       constexpr int CHUNKS = COLUMNS / 8, ROWS = CHUNKS > 16 ? 1 : CHUNKS > 8 ? 2 : 4;  // that a warp writes at a time
       Out* const staged = reinterpret_cast<Out*>(smem.rows[warp_idx - 4]);
       const uint32_t target = shared_address(staged + lane % 16 * PITCH + lane / 16 * 8);
@@ -817,8 +816,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
           if (t * 8 >= num_columns) continue;
-          const float x[4] = {acc[t][2 * r] * inverse[r], acc[t + 1][2 * r] * inverse[r], acc[t][2 * r + 1] * inverse[r],
-                              acc[t + 1][2 * r + 1] * inverse[r]};
+          const float x[4] = {acc[t][2 * r] * inverse[r], acc[t + 1][2 * r] * inverse[r],
+                              acc[t][2 * r + 1] * inverse[r], acc[t + 1][2 * r + 1] * inverse[r]};
           if (whole) {
             *reinterpret_cast<uint2*>(row.out + first + t * 8) =
                 row.counts ? make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3])) : make_uint2(0, 0);
@@ -918,6 +917,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       take_turn();
       end_turn();
       release_k();
+      k_ring.advance();
       wait_for_v();
       release_v();
     }
@@ -932,7 +932,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       if (tile.end_step < 0) return false;
       if (tile.begin_step < tile.end_step) {
         if (has_rows(tile)) return true;
-        smem.q_full[q_ring.stage()].wait(q_ring.parity());
+        wait_for_q();
         release(smem.q_empty[q_ring.stage()]);
         q_ring.advance();
         pass_over(tile.end_step - tile.begin_step);
@@ -953,18 +953,15 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       q_ring.advance();
     }
   };
-  const auto wait_for_q = [&] { smem.q_full[q_ring.stage()].wait(q_ring.parity()); };
-
   // ---- main loop
-  int32_t step = 0;                    // the block whose P is in hand
-  bool is_first = true;                // of its tile; else O has something already
-  bool is_before = false;              // O is still the tile's before, whose rows are to be written
-  const auto begin = [&] {             // with a tile behind which nothing is in flight; false if there are no more
+  int32_t step = 0;         // the block whose P is in hand
+  bool begins = true;       // of its tile; else O has something already
+  const auto begin = [&] {  // with a tile behind which nothing is in flight; false if there are no more
     if (!find_tile()) return false;
     begin_tile();
     pass_over_unseen();
     step = end_step - 1;
-    is_first = true;
+    begins = true;
     if (!TURNS) locate();
     wait_for_q();
     wait_for_k();
@@ -976,6 +973,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     pin_registers(scores);
     scale_scores();
     release_scores(step);
+    k_ring.advance();
     row_max[0] = row_max[1] = -INFINITY;
     find_max(step);
     exponentials(row_sum, true);
@@ -994,14 +992,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     const bool ends = step == begin_step;
     if (ends) {
       if (!(tiles.wait_for_next().whole_groups >> consumer & 1)) {
-        if (is_before) {
-          write_rows(tiles.before());
-          tiles.release_before();
-          is_before = false;
-        }
         locate();
         wait_for_v();
-        start_output(is_first);
+        start_output(begins);
         finish_output();
         conclude(tiles.now());
         write_rows(tiles.now());
@@ -1018,17 +1011,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     take_turn();
     if (TURNS) locate();
     start_scores();
-    if (is_before) {
-      end_turn();
-      write_rows(tiles.before());
-      tiles.release_before();
-    }
     wait_for_v();
-    start_output(is_first);
+    start_output(begins);
     if (LOCATES_AHEAD) locate(1);
-    if (!is_before) end_turn();
-    is_first = is_before = ends;
-    if (ends) {
+    end_turn();
+    begins = ends;
+    if (begins) {
       conclude(tiles.now());
       tiles.advance();
       begin_tile();
@@ -1049,20 +1037,21 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       exponentials_of(0, EARLY_TILES, parts);
       // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
       // to be rescaled is each warp's own.
-      const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f)) && !ends;
+      const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f)) && !begins;
       if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
         wgmma_wait<0>();
         pin_registers(acc);
         if (moved) rescale();
       }
       finish_output();
+      k_ring.advance();
       exponentials_of(EARLY_TILES, NUM_TILES, parts);
       row_sum[0] += parts[0] + parts[1];
       row_sum[1] += parts[2] + parts[3];
       round_probs();
     } else {
       float sums[2] = {0.0f, 0.0f};
-      const bool exact = never_plain || ends || is_masked(step);
+      const bool exact = never_plain || begins || is_masked(step);
       if (exact) {
         scale_scores();
         find_max(step);
@@ -1087,7 +1076,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         find_max(step);
         exponentials(sums, true);
       }
-      if (overflows | (exact & !ends)) {
+      if (overflows | (exact & !begins)) {
         wgmma_wait<0>();
         pin_registers(acc);
         rescale();
@@ -1096,8 +1085,13 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       row_sum[1] += sums[1];
       release_scores(step);
       finish_output();
+      k_ring.advance();
       round_probs();
-      scale_probs(ends);
+      scale_probs(begins);
+    }
+    if (begins) {
+      write_rows(tiles.before());
+      tiles.release_before();
     }
   }
 #else

@@ -63,7 +63,7 @@ struct FlashFwdSm90Sizes {
   // Columns of O that a warp's rows leave by at a time, on their way out: what there is place for, 0 if for none.
   static constexpr int staged_bytes(int columns) { return 4 * NUM_CONSUMERS * 16 * (columns + 8) * 2; }
   static constexpr int kFreeBytes = 226 * 1024 - kStagesQ * kBytesQ - kStages * kBytesKv;
-  static constexpr int kStagedColumns = sizeof(T) == 1 || WIDENS                  ? 0
+  static constexpr int kStagedColumns = sizeof(T) == 1 || WIDENS                     ? 0
                                         : staged_bytes(V_HEAD_DIM) <= kFreeBytes     ? V_HEAD_DIM
                                         : staged_bytes(V_HEAD_DIM / 2) <= kFreeBytes ? V_HEAD_DIM / 2
                                                                                      : 0;
@@ -76,9 +76,8 @@ struct FlashFwdSm90Storage
                             FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kSizeLoadedV>,
       FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
                             BLOCK_N * HEAD_DIM>,
-      FlashFwdSm90StagedRows<
-          4 * NUM_CONSUMERS,
-          FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagedColumns> {
+      FlashFwdSm90StagedRows<4 * NUM_CONSUMERS, FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N,
+                                                                  WIDENS>::kStagedColumns> {
   using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
   static constexpr int BLOCK_M = Sizes::BLOCK_M;

@@ -144,7 +144,8 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
     };
     const bool sees_last = mask.visible(min(token_of(63), tile.q_len - 1)).end > (tile.end_step - 1) * BLOCK_N;
     const bool is_one = tile.end_step - tile.begin_step == 1;  // which all groups see
-    if (tile.begin_step < tile.end_step && token_of(0) < tile.q_len && (sees_last || is_one)) tile.whole_groups |= 1u << group;
+    if (tile.begin_step < tile.end_step && token_of(0) < tile.q_len && (sees_last || is_one))
+      tile.whole_groups |= 1u << group;
   }
   return true;
 }
@@ -210,7 +211,9 @@ struct FlashTileReader {
   __device__ __forceinline__ const FlashTile& before() const {
     return smem.tile[(ring.count - 1) % Storage::kTileStages];
   }
-  __device__ __forceinline__ void release_before() { smem.tile_empty[(ring.count - 1) % Storage::kTileStages].arrive(); }
+  __device__ __forceinline__ void release_before() {
+    smem.tile_empty[(ring.count - 1) % Storage::kTileStages].arrive();
+  }
   __device__ __forceinline__ void advance() { ring.advance(); }
   // Every lane says that it has read: once a tile that costs nothing, and it needs no order within the warp.
   __device__ __forceinline__ void release() {
