@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   constexpr bool STAGES_ROWS = Storage::kStagedColumns > 0 && !EXTRAS && !PACKS;
   constexpr int K = 32 / sizeof(T);  // what a product sums over
-  static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0);
+  static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0 && Storage::kStagedColumns % 16 == 0);
 
   extern __shared__ __align__(1024) unsigned char smem_bytes[];  // so that addresses in it are constants
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
