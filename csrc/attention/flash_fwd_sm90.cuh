@@ -24,8 +24,8 @@
 //     the rest                        │ P(j+1) = exp(S(j+1)) │ round  │                │ P(j+2) = …
 //
 // While one group's exponentials run, another's products do: two groups issue theirs in turns, three find their own
-// way. The end of a tile is a step too: the first S of the next tile and the last O of this one are in flight together,
-// and O is written when the next P is there.
+// way. Between two tiles the last O of one and the first S of the next are in flight together, and O is written while S
+// is computed.
 //
 // The maximum of a row is looked for in its first block, in blocks with a mask, and where it must be. Else the
 // reference of the exponentials stays what it was: it may be far below the maximum, since P, O and the sums are
@@ -39,9 +39,9 @@
 // up.
 //
 // Registers hold O (64 x D), S (64 x BLOCK_N) and P of a group; P feeds the second product from there. Shared memory:
-// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Where there is place for them, rows
-// leave through shared memory too, each warp's for itself and in whole lines; else straight from registers, 64 bytes at
-// a time. No copy engine: packed sequences need no care about whose rows a tile's end would overwrite.
+// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave through shared memory, each
+// warp's for itself and in whole lines, where that is faster; else straight from registers, 64 bytes at a time. Not by
+// the copy engine, so that packed sequences need no care about whose rows a tile's end would overwrite.
 //
 // Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
 // that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
   constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS && HEAD_DIM <= 128;
-  static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   constexpr bool STAGES_ROWS = Storage::kStagedColumns > 0 && !EXTRAS && !PACKS;
+  static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   constexpr int K = 32 / sizeof(T);  // what a product sums over
   static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0 && Storage::kStagedColumns % 16 == 0);
 
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto locate = [&](uint32_t num_ahead = 0) {
     if (num_ahead == 0) q = q_tiles.uniform_plus(q_ring.stage() * Q_BYTES);
     k = k_tiles.uniform_plus((k_ring.count + num_ahead) % STAGES * K_BYTES);
-    v = v_tiles.uniform_plus((k_ring.count - 1 + num_ahead) % STAGES * sizeof(smem.v[0]));
+    v = v_tiles.uniform_plus((v_ring.count + num_ahead) % STAGES * sizeof(smem.v[0]));
   };
   const auto start_scores = [&] {  // scores = Q K^T
     pin_registers(scores);
@@ -459,13 +459,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto release = [&](MBarrier& barrier) {  // each warp for itself: its part of a product may end before others'
     if (lane == 0) barrier.arrive();
   };
-  // Of V always the block before the one that is next of K: one count does for both.
-  const auto place_of_v = [&] { return RingPosition<STAGES>{k_ring.count - 1}; };
-  const auto release_k = [&] { release(smem.k_empty[k_ring.stage()]); };
-  const auto release_v = [&] { release(smem.v_empty[place_of_v().stage()]); };
-  const auto wait_for_q = [&] { smem.q_full[q_ring.stage()].wait(q_ring.parity()); };
+  const auto release_k = [&] {
+    release(smem.k_empty[k_ring.stage()]);
+    k_ring.advance();
+  };
+  const auto release_v = [&] {
+    release(smem.v_empty[v_ring.stage()]);
+    v_ring.advance();
+  };
   const auto wait_for_k = [&] { smem.k_full[k_ring.stage()].wait(k_ring.parity()); };
-  const auto wait_for_v = [&] { smem.v_full[place_of_v().stage()].wait(place_of_v().parity()); };
+  const auto wait_for_v = [&] { smem.v_full[v_ring.stage()].wait(v_ring.parity()); };
   // The groups issue their products in turns, once for each block of K, so that one's run during the other's
   // exponentials. By chance they may be in step, and then both wait.
   const auto take_turn = [&] {
@@ -736,6 +739,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   };
   // The end of a tile, where with few keys much of the time goes, in two parts: while its last output is in flight, its
   // LSE and what O is to be multiplied by, and later its rows.
+  float inverse[2] = {};
   const auto conclude = [&](const FlashTile& done) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -746,7 +750,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     for (int r = 0; r < 2; ++r) {
       const float sum = row_sum[r];
       const auto row = row_of(done, r);
-      float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+      inverse[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
       float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
@@ -755,20 +759,17 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
           const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
-          inverse *= exp2_approx(log2_sum - with_sink);
+          inverse[r] *= exp2_approx(log2_sum - with_sink);
           log2_sum = with_sink;
         }
       }
-      if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
-      if constexpr (WIDENS) inverse *= reference_of_v;
-      if (lane % 4 == 0) {
-        smem.inverse[lane_row + 8 * r] = inverse;
-        if (row.exists) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
-      }
+      if constexpr (FP8 || WIDENS) inverse[r] *= descale_of(p.v_descale, done);
+      if constexpr (WIDENS) inverse[r] *= reference_of_v;
+      if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
     }
   };
   // Through shared memory, a warp for itself, so that a row leaves in whole lines and with few instructions.
-  const auto write_staged_rows = [&](const FlashTile& done, const float (&inverse)[2]) {
+  const auto write_staged_rows = [&](const FlashTile& done) {
     if constexpr (STAGES_ROWS) {
       constexpr int COLUMNS = Storage::kStagedColumns, PITCH = COLUMNS + 8;             // so that no bank is met twice
       constexpr int CHUNKS = COLUMNS / 8, ROWS = CHUNKS > 16 ? 1 : CHUNKS > 8 ? 2 : 4;  // that a warp writes at a time
@@ -780,11 +781,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       Out* const out = static_cast<Out*>(p.out) + (packed_q ? 0 : done.seq_idx) * p.out_batch_stride +
                        (done.q_start + first_row) * p.out_token_stride + done.head_idx * p.out_head_stride + column;
 #pragma unroll
-      for (int begin = 0; begin < V_HEAD_DIM; begin += COLUMNS) {
-        if (begin > 0) __syncwarp();  // what was there has been read
+      for (int first = 0; first < V_HEAD_DIM; first += COLUMNS) {
+        __syncwarp();  // what was there has been read
 #pragma unroll
         for (int t = 0; t < CHUNKS; t += 2) {
-          const auto &left = acc[begin / 8 + t], &right = acc[begin / 8 + t + 1];
+          const auto &left = acc[first / 8 + t], &right = acc[first / 8 + t + 1];
           const uint32_t words[4] = {pack_pair<Out>(left[0] * inverse[0], left[1] * inverse[0]),
                                      pack_pair<Out>(left[2] * inverse[1], left[3] * inverse[1]),
                                      pack_pair<Out>(right[0] * inverse[0], right[1] * inverse[0]),
@@ -792,8 +793,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           store_matrices(target + t * 16, words);
         }
         __syncwarp();
-        const int32_t num_rows_left = begin + column < p.v_head_dim ? num_left : 0;
-        Out* next = out + begin;
+        const int32_t num_rows_left = first + column < p.v_head_dim ? num_left : 0;
+        Out* next = out + first;
 #pragma unroll
         for (int i = 0; i < 16; i += ROWS) {
           const uint4 chunk = *reinterpret_cast<const uint4*>(staged + (row % ROWS + i) * PITCH + column);
@@ -804,9 +805,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
   };
   const auto write_rows = [&](const FlashTile& done) {
-    __syncwarp();
-    const float inverse[2] = {smem.inverse[lane_row], smem.inverse[lane_row + 8]};
-    if (STAGES_ROWS && whole) return write_staged_rows(done, inverse);
+    if (STAGES_ROWS && whole) return write_staged_rows(done);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto row = row_of(done, r);
@@ -917,7 +916,6 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       take_turn();
       end_turn();
       release_k();
-      k_ring.advance();
       wait_for_v();
       release_v();
     }
@@ -932,7 +930,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       if (tile.end_step < 0) return false;
       if (tile.begin_step < tile.end_step) {
         if (has_rows(tile)) return true;
-        wait_for_q();
+        smem.q_full[q_ring.stage()].wait(q_ring.parity());
         release(smem.q_empty[q_ring.stage()]);
         q_ring.advance();
         pass_over(tile.end_step - tile.begin_step);
@@ -953,146 +951,140 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       q_ring.advance();
     }
   };
-  // ---- main loop
-  int32_t step = 0;         // the block whose P is in hand
-  bool begins = true;       // of its tile; else O has something already
-  const auto begin = [&] {  // with a tile behind which nothing is in flight; false if there are no more
-    if (!find_tile()) return false;
-    begin_tile();
-    pass_over_unseen();
-    step = end_step - 1;
-    begins = true;
+  const auto start_first_scores = [&] {
     if (!TURNS) locate();
-    wait_for_q();
+    smem.q_full[q_ring.stage()].wait(q_ring.parity());
     wait_for_k();
     take_turn();
     if (TURNS) locate();
     start_scores();
     end_turn();
+  };
+  // P of a tile's first block, whose scores have been started.
+  const auto finish_first_scores = [&] {
     wgmma_wait<0>();
     pin_registers(scores);
     scale_scores();
-    release_scores(step);
-    k_ring.advance();
+    release_scores(end_step - 1);
     row_max[0] = row_max[1] = -INFINITY;
-    find_max(step);
+    find_max(end_step - 1);
     exponentials(row_sum, true);
     round_probs();
     scale_probs(true);
-    return true;
   };
-  if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
-  if (!begin()) return;
-  if (LOCATES_AHEAD) locate();
 
-#pragma unroll 1
+  // ---- main loop
+  if (TURNS && consumer == NUM_CONSUMERS - 1) end_turn();  // the first group begins
+  if (!find_tile()) return;
+  begin_tile();
+  pass_over_unseen();
+  start_first_scores();
+  finish_first_scores();
+
   while (true) {
-    // Here P of a block is ready, and nothing is in flight. The next scores are of the tile's next block, or of the
-    // next tile's first one.
-    const bool ends = step == begin_step;
-    if (ends) {
-      if (!(tiles.wait_for_next().whole_groups >> consumer & 1)) {
-        locate();
-        wait_for_v();
-        start_output(begins);
+    // Here P of the tile's first block is ready, and nothing is in flight.
+    bool first = true;
+    if (LOCATES_AHEAD) locate();
+#pragma unroll 1
+    for (int32_t step = end_step - 2; step >= begin_step; --step) {
+      if (!TURNS && !LOCATES_AHEAD) locate();
+      wait_for_k();
+      take_turn();
+      if (TURNS) locate();
+      start_scores();
+      wait_for_v();
+      start_output(first);
+      if (LOCATES_AHEAD) locate(1);
+      end_turn();
+      first = false;
+      wgmma_wait<1>();
+      pin_registers(scores);
+      if constexpr (FP8) {
+        // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
+        // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
+        constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
+        release_scores(step);
+        find_max(step);
+        float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        exponentials_of(0, EARLY_TILES, parts);
+        // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
+        // to be rescaled is each warp's own.
+        const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f));
+        if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
+          wgmma_wait<0>();
+          pin_registers(acc);
+          if (moved) rescale();
+        }
         finish_output();
-        conclude(tiles.now());
-        write_rows(tiles.now());
-        tiles.release();
-        if (!begin()) return;
-        if (LOCATES_AHEAD) locate();
-        continue;
+        exponentials_of(EARLY_TILES, NUM_TILES, parts);
+        row_sum[0] += parts[0] + parts[1];
+        row_sum[1] += parts[2] + parts[3];
+        round_probs();
+      } else {
+        float sums[2] = {0.0f, 0.0f};
+        bool exact = never_plain || is_masked(step);
+        if (!exact) {
+          exponentials(sums, false);
+          // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
+          // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
+          // say.
+          // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
+          exact = any_of_group(kVoteOfGroup + consumer,
+                               ((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
+                                   ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY))));
+          if (__builtin_expect(exact, 0)) {
+            wgmma_wait<0>();
+            pin_registers(acc);
+            if (TURNS) locate();
+            start_scores();
+            wgmma_wait<0>();
+            pin_registers(scores);
+          }
+        }
+        if (__builtin_expect(exact, 0)) {
+          scale_scores();
+          find_max(step);
+          exponentials(sums, true);
+          wgmma_wait<0>();
+          pin_registers(acc);
+          rescale();
+        }
+        row_sum[0] += sums[0];
+        row_sum[1] += sums[1];
+        release_scores(step);
+        finish_output();
+        round_probs();
+        scale_probs(false);
       }
-      if (LOCATES_AHEAD) locate();
-      wait_for_q();
     }
-    if (!TURNS && !LOCATES_AHEAD) locate();
-    wait_for_k();
-    take_turn();
-    if (TURNS) locate();
-    start_scores();
+
+    const FlashTile& next = tiles.wait_for_next();
+    const bool goes_on = next.whole_groups >> consumer & 1;
+    locate();
     wait_for_v();
-    start_output(begins);
-    if (LOCATES_AHEAD) locate(1);
-    end_turn();
-    begins = ends;
-    if (begins) {
+    if (goes_on) {
+      start_output(first);
+      start_first_scores();
       conclude(tiles.now());
-      tiles.advance();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();
+      write_rows(tiles.now());
+      tiles.release();
       begin_tile();
-      step = end_step;
-      row_max[0] = row_max[1] = -INFINITY;
-      row_sum[0] = row_sum[1] = 0.0f;
-    }
-    --step;
-    wgmma_wait<1>();
-    pin_registers(scores);
-    if constexpr (FP8) {
-      // P has 4 bits: its largest value, which may be all there is, must be a power of two, so that each step has a
-      // maximum. The exponentials come in two parts: the first hide the output's products, the second the rounding.
-      constexpr int NUM_TILES = BLOCK_N / 8, EARLY_TILES = NUM_TILES / 2 / 4 * 4;
-      release_scores(step);
-      find_max(step);
-      float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      exponentials_of(0, EARLY_TILES, parts);
-      // A wait for products must be met by all warps of a group or none, so that the group votes on it; what is then
-      // to be rescaled is each warp's own.
-      const bool moved = __any_sync(0xffffffffu, (correction[0] != 1.0f) | (correction[1] != 1.0f)) && !begins;
-      if (any_of_group(kVoteOfGroup + consumer, moved | (parts[0] + parts[1] + parts[2] + parts[3] < 0.0f))) {
-        wgmma_wait<0>();
-        pin_registers(acc);
-        if (moved) rescale();
-      }
-      finish_output();
-      k_ring.advance();
-      exponentials_of(EARLY_TILES, NUM_TILES, parts);
-      row_sum[0] += parts[0] + parts[1];
-      row_sum[1] += parts[2] + parts[3];
-      round_probs();
     } else {
-      float sums[2] = {0.0f, 0.0f};
-      const bool exact = never_plain || begins || is_masked(step);
-      if (exact) {
-        scale_scores();
-        find_max(step);
-      }
-      exponentials(sums, exact);
-      // This branch also keeps the exponentials before the wait for the output, behind which the assembler would
-      // move them: the output would then run alone. Rows behind the end, which may be another sequence's, have no
-      // say, nor have those that know their maximum.
-      // No && nor ||: the compiler would make branches of them, and move half of the sums behind the first.
-      const bool overflows =
-          any_of_group(kVoteOfGroup + consumer,
-                       !exact & (((num_rows > 0) & (!(sums[0] < LARGEST_SUM) | (row_max[0] == -INFINITY))) |
-                                 ((num_rows > 8) & (!(sums[1] < LARGEST_SUM) | (row_max[1] == -INFINITY)))));
-      if (__builtin_expect(overflows, 0)) {
-        wgmma_wait<0>();
-        pin_registers(acc);
-        if (TURNS) locate();
-        start_scores();
-        wgmma_wait<0>();
-        pin_registers(scores);
-        scale_scores();
-        find_max(step);
-        exponentials(sums, true);
-      }
-      if (overflows | (exact & !begins)) {
-        wgmma_wait<0>();
-        pin_registers(acc);
-        rescale();
-      }
-      row_sum[0] += sums[0];
-      row_sum[1] += sums[1];
-      release_scores(step);
+      start_output(first);
       finish_output();
-      k_ring.advance();
-      round_probs();
-      scale_probs(begins);
+      conclude(tiles.now());
+      write_rows(tiles.now());
+      tiles.release();
+      if (!find_tile()) return;
+      begin_tile();
+      pass_over_unseen();
+      start_first_scores();
     }
-    if (begins) {
-      write_rows(tiles.before());
-      tiles.release_before();
-    }
+    finish_first_scores();
   }
 #else
   __trap();  // compiled for a target without wgmma: never launched, and never silent

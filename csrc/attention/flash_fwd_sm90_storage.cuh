@@ -46,7 +46,7 @@ struct FlashFwdSm90StagedRows<WARPS, 0> {};
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
 struct FlashFwdSm90Sizes {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
-  static constexpr int kTileStages = 4;  // of which the consumers hold two
+  static constexpr int kTileStages = 2;
   static constexpr int kBytesQ = BLOCK_M * kStoredDim<T, HEAD_DIM> * sizeof(T);
   // V as it comes; in fp8 a product reads it turned around, in whole panels of keys, beside.
   static constexpr int kSizeLoadedV = BLOCK_N * kStoredDim<T, V_HEAD_DIM>;
@@ -60,10 +60,12 @@ struct FlashFwdSm90Sizes {
                                     : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4
                                                                                                      : 2;
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
-  // Columns of O that a warp's rows leave by at a time, on their way out: what there is place for, 0 if for none.
+  // Columns of O that rows leave by at a time through shared memory: what there is place for; 0: from registers. Not
+  // timed with 128 columns, nor where V's head dim is its own.
   static constexpr int staged_bytes(int columns) { return 4 * NUM_CONSUMERS * 16 * (columns + 8) * 2; }
   static constexpr int kFreeBytes = 226 * 1024 - kStagesQ * kBytesQ - kStages * kBytesKv;
-  static constexpr int kStagedColumns = sizeof(T) == 1 || WIDENS                     ? 0
+  static constexpr bool kStages16Bits = sizeof(T) == 2 && !WIDENS && HEAD_DIM == V_HEAD_DIM && V_HEAD_DIM % 128 != 0;
+  static constexpr int kStagedColumns = !kStages16Bits                               ? 0
                                         : staged_bytes(V_HEAD_DIM) <= kFreeBytes     ? V_HEAD_DIM
                                         : staged_bytes(V_HEAD_DIM / 2) <= kFreeBytes ? V_HEAD_DIM / 2
                                                                                      : 0;
@@ -91,8 +93,7 @@ struct FlashFwdSm90Storage
   MBarrier v_loaded[kStages];  // a V whose tail must be cleared, or that must be turned, before it is full
   MBarrier tile_full[kTileStages], tile_empty[kTileStages];
   FlashTile tile[kTileStages];
-  float inverse[BLOCK_M];  // what rows of O are to be multiplied by on their way out
-  MBarrier tile_ends;      // the tile's last keys are being fetched
+  MBarrier tile_ends;  // the tile's last keys are being fetched
 };
 
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N>

@@ -207,14 +207,6 @@ struct FlashTileReader {
   __device__ __forceinline__ const FlashTile& wait_for_next() const {
     return FlashTileReader(smem, {ring.count + 1}).wait();
   }
-  // The tile before, which stays there until it is released: where that comes late, behind an `advance`.
-  __device__ __forceinline__ const FlashTile& before() const {
-    return smem.tile[(ring.count - 1) % Storage::kTileStages];
-  }
-  __device__ __forceinline__ void release_before() {
-    smem.tile_empty[(ring.count - 1) % Storage::kTileStages].arrive();
-  }
-  __device__ __forceinline__ void advance() { ring.advance(); }
   // Every lane says that it has read: once a tile that costs nothing, and it needs no order within the warp.
   __device__ __forceinline__ void release() {
     smem.tile_empty[ring.stage()].arrive();
