@@ -21,6 +21,7 @@ MISTAKES = [
     release_v();
   };""",
         """    pin_registers(probs);
+    v_ring.advance();
   };""",
         "flash_fwd_sm90_hd128.cu",
         "128",
@@ -29,54 +30,19 @@ MISTAKES = [
     Mistake(
         "V is released before the product that reads it is over",
         FWD,
-        """    wgmma_wait<0>();
-    pin_registers(acc);
-    pin_registers(probs);
-    release_v();""",
-        """    release_v();
-    wgmma_wait<0>();
-    pin_registers(acc);
-    pin_registers(probs);""",
+        """      start_first_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);
+      release_v();""",
+        """      release_v();
+      start_first_scores();
+      wgmma_wait<1>();
+      pin_registers(acc);
+      pin_registers(probs);""",
         "flash_fwd_sm90_hd128.cu",
         "128",
         "expected",
-    ),
-    Mistake(
-        "rows are written where the next tile's belong",
-        FWD,
-        "      write_rows(tiles.before());",
-        "      write_rows(tiles.now());",
-        "flash_fwd_sm90_hd128.cu",
-        "128",
-        "in the call: seed",
-    ),
-    Mistake(
-        "O of a tile is brought to the reference of the next",
-        FWD,
-        "if (overflows | (exact & !begins)) {",
-        "if (overflows | exact) {",
-        "flash_fwd_sm90_hd128.cu",
-        "128",
-        "expected",
-    ),
-    Mistake(
-        "the second half of a row leaves where the first one did",
-        FWD,
-        "        Out* next = out + begin;\n",
-        "        Out* next = out;\n",
-        "flash_fwd_sm90_hd192.cu",
-        "192",
-        "expected",
-    ),
-    # Made once: behind the last tile the bits of that one told groups to go on.
-    Mistake(
-        "behind the last tile there seem to be rows",
-        FWD,
-        "      tile.whole_groups = 0;\n",
-        "",
-        "flash_fwd_sm90_hd128.cu",
-        "128",
-        "deadlock",
     ),
     Mistake(
         "a group that passes over a block does not end its turn",
@@ -86,6 +52,25 @@ MISTAKES = [
       release_k();""",
         """      take_turn();
       release_k();""",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
+    Mistake(
+        "the second half of a row leaves where the first one did",
+        FWD,
+        "        Out* next = out + first;\n",
+        "        Out* next = out;\n",
+        "flash_fwd_sm90_hd192.cu",
+        "192",
+        "in the call: seed",
+    ),
+    # Made once: behind the last tile the bits of that one told groups to go on.
+    Mistake(
+        "behind the last tile there seem to be rows",
+        FWD,
+        "      tile.whole_groups = 0;\n",
+        "",
         "flash_fwd_sm90_hd128.cu",
         "128",
         "deadlock",
