@@ -737,8 +737,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
   };
-  // The end of a tile, where with few keys much of the time goes, in two parts: while its last output is in flight, its
-  // LSE and what O is to be multiplied by, and later its rows.
+  // The end of a tile, where with few keys much of the time goes, in two parts: its LSE and what O is to be multiplied
+  // by, which do not need the last output, and its rows, which do.
   float inverse[2] = {};
   const auto conclude = [&](const FlashTile& done) {
 #pragma unroll
@@ -1065,11 +1065,12 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     if (goes_on) {
       start_output(first);
       start_first_scores();
-      conclude(tiles.now());
+      if (STAGES_ROWS) conclude(tiles.now());  // the others have no registers for it here
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();
+      if (!STAGES_ROWS) conclude(tiles.now());
       write_rows(tiles.now());
       tiles.release();
       begin_tile();
