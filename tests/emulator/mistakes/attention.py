@@ -56,6 +56,25 @@ MISTAKES = [
         "128",
         "deadlock",
     ),
+    Mistake(
+        "the second half of a row leaves where the first one did",
+        FWD,
+        "        Out* next = out + first;\n",
+        "        Out* next = out;\n",
+        "flash_fwd_sm90_hd192.cu",
+        "192",
+        "in the call: seed",
+    ),
+    # Made once: behind the last tile the bits of that one told groups to go on.
+    Mistake(
+        "behind the last tile there seem to be rows",
+        FWD,
+        "      tile.whole_groups = 0;\n",
+        "",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "deadlock",
+    ),
     # Undefined, and every test passed on GPUs; synccheck found it.
     Mistake(
         "each warp decides for itself whether it waits for products",
