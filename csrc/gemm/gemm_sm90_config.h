@@ -227,10 +227,13 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
     double read_us = 8.0 + 1.13 * weight_us;
     if (half) {
-      // A last wave of few tiles is not read faster than it is multiplied.
+      // A last wave of few tiles is not read faster than it is multiplied. Behind more waves, and longer ones, pairs
+      // begin it at different times, so that more of it runs beside others' tiles.
       const double last = 1.0 - (num_waves - 1.0) * static_cast<double>(num_pairs) / static_cast<double>(num_tiles);
       const double all_us = (1.06 + 0.15 * std::max(0.0, idle)) * weight_us;
-      const double last_us = std::max(last * all_us, static_cast<double>(problem.num_panels()) * panel_us);
+      const double tile_us = static_cast<double>(problem.num_panels()) * panel_us;
+      const double apart_us = 0.15 * (num_waves - 1.0) * std::max(0.0, tile_us - 10.0);
+      const double last_us = std::max(last * all_us, tile_us - apart_us);
       read_us = 8.5 + (1.0 - last) * all_us + last_us;
     }
     // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
@@ -254,10 +257,9 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   const double parts = block_n == 64 && !config.tile.in_order ? 2.0 : 1.0;
   const double sums_us = parts * static_cast<double>(block_m * block_n) * (in_cluster ? 2.0e-4 : 1.0e-4) +
                          0.3 * static_cast<double>(config.num_splits - 1);
-  // Clusters of more than two leave SMs over. Of single CTAs, two an SM, one begins where another ends.
+  // Clusters of more than two leave SMs over.
   const double clusters_fit = config.num_splits <= 2 ? 1.0 : config.num_splits <= 4 ? 0.9 : 0.75;
-  double num_waves = num_ctas / (num_sms * clusters_fit * ctas_per_sm);
-  num_waves = in_cluster || config.tile.ctas_per_sm == 1 ? std::ceil(num_waves) : std::max(1.0, num_waves);
+  const double num_waves = std::ceil(num_ctas / (num_sms * clusters_fit * ctas_per_sm));
   const double row_us = has_mean ? 0.00115 : has_norm ? 0.0006 : 0.0;  // of an SM, to look at a panel of a row of x
   const double norm_us = at_once * static_cast<double>(ring.panels * block_m) * row_us;
   const double waves_us = num_waves * static_cast<double>(num_steps) * (step_us + norm_us);

@@ -129,10 +129,10 @@ def test_scales_of_blocks_and_zero_points_get_tiles_that_they_have() -> None:
 
 MOST_LOST = dict.fromkeys(("bf16", "int8", "fp8_fast", "fp8"), (39, 0.05, 0.005))  # problems, of any, in the mean
 MOST_LOST |= {
-    "gated": (40, 0.05, 0.005),
+    "gated": (44, 0.05, 0.005),
     "rms": (40, 0.05, 0.005),
     "layer": (40, 0.08, 0.01),
-    "rms_gated": (24, 0.08, 0.01),
+    "rms_gated": (28, 0.08, 0.01),
 }
 
 
