@@ -289,6 +289,33 @@ def test_the_tile_of_a_product_with_weights_of_4_bits_is_the_fastest_measured(
     assert times[chosen] <= 1.03 * min(times.values())
 
 
+# Microseconds on an H200 of INT4 in tiles, 9 to 64 rows, with K in so many splits.
+TIMES_OF_SPLITS: dict[tuple[int, int, int], dict[int, float]] = {
+    # (m, n, k)
+    (16, 4096, 4096): {1: 14.2, 2: 14.6, 3: 14.4, 4: 14.0},
+    (32, 4096, 4096): {1: 15.1, 2: 15.4, 3: 14.7, 4: 14.8},
+    (64, 4096, 4096): {1: 17.2, 2: 16.5, 3: 15.6, 4: 16.1},
+    (16, 4096, 14336): {1: 31.5, 2: 30.2, 3: 24.7, 4: 25.4},
+    (32, 4096, 14336): {1: 33.2, 2: 32.3, 3: 26.0, 4: 26.3},
+    (64, 4096, 14336): {1: 38.2, 2: 36.9, 3: 29.0, 4: 30.1},
+    (16, 6144, 4096): {1: 15.8, 2: 16.1, 3: 17.9, 4: 17.2},
+    (32, 6144, 4096): {1: 16.4, 2: 16.6, 3: 18.2, 4: 18.2},
+    (64, 6144, 4096): {1: 18.5, 2: 17.7, 3: 19.7, 4: 19.7},
+    (16, 8192, 8192): {1: 23.8, 2: 27.2, 3: 28.0, 4: 38.7},
+    (32, 8192, 8192): {1: 24.4, 2: 28.6, 3: 28.8, 4: 40.5},
+    (64, 8192, 8192): {1: 28.1, 2: 32.6, 3: 32.7, 4: 46.4},
+    (16, 28672, 4096): {1: 34.9, 2: 43.9, 3: 61.2, 4: 56.4},
+    (32, 28672, 4096): {1: 36.4, 2: 44.6, 3: 62.5, 4: 61.2},
+    (64, 28672, 4096): {1: 41.2, 2: 49.6, 3: 74.4, 4: 67.0},
+}
+
+
+@pytest.mark.parametrize("call", TIMES_OF_SPLITS, ids=str)
+def test_the_splits_of_some_rows_with_weights_of_4_bits_are_the_fastest_measured(call: tuple[int, int, int]) -> None:
+    times = TIMES_OF_SPLITS[call]
+    assert times[_runtime.gemm_sm90_w4_some_rows_config(*call, 132)["num_splits"]] <= 1.02 * min(times.values())
+
+
 def test_weights_of_4_bits_as_rows_have_the_kernel_for_few_until_tiles_pay() -> None:
     """Putting them in tiles in the call costs what reading and writing them does."""
     for m, many_rows in ((1, False), (64, False), (2048, True)):
