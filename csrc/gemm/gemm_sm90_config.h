@@ -231,12 +231,13 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double idle = 1.0 - static_cast<double>(config.num_ctas) / static_cast<double>(problem.num_sms);
     const double panel_us = std::max(products_us, half ? 0.27 : 0.0) + norm_us;
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
-    const double narrow = 0.1 * std::max(0.0, 1.0 - static_cast<double>(block_n) / 192.0);  // boxes of few rows
-    double read_us = 8.0 + (1.13 + narrow) * weight_us;
+    // Boxes of fewer rows of weight are read less well.
+    double read_us = 8.0 + (block_n < 128 ? 1.18 : 1.13) * weight_us;
     if (half) {
       // A last wave of few tiles is not read faster than it is multiplied. Behind more waves, and longer ones, pairs
       // begin it at different times, so that more of it runs beside others' tiles.
       const double last = 1.0 - (num_waves - 1.0) * static_cast<double>(num_pairs) / static_cast<double>(num_tiles);
+      const double narrow = 0.1 * std::max(0.0, 1.0 - static_cast<double>(block_n) / 192.0);
       const double all_us = (1.06 + narrow + 0.15 * std::max(0.0, idle)) * weight_us;
       const double tile_us = static_cast<double>(problem.num_panels()) * panel_us;
       const double apart_us = 0.15 * (num_waves - 1.0) * std::max(0.0, tile_us - 10.0);
