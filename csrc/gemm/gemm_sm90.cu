@@ -25,17 +25,11 @@ constexpr Instantiation kNormManyRows[] = {
     kManyRows<Operands, 128, 192>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
     kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
 template <typename Operands>
-constexpr int kHalfTileColumns = sizeof(typename Operands::Element) == 1 ? 96 : 224;  // of gemm_sm90_has_width
-template <typename Operands>
-constexpr Instantiation kAllManyRows[] = {kManyRows<Operands, 64, kHalfTileColumns<Operands>>,
-                                          kManyRows<Operands, 128, 96>,
-                                          kManyRows<Operands, 128, 128>,
-                                          kManyRows<Operands, 128, 192, true>,
-                                          kManyRows<Operands, 128, 224>,
-                                          kManyRows<Operands, 128, 256>,
-                                          kManyRows<Operands, 192, 128>,
-                                          kManyRows<Operands, 192, 192>,
-                                          kManyRows<Operands, 192, 224>};
+constexpr Instantiation kAllManyRows[] = {
+    kManyRows<Operands, 64, 96>,         kManyRows<Operands, 64, 128>,  kManyRows<Operands, 64, 192>,
+    kManyRows<Operands, 64, 224>,        kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
+    kManyRows<Operands, 128, 192, true>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
+    kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
 template <typename Operands>
 constexpr Instantiation kWideManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
                                            kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,

@@ -29,8 +29,8 @@ struct GemmSm90Tile {
 // Of gemm_sm90.cuh.
 constexpr GemmSm90Tile kGemmSm90Tiles[] = {
     {64, 96},   {64, 224},  {128, 96},  {128, 128},          {128, 192},          {128, 224},          {128, 256},
-    {192, 128}, {192, 192}, {192, 224}, {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}, {64, 192},
-    {64, 256}};
+    {192, 128}, {192, 192}, {192, 224}, {128, 128, 1, true}, {128, 192, 1, true}, {128, 256, 1, true}, {64, 128},
+    {64, 192},  {64, 256}};
 
 // Whether a tile of so many columns has room for the sums of weight's rows, which zero points of x are multiplied by:
 // 224 would have it in place of a stage.
@@ -48,7 +48,10 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
   if (added && tile.block_n % kGemmSm90SquaresPart != 0) return false;
   if (block_scales && tile.block_n % 128 != 0) return false;
   if (zero_points && !gemm_sm90_has_zero_points(tile.block_n)) return false;
-  if (tile.block_m == 64) return narrow && !two_levels && gated == (tile.block_n == 192 || tile.block_n == 256);
+  if (tile.block_m == 64) {
+    if (!narrow || two_levels || added) return false;
+    return gated ? tile.block_n == 192 || tile.block_n == 256 : norm ? tile.block_n == 224 : tile.block_n != 256;
+  }
   if (tile.block_n == 96) return narrow && !gated;
   if (gated && tile.block_n == 224) return false;
   if (norm || gated) return !tile.turns && (!two_levels || tile.block_n <= 192);
@@ -57,10 +60,8 @@ constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, boo
   return tile.turns ? tile.block_n <= 192 : added || tile.block_m == 192 || tile.block_n > 192;
 }
 
-// Tiles of 64 rows are as wide as is the fastest somewhere: 96 columns in 8 bits, in 16 more.
-constexpr bool gemm_sm90_has_width(const GemmSm90Tile& tile, int64_t element_bytes) {
-  return tile.block_m != 64 || (tile.block_n == 96) == (element_bytes == 1);
-}
+// Gates of products in 8 bits have no tiles of 64 rows.
+constexpr bool gemm_sm90_has_8_bit_gates(const GemmSm90Tile& tile) { return tile.block_m != 64; }
 
 // In which of them pairs of CTAs can share the stages of all tiles: those with the most to do for what is handed on,
 // and in one level those with which 256 rows by 4,096 columns leave two pairs for each tile, but for gates (not
@@ -103,6 +104,10 @@ constexpr GemmSm90FewRowsRing gemm_sm90_few_rows_ring(const GemmSm90Tile& tile) 
   return {panels, (227 * 1024 / tile.ctas_per_sm - 2048) / (panels * 128 * (tile.block_m + tile.block_n))};
 }
 
+// Panels of K up to which plain products may have more tiles of 64 rows above each other than two: of a product that is
+// over soon it matters that there are many CTAs. With more, and in fp8, it was not measured.
+constexpr int64_t kGemmSm90ShortPanels = 24;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums of squares of a row of so many columns.
@@ -132,6 +137,7 @@ struct GemmSm90Problem {
 
   bool narrow() const { return !fast_accum; }
   bool plain() const { return norm == GemmSm90Norm::kNone && !gated && !added && !block_scales; }
+  bool is_short() const { return plain() && narrow() && !two_levels && num_panels() <= kGemmSm90ShortPanels; }
 };
 
 struct GemmSm90Config {
@@ -225,13 +231,17 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double idle = 1.0 - static_cast<double>(config.num_ctas) / static_cast<double>(problem.num_sms);
     const double panel_us = std::max(products_us, half ? 0.27 : 0.0) + norm_us;
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
-    double read_us = 8.0 + 1.13 * weight_us;
+    // Boxes of fewer rows of weight are read less well.
+    double read_us = 8.0 + (block_n < 128 ? 1.18 : 1.13) * weight_us;
     if (half) {
-      // A last wave of few tiles is not read faster than it is multiplied.
+      // A last wave of few tiles is not read faster than it is multiplied. Behind more waves, and longer ones, pairs
+      // begin it at different times, so that more of it runs beside others' tiles.
       const double last = 1.0 - (num_waves - 1.0) * static_cast<double>(num_pairs) / static_cast<double>(num_tiles);
-      const double all_us = (1.06 + 0.15 * std::max(0.0, idle)) * weight_us;
-      const double last_us = std::max(last * all_us, static_cast<double>(problem.num_panels()) * panel_us);
-      read_us = 8.5 + (1.0 - last) * all_us + last_us;
+      const double narrow = 0.1 * std::max(0.0, 1.0 - static_cast<double>(block_n) / 192.0);
+      const double all_us = (1.06 + narrow + 0.15 * std::max(0.0, idle)) * weight_us;
+      const double tile_us = static_cast<double>(problem.num_panels()) * panel_us;
+      const double apart_us = 0.15 * (num_waves - 1.0) * std::max(0.0, tile_us - 10.0);
+      read_us = (1.0 - last) * all_us + std::max(8.5 + last * all_us, 6.8 + tile_us - apart_us);
     }
     // The second term: of those that wait for the weight the one with the least to do, for memories that are faster.
     return std::max(us, read_us) + 0.02 * us + handed_us;
@@ -253,11 +263,10 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
   // Sums go to shared memory and come back from there, or from another SM's.
   const double parts = block_n == 64 && !config.tile.in_order ? 2.0 : 1.0;
   const double sums_us = parts * static_cast<double>(block_m * block_n) * (in_cluster ? 2.0e-4 : 1.0e-4) +
-                         0.3 * static_cast<double>(config.num_splits - 1);
-  // Clusters of more than two leave SMs over. Of single CTAs, two an SM, one begins where another ends.
+                         0.35 * static_cast<double>(config.num_splits - 1);
+  // Clusters of more than two leave SMs over.
   const double clusters_fit = config.num_splits <= 2 ? 1.0 : config.num_splits <= 4 ? 0.9 : 0.75;
-  double num_waves = num_ctas / (num_sms * clusters_fit * ctas_per_sm);
-  num_waves = in_cluster || config.tile.ctas_per_sm == 1 ? std::ceil(num_waves) : std::max(1.0, num_waves);
+  const double num_waves = std::ceil(num_ctas / (num_sms * clusters_fit * ctas_per_sm));
   const double row_us = has_mean ? 0.00115 : has_norm ? 0.0006 : 0.0;  // of an SM, to look at a panel of a row of x
   const double norm_us = at_once * static_cast<double>(ring.panels * block_m) * row_us;
   const double waves_us = num_waves * static_cast<double>(num_steps) * (step_us + norm_us);
@@ -305,7 +314,7 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
   }
   if (problem.m <= kMostFewRows) {
     for (const GemmSm90Tile& tile : kGemmSm90FewRowsTiles) {
-      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, 128)) continue;
+      if (too_large(tile) || tile.block_m < std::min<int64_t>(problem.m, problem.is_short() ? 64 : 128)) continue;
       if (!gemm_sm90_has_few_rows_tile(tile, problem.block_scales)) continue;
       if (problem.in_order) {
         if (tile.block_n == 128) consider(true, tile, 1);
@@ -319,15 +328,15 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
       }
     }
   }
-  if (problem.m > 64) {
+  if (problem.m > 32) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = problem.norm != GemmSm90Norm::kNone, counts = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,
                               problem.zero_points, problem.added, problem.narrow()) ||
-          !gemm_sm90_has_width(tile, problem.element_bytes)) {
+          (problem.gated && problem.element_bytes == 1 && !gemm_sm90_has_8_bit_gates(tile))) {
         continue;
       }
-      if (tile.block_m == 64 && problem.m > 128) continue;
+      if (tile.block_m == 64 ? problem.m > 128 && !problem.is_short() : problem.m <= 64) continue;
       consider(false, tile, 1);
       const int64_t num_tiles = ceil_div(problem.m, 2 * tile.block_m) * ceil_div(problem.n, tile.block_n);
       if (!problem.in_order && gemm_sm90_streams(tile, problem.two_levels, problem.gated, counts) &&

@@ -30,18 +30,21 @@ inline GemmSm90W4SomeRowsConfig gemm_sm90_w4_some_rows_of(int block_m, int num_s
   return {block_m, num_splits, static_cast<int>(box_tiles), num_clusters * num_splits * kSharers};
 }
 
-// Microseconds, about, as an H100 takes them: a tile of each row of a CTA is bound by memory, which all that are at
-// work share, or by what its products wait for each other and for their stages.
+// Microseconds, about: the constants are fitted to what an H200 takes. Tiles are bound by memory, which all CTAs share,
+// or by what a CTA's products wait for each other and for their stages, x among them. Where all groups have the same
+// rows of tiles, four parts of each sum meet at the end.
 inline double gemm_sm90_w4_some_rows_time(const GemmSm90W4SomeRowsConfig& config, int64_t k, int64_t num_sms) {
   const int cluster_size = config.num_splits * kGemmSm90W4SomeRowsSharers;
   const int64_t at_once = std::max<int64_t>(1, kClustersOnSms[cluster_size] * num_sms / 132);
-  const int64_t num_clusters = config.num_ctas / cluster_size, waves = ceil_div(num_clusters, at_once);
-  const double at_work =
-      static_cast<double>(std::min(num_clusters, at_once) * cluster_size) / static_cast<double>(num_sms);
+  const double waves = static_cast<double>(ceil_div(config.num_ctas / cluster_size, at_once));
   const double tiles = static_cast<double>(4 * ceil_div(ceil_div(k, 256), config.num_splits));  // of a row
-  const double read_us = (0.0303 + 0.000065 * config.block_m) * config.box_tiles * at_work;
-  const double wait_us = config.box_tiles <= kGemmSm90W4SomeRowsGroup ? 0.08 + 0.0007 * config.block_m : 0.19;
-  return 9.0 + static_cast<double>(waves) * tiles * std::max(read_us, wait_us) + 1.8 * (config.num_splits - 1);
+  const double block_m = config.block_m, others = config.num_splits - 1;
+  const bool shared = config.box_tiles <= kGemmSm90W4SomeRowsGroup;
+  const double read_us = (0.0305 + 0.00017 * block_m) * config.box_tiles * static_cast<double>(config.num_ctas) /
+                         static_cast<double>(num_sms);
+  const double wait_us = waves * (shared ? 0.115 + 0.0008 * block_m : 0.16 + 0.0009 * block_m);
+  const double sums_us = (shared ? 0.016 * block_m : 0.0) + (0.5 + 0.004 * block_m) * others;
+  return 7.1 + 5.9 * (waves - 1.0) + tiles * std::max(read_us, wait_us) + sums_us;
 }
 
 // The best by that measure; 0 CTAs of more than 64 rows, or of as few as gemm_sm90_w4_tiles.cuh takes less time for, or

@@ -8,7 +8,7 @@
 #include "attention/flash_sm80_config.h"
 #include "attention/paged_decode_config.h"
 #include "gemm/gemm_sm90_config.h"
-#include "gemm/gemm_sm90_w4_config.h"
+#include "gemm/gemm_sm90_w4_some_rows_config.h"
 #include "runtime/batch_builder.h"
 #include "runtime/block_pool.h"
 #include "runtime/checks.h"
@@ -335,6 +335,14 @@ void bind_kernel_configs(py::module_& m) {
                         "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles, "num_ctas"_a = c.num_ctas);
       },
       "m"_a, "n"_a, "k"_a, "weight_bits"_a, "num_sms"_a, "x_bytes"_a = 2, "two_levels"_a = false, "in_tiles"_a = false);
+  m.def(
+      "gemm_sm90_w4_some_rows_config",
+      [](int64_t rows, int64_t n, int64_t k, int64_t num_sms) {
+        const GemmSm90W4SomeRowsConfig c = gemm_sm90_w4_some_rows_config(rows, n, k, num_sms);
+        return py::dict("block_m"_a = c.block_m, "num_splits"_a = c.num_splits, "box_tiles"_a = c.box_tiles,
+                        "num_ctas"_a = c.num_ctas);
+      },
+      "m"_a, "n"_a, "k"_a, "num_sms"_a);
 }
 
 }  // namespace

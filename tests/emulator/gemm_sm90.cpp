@@ -401,9 +401,6 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
     return few_rows || fastattn::gemm_sm90_has_tile(tile, kinds.two_levels, kinds.norm, kinds.gated, kinds.block_scales,
                                                     false, false, kinds.narrow);
   };
-  const auto has_width = [&](int64_t element_bytes) {
-    return few_rows || fastattn::gemm_sm90_has_width(tile, element_bytes);
-  };
   const auto run_half = [&](Norm norm, Gate gate) { run_call<T, T>(few_rows, tile, false, norm, gate); };
   const auto run_fp8 = [&](bool fast_accum, bool blocks) {
     run_call<__nv_fp8_e4m3, T>(few_rows, tile, fast_accum, Norm::kNone, Gate::kNone, blocks);
@@ -412,12 +409,12 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const auto add = [&](bool is_there, auto call) {
     if (is_there) calls.push_back(call);
   };
-  add(has({}) && has_width(1), [&] { run_call<int8_t, T>(few_rows, tile, false); });
-  add(has({}) && has_width(2), [&] { run_half(Norm::kNone, Gate::kNone); });
-  const bool has_norms = has({.norm = true}) && has_width(2);
+  add(has({}), [&] { run_call<int8_t, T>(few_rows, tile, false); });
+  add(has({}), [&] { run_half(Norm::kNone, Gate::kNone); });
+  const bool has_norms = has({.norm = true});
   add(has_norms, [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
   add(has_norms, [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
-  add(has({.gated = true}) && has_width(2),
+  add(has({.gated = true}),
       [&] { run_half(pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}), one_in(2) ? Gate::kSilu : Gate::kGeluTanh); });
   add(has({.two_levels = true}), [&] { run_fp8(false, false); });
   add(has({.narrow = false}), [&] { run_fp8(true, false); });
@@ -455,7 +452,7 @@ int main(int argc, char** argv) {
       if (size == kGates) {
         return choice.tile.in_order ||
                !(choice.few_rows || (fastattn::gemm_sm90_has_tile(choice.tile, false, false, true) &&
-                                     fastattn::gemm_sm90_has_width(choice.tile, 1)));
+                                     fastattn::gemm_sm90_has_8_bit_gates(choice.tile)));
       }
       const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
       return size != 0 && own != size;
