@@ -12,6 +12,20 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+// True in one lane of a whole warp. What takes its operands from the warp's registers, as a copy does, the compiler
+// otherwise puts into a loop over the lanes that might be there, of 70 cycles for each that is.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // One box of a 4-D tensor to shared memory; `barrier` gets the bytes, all of the box's even where it
 // lies outside the tensor and is filled with zeros. By one thread.
 __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x,

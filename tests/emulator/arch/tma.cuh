@@ -8,6 +8,12 @@
 
 namespace fastattn {
 
+// Any lane, but the same for all.
+inline bool elect_lane() {
+  const int draw = emulator::this_lane() == 0 ? static_cast<int>(emulator::random_engine() % 32) : 0;
+  return emulator::exchange(draw)[0] == emulator::this_lane();
+}
+
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
 inline void tma_prefetch_4d(const CUtensorMap&, int32_t, int32_t, int32_t, int32_t, uint64_t) {}

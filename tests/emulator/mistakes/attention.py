@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.emulator.mistakes.mistake import Header, Mistake
 
 FWD = Header("attention/flash_fwd_sm90.cuh", "flash_fwd_sm90")
+FWD_TILES = Header("attention/flash_fwd_sm90_tiles.cuh", "flash_fwd_sm90")
 FWD_STORAGE = Header("attention/flash_fwd_sm90_storage.cuh", "flash_fwd_sm90")
 BWD = Header("attention/flash_bwd_sm90.cuh", "flash_bwd_sm90")
 DECODE = Header("attention/paged_decode.cuh", "paged_decode")
@@ -55,6 +56,24 @@ MISTAKES = [
         "flash_fwd_sm90_hd128.cu",
         "128",
         "deadlock",
+    ),
+    Mistake(
+        "boxes of a block come from the page of another one",
+        FWD_TILES,
+        "pages[i] = __shfl_sync(kAll, page, first + i);",
+        "pages[i] = __shfl_sync(kAll, page, first);",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "expected",
+    ),
+    Mistake(
+        "each lane copies a block",
+        FWD_TILES,
+        "if (!elect_lane()) continue;",
+        "elect_lane();",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "bytes missing",
     ),
     # Undefined, and every test passed on GPUs; synccheck found it.
     Mistake(
