@@ -37,7 +37,17 @@ __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap
       : "memory");
 }
 
-// The same to all CTAs of the cluster whose bit is set, to the same place in each, whose barrier gets the bytes.
+// The same where the map cuts rows into panels: all of them.
+__device__ __forceinline__ void tma_load_whole_rows(void* destination, const CUtensorMap& map, MBarrier& barrier,
+                                                    int32_t row, int32_t z, int32_t w) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], "
+      "[%2];\n" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(0), "r"(row), "r"(z), "r"(w)
+      : "memory");
+}
+
+// tma_load_4d to all CTAs of the cluster whose bit is set, to the same place in each, whose barrier gets the bytes.
 __device__ __forceinline__ void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier,
                                                       int32_t x, int32_t y, int32_t z, int32_t w, uint16_t cta_mask) {
   asm volatile(

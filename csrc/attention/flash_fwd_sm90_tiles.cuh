@@ -140,8 +140,8 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
 
 // A block of keys or values to shared memory, by a whole warp. It lies in boxes: the rows of one page in each, or all
 // where there are no pages; and each in panels, which a copy brings. Behind the end of a paged sequence the table may
-// hold anything: what would be there is zeros.
-template <int PANELS, int WIDTH, int BLOCK_N, bool PACKS, typename T>
+// hold anything: what would be there is zeros. EIGHTS: boxes have eight rows, and a copy brings all panels of one.
+template <int PANELS, int WIDTH, int BLOCK_N, bool PACKS, bool EIGHTS, typename T>
 __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const CUtensorMap& map, T* target,
                                            MBarrier& empty, MBarrier& full, uint32_t parity, const FlashTile& tile,
                                            int32_t step) {
@@ -164,7 +164,9 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
   empty.wait(parity ^ 1);
   __syncwarp();  // nobody may be two phases behind
   if (lane == 0) full.arrive_expect_bytes(PANELS * WIDTH * BLOCK_N * sizeof(T));
-  for (int first = 0; first < args.num_boxes; first += AT_ONCE) {
+  static_assert(!EIGHTS || BLOCK_N / 8 % AT_ONCE == 0);
+  const int num_boxes = EIGHTS ? BLOCK_N / 8 : args.num_boxes;
+  for (int first = 0; first < num_boxes; first += AT_ONCE) {
     int32_t rows[AT_ONCE], pages[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
@@ -174,6 +176,10 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
     if (!elect_lane()) continue;
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
+      if constexpr (EIGHTS) {
+        tma_load_whole_rows(target + (first + i) * 8 * PANELS * WIDTH, map, full, rows[i], kv_head, pages[i]);
+        continue;
+      }
       if (first + i >= args.num_boxes) break;
 #pragma unroll
       for (int panel = 0; panel < PANELS; ++panel) {

@@ -26,6 +26,9 @@ inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& bar
   tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
 
+void tma_load_whole_rows(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t row, int32_t z,
+                         int32_t w);
+
 void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes, uint64_t = 0);
 
 void tma_prefetch_bytes(const void* source, uint32_t num_bytes, uint64_t);
