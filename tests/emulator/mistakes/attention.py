@@ -72,7 +72,7 @@ MISTAKES = [
         "EIGHTS ? PANELS : 1>(smem.k[0], 0)",
         "1>(smem.k[0], 0)",
         "flash_fwd_sm90_hd128.cu",
-        "128",
+        "8",
         "expected",
     ),
     Mistake(
@@ -81,7 +81,7 @@ MISTAKES = [
         "chunks[EIGHTS ? i + i / V_PANEL * (V_PANELS - 1) * V_PANEL : i]",
         "chunks[i]",
         "flash_fwd_sm90_hd128.cu",
-        "128",
+        "8",
         "expected",
     ),
     Mistake(
