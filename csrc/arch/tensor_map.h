@@ -26,8 +26,11 @@ struct TensorMapSpec {
   int planes = 1;
 };
 
+// With whole_rows the map has five dimensions, since rows are cut into panels, of which they must be multiples: panel,
+// rows, panels, and the last two. A box has its rows' first panels, then their next ones.
+//
 // cudaErrorNotSupported without a driver that knows TMA, cudaErrorInvalidValue if the tensor cannot be described.
-inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) {
+inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec, bool whole_rows = false) {
   // The function is the driver's, which this library does not link to.
   static const auto encode = [] {
     void* function = nullptr;
@@ -48,18 +51,25 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorMapSpec& spec) 
   const CUtensorMapSwizzle swizzle = panel_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
-  cuuint64_t sizes[4], strides[3];
-  for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(spec.sizes[i]);
-  // The stride of a dimension of one element may be anything, but must be valid.
-  for (int i = 0; i < 3; ++i) {
-    strides[i] = spec.sizes[i + 1] > 1 ? static_cast<cuuint64_t>(spec.strides[i] * element_bytes) : cuuint64_t{16};
-  }
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(spec.panel), static_cast<cuuint32_t>(spec.rows),
-                             static_cast<cuuint32_t>(spec.planes), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, type, 4, const_cast<void*>(spec.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             swizzle, spec.reads_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+  cuuint64_t sizes[5], strides[5];
+  cuuint32_t box[5], rank = 0;
+  const auto add = [&](int64_t size, int64_t stride, int64_t of_box) {
+    sizes[rank] = static_cast<cuuint64_t>(size);
+    // The stride of a dimension of one element may be anything, but must be valid.
+    strides[rank] = size > 1 ? static_cast<cuuint64_t>(stride * element_bytes) : cuuint64_t{16};
+    box[rank++] = static_cast<cuuint32_t>(of_box);
+  };
+  const int64_t num_panels = spec.sizes[0] / spec.panel;
+  add(whole_rows ? spec.panel : spec.sizes[0], 1, spec.panel);
+  add(spec.sizes[1], spec.strides[0], spec.rows);
+  if (whole_rows) add(num_panels, spec.panel, num_panels);
+  add(spec.sizes[2], spec.strides[1], spec.planes);
+  add(spec.sizes[3], spec.strides[2], 1);
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUresult result =  // elements of the first dimension lie side by side: it has no stride
+      encode(map, type, rank, const_cast<void*>(spec.base), sizes, strides + 1, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             spec.reads_ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

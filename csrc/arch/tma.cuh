@@ -12,6 +12,20 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+// True in one lane of a whole warp. What takes its operands from the warp's registers, as a copy does, the compiler
+// otherwise puts into a loop over the lanes that might be there, of 70 cycles for each that is.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // One box of a 4-D tensor to shared memory; `barrier` gets the bytes, all of the box's even where it
 // lies outside the tensor and is filled with zeros. By one thread.
 __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x,
@@ -23,7 +37,17 @@ __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap
       : "memory");
 }
 
-// The same to all CTAs of the cluster whose bit is set, to the same place in each, whose barrier gets the bytes.
+// The same where the map cuts rows into panels: all of them.
+__device__ __forceinline__ void tma_load_whole_rows(void* destination, const CUtensorMap& map, MBarrier& barrier,
+                                                    int32_t row, int32_t z, int32_t w) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], "
+      "[%2];\n" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier.state)), "r"(0), "r"(row), "r"(z), "r"(w)
+      : "memory");
+}
+
+// tma_load_4d to all CTAs of the cluster whose bit is set, to the same place in each, whose barrier gets the bytes.
 __device__ __forceinline__ void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier,
                                                       int32_t x, int32_t y, int32_t z, int32_t w, uint16_t cta_mask) {
   asm volatile(

@@ -13,15 +13,17 @@ namespace fastattn {
 //
 //   K-major (rows are M or N, the panel runs along K):  stride = bytes from 8 rows to the next 8
 //   MN-major (rows are K, the panel runs along N):      the same, and leading = bytes from panel to panel
+//
+// A panel's rows lie behind each other; or, with BETWEEN panels, eight rows of each of so many do, and then the next.
 struct WgmmaDescriptor {
   uint32_t low, high;
 
-  template <int PANEL_BYTES>
+  template <int PANEL_BYTES, int BETWEEN = 1>
   __device__ __forceinline__ static WgmmaDescriptor make(const void* base, uint32_t leading_bytes) {
     static_assert(PANEL_BYTES == 128 || PANEL_BYTES == 64, "swizzles of 128 and 64 bytes");
     constexpr uint32_t kSwizzle = PANEL_BYTES == 128 ? 1 : 2;
     return {((shared_address(base) & 0x3ffff) >> 4) | ((leading_bytes & 0x3ffff) >> 4) << 16,
-            (8 * PANEL_BYTES) >> 4 | kSwizzle << 30};
+            (8 * PANEL_BYTES * BETWEEN) >> 4 | kSwizzle << 30};
   }
 
   // The same tile so many bytes further on. All threads agree on it, and the compiler is told: a descriptor is taken

@@ -81,9 +81,10 @@ namespace fastattn {
 // ---------------------------------------------------------------------------------------------
 // Kernel
 
-// EXTRAS: softcap, ALiBi, sinks, seqused_q and out_scale, whose code the others should not have to fetch.
+// EXTRAS: softcap, ALiBi, sinks, seqused_q and out_scale, whose code the others should not have to fetch. EIGHTS: a
+// copy brings eight rows of a page, all of their panels, of K and V.
 template <typename Input, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool EXTRAS, bool WIDENS,
-          bool PACKS>
+          bool PACKS, bool EIGHTS>
 __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     flash_fwd_sm90_kernel(const __grid_constant__ FlashFwdSm90Args args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -94,12 +95,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr float QUERY_UNIT = CONVERTS_Q ? 1.0f / kWidenedQueryScale : 1.0f;
   constexpr bool FP8 = sizeof(T) == 1;
   static_assert(!WIDENS || (!FP8 && HEAD_DIM == V_HEAD_DIM));
+  static_assert(!EIGHTS || (!FP8 && !WIDENS));
   constexpr int NUM_TURNERS = FP8 ? 3 : 0;     // warps
   constexpr bool HAS_HELPERS = FP8 || WIDENS;  // warps 1 to 3: turners, or wideners
   constexpr int BLOCK_M = Storage::BLOCK_M;
   constexpr int STAGES = Storage::kStages;
   constexpr int PANEL = kPanelOf<T, HEAD_DIM>, V_PANEL = kPanelOf<T, V_HEAD_DIM>;
   constexpr int STORED_DIM = kStoredDim<T, HEAD_DIM>, V_STORED_DIM = kStoredDim<T, V_HEAD_DIM>;
+  // Of K and V in shared memory: panels, and how many rows of one lie there before the next one's.
+  constexpr int PANELS = STORED_DIM / PANEL, V_PANELS = V_STORED_DIM / V_PANEL;
+  constexpr int PANEL_ROWS = EIGHTS ? 8 : BLOCK_N;
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
@@ -175,8 +180,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     FlashTile tile;
     const auto load_k = [&](const FlashTile& t, int32_t step) {
       const uint32_t stage = k_ring.stage();
-      load_block<STORED_DIM / PANEL, PANEL, BLOCK_N, PACKS>(args, args.k, smem.k[stage], smem.k_empty[stage],
-                                                            smem.k_full[stage], k_ring.parity(), t, step);
+      load_block<STORED_DIM / PANEL, PANEL, BLOCK_N, PACKS, EIGHTS>(args, args.k, smem.k[stage], smem.k_empty[stage],
+                                                                    smem.k_full[stage], k_ring.parity(), t, step);
       k_ring.advance();
     };
     const auto load_v = [&](const FlashTile& t, int32_t step) {
@@ -188,8 +193,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         empty = &smem.v_turned[stage];
       }
       if (FP8 || (ends_inside && (step + 1) * BLOCK_N > t.k_len)) full = &smem.v_loaded[stage];
-      load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N, PACKS>(args, args.v, target, *empty, *full, v_ring.parity(),
-                                                                  t, step);
+      load_block<V_STORED_DIM / V_PANEL, V_PANEL, BLOCK_N, PACKS, EIGHTS>(args, args.v, target, *empty, *full,
+                                                                          v_ring.parity(), t, step);
       v_ring.advance();
     };
     RingPosition<WIDENS ? Storage::Sizes::kStagesRaw : 1> raw_ring;
@@ -197,8 +202,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       if constexpr (WIDENS) {
         constexpr int WIDTH = kRawPanel<HEAD_DIM>;
         const uint32_t stage = raw_ring.stage();
-        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N, PACKS>(args, map, smem.raw[stage], smem.raw_empty[stage],
-                                                            smem.raw_full[stage], raw_ring.parity(), t, step);
+        load_block<HEAD_DIM / WIDTH, WIDTH, BLOCK_N, PACKS, EIGHTS>(args, map, smem.raw[stage], smem.raw_empty[stage],
+                                                                    smem.raw_full[stage], raw_ring.parity(), t, step);
         raw_ring.advance();
       }
     };
@@ -385,8 +390,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
             const int32_t begin = (tile.k_len - step * BLOCK_N) * (V_PANEL / 8);
 #pragma unroll 1
             for (int panel = 0; panel < V_STORED_DIM / V_PANEL; ++panel) {
-              uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * BLOCK_N * V_PANEL);
-              for (int32_t i = begin + lane; i < BLOCK_N * (V_PANEL / 8); i += 32) chunks[i] = make_uint4(0, 0, 0, 0);
+              uint4* const chunks = reinterpret_cast<uint4*>(smem.v[v_ring.stage()] + panel * PANEL_ROWS * V_PANEL);
+              for (int32_t i = begin + lane; i < BLOCK_N * (V_PANEL / 8); i += 32) {
+                chunks[EIGHTS ? i + i / V_PANEL * (V_PANELS - 1) * V_PANEL : i] = make_uint4(0, 0, 0, 0);
+              }
             }
             fence_proxy_async();
             __syncwarp();
@@ -419,10 +426,11 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
 
   // ---- products
   const auto q_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.q[0] + consumer * 64 * PANEL, 0);
-  const auto k_tiles = WgmmaDescriptor::make<PANEL * sizeof(T)>(smem.k[0], 0);
+  const auto k_tiles = WgmmaDescriptor::make<PANEL * sizeof(T), EIGHTS ? PANELS : 1>(smem.k[0], 0);
   constexpr int KEY_PANEL = kKeyPanel<BLOCK_N>;
   const auto v_tiles = FP8 ? WgmmaDescriptor::make<KEY_PANEL>(smem.v[0], 0)
-                           : WgmmaDescriptor::make<V_PANEL * sizeof(T)>(smem.v[0], BLOCK_N * V_PANEL * sizeof(T));
+                           : WgmmaDescriptor::make<V_PANEL * sizeof(T), EIGHTS ? V_PANELS : 1>(
+                                 smem.v[0], PANEL_ROWS * V_PANEL * sizeof(T));
 
   // The operands of the next products. Asked for before K is waited for, and kept for the case that S is computed
   // again, ptxas has all descriptors ready before the first product, and the others follow closely: 6 % where three
@@ -441,7 +449,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     for (int kk = 0; kk < HEAD_DIM / K; ++kk) {
       constexpr int STEPS = PANEL / K;
       Wgmma<T, BLOCK_N>::ss(scores, q.plus((kk / STEPS * BLOCK_M * PANEL + kk % STEPS * K) * sizeof(T)),
-                            k.plus((kk / STEPS * BLOCK_N * PANEL + kk % STEPS * K) * sizeof(T)), kk > 0);
+                            k.plus((kk / STEPS * PANEL_ROWS * PANEL + kk % STEPS * K) * sizeof(T)), kk > 0);
     }
     wgmma_commit();
   };
@@ -451,7 +459,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < BLOCK_N / K; ++kk) {
-      const int offset = FP8 ? kk * K / KEY_PANEL * V_HEAD_DIM * KEY_PANEL + kk * K % KEY_PANEL : kk * K * V_PANEL;
+      const int offset = FP8 ? kk * K / KEY_PANEL * V_HEAD_DIM * KEY_PANEL + kk * K % KEY_PANEL
+                             : kk * K * V_PANEL * (EIGHTS ? V_PANELS : 1);
       Wgmma<T, V_HEAD_DIM>::rs(acc, probs[kk], v.plus(offset * sizeof(T)), kk > 0 || !first);
     }
     wgmma_commit();
@@ -1157,13 +1166,21 @@ cudaError_t launch_flash_fwd_sm90(const FlashFwdSm90Params& p, cudaStream_t stre
                                    {p.v_token_stride, p.v_head_stride, p.v_batch_stride},
                                    kVPanel,
                                    box_rows}};
+  // Boxes of eight rows are many and small: two panels come in one copy.
+  constexpr bool CAN_HAVE_EIGHTS =
+      sizeof(T) == 2 && HEAD_DIM == 128 && V_HEAD_DIM == 128 && !EXTRAS && !WIDENS && !PACKS;
+  const bool eights = CAN_HAVE_EIGHTS && paged && box_rows == 8 && p.head_dim == HEAD_DIM && p.v_head_dim == V_HEAD_DIM;
   CUtensorMap* const maps[3] = {&args.q, &args.k, &args.v};
   for (int i = 0; i < 3; ++i) {
-    const cudaError_t error = make_tensor_map(maps[i], specs[i]);
+    const cudaError_t error = make_tensor_map(maps[i], specs[i], eights && i > 0);
     if (error != cudaSuccess) return error;
   }
 
-  const auto kernel = flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS, PACKS>;
+  const auto kernel_of = [](auto has_eights) {
+    return flash_fwd_sm90_kernel<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, EXTRAS, WIDENS, PACKS, has_eights()>;
+  };
+  const auto kernel =
+      eights ? kernel_of(std::bool_constant<CAN_HAVE_EIGHTS>()) : kernel_of(std::bool_constant<false>());
   if (!p.beside && config.num_tiles > config.num_ctas) {
     const cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;

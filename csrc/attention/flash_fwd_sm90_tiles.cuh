@@ -150,19 +150,26 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   return true;
 }
 
-// A block of keys or values to shared memory, by a whole warp: a lane for each box, which is a panel's rows of one
-// page, or a whole panel where there are no pages. Behind the end of a paged sequence the table may hold anything: what
-// would be there is zeros.
-template <int PANELS, int WIDTH, int BLOCK_N, bool PACKS, typename T>
+// A block of keys or values to shared memory, by a whole warp. It lies in boxes: the rows of one page in each, or all
+// where there are no pages; and each in panels, which a copy brings. Behind the end of a paged sequence the table may
+// hold anything: what would be there is zeros. EIGHTS: boxes have eight rows, and a copy brings all panels of one.
+//
+// A lane finds a box. Then one lane starts all copies: what several lanes start the compiler puts into a loop over
+// them, of 70 cycles each. Not where rows are short, of 8 bits, or queries few, packed: with pages of eight tokens one
+// lane took 15 % longer there.
+template <int PANELS, int WIDTH, int BLOCK_N, bool PACKS, bool EIGHTS, typename T>
 __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const CUtensorMap& map, T* target,
                                            MBarrier& empty, MBarrier& full, uint32_t parity, const FlashTile& tile,
                                            int32_t step) {
+  constexpr bool ONE_LANE = !PACKS && sizeof(T) == 2;
+  static_assert(ONE_LANE || !EIGHTS);
+  static_assert(BLOCK_N / 8 <= 32);  // a lane finds each box, which has 8 rows at least
   const FlashFwdSm90Params& p = args.p;
   const int lane = threadIdx.x % 32;
   const int32_t kv_head = args.group_size.divide(tile.head_idx), first_key = step * BLOCK_N;
   int32_t row, page;  // in device memory
   const auto find = [&](int box) {
-    const int32_t key = first_key + box / PANELS * args.box_rows;
+    const int32_t key = first_key + box * args.box_rows;
     if (p.block_table == nullptr) {
       row = tile.k_start + key;
       page = p.cu_seqlens_k != nullptr ? 0 : tile.seq_idx;
@@ -172,21 +179,50 @@ __device__ __forceinline__ void load_block(const FlashFwdSm90Args& args, const C
       page = key < tile.k_len ? p.block_table[tile.seq_idx * p.block_table_stride + idx] : -1;
     }
   };
-  constexpr bool ONE_EACH = PANELS * BLOCK_N / 8 <= 32;  // a box has 8 rows at least
-  find(lane);                                            // before the wait: a table's entry takes its time
+  const auto target_of = [&](int box, int panel) { return target + (panel * BLOCK_N + box * args.box_rows) * WIDTH; };
+  find(ONE_LANE ? lane : lane / PANELS);  // before the wait: a table's entry takes its time
   empty.wait(parity ^ 1);
   __syncwarp();  // nobody may be two phases behind
   if (lane == 0) full.arrive_expect_bytes(PANELS * WIDTH * BLOCK_N * sizeof(T));
-  for (int box = lane; box < PANELS * args.num_boxes; box += 32) {
-    if (box >= 32) find(box);
-    const int offset = box % PANELS * BLOCK_N + box / PANELS * args.box_rows;
-    if constexpr (PACKS) {
-      tma_load_4d(target + offset * WIDTH, map, full, box % PANELS * WIDTH, row, kv_head, page,
-                  tile.k_len <= args.few_keys ? evict_first_policy() : evict_normal_policy());
-    } else {
-      tma_load_4d(target + offset * WIDTH, map, full, box % PANELS * WIDTH, row, kv_head, page);
+
+  if constexpr (ONE_LANE) {
+    constexpr int AT_ONCE = 4;  // boxes whose places are handed on before the first is copied: a shuffle takes its time
+    static_assert(!EIGHTS || BLOCK_N / 8 % AT_ONCE == 0);
+    const int num_boxes = EIGHTS ? BLOCK_N / 8 : args.num_boxes;
+    for (int first = 0; first < num_boxes; first += AT_ONCE) {
+      int32_t rows[AT_ONCE], pages[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        rows[i] = __shfl_sync(0xffffffffu, row, first + i);
+        pages[i] = __shfl_sync(0xffffffffu, page, first + i);
+      }
+      if (!elect_lane()) continue;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if constexpr (EIGHTS) {
+          tma_load_whole_rows(target + (first + i) * 8 * PANELS * WIDTH, map, full, rows[i], kv_head, pages[i]);
+          continue;
+        }
+        if (first + i >= args.num_boxes) break;
+#pragma unroll
+        for (int panel = 0; panel < PANELS; ++panel) {
+          tma_load_4d(target_of(first + i, panel), map, full, panel * WIDTH, rows[i], kv_head, pages[i]);
+        }
+      }
     }
-    if (ONE_EACH) break;
+  } else {
+    constexpr bool ONE_EACH = PANELS * BLOCK_N / 8 <= 32;
+    for (int i = lane; i < PANELS * args.num_boxes; i += 32) {
+      if (i >= 32) find(i / PANELS);
+      const int panel = i % PANELS;
+      if constexpr (PACKS) {
+        tma_load_4d(target_of(i / PANELS, panel), map, full, panel * WIDTH, row, kv_head, page,
+                    tile.k_len <= args.few_keys ? evict_first_policy() : evict_normal_policy());
+      } else {
+        tma_load_4d(target_of(i / PANELS, panel), map, full, panel * WIDTH, row, kv_head, page);
+      }
+      if (ONE_EACH) break;
+    }
   }
 }
 

@@ -64,11 +64,15 @@ std::string MBarrier::text() const {
 // ---------------------------------------------------------------------------------------------
 // The copy engine
 
-void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y,
-                           int32_t z, int32_t w, uint16_t cta_mask) {
+namespace {
+
+// The box that begins at these elements, as many as the map has dimensions.
+void load_box(void* destination, const CUtensorMap& map, MBarrier& barrier, std::array<int32_t, 5> first,
+              int rank_of_map, uint16_t cta_mask) {
   const emulator::TensorMap tensor = emulator::read_tensor_map(map);
+  if (tensor.rank != rank_of_map) emulator::fail("a copy that names more or fewer dimensions than its map has");
   const uint32_t target = shared_address(destination);
-  const int row_bytes = tensor.box[0] * tensor.element_bytes, num_rows = tensor.box[1] * tensor.box[2];
+  const int row_bytes = tensor.box[0] * tensor.element_bytes, num_rows = tensor.num_rows();
   const int num_bytes = row_bytes * num_rows;
   // With a swizzle, fewer rows than it repeats after would begin in its middle.
   const bool swizzled = row_bytes == 128 || row_bytes == 64;
@@ -83,7 +87,7 @@ void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& 
       emulator::require_running(rank);
       std::vector<unsigned char> bytes(row_bytes);
       for (int row = 0; row < num_rows; ++row) {
-        tensor.read_row(x, y + row % tensor.box[1], z + row / tensor.box[1], w, bytes.data());
+        tensor.read_row(first, row, bytes.data());
         for (int begin = 0; begin < row_bytes; begin += 16) {  // what a swizzle keeps together
           std::memcpy(smem + emulator::swizzle(target + row * row_bytes + begin, row_bytes), &bytes[begin], 16);
         }
@@ -91,6 +95,18 @@ void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& 
       its_barrier.complete_bytes(num_bytes);
     });
   }
+}
+
+}  // namespace
+
+void tma_load_4d_multicast(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t x, int32_t y,
+                           int32_t z, int32_t w, uint16_t cta_mask) {
+  load_box(destination, map, barrier, {x, y, z, w, 0}, 4, cta_mask);
+}
+
+void tma_load_whole_rows(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t row, int32_t z,
+                         int32_t w) {
+  load_box(destination, map, barrier, {0, row, 0, z, w}, 5, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
 
 void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes, uint64_t) {

@@ -20,20 +20,20 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
                            const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                            const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  require(rank == 4 && box[3] == 1, "four dimensions, and boxes of three, are all that is known here");
+  require(rank == 4 || rank == 5, "four or five dimensions are all that is known here");
   require(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE, "other modes");
   require(reinterpret_cast<uintptr_t>(base) % 16 == 0, "a base that is not a multiple of 16");
-  TensorMap result = {};
+  TensorMap result = {nullptr, {1, 1, 1, 1, 1}, {}, {1, 1, 1, 1, 1}, static_cast<uint16_t>(rank), 0};
   result.base = static_cast<const unsigned char*>(base);
   result.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
-  for (int i = 0; i < 4; ++i) {
+  for (cuuint32_t i = 0; i < rank; ++i) {
     require(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32, "a size that is 0 or above 2^32");
     require(steps[i] == 1, "steps");
     result.sizes[i] = static_cast<int64_t>(sizes[i]);
     result.strides[i] = i == 0 ? result.element_bytes : static_cast<int64_t>(strides[i - 1]);
     require(i == 0 || (result.strides[i] % 16 == 0 && strides[i - 1] < uint64_t{1} << 40), "a stride");
   }
-  for (int i = 0; i < 3; ++i) {
+  for (cuuint32_t i = 0; i < rank; ++i) {
     require(box[i] >= 1 && box[i] <= 256, "a box that is empty, or larger than 256");
     result.box[i] = static_cast<int>(box[i]);
   }

@@ -9,21 +9,24 @@ namespace emulator {
 
 struct TensorMap {
   const unsigned char* base;
-  int64_t sizes[4];
-  int64_t strides[4];  // bytes
-  int box[3];          // elements of the first three dimensions
-  int element_bytes;
+  int64_t sizes[5];    // of a map of four dimensions the last is 1
+  int64_t strides[5];  // bytes
+  int box[5];          // elements
+  uint16_t rank;
+  uint16_t element_bytes;
 
-  // A row of the box; zeros outside the tensor.
-  void read_row(int64_t x, int64_t y, int64_t z, int64_t w, unsigned char* target) const {
+  int num_rows() const { return box[1] * box[2] * box[3] * box[4]; }
+
+  // A row of the box that begins at these elements; zeros outside the tensor.
+  void read_row(const std::array<int32_t, 5>& first, int idx, unsigned char* target) const {
     std::memset(target, 0, box[0] * element_bytes);
-    const int64_t at[4] = {0, y, z, w};
     const unsigned char* row = base;
-    for (int i = 1; i < 4; ++i) {
-      if (at[i] < 0 || at[i] >= sizes[i]) return;
-      row += at[i] * strides[i];
+    for (int i = 1; i < 5; idx /= box[i++]) {
+      const int64_t at = int64_t{first[i]} + idx % box[i];
+      if (at < 0 || at >= sizes[i]) return;
+      row += at * strides[i];
     }
-    const int64_t begin = std::max<int64_t>(x, 0), end = std::min(x + box[0], sizes[0]);
+    const int64_t x = first[0], begin = std::max<int64_t>(x, 0), end = std::min(x + box[0], sizes[0]);
     if (begin >= end) return;
     std::memcpy(target + (begin - x) * element_bytes, row + begin * element_bytes, (end - begin) * element_bytes);
   }

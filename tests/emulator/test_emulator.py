@@ -20,8 +20,8 @@ NUM_CALLS = int(os.environ.get("FASTATTN_EMULATOR_CALLS", "64"))  # of each kern
 
 # Beside the first ones: many rows with one key, whose LSE is a score as wgmma adds it up, which 2e-4 did not allow.
 FURTHER_CALLS = {"flash_fwd_sm90": 144}
-# And as many of sizes that are not among them: of products gates in 8 bits.
-FURTHER_SIZES = {"gemm_sm90": ("4",)}
+# And as many of sizes that are not among them, or seldom: of products gates in 8 bits, of attention copies of eight rows.
+FURTHER_SIZES = {"gemm_sm90": ("4",), "flash_fwd_sm90": ("8",)}
 
 pytestmark = [
     pytest.mark.long,

@@ -8,6 +8,12 @@
 
 namespace fastattn {
 
+// Any lane, but the same for all.
+inline bool elect_lane() {
+  const int draw = emulator::this_lane() == 0 ? static_cast<int>(emulator::random_engine() % 32) : 0;
+  return emulator::exchange(draw)[0] == emulator::this_lane();
+}
+
 inline void tma_prefetch_map(const CUtensorMap&) {}
 
 inline void tma_prefetch_4d(const CUtensorMap&, int32_t, int32_t, int32_t, int32_t, uint64_t) {}
@@ -19,6 +25,9 @@ inline void tma_load_4d(void* destination, const CUtensorMap& map, MBarrier& bar
                         int32_t w, uint64_t = 0) {
   tma_load_4d_multicast(destination, map, barrier, x, y, z, w, static_cast<uint16_t>(1u << emulator::this_rank()));
 }
+
+void tma_load_whole_rows(void* destination, const CUtensorMap& map, MBarrier& barrier, int32_t row, int32_t z,
+                         int32_t w);
 
 void tma_load_bytes(void* destination, const void* source, MBarrier& barrier, uint32_t num_bytes, uint64_t = 0);
 

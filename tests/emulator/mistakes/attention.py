@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.emulator.mistakes.mistake import Header, Mistake
 
 FWD = Header("attention/flash_fwd_sm90.cuh", "flash_fwd_sm90")
+FWD_TILES = Header("attention/flash_fwd_sm90_tiles.cuh", "flash_fwd_sm90")
 FWD_STORAGE = Header("attention/flash_fwd_sm90_storage.cuh", "flash_fwd_sm90")
 BWD = Header("attention/flash_bwd_sm90.cuh", "flash_bwd_sm90")
 DECODE = Header("attention/paged_decode.cuh", "paged_decode")
@@ -74,6 +75,43 @@ MISTAKES = [
         "flash_fwd_sm90_hd128.cu",
         "128",
         "deadlock",
+    ),
+    Mistake(
+        "boxes of a block come from the page of another one",
+        FWD_TILES,
+        "pages[i] = __shfl_sync(0xffffffffu, page, first + i);",
+        "pages[i] = __shfl_sync(0xffffffffu, page, first);",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "expected",
+        call=49,
+    ),
+    Mistake(
+        "keys whose panels lie by eight rows are read as if whole panels lay behind each other",
+        FWD,
+        "EIGHTS ? PANELS : 1>(smem.k[0], 0)",
+        "1>(smem.k[0], 0)",
+        "flash_fwd_sm90_hd128.cu",
+        "8",
+        "expected",
+    ),
+    Mistake(
+        "of values whose panels lie by eight rows others are cleared than have no key",
+        FWD,
+        "chunks[EIGHTS ? i + i / V_PANEL * (V_PANELS - 1) * V_PANEL : i]",
+        "chunks[i]",
+        "flash_fwd_sm90_hd128.cu",
+        "8",
+        "expected",
+    ),
+    Mistake(
+        "each lane copies a block",
+        FWD_TILES,
+        "if (!elect_lane()) continue;",
+        "elect_lane();",
+        "flash_fwd_sm90_hd128.cu",
+        "128",
+        "bytes missing",
     ),
     # Undefined, and every test passed on GPUs; synccheck found it.
     Mistake(
