@@ -125,11 +125,11 @@ class PaddedDecodes(DecodeGraphs):
         self._logits = None
 
     def capture(self, shape: DecodeShape, batch: Batch) -> Any:
-        logits = self._decode(batch, None)
-        if self._logits is None:
-            self._logits = logits.new_full((self.shapes.max_num_tokens, logits.shape[1]), float("nan"))
-        memory = self._logits[: shape.num_tokens]
-        self._graphs[shape] = SimpleNamespace(replay=lambda: self._decode(batch, memory))
+        result = self._decode(batch, shape.greedy, None)
+        if self._logits is None and not shape.greedy:
+            self._logits = result.new_full((self.shapes.max_num_tokens, result.shape[1]), float("nan"))
+        memory = None if shape.greedy or self._logits is None else self._logits[: shape.num_tokens]
+        self._graphs[shape] = SimpleNamespace(replay=lambda: self._decode(batch, shape.greedy, memory))
         self._graphs[shape].replay()
         return self._graphs[shape]
 
