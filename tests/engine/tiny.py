@@ -103,13 +103,14 @@ def make_engine(
     *,
     draft: DecoderModel | None = None,
     padded: bool = False,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Engine:
     """A small engine that verifies its bookkeeping after every step. draft: the draft model, with option `speculative`.
     padded: decode steps are what they are with CUDA graphs."""
     defaults = {"max_model_len": 256, "num_kv_blocks": 128, "block_size": 8, "max_num_seqs": 16, "debug_checks": True}
     config = EngineConfig(**(defaults | options))
-    runner = Runner(network, config, torch.device("cpu"), torch.float32)
+    runner = Runner(network, config, torch.device("cpu"), dtype)
     if padded:
         runner.graphs = PaddedDecodes(runner)
     return Engine(runner, config, tokenizer, make_speculator(config, network, draft))
