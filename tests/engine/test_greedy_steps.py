@@ -256,7 +256,7 @@ def test_a_request_whose_logits_are_not_numbers_ends_alone(
     network = load()
     expected = tokens(tiny.make_engine(network, tokenizer), GREEDY, PROMPTS[:3])
     drawn.clear()
-    seen = {id for i, text in enumerate(expected) for id in tokenizer.encode(PROMPTS[i]) + text[0]}
+    seen = {token for i, text in enumerate(expected) for token in tokenizer.encode(PROMPTS[i]) + text[0]}
     bad = min(set(range(2, tiny.CONFIG.vocab_size)) - seen)
     network.embed_tokens.weight[bad] = float("nan")
     prompts: list[Any] = [PROMPTS[0], {"prompt_token_ids": [5, bad, 6]}, PROMPTS[2]]
@@ -303,14 +303,17 @@ class Recorded:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_best_of_ranks_is_that_of_one(size: int) -> None:
-    """Small integers, so that sums are exact: equals on several ranks, a row with a NaN, and logits that are not finite."""
+    """Small integers, so that sums are exact: equals on several ranks, the best on any of them, logits below 0, NaN and inf."""
     vocab, k = tiny.CONFIG.vocab_size, tiny.CONFIG.hidden_size
     generator = torch.Generator().manual_seed(size)
     weight = torch.randint(-1, 2, (vocab, k), generator=generator).float()
     weight[70:90] = weight[5:25]  # the second rank's are the first one's
-    hidden = torch.randint(-2, 3, (9, k), generator=generator).float()
-    hidden[:5] = weight[[5, 9, 14, 20, 24]]
-    hidden[5, 3], hidden[6], hidden[7, 0] = float("nan"), float("inf"), float("-inf")
+    weight[:, 0], weight[:, 1], weight[104, 1] = 1, 0, 1
+    hidden = torch.zeros(9, k)
+    best = [5, 9, 24, 60, 106]
+    hidden[:5] = weight[best]
+    hidden[5, :2] = torch.tensor([-9.0, 1.0])  # the last rank has the best, of all that are negative
+    hidden[6, 3], hidden[7], hidden[8, 0] = float("nan"), float("inf"), float("-inf")
     columns = [torch.zeros(9), torch.zeros(9).int(), torch.ones(9), torch.zeros(9)]
     sampling: Any = (*columns, torch.arange(9), torch.arange(9))
     group: Any = Recorded()
@@ -321,6 +324,6 @@ def test_the_best_of_ranks_is_that_of_one(size: int) -> None:
         assert model.lm_head is not None
         model.lm_head.weight.copy_(weight[model.lm_head.shard.slices])
         found = model.greedy(hidden, sampling)
-    expected = ops.sample(hidden @ weight.t(), *sampling)
-    assert found is not None and found.tolist() == expected.tolist()
-    assert expected[5] == -1 and set(expected[:5].tolist()) & {5, 9, 14, 20, 24}
+    expected = ops.sample(hidden @ weight.t(), *sampling).tolist()
+    assert expected == [*best, 104, -1, -1, -1]
+    assert found is not None and found.tolist() == expected
