@@ -11,6 +11,7 @@ import torch
 
 from fastattn import ops
 from fastattn.engine import runner as runner_module
+from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape
 from fastattn.engine.engine import Engine
 from fastattn.engine.pooling_params import PoolingParams
@@ -27,7 +28,8 @@ from fastattn.reference.linear import can_pack
 from fastattn.speculative.config import SpeculativeConfig
 from tests.engine import tiny
 from tests.engine.requests import GREEDY, PROMPTS, only, with_
-from tests.engine.test_tensor_parallel import Pair
+from tests.engine.test_tensor_parallel import MODELS, OPTIONS, Pair
+from tests.engine.thread_ranks import ThreadRanks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -270,17 +272,18 @@ def test_a_request_whose_logits_are_not_numbers_ends_alone(
 
 @pytest.fixture(params=[("9-and-3-heads", 2), ("9-and-3-heads", 3), ("tied", 3)], ids=lambda p: f"{p[0]}-{p[1]}")
 def pair(request: pytest.FixtureRequest, plain_heads: None) -> Iterator[Pair]:
-    from tests.engine.test_tensor_parallel import MODELS
-
     made = Pair(MODELS[request.param[0]], request.param[1])
     yield made
     made.close()
 
 
-def test_ranks_draw_from_their_parts(pair: Pair, drawn: list[int]) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_ranks_draw_from_their_parts(pair: Pair, drawn: list[int], padded: bool) -> None:
     alone = tiny.run(pair.alone(), PROMPTS, GREEDY)
     drawn.clear()
-    pair.compare(tiny.run(pair.shared(max_num_batched_tokens=24, max_num_seqs=4), PROMPTS, GREEDY), alone)
+    pair.groups.append(ThreadRanks(pair.source, pair.size, padded))
+    config = EngineConfig(**OPTIONS, max_num_batched_tokens=24, max_num_seqs=4)
+    pair.compare(tiny.run(pair.groups[-1].start(config), PROMPTS, GREEDY), alone)
     assert drawn and len(drawn) % pair.size == 0  # each of them, in every step
 
 
