@@ -30,20 +30,23 @@ class NoDevice(Runner):
     def __init__(self, config: EngineConfig) -> None:
         device = torch.device("cpu")
         super().__init__(build_model(tiny.CONFIG, device, torch.float32, MAX_LEN), config, device, torch.float32)
-        self.sampler = KnownDraws(config.max_num_seqs)
         self._logits = torch.zeros(config.max_num_seqs, 1)
+        self._token_ids = (torch.arange(config.max_num_seqs) % 90 + 5).int()
+        self.sampler = KnownDraws(self._token_ids)
 
     def compute_part(self, step: Step) -> Computed:
         self.buffers.load(step)
-        return Computed(self._logits[: step.num_logits], [], None)
+        if step.greedy:
+            return Computed(token_ids=self._token_ids[: step.num_logits])
+        return Computed(self._logits[: step.num_logits])
 
 
 class KnownDraws(Sampler):
     """Draws the same token for a row in every step."""
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, token_ids: torch.Tensor) -> None:
         super().__init__()
-        self._token_ids = (torch.arange(num_rows) % 90 + 5).int()
+        self._token_ids = token_ids
 
     def launch(
         self,

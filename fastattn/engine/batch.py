@@ -11,11 +11,12 @@ import torch
 from fastattn._runtime import BatchBuilder, ScheduledBatch, TokenSequence
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.decode_shapes import DecodeShape, DecodeShapes
+from fastattn.models.decoder import Sampling
 from fastattn.nn import AttentionMetadata
 from fastattn.ops import CascadeLevel
 
 _DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-_STEP = struct.Struct("<9q")
+_STEP = struct.Struct("<10q")
 _ROWS = struct.Struct("<2q")
 _COPY = struct.Struct("<4i")
 _MAX_BATCHES = 256  # of which views are kept
@@ -25,8 +26,9 @@ _MAX_BATCHES = 256  # of which views are kept
 class Step:
     """A step as a message: with the bytes of the step buffer it is all that a rank must know to compute its part.
 
-    nbytes: of the step buffer that are in use. cascade: what all sequences begin with is read once (`CascadeLevel`). graph: replay the CUDA graph of this shape, recording it first with
-    ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
+    nbytes: of the step buffer that are in use. cascade: what all sequences begin with is read once (`CascadeLevel`). greedy: each
+    row's temperature is 0, and its token is all that is wanted of it. graph: replay the CUDA graph of this shape, recording it
+    first with ``capture``. extra_rows: (first row, count) runs among the tokens whose logits are wanted on top of those that
     `logits_indices` names. copies: (from, to, tokens, `Route`) of KV blocks, to be made first, in this order.
     """
 
@@ -36,6 +38,7 @@ class Step:
     max_seqlen_q: int
     nbytes: int
     cascade: bool = False
+    greedy: bool = False
     graph: bool = False
     capture: bool = False
     extra_rows: tuple[tuple[int, int], ...] = ()
@@ -45,20 +48,21 @@ class Step:
         sizes = (self.num_tokens, self.num_seqs, self.num_logits, self.max_seqlen_q, self.nbytes)
         rows = b"".join(_ROWS.pack(*rows) for rows in self.extra_rows)
         copies = b"".join(_COPY.pack(*copy) for copy in self.copies)
-        return _STEP.pack(*sizes, self.cascade, self.graph, self.capture, len(self.extra_rows)) + rows + copies
+        flags = (self.cascade, self.greedy, self.graph, self.capture)
+        return _STEP.pack(*sizes, *flags, len(self.extra_rows)) + rows + copies
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Step:
-        tokens, seqs, logits, max_seqlen_q, nbytes, cascade, graph, capture, num_rows = _STEP.unpack_from(message)
+        tokens, seqs, logits, max_seqlen_q, nbytes, *flags, num_rows = _STEP.unpack_from(message)
         end = _STEP.size + num_rows * _ROWS.size
         rows = tuple((first, count) for first, count in _ROWS.iter_unpack(message[_STEP.size : end]))
         copies = tuple(_COPY.iter_unpack(message[end:]))
-        sizes = (tokens, seqs, logits, max_seqlen_q, nbytes)
-        return cls(*sizes, bool(cascade), bool(graph), bool(capture), rows, copies)
+        cascade, greedy, graph, capture = map(bool, flags)
+        return cls(tokens, seqs, logits, max_seqlen_q, nbytes, cascade, greedy, graph, capture, rows, copies)
 
     @property
     def shape(self) -> DecodeShape:
-        return DecodeShape(self.num_seqs, self.num_tokens, self.max_seqlen_q, self.cascade)
+        return DecodeShape(self.num_seqs, self.num_tokens, self.max_seqlen_q, self.cascade, self.greedy)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Batch:
     min_p: torch.Tensor
     seed: torch.Tensor
     sample_position: torch.Tensor
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.sample_position
 
 
 def decode_shapes(config: EngineConfig) -> DecodeShapes:
@@ -137,16 +145,22 @@ class BatchBuffers:
         them; what is missing to it is made up by sequences that write nothing and see nothing."""
         return self.fill_batch(ScheduledBatch(sequences, num_tokens), shape)
 
-    def fill_batch(self, batch: ScheduledBatch, shape: DecodeShape | None = None, num_shared_blocks: int = 0) -> Step:
+    def fill_batch(
+        self,
+        batch: ScheduledBatch,
+        shape: DecodeShape | None = None,
+        num_shared_blocks: int = 0,
+        greedy: bool = False,
+    ) -> Step:
         """As `fill`, of what the scheduler gave. num_shared_blocks: that all sequences begin with and that are to be read once,
-        in a shape that is a cascade if there is a shape."""
+        in a shape that is a cascade if there is a shape. greedy: see `Step`; of a shape that is so if there is a shape."""
         self.wait()
         pad = (0, 0) if shape is None else (shape.num_seqs - len(batch), shape.num_tokens - batch.total_tokens)
         cascade = num_shared_blocks > 0 if shape is None else shape.cascade
         info = self.builder.build(self._host_address, batch, *pad, cascade, num_shared_blocks)
         max_seqlen_q = info.max_seqlen_q if shape is None else shape.max_seqlen_q
         sizes = (info.num_tokens, info.num_seqs, info.num_logits, max_seqlen_q, info.nbytes)
-        return Step(*sizes, cascade, shape is not None)
+        return Step(*sizes, cascade, greedy if shape is None else shape.greedy, shape is not None)
 
     def load(self, step: Step) -> Batch:
         """Brings what was filled to the device, in the order of its stream."""

@@ -9,12 +9,13 @@ from itertools import pairwise
 @dataclass(frozen=True)
 class DecodeShape:
     """A step of num_seqs sequences, padding included, with num_tokens together and at most max_seqlen_q each. cascade: what all
-    begin with is read once."""
+    begin with is read once. greedy: it gives tokens and no logits."""
 
     num_seqs: int
     num_tokens: int
     max_seqlen_q: int
     cascade: bool = False
+    greedy: bool = False
 
 
 class DecodeShapes:

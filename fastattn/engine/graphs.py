@@ -17,14 +17,16 @@ logger = logging.getLogger("fastattn.engine")
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """One captured step; reads the step buffers, writes ``logits``."""
+    """One captured step; reads the step buffers, writes ``result``."""
 
     graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # (num_tokens, vocab_size), overwritten by each replay of any graph
+    # Logits (num_tokens, vocab_size), overwritten by each replay of any graph; of a greedy shape token ids (num_tokens) int32,
+    # overwritten by its own.
+    result: torch.Tensor
 
     def replay(self) -> torch.Tensor:
         self.graph.replay()
-        return self.logits
+        return self.result
 
 
 class DecodeGraphs:
@@ -33,8 +35,10 @@ class DecodeGraphs:
     All share one memory pool and one memory of logits: they run one after another and each step's results die with it.
     """
 
-    def __init__(self, forward: Callable[[Batch, torch.Tensor | None], torch.Tensor], shapes: DecodeShapes) -> None:
-        """forward: logits of a batch, in the given memory if there is one."""
+    def __init__(
+        self, forward: Callable[[Batch, bool, torch.Tensor | None], torch.Tensor], shapes: DecodeShapes
+    ) -> None:
+        """forward: of a batch its token ids, if it is greedy, or its logits, in the given memory if there is one."""
         self._forward, self.shapes = forward, shapes
         self._graphs: dict[DecodeShape, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -57,14 +61,15 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            logits = self._forward(batch, None)  # first calls load modules and libraries, which a capture must not
+            result = self._forward(batch, shape.greedy, None)  # loads modules and libraries, which a capture must not
         torch.cuda.current_stream().wait_stream(stream)
-        if self._logits is None:
-            self._logits = logits.new_empty((self.shapes.max_num_tokens, logits.shape[1]))
+        if self._logits is None and not shape.greedy:
+            self._logits = result.new_empty((self.shapes.max_num_tokens, result.shape[1]))
+        memory = None if shape.greedy or self._logits is None else self._logits[: shape.num_tokens]
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread's CUDA call must not break our capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._forward(batch, self._logits[: shape.num_tokens])
-        self._graphs[shape] = DecodeGraph(graph, logits)
+            result = self._forward(batch, shape.greedy, memory)
+        self._graphs[shape] = DecodeGraph(graph, result)
         logger.info("recorded a graph of %s in %.2f s", shape, time.perf_counter() - start)
         return self._graphs[shape]

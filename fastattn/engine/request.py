@@ -21,12 +21,14 @@ class Needs:
 
     OWN_LOGITS: draws from other logits than the model's, or wants to know some of them. KNOWN_TOKENS: its next draw depends on
     all tokens before it in a way that only the host can compute. PROMPT_LOGPROBS, POOLING: wants something of its prompt.
+    CHANCE: its tokens are drawn at random.
     """
 
     OWN_LOGITS: Final = 1
     KNOWN_TOKENS: Final = 2
     PROMPT_LOGPROBS: Final = 4
     POOLING: Final = 8
+    CHANCE: Final = 16
 
 
 class Status(enum.Enum):
@@ -82,6 +84,7 @@ class Request:
             | Needs.KNOWN_TOKENS * known_tokens
             | Needs.PROMPT_LOGPROBS * (p.prompt_logprobs is not None)
             | Needs.POOLING * (self.pooling is not None)
+            | Needs.CHANCE * (p.temperature > 0)
         )
         self.seq.is_streamed = p.output_kind != "final"
         # Whether its text may end it; else it is made when somebody is shown it.

@@ -43,14 +43,21 @@ _CASCADE_BYTES = 200_000_000
 _CASCADE_SEQS = 8
 
 
+# Of a greedy step with so many rows tokens are drawn where the model is computed, in its CUDA graph too. For as many the head
+# writes no logits (`ops.lm_head_sample`): 1.00 to 1.05 times as fast as `linear` and `sample` with 1 and 16 rows, 0.95 to 0.99
+# with 64 (bench/results/lm_head.md). More rows would want more graphs, and gain nothing.
+MOST_GREEDY_ROWS = 32
+
+
 @dataclass(frozen=True)
 class Computed:
-    """What a step's forward pass gave. logits (num_logits, vocab_size); extra_logits: the same of each run of
-    `Step.extra_rows`; hidden (T, hidden_size), None where a graph was replayed."""
+    """What a step's forward pass gave: logits (num_logits, vocab_size), or of a greedy step token_ids (num_logits) int32;
+    extra_logits: those of each run of `Step.extra_rows`; hidden (T, hidden_size), None where a graph was replayed."""
 
-    logits: torch.Tensor
-    extra_logits: list[torch.Tensor]
-    hidden: torch.Tensor | None
+    logits: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    extra_logits: Sequence[torch.Tensor] = ()
+    hidden: torch.Tensor | None = None
 
 
 class Runner:
@@ -119,7 +126,7 @@ class Runner:
         """Queues a step, after the one before it. Tokens of that one that the host does not know yet are taken from the device
         (`TokenSequence.append_unknown`). None: nobody's next token comes of it."""
         self.trace.phase("build")
-        step = self._fill(scheduled)
+        step = self._fill(scheduled, self._is_greedy(scheduled))
         self.trace.phase("launch")
         needs = scheduled.batch.needs
         wanted = _prompt_rows(scheduled) if needs & Needs.PROMPT_LOGPROBS else []
@@ -138,12 +145,27 @@ class Runner:
         if not num_drafted:
             return None
         # Without the rows that only fill up a graph.
-        num_rows = len(num_drafted) + sum(num_drafted.values())
+        num_rows = scheduled.num_rows
+        if computed.token_ids is not None:
+            return Draw(num_drafted, computed.token_ids[:num_rows], None)
+        assert computed.logits is not None
         batch = self._columns(step, num_rows)
         draw = self.sampler.launch(computed.logits[:num_rows], batch, num_drafted, scheduled.batch.draw_needs, drafts)
-        if self.buffers.drawn is not None:
-            self.buffers.drawn[:num_rows].copy_(draw.token_ids)
+        self._tell(draw.token_ids)
         return draw
+
+    @staticmethod
+    def _is_greedy(scheduled: Scheduled) -> bool:
+        """Whether nothing is wanted of the step's few rows but the token of the largest logit of each."""
+        draws, needs = scheduled.num_drafted, scheduled.batch.draw_needs
+        few = 0 < len(draws) == scheduled.num_rows <= MOST_GREEDY_ROWS
+        return few and not needs & (Needs.OWN_LOGITS | Needs.CHANCE)
+
+    def _tell(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Puts what a step drew where the next one looks up the tokens that the host does not know yet."""
+        if self.buffers.drawn is not None:
+            self.buffers.drawn[: token_ids.shape[0]].copy_(token_ids)
+        return token_ids
 
     @torch.inference_mode()
     def forward(self, scheduled: Scheduled, num_rows: int) -> tuple[torch.Tensor, Batch]:
@@ -151,6 +173,7 @@ class Runner:
         them with; valid until the next step."""
         step = self._fill(scheduled)
         logits = self.compute(step).logits
+        assert logits is not None
         return logits[:num_rows], self._columns(step, num_rows)
 
     def _columns(self, step: Step, num_rows: int) -> Batch:
@@ -192,13 +215,18 @@ class Runner:
         if step.graph:
             assert self.graphs is not None
             graph = self.graphs.capture(step.shape, batch) if step.capture else self.graphs.get(step.shape)
-            return Computed(graph.replay(), [], None)
+            result = graph.replay()
+            return Computed(token_ids=result) if step.greedy else Computed(result)
         if self._calibrates:
             hidden = self._calibrate(batch)
         else:
             hidden = self._hidden(batch)
         extra = [self.model.logits(hidden[first : first + count]) for first, count in step.extra_rows]
-        return Computed(self.model.logits(hidden[batch.logits_indices]), extra, hidden)
+        rows = hidden[batch.logits_indices]
+        if step.greedy:
+            token_ids = self._tell(self.model.greedy(rows, batch.sampling))
+            return Computed(token_ids=token_ids, extra_logits=extra, hidden=hidden)
+        return Computed(self.model.logits(rows), extra_logits=extra, hidden=hidden)
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int, int, int]]) -> None:
         """One launch for each route, in the order of the stream like all that reads and writes the cache: no copy waits on the
@@ -216,14 +244,21 @@ class Runner:
             else:
                 ops.swap_blocks(self.host_blocks, blocks, pairs)
 
-    def _fill(self, scheduled: Scheduled) -> Step:
+    def _fill(self, scheduled: Scheduled, greedy: bool = False) -> Step:
         """The step in the host's buffer: in the shape of a graph if it can have one, recorded if it is new, or as it is."""
         num_shared_blocks = self._num_shared_blocks(scheduled.batch)
-        shape = self._graph_shape(scheduled.batch, num_shared_blocks > 0)
+        shape = self._graph_shape(scheduled.batch, num_shared_blocks > 0, greedy)
         if shape is not None and self.graphs is not None and shape not in self.graphs:
-            # A step of padding alone is harmless to run and to record.
-            self.compute(replace(self.buffers.fill([], [], shape), capture=True))
-        return self.buffers.fill_batch(scheduled.batch, shape, num_shared_blocks)
+            self._record(shape)
+        return self.buffers.fill_batch(scheduled.batch, shape, num_shared_blocks, greedy)
+
+    def _record(self, shape: DecodeShape) -> None:
+        """A step of padding alone is harmless to run and to record, but for what it draws: that of the last step is still wanted."""
+        drawn = self.buffers.drawn
+        kept = None if drawn is None else drawn.clone()
+        self.compute(replace(self.buffers.fill([], [], shape), capture=True))
+        if drawn is not None and kept is not None:
+            drawn.copy_(kept)
 
     def _num_shared_blocks(self, batch: ScheduledBatch) -> int:
         """Blocks that all sequences begin with, if it is worth to read them once. Only of decode steps: where a prompt is computed
@@ -232,13 +267,13 @@ class Runner:
             return 0
         return batch.num_shared_blocks(self.config.block_size, self._cascade_keys, _CASCADE_SEQS)
 
-    def _graph_shape(self, batch: ScheduledBatch, cascade: bool) -> DecodeShape | None:
+    def _graph_shape(self, batch: ScheduledBatch, cascade: bool, greedy: bool) -> DecodeShape | None:
         if self.graphs is None or len(batch) == 0 or self._calibrates:
             return None
         if not batch.only_decodes or batch.needs & (Needs.PROMPT_LOGPROBS | Needs.POOLING):
             return None
         shape = self.graphs.shapes.fit(len(batch), batch.total_tokens)
-        return replace(shape, cascade=cascade) if shape is not None and cascade else shape
+        return shape if shape is None else replace(shape, cascade=cascade, greedy=greedy)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         hidden: torch.Tensor = self.model(batch.token_ids, batch.attention, self.kv_cache, batch.drawn)
@@ -259,9 +294,12 @@ class Runner:
             warn_of_ones(self.kv_memory.scales, "calibrated on zeros")
         return hidden
 
-    def _decode(self, batch: Batch, out: torch.Tensor | None) -> torch.Tensor:
-        """A decode step: each sequence has its last token and drafts, so every row wants logits."""
-        return self.model.decode(batch.token_ids, batch.attention, self.kv_cache, batch.drawn, out)
+    def _decode(self, batch: Batch, greedy: bool, out: torch.Tensor | None) -> torch.Tensor:
+        """A decode step: each sequence has its last token and drafts, so every row wants logits; or a token, if it is greedy."""
+        inputs = (batch.token_ids, batch.attention, self.kv_cache, batch.drawn)
+        if greedy:
+            return self._tell(self.model.decode_greedy(*inputs, batch.sampling))
+        return self.model.decode(*inputs, out)
 
 
 def _prompt_rows(scheduled: Scheduled) -> list[tuple[Request, int, list[int]]]:

@@ -137,7 +137,7 @@ class Sampler:
         it is what was drawn, so the text is that of one token a step. Where a draft was itself drawn at random, its row
         says yes or draws again so that the distribution stays (`ops.speculative_sample`).
         """
-        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seed, batch.sample_position)
+        columns = batch.sampling
         if drafts is None and not needs & Needs.OWN_LOGITS:
             return Draw(num_drafted, ops.sample(logits, *columns), None)
         rows = [_Row(r, r.seq.drafts[:d], j) for r, d in num_drafted.items() for j in range(d + 1)]

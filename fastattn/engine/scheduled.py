@@ -27,3 +27,8 @@ class Scheduled(dict[Request, int]):
         if len(draws := batch.draws) == len(requests):
             return dict(zip(requests, batch.num_drafted, strict=True))
         return {requests[i]: count for i, count in zip(draws, batch.num_drafted, strict=True)}
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows whose next token is drawn: of each of `num_drafted` one, and one for each draft."""
+        return len(self.num_drafted) + sum(self.num_drafted.values())

@@ -9,9 +9,12 @@ import torch
 
 from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
+from fastattn.nn.shard import split_unit
 from fastattn.reference import linear as reference
 
 KVCache = Sequence[nn.LayerCache]
+# What rows are drawn with, (n) each, as `ops.sample` takes it: temperature, top_k, top_p, min_p, seed, position.
+Sampling = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Query heads to a KV head that one kernel has for prompts and for single tokens.
 LARGEST_GROUP = 32
@@ -114,6 +117,47 @@ class DecoderModel(nn.Module):
     ) -> torch.Tensor:
         """`forward` and `logits` of a step whose tokens all want some."""
         return self.logits(self(token_ids, meta, kv_cache, drawn), out)
+
+    def greedy(self, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """hidden (n, hidden_size) → (n) int32, the tokens that `ops.sample` gives of its `logits`, temperatures being 0; -1 for a
+        row with a NaN or without a finite logit. On a rank other than 0 nothing that means anything."""
+        weight = self._drawing_head
+        if weight is None:
+            return ops.sample(self.logits(hidden), *sampling)
+        temperature, _, _, _, seed, position = sampling
+        start = self.embed_tokens.shard.start
+        token_ids, scores = ops.lm_head_sample(hidden, weight, temperature, seed, position, first_id=start)
+        if self.tp.size == 1:
+            return token_ids
+        parts = self.tp.gather(torch.stack((token_ids, scores.view(torch.int32))))  # one exchange for both
+        if not parts:
+            return token_ids
+        ids, bits = torch.stack(parts, 1)  # (ranks, n) each
+        # The first of the largest, and a NaN before all, as where the head is whole.
+        best = bits.view(torch.float32).argmax(0, keepdim=True)
+        return ids.gather(0, best)[0]
+
+    @property
+    def _drawing_head(self) -> torch.Tensor | None:
+        """The head's weight, or this rank's rows of it, if tokens are drawn from it without logits: plain numbers, multiplied as
+        `ops.linear` does for any number of rows, with nothing behind that could make equals of two logits."""
+        plain = self.packed_head is None if self.lm_head is None else self.lm_head.is_plain
+        # A shard's first id must be a multiple of four.
+        even = split_unit(self.config.vocab_size, self.tp.size) % 4 == 0
+        if not plain or not even or self.batch_invariant or self.config.final_softcap:
+            return None
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def decode_greedy(
+        self,
+        token_ids: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        drawn: torch.Tensor | None,
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        """`forward` and `greedy` of a step whose tokens all want one."""
+        return self.greedy(self(token_ids, meta, kv_cache, drawn), sampling)
 
     def make_batch_invariant(self) -> None:
         """From now on a token's hidden states and logits have the same bits in every step, as long as attention's queries come as

@@ -6,7 +6,7 @@ import torch
 
 from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
-from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache
+from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache, Sampling
 
 # Up to the first a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are
 # residuals. From the second on too: a pass over the rows for each norm takes longer than what is added to the products.
@@ -119,13 +119,30 @@ class LlamaForCausalLM(DecoderModel):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         table, num_tokens = self.embed_tokens.weight, token_ids.shape[0]
-        if not (self.has_head_inside and self._is_one_kernel(num_tokens, table.dtype, meta, kv_cache)):
+        if not self._is_all_one_kernel(num_tokens, meta, kv_cache):
             return super().decode(token_ids, meta, kv_cache, drawn, out)
         logits = table.new_empty(num_tokens, table.shape[0]) if out is None else out
         weight = table if self.lm_head is None else self.lm_head.weight
         head = ops.DecoderHead(token_ids, drawn, table, self.norm.weight, weight, logits)
         self.decode_layers(table.new_empty(num_tokens, table.shape[1]), meta, kv_cache, head)
         return logits
+
+    def decode_greedy(
+        self,
+        token_ids: torch.Tensor,
+        meta: nn.AttentionMetadata,
+        kv_cache: KVCache,
+        drawn: torch.Tensor | None,
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        if not self._is_all_one_kernel(token_ids.shape[0], meta, kv_cache):
+            return super().decode_greedy(token_ids, meta, kv_cache, drawn, sampling)
+        # Two kernels, where a head that draws would be the fourth and the fifth, behind embeddings, layers and a norm.
+        return ops.sample(self.decode(token_ids, meta, kv_cache, drawn), *sampling)
+
+    def _is_all_one_kernel(self, num_tokens: int, meta: nn.AttentionMetadata, kv_cache: KVCache) -> bool:
+        dtype = self.embed_tokens.weight.dtype
+        return self.has_head_inside and self._is_one_kernel(num_tokens, dtype, meta, kv_cache)
 
     def _is_one_kernel(
         self, num_tokens: int, dtype: torch.dtype, meta: nn.AttentionMetadata, kv_cache: KVCache

@@ -74,9 +74,14 @@ class TensorParallel:
             return x.new_empty(0, total)
         # Messages have one size, that of the first part, which is the widest.
         x = torch.nn.functional.pad(x, (0, lengths[0] - x.shape[1]))
-        parts = [torch.empty_like(x) for _ in lengths] if self.rank == 0 else []
-        self._exchange(lambda group: group.gather(parts, x, 0))
+        parts = self.gather(x)
         return torch.cat([part[:, :n] for part, n in zip(parts, lengths, strict=True)], 1) if parts else x
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Each rank's x, contiguous and of one shape, on rank 0; nothing on the others."""
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
+        self._exchange(lambda group: group.gather(parts, x, 0))
+        return parts
 
     def captured(self, drop: Callable[[], None]) -> None:
         """Says how to drop the CUDA graphs that exchanges are recorded in: ``abort`` does. No graph may be replayed then.

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from fastattn import ops
 from fastattn.engine.engine import Engine
 from fastattn.engine.outputs import CompletionOutput, RequestOutput
 from fastattn.engine.sampling_params import SamplingParams
-from fastattn.models.decoder import DecoderModel
+from fastattn.models.decoder import DecoderModel, Sampling
 
 MakeEngine = Callable[..., Engine]
 Alone = Callable[[str], list[CompletionOutput]]
@@ -57,3 +58,6 @@ class Faulty:
         if self.fault is None and self.num_steps == self.bad_step:
             logits[self.bad_row] = float("nan")
         return logits
+
+    def greedy(self, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        return ops.sample(self.logits(hidden), *sampling)

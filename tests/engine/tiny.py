@@ -103,13 +103,14 @@ def make_engine(
     *,
     draft: DecoderModel | None = None,
     padded: bool = False,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Engine:
     """A small engine that verifies its bookkeeping after every step. draft: the draft model, with option `speculative`.
     padded: decode steps are what they are with CUDA graphs."""
     defaults = {"max_model_len": 256, "num_kv_blocks": 128, "block_size": 8, "max_num_seqs": 16, "debug_checks": True}
     config = EngineConfig(**(defaults | options))
-    runner = Runner(network, config, torch.device("cpu"), torch.float32)
+    runner = Runner(network, config, torch.device("cpu"), dtype)
     if padded:
         runner.graphs = PaddedDecodes(runner)
     return Engine(runner, config, tokenizer, make_speculator(config, network, draft))
@@ -125,11 +126,11 @@ class PaddedDecodes(DecodeGraphs):
         self._logits = None
 
     def capture(self, shape: DecodeShape, batch: Batch) -> Any:
-        logits = self._decode(batch, None)
-        if self._logits is None:
-            self._logits = logits.new_full((self.shapes.max_num_tokens, logits.shape[1]), float("nan"))
-        memory = self._logits[: shape.num_tokens]
-        self._graphs[shape] = SimpleNamespace(replay=lambda: self._decode(batch, memory))
+        result = self._decode(batch, shape.greedy, None)
+        if self._logits is None and not shape.greedy:
+            self._logits = result.new_full((self.shapes.max_num_tokens, result.shape[1]), float("nan"))
+        memory = None if shape.greedy or self._logits is None else self._logits[: shape.num_tokens]
+        self._graphs[shape] = SimpleNamespace(replay=lambda: self._decode(batch, shape.greedy, memory))
         self._graphs[shape].replay()
         return self._graphs[shape]
 
