@@ -44,6 +44,7 @@ MISTAKES = [
         "flash_fwd_sm90_hd128.cu",
         "128",
         "expected",
+        39,
     ),
     Mistake(
         "a group that passes over a block does not end its turn",
@@ -332,6 +333,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "was not initialized",
+        27,
     ),
     Mistake(
         "a tile of few keys takes those behind the last one",
