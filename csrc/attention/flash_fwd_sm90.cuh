@@ -39,8 +39,9 @@
 // up.
 //
 // Registers hold O (64 x D), S (64 x BLOCK_N) and P of a group; P feeds the second product from there. Shared memory:
-// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave straight from registers, 64
-// bytes at a time, so that packed sequences need no care about whose rows a tile's end would overwrite.
+// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave through shared memory, each
+// warp's for itself and in whole lines, where that is faster; else straight from registers, 64 bytes at a time. Not by
+// the copy engine, so that packed sequences need no care about whose rows a tile's end would overwrite.
 //
 // Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
 // that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
@@ -113,9 +114,10 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   // Shorter code for maxima and for rescaling, with which three groups were slower; extras have no registers for it.
   constexpr bool SHORT_MAX = FP8 && NUM_CONSUMERS == 2 && !EXTRAS;
   constexpr bool LOCATES_AHEAD = FP8 && !EXTRAS && HEAD_DIM <= 128;
+  constexpr bool STAGES_ROWS = Storage::kStagedColumns > 0 && !EXTRAS && !PACKS;
   static_assert(NUM_CONSUMERS == 2 || NUM_CONSUMERS == 3);
   constexpr int K = 32 / sizeof(T);  // what a product sums over
-  static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0);
+  static_assert(HEAD_DIM % K == 0 && V_HEAD_DIM % 16 == 0 && BLOCK_N % K == 0 && Storage::kStagedColumns % 16 == 0);
 
   extern __shared__ __align__(1024) unsigned char smem_bytes[];  // so that addresses in it are constants
   Storage& smem = *reinterpret_cast<Storage*>(smem_bytes);
@@ -273,6 +275,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         }
       }
       tile.end_step = -1;
+      tile.whole_groups = 0;
       publish();
       if (p.beside) grid_dependency_wait();  // this kernel's end is the other one's too
     } else if (!HAS_HELPERS && warp_idx >= 2) {
@@ -734,19 +737,20 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   const auto has_sink = [&](const FlashTile& t) {  // one part of the keys counts it
     return EXTRAS && p.sinks != nullptr && t.split_idx == 0;
   };
-  // acc / sum, rounded, and the LSE. With few keys much of the time goes here, so that it is short in instructions.
-  const auto store = [&](const FlashTile& done) {
-    float row_sums[2];
+  // The end of a tile, where with few keys much of the time goes, in two parts: its LSE and what O is to be multiplied
+  // by, which do not need the last output, and its rows, which do.
+  float inverse[2] = {};
+  const auto conclude = [&](const FlashTile& done) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_sums[r] = row_sum[r] + __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
-      row_sums[r] += __shfl_xor_sync(0xffffffffu, row_sums[r], 2);
+      row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
+      row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 2);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = row_sums[r];
+      const float sum = row_sum[r];
       const auto row = row_of(done, r);
-      float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+      inverse[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
       // The fma is explicit: this function is compiled in several places, and which of them writes a row depends on
       // which CTA had time for its tile; rounded once here and twice there, two runs would differ in the last bit.
       float log2_sum = sum == 0.0f ? -INFINITY : __fmaf_rn(row_max[r], scale_log2, __log2f(sum) - REFERENCE_LOG2);
@@ -755,21 +759,64 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         const float reference = fmaxf(log2_sum, sink);
         if (reference > -INFINITY) {
           const float with_sink = reference + log2f(exp2_approx(log2_sum - reference) + exp2_approx(sink - reference));
-          inverse *= exp2_approx(log2_sum - with_sink);
+          inverse[r] *= exp2_approx(log2_sum - with_sink);
           log2_sum = with_sink;
         }
       }
-      if constexpr (FP8 || WIDENS) inverse *= descale_of(p.v_descale, done);
-      if constexpr (WIDENS) inverse *= reference_of_v;
+      if constexpr (FP8 || WIDENS) inverse[r] *= descale_of(p.v_descale, done);
+      if constexpr (WIDENS) inverse[r] *= reference_of_v;
       if (row.exists && lane % 4 == 0) *row.lse = row.counts ? log2_sum * kLn2 : -INFINITY;
+    }
+  };
+  // Through shared memory, a warp for itself, so that a row leaves in whole lines and with few instructions.
+  const auto write_staged_rows = [&](const FlashTile& done) {
+    if constexpr (STAGES_ROWS) {
+      constexpr int COLUMNS = Storage::kStagedColumns, PITCH = COLUMNS + 8;             // so that no bank is met twice
+      constexpr int CHUNKS = COLUMNS / 8, ROWS = CHUNKS > 16 ? 1 : CHUNKS > 8 ? 2 : 4;  // that a warp writes at a time
+      Out* const staged = reinterpret_cast<Out*>(smem.rows[warp_idx - 4]);
+      const uint32_t target = shared_address(staged + lane % 16 * PITCH + lane / 16 * 8);
+      const int row = lane / CHUNKS, column = lane % CHUNKS * 8;
+      const int32_t first_row = token_of_group(done, warp_idx % 4 * 16) + row;
+      const int32_t num_left = row < ROWS ? done.q_len - first_row : 0;
+      Out* const out = static_cast<Out*>(p.out) + (packed_q ? 0 : done.seq_idx) * p.out_batch_stride +
+                       (done.q_start + first_row) * p.out_token_stride + done.head_idx * p.out_head_stride + column;
+#pragma unroll
+      for (int first = 0; first < V_HEAD_DIM; first += COLUMNS) {
+        __syncwarp();  // what was there has been read
+#pragma unroll
+        for (int t = 0; t < CHUNKS; t += 2) {
+          const auto &left = acc[first / 8 + t], &right = acc[first / 8 + t + 1];
+          const uint32_t words[4] = {pack_pair<Out>(left[0] * inverse[0], left[1] * inverse[0]),
+                                     pack_pair<Out>(left[2] * inverse[1], left[3] * inverse[1]),
+                                     pack_pair<Out>(right[0] * inverse[0], right[1] * inverse[0]),
+                                     pack_pair<Out>(right[2] * inverse[1], right[3] * inverse[1])};
+          store_matrices(target + t * 16, words);
+        }
+        __syncwarp();
+        const int32_t num_rows_left = first + column < p.v_head_dim ? num_left : 0;
+        Out* next = out + first;
+#pragma unroll
+        for (int i = 0; i < 16; i += ROWS) {
+          const uint4 chunk = *reinterpret_cast<const uint4*>(staged + (row % ROWS + i) * PITCH + column);
+          if (i < num_rows_left) *reinterpret_cast<uint4*>(next) = chunk;
+          next += ROWS * p.out_token_stride;
+        }
+      }
+    }
+  };
+  const auto write_rows = [&](const FlashTile& done) {
+    if (STAGES_ROWS && whole) return write_staged_rows(done);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto row = row_of(done, r);
       if constexpr (FP8) {  // the columns' order: flash_fwd_sm90_fp8.cuh
         const int32_t first = lane % 4 * 4;
         const int32_t num_columns = (whole ? row.exists : row.counts) ? p.v_head_dim - first : 0;
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; t += 2) {
           if (t * 8 >= num_columns) continue;
-          const float x[4] = {acc[t][2 * r] * inverse, acc[t + 1][2 * r] * inverse, acc[t][2 * r + 1] * inverse,
-                              acc[t + 1][2 * r + 1] * inverse};
+          const float x[4] = {acc[t][2 * r] * inverse[r], acc[t + 1][2 * r] * inverse[r],
+                              acc[t][2 * r + 1] * inverse[r], acc[t + 1][2 * r + 1] * inverse[r]};
           if (whole) {
             *reinterpret_cast<uint2*>(row.out + first + t * 8) =
                 row.counts ? make_uint2(pack_pair<Out>(x[0], x[1]), pack_pair<Out>(x[2], x[3])) : make_uint2(0, 0);
@@ -780,16 +827,16 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
       } else if (in_e4m3 && whole) {
         // Two bytes at a time: a form with gather_columns spills registers.
         uint8_t* const out = bytes_of(done, r) + lane % 4 * 2;
-        inverse = __fdividef(inverse, *p.out_scale);
+        const float to_e4m3 = __fdividef(inverse[r], *p.out_scale);
         const int32_t num_columns = row.counts ? p.v_head_dim : 0;  // without seqused_q those that exist
 #pragma unroll
         for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
           if (t * 8 < num_columns) {
             *reinterpret_cast<uint16_t*>(out + t * 8) =
-                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse));
+                static_cast<uint16_t>(pack_e4m3(acc[t][2 * r] * to_e4m3, acc[t][2 * r + 1] * to_e4m3));
           }
         }
-      } else if (whole) {
+      } else if (!STAGES_ROWS && whole) {
         Out* const out = row.out + lane % 4 * 8;
         const int32_t num_columns = row.exists ? p.v_head_dim - lane % 4 * 8 : 0;
 #pragma unroll
@@ -797,7 +844,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
           uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int i = 0; i < 4 && t + i < V_HEAD_DIM / 8; ++i) {
-            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse, acc[t + i][2 * r + 1] * inverse);
+            w[i] = pack_pair<Out>(acc[t + i][2 * r] * inverse[r], acc[t + i][2 * r + 1] * inverse[r]);
           }
           gather_columns(w, lane);
           if (t * 8 < num_columns) {
@@ -812,7 +859,7 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
         for (int t = 0; t < V_HEAD_DIM / 8; ++t) {
           if (t * 8 < num_columns) {
             *reinterpret_cast<float2*>(partial + t * 8) =
-                make_float2(acc[t][2 * r] * inverse, acc[t][2 * r + 1] * inverse);
+                make_float2(acc[t][2 * r] * inverse[r], acc[t][2 * r + 1] * inverse[r]);
           }
         }
       }
@@ -1012,23 +1059,26 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
     }
 
     const FlashTile& next = tiles.wait_for_next();
-    const bool goes_on = next.begin_step < next.end_step && has_rows(next) && num_unseen(next) == 0;
+    const bool goes_on = next.whole_groups >> consumer & 1;
     locate();
     wait_for_v();
     if (goes_on) {
       start_output(first);
       start_first_scores();
+      if (STAGES_ROWS) conclude(tiles.now());  // the others have no registers for it here
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();
-      store(tiles.now());
+      if (!STAGES_ROWS) conclude(tiles.now());
+      write_rows(tiles.now());
       tiles.release();
       begin_tile();
     } else {
       start_output(first);
       finish_output();
-      store(tiles.now());
+      conclude(tiles.now());
+      write_rows(tiles.now());
       tiles.release();
       if (!find_tile()) return;
       begin_tile();

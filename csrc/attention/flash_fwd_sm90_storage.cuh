@@ -35,6 +35,14 @@ struct FlashFwdSm90RawBlocks {
 template <int BYTES>
 struct FlashFwdSm90RawBlocks<0, BYTES> {};
 
+// Rows of O on their way out, 16 of each warp.
+template <int WARPS, int COLUMNS>
+struct FlashFwdSm90StagedRows {
+  alignas(16) unsigned char rows[WARPS][16 * (COLUMNS + 8) * 2];
+};
+template <int WARPS>
+struct FlashFwdSm90StagedRows<WARPS, 0> {};
+
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
 struct FlashFwdSm90Sizes {
   static constexpr int BLOCK_M = 64 * NUM_CONSUMERS;
@@ -52,6 +60,15 @@ struct FlashFwdSm90Sizes {
                                     : 2 * kBytesQ + kStages * kBytesKv + 4 * kBytesRaw <= kMostBytes ? 4
                                                                                                      : 2;
   static constexpr int kStagesQ = 2 * kBytesQ + kStages * kBytesKv + kStagesRaw * kBytesRaw <= kMostBytes ? 2 : 1;
+  // Columns of O that rows leave by at a time through shared memory: what there is place for; 0: from registers. Not
+  // timed with 128 columns, nor where V's head dim is its own.
+  static constexpr int staged_bytes(int columns) { return 4 * NUM_CONSUMERS * 16 * (columns + 8) * 2; }
+  static constexpr int kFreeBytes = 226 * 1024 - kStagesQ * kBytesQ - kStages * kBytesKv;
+  static constexpr bool kStages16Bits = sizeof(T) == 2 && !WIDENS && HEAD_DIM == V_HEAD_DIM && V_HEAD_DIM % 128 != 0;
+  static constexpr int kStagedColumns = !kStages16Bits                               ? 0
+                                        : staged_bytes(V_HEAD_DIM) <= kFreeBytes     ? V_HEAD_DIM
+                                        : staged_bytes(V_HEAD_DIM / 2) <= kFreeBytes ? V_HEAD_DIM / 2
+                                                                                     : 0;
 };
 
 template <typename T, int HEAD_DIM, int V_HEAD_DIM, int NUM_CONSUMERS, int BLOCK_N, bool WIDENS>
@@ -60,7 +77,9 @@ struct FlashFwdSm90Storage
       FlashFwdSm90RawValues<T,
                             FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kSizeLoadedV>,
       FlashFwdSm90RawBlocks<FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>::kStagesRaw,
-                            BLOCK_N * HEAD_DIM> {
+                            BLOCK_N * HEAD_DIM>,
+      FlashFwdSm90StagedRows<4 * NUM_CONSUMERS, FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N,
+                                                                  WIDENS>::kStagedColumns> {
   using Sizes = FlashFwdSm90Sizes<T, HEAD_DIM, V_HEAD_DIM, NUM_CONSUMERS, BLOCK_N, WIDENS>;
   static constexpr int kStages = Sizes::kStages, kStagesQ = Sizes::kStagesQ, kTileStages = Sizes::kTileStages;
   static constexpr int BLOCK_M = Sizes::BLOCK_M;

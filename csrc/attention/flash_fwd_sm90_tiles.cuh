@@ -37,6 +37,7 @@ struct FlashTile {
   int32_t head_idx, seq_idx, split_idx, first_row;
   int32_t q_start, q_len, k_start, k_len;
   int32_t begin_step, end_step;  // begin == end: no key is seen. end < 0: there are no more tiles
+  uint32_t whole_groups;         // a bit for each group of 64 rows: has rows, of which some see the last block
 };
 
 // How many query rows a sequence has; with seqused_q not all of them count.
@@ -124,6 +125,7 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
   if (p.seqused_k != nullptr) tile.k_len = min(tile.k_len, p.seqused_k[tile.seq_idx]);
 
   tile.begin_step = tile.end_step = 0;
+  tile.whole_groups = 0;
   if (tile.first_row >= tile.q_len) return true;
   const AttentionMask mask = {tile.q_len, tile.k_len, p.window_left, p.window_right};
   const int32_t begin = mask.visible(tile.first_row).begin;
@@ -134,6 +136,16 @@ __device__ __forceinline__ bool decode_tile(const FlashFwdSm90Args& args, int32_
     const int32_t num_steps = args.num_splits.divide(tile.end_step - tile.begin_step + args.num_splits.divisor - 1);
     tile.begin_step = min(tile.begin_step + tile.split_idx * num_steps, tile.end_step);
     tile.end_step = min(tile.begin_step + num_steps, tile.end_step);
+  }
+#pragma unroll
+  for (int group = 0; group < BLOCK_M / 64; ++group) {
+    const auto token_of = [&](int row) {
+      return tile.first_row + (PACKS ? args.group_size.divide(group * 64 + row) : group * 64 + row);
+    };
+    const bool sees_last = mask.visible(min(token_of(63), tile.q_len - 1)).end > (tile.end_step - 1) * BLOCK_N;
+    const bool is_one = tile.end_step - tile.begin_step == 1;  // which all groups see
+    if (tile.begin_step < tile.end_step && token_of(0) < tile.q_len && (sees_last || is_one))
+      tile.whole_groups |= 1u << group;
   }
   return true;
 }

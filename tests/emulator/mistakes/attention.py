@@ -30,13 +30,11 @@ MISTAKES = [
     Mistake(
         "V is released before the product that reads it is over",
         FWD,
-        """      start_first_scores();
-      wgmma_wait<1>();
+        """      wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();""",
         """      release_v();
-      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);""",
@@ -55,6 +53,27 @@ MISTAKES = [
         "flash_fwd_sm90_hd128.cu",
         "128",
         "deadlock",
+    ),
+    Mistake(
+        "the second half of a row leaves where the first one did",
+        FWD,
+        "        Out* next = out + first;\n",
+        "        Out* next = out;\n",
+        "flash_fwd_sm90_hd192.cu",
+        "192",
+        "expected",
+        call=13,
+    ),
+    # Made once: behind the last tile the bits of that one told groups to go on.
+    Mistake(
+        "behind the last tile there seem to be rows",
+        FWD,
+        "      tile.whole_groups = 0;\n",
+        "",
+        "flash_fwd_sm90_hd64.cu",
+        "64",
+        "deadlock",
+        call=28,
     ),
     # Undefined, and every test passed on GPUs; synccheck found it.
     Mistake(
