@@ -31,13 +31,11 @@ MISTAKES = [
     Mistake(
         "V is released before the product that reads it is over",
         FWD,
-        """      start_first_scores();
-      wgmma_wait<1>();
+        """      wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);
       release_v();""",
         """      release_v();
-      start_first_scores();
       wgmma_wait<1>();
       pin_registers(acc);
       pin_registers(probs);""",
@@ -65,7 +63,8 @@ MISTAKES = [
         "        Out* next = out;\n",
         "flash_fwd_sm90_hd192.cu",
         "192",
-        "in the call: seed",
+        "expected",
+        call=13,
     ),
     # Made once: behind the last tile the bits of that one told groups to go on.
     Mistake(
@@ -73,9 +72,10 @@ MISTAKES = [
         FWD,
         "      tile.whole_groups = 0;\n",
         "",
-        "flash_fwd_sm90_hd128.cu",
-        "128",
+        "flash_fwd_sm90_hd64.cu",
+        "64",
         "deadlock",
+        call=28,
     ),
     Mistake(
         "boxes of a block come from the page of another one",
