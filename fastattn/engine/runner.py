@@ -44,7 +44,7 @@ _CASCADE_SEQS = 8
 
 
 # Of a greedy step with so many rows tokens are drawn where the model is computed, in its CUDA graph too. For as many the head
-# writes no logits (`ops.lm_head_sample`): 1.00 to 1.05 times as fast as `linear` and `sample` with 1 and 16 rows, 0.95 to 0.99
+# writes no logits (`ops.lm_head_sample`): 1.01 to 1.05 times as fast as `linear` and `sample` with 1 and 16 rows, 0.94 to 0.97
 # with 64 (bench/results/lm_head.md). More rows would want more graphs, and gain nothing.
 MOST_GREEDY_ROWS = 32
 
