@@ -28,13 +28,13 @@ from typing import Any, cast
 
 import torch
 
-from fastattn import nn
+from fastattn import nn, ops
 from fastattn.engine.config import EngineConfig
 from fastattn.engine.engine import Engine, EngineBusyError
 from fastattn.engine.outputs import RequestOutput
 from fastattn.engine.runner import Runner
 from fastattn.engine.sampling_params import SamplingParams
-from fastattn.models.decoder import DecoderModel
+from fastattn.models.decoder import DecoderModel, Sampling
 from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.costs import DraftBudget
 from tests.engine import tiny
@@ -117,6 +117,9 @@ class HashModel(torch.nn.Module):
         """One token has all of the probability, at any temperature."""
         logits = torch.full((hidden.shape[0], self.config.vocab_size), -1e6)
         return logits.scatter_(1, self.letters[hidden.long()], 0.0)
+
+    def greedy(self, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        return ops.sample(self.logits(hidden), *sampling)
 
     def answer(self, prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> list[int]:
         """The tokens that come after a prompt, the end token among them."""
