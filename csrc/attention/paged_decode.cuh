@@ -95,8 +95,10 @@ class DecodeLoader {
  public:
   __device__ __forceinline__ DecodeLoader(const PagedDecodeParams& p, const DecodePlan<Mask>& plan)
       : p_(p), plan_(plan), cursor_(plan), tile_(plan.begin_tile) {
-    if constexpr (Ring::kLooksAhead) next_lengths_ = DecodeLengths(p, plan.seq_idx);
-    begin_sequence();
+    if constexpr (Ring::kLooksAhead) {
+      next_lengths_ = DecodeLengths(p, plan.seq_idx);
+      begin_sequence();
+    }
   }
 
   // Asks for the next tile, if there is one, and closes the group.
@@ -106,9 +108,12 @@ class DecodeLoader {
         if (begins_) load_q(ring.q);
         begins_ = false;
       }
+      if constexpr (!Ring::kLooksAhead) {
+        if (tile_ == max(cursor_.seq_end, plan_.begin_tile)) begin_sequence();
+      }
       load_rows(ring.stages[stage]);
       ++tile_;
-      if (tile_ < cursor_.seq_end) {
+      if (!Ring::kLooksAhead || tile_ < cursor_.seq_end) {
         key_ += p_.config.block_n;
         find_page();
       } else if (tile_ < plan_.end_tile) {
@@ -121,7 +126,8 @@ class DecodeLoader {
  private:
   __device__ __forceinline__ bool key_is_visible() const { return key_ >= visible_.begin && key_ < visible_.end; }
 
-  // A tile ahead of its first use, as its page is found; the lengths of the one behind it a sequence ahead.
+  // With registers for that a tile ahead of its first use, as its page is found then; and the lengths of the one behind
+  // it a sequence ahead.
   __device__ __forceinline__ void begin_sequence() {
     const int32_t seq_idx = cursor_.next_seq_idx;
     if constexpr (!Ring::kLooksAhead) next_lengths_ = DecodeLengths(p_, seq_idx);
@@ -293,7 +299,7 @@ __global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThread
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = half * 8 + lane / 4;
-        if (half * 8 >= sequence.num_rows) {
+        if (Ring::kLooksAhead && half * 8 >= sequence.num_rows) {
           products.clear_q(half);
         } else {
           products.load_q(p, half, row_of(row), row < sequence.num_rows, plan.kv_head_idx);
@@ -358,7 +364,7 @@ __global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThread
         out = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[warp].stages[stage]) +
                                                out_offset<HEAD_DIM>(row, group));
       };
-      if (row < sequence.num_rows && num_warps == 1) {
+      if (Ring::kLooksAhead && row < sequence.num_rows && num_warps == 1) {
         float2 sums[1];
         float4 outs[1];
         partial_of(first_warp, sums[0], outs[0]);
