@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def rows_of_heads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of a head that draws tokens and writes no logits, from now on."""
+    from fastattn import ops
+
+    rows: list[int] = []
+    lm_head_sample = ops.lm_head_sample
+
+    def spy(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        rows.append(x.shape[0])
+        return lm_head_sample(x, *args, **options)
+
+    monkeypatch.setattr(ops, "lm_head_sample", spy)
+    return rows
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -157,7 +157,14 @@ class DecoderModel(nn.Module):
         sampling: Sampling,
     ) -> torch.Tensor:
         """`forward` and `greedy` of a step whose tokens all want one."""
+        if self._is_all_one_kernel(token_ids.shape[0], meta, kv_cache):
+            # Two kernels, where a head that draws would be the fourth and the fifth, behind embeddings, layers and a norm.
+            return ops.sample(self.decode(token_ids, meta, kv_cache, drawn), *sampling)
         return self.greedy(self(token_ids, meta, kv_cache, drawn), sampling)
+
+    def _is_all_one_kernel(self, num_tokens: int, meta: nn.AttentionMetadata, kv_cache: KVCache) -> bool:
+        """Whether `decode` of this step is one kernel, its logits among the rest."""
+        return False
 
     def make_batch_invariant(self) -> None:
         """From now on a token's hidden states and logits have the same bits in every step, as long as attention's queries come as

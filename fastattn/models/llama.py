@@ -6,7 +6,7 @@ import torch
 
 from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
-from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache, Sampling
+from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache
 
 # Up to the first a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are
 # residuals. From the second on too: a pass over the rows for each norm takes longer than what is added to the products.
@@ -126,19 +126,6 @@ class LlamaForCausalLM(DecoderModel):
         head = ops.DecoderHead(token_ids, drawn, table, self.norm.weight, weight, logits)
         self.decode_layers(table.new_empty(num_tokens, table.shape[1]), meta, kv_cache, head)
         return logits
-
-    def decode_greedy(
-        self,
-        token_ids: torch.Tensor,
-        meta: nn.AttentionMetadata,
-        kv_cache: KVCache,
-        drawn: torch.Tensor | None,
-        sampling: Sampling,
-    ) -> torch.Tensor:
-        if not self._is_all_one_kernel(token_ids.shape[0], meta, kv_cache):
-            return super().decode_greedy(token_ids, meta, kv_cache, drawn, sampling)
-        # Two kernels, where a head that draws would be the fourth and the fifth, behind embeddings, layers and a norm.
-        return ops.sample(self.decode(token_ids, meta, kv_cache, drawn), *sampling)
 
     def _is_all_one_kernel(self, num_tokens: int, meta: nn.AttentionMetadata, kv_cache: KVCache) -> bool:
         dtype = self.embed_tokens.weight.dtype

@@ -43,17 +43,9 @@ def plain_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, plain_heads: None) -> list[int]:
+def drawn(plain_heads: None, rows_of_heads: list[int]) -> list[int]:
     """Rows of each call of a head that draws."""
-    rows: list[int] = []
-    lm_head_sample = ops.lm_head_sample
-
-    def spy(x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        rows.append(x.shape[0])
-        return lm_head_sample(x, *args, **options)
-
-    monkeypatch.setattr(ops, "lm_head_sample", spy)
-    return rows
+    return rows_of_heads
 
 
 @pytest.fixture

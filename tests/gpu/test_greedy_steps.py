@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-from fastattn import LLM, SamplingParams, ops
+from fastattn import LLM, SamplingParams
 from fastattn.engine import runner as runner_module
 from fastattn.models.loader import ModelFileError, open_model
 from tests.engine.tiny import CONFIG, TinySource
@@ -45,17 +44,9 @@ def llm(request: pytest.FixtureRequest, options: dict[str, Any]) -> Iterator[LLM
 
 
 @pytest.mark.parametrize("count", [1, 3, 11, 32, 33])
-def test_tokens_are_the_same(llm: LLM, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_tokens_are_the_same(llm: LLM, monkeypatch: pytest.MonkeyPatch, rows_of_heads: list[int], count: int) -> None:
     """Requests of all lengths, so that numbers of rows fall; every fourth of eleven draws at random, so that both kinds of steps
     take turns."""
-    rows: list[int] = []
-    lm_head_sample = ops.lm_head_sample
-
-    def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows.append(x.shape[0])
-        return lm_head_sample(x, *args, **kwargs)
-
-    monkeypatch.setattr(ops, "lm_head_sample", spy)
     prompts = [{"prompt_token_ids": [2 + (i * 7 + j) % 100 for j in range(5 + i)]} for i in range(count)]
     params = [
         SamplingParams(
@@ -70,12 +61,12 @@ def test_tokens_are_the_same(llm: LLM, options: dict[str, Any], monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "MOST_GREEDY_ROWS", 0)
         expected = run()
-    assert not rows
+    assert not rows_of_heads
     found = run()
     assert found == expected
     runner = llm.engine.runner
     if count not in (11, 33):  # the first token is of a step without a graph, whose rows are all greedy and few
-        assert bool(rows) == (runner.model._drawing_head is not None)
+        assert bool(rows_of_heads) == (runner.model._drawing_head is not None)
     assert run() == expected  # all graphs are there now
     if runner.graphs is not None:
         assert {shape.greedy for shape in runner.graphs._graphs} == {False, True}
