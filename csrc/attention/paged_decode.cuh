@@ -33,9 +33,9 @@
 //     warp 2   ═ tile 0 keys 32-47 ═╪═ tile 1 keys 32-47 ═╪═ …   │ part of it) ends, through the stages consumed last
 //     ...                                                        ┘
 //
-// Up to head dim 128, above which registers are short, the lengths of a sequence have been asked for when the one before
-// it began, and its first page when that one's last tile was; where a ring has two stages, Q comes with its first tile.
-// So a warp waits for memory once at a border, as within a sequence.
+// Up to head dim 128, above which registers are short, the lengths of a sequence have been asked for when the one
+// before it began, and its first page when that one's last tile was; where a ring has two stages, Q comes with its
+// first tile. So a warp waits for memory once at a border, as within a sequence.
 //
 // A sequence that several parts share is finished by the team of the last one, when it has done all else: the others
 // write what they have, and a mark, to the workspace; it waits for their marks and adds up in their order. It waits for
