@@ -27,15 +27,27 @@ struct DecodeLayer {
   void* v_cache = nullptr;
 };
 
+// What belongs to a layer's weights where they are NVFP4 in tiles (fastattn/reference/w4_tiles.py), codes in the places
+// of the matrices above, gates in front of all ups, no norm folded in: scales in tiles, what sums are divided by,
+// (rows), and the norms' weights (N).
+struct DecodeLayerTiles {
+  const uint8_t* scales[4] = {};  // of qkv, out, gate_up, down
+  const float* global_scales[4] = {};
+  const void* input_norm = nullptr;
+  const void* mlp_norm = nullptr;
+};
+
 struct DecodeLayersParams {
   DecodeLayer layers[kDecodeMaxLayers];
-  void* residual = nullptr;               // (T, N) contiguous, in and out; with token_ids out only
-  const float* cos_sin = nullptr;         // (max_position, D)
-  const int32_t* positions = nullptr;     // (T)
-  const int32_t* slot_mapping = nullptr;  // (T), -1: its key and value are not kept
-  const int32_t* seqused_k = nullptr;     // (T), this token counted; 0: a row of padding
-  const int32_t* block_table = nullptr;   // (T, max_blocks)
-  uint32_t* workspace = nullptr;          // zeros at first; words: fastattn.ops.decode_layers_workspace
+  const DecodeLayerTiles* tiles = nullptr;  // of each layer, in the host's memory; null: weights in 16 bits
+  bool tiles_of_fours = false;              // in order 8
+  void* residual = nullptr;                 // (T, N) contiguous, in and out; with token_ids out only
+  const float* cos_sin = nullptr;           // (max_position, D)
+  const int32_t* positions = nullptr;       // (T)
+  const int32_t* slot_mapping = nullptr;    // (T), -1: its key and value are not kept
+  const int32_t* seqused_k = nullptr;       // (T), this token counted; 0: a row of padding
+  const int32_t* block_table = nullptr;     // (T, max_blocks)
+  uint32_t* workspace = nullptr;            // zeros at first; words: fastattn.ops.decode_layers_workspace
   // With a head: the stream begins with rows of the embeddings, and logits are made of what it ends with.
   const int32_t* token_ids = nullptr;  // (T), below 0: drawn[-1 - id]; null: no head
   const int32_t* drawn = nullptr;      // (num_drawn)
@@ -64,9 +76,11 @@ struct DecodeLayersParams {
   DType dtype = DType::kBFloat16;
 };
 
-// Needs D 64 or 128, H / Hk up to kDecodeMaxGroup, N, I and H D multiples of 64, a block_size that is a power of two,
-// and a workspace and shared memory that are large enough; cudaErrorInvalidValue otherwise. At most kDecodeMaxTokens
-// tokens.
+// Needs D 64 or 128 (of tiles 128, bf16), H / Hk up to kDecodeMaxGroup, N, I and H D multiples of 64, a block_size that
+// is a power of two, and a workspace and shared memory that are large enough; cudaErrorInvalidValue otherwise. At most
+// kDecodeMaxTokens tokens.
 cudaError_t decode_layers_sm90(const DecodeLayersParams& params, cudaStream_t stream);
+cudaError_t decode_layers_of_tiles_sm90(const DecodeLayersParams& params,
+                                        cudaStream_t stream);  // of what that has checked
 
 }  // namespace fastattn

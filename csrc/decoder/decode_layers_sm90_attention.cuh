@@ -7,8 +7,8 @@ namespace {
 
 // Scores and sums of this CTA's part: for each head of the group the largest score, the sum of probabilities and that
 // of values, of all its warps, to whoever merges. The only part of its keys is what the next product multiplies.
-template <typename T, int HEAD_DIM, int MOST_TOKENS>
-__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::attend(int layer) {
+template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::attend(int layer) {
   constexpr int CHUNKS = HEAD_DIM / 32;  // 16 bytes a lane of a row of K
   constexpr int HALVES = HEAD_DIM / 64;  // 16 bytes a lane of a row of V
   constexpr int STEPS = early_steps(HEAD_DIM);
@@ -236,8 +236,8 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::attend(int layer) {
 
 // A CTA for each head of a token, a warp for every eighth of its parts. What it leaves in shared memory nobody writes
 // before the next barrier of all: the product behind it has one.
-template <typename T, int HEAD_DIM, int MOST_TOKENS>
-__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::merge() {
+template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::merge() {
   constexpr int PAIRS = HEAD_DIM / 64, PARTS = kMaxSplits / kWarps;
   forget();
   const int of_token = part().merged_token, head = part().merged_head, merged_parts = part().merged_parts;

@@ -6,8 +6,8 @@ namespace fastattn {
 namespace {
 
 // What the last layer left, normalized and rounded as rms_norm does it, to where a product finds what it multiplies.
-template <typename T, int HEAD_DIM, int MOST_TOKENS>
-__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::receive_normalized() {
+template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::receive_normalized() {
   // A warp without columns waits for nobody's, and where the CTA has no rows of down, others may still need the sums
   // of squares that it is about to overwrite.
   sync();
@@ -56,8 +56,8 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::receive_normalized() {
   sync();
 }
 
-template <typename T, int HEAD_DIM, int MOST_TOKENS>
-__device__ void Decode<T, HEAD_DIM, MOST_TOKENS>::make_logits() {
+template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::make_logits() {
   forget();
   receive_normalized();
   const Product& product = products[kHead];

@@ -21,11 +21,16 @@ constexpr int kPieces = kStageColumns / 32 / kWarps;  // of 32 columns, of a war
 constexpr int kStagePitch = 2 * kStageColumns + 64;   // bytes; an odd multiple of 64 keeps rows apart in the banks
 constexpr int kStageBytes = kUnit * kStagePitch;
 constexpr int kMaxStages = 12;
-constexpr int kSlots = 3;       // units whose sums meet at a time
-constexpr int kBlocks = 2;      // of kStageColumns columns, that are received at a time
-constexpr int kOwnUnits = 16;   // of the residual stream, of a CTA
-constexpr int kMaxSplits = 32;  // of a token's keys
-constexpr int kStepKeys = 16;   // of a warp at a time
+// Of weights in tiles of 16 rows and 64 columns (gemm_sm90_w4_tiles.cuh), NVFP4: a stage's tiles and their scales.
+constexpr int kTileRows = 16, kTileColumns = 64, kTileBytes = 512, kTileScaleBytes = 64;
+constexpr int kStageTiles = 32;
+constexpr int kTiledStageBytes = kStageTiles * (kTileBytes + kTileScaleBytes);
+static_assert(kTiledStageBytes >= kStageBytes);  // a head has 16 bits
+constexpr int kSlots = 3;                        // units whose sums meet at a time
+constexpr int kBlocks = 2;                       // of kStageColumns columns, that are received at a time
+constexpr int kOwnUnits = 16;                    // of the residual stream, of a CTA; half as many of tiles
+constexpr int kMaxSplits = 32;                   // of a token's keys
+constexpr int kStepKeys = 16;                    // of a warp at a time
 // Steps whose K, and of 64 dims V, a warp brings before the queries are there: as many as its registers hold.
 __host__ __device__ constexpr int early_steps(int head_dim) { return head_dim == 64 ? 2 : 1; }
 constexpr int kKnownKeys = 128;  // of a warp: where they are it looks up once for all layers if there are no more
@@ -61,6 +66,12 @@ struct Sizes {
   }
 };
 
+// All of them must have a row of gates.
+inline int decode_num_ctas(const DecodeLayersParams& p) {
+  const int items = p.intermediate_size / (p.tiles == nullptr ? kUnit : kTileRows);
+  return p.num_sms < items ? p.num_sms : items;
+}
+
 // Words from the workspace's beginning, all multiples of 4, so that marks are where marks are whatever the number of
 // tokens.
 struct Buffers {
@@ -76,9 +87,10 @@ struct Buffers {
   }
 };
 
-// A product of each layer: what it multiplies, (tokens, columns) from `buffer` on, and how many items of kUnit rows.
-// Short ones are handed over kSlots at a time, long ones one by one, so that what comes next can begin. The first item
-// is the CTA `first`'s, the next that of the next: those with one more are others each time.
+// A product of each layer: what it multiplies, (tokens, columns) from `buffer` on, and how many items of kUnit rows, or
+// of a row of tiles (of gates and ups one of each). Short ones are handed over kSlots at a time, long ones and tiles
+// one by one, so that what comes next can begin. The first item is the CTA `first`'s, the next that of the next: those
+// with one more are others each time.
 struct Product {
   int columns, items, buffer, first;
 };
@@ -86,12 +98,13 @@ struct Product {
 // Shared memory, bytes from its beginning.
 struct Layout {
   int stages, x, sums, squares, own, heads, angles, rows, part, partial, merged, barriers, ring, end;
-  Layout(const Sizes& s, int tokens) {
+  Layout(const Sizes& s, int tokens, bool in_tiles) {
     int widest = s.i > s.out_columns ? s.i : s.out_columns;
     if (s.n > widest) widest = s.n;
     x = 0;
     sums = x + tokens * x_pitch(widest);
-    squares = sums + 2 * kSlots * kWarps * tokens * kUnit * 4;
+    const int rows_of_sums = in_tiles ? 2 * kTileRows : kSlots * kUnit;
+    squares = sums + 2 * kWarps * tokens * rows_of_sums * 4;
     own = squares + kWarps * kDecodeMaxTokens * 4;
     heads = own + kOwnUnits * kDecodeMaxTokens * kUnit * 2;   // of q, then the token's key and value
     angles = heads + (kDecodeMaxGroup + 2) * s.head_dim * 2;  // cosines and sines of the token's position
@@ -101,9 +114,10 @@ struct Layout {
     merged = partial + kWarps * kDecodeMaxGroup * (s.head_dim + 4) * 4;
     barriers = merged + kWarps * s.head_dim * 4;
     ring = (barriers + 2 * kMaxStages * 8 + 127) / 128 * 128;
-    stages = (kSmemBytes - ring) / kStageBytes;
+    const int stage_bytes = in_tiles ? kTiledStageBytes : kStageBytes;
+    stages = (kSmemBytes - ring) / stage_bytes;
     if (stages > kMaxStages) stages = kMaxStages;
-    end = ring + stages * kStageBytes;
+    end = ring + stages * stage_bytes;
   }
 };
 
@@ -115,13 +129,22 @@ struct Args {
   Layout layout;
   Product products[kNumProducts];
   Args(const DecodeLayersParams& params, int ctas)
-      : p(params), sizes(params, ctas), buffers(sizes), layout(sizes, params.num_tokens) {
-    const int n = sizes.n / kUnit, gates_and_ups = 2 * sizes.i / kUnit;
-    products[kQkv] = {sizes.n, sizes.qkv_rows / kUnit, buffers.d, (n + gates_and_ups) % ctas};
+      : p(params), sizes(params, ctas), buffers(sizes), layout(sizes, params.num_tokens, params.tiles != nullptr) {
+    const bool in_tiles = params.tiles != nullptr;
+    const int unit = in_tiles ? kTileRows : kUnit, n = sizes.n / unit;
+    const int gates_and_ups = in_tiles ? sizes.i / unit : 2 * sizes.i / unit;
+    products[kQkv] = {sizes.n, sizes.qkv_rows / unit, buffers.d, (n + gates_and_ups) % ctas};
     products[kOut] = {sizes.out_columns, n, buffers.a, 0};  // as of down: the same rows of the residual stream
     products[kGateUp] = {sizes.n, gates_and_ups, buffers.o, n % ctas};
     products[kDown] = {sizes.i, n, buffers.g, 0};
     products[kHead] = {sizes.n, p.vocab_size / kUnit, buffers.d, n % ctas};
+  }
+};
+
+struct TiledArgs : Args {
+  DecodeLayerTiles tiles[kDecodeMaxLayers];
+  TiledArgs(const DecodeLayersParams& params, int ctas) : Args(params, ctas) {
+    for (int i = 0; i < params.num_layers; ++i) tiles[i] = params.tiles[i];
   }
 };
 

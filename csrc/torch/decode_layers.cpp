@@ -14,7 +14,8 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
                       Tensors v_cache, const MaybeTensor& workspace, int64_t num_heads, const std::string& activation,
                       double softmax_scale, double norm_eps, double qk_norm_eps, const MaybeTensor& token_ids,
                       const MaybeTensor& drawn, const MaybeTensor& embedding, const MaybeTensor& final_norm,
-                      const MaybeTensor& head, const MaybeTensor& logits) {
+                      const MaybeTensor& head, const MaybeTensor& logits, Tensors tile_scales, Tensors global_scales,
+                      Tensors norms, int64_t tile_order) {
   const char* op = "decode_layers";
   const Checks checks(op, "residual", residual);
   checks.shape("residual", residual, {kAny, kAny}).dtype("residual", residual, kHalves);
@@ -38,6 +39,12 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
   checks.that(sized(out, false) && sized(gate_up, false) && sized(down, false) && sized(qkv_bias, true) &&
                   sized(q_norm, true) && sized(k_norm, true),
               "a list has another length than qkv_weight");
+  const bool in_tiles = !tile_scales.empty();
+  const auto times = [&](const Tensors& list, int64_t of_layer) {
+    return static_cast<int64_t>(list.size()) == (in_tiles ? of_layer * num_layers : 0);
+  };
+  checks.that(times(tile_scales, 4) && times(global_scales, 4) && times(norms, 2),
+              "tile_scales and global_scales are not four for each layer, or norm_weights not two");
   checks.shape("positions", positions, {num_tokens}).dtype("positions", positions, {ScalarType::Int});
   checks.shape("slot_mapping", slot_mapping, {num_tokens}).dtype("slot_mapping", slot_mapping, {ScalarType::Int});
   checks.shape("seqused_k", seqused_k, {num_tokens}).dtype("seqused_k", seqused_k, {ScalarType::Int});
@@ -50,17 +57,34 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
   const OnDeviceOf guard(residual);
   DecodeLayersParams p;
   const int64_t rows = (num_heads + 2 * num_kv_heads) * head_dim;
+  std::vector<DecodeLayerTiles> tiles(in_tiles ? num_layers : 0);
   for (int64_t i = 0; i < num_layers; ++i) {
-    const int64_t intermediate = gate_up[i].size(0) / 2;
+    const int64_t intermediate = in_tiles ? gate_up[i].size(0) * 8 : gate_up[i].size(0) / 2;
     const auto weight = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
       checks.shape(name, t, shape).dtype(name, t, same);
       return static_cast<const void*>(packed(name, t));
     };
+    // Of so many rows and columns, in 16 bits, or the `which`-th of the layer in tiles.
+    const auto matrix = [&](const char* name, const Tensor& t, int which, int64_t its_rows, int64_t columns) {
+      if (!in_tiles) return weight(name, t, {its_rows, columns});
+      checks.shape(name, t, {its_rows / 16, columns / 64, 512}).dtype(name, t, {ScalarType::Byte});
+      const Tensor &scale = tile_scales[4 * i + which], &global = global_scales[4 * i + which];
+      checks.shape("tile_scales", scale, {its_rows / 16, columns / 64, 64});
+      checks.dtype("tile_scales", scale, {ScalarType::Byte});
+      checks.shape("global_scales", global, {its_rows}).dtype("global_scales", global, {ScalarType::Float});
+      tiles[i].scales[which] = static_cast<const uint8_t*>(packed("tile_scales", scale));
+      tiles[i].global_scales[which] = static_cast<const float*>(packed("global_scales", global));
+      return static_cast<const void*>(packed(name, t));
+    };
     DecodeLayer& layer = p.layers[i];
-    layer.qkv = weight("qkv_weight", qkv[i], {rows, n});
-    layer.out = weight("out_weight", out[i], {n, num_heads * head_dim});
-    layer.gate_up = weight("gate_up_weight", gate_up[i], {2 * (i == 0 ? intermediate : p.intermediate_size), n});
-    layer.down = weight("down_weight", down[i], {n, intermediate});
+    layer.qkv = matrix("qkv_weight", qkv[i], 0, rows, n);
+    layer.out = matrix("out_weight", out[i], 1, n, num_heads * head_dim);
+    layer.gate_up = matrix("gate_up_weight", gate_up[i], 2, 2 * (i == 0 ? intermediate : p.intermediate_size), n);
+    layer.down = matrix("down_weight", down[i], 3, n, intermediate);
+    if (in_tiles) {
+      tiles[i].input_norm = weight("norm_weights", norms[2 * i], {n});
+      tiles[i].mlp_norm = weight("norm_weights", norms[2 * i + 1], {n});
+    }
     const std::initializer_list<int64_t> cache = {kAny, block_size, num_kv_heads, head_dim};
     layer.k_cache = const_cast<void*>(weight("k_cache", k_cache[i], cache));
     layer.v_cache = const_cast<void*>(weight("v_cache", v_cache[i], cache));
@@ -69,6 +93,8 @@ void decode_layers_op(Tensor residual, Tensors qkv, Tensors qkv_bias, Tensors q_
     if (!k_norm.empty()) layer.k_norm = weight("k_norm_weight", k_norm[i], {head_dim});
     p.intermediate_size = static_cast<int32_t>(intermediate);
   }
+  if (in_tiles) p.tiles = tiles.data();
+  p.tiles_of_fours = tile_order == 8;
   p.residual = residual.data_ptr();
   p.cos_sin = data<float>(cos_sin);
   p.positions = data<int32_t>(positions);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastattn import nn, ops
@@ -64,18 +66,30 @@ class LlamaLayer(DecoderLayer):
         self.norms_inside = True
 
     @property
-    def can_have_norms_inside(self) -> bool:
-        """Its products are plain ones of a single Hopper GPU, with kernels that normalize their rows and add to their results; and
-        may round otherwise than those of many rows."""
+    def linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
         attention, mlp = self.self_attn, self.mlp
-        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if (
-            self.batch_invariant
-            or attention.tp.size > 1
-            or not all(layer.is_plain and layer.weight.is_cuda for layer in linears)
-        ):
+        return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+    @property
+    def is_alone_on_hopper(self) -> bool:
+        """On a single GPU of compute capability 9.0, where its results may be rounded otherwise than those of many rows."""
+        device = self.input_layernorm.weight.device
+        if self.batch_invariant or self.self_attn.tp.size > 1 or device.type != "cuda":
             return False
-        return torch.cuda.get_device_capability(linears[0].weight.device) == (9, 0)
+        return torch.cuda.get_device_capability(device) == (9, 0)
+
+    @property
+    def can_have_norms_inside(self) -> bool:
+        """Its products are plain ones, with kernels that normalize their rows and add to their results."""
+        return self.is_alone_on_hopper and all(layer.is_plain for layer in self.linears)
+
+    @property
+    def tile_order(self) -> int | None:
+        """That of the tiles of all its weights, if they are NVFP4."""
+        weights = [layer.quantized for layer in self.linears]
+        fp4 = [w for w in weights if isinstance(w, nn.Fp4Weight) and w.is_nvfp4 and w.in_tiles]
+        orders = {w.tile_order for w in fp4}
+        return orders.pop() if self.is_alone_on_hopper and len(fp4) == 4 and len(orders) == 1 else None
 
 
 class LlamaForCausalLM(DecoderModel):
@@ -83,6 +97,8 @@ class LlamaForCausalLM(DecoderModel):
     max_one_kernel_tokens = 0
     # The embeddings in front of them and the head behind them too.
     has_head_inside = False
+    # Of the layers' weights, where that kernel takes them as NVFP4 in tiles.
+    tile_order: int | None = None
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: nn.TensorParallel = nn.ALONE) -> None:
         super().__init__(config, [LlamaLayer(config, i, tp) for i in range(config.num_layers)], max_model_len, tp)
@@ -95,10 +111,15 @@ class LlamaForCausalLM(DecoderModel):
             layer.put_norms_inside()
         c, table = self.config, self.cos_sin
         assert isinstance(table, torch.Tensor)
-        if len(layers) == c.num_layers <= 128 and _is_plain(c) and table.shape[1] == c.head_dim:
+        orders = {layer.tile_order for layer in self.layers if isinstance(layer, LlamaLayer)}
+        if len(orders) == 1 and self.embed_tokens.weight.dtype is torch.bfloat16:
+            self.tile_order = orders.pop()
+        in_tiles = self.tile_order is not None
+        takes_all = in_tiles or len(layers) == c.num_layers
+        if takes_all and c.num_layers <= 128 and _is_plain(c) and table.shape[1] == c.head_dim:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
             num_sms = torch.cuda.get_device_properties(table.device).multi_processor_count
-            self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes, num_sms)
+            self.max_one_kernel_tokens = ops.decode_layers_max_tokens(*sizes, num_sms, in_tiles=in_tiles)
             head, plain = self.lm_head, c.vocab_size % 8 == 0 and not c.final_softcap and self.embed_tokens.scale == 1.0
             self.has_head_inside = plain and (head is None or (head.is_plain and head.bias is None))
 
@@ -151,15 +172,23 @@ class LlamaForCausalLM(DecoderModel):
         layers, c = [layer for layer in self.layers if isinstance(layer, LlamaLayer)], self.config
         assert isinstance(self.cos_sin, torch.Tensor)
         attention = [layer.self_attn for layer in layers]
-        weights = ops.DecoderWeights(
-            qkv=[a.qkv_proj.weight for a in attention],
-            out=[a.o_proj.weight for a in attention],
-            gate_up=[layer.mlp.gate_up_proj.weight for layer in layers],
-            down=[layer.mlp.down_proj.weight for layer in layers],
-            qkv_bias=[a.qkv_proj.bias for a in attention if a.qkv_proj.bias is not None],
-            q_norm=[a.q_norm.weight for a in attention if a.q_norm is not None],
-            k_norm=[a.k_norm.weight for a in attention if a.k_norm is not None],
-        )
+        small = {
+            "qkv_bias": [a.qkv_proj.bias for a in attention if a.qkv_proj.bias is not None],
+            "q_norm": [a.q_norm.weight for a in attention if a.q_norm is not None],
+            "k_norm": [a.k_norm.weight for a in attention if a.k_norm is not None],
+        }
+        matrices = list(zip(*(layer.linears for layer in layers), strict=True))  # of qkv, out, gate_up, down
+        weights: ops.DecoderWeights | ops.DecoderFp4Weights
+        if self.tile_order is None:
+            weights = ops.DecoderWeights(*([layer.weight for layer in of] for of in matrices), **small)
+        else:
+            weights = ops.DecoderFp4Weights(
+                *(_fp4_tiles(of) for of in matrices),
+                input_norm=[layer.input_layernorm.weight for layer in layers],
+                mlp_norm=[layer.post_attention_layernorm.weight for layer in layers],
+                tile_order=self.tile_order,
+                **small,
+            )
         if self.workspace is None:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)
             self.workspace = ops.decode_layers_workspace(*sizes, residual.device)
@@ -181,6 +210,12 @@ class LlamaForCausalLM(DecoderModel):
             norm_eps=c.rms_norm_eps,
             qk_norm_eps=attention[0].qk_norm_eps,
         )
+
+
+def _fp4_tiles(layers: Sequence[nn.Linear]) -> ops.Fp4Tiles:
+    weights = [layer.quantized for layer in layers if isinstance(layer.quantized, nn.Fp4Weight)]
+    scales = [w.global_scale for w in weights if w.global_scale is not None]
+    return ops.Fp4Tiles([w.codes for w in weights], [w.scale for w in weights], scales)
 
 
 def _is_plain(c: ModelConfig) -> bool:

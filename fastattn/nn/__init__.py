@@ -2,7 +2,7 @@
 
 from fastattn.nn.attention import Attention, AttentionMetadata
 from fastattn.nn.embedding import Embedding
-from fastattn.nn.fp4 import Fp4Scheme
+from fastattn.nn.fp4 import Fp4Scheme, Fp4Weight
 from fastattn.nn.fp8_blocks import Fp8BlockScheme
 from fastattn.nn.gated_mlp import GatedMLP
 from fastattn.nn.int4 import AwqScheme, GptqScheme, Int4Scheme
@@ -34,6 +34,7 @@ __all__ = [
     "CollectiveError",
     "Embedding",
     "Fp4Scheme",
+    "Fp4Weight",
     "Fp8BlockScheme",
     "Fp8Scheme",
     "GatedMLP",

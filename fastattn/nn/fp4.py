@@ -56,6 +56,10 @@ class Fp4Weight(FourBitWeight):
             self.stored_global_scale = fixed_parameter(torch.float32, len(pieces))
 
     @property
+    def is_nvfp4(self) -> bool:
+        return self.group_size == quantize.NVFP4_GROUP
+
+    @property
     def exact_rows(self) -> int:  # type: ignore[override]
         """Up to so many rows the same tiles are read with x in 16 bits: in front of them a quantizer costs more than it saves."""
         return MAX_ROWS_OF_ORDER_8 if self.fp8_activations and self.in_tiles and self.codes.is_cuda else 0

@@ -8,8 +8,10 @@ from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
 from fastattn.ops.decode_layers import (
+    DecoderFp4Weights,
     DecoderHead,
     DecoderWeights,
+    Fp4Tiles,
     decode_layers,
     decode_layers_max_tokens,
     decode_layers_workspace,
@@ -55,8 +57,10 @@ from fastattn.ops.weight_quantizers import (
 
 __all__ = [
     "CascadeLevel",
+    "DecoderFp4Weights",
     "DecoderHead",
     "DecoderWeights",
+    "Fp4Tiles",
     "add_rms_norm",
     "adjust_logits",
     "apply_token_bitmask",

@@ -22,13 +22,16 @@ from fastattn.ops.checks import (
     values_readable,
 )
 from fastattn.reference import decode_layers as reference
+from fastattn.reference.w4_tiles import COLUMNS as TILE_COLUMNS
+from fastattn.reference.w4_tiles import ORDERS as TILE_ORDERS
+from fastattn.reference.w4_tiles import ROWS as TILE_ROWS
 
 MAX_DECODE_TOKENS = 4
 _MAX_LAYERS = 128
 _MAX_SPLITS, _MAX_GROUP = 32, 4
 _UNIT, _MAX_UNITS = 8, 16  # rows of a weight that are computed together, and how many of the stream a CTA has
 # Of a Hopper GPU, and of the kernel: what a stage of weights takes, and how many pay.
-_SHARED_MEMORY, _STAGE_BYTES, _MIN_STAGES = 227 * 1024, 16896, 4
+_SHARED_MEMORY, _STAGE_BYTES, _TILED_STAGE_BYTES, _MIN_STAGES = 227 * 1024, 16896, 18432, 4
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -41,7 +44,8 @@ _decode_layers = define(
     "Tensor[] k_norm_weight, Tensor[] out_weight, Tensor[] gate_up_weight, Tensor[] down_weight, Tensor cos_sin, "
     "Tensor positions, Tensor slot_mapping, Tensor seqused_k, Tensor block_table, Tensor(b!)[] k_cache, "
     "Tensor(c!)[] v_cache, Tensor(d!)? workspace, int num_heads, str activation, float softmax_scale, float norm_eps, float qk_norm_eps, "
-    "Tensor? token_ids, Tensor? drawn, Tensor? embedding, Tensor? final_norm_weight, Tensor? head_weight, Tensor(e!)? logits) -> ()",
+    "Tensor? token_ids, Tensor? drawn, Tensor? embedding, Tensor? final_norm_weight, Tensor? head_weight, Tensor(e!)? logits, "
+    "Tensor[] tile_scales, Tensor[] global_scales, Tensor[] norm_weights, int tile_order) -> ()",
     reference.decode_layers,
     _fake,
 )
@@ -76,6 +80,34 @@ class DecoderWeights:
 
 
 @dataclass(frozen=True)
+class Fp4Tiles:
+    """A matrix (rows, K) of each layer in NVFP4, as `pack_w4_tiles` and `pack_w4_scales` make it: codes (rows/16, K/64, 512) and scale
+    (rows/16, K/64, 64) uint8, global_scale (rows) fp32, which sums are divided by. All contiguous."""
+
+    codes: Sequence[Tensor]
+    scale: Sequence[Tensor]
+    global_scale: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderFp4Weights:
+    """Of each layer: qkv ((H + 2 Hk) D, N), out (N, H D), gate_up (2 I, N), gates in front of all ups, down (N, I), in tiles of
+    tile_order, and the norms' weights in front of qkv and gate_up, (N) in the stream's dtype, as is what may be empty: qkv_bias
+    ((H + 2 Hk) D), q_norm and k_norm (D). All contiguous."""
+
+    qkv: Fp4Tiles
+    out: Fp4Tiles
+    gate_up: Fp4Tiles
+    down: Fp4Tiles
+    input_norm: Sequence[Tensor]
+    mlp_norm: Sequence[Tensor]
+    tile_order: int = 16
+    qkv_bias: Sequence[Tensor] = field(default=())
+    q_norm: Sequence[Tensor] = field(default=())
+    k_norm: Sequence[Tensor] = field(default=())
+
+
+@dataclass(frozen=True)
 class DecoderHead:
     """What is in front of the layers and behind them: the stream begins as `embedding(token_ids, embedding, drawn=drawn)`, and
     logits become `linear(rms_norm(stream, norm), weight)`. token_ids (T) int32, drawn (R) int32 or None; embedding and weight
@@ -90,23 +122,32 @@ class DecoderHead:
 
 
 def decode_layers_max_tokens(
-    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int, num_sms: int = 132
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_sms: int = 132,
+    *,
+    in_tiles: bool = False,
 ) -> int:
     """For how many tokens the kernel is the better choice for layers of these sizes on a GPU of so many SMs (an H100 of PCIe has 114),
-    0 if it does not take them: beside what is multiplied, shared memory must have room for the weights that come in the meantime."""
+    0 if it does not take them: beside what is multiplied, shared memory must have room for the weights that come in the meantime.
+    in_tiles: of `DecoderFp4Weights`."""
     widest = max(intermediate_size, hidden_size, num_heads * head_dim)
+    unit, stage_bytes = (TILE_ROWS, _TILED_STAGE_BYTES) if in_tiles else (_UNIT, _STAGE_BYTES)
     fits = (
-        head_dim in (64, 128)
+        head_dim in ((128,) if in_tiles else (64, 128))
         and hidden_size % 64 == 0
         and intermediate_size % 64 == 0
         and num_heads % num_kv_heads == 0
         and num_heads // num_kv_heads <= _MAX_GROUP
-        and intermediate_size >= _UNIT * num_sms
+        and intermediate_size >= unit * num_sms
         and hidden_size <= _UNIT * _MAX_UNITS * num_sms
     )
     for tokens in range(MAX_DECODE_TOKENS if fits else 0, 0, -1):
         taken = tokens * (2 * widest + 64 + 2048) + 40 * head_dim * 4 + 12 * 1024
-        if tokens * num_heads <= num_sms and (_SHARED_MEMORY - taken) // _STAGE_BYTES >= _MIN_STAGES:
+        if tokens * num_heads <= num_sms and (_SHARED_MEMORY - taken) // stage_bytes >= _MIN_STAGES:
             return tokens
     return 0
 
@@ -128,7 +169,7 @@ def _workspace_words(hidden_size: int, intermediate_size: int, num_heads: int, n
 
 def decode_layers(
     residual: Tensor,
-    weights: DecoderWeights,
+    weights: DecoderWeights | DecoderFp4Weights,
     k_cache: Sequence[Tensor],
     v_cache: Sequence[Tensor],
     cos_sin: Tensor,
@@ -152,14 +193,15 @@ def decode_layers(
     On Hopper one launch, cooperative: a CTA on each SM, which hand their results to each other, while the weights of what
     comes next are on their way (as HazyResearch's megakernel, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles).
     It needs T ≤ 4, D 64 or 128, H ≤ 4 Hk, N and I multiples of 64, a block_size that is a power of two, and as many SMs, and
-    rows of eight gates, as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
+    rows of eight gates (16 in tiles), as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
     operators one after the other.
 
     With a head a whole step of a language model: what is in residual does not matter then, and logits are made of what it is
     in the end.
 
     residual: (T, N), bf16 or fp16, on the CPU also fp32; contiguous, changed in place.
-    weights: `DecoderWeights`, in residual's dtype.
+    weights: `DecoderWeights`, in residual's dtype; or `DecoderFp4Weights`, whose products are `fp4_linear`'s, on a GPU for bf16 and
+      D 128.
     k_cache, v_cache: of each layer (num_blocks, block_size, Hk, D), residual's dtype, contiguous; the tokens' keys and values
       are written to them.
     cos_sin: (max_position, D) fp32, as in `rope_kv_write`, all dims rotated. positions, slot_mapping: (T) int32, as there.
@@ -187,18 +229,47 @@ def decode_layers(
         if workspace is None:
             fail_value("decode_layers", "workspace is None, expected a tensor of decode_layers_workspace on a GPU")
         num_sms = torch.cuda.get_device_properties(residual.device).multi_processor_count
+        in_tiles = isinstance(weights, DecoderFp4Weights)
+        if in_tiles and residual.dtype is not torch.bfloat16:
+            fail_type(
+                "decode_layers", f"residual is {residual.dtype}, expected torch.bfloat16 with 4-bit weights on a GPU"
+            )
         check_kernel_sizes(
-            residual.shape, weights.down[0].shape[1], num_heads, k_cache[0].shape, workspace.numel(), num_sms
-        )
+            residual.shape, _intermediate_size(weights), num_heads, k_cache[0].shape, workspace.numel(), num_sms,
+            in_tiles=in_tiles,
+        )  # fmt: skip
     of_head: tuple[Tensor | None, ...] = (None,) * 6
     if head is not None:
         of_head = (head.token_ids, head.drawn, head.embedding, head.norm, head.weight, head.logits)
+    matrices: tuple[Sequence[Tensor], ...]
+    of_tiles: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], int] = (), (), (), 16
+    if isinstance(weights, DecoderFp4Weights):
+        four = weights.qkv, weights.out, weights.gate_up, weights.down
+        matrices = tuple(matrix.codes for matrix in four)
+        of_tiles = (
+            _by_layer(*(matrix.scale for matrix in four)),
+            _by_layer(*(matrix.global_scale for matrix in four)),
+            _by_layer(weights.input_norm, weights.mlp_norm),
+            weights.tile_order,
+        )
+    else:
+        matrices = weights.qkv, weights.out, weights.gate_up, weights.down
     _decode_layers(
-        residual, weights.qkv, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.out, weights.gate_up,
-        weights.down, cos_sin, positions, slot_mapping, seqused_k, block_table, k_cache, v_cache, workspace, num_heads,
-        activation, softmax_scale, norm_eps, qk_norm_eps,
-        *of_head,
+        residual, matrices[0], weights.qkv_bias, weights.q_norm, weights.k_norm, *matrices[1:], cos_sin, positions,
+        slot_mapping, seqused_k, block_table, k_cache, v_cache, workspace, num_heads, activation, softmax_scale,
+        norm_eps, qk_norm_eps, *of_head, *of_tiles,
     )  # fmt: skip
+
+
+def _by_layer(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """Of the first layer one of each, then of the second."""
+    return [t for of_layer in zip(*lists, strict=True) for t in of_layer]
+
+
+def _intermediate_size(weights: DecoderWeights | DecoderFp4Weights) -> int:
+    if isinstance(weights, DecoderFp4Weights):
+        return int(weights.down.codes[0].shape[1]) * TILE_COLUMNS
+    return int(weights.down[0].shape[-1])
 
 
 def check_kernel_sizes(
@@ -208,15 +279,18 @@ def check_kernel_sizes(
     cache: Sequence[int],
     workspace_words: int,
     num_sms: int,
+    *,
+    in_tiles: bool = False,
 ) -> None:
     """That the kernel takes what fits together: shapes of the stream and of a cache, and how many CTAs can run at once."""
     (tokens, hidden_size), (_, block_size, num_kv_heads, head_dim) = residual, cache
-    num_ctas = min(num_sms, intermediate_size // _UNIT)
+    num_ctas = min(num_sms, intermediate_size // (TILE_ROWS if in_tiles else _UNIT))
     words = _workspace_words(hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim)
     most = _UNIT * _MAX_UNITS * num_ctas
     for holds, found, expected in (
         (tokens <= MAX_DECODE_TOKENS, f"residual has {tokens} tokens", f"at most {MAX_DECODE_TOKENS}"),
         (head_dim in (64, 128), f"k_cache has D = {head_dim}", "64 or 128"),
+        (not in_tiles or head_dim == 128, f"k_cache has D = {head_dim}", "128 with 4-bit weights"),
         (block_size.bit_count() == 1, f"k_cache has pages of {block_size} keys", "a power of two"),
         (_in_panels(hidden_size), f"residual has N = {hidden_size} columns", "a multiple of 64"),
         (_in_panels(intermediate_size), f"weights.down has I = {intermediate_size} columns", "a multiple of 64"),
@@ -277,28 +351,54 @@ def _check_caches(
         )
 
 
-def _check_weights(residual: Tensor, weights: DecoderWeights, k_cache: Sequence[Tensor], num_heads: int) -> None:
+def _check_weights(
+    residual: Tensor, weights: DecoderWeights | DecoderFp4Weights, k_cache: Sequence[Tensor], num_heads: int
+) -> None:
     num_layers, (num_kv_heads, head_dim) = len(k_cache), k_cache[0].shape[2:]
     n, rows = residual.shape[1], (num_heads + 2 * num_kv_heads) * head_dim
-    if len(weights.down) != num_layers:
-        fail_value("decode_layers", f"weights.down has {len(weights.down)} tensors, expected {num_layers} as k_cache")
-    intermediate = weights.down[0].shape[-1]
-    expected: tuple[tuple[str, tuple[int, ...], bool], ...] = (
-        ("qkv", (rows, n), False),
-        ("out", (n, num_heads * head_dim), False),
-        ("gate_up", (2 * intermediate, n), False),
-        ("down", (n, intermediate), False),
-        ("qkv_bias", (rows,), True),
-        ("q_norm", (head_dim,), True),
-        ("k_norm", (head_dim,), True),
+    down = weights.down.codes if isinstance(weights, DecoderFp4Weights) else weights.down
+    if len(down) != num_layers:
+        fail_value("decode_layers", f"weights.down has {len(down)} tensors, expected {num_layers} as k_cache")
+    intermediate = _intermediate_size(weights)
+    matrices = (
+        ("qkv", rows, n),
+        ("out", n, num_heads * head_dim),
+        ("gate_up", 2 * intermediate, n),
+        ("down", n, intermediate),
     )
-    for name, shape, optional in expected:
-        tensors = getattr(weights, name)
+    expected: list[tuple[str, Sequence[Tensor], tuple[int, ...], torch.dtype, bool]] = []
+    for name, its_rows, columns in matrices:
+        found = getattr(weights, name)
+        if not isinstance(found, Fp4Tiles):
+            expected.append((name, found, (its_rows, columns), residual.dtype, False))
+            continue
+        if its_rows % TILE_ROWS or columns % TILE_COLUMNS:
+            fail_value(
+                "decode_layers",
+                f"weights.{name} is of {its_rows} rows and {columns} columns, expected multiples of {TILE_ROWS} and {TILE_COLUMNS}",
+            )
+        tiles = its_rows // TILE_ROWS, columns // TILE_COLUMNS
+        expected += [
+            (f"{name}.codes", found.codes, (*tiles, 512), torch.uint8, False),
+            (f"{name}.scale", found.scale, (*tiles, 64), torch.uint8, False),
+            (f"{name}.global_scale", found.global_scale, (its_rows,), torch.float32, False),
+        ]
+    if isinstance(weights, DecoderFp4Weights):
+        expected += [(name, getattr(weights, name), (n,), residual.dtype, False) for name in ("input_norm", "mlp_norm")]
+        if weights.tile_order not in TILE_ORDERS:
+            fail_value(
+                "decode_layers",
+                f"weights.tile_order is {weights.tile_order}, expected {' or '.join(map(str, TILE_ORDERS))}",
+            )
+    for name, shape in (("qkv_bias", (rows,)), ("q_norm", (head_dim,)), ("k_norm", (head_dim,))):
+        expected.append((name, getattr(weights, name), shape, residual.dtype, True))
+    for name, tensors, shape, dtype, optional in expected:
         if len(tensors) != num_layers and not (optional and len(tensors) == 0):
             fail_value("decode_layers", f"weights.{name} has {len(tensors)} tensors, expected {num_layers} as k_cache")
         for i, t in enumerate(tensors):
-            if t.dtype is not residual.dtype:
-                fail_type("decode_layers", f"weights.{name}[{i}] is {t.dtype}, expected {residual.dtype} as residual")
+            if t.dtype is not dtype:
+                of = " as residual" if dtype is residual.dtype else ""
+                fail_type("decode_layers", f"weights.{name}[{i}] is {t.dtype}, expected {dtype}{of}")
             if tuple(t.shape) != shape or t.device != residual.device or not t.is_contiguous():
                 fail_value(
                     "decode_layers",

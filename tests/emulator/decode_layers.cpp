@@ -1,11 +1,14 @@
 // Draws decoders of few layers, and steps of one to four sequences through all of them, with and without a head; what
 // the kernel leaves is held against loops in fp64, and two launches, which share the workspace, against each other, bit
-// by bit. What no key lies in is NaN. A row of padding may be anything, in the same bits.
+// by bit. What no key lies in is NaN. A row of padding may be anything, in the same bits. Of size 16 or 8 heads have
+// 128 dims, and weights 4 bits, in tiles of that order.
 #include <cmath>
 
+#include "arch/e2m1.cuh"
 #include "decoder/decode_layers_sm90.h"
 #include "drawn_call.h"
 #include "gemm/gemm_sm90.h"
+#include "w4_tiles.h"
 
 namespace {
 
@@ -36,10 +39,10 @@ Tensor<T> draw_vector(int64_t size, float mean, float scale) {
 using Row = std::vector<double>;
 
 template <typename T>
-Row product(const Tensor<T>& weight, const Row& x) {
-  Row out(weight.values.size() / x.size());
+Row product(const std::vector<T>& weight, const Row& x) {
+  Row out(weight.size() / x.size());
   for (size_t row = 0; row < out.size(); ++row) {
-    for (size_t i = 0; i < x.size(); ++i) out[row] += weight.values[row * x.size() + i] * x[i];
+    for (size_t i = 0; i < x.size(); ++i) out[row] += weight[row * x.size() + i] * x[i];
   }
   return out;
 }
@@ -50,15 +53,44 @@ double norm_factor(const double* x, size_t size) {
   return 1.0 / std::sqrt(sum / static_cast<double>(size) + kEps);
 }
 
+// A matrix as the kernel reads it where it has 4 bits, and the numbers that this means.
+struct Tiles {
+  std::vector<uint32_t> codes;
+  std::vector<uint8_t> scales;
+  std::vector<float> global_scales;
+  std::vector<double> values;
+};
+Tiles draw_tiles(int64_t rows, int64_t columns, int order, double scale = 1.0) {
+  Tiles tiles;
+  std::vector<uint8_t> codes(rows * columns), scales(rows * columns / 16);
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(between(0, 15));
+  for (uint8_t& bits : scales) bits = static_cast<uint8_t>(between(0x30, 0x40));  // 0.5 to 2
+  for (int64_t row = 0; row < rows; ++row) {
+    const float own = static_cast<float>(between(50, 100)) / 20.0f;
+    tiles.global_scales.push_back(own * std::sqrt(static_cast<float>(columns)) / static_cast<float>(scale));
+  }
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const double step = fastattn::from_e4m3<float>(scales[i / 16]);
+    tiles.values.push_back(e2m1_value(codes[i]) * step / tiles.global_scales[i / columns]);
+  }
+  tiles.codes = tiles_of(rows, columns, order, order == 16 ? fp4_word : fp8_word,
+                         [&](int64_t n, int64_t k) { return codes[n * columns + k]; });
+  tiles.scales = scale_tiles_of(rows, columns, 4, [&](int64_t n, int64_t g) { return scales[n * columns / 16 + g]; });
+  return tiles;
+}
+
 template <typename T>
 struct Layer {
   Tensor<T> qkv, qkv_bias, q_norm, k_norm, out, gate_up, down, k_cache, v_cache;
+  Tiles tiles[4];  // of the four matrices, which are empty then
+  Tensor<T> norms[2];
 };
 
 template <typename T>
 struct Call {
   int head_dim, num_tokens, num_heads, num_kv_heads, group, num_sms, hidden, intermediate, block_size,
       num_blocks = 1, max_blocks, vocab = 0;
+  int tile_order;  // 0: weights of T
   bool has_bias, has_head_norms, is_silu;
   std::vector<Layer<T>> layers;
   std::vector<int32_t> lengths, positions, slots, block_table, token_ids, drawn;
@@ -69,11 +101,11 @@ struct Call {
 
   int64_t cache_size() const { return int64_t{num_blocks} * block_size * num_kv_heads * head_dim; }
 
-  explicit Call(int of_head_dim) : head_dim(of_head_dim) {
+  Call(int of_head_dim, int of_tile_order) : head_dim(of_head_dim), tile_order(of_tile_order) {
     num_sms = pick({between(2, kMaxCtas), kMaxCtas});  // of more than eight some have no rows of down
     // Short ones and some of several stages.
     intermediate = 64 * pick({1, 2, between(1, 8), one_in(3) ? between(17, 40) : 2});
-    const int ctas = std::min(num_sms, intermediate / 8);
+    const int ctas = std::min(num_sms, intermediate / (tile_order != 0 ? 16 : 8));
     num_tokens = std::min(pick({1, 1, 2, 3, 4}), ctas);
     num_heads = between(1, ctas / num_tokens);
     group = 1;
@@ -115,13 +147,23 @@ struct Call {
     const int qkv_rows = (num_heads + 2 * num_kv_heads) * head_dim;
     for (int i = 0; i < num_layers; ++i) {
       Layer<T> layer;
-      layer.qkv = draw_matrix<T>(qkv_rows, hidden);
+      if (tile_order == 0) {
+        layer.qkv = draw_matrix<T>(qkv_rows, hidden);
+      } else {
+        for (Tensor<T>& norm : layer.norms) norm = draw_vector<T>(hidden, 1.0f, 0.3f);
+        layer.tiles[0] = draw_tiles(qkv_rows, hidden, tile_order);
+        layer.tiles[1] = draw_tiles(hidden, num_heads * head_dim, tile_order, 0.5);
+        layer.tiles[2] = draw_tiles(2 * intermediate, hidden, tile_order);
+        layer.tiles[3] = draw_tiles(hidden, intermediate, tile_order);
+      }
       if (has_bias) layer.qkv_bias = draw_vector<T>(qkv_rows, 0.0f, 0.3f);
       if (has_head_norms) layer.q_norm = draw_vector<T>(head_dim, 1.0f, 0.3f);
       if (has_head_norms) layer.k_norm = draw_vector<T>(head_dim, 1.0f, 0.3f);
-      layer.out = draw_matrix<T>(hidden, num_heads * head_dim, 0.5f);
-      layer.gate_up = draw_matrix<T>(2 * intermediate, hidden);
-      layer.down = draw_matrix<T>(hidden, intermediate);
+      if (tile_order == 0) {
+        layer.out = draw_matrix<T>(hidden, num_heads * head_dim, 0.5f);
+        layer.gate_up = draw_matrix<T>(2 * intermediate, hidden);
+        layer.down = draw_matrix<T>(hidden, intermediate);
+      }
       for (Tensor<T>* cache : {&layer.k_cache, &layer.v_cache}) {
         *cache = Tensor<T>(cache_size());
         for (int token = 0; token < num_tokens; ++token) {
@@ -165,11 +207,13 @@ struct Call {
     return ": " + std::to_string(layers.size()) + " layers of " + std::to_string(hidden) + " and " +
            std::to_string(intermediate) + ", " + std::to_string(num_heads) + " heads of " + std::to_string(head_dim) +
            ", " + std::to_string(num_kv_heads) + " KV heads, " + TypeInfo<T>::kName + ", " + std::to_string(num_sms) +
-           " SMs, keys" + of_lengths + ", " + std::to_string(vocab) + " logits";
+           " SMs, keys" + of_lengths + ", " + std::to_string(vocab) + " logits" +
+           (tile_order != 0 ? ", tiles in order " + std::to_string(tile_order) : "");
   }
 
   void run() {
     DecodeLayersParams p;
+    std::vector<fastattn::DecodeLayerTiles> tiles(layers.size());
     for (size_t i = 0; i < layers.size(); ++i) {
       Layer<T>& layer = layers[i];
       p.layers[i] = {layer.qkv.data.data(),
@@ -181,7 +225,20 @@ struct Call {
                      layer.down.data.data(),
                      layer.k_cache.data.data(),
                      layer.v_cache.data.data()};
+      if (tile_order == 0) continue;
+      for (int j = 0; j < 4; ++j) {
+        tiles[i].scales[j] = layer.tiles[j].scales.data();
+        tiles[i].global_scales[j] = layer.tiles[j].global_scales.data();
+      }
+      p.layers[i].qkv = layer.tiles[0].codes.data();
+      p.layers[i].out = layer.tiles[1].codes.data();
+      p.layers[i].gate_up = layer.tiles[2].codes.data();
+      p.layers[i].down = layer.tiles[3].codes.data();
+      tiles[i].input_norm = layer.norms[0].data.data();
+      tiles[i].mlp_norm = layer.norms[1].data.data();
     }
+    if (tile_order != 0) p.tiles = tiles.data();
+    p.tiles_of_fours = tile_order == 8;
     p.residual = residual.data();
     p.cos_sin = cos_sin.data();
     p.positions = positions.data();
@@ -281,11 +338,19 @@ struct Call {
     return h;
   }
 
+  // One of a layer's products, by its place among them; its norm's weight, if there is one, is rounded into x.
+  Row product_of(const Layer<T>& layer, int which, Row x) const {
+    const Tensor<T>* const weights[4] = {&layer.qkv, &layer.out, &layer.gate_up, &layer.down};
+    if (tile_order == 0) return product(weights[which]->values, x);
+    for (size_t i = 0; which % 2 == 0 && i < x.size(); ++i) x[i] = rounded<T>(x[i] * layer.norms[which / 2].values[i]);
+    return product(layer.tiles[which].values, x);
+  }
+
   // The stream behind all layers; keys and values that are to be kept, of each layer, (2, Hk D).
   Row stream(int token, std::vector<Row>& kept) const {
     Row h = begin_of(token);
     for (const Layer<T>& layer : layers) {
-      Row qkv = product(layer.qkv, h);
+      Row qkv = product_of(layer, 0, h);
       const double factor = norm_factor(h.data(), hidden);
       for (size_t i = 0; i < qkv.size(); ++i) {
         qkv[i] = rounded<T>(qkv[i] * factor + (has_bias ? layer.qkv_bias.values[i] : 0.0f));
@@ -294,16 +359,16 @@ struct Call {
         turn(token, &qkv[head * head_dim], head < num_heads ? layer.q_norm : layer.k_norm);
       }
       kept.emplace_back(qkv.begin() + num_heads * head_dim, qkv.end());
-      const Row of_out = product(layer.out, attention(layer, token, qkv));
+      const Row of_out = product_of(layer, 1, attention(layer, token, qkv));
       for (int i = 0; i < hidden; ++i) h[i] = rounded<T>(h[i] + of_out[i]);
-      const Row both = product(layer.gate_up, h);
+      const Row both = product_of(layer, 2, h);
       const double second = norm_factor(h.data(), hidden);
       Row x(intermediate);
       for (int i = 0; i < intermediate; ++i) {
-        const int gate = i / 8 * 16 + i % 8;
-        x[i] = gated(both[gate] * second, both[gate + 8] * second);
+        const int gate = tile_order != 0 ? i : i / 8 * 16 + i % 8, up = gate + (tile_order != 0 ? intermediate : 8);
+        x[i] = gated(both[gate] * second, both[up] * second);
       }
-      const Row of_down = product(layer.down, x);
+      const Row of_down = product_of(layer, 3, x);
       for (int i = 0; i < hidden; ++i) h[i] = rounded<T>(h[i] + of_down[i]);
     }
     return h;
@@ -324,8 +389,8 @@ void expect_same(const std::vector<T>& a, const std::vector<T>& b, const char* n
 }
 
 template <typename T>
-void run_call(int head_dim) {
-  Call<T> call(head_dim);
+void run_call(int head_dim, int tile_order = 0) {
+  Call<T> call(head_dim, tile_order);
   current_call += call.text();
   const Call<T> before = call;
   call.run();
@@ -350,7 +415,7 @@ void run_call(int head_dim) {
     if (call.vocab == 0) continue;
     const double factor = norm_factor(h.data(), call.hidden);
     for (int i = 0; i < call.hidden; ++i) h[i] = rounded<T>(h[i] * factor * call.final_norm.values[i]);
-    const Row logits = product(call.head, h);
+    const Row logits = product(call.head.values, h);
     for (int i = 0; i < call.vocab; ++i) {
       expect<T>("logits", token, i, static_cast<float>(call.logits[int64_t{token} * call.vocab + i]), logits[i]);
     }
@@ -370,7 +435,8 @@ void run_call(int head_dim) {
 
 int main(int argc, char** argv) {
   return run_calls(argc, argv, [](int, int size) {
-    const int head_dim = size != 0 ? size : pick({64, 128});
+    const int head_dim = size != 0 ? size : pick({64, 128, 8, 16});
+    if (head_dim <= 16) return run_call<__nv_bfloat16>(128, head_dim);
     one_in(2) ? run_call<__half>(head_dim) : run_call<__nv_bfloat16>(head_dim);
   });
 }

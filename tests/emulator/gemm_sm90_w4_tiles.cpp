@@ -6,6 +6,7 @@
 
 #include "arch/e2m1.cuh"
 #include "drawn_call.h"
+#include "w4_tiles.h"
 
 namespace {
 
@@ -32,48 +33,6 @@ const Format kFormats[] = {
     {"nvfp4 and fp8", true, true, 16, fastattn::gemm_nvfp4_fp8_tiles_sm90},
     {"mxfp4 and fp8", true, true, 32, fastattn::gemm_mxfp4_fp8_tiles_sm90}};
 constexpr int kFormatsOfSomeRows = 3;
-
-float e2m1_value(int code) {
-  constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-  return (code & 8 ? -1.0f : 1.0f) * kValues[code & 7];
-}
-
-uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
-uint32_t both(int bit) { return 0x10001u << bit; }
-
-// fastattn/reference/w4_tiles.py: four pairs of codes to a word.
-uint32_t fp4_word(const int (&codes)[4][2]) {
-  uint32_t pairs[4];
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = 0;
-    for (int half = 0; half < 2; ++half) {
-      pairs[i] |= static_cast<uint32_t>((codes[i][half] & 8) << 12 | (codes[i][half] & 7) << 6) << 16 * half;
-    }
-  }
-  const uint32_t c = pairs[2], d = pairs[3];
-  uint32_t word = pairs[0] | rotated(pairs[1], 20);
-  word |= (d ^ rotated(word, 8)) >> 2 & (both(13) | both(5));
-  word |= (c ^ word << 2) >> 6 & (both(9) | both(2) | both(1));
-  word |= rotated(d ^ word << 2, 24) & both(0);
-  word |= (c ^ word << 6) >> 2 & both(4);
-  return word | (rotated(d ^ word << 2, 24) & both(14));
-}
-
-uint32_t int4_word(const int (&codes)[4][2]) {
-  uint32_t word = 0;
-  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(codes[i][0] | codes[i][1] << 16) << 4 * i;
-  return word;
-}
-
-// In order 8: the first two pairs are the upper row's four columns.
-uint32_t fp8_word(const int (&codes)[4][2]) {
-  uint32_t word = 0;
-  for (int i = 0; i < 8; ++i) {
-    const int code = codes[i / 2][i % 2], sign = 8 * (i % 4) + (i < 4 ? 7 : 3);
-    word |= static_cast<uint32_t>(code & 7) << 4 * i | static_cast<uint32_t>(code >> 3) << sign;
-  }
-  return word;
-}
 
 // X of x, T of out. shape: of few rows; of some block_m alone.
 template <typename X, typename T>
@@ -130,35 +89,13 @@ void run_call(const Format& format, const GemmSm90W4TilesShape& shape, bool some
       }
     }
   }
-  struct alignas(16) Chunk {
-    uint32_t words[4];
-  };
-  std::vector<Chunk> tiles(p.n / 16 * columns * 32);
-  std::vector<Chunk> scale_tiles(format.group != 0 ? p.n * num_groups / 16 : 0);
-  for (int64_t row = 0; row < p.n / 16; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int lane = 0; lane < 32; ++lane) {
-        for (int j = 0; j < 4; ++j) {
-          int of_word[4][2];
-          for (int i = 0; i < 8; ++i) {
-            const int64_t n = row * 16 + lane / 4 + (format.fours ? i / 4 : i / 2 % 2) * 8;
-            const int64_t k =
-                column * 64 + j * 16 + (format.fours ? lane % 4 * 4 + i % 4 : lane % 4 * 2 + i / 4 * 8 + i % 2);
-            of_word[i / 2][i % 2] = codes[n * p.k + k];
-          }
-          tiles[(row * columns + column) * 32 + lane].words[j] = format.fours        ? fp8_word(of_word)
-                                                                 : format.group == 0 ? int4_word(of_word)
-                                                                                     : fp4_word(of_word);
-        }
-      }
-      uint8_t* const its_scales =
-          reinterpret_cast<uint8_t*>(scale_tiles.data()) + (row * columns + column) * 16 * of_tile;
-      for (int i = 0; i < 16 * of_tile; ++i) {
-        const int64_t n = row * 16 + i / (2 * of_tile) + i / of_tile % 2 * 8;
-        its_scales[i] = scale_bits[n * num_groups + column * of_tile + i % of_tile];
-      }
-    }
-  }
+  const std::vector<uint32_t> tiles = tiles_of(p.n, p.k, format.fours ? 8 : 16,
+                                               format.fours        ? fp8_word
+                                               : format.group == 0 ? int4_word
+                                                                   : fp4_word,
+                                               [&](int64_t n, int64_t k) { return codes[n * p.k + k]; });
+  const std::vector<uint8_t> scale_tiles =
+      scale_tiles_of(p.n, p.k, of_tile, [&](int64_t n, int64_t g) { return scale_bits[n * num_groups + g]; });
   std::vector<float> global_scales(p.n);
   for (float& scale : global_scales) scale = 50.0f + static_cast<float>(between(0, 1000));
   Tensor<T> bias(p.n);

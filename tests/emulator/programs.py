@@ -41,7 +41,7 @@ KERNELS = {
         *sorted({*CSRC.glob("gemm/gemm_sm90_w4*.cu")} - {*CSRC.glob("gemm/gemm_sm90_w4_*_some_rows.cu")}),
         *(CSRC / f"gemm/{name}.cu" for name in ("fp4_to_fp8", "w4_tiles")),
     ],
-    "decode_layers": [CSRC / "decoder/decode_layers_sm90.cu"],
+    "decode_layers": sorted(CSRC.glob("decoder/*.cu")),
     "copy_blocks": [CSRC / "elementwise/copy_blocks.cu"],
     "small_operators": [
         *sorted(CSRC.glob("norm/*.cu")),

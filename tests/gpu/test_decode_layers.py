@@ -43,6 +43,42 @@ def test_it_is_as_exact_as_the_kernels_one_by_one(index: int, dtype: torch.dtype
         assert torch.equal(before.flatten(0, 1)[kept].nan_to_num(7.0), after.flatten(0, 1)[kept].nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("order", [8, 16])
+@pytest.mark.parametrize("index", [i for i, call in enumerate(CALLS) if call[1][4] == 128])
+def test_weights_in_4_bits_are_as_exact_as_the_kernels_one_by_one(index: int, order: int) -> None:
+    num_layers, sizes, lengths, options = CALLS[index]
+    call = (
+        make_call(CUDA, torch.bfloat16, num_layers, sizes, lengths, seed=index, **options).in_fp4(order).with_head(72)
+    )
+    assert call.head is not None
+    memory = workspace(sizes)
+    residual, k_cache, v_cache = call.run(memory)
+    logits = call.head.logits.clone()
+    rows = [row for row, length in enumerate(lengths) if length]
+    for found, exact, one_by_one in (
+        (residual, call.exact(), call.layer_by_layer()),
+        (logits, call.exact_logits(), call.logits_one_by_one()),
+    ):
+        error = float((found[rows].double() - exact[rows]).abs().max())
+        allowed = float((one_by_one[rows].double() - exact[rows]).abs().max())
+        assert error <= 2 * allowed + 1e-6, (error, allowed)
+    for _ in range(5):
+        again, k_again, v_again = call.run(memory)
+        assert torch.equal(residual[rows], again[rows])
+        assert torch.equal(logits[rows], call.head.logits[rows])
+        for a, b in zip((*k_cache, *v_cache), (*k_again, *v_again), strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_weights_in_4_bits_that_the_kernel_does_not_take_are_named() -> None:
+    call = make_call(CUDA, torch.float16, 1, SMALL, [5]).in_fp4(16)
+    with pytest.raises(TypeError, match=r"decode_layers: residual is torch.float16, expected torch.bfloat16"):
+        call.run(workspace(SMALL))
+    call = make_call(CUDA, torch.bfloat16, 1, SMOLLM2, [5]).in_fp4(16)
+    with pytest.raises(ValueError, match=r"decode_layers: k_cache has D = 64, expected 128 with 4-bit weights"):
+        call.run(workspace(SMOLLM2))
+
+
 def test_a_graph_serves_other_lengths_and_numbers_of_rows_share_a_workspace() -> None:
     memory = workspace(SMOLLM2)
     call = make_call(CUDA, torch.bfloat16, 4, SMOLLM2, [700, 900], seed=1)

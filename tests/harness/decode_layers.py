@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
+from fastattn.nn import interleave_gate_up, split_gate_up
+from fastattn.reference import quantized
 
 SMOLLM2 = (576, 1536, 9, 3, 64)  # hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim
 SMALL = (1024, 3072, 16, 8, 128)
@@ -20,7 +22,7 @@ class DecodeCall:
     """A decoder's layers, and sequences that end with the token to compute; lengths 0 are rows of padding."""
 
     residual: Tensor
-    weights: ops.DecoderWeights
+    weights: ops.DecoderWeights | ops.DecoderFp4Weights
     k_cache: list[Tensor]
     v_cache: list[Tensor]
     rows: dict[str, Tensor]
@@ -28,6 +30,44 @@ class DecodeCall:
     activation: str = "silu"
     norm_eps: float = 1e-5
     head: ops.DecoderHead | None = None
+    dense: ops.DecoderWeights | None = None  # what weights in 4 bits mean, in fp64, norms folded in
+
+    def in_fp4(self, tile_order: int, seed: int = 0) -> DecodeCall:
+        """The same with weights rounded to NVFP4, and norms."""
+        w, device = self.weights, self.residual.device
+        assert isinstance(w, ops.DecoderWeights)
+        gen = torch.Generator(device=device).manual_seed(seed)
+        n, layers = self.residual.shape[1], range(len(w.qkv))
+
+        def tiles(matrices: list[Tensor]) -> tuple[ops.Fp4Tiles, list[Tensor]]:
+            codes, scales, factors, values = [], [], [], []
+            for matrix in matrices:
+                packed, scale, factor = ops.quantize_nvfp4(matrix)
+                codes.append(ops.pack_w4_tiles(packed, tile_order))
+                scales.append(ops.pack_w4_scales(scale, 16)[0])
+                factors.append(factor)
+                exact = quantized.fp4_weight(packed, scale, 16, matrix.shape[1], torch.float64)
+                values.append(exact / factor.double()[:, None])
+            return ops.Fp4Tiles(codes, scales, factors), values
+
+        def norms() -> list[Tensor]:
+            return [(1 + 0.3 * torch.randn(n, device=device, generator=gen)).to(self.residual.dtype) for _ in layers]
+
+        input_norm, mlp_norm = norms(), norms()
+        qkv, of_qkv = tiles(list(w.qkv))
+        out, of_out = tiles(list(w.out))
+        gate_up, of_gate_up = tiles([torch.cat(split_gate_up(t)) for t in w.gate_up])
+        down, of_down = tiles(list(w.down))
+        small = {"qkv_bias": w.qkv_bias, "q_norm": w.q_norm, "k_norm": w.k_norm}
+        dense = ops.DecoderWeights(
+            [t * norm.double() for t, norm in zip(of_qkv, input_norm, strict=True)],
+            of_out,
+            [interleave_gate_up(*t.chunk(2)) * norm.double() for t, norm in zip(of_gate_up, mlp_norm, strict=True)],
+            of_down,
+            **small,
+        )
+        weights = ops.DecoderFp4Weights(qkv, out, gate_up, down, input_norm, mlp_norm, tile_order, **small)
+        return replace(self, weights=weights, dense=dense)
 
     def run(self, workspace: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """On copies of what it changes."""
@@ -72,11 +112,21 @@ class DecodeCall:
         """The same by the operators for one layer each."""
         h, w, tokens = self.residual.clone(), self.weights, self.residual.shape[0]
         _, _, heads, kv_heads, head_dim = self.sizes
+
+        def fp4(x: Tensor, matrix: ops.Fp4Tiles, i: int, bias: Tensor | None = None) -> Tensor:
+            assert isinstance(w, ops.DecoderFp4Weights)
+            of_matrix = matrix.codes[i], matrix.scale[i], 16, matrix.global_scale[i], bias
+            return ops.fp4_linear(x, *of_matrix, tile_order=w.tile_order)
+
         cu_seqlens_q = torch.arange(tokens + 1, dtype=torch.int32, device=h.device)
         rows = self.rows
-        for i in range(len(w.qkv)):
+        for i in range(len(self.k_cache)):
             bias = w.qkv_bias[i] if w.qkv_bias else None
-            qkv = ops.rms_norm_linear(h, w.qkv[i], bias, self.norm_eps).view(tokens, -1, head_dim)
+            if isinstance(w, ops.DecoderFp4Weights):
+                qkv = fp4(ops.rms_norm(h, w.input_norm[i], self.norm_eps), w.qkv, i, bias)
+            else:
+                qkv = ops.rms_norm_linear(h, w.qkv[i], bias, self.norm_eps)
+            qkv = qkv.view(tokens, -1, head_dim)
             q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
             caches = self.k_cache[i].clone(), self.v_cache[i].clone()
             ops.rope_kv_write(
@@ -86,6 +136,12 @@ class DecodeCall:
             out, _ = ops.paged_attention(
                 q, *caches, cu_seqlens_q, rows["seqused_k"], rows["block_table"], 1, softmax_scale=head_dim**-0.5
             )
+            if isinstance(w, ops.DecoderFp4Weights):
+                h = (h.float() + fp4(out.flatten(1), w.out, i).float()).to(h.dtype)
+                both = fp4(ops.rms_norm(h, w.mlp_norm[i], self.norm_eps), w.gate_up, i)
+                x = ops.swiglu(both) if self.activation == "silu" else ops.geglu(both)
+                h = (h.float() + fp4(x, w.down, i).float()).to(h.dtype)
+                continue
             h = ops.linear(out.flatten(1), w.out[i], residual=h)
             x = ops.rms_norm_gated_linear(h, w.gate_up[i], None, self.activation, self.norm_eps)
             h = ops.linear(x, w.down[i], residual=h)
@@ -93,7 +149,8 @@ class DecodeCall:
 
     def exact(self) -> Tensor:
         """In fp64, keys of the token itself not rounded."""
-        h, w = self.residual.double(), self.weights
+        h, w = self.residual.double(), self.dense or self.weights
+        assert isinstance(w, ops.DecoderWeights)
         _, _, heads, kv_heads, head_dim = self.sizes
         cos, sin = self.rows["cos_sin"][self.rows["positions"].long()].double()[:, None].chunk(2, -1)
         half = head_dim // 2
@@ -162,6 +219,9 @@ def few_calls(device: torch.device, dtype: torch.dtype) -> Iterator[DecodeCall]:
             call = make_call(device, dtype, 2, sizes, [min(n, 900) for n in lengths], seed=index, **options)
             yield call
             yield call.with_head(520)
+            if dtype is torch.bfloat16 and sizes[4] == 128:
+                yield call.in_fp4(16)
+                yield call.in_fp4(8).with_head(520)
 
 
 def make_call(

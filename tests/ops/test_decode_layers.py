@@ -31,6 +31,44 @@ def test_it_is_the_formula(kind: str) -> None:
         assert slots.tolist() == sorted(s for s in call.rows["slot_mapping"].tolist() if s >= 0)
 
 
+@pytest.mark.parametrize("order", [8, 16])
+@pytest.mark.parametrize("kind", ["plain", "bias", "head_norms"])
+def test_weights_in_4_bits_are_the_formula_with_the_norms_in_front(kind: str, order: int) -> None:
+    call = make_call(
+        CPU, torch.float32, 3, SIZES, [1, 17, 0, 40], bias=kind == "bias", head_norms=kind == "head_norms",
+        activation="gelu_tanh" if kind == "bias" else "silu",
+    ).in_fp4(order)  # fmt: skip
+    found, _, _ = call.run(None)
+    rows = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(found[rows].double(), call.exact()[rows], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[rows], call.layer_by_layer()[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_errors_name_what_of_4_bit_weights_does_not_fit() -> None:
+    call = make_call(CPU, torch.bfloat16, 2, SIZES, [3, 5]).in_fp4(16)
+    weights = call.weights
+    assert isinstance(weights, ops.DecoderFp4Weights)
+    out, down = weights.out, weights.down
+    for changes, message in (
+        ({"out": dataclasses.replace(out, codes=out.codes[:1])}, r"weights.out.codes has 1 tensors, expected 2"),
+        (
+            {"out": dataclasses.replace(out, scale=[t[:, :, :32] for t in out.scale])},
+            r"weights.out.scale\[0\] is \(4, 4, 32\) on cpu, expected a contiguous \(4, 4, 64\) on cpu",
+        ),
+        (
+            {"down": dataclasses.replace(down, global_scale=[t[1:] for t in down.global_scale])},
+            r"weights.down.global_scale\[0\] is \(63,\) on cpu, expected a contiguous \(64,\) on cpu",
+        ),
+        ({"mlp_norm": weights.mlp_norm[:1]}, r"weights.mlp_norm has 1 tensors, expected 2 as k_cache"),
+        ({"tile_order": 4}, r"weights.tile_order is 4, expected 16 or 8"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_layers: {message}"):
+            _changed(call, weights=dataclasses.replace(weights, **changes)).run(None)  # type: ignore[arg-type]
+    norms = [t.float() for t in weights.input_norm]
+    with pytest.raises(TypeError, match=r"weights.input_norm\[0\] is torch.float32, expected torch.bfloat16"):
+        _changed(call, weights=dataclasses.replace(weights, input_norm=norms)).run(None)
+
+
 def test_a_head_is_the_embedding_in_front_and_the_logits_behind() -> None:
     call = make_call(CPU, torch.float32, 3, SIZES, [1, 17, 0, 40]).with_head(72)
     assert call.head is not None
@@ -130,3 +168,5 @@ def test_which_models_it_is_for() -> None:
     assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 96) == 0
     assert ops.decode_layers_max_tokens(512, 512, 8, 8, 64) == 0  # fewer gates than CTAs
     assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128, num_sms=114) == 3  # a CTA for each head
+    assert ops.decode_layers_max_tokens(4096, 14336, 32, 8, 128, in_tiles=True) == 4
+    assert ops.decode_layers_max_tokens(576, 1536, 9, 3, 64, in_tiles=True) == 0  # heads of 64
