@@ -70,6 +70,8 @@ struct Decode {
   static constexpr bool IN_TILES = !std::is_same_v<Weights, SixteenBits>;
   static constexpr int UNIT = IN_TILES ? kTileRows : kUnit;  // rows of an item of the layers
   static constexpr int STAGE_BYTES = IN_TILES ? kTiledStageBytes : kStageBytes;
+  // That multiply the layers' weights, and after them a group of which one warp copies.
+  static constexpr int WARPS = IN_TILES ? kTileWarps : kWarps, THREADS = 32 * WARPS + 128;
   using ArgsOf = std::conditional_t<IN_TILES, TiledArgs, Args>;
 
   const ArgsOf& all;
@@ -136,6 +138,12 @@ struct Decode {
       stage = 0;
       parity ^= 1;
     }
+  }
+
+  // By a warp that computes, also for one that helps, which has nothing to do with a head.
+  __device__ void release_stage() {
+#pragma unroll
+    for (int i = 0; i < WARPS / kWarps; ++i) empty(stage).arrive();
   }
 
   __device__ void copy_weights() {
@@ -333,7 +341,7 @@ struct Decode {
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      if (lane == 0) empty(stage).arrive();
+      if (lane == 0) release_stage();
       next_stage();
     }
   }
@@ -360,7 +368,7 @@ struct Decode {
         if (NORMED && is_first) multiply_square(square_sums, x[i]);
       }
       __syncwarp();
-      if (lane == 0) empty(stage).arrive();
+      if (lane == 0) release_stage();
       next_stage();
     }
     keep_sums(0, sums);
@@ -605,14 +613,16 @@ struct Decode {
   __device__ __forceinline__ void receive_columns(Seen<BLOCKS>& seen, const uint32_t* buffer, int columns, int column,
                                                   uint32_t wanted, const T* norm,
                                                   float (&squares_of_tokens)[MOST_TOKENS]);
-  template <int WHICH>
+  template <int WHICH, bool HELPS>
   __device__ __forceinline__ void multiply_tiles(int layer);
+  __device__ void meet_helpers() { named_barrier_sync(kHelperBarrier, 32 * kTileWarps); }
+  __device__ void help();
 
   // ------------------------------------------------------------------------------------------
   template <int WHICH>
   __device__ __forceinline__ void multiply_layers(int layer) {
     if constexpr (IN_TILES) {
-      multiply_tiles<WHICH>(layer);
+      multiply_tiles<WHICH, false>(layer);
     } else {
       multiply<WHICH>(layer);
     }
@@ -656,24 +666,31 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::compute() {
 }
 
 template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
-__global__ void __launch_bounds__(kAllThreads, 1)
+__global__ void __launch_bounds__(Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::THREADS, 1)
     decode_layers_kernel(const __grid_constant__ typename Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::ArgsOf args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  Decode<T, HEAD_DIM, MOST_TOKENS, Weights> decode(args, &shared_storage_of_128<unsigned char>());
+  using DecodeOf = Decode<T, HEAD_DIM, MOST_TOKENS, Weights>;
+  constexpr bool IN_TILES = DecodeOf::IN_TILES;
+  DecodeOf decode(args, &shared_storage_of_128<unsigned char>());
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int i = 0; i < decode.layout.stages; ++i) {
       decode.full(i).init(1);
-      decode.empty(i).init(kWarps);
+      decode.empty(i).init(DecodeOf::WARPS);
     }
     fence_barrier_init();
   }
   __syncthreads();
-  if (decode.warp >= kWarps) {
-    give_registers<kCopyRegisters>();
-    if (decode.warp == kWarps) decode.copy_weights();
+  if (decode.warp >= DecodeOf::WARPS) {
+    give_registers<IN_TILES ? kTiledCopyRegisters : kCopyRegisters>();
+    if (decode.warp == DecodeOf::WARPS) decode.copy_weights();
+  } else if (decode.warp >= kWarps) {
+    if constexpr (IN_TILES) {
+      give_registers<kHelperRegisters>();
+      decode.help();
+    }
   } else {
-    take_registers<kComputeRegisters>();
+    take_registers<IN_TILES ? kTiledComputeRegisters : kComputeRegisters>();
     decode.compute();
   }
 #endif
@@ -684,8 +701,9 @@ cudaError_t launch(const DecodeLayersParams& p, cudaStream_t stream) {
   const int num_ctas = decode_num_ctas(p);
   const typename Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::ArgsOf args(p, num_ctas);
   if (args.layout.stages < kSlots || args.buffers.end > p.workspace_words) return cudaErrorInvalidValue;
-  return launch_together(decode_layers_kernel<T, HEAD_DIM, MOST_TOKENS, Weights>, num_ctas, kAllThreads,
-                         args.layout.end, stream, args);
+  constexpr int THREADS = Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::THREADS;
+  return launch_together(decode_layers_kernel<T, HEAD_DIM, MOST_TOKENS, Weights>, num_ctas, THREADS, args.layout.end,
+                         stream, args);
 }
 
 }  // namespace

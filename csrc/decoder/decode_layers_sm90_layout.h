@@ -13,7 +13,6 @@ constexpr int kWarps = 8;  // that compute
 constexpr int kThreads = 32 * kWarps;
 // With a warp group of which one warp copies, and that leaves its registers to the others: with a lone warp more the
 // eight would have 168, as some of the SM's four parts would hold three warps.
-constexpr int kAllThreads = kThreads + 128;
 constexpr int kComputeRegisters = 232, kCopyRegisters = 40;
 constexpr int kUnit = 8;  // rows of weight
 constexpr int kStageColumns = 1024;
@@ -24,6 +23,9 @@ constexpr int kMaxStages = 12;
 // Of weights in tiles of 16 rows and 64 columns (gemm_sm90_w4_tiles.cuh), NVFP4: a stage's tiles and their scales.
 constexpr int kTileRows = 16, kTileColumns = 64, kTileBytes = 512, kTileScaleBytes = 64;
 constexpr int kStageTiles = 32;
+constexpr int kTileWarps = 16;  // eight more, that help
+// Of 640 threads that begin with 96.
+constexpr int kTiledComputeRegisters = 152, kHelperRegisters = 72, kTiledCopyRegisters = 32;
 constexpr int kTiledStageBytes = kStageTiles * (kTileBytes + kTileScaleBytes);
 static_assert(kTiledStageBytes >= kStageBytes);  // a head has 16 bits
 constexpr int kSlots = 3;                        // units whose sums meet at a time
@@ -35,7 +37,7 @@ constexpr int kStepKeys = 16;                    // of a warp at a time
 __host__ __device__ constexpr int early_steps(int head_dim) { return head_dim == 64 ? 2 : 1; }
 constexpr int kKnownKeys = 128;  // of a warp: where they are it looks up once for all layers if there are no more
 constexpr int kSmemBytes = 227 * 1024;
-constexpr int kComputeBarrier = 1;
+constexpr int kComputeBarrier = 1, kHelperBarrier = 2;
 
 // Products of a layer, in their order, and one behind them all.
 enum { kQkv, kOut, kGateUp, kDown, kHead, kNumProducts };
@@ -103,8 +105,7 @@ struct Layout {
     if (s.n > widest) widest = s.n;
     x = 0;
     sums = x + tokens * x_pitch(widest);
-    const int rows_of_sums = in_tiles ? 2 * kTileRows : kSlots * kUnit;
-    squares = sums + 2 * kWarps * tokens * rows_of_sums * 4;
+    squares = in_tiles ? sums : sums + 2 * kSlots * kWarps * tokens * kUnit * 4;
     own = squares + kWarps * kDecodeMaxTokens * 4;
     heads = own + kOwnUnits * kDecodeMaxTokens * kUnit * 2;   // of q, then the token's key and value
     angles = heads + (kDecodeMaxGroup + 2) * s.head_dim * 2;  // cosines and sines of the token's position
@@ -113,6 +114,11 @@ struct Layout {
     partial = part + 64;
     merged = partial + kWarps * kDecodeMaxGroup * (s.head_dim + 4) * 4;
     barriers = merged + kWarps * s.head_dim * 4;
+    if (in_tiles) {  // where attention, which has no products beside it, has its parts
+      sums = partial;
+      const int end_of_sums = sums + 2 * kTileWarps * tokens * 2 * kTileRows * 4;
+      if (barriers < end_of_sums) barriers = end_of_sums;
+    }
     ring = (barriers + 2 * kMaxStages * 8 + 127) / 128 * 128;
     const int stage_bytes = in_tiles ? kTiledStageBytes : kStageBytes;
     stages = (kSmemBytes - ring) / stage_bytes;

@@ -4,8 +4,12 @@
 // A tile is the left operand of mma.m16n8k16 as it lies, 16 rows of weight and four times 16 columns, and tokens are
 // the columns of the right one. An item is a row of tiles, of gates and ups one of each, whose sums of a row then meet
 // in one thread. A stage has 32 tiles, of 2,048 columns, or of both 1,024, and their scales: two or four copies, as
-// they lie in memory. The eight warps have every eighth tile of columns. Weights cannot take a norm's along: what is
-// multiplied is multiplied with it when it is received, and its squares are added up there.
+// they lie in memory. Weights cannot take a norm's along: what is multiplied is multiplied with it when it is received,
+// and its squares are added up there.
+//
+// Making numbers of eight codes takes some 20 instructions, most of which wait for the one before: eight warps, two to
+// a scheduler, took 1,900 cycles for a stage that comes in 1,000. So eight more help, which do nothing else: every
+// sixteenth tile of columns is a warp's.
 #pragma once
 
 namespace fastattn {
@@ -67,14 +71,14 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::recei
     }
   }
   look_at<BLOCKS>(seen, buffer, columns, column + BLOCKS * kStageColumns);
-  sync();
+  meet_helpers();
 }
 
 template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
-template <int WHICH>
+template <int WHICH, bool HELPS>
 __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multiply_tiles(int layer) {
   constexpr bool NORMED = WHICH == kQkv || WHICH == kGateUp;
-  constexpr int ROW_TILES = WHICH == kGateUp ? 2 : 1, MOST = kStageTiles / ROW_TILES, OF_WARP = MOST / kWarps;
+  constexpr int ROW_TILES = WHICH == kGateUp ? 2 : 1, MOST = kStageTiles / ROW_TILES, OF_WARP = MOST / kTileWarps;
   constexpr int ROWS = 2 * kTileRows;  // of sums, for each warp and token
   forget();
   const Product& product = products[WHICH];
@@ -83,20 +87,48 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
   const uint32_t wanted = WHICH == kQkv ? mark - 1 : mark;
   const T* const norm = static_cast<const T*>(WHICH == kQkv ? all.tiles[layer].input_norm : all.tiles[layer].mlp_norm);
   // What a thread hands over of each item: two rows of a token.
-  const int row = thread % (kTileRows / 2) * 2, of_token = thread / (kTileRows / 2) % MOST_TOKENS;
-  const bool hands_over = thread < kTileRows / 2 * MOST_TOKENS && of_token < num_tokens;
+  const int row = lane % (kTileRows / 2) * 2, of_token = lane / (kTileRows / 2) % MOST_TOKENS;
   // Of what stands in a lane's column of the right operand: behind the last token that one, whose sums nobody reads.
   const int x_row = Weights::kFours ? g : lane % 8;
   const uint32_t x = shared_address(smem + layout.x) + min(x_row, num_tokens - 1) * x_pitch(columns) +
                      (Weights::kFours ? t * 8 : lane / 8 * 16);
   const auto sums_of_warp = [&](int of_warp, int token) {
-    return reinterpret_cast<float*>(smem + layout.sums) + ((sums_turn * kWarps + of_warp) * num_tokens + token) * ROWS;
+    return reinterpret_cast<float*>(smem + layout.sums) +
+           ((sums_turn * kTileWarps + of_warp) * num_tokens + token) * ROWS;
+  };
+  // What a warp multiplies of a stage, which is free as soon as it has that.
+  struct Operands {
+    uint4 codes[OF_WARP][ROW_TILES];
+    Weights scales[OF_WARP][ROW_TILES];
+  };
+  const auto take_stage = [&](Operands& operands, int column) {
+    const int count = (columns - column) / kTileColumns;
+    const unsigned char* const source = smem + layout.ring + stage * STAGE_BYTES;
+    full(stage).wait(parity);
+#pragma unroll
+    for (int i = 0; i < OF_WARP; ++i) {
+      const int tile = min(warp + i * kTileWarps, count - 1);  // behind the last one that, times zero
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        const int at = r * MOST + tile;
+        operands.codes[i][r] = *reinterpret_cast<const uint4*>(source + at * kTileBytes + lane * 16);
+        if (tile != warp + i * kTileWarps) operands.codes[i][r] = make_uint4(0, 0, 0, 0);
+        operands.scales[i][r] = Weights(
+            NoStepScales<1, 1>{}, source + kStageTiles * kTileBytes + at * kTileScaleBytes + g * 8, r, tile, lane);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) empty(stage).arrive();
+    next_stage();
   };
   const int first = first_item(product);
   int number = 0;
 #pragma unroll 1
   for (int item = first; item < items; item += ctas, ++number) {
     const bool is_first = item == first;
+    // Of each item another warp, so that none is behind the others.
+    const bool hands_over =
+        !HELPS && warp == number % kWarps && lane < kTileRows / 2 * MOST_TOKENS && of_token < num_tokens;
     float2 factors[ROW_TILES] = {};
     if (hands_over) {
 #pragma unroll
@@ -108,30 +140,22 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
     }
     float sums[ROW_TILES][2][4] = {}, squares_of_tokens[MOST_TOKENS] = {};
     Seen<kBlocks> seen;
-    if (is_first) look_at<kBlocks>(seen, buffer, columns, 0);
+    if (!HELPS && is_first) look_at<kBlocks>(seen, buffer, columns, 0);
 #pragma unroll 1
     for (int column = 0; column < columns; column += MOST * kTileColumns) {
-      const int count = min(MOST, (columns - column) / kTileColumns);
-      const unsigned char* const codes_of_stage = smem + layout.ring + stage * STAGE_BYTES;
-      uint4 codes[OF_WARP][ROW_TILES];
-      full(stage).wait(parity);
-#pragma unroll
-      for (int i = 0; i < OF_WARP; ++i) {
-        const int tile = warp + i * kWarps;
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r) {
-          if (tile < count) {
-            codes[i][r] = *reinterpret_cast<const uint4*>(codes_of_stage + (r * MOST + tile) * kTileBytes + lane * 16);
-          }
+      const int count = (columns - column) / kTileColumns;
+      Operands operands;
+      take_stage(operands, column);
+      if (is_first && column % (kBlocks * kStageColumns) == 0) {
+        if constexpr (HELPS) {
+          meet_helpers();
+        } else {
+          receive_columns<kBlocks, NORMED>(seen, buffer, columns, column, wanted, norm, squares_of_tokens);
         }
       }
-      if (is_first && column % (kBlocks * kStageColumns) == 0) {
-        receive_columns<kBlocks, NORMED>(seen, buffer, columns, column, wanted, norm, squares_of_tokens);
-      }
 #pragma unroll
       for (int i = 0; i < OF_WARP; ++i) {
-        const int tile = warp + i * kWarps;
-        if (tile >= count) break;
+        const int tile = min(warp + i * kTileWarps, count - 1);
         const uint32_t x_tile = x + (column + tile * kTileColumns) * 2;
         uint32_t b[8];
         if constexpr (Weights::kFours) {
@@ -149,21 +173,16 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
         }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
-          const Weights scales(NoStepScales<1, 1>{},
-                               codes_of_stage + kStageTiles * kTileBytes + (r * MOST + tile) * kTileScaleBytes + g * 8,
-                               r, tile, lane);
-          const uint32_t words[4] = {codes[i][r].x, codes[i][r].y, codes[i][r].z, codes[i][r].w};
+          const uint4& codes = operands.codes[i][r];
+          const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             uint32_t a[4];
-            scales.make_fragment(a, words[j], j, lane);
+            operands.scales[i][r].make_fragment(a, words[j], j, lane);
             mma_m16n8k16<T>(sums[r][j % 2], a, b[2 * j], b[2 * j + 1]);
           }
         }
       }
-      __syncwarp();
-      if (lane == 0) empty(stage).arrive();
-      next_stage();
     }
     // A lane has rows g and g + 8 of tokens 2t and 2t + 1.
 #pragma unroll
@@ -176,19 +195,19 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
         target[r * kTileRows + g + 8] = sums[r][0][of + 2] + sums[r][1][of + 2];
       }
     }
-    if (NORMED && is_first) {
+    if (!HELPS && NORMED && is_first) {
 #pragma unroll
       for (int token = 0; token < MOST_TOKENS; ++token) {
         const float square = warp_reduce(squares_of_tokens[token], [](float a, float b) { return a + b; });
         if (lane == 0) squares()[warp * kDecodeMaxTokens + token] = square;
       }
     }
-    sync();
+    meet_helpers();
     if (hands_over) {
       const auto of_rows = [&](int r) {
         float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
+        for (int w = 0; w < kTileWarps; ++w) {
           const auto part = *reinterpret_cast<const float2*>(sums_of_warp(w, of_token) + r * kTileRows + row);
           sum.x += part.x;
           sum.y += part.y;
@@ -215,6 +234,17 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
       }
     }
     sums_turn ^= 1;
+  }
+}
+
+template <typename T, int HEAD_DIM, int MOST_TOKENS, typename Weights>
+__device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::help() {
+#pragma unroll 1
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    multiply_tiles<kQkv, true>(layer);
+    multiply_tiles<kOut, true>(layer);
+    multiply_tiles<kGateUp, true>(layer);
+    multiply_tiles<kDown, true>(layer);
   }
 }
 

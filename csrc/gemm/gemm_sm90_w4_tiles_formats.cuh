@@ -34,6 +34,7 @@ struct Fp4Tile {
   static constexpr int kTileBytes = 16 * 64 / GROUP;
   static constexpr float kSumFactor = GROUP == 16 ? Nvfp4Tiles<T>::kSumFactor : Mxfp4Tiles<T>::kSumFactor;
 
+  Fp4Tile() = default;
   // Lane 4 g + t makes those of the t-th group of rows g and g + 8. `scales`: the upper row's, then the lower's.
   template <typename Steps>
   __device__ __forceinline__ Fp4Tile(const Steps&, const unsigned char* scales, int, int, int lane) {
