@@ -250,7 +250,8 @@ __device__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::merge() {
   for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
     for (int j = 0; j < PAIRS; ++j) {
-      early[i][j] = make_uint4(0, 0, 0, 0);  // else the compiler keeps, in local memory, what was there in the layer before
+      early[i][j] =
+          make_uint4(0, 0, 0, 0);  // else the compiler keeps, in local memory, what was there in the layer before
       if (warp + i * kWarps < merged_parts) early[i][j] = look(mine + i * kWarps * PITCH + 128 * j);
     }
   }

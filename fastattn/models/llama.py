@@ -172,22 +172,33 @@ class LlamaForCausalLM(DecoderModel):
         layers, c = [layer for layer in self.layers if isinstance(layer, LlamaLayer)], self.config
         assert isinstance(self.cos_sin, torch.Tensor)
         attention = [layer.self_attn for layer in layers]
-        small = {
-            "qkv_bias": [a.qkv_proj.bias for a in attention if a.qkv_proj.bias is not None],
-            "q_norm": [a.q_norm.weight for a in attention if a.q_norm is not None],
-            "k_norm": [a.k_norm.weight for a in attention if a.k_norm is not None],
-        }
-        matrices = list(zip(*(layer.linears for layer in layers), strict=True))  # of qkv, out, gate_up, down
+        qkv, out, gate_up, down = ([layer.linears[i] for layer in layers] for i in range(4))
+        qkv_bias = [linear.bias for linear in qkv if linear.bias is not None]
+        q_norm = [a.q_norm.weight for a in attention if a.q_norm is not None]
+        k_norm = [a.k_norm.weight for a in attention if a.k_norm is not None]
         weights: ops.DecoderWeights | ops.DecoderFp4Weights
         if self.tile_order is None:
-            weights = ops.DecoderWeights(*([layer.weight for layer in of] for of in matrices), **small)
+            weights = ops.DecoderWeights(
+                [linear.weight for linear in qkv],
+                [linear.weight for linear in out],
+                [linear.weight for linear in gate_up],
+                [linear.weight for linear in down],
+                qkv_bias,
+                q_norm,
+                k_norm,
+            )
         else:
             weights = ops.DecoderFp4Weights(
-                *(_fp4_tiles(of) for of in matrices),
-                input_norm=[layer.input_layernorm.weight for layer in layers],
-                mlp_norm=[layer.post_attention_layernorm.weight for layer in layers],
-                tile_order=self.tile_order,
-                **small,
+                _fp4_tiles(qkv),
+                _fp4_tiles(out),
+                _fp4_tiles(gate_up),
+                _fp4_tiles(down),
+                [layer.input_layernorm.weight for layer in layers],
+                [layer.post_attention_layernorm.weight for layer in layers],
+                self.tile_order,
+                qkv_bias,
+                q_norm,
+                k_norm,
             )
         if self.workspace is None:
             sizes = (c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim)

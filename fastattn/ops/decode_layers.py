@@ -390,8 +390,8 @@ def _check_weights(
                 "decode_layers",
                 f"weights.tile_order is {weights.tile_order}, expected {' or '.join(map(str, TILE_ORDERS))}",
             )
-    for name, shape in (("qkv_bias", (rows,)), ("q_norm", (head_dim,)), ("k_norm", (head_dim,))):
-        expected.append((name, getattr(weights, name), shape, residual.dtype, True))
+    for name, length in (("qkv_bias", rows), ("q_norm", head_dim), ("k_norm", head_dim)):
+        expected.append((name, getattr(weights, name), (length,), residual.dtype, True))
     for name, tensors, shape, dtype, optional in expected:
         if len(tensors) != num_layers and not (optional and len(tensors) == 0):
             fail_value("decode_layers", f"weights.{name} has {len(tensors)} tensors, expected {num_layers} as k_cache")
