@@ -8,17 +8,6 @@
 
 namespace emulator {
 
-// The sum of products, as four sums: a single one would wait for itself in each step.
-inline double dot(const float* x, const float* y, int count) {
-  double sums[4] = {};
-  int i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (int lane = 0; lane < 4; ++lane) sums[lane] += double{x[i + lane]} * double{y[i + lane]};
-  }
-  for (; i < count; ++i) sums[0] += double{x[i]} * double{y[i]};
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // ---------------------------------------------------------------------------------------------
 // K and V of type KV: T, or 8 bits where the kernel multiplies them by k_scale and v_scale.
 template <typename T, typename KV = T>
@@ -355,7 +344,7 @@ struct AttentionCall {
       lse_error += weights[j] / sum * cut_off[j];
       const double weight = weights[j] / sum * scale_of(v_scale, keys[j]);
       const float* const v_row = &v.values[(key_tokens[seq][keys[j]] * num_kv_heads + kv_head) * v_head_dim];
-      for (int d = 0; d < v_head_dim; ++d) expected[d] += weight * v_row[d];
+      add_scaled(expected.data(), weight, v_row, v_head_dim);
     }
 
     const std::string where =

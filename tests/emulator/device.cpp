@@ -12,6 +12,20 @@ void fail(const std::string& what) {
 
 bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
 
+double dot(const float* x, const float* y, int count) {
+  double sums[8] = {};  // a single one would wait for itself in each step
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += double{x[i + lane]} * double{y[i + lane]};
+  }
+  for (; i < count; ++i) sums[0] += double{x[i]} * double{y[i]};
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+void add_scaled(double* sums, double factor, const float* x, int count) {
+  for (int i = 0; i < count; ++i) sums[i] += factor * x[i];
+}
+
 // ---------------------------------------------------------------------------------------------
 // Threads
 

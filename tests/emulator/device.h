@@ -279,6 +279,10 @@ const std::vector<float>& values_of_type() {
   return values;
 }
 
+// What references spend their time in, compiled for speed: x · y, and sums += factor * x.
+double dot(const float* x, const float* y, int count);
+void add_scaled(double* sums, double factor, const float* x, int count);
+
 template <typename T>
 float value_at(const void* address) {
   static const float* const values = values_of_type<T>().data();

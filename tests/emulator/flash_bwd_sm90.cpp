@@ -63,11 +63,8 @@ struct BackwardCall : AttentionCall<T> {
     const size_t at_lse = lse_idx(seq, i, head);
     this->lse[at_lse] = sum > 0.0 ? static_cast<float>(largest + std::log(sum)) : -INFINITY;
     if (!dlse.empty()) dlse[at_lse] = normal();
-    const auto add = [](double factor, const float* values, double* sums, int count) {
-      for (int c = 0; c < count; ++c) sums[c] += factor * values[c];
-    };
     std::vector<double> o(dv_dim);
-    for (int j = begin; j < end; ++j) add(p[j - begin], &this->v.values[key(j) * dv_dim], o.data(), dv_dim);
+    for (int j = begin; j < end; ++j) add_scaled(o.data(), p[j - begin], &this->v.values[key(j) * dv_dim], dv_dim);
     for (int c = 0; c < dv_dim; ++c) {
       rounded_out.set(out_at + c, static_cast<float>(o[c]));
       dout.set(out_at + c, normal());
@@ -76,10 +73,10 @@ struct BackwardCall : AttentionCall<T> {
     if (!dlse.empty()) delta -= dlse[at_lse];
     for (int j = begin; j < end; ++j) {
       const double dp = dot(&dout.values[out_at], &this->v.values[key(j) * dv_dim], dv_dim);
-      add(p[j - begin], &dout.values[out_at], &dv[key(j) * dv_dim], dv_dim);
+      add_scaled(&dv[key(j) * dv_dim], p[j - begin], &dout.values[out_at], dv_dim);
       const double ds = p[j - begin] * (dp - delta) * slope[j - begin] * this->softmax_scale();
-      add(ds, &this->k.values[key(j) * d], &dq[q_at], d);
-      add(ds, &this->q.values[q_at], &dk[key(j) * d], d);
+      add_scaled(&dq[q_at], ds, &this->k.values[key(j) * d], d);
+      add_scaled(&dk[key(j) * d], ds, &this->q.values[q_at], d);
     }
   }
 };
