@@ -38,7 +38,6 @@ class CMakeBuild(build_ext):
             "-S", str(ROOT),
             "-B", str(Path(self.build_temp).resolve()),
             "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTATTN_OUTPUT_DIR={out}",

@@ -16,7 +16,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMergeThreads = 256;
 
 template <typename T, int VEC>
 __device__ __forceinline__ void add_weighted(const AttentionState& side, int64_t offset, float weight,
@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_weighted(const AttentionState& side, int64_t
 }
 
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMergeThreads)
     merge_states_kernel(const __grid_constant__ MergeStatesParams p, FastDivide vecs_per_head) {
   const int64_t batch_idx = blockIdx.x / p.num_rows;
   const int64_t row_idx = blockIdx.x - batch_idx * p.num_rows;
@@ -68,8 +68,9 @@ cudaError_t launch(const MergeStatesParams& p, cudaStream_t stream) {
   const int64_t num_ctas = p.batch * p.num_rows;
   const int32_t vecs_per_head = p.head_dim / VEC;
   const int64_t num_vecs = static_cast<int64_t>(p.num_heads) * vecs_per_head;
-  if (num_ctas > INT32_MAX || num_vecs > INT32_MAX - kMaxThreads) return cudaErrorInvalidConfiguration;
-  const unsigned num_threads = num_vecs >= kMaxThreads ? kMaxThreads : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
+  if (num_ctas > INT32_MAX || num_vecs > INT32_MAX - kMergeThreads) return cudaErrorInvalidConfiguration;
+  const unsigned num_threads =
+      num_vecs >= kMergeThreads ? kMergeThreads : static_cast<unsigned>((num_vecs + 31) / 32 * 32);
   merge_states_kernel<T, VEC>
       <<<static_cast<unsigned>(num_ctas), num_threads, 0, stream>>>(p, FastDivide(vecs_per_head));
   return cudaGetLastError();

@@ -23,9 +23,9 @@
 namespace fastattn {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kCopyThreads = 256;
 constexpr int kLoads = 4;
-constexpr int kPieceUnits = kThreads * kLoads;
+constexpr int kPieceUnits = kCopyThreads * kLoads;
 constexpr int kMaxLayouts = 4;  // of a launch: keys and values have one, their scales another
 
 struct BlockLayout {
@@ -66,17 +66,17 @@ __device__ __forceinline__ void copy_piece(const char* source, char* target, con
   Unit units[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int32_t unit = first + i * kThreads + threadIdx.x;
+    const int32_t unit = first + i * kCopyThreads + threadIdx.x;
     if (unit < num_units) units[i] = *reinterpret_cast<const Unit*>(source + offset(layout.source, unit));
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int32_t unit = first + i * kThreads + threadIdx.x;
+    const int32_t unit = first + i * kCopyThreads + threadIdx.x;
     if (unit < num_units) *reinterpret_cast<Unit*>(target + offset(layout.target, unit)) = units[i];
   }
 }
 
-__global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksArgs a) {
+__global__ void __launch_bounds__(kCopyThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksArgs a) {
   for (int64_t item = blockIdx.x; item < a.num_items; item += gridDim.x) {
     const int64_t block_item = item / a.pieces_per_block;  // pair, cache
     const int32_t piece = static_cast<int32_t>(item - block_item * a.pieces_per_block);
@@ -130,7 +130,7 @@ cudaError_t copy_blocks(const CopyBlocksParams& p, cudaStream_t stream) {
   const auto launch = [&] {
     args.num_items = p.num_pairs * args.num_caches * args.pieces_per_block;
     const int64_t num_ctas = std::min<int64_t>(args.num_items, p.max_ctas);
-    const cudaError_t error = launch_kernel(copy_blocks_kernel, num_ctas, kThreads, 0, stream, args);
+    const cudaError_t error = launch_kernel(copy_blocks_kernel, num_ctas, kCopyThreads, 0, stream, args);
     num_layouts = args.num_caches = args.pieces_per_block = 0;
     return error;
   };

@@ -20,11 +20,11 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMaxThreads = 256;
+constexpr int64_t kEmbeddingThreads = 256;
 constexpr int kVecs = 2;  // of a thread
 
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kEmbeddingThreads)
     embedding_kernel(const __grid_constant__ EmbeddingParams p, FastDivide pieces_per_token) {
   grid_dependency_launch();
   grid_dependency_wait();
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T, int VEC>
 cudaError_t launch(const EmbeddingParams& p, cudaStream_t stream) {
   const int64_t num_vecs = p.width / VEC;
-  const int64_t num_threads = std::min<int64_t>((num_vecs + kVecs * 32 - 1) / (kVecs * 32) * 32, kMaxThreads);
+  const int64_t num_threads = std::min<int64_t>((num_vecs + kVecs * 32 - 1) / (kVecs * 32) * 32, kEmbeddingThreads);
   const int64_t pieces = (num_vecs + kVecs * num_threads - 1) / (kVecs * num_threads);
   if (p.num_tokens > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
   return launch_kernel_behind(embedding_kernel<T, VEC>, p.num_tokens * pieces, static_cast<int>(num_threads), 0, stream,

@@ -17,10 +17,10 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kMaxThreads = 256;
+constexpr int64_t kGatedThreads = 256;
 
 template <typename T, int VEC, Activation ACTIVATION>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kGatedThreads)
     gated_activation_kernel(const __grid_constant__ GatedActivationParams p, FastDivide pieces_per_row) {
   grid_dependency_launch();
   grid_dependency_wait();
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T, int VEC>
 cudaError_t launch(const GatedActivationParams& p, cudaStream_t stream) {
   const int64_t num_vecs = p.width / VEC;
-  const int64_t num_threads = std::min<int64_t>((num_vecs + 31) / 32 * 32, kMaxThreads);
+  const int64_t num_threads = std::min<int64_t>((num_vecs + 31) / 32 * 32, kGatedThreads);
   const int64_t pieces = (num_vecs + num_threads - 1) / num_threads;
   if (p.num_rows > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
   const auto kernel = p.activation == Activation::kSilu       ? gated_activation_kernel<T, VEC, Activation::kSilu>

@@ -5,7 +5,7 @@
 namespace fastattn {
 namespace {
 
-constexpr GemmSm80Instantiation kInstantiations[] = {
+constexpr GemmSm80Instantiation kOfInt8[] = {
     gemm_sm80_instantiation<Int8Operands<__nv_bfloat16>>(DType::kBFloat16),
     gemm_sm80_instantiation<Int8Operands<__half>>(DType::kFloat16),
 };
@@ -13,7 +13,7 @@ constexpr GemmSm80Instantiation kInstantiations[] = {
 }  // namespace
 
 cudaError_t gemm_int8_sm80(const GemmSm80Params& params, cudaStream_t stream) {
-  return launch_gemm_sm80(kInstantiations, params, stream);
+  return launch_gemm_sm80(kOfInt8, params, stream);
 }
 
 }  // namespace fastattn

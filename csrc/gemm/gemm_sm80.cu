@@ -4,7 +4,7 @@
 namespace fastattn {
 namespace {
 
-constexpr GemmSm80Instantiation kInstantiations[] = {
+constexpr GemmSm80Instantiation kOf16Bits[] = {
     gemm_sm80_instantiation<DenseOperands<__nv_bfloat16>>(DType::kBFloat16),
     gemm_sm80_instantiation<DenseOperands<__half>>(DType::kFloat16),
 };
@@ -12,7 +12,7 @@ constexpr GemmSm80Instantiation kInstantiations[] = {
 }  // namespace
 
 cudaError_t gemm_sm80(const GemmSm80Params& params, cudaStream_t stream) {
-  return launch_gemm_sm80(kInstantiations, params, stream);
+  return launch_gemm_sm80(kOf16Bits, params, stream);
 }
 
 }  // namespace fastattn

@@ -6,7 +6,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kSparseThreads = 256;
 
 // Where the metadata has row n and columns 4 chunk … 4 chunk + 3 (arch/wgmma_sparse.cuh), of `units` of 64 columns.
 template <typename E>
@@ -20,10 +20,11 @@ __device__ __forceinline__ uint32_t places_of(const uint32_t* metadata, int64_t 
 }
 
 template <typename E>
-__global__ void __launch_bounds__(kThreads) sparse_24_to_dense_kernel(const __grid_constant__ Sparse24ToDenseParams p) {
+__global__ void __launch_bounds__(kSparseThreads)
+    sparse_24_to_dense_kernel(const __grid_constant__ Sparse24ToDenseParams p) {
   grid_dependency_launch();
   grid_dependency_wait();
-  const int64_t idx = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t idx = int64_t{blockIdx.x} * kSparseThreads + threadIdx.x;
   const int64_t chunks = p.k / 4, n = idx / chunks, chunk = idx % chunks;
   if (n >= p.n) return;
   const uint32_t places = places_of<E>(p.metadata, (p.k + 511) / 512 * 8, n, chunk);
@@ -36,10 +37,10 @@ __global__ void __launch_bounds__(kThreads) sparse_24_to_dense_kernel(const __gr
 }  // namespace
 
 cudaError_t sparse_24_to_dense(const Sparse24ToDenseParams& p, cudaStream_t stream) {
-  const int64_t num_ctas = (p.n * (p.k / 4) + kThreads - 1) / kThreads;
+  const int64_t num_ctas = (p.n * (p.k / 4) + kSparseThreads - 1) / kSparseThreads;
   if (num_ctas > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = p.element_bytes == 2 ? sparse_24_to_dense_kernel<uint16_t> : sparse_24_to_dense_kernel<uint8_t>;
-  return launch_kernel_behind(kernel, num_ctas, kThreads, 0, stream, p);
+  return launch_kernel_behind(kernel, num_ctas, kSparseThreads, 0, stream, p);
 }
 
 }  // namespace fastattn

@@ -7,7 +7,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int kThreads = 128, kTiles = 16;
+constexpr int kTilesThreads = 128, kTiles = 16;
 
 __device__ __forceinline__ uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t word_of_fours(uint32_t first, uint32_t secon
 }
 
 template <W4Order ORDER>
-__global__ void __launch_bounds__(kThreads) w4_tiles_kernel(const __grid_constant__ W4TilesParams p) {
+__global__ void __launch_bounds__(kTilesThreads) w4_tiles_kernel(const __grid_constant__ W4TilesParams p) {
   grid_dependency_launch();
   grid_dependency_wait();
   static __shared__ int shifts[16];  // from a row's scales to those in tiles
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) w4_tiles_kernel(const __grid_constan
   const uint8_t* const first = p.packed + (first_row + lane / 4) * p.packed_stride;
   const uint8_t* const second = first + 8 * p.packed_stride;
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const int64_t place = (row_tile * num_tiles + tile) * kThreads + thread;
+    const int64_t place = (row_tile * num_tiles + tile) * kTilesThreads + thread;
     const int64_t byte = tile * 32 + word * 8;  // of 16 columns
     if constexpr (ORDER == W4Order::kFp8) {
       const int64_t own = byte + lane % 4 * 2;
@@ -95,7 +95,7 @@ cudaError_t w4_tiles(const W4TilesParams& p, cudaStream_t stream) {
   const auto kernel = p.order == W4Order::kFp4    ? w4_tiles_kernel<W4Order::kFp4>
                       : p.order == W4Order::kInt4 ? w4_tiles_kernel<W4Order::kInt4>
                                                   : w4_tiles_kernel<W4Order::kFp8>;
-  return launch_kernel_behind(kernel, p.n / 16 * ((p.k / 64 + kTiles - 1) / kTiles), kThreads, 0, stream, p);
+  return launch_kernel_behind(kernel, p.n / 16 * ((p.k / 64 + kTiles - 1) / kTiles), kTilesThreads, 0, stream, p);
 }
 
 }  // namespace fastattn

@@ -14,22 +14,22 @@
 namespace fastattn {
 namespace {
 
-constexpr int kNumThreads = 128;
+constexpr int kAdjustThreads = 128;
 constexpr int kMostBegins = 1024;  // that a CTA keeps; of more rows, those of every second, third and so on
 
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kAdjustThreads)
     adjust_logits_kernel(const __grid_constant__ AdjustLogitsParams p, int32_t step, int32_t num_begins) {
   static __shared__ int32_t begins[kMostBegins + 1];  // the last is the end of all
   grid_dependency_launch();
   grid_dependency_wait();
   const int32_t num_rows = static_cast<int32_t>(p.num_rows);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kNumThreads + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAdjustThreads + threadIdx.x;
   const bool is_entry = i < p.nnz;
   const int32_t token = is_entry ? p.token_ids[i] : -1;
   const int32_t count = is_entry ? p.counts[i] : 0;
   const float bias = is_entry ? p.bias[i] : 0.0f;
 #pragma unroll 1
-  for (int32_t j = threadIdx.x; j <= num_begins; j += kNumThreads) begins[j] = p.indptr[min(j * step, num_rows)];
+  for (int32_t j = threadIdx.x; j <= num_begins; j += kAdjustThreads) begins[j] = p.indptr[min(j * step, num_rows)];
   __syncthreads();
   if (token < 0 || token >= p.vocab_size || i >= begins[num_begins]) return;
 
@@ -61,12 +61,12 @@ __global__ void __launch_bounds__(kNumThreads)
 }  // namespace
 
 cudaError_t adjust_logits(const AdjustLogitsParams& p, cudaStream_t stream) {
-  const int64_t num_ctas = (p.nnz + kNumThreads - 1) / kNumThreads;
+  const int64_t num_ctas = (p.nnz + kAdjustThreads - 1) / kAdjustThreads;
   if (num_ctas > INT32_MAX || p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (num_ctas == 0) return cudaSuccess;
   const int32_t num_rows = static_cast<int32_t>(p.num_rows);
   const int32_t step = (num_rows - 1) / kMostBegins + 1;
-  return launch_kernel_behind(adjust_logits_kernel, num_ctas, kNumThreads, 0, stream, p, step,
+  return launch_kernel_behind(adjust_logits_kernel, num_ctas, kAdjustThreads, 0, stream, p, step,
                               (num_rows - 1) / step + 1);
 }
 

@@ -22,10 +22,10 @@
 namespace fastattn {
 namespace {
 
-constexpr int kNumThreads = 256;
-constexpr int64_t kTokensPerCta = kNumThreads * 32;
+constexpr int kBitmaskThreads = 256;
+constexpr int64_t kTokensPerCta = kBitmaskThreads * 32;
 
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __launch_bounds__(kBitmaskThreads)
     apply_token_bitmask_kernel(const __grid_constant__ ApplyTokenBitmaskParams p, FastDivide pieces_per_mask) {
   grid_dependency_launch();
   grid_dependency_wait();
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kNumThreads)
 cudaError_t apply_token_bitmask(const ApplyTokenBitmaskParams& p, cudaStream_t stream) {
   const int64_t pieces = (p.vocab_size + kTokensPerCta - 1) / kTokensPerCta;
   if (pieces > INT32_MAX || p.num_masks > INT32_MAX / pieces) return cudaErrorInvalidConfiguration;
-  return launch_kernel_behind(apply_token_bitmask_kernel, p.num_masks * pieces, kNumThreads, 0, stream, p,
+  return launch_kernel_behind(apply_token_bitmask_kernel, p.num_masks * pieces, kBitmaskThreads, 0, stream, p,
                               FastDivide(static_cast<int32_t>(pieces)));
 }
 

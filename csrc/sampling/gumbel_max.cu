@@ -11,11 +11,11 @@
 namespace fastattn {
 namespace {
 
-constexpr int kNumThreads = 256;
-constexpr int kNumWarps = kNumThreads / 32;
+constexpr int kGumbelThreads = 256;
+constexpr int kGumbelWarps = kGumbelThreads / 32;
 
 struct Storage {
-  uint64_t of_warps[kNumWarps];
+  uint64_t of_warps[kGumbelWarps];
 };
 constexpr int kSmemBytes = sizeof(Storage) + 1024;
 
@@ -26,11 +26,11 @@ __device__ __forceinline__ uint64_t best_of_threads(uint64_t choice) {
   choice = warp_reduce(choice, better_choice);
   if (lane == 0) smem.of_warps[threadIdx.x / 32] = choice;
   __syncthreads();
-  return warp_reduce(lane < kNumWarps ? smem.of_warps[lane] : kNoChoice, better_choice);
+  return warp_reduce(lane < kGumbelWarps ? smem.of_warps[lane] : kNoChoice, better_choice);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kNumThreads) gumbel_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
+__global__ void __launch_bounds__(kGumbelThreads) gumbel_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
   grid_dependency_launch();
   grid_dependency_wait();
   const int64_t row_idx = blockIdx.x / p.num_parts;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kNumThreads) gumbel_choices_kernel(const __gri
   const GumbelRow row = GumbelRow::of(p.temperature, p.seed, p.position, row_idx);
   const T* const of_row = static_cast<const T*>(p.logits) + row_idx * p.vocab_size;
   uint64_t best = kNoChoice;
-  for (int32_t column = begin + static_cast<int32_t>(threadIdx.x) * 4; column < end; column += 4 * kNumThreads) {
+  for (int32_t column = begin + static_cast<int32_t>(threadIdx.x) * 4; column < end; column += 4 * kGumbelThreads) {
     float logits[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) logits[i] = column + i < end ? to_float(of_row[column + i]) : 0.0f;
@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kNumThreads) gumbel_choices_kernel(const __gri
   if (threadIdx.x == 0) p.choices[blockIdx.x] = best;
 }
 
-__global__ void __launch_bounds__(kNumThreads) best_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
+__global__ void __launch_bounds__(kGumbelThreads) best_choices_kernel(const __grid_constant__ GumbelMaxParams p) {
   grid_dependency_launch();
   grid_dependency_wait();
   const uint64_t* const of_row = p.choices + blockIdx.x * p.num_parts;
   uint64_t best = kNoChoice;
-  for (int64_t i = threadIdx.x; i < p.num_parts; i += kNumThreads) best = better_choice(best, of_row[i]);
+  for (int64_t i = threadIdx.x; i < p.num_parts; i += kGumbelThreads) best = better_choice(best, of_row[i]);
   best = best_of_threads(best);
   if (threadIdx.x == 0) {
     p.token_ids[blockIdx.x] = token_of_choice(best);
@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(kNumThreads) best_choices_kernel(const __grid_
 cudaError_t gumbel_choices(const GumbelMaxParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX / p.num_parts) return cudaErrorInvalidConfiguration;
   return dispatch_float(p.dtype, [&](auto element) {
-    return launch_kernel_behind(gumbel_choices_kernel<decltype(element)>, p.num_rows * p.num_parts, kNumThreads,
+    return launch_kernel_behind(gumbel_choices_kernel<decltype(element)>, p.num_rows * p.num_parts, kGumbelThreads,
                                 kSmemBytes, stream, p);
   });
 }
 
 cudaError_t best_choices(const GumbelMaxParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch_kernel_behind(best_choices_kernel, p.num_rows, kNumThreads, kSmemBytes, stream, p);
+  return launch_kernel_behind(best_choices_kernel, p.num_rows, kGumbelThreads, kSmemBytes, stream, p);
 }
 
 }  // namespace fastattn

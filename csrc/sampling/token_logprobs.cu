@@ -19,10 +19,11 @@
 namespace fastattn {
 namespace {
 
-constexpr int kNumThreads = 1024;
+constexpr int kLogprobThreads = 1024;
 
 template <typename T>
-__global__ void __launch_bounds__(kNumThreads, 1) token_logprobs_kernel(const __grid_constant__ TokenLogprobsParams p) {
+__global__ void __launch_bounds__(kLogprobThreads, 1)
+    token_logprobs_kernel(const __grid_constant__ TokenLogprobsParams p) {
   const int64_t row_idx = blockIdx.x;
   const T* const logits = static_cast<const T*>(p.logits) + row_idx * p.logits_stride;
   const auto larger = [](unsigned long long a, unsigned long long b) { return a > b ? a : b; };
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) token_logprobs_kernel(const __
   const auto own_best = [&](unsigned long long limit) {
     unsigned long long best = 0;
 #pragma unroll 4
-    for (int32_t id = threadIdx.x; id < p.vocab_size; id += kNumThreads) {
+    for (int32_t id = threadIdx.x; id < p.vocab_size; id += kLogprobThreads) {
       const unsigned long long rank = ranked(to_float(logits[id]), id);
       if (rank < limit) best = larger(best, rank);
     }
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) token_logprobs_kernel(const __
   float sum = 0.0f;
   int32_t num_above = 0;
 #pragma unroll 4
-  for (int32_t id = threadIdx.x; id < p.vocab_size; id += kNumThreads) {
+  for (int32_t id = threadIdx.x; id < p.vocab_size; id += kLogprobThreads) {
     const float x = to_float(logits[id]);
     sum += expf(x - peak);
     num_above += x > chosen;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) token_logprobs_kernel(const __
 cudaError_t token_logprobs(const TokenLogprobsParams& p, cudaStream_t stream) {
   if (p.num_rows > INT32_MAX) return cudaErrorInvalidConfiguration;
   return dispatch_float(p.dtype, [&](auto element) {
-    token_logprobs_kernel<decltype(element)><<<static_cast<unsigned>(p.num_rows), kNumThreads, 0, stream>>>(p);
+    token_logprobs_kernel<decltype(element)><<<static_cast<unsigned>(p.num_rows), kLogprobThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

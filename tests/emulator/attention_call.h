@@ -322,9 +322,9 @@ struct AttentionCall {
       const int j = keys[at];
       const float* const k_row = &k.values[(key_tokens[seq][j] * num_kv_heads + kv_head) * head_dim];
       double score = 0.0, cut = 0.0;
-      for (int d = 0; d < head_dim; ++d) {
-        score += double{q_row[d]} * k_row[d];
-        if (sizeof(T) == 1 && (d % 32 == 31 || d == head_dim - 1)) cut += std::abs(score) * 0x1p-13;
+      for (int d = 0; d < head_dim; d += 32) {
+        score += dot(q_row + d, k_row + d, std::min(32, head_dim - d));
+        if (sizeof(T) == 1) cut += std::abs(score) * 0x1p-13;
       }
       score *= scale * scale_of(k_scale, j);
       cut *= scale;
@@ -342,9 +342,9 @@ struct AttentionCall {
     std::vector<double> expected(v_head_dim, 0.0);
     for (size_t j = 0; j < weights.size(); ++j) {
       lse_error += weights[j] / sum * cut_off[j];
-      const double v_scale_j = scale_of(v_scale, keys[j]);
+      const double weight = weights[j] / sum * scale_of(v_scale, keys[j]);
       const float* const v_row = &v.values[(key_tokens[seq][keys[j]] * num_kv_heads + kv_head) * v_head_dim];
-      for (int d = 0; d < v_head_dim; ++d) expected[d] += weights[j] / sum * v_row[d] * v_scale_j;
+      add_scaled(expected.data(), weight, v_row, v_head_dim);
     }
 
     const std::string where =

@@ -12,6 +12,20 @@ void fail(const std::string& what) {
 
 bool chance(int percent) { return static_cast<int>(random_engine() % 100) < percent; }
 
+double dot(const float* x, const float* y, int count) {
+  double sums[8] = {};  // a single one would wait for itself in each step
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += double{x[i + lane]} * double{y[i + lane]};
+  }
+  for (; i < count; ++i) sums[0] += double{x[i]} * double{y[i]};
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+void add_scaled(double* sums, double factor, const float* x, int count) {
+  for (int i = 0; i < count; ++i) sums[i] += factor * x[i];
+}
+
 // ---------------------------------------------------------------------------------------------
 // Threads
 
@@ -62,10 +76,9 @@ void complete_pending(size_t idx) {
   fail(what);
 }
 
-bool may_run(const Fibre& fibre) { return !fibre.done && (fibre.waits_for == nullptr || fibre.waits_for->holds()); }
-
 bool is_ready(int warp) {
-  return std::any_of(cta.fibres.begin() + warp * 32, cta.fibres.begin() + warp * 32 + 32, may_run);
+  const auto begin = cta.fibres.begin() + warp * 32;
+  return std::any_of(begin, begin + 32, [](const Fibre& f) { return f.may_run(); });
 }
 
 // Each lane until it waits; false if all do already.
@@ -73,7 +86,7 @@ bool run_warp(int warp) {
   cta.warps[warp].steps_aside = false;
   bool any = false;
   for (int thread = warp * 32; thread < warp * 32 + 32; ++thread) {
-    if (!may_run(cta.fibres[thread])) continue;
+    if (!cta.fibres[thread].may_run()) continue;
     any = true;
     run_fibre(thread);
   }
@@ -155,8 +168,10 @@ void run_grid(int64_t num_ctas, int cluster_size, int num_threads, int num_smem_
         if (waits[warp] != waits[warp / 4 * 4]) fail("warps of a group wait for products at different places");
         if (warp % 4 == 3) std::fill(waits + warp - 3, waits + warp + 1, 0);
       }
-      const unsigned char* const smem = smem_of(rank);
-      if (std::any_of(smem + num_smem_bytes, smem + kMaxSmemBytes, [](unsigned char byte) { return byte != 0xff; })) {
+      // All are 0xff if the first is, and each is what the next one is.
+      const unsigned char* const behind = smem_of(rank) + num_smem_bytes;
+      const size_t num_behind = kMaxSmemBytes - num_smem_bytes;
+      if (num_behind > 0 && (behind[0] != 0xff || std::memcmp(behind, behind + 1, num_behind - 1) != 0)) {
         fail("a write behind the end of shared memory");
       }
     }
@@ -174,12 +189,11 @@ namespace {
 
 struct BarrierOpens final : Condition {
   const NamedBarrier& barrier;
-  std::string name;
-  uint64_t phase;
-  BarrierOpens(const NamedBarrier& b, const std::string& n, uint64_t p) : barrier(b), name(n), phase(p) {}
-  bool holds() const override { return barrier.num_phases != phase; }
+  int idx;  // -1: the cluster's
+  BarrierOpens(const NamedBarrier& b, int i, uint64_t phase) : Condition(b.num_phases, phase), barrier(b), idx(i) {}
   std::string text() const override {
-    return name + ", where " + std::to_string(barrier.num_arrived) + " threads came";
+    return (idx < 0 ? "the cluster's barrier" : "named barrier " + std::to_string(idx)) + ", where " +
+           std::to_string(barrier.num_arrived) + " threads came";
   }
 };
 
@@ -200,7 +214,7 @@ void arrive_at_barrier(int barrier, int num_threads) {
 
 bool sync_at_barrier(int barrier, int num_threads, bool vote) {
   NamedBarrier& b = cta.barriers[this_rank()][barrier];
-  const BarrierOpens opens(b, "named barrier " + std::to_string(barrier), b.num_phases);
+  const BarrierOpens opens(b, barrier, b.num_phases);
   arrive_at_barrier(b, num_threads, vote);
   wait(opens);
   return b.any_vote;
@@ -224,7 +238,7 @@ void wait_for_cluster() {
   Fibre& fibre = this_fibre();
   if (!fibre.at_cluster) fail("a thread waits at the cluster's barrier, where it has not arrived");
   fibre.at_cluster = false;
-  wait(BarrierOpens(cta.cluster_barrier, "the cluster's barrier", fibre.cluster_phase));
+  wait(BarrierOpens(cta.cluster_barrier, -1, fibre.cluster_phase));
 }
 
 void poll(int most) {

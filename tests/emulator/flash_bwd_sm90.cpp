@@ -47,9 +47,7 @@ struct BackwardCall : AttentionCall<T> {
     std::vector<double> p(std::max(0, end - begin)), slope(p.size());
     double largest = -INFINITY, sum = 0.0;
     for (int j = begin; j < end; ++j) {
-      double score = 0.0;
-      for (int c = 0; c < d; ++c) score += double{this->q.values[q_at + c]} * double{this->k.values[key(j) * d + c]};
-      score *= this->softmax_scale();
+      double score = dot(&this->q.values[q_at], &this->k.values[key(j) * d], d) * this->softmax_scale();
       double& own_slope = slope[j - begin] = 1.0;
       if (this->softcap > 0.0f) {
         const double tanh = std::tanh(score / this->softcap);
@@ -65,26 +63,20 @@ struct BackwardCall : AttentionCall<T> {
     const size_t at_lse = lse_idx(seq, i, head);
     this->lse[at_lse] = sum > 0.0 ? static_cast<float>(largest + std::log(sum)) : -INFINITY;
     if (!dlse.empty()) dlse[at_lse] = normal();
-    double delta = 0.0;
+    std::vector<double> o(dv_dim);
+    for (int j = begin; j < end; ++j) add_scaled(o.data(), p[j - begin], &this->v.values[key(j) * dv_dim], dv_dim);
     for (int c = 0; c < dv_dim; ++c) {
-      double o = 0.0;
-      for (int j = begin; j < end; ++j) o += p[j - begin] * this->v.values[key(j) * dv_dim + c];
-      rounded_out.set(out_at + c, static_cast<float>(o));
+      rounded_out.set(out_at + c, static_cast<float>(o[c]));
       dout.set(out_at + c, normal());
-      delta += double{rounded_out.values[out_at + c]} * double{dout.values[out_at + c]};
     }
+    double delta = dot(&rounded_out.values[out_at], &dout.values[out_at], dv_dim);
     if (!dlse.empty()) delta -= dlse[at_lse];
     for (int j = begin; j < end; ++j) {
-      double dp = 0.0;
-      for (int c = 0; c < dv_dim; ++c) {
-        dp += double{dout.values[out_at + c]} * double{this->v.values[key(j) * dv_dim + c]};
-        dv[key(j) * dv_dim + c] += p[j - begin] * dout.values[out_at + c];
-      }
+      const double dp = dot(&dout.values[out_at], &this->v.values[key(j) * dv_dim], dv_dim);
+      add_scaled(&dv[key(j) * dv_dim], p[j - begin], &dout.values[out_at], dv_dim);
       const double ds = p[j - begin] * (dp - delta) * slope[j - begin] * this->softmax_scale();
-      for (int c = 0; c < d; ++c) {
-        dq[q_at + c] += ds * this->k.values[key(j) * d + c];
-        dk[key(j) * d + c] += ds * this->q.values[q_at + c];
-      }
+      add_scaled(&dq[q_at], ds, &this->k.values[key(j) * d], d);
+      add_scaled(&dk[key(j) * d], ds, &this->q.values[q_at], d);
     }
   }
 };
