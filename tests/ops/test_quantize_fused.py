@@ -41,7 +41,7 @@ def test_as_the_two_operators_one_after_the_other(quantize: Callable[..., tuple[
 
 
 @pytest.mark.parametrize("activation", ["", "silu"])
-@pytest.mark.parametrize("quantize", (ops.quantize_int8, ops.quantize_fp8), ids=lambda op: op.__name__)
+@pytest.mark.parametrize("quantize", [ops.quantize_int8, ops.quantize_fp8], ids=lambda op: op.__name__)
 def test_many_rows_get_what_a_few_of_them_get(
     quantize: Callable[..., tuple[Tensor, ...]], activation: str, device: str
 ) -> None:
