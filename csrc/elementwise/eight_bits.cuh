@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "arch/e4m3.cuh"
 #include "arch/vec.cuh"
 
 namespace fastattn {
@@ -34,11 +35,20 @@ struct Code<__nv_fp8_e4m3> {
   __device__ static __forceinline__ __nv_fp8_e4m3 of(float x) { return __nv_fp8_e4m3(x); }
 };
 
-// The bits of the largest magnitude, of `largest` and these.
+// The bits of the largest magnitude, of `largest` and these. Pairs are compared in 16 bits, which are ordered as those
+// of fp32 are.
 template <typename T, int VEC>
 __device__ __forceinline__ uint32_t largest_magnitude(uint32_t largest, const Pack<T, VEC>& elements) {
-  float values[VEC];
-  unpack(elements, values);
+  constexpr bool IN_PAIRS = Pack<T, VEC>::IN_PAIRS;
+  float values[IN_PAIRS ? 2 : VEC];
+  if constexpr (IN_PAIRS) {
+    uint32_t pair = 0;
+#pragma unroll
+    for (uint32_t word : elements.words) pair = larger_pair(pair, word & 0x7fff7fffu);
+    unpack(Pack<T, 2>{pair}, values);
+  } else {
+    unpack(elements, values);
+  }
 #pragma unroll
   for (float value : values) largest = max(largest, __float_as_uint(fabsf(value)));
   return largest;
@@ -71,12 +81,28 @@ struct Divider {
   }
 };
 
+// Four codes of quotients by a divisor in the range, the first in the lowest byte. These are numbers up to LARGEST.
+__device__ __forceinline__ uint32_t four_codes(int8_t, const float* x, const Divider& divide) {
+  uint32_t codes[4];  // in the lowest bytes: the sum's last bit is worth 1
+#pragma unroll
+  for (int i = 0; i < 4; ++i) codes[i] = __float_as_uint(divide(x[i]) + 0x1.8p23f);
+  return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040), __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
+}
+__device__ __forceinline__ uint32_t four_codes(__nv_fp8_e4m3, const float* x, const Divider& divide) {
+  float quotients[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quotients[i] = copysignf(divide(x[i]), x[i]);  // -0 is lost
+  return pack_e4m3(quotients[0], quotients[1], quotients[2], quotients[3]);
+}
+
 template <typename Q, int VEC>
 __device__ __forceinline__ Pack<Q, VEC> codes_of(const float (&values)[VEC], const Divider& divide) {
   Pack<Q, VEC> codes;
-  if (divide.in_range) {
+  if (VEC % 4 == 0 && divide.in_range) {
+    uint32_t words[(VEC + 3) / 4];
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) codes.words[i] = Code<Q>::of(copysignf(divide(values[i]), values[i]));  // -0 is lost
+    for (int i = 0; i < VEC / 4; ++i) words[i] = four_codes(Q(), values + 4 * i, divide);
+    __builtin_memcpy(&codes, words, sizeof(codes));
   } else {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) codes.words[i] = Code<Q>::of(values[i] / divide.by);

@@ -14,12 +14,18 @@
 //
 //   load 16 bytes a thread ──> largest magnitude ──> CTA maximum ──> divide, round, store 8 bytes
 //
+// Of long rows an SM has two, and reads little while it rounds them: where there are many, a CTA takes one after the
+// other, and has asked for the next before it compares the one at hand.
+//
 // With gates x is (rows, 2N), and what gated_activation would have written takes the place of a loaded x, in the same
 // bits: 5 bytes an element instead of 9, and one launch instead of two.
 //
 // Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
 //
 // How an element becomes its code: eight_bits.cuh.
+#include <algorithm>
+
+#include "arch/cp_async.cuh"
 #include "arch/dispatch.h"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
@@ -40,6 +46,24 @@ __device__ __forceinline__ Pack<T, VEC> load_elements(const QuantizeRowsParams& 
   if constexpr (GATED) return gated(p.activation, elements, load_pack_early<VEC>(source + p.row_size));
 }
 
+// A row that is there, or on its way.
+template <typename Q, typename Cache, typename Load>
+__device__ __forceinline__ void quantize_row(const QuantizeRowsParams& p, Cache& row, int32_t row_idx, Load load) {
+  using Vec = typename Cache::Vec;
+  using Index = typename Cache::Index;
+  const Index num_vecs = static_cast<Index>(p.row_size) / Cache::VEC;
+  uint32_t largest = 0;
+  row.visit(num_vecs, load, [&](int, Index, const Vec& vec) { largest = largest_magnitude(largest, vec); });
+  const float scale = scale_of<Q>(block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
+  if (threadIdx.x == 0) p.scale[row_idx] = scale;
+
+  const Divider divide(scale);
+  Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
+  row.visit(num_vecs, load, [&](int, Index vec_idx, const Vec& vec) {
+    store_pack<Cache::VEC>(q + vec_idx * Cache::VEC, codes_of<Q>(vec, divide));
+  });
+}
+
 template <typename Cache, typename Q, bool GATED, int CTAS_PER_SM>
 __global__ void __launch_bounds__(1024, CTAS_PER_SM)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsParams p) {
@@ -51,20 +75,63 @@ __global__ void __launch_bounds__(1024, CTAS_PER_SM)
   const int32_t row_idx = blockIdx.x;
   const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
   const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
-  Q* const q = static_cast<Q*>(p.q) + row_idx * p.row_size;
   const auto load = [&](Index vec_idx) { return load_elements<GATED, VEC>(p, x + vec_idx * VEC); };
 
   Cache row;
   row.fill(num_vecs, load);
-  uint32_t largest = 0;
-  row.visit(num_vecs, load, [&](int, Index, const Pack<T, VEC>& vec) { largest = largest_magnitude(largest, vec); });
-  const float scale = scale_of<Q>(block_reduce(largest, 0u, [](uint32_t a, uint32_t b) { return max(a, b); }));
-  if (threadIdx.x == 0) p.scale[row_idx] = scale;
+  quantize_row<Q>(p, row, row_idx, load);
+}
 
-  const Divider divide(scale);
-  row.visit(num_vecs, load, [&](int, Index vec_idx, const Pack<T, VEC>& vec) {
-    store_pack<VEC>(q + vec_idx * VEC, codes_of<Q>(vec, divide));
-  });
+// More rows than run at once, in turns: while a CTA compares and rounds one, its next is on its way to shared memory. A
+// thread reads what it has asked for itself, so that nobody waits for another's.
+template <typename Cache, typename Q, bool GATED>
+__global__ void __launch_bounds__(1024, Cache::kCtasPerSm)
+    quantize_rows_in_turns_kernel(const __grid_constant__ QuantizeRowsParams p) {
+  using T = typename Cache::T;
+  using Vec = typename Cache::Vec;
+  using Index = typename Cache::Index;
+  constexpr int VEC = Cache::VEC, PARTS = GATED ? 2 : 1;
+  static_assert(sizeof(Vec) == 16 && !Cache::kLong);
+  grid_dependency_launch();
+  grid_dependency_wait();
+  const int32_t num_rows = static_cast<int32_t>(p.num_rows), num_ctas = static_cast<int32_t>(gridDim.x);
+  const Index num_vecs = static_cast<Index>(p.row_size) / VEC;
+  const uint32_t next_row = shared_address(&shared_storage_of_128<Vec>());  // (PARTS, num_vecs)
+  const auto place_of = [&](int part, Index vec_idx) {
+    return next_row + (part * num_vecs + vec_idx) * static_cast<uint32_t>(sizeof(Vec));
+  };
+  const auto ask_for = [&](int32_t row_idx) {
+    if (row_idx < num_rows) {
+      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row_idx);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+        for (int i = 0; i < Cache::kCached; ++i) {
+          const Index vec_idx = i * blockDim.x + threadIdx.x;
+          if (vec_idx < num_vecs) cp_async_16(place_of(part, vec_idx), x + part * p.row_size + vec_idx * VEC, true);
+        }
+      }
+    }
+    cp_async_commit();
+  };
+  const auto loaded = [&](int part, Index vec_idx) {
+    const uint4 words = load_shared_16_bytes(place_of(part, vec_idx));
+    return *reinterpret_cast<const Vec*>(&words);
+  };
+  const auto load = [&](Index vec_idx) {
+    if constexpr (!GATED) return loaded(0, vec_idx);
+    if constexpr (GATED) return gated(p.activation, loaded(0, vec_idx), loaded(1, vec_idx));
+  };
+
+  ask_for(blockIdx.x);
+#pragma unroll 1
+  for (int32_t row_idx = blockIdx.x; row_idx < num_rows; row_idx += num_ctas) {
+    cp_async_wait<0>();
+    Cache row;
+    row.fill(num_vecs, load);
+    ask_for(row_idx + num_ctas);
+    quantize_row<Q>(p, row, row_idx, load);
+  }
 }
 
 // Least and largest element, as integers: as such, negative numbers are below 0, from which both begin.
@@ -171,6 +238,9 @@ __global__ void __launch_bounds__(256) quantize_groups_kernel(const __grid_const
 // SM reads one row while it rounds another.
 constexpr int64_t kThreadsOfManyRegisters = 132 * 1024;
 
+// Rows for each CTA from which on they are taken in turns: long ones, of which an SM has two at a time.
+constexpr int64_t kLeastTurns = 2;
+
 bool in_vectors(const QuantizeRowsParams& p) {
   return p.row_size % 8 == 0 && aligned_rows(p.x, p.x_rows) && aligned_rows(p.q);
 }
@@ -182,6 +252,15 @@ cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
     return with_row_cache<decltype(element)>(p.row_size, in_vectors(p), [&](auto cache, int num_threads) {
       using Cache = decltype(cache);
       constexpr int CTAS = Cache::kCtasPerSm;
+      if constexpr (sizeof(typename Cache::Vec) == 16 && !Cache::kLong) {
+        const int64_t num_ctas = CTAS * p.num_sms;
+        if (1024 * CTAS / num_threads == CTAS && p.num_rows >= kLeastTurns * num_ctas) {
+          const auto kernel =
+              p.gated ? quantize_rows_in_turns_kernel<Cache, Q, true> : quantize_rows_in_turns_kernel<Cache, Q, false>;
+          const int64_t smem_bytes = p.row_size * (p.gated ? 4 : 2);
+          return launch_kernel_behind(kernel, num_ctas, num_threads, static_cast<int>(smem_bytes), stream, p);
+        }
+      }
       const bool many = p.num_rows * num_threads > kThreadsOfManyRegisters;
       const auto kernel = !p.gated ? quantize_rows_kernel<Cache, Q, false, CTAS>
                           : many   ? quantize_rows_kernel<Cache, Q, true, CTAS>

@@ -21,6 +21,7 @@ struct QuantizeRowsParams {
   Rows x_rows;
   int64_t num_rows = 0;
   int64_t row_size = 0;  // N
+  int64_t num_sms = 0;   // where 0, no rows are taken in turns
   DType dtype = DType::kBFloat16;
   DType q_dtype = DType::kInt8;
   bool gated = false;

@@ -105,8 +105,10 @@ constexpr GemmSm90FewRowsRing gemm_sm90_few_rows_ring(const GemmSm90Tile& tile) 
 }
 
 // Panels of K up to which plain products may have more tiles of 64 rows above each other than two: of a product that is
-// over soon it matters that there are many CTAs. With more, and in fp8, it was not measured.
-constexpr int64_t kGemmSm90ShortPanels = 24;
+// over soon it matters that there are many CTAs. With more, and in fp8, it was not measured, or is slower. With 17 to
+// 32 rows of x they are faster than a split of K where panels are so few and columns so many.
+constexpr int64_t kGemmSm90ShortPanels = 48;
+constexpr int64_t kGemmSm90SomeRows = 17, kGemmSm90SomeRowsPanels = 16, kGemmSm90SomeRowsColumns = 3072;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -328,7 +330,9 @@ inline GemmSm90Config gemm_sm90_config(const GemmSm90Problem& problem) {
       }
     }
   }
-  if (problem.m > 32) {
+  const bool some_rows =
+      problem.is_short() && problem.num_panels() <= kGemmSm90SomeRowsPanels && problem.n >= kGemmSm90SomeRowsColumns;
+  if (problem.m >= (some_rows ? kGemmSm90SomeRows : 33)) {
     for (const GemmSm90Tile& tile : kGemmSm90Tiles) {
       const bool has_norm = problem.norm != GemmSm90Norm::kNone, counts = gemm_sm90_counts(problem.norm);
       if (!gemm_sm90_has_tile(tile, problem.two_levels, has_norm, problem.gated, problem.block_scales,

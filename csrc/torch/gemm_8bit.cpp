@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const char* op, const Tensor& x, con
   p.scale = static_cast<float*>(scale.data_ptr());
   p.x_rows = rows_of(x);
   p.num_rows = x.size(0);
+  p.num_sms = num_sms_of(x);
   p.dtype = dtype_of(x);
   p.q_dtype = dtype_of(q);
   if (zero_point != nullptr) p.zero_point = static_cast<int32_t*>((*zero_point)->data_ptr());

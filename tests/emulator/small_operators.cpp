@@ -174,8 +174,9 @@ template <typename T>
 void call_rounded() {
   enum { kNorm, kGated, kPlain };
   const int kind = between(0, 2);
-  int64_t row_size = draw_row_size();
-  const int64_t num_rows = row_size > 2048 ? between(1, 4) : draw_num_rows();
+  const bool in_turns = kind != kNorm && one_in(6);  // on a GPU of one SM, which has two CTAs of such rows
+  int64_t row_size = in_turns ? 8 * between(1380, 2048) : draw_row_size();
+  const int64_t num_rows = in_turns ? between(4, 7) : row_size > 2048 ? between(1, 4) : draw_num_rows();
   if (num_rows > 100) row_size = std::min<int64_t>(row_size, 320);
   Matrix<T> x(num_rows, kind == kGated ? 2 * row_size : row_size), residual(num_rows, row_size);
   if (kind == kPlain && std::is_same_v<T, __nv_bfloat16>) {
@@ -227,6 +228,7 @@ void call_rounded() {
     p.scale = scale.data();
     p.num_rows = num_rows;
     p.row_size = row_size;
+    p.num_sms = in_turns ? 1 : 132;
     p.dtype = TypeInfo<T>::kDType;
     p.q_dtype = q_dtype;
     p.gated = kind == kGated;

@@ -40,6 +40,26 @@ def test_as_the_two_operators_one_after_the_other(quantize: Callable[..., tuple[
                         assert_equal(got, wanted, kind)
 
 
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("quantize", [ops.quantize_int8, ops.quantize_fp8], ids=lambda op: op.__name__)
+def test_many_rows_get_what_a_few_of_them_get(
+    quantize: Callable[..., tuple[Tensor, ...]], activation: str, device: str
+) -> None:
+    """Of long rows a GPU's CTAs take one after the other, if there are more of them than run at once."""
+    gen = Gen(device, seed=6)
+    for rows, columns in ((1201, 11000), (600, 14336)) if device == "cuda" else ((7, 40),):
+        for dtype in (torch.bfloat16, torch.float16):
+            x = gen.randn(rows, columns * (2 if activation else 1), dtype=dtype)
+            x[0, 1], x[3], x[rows - 1, columns - 1] = torch.nan, 0, torch.inf
+            for given in (x, gapped(x)):
+                results = quantize(given, activation=activation or None)
+                few = [
+                    quantize(part, activation=activation or None) for part in x.split(100 if device == "cuda" else 2)
+                ]
+                for got, wanted in zip(results, zip(*few, strict=True), strict=True):
+                    assert_equal(got.float(), torch.cat([w.float() for w in wanted]), f"{dtype} {rows} x {columns}")
+
+
 @pytest.mark.parametrize("quantize", QUANTIZERS, ids=lambda op: op.__name__)
 def test_opcheck(quantize: Callable[..., tuple[Tensor, ...]], device: str) -> None:
     op = getattr(torch.ops.fastattn, quantize.__name__).default
