@@ -19,7 +19,7 @@ namespace fastattn {
 inline void cp_async_16(void* destination, const void* source, bool valid, uint64_t = 0) {
   emulator::copy(destination, source, 16, valid);
 }
-inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
+inline void cp_async_16(uint32_t destination, const void* source, bool valid, uint64_t = 0) {
   cp_async_16(emulator::smem_of(emulator::this_rank()) + destination, source, valid);
 }
 inline void cp_async_4(void* destination, const void* source, bool valid) {
