@@ -197,28 +197,32 @@ __device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4]
                                             bool fp16, int half, int32_t head_dim) {
   constexpr int CHUNKS = HEAD_DIM / 16;
   uint2 fours[CHUNKS];
-  float largest = 0.0f;
+  uint32_t magnitudes = 0;  // the largest of even and of odd dims
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     fours[chunk] = make_uint2(0, 0);
     if (chunk * 16 < head_dim) {
       fours[chunk] = *reinterpret_cast<const uint2*>(row + chunk * 16 + threadIdx.x % 4 * 4);
     }
-    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
+    magnitudes = max_magnitudes(max_magnitudes(magnitudes, fours[chunk].x), fours[chunk].y);
   }
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  uint32_t largest = max(magnitudes >> 16, magnitudes & 0xffffu);
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   // From the bits of its exponent; above 2^126 the inverse would be 0.
-  const uint32_t exponent = min(__float_as_uint(largest) >> 23, 253u);
+  const uint32_t exponent = min(__float_as_uint(unpack_pair_as(fp16, largest).x) >> 23, 253u);
   row_scale = __uint_as_float(exponent << 23);
   const float inverse = __uint_as_float((254u - exponent) << 23);
+  const auto scale = [&](auto unpack) {
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
-    q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
-    q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
-  }
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const float2 low = unpack(fours[chunk].x), high = unpack(fours[chunk].y);
+      q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
+      q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
+    }
+  };
+  fp16 ? scale([](uint32_t pair) { return unpack_pair<__half>(pair); })
+       : scale([](uint32_t pair) { return unpack_pair<__nv_bfloat16>(pair); });
 }
 
 __device__ __forceinline__ float scale_of_head(const KvScale& scale, int32_t kv_head_idx) {
@@ -361,16 +365,18 @@ struct DecodeProducts {
     softmax.update(scores, acc, softmax_scale(p, score_scale));
     if constexpr (K_8BIT) {
       if (p.scales_of_tokens) {
-        const float largest = warp_reduce(fabsf(now.v_scale[lane]), [](float a, float b) { return fmaxf(a, b); });
+        // Numbers that are not negative are ordered as their bits are, of which one instruction finds the largest.
+        const float largest =
+            __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(now.v_scale[lane]))));
         if (largest > value_scale) {
-          const float correction = value_scale / largest;
+          const float correction = __fdividef(value_scale, largest);
           value_scale = largest;
 #pragma unroll
           for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] *= correction;
         }
         float v_scale[KEY_TILES][2];
         scales_of_lane(v_scale, now.v_scale, true);
-        const float inverse = 1.0f / value_scale;
+        const float inverse = __fdividef(1.0f, value_scale);
 #pragma unroll
         for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= v_scale[i / 4][i % 2] * inverse;
       }
@@ -385,6 +391,29 @@ struct DecodeProducts {
   }
   static __device__ __forceinline__ float softmax_scale(const PagedDecodeParams& p, const ScoreScale& score_scale) {
     return is_general(p, score_scale) ? 1.0f : score_scale.pre;
+  }
+
+  // The results in 16 bits of up to eight rows, of a warp that has had all of a sequence's keys, out of its registers.
+  template <typename Output>
+  __device__ __forceinline__ void store(const PagedDecodeParams& p, const ScoreScale& score_scale, int32_t all_rows,
+                                        const Output& output) {
+    static_assert(K_8BIT);
+    const int lane = threadIdx.x % 32, row = lane / 4;
+    softmax.finish(softmax_scale(p, score_scale));
+    if (row >= all_rows) return;
+    const bool exists = row < output.num_rows;
+    const typename Output::Row target =
+        output.row(row, exists ? softmax.row_max[0][0] : -INFINITY, exists ? softmax.row_sum[0][0] : 0.0f);
+    const float scale = exists ? value_scale * target.final.inverse : 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < HEAD_DIM / 16; ++chunk) {
+      const float (&even)[4] = acc[0][2 * chunk], (&odd)[4] = acc[0][2 * chunk + 1];
+      if (chunk * 16 < p.v_head_dim) {
+        output.store_16bit(target, chunk * 4 + lane % 4, even[0] * scale, odd[0] * scale, even[1] * scale,
+                           odd[1] * scale);
+      }
+    }
+    if (lane % 4 == 0) output.store_lse(target);
   }
 
   // Leaves the results of rows that exist in the stage consumed last.
@@ -469,32 +498,50 @@ struct DecodeOutput {
     lse_begin = packed_q ? sequence.q_start : out_token * p.num_heads;
   }
 
-  __device__ __forceinline__ void store(int32_t row, int group, const DecodePartial& result) const {
+  struct Row {
+    RowResult final;
+    int64_t element;  // its first one in out
+    int32_t token, head;
+  };
+
+  __device__ __forceinline__ Row row(int32_t row, float row_max, float row_sum) const {
     const int32_t token = p.group_size.divide(column.first_row + row);
     const int32_t head = column.head(p, column.first_row + row);
     const float sink = p.sinks == nullptr || row >= num_rows ? -INFINITY : p.sinks[head] * kLog2E;
-    const RowResult final = finish_row(result.row_max, result.row_sum, sink);
-    const float (&sums)[4] = result.sums;
-    const int64_t element = ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
+    return {finish_row(row_max, row_sum, sink), ((out_token + token) * p.num_heads + head) * p.v_head_dim, token, head};
+  }
+
+  __device__ __forceinline__ void store(int32_t row_idx, int group, const DecodePartial& result) const {
+    const Row of_result = row(row_idx, result.row_max, result.row_sum);
+    store_group(of_result, group, result.sums);
+    if (group == 0) store_lse(of_result);
+  }
+
+  __device__ __forceinline__ void store_group(const Row& row, int group, const float (&sums)[4]) const {
     if (__builtin_expect(p.out_scale != nullptr, 0)) {
-      const float inverse = __fdividef(final.inverse, *p.out_scale);
-      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
+      const float inverse = __fdividef(row.final.inverse, *p.out_scale);
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + row.element + group * 4) =
           pack_e4m3(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
     } else {
-      const auto pack = [&](float low, float high) {
-        if constexpr (std::is_same_v<T, uint16_t>) {
-          return pack_pair_as(p.dtype == DType::kFloat16, low, high);
-        } else {
-          return pack_pair<T>(low, high);
-        }
-      };
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + element) =
-          make_uint2(pack(sums[0] * final.inverse, sums[1] * final.inverse),
-                     pack(sums[2] * final.inverse, sums[3] * final.inverse));
+      const float inverse = row.final.inverse;
+      store_16bit(row, group, sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
     }
-    if (group == 0) {
-      p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
-    }
+  }
+
+  __device__ __forceinline__ void store_16bit(const Row& row, int group, float a, float b, float c, float d) const {
+    const auto pack = [&](float low, float high) {
+      if constexpr (std::is_same_v<T, uint16_t>) {
+        return pack_pair_as(p.dtype == DType::kFloat16, low, high);
+      } else {
+        return pack_pair<T>(low, high);
+      }
+    };
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + row.element + group * 4) = make_uint2(pack(a, b), pack(c, d));
+  }
+
+  __device__ __forceinline__ void store_lse(const Row& row) const {
+    p.lse[lse_begin + row.head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + row.token] =
+        row.final.lse;
   }
 };
 
