@@ -46,10 +46,10 @@ constexpr int paged_decode_stages(int head_dim, bool is_8bit) {
   return head_dim == 128 || head_dim == 256 || (head_dim == 64 && !is_8bit) ? 2 : 3;
 }
 
-// In a cluster one more, since half of the SMs must bring what all do elsewhere. Not of 8 bits, which take longer to
-// multiply.
-constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit) {
-  return paged_decode_stages(head_dim, is_8bit) + (is_8bit ? 0 : 1);
+// In a cluster of more than two one more, since half of the SMs must bring what all do elsewhere. Not of 8 bits, which
+// take longer to multiply.
+constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit, int cluster_log2) {
+  return paged_decode_stages(head_dim, is_8bit) + (cluster_log2 > 1 && !is_8bit ? 1 : 0);
 }
 
 // Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (82 KiB

@@ -90,7 +90,7 @@ struct DecodeRows {
 
   __device__ __forceinline__ void load(Stage& stage, bool exists, int32_t block, int32_t token) const {
     const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists);
-    if (p.even_rows) {
+    if (Ring::k8Bit && p.even_rows) {
 #pragma unroll
       for (int first = 0; first < KEYS; first += kPagedDecodeEvenRows) {
         // Of the first of them that exists; if none does, nothing is read.
