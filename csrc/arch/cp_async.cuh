@@ -28,9 +28,16 @@ __device__ __forceinline__ void cp_async_4(void* destination, const void* source
                : "memory");
 }
 
-// cp_async_16 with a policy of arch/cache_policy.cuh; zeros where `valid` is 0. As an integer, of which the compiler
-// makes a predicate in one instruction if it is a bit of another one.
-__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, uint32_t valid, uint64_t policy) {
+// cp_async_16 with a policy of arch/cache_policy.cuh.
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source, bool valid, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(shared_address(destination)),
+               "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+// The same where `valid` is not 0. If it is a bit of another integer, the compiler tests that in one instruction.
+__device__ __forceinline__ void cp_async_16_if(uint32_t destination, const void* source, uint32_t valid,
+                                               uint64_t policy) {
   asm volatile(
       "{\n"
       ".reg .pred ignore;\n"
@@ -39,9 +46,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
       "}\n" ::"r"(destination),
       "l"(source), "r"(valid), "l"(policy)
       : "memory");
-}
-__device__ __forceinline__ void cp_async_16(void* destination, const void* source, uint32_t valid, uint64_t policy) {
-  cp_async_16(shared_address(destination), source, valid, policy);
 }
 
 // Closes the group of all copies this thread has issued since the last commit.

@@ -24,13 +24,8 @@ namespace fastattn {
 template <typename T, typename KV, int HEAD_DIM>
 struct alignas(128) DecodeClusterStorage {
   using Stage = typename PagedDecodeRing<KV, HEAD_DIM>::Stage;
-  static constexpr int kMostStages = paged_decode_cluster_stages(HEAD_DIM, sizeof(KV) == 1, 2);
-  static constexpr int kStagesOfTwo = paged_decode_cluster_stages(HEAD_DIM, sizeof(KV) == 1, 1);
-
-  static __host__ __device__ __forceinline__ int num_stages(int cluster_log2) {
-    return cluster_log2 > 1 ? kMostStages : kStagesOfTwo;
-  }
-  static constexpr size_t warp_bytes(int num_stages) { return num_stages * sizeof(Stage) + sizeof(DecodeRowSums); }
+  static constexpr int kStages = paged_decode_cluster_stages(HEAD_DIM, sizeof(KV) == 1);
+  static constexpr size_t kWarpBytes = kStages * sizeof(Stage) + sizeof(DecodeRowSums);
 
   // What the cluster's CTAs have found for this one's share of the rows, one after the other: as much as all rows are.
   struct Inbox {
@@ -50,7 +45,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   using Storage = DecodeClusterStorage<T, KV, HEAD_DIM>;
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
   using Mask = AttentionMask;
-  constexpr int KEYS = Ring::kKeys, MOST_STAGES = Storage::kMostStages;
+  constexpr int KEYS = Ring::kKeys, STAGES = Storage::kStages;
   constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return __trap();  // never launched, and never silent
@@ -58,10 +53,9 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   Storage& smem = shared_storage_of_128<Storage>();
   const int32_t rank = static_cast<int32_t>(cluster_rank()), cluster_log2 = p.config.cluster_log2;
   const int num_warps = p.config.num_warps, num_threads = 32 * num_warps;
-  const int num_stages = Storage::num_stages(cluster_log2);
   const int warp_idx = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* const all_stages = reinterpret_cast<typename Ring::Stage*>(&smem + 1);
-  auto* const warp_sums = reinterpret_cast<DecodeRowSums*>(all_stages + num_warps * num_stages);
+  auto* const warp_sums = reinterpret_cast<DecodeRowSums*>(all_stages + num_warps * STAGES);
   const int32_t column_of_all = static_cast<int32_t>(blockIdx.x) >> cluster_log2;
   const int32_t seq_idx = p.num_columns_div.divide(column_of_all);
   const DecodeColumn column(p, column_of_all - seq_idx * p.num_columns_div.divisor);
@@ -74,10 +68,10 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   const int32_t* const block_table = p.block_table + seq_idx * p.block_table_stride;
   const DecodeRows<KV, HEAD_DIM> rows = {p, column.kv_head_idx, true};
   int32_t key = first_offset + lane % KEYS, page = seq_idx, first_token = 0;
-  const int32_t block = p.block_size_div.divide(key);
-  if (p.paged) page = block < p.max_blocks ? load_early(block_table + block) : -1;
-  const DecodeLengths lengths(p, seq_idx);  // on their way together, and neither is waited for yet
   if (p.paged) {
+    const int32_t block = p.block_size_div.divide(key);
+    page = -1;
+    if (block < p.max_blocks) page = load_early(block_table + block);
     // Where a tile has 32 keys, asking for them twice takes longer than it saves; of 8 bits registers are short.
     if constexpr (KEYS == 16 && !Ring::k8Bit) {
       if (page >= 0 && page < p.num_blocks) rows.prefetch(page, p.block_size_div.remainder(key));
@@ -85,7 +79,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   } else if (p.cu_seqlens_k != nullptr) {
     first_token = p.cu_seqlens_k[seq_idx];
   }
-  const DecodeSequence<Mask> sequence(p, lengths, column.first_row);
+  const DecodeSequence<Mask> sequence(p, seq_idx, column.first_row);
   const KeyRange visible = sequence.visible;
   int32_t first_key = visible.begin / KEYS * KEYS + first_offset;
   const auto find_page = [&] {
@@ -134,31 +128,24 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   }
 
   // ---- tiles
-  auto* const stages = all_stages + warp_idx * num_stages;
-  const auto wait_for_stage = [&] {
-    if (num_stages == MOST_STAGES) {
-      cp_async_wait<MOST_STAGES - 2>();
-    } else {
-      cp_async_wait<Storage::kStagesOfTwo - 2>();
-    }
-  };
+  auto* const stages = all_stages + warp_idx * STAGES;
   DecodeProducts<T, KV, HEAD_DIM> products;
   products.begin(p);
-  int stage = 0, ahead = num_stages - 1;  // tiles to be asked for before the first is waited for
+  int stage = 0, ahead = STAGES - 1;  // tiles to be asked for before the first is waited for
 #pragma unroll 1
   while (ahead > 0 || first_key < visible.end) {
     if (ahead == 0) {
-      wait_for_stage();
+      cp_async_wait<STAGES - 2>();
       __syncwarp();  // the other lanes' copies are here, and all are done with the stage that is loaded next
     }
     load(stages[stage]);
-    if (ahead == num_stages - 1) load_q();
+    if (ahead == STAGES - 1) load_q();
     cp_async_commit();
-    stage = stage + 1 == num_stages ? 0 : stage + 1;
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
     if (ahead > 0) {
       if (--ahead > 0) continue;
       cluster_meet();  // all inboxes have their barriers
-      wait_for_stage();
+      cp_async_wait<STAGES - 2>();
       __syncthreads();  // Q has come
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -188,7 +175,7 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
         const DecodeRowSums& of_warp = warp_sums[from];
         const int row = i / GROUPS;
         sums[j] = make_float2(w + j < num_warps ? of_warp.row_max[row] : -INFINITY, of_warp.row_sum[row]);
-        outs[j] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(all_stages + from * num_stages) +
+        outs[j] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(all_stages + from * STAGES) +
                                                    out_offset<HEAD_DIM>(row, i % GROUPS));
       }
       partial.add(sums, outs);
@@ -230,10 +217,8 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
 template <typename T, typename KV, int HEAD_DIM>
 cudaError_t launch_paged_decode_cluster(const PagedDecodeParams& p, cudaStream_t stream) {
   using Storage = DecodeClusterStorage<T, KV, HEAD_DIM>;
-  static_assert(sizeof(Storage) + paged_decode_max_warps(HEAD_DIM) * Storage::warp_bytes(Storage::kMostStages) <=
-                227 << 10);
-  const int num_stages = Storage::num_stages(p.config.cluster_log2);
-  const auto smem_bytes = static_cast<int>(sizeof(Storage) + p.config.num_warps * Storage::warp_bytes(num_stages));
+  static_assert(sizeof(Storage) + paged_decode_max_warps(HEAD_DIM) * Storage::kWarpBytes <= 227 << 10);
+  const auto smem_bytes = static_cast<int>(sizeof(Storage) + p.config.num_warps * Storage::kWarpBytes);
   return launch_clusters(paged_decode_cluster_kernel<T, KV, HEAD_DIM>, p.config.num_ctas, 1 << p.config.cluster_log2,
                          32 * p.config.num_warps, smem_bytes, stream, p, ScoreScale::make(p.softmax_scale, p.softcap));
 }

@@ -35,6 +35,10 @@ constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
 // Of a tile, for one warp. Rows of few bytes come faster, and with fewer instructions, 32 at a time.
 constexpr int paged_decode_warp_keys(int head_dim, bool is_8bit) { return is_8bit || head_dim == 64 ? 32 : 16; }
 
+// Neighbouring keys, from a multiple of it on, whose rows lie at equal distances in pages of a multiple of it, and
+// outside: so one address and a multiplication for each find them all.
+constexpr int kPagedDecodeEvenRows = 16;
+
 // Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim. One of them is
 // consumed, so that an SM of Hopper has 64 or 96 KiB in flight, twice what the memory brings it in a microsecond and
 // more; with still more they only wait in queues.
@@ -42,10 +46,10 @@ constexpr int paged_decode_stages(int head_dim, bool is_8bit) {
   return head_dim == 128 || head_dim == 256 || (head_dim == 64 && !is_8bit) ? 2 : 3;
 }
 
-// In a cluster of more than two one more, since half of the SMs must bring what all do elsewhere. Not of 8 bits, which
-// take longer to multiply.
-constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit, int cluster_log2) {
-  return paged_decode_stages(head_dim, is_8bit) + (cluster_log2 > 1 && !is_8bit ? 1 : 0);
+// In a cluster one more, since half of the SMs must bring what all do elsewhere. Not of 8 bits, which take longer to
+// multiply.
+constexpr int paged_decode_cluster_stages(int head_dim, bool is_8bit) {
+  return paged_decode_stages(head_dim, is_8bit) + (is_8bit ? 0 : 1);
 }
 
 // Warps of a CTA that has an SM of Hopper to itself. A CTA of half as many is for GPUs with less shared memory (82 KiB
