@@ -35,6 +35,19 @@ __device__ __forceinline__ void cp_async_16(void* destination, const void* sourc
                : "memory");
 }
 
+// The same where `valid` is not 0. If it is a bit of another integer, the compiler tests that in one instruction.
+__device__ __forceinline__ void cp_async_16_if(uint32_t destination, const void* source, uint32_t valid,
+                                               uint64_t policy) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, ignore, %3;\n"
+      "}\n" ::"r"(destination),
+      "l"(source), "r"(valid), "l"(policy)
+      : "memory");
+}
+
 // Closes the group of all copies this thread has issued since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 

@@ -39,15 +39,11 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
 }
 
 // The larger of two pairs of whole numbers, each half for itself.
-__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t larger;
-  asm("max.u16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
-  return larger;
-#else
-  return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
-#endif
-}
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
+// The larger of `a`, which are magnitudes, and those of `b`, of each half: of either type, their bits are ordered as
+// integers are.
+__device__ __forceinline__ uint32_t max_magnitudes(uint32_t a, uint32_t b) { return larger_pair(a, b & 0x7fff7fffu); }
 
 // Where which of the two an element is shows at run time only.
 __device__ __forceinline__ uint32_t pack_pair_as(bool fp16, float low, float high) {

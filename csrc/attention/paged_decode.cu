@@ -3,6 +3,9 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "arch/launch_id.h"
 #include "attention/paged_decode.h"
 #include "attention/paged_decode_launch.h"
@@ -63,7 +66,9 @@ cudaError_t paged_decode(const PagedDecodeParams& params, cudaStream_t stream) {
   p.num_columns_div = FastDivide(static_cast<int32_t>(p.config.num_columns));
   p.num_kv_heads_div = FastDivide(p.num_kv_heads);
   p.launch_id = new_launch_id();
-  if (!p.paged) {  // a batch's sequences are its pages
+  p.even_rows = (!p.paged || p.block_size % kPagedDecodeEvenRows == 0) &&
+                std::max(p.k_token_stride, p.v_token_stride) * 2 <= UINT32_MAX;  // distances are counted in 32 bits
+  if (!p.paged) {                                                                // a batch's sequences are its pages
     p.k_block_stride = p.k_batch_stride;
     p.v_block_stride = p.v_batch_stride;
   }

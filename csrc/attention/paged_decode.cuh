@@ -346,10 +346,19 @@ __global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThread
 
     // ---- the end of a sequence, or of the team's part of it, or of a split: the warps' results go to the stages
     // consumed last
-    products.finish(p, score_scale, sequence.num_rows, now, warp_sums[warp_idx]);
-    team.sync();
     const bool begins_here = cursor.seq_begin >= plan.begin_tile, ends_here = cursor.seq_end <= plan.end_tile;
     const DecodeOutput<T, Mask> output(p, plan, sequence, cursor.next_seq_idx - 1);
+    // Alone, and with a sequence that nobody shares, a warp has nothing to add.
+    constexpr bool CAN_BE_ALONE = Ring::k8Bit && Ring::kLooksAhead && !BESIDE && !INVARIANT;
+    if constexpr (CAN_BE_ALONE) {
+      const bool few_rows = sequence.all_rows <= kPagedDecodeRows / 2;
+      if (num_warps == 1 && begins_here && ends_here && few_rows && p.out_scale == nullptr) {
+        products.store(p, score_scale, sequence.all_rows, output);
+        continue;
+      }
+    }
+    products.finish(p, score_scale, sequence.num_rows, now, warp_sums[warp_idx]);
+    team.sync();
     const int first_warp = team.first_warp();
     bool whole = begins_here && ends_here;
     int32_t slot = ends_here ? ended_slot : handed_slot(plan.part_idx);
@@ -365,12 +374,7 @@ __global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThread
         out = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(&rings[warp].stages[stage]) +
                                                out_offset<HEAD_DIM>(row, group));
       };
-      if (Ring::kLooksAhead && row < sequence.num_rows && num_warps == 1) {
-        float2 sums[1];
-        float4 outs[1];
-        partial_of(first_warp, sums[0], outs[0]);
-        result.add(sums, outs);
-      } else if (row < sequence.num_rows) {
+      if (row < sequence.num_rows) {
 #pragma unroll 1
         for (int w = 0; w < num_warps; w += 4) {
           float2 sums[4];

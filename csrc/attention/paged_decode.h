@@ -28,6 +28,7 @@ struct PagedDecodeParams : AttentionParams {
 
   // Derived by paged_decode.
   uint64_t launch_id = 0;
+  bool even_rows = false;  // pages are of a multiple of kPagedDecodeEvenRows tokens, or there are none
   FastDivide num_parts_div, num_columns_div, num_kv_heads_div;
 };
 

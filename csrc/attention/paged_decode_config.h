@@ -35,6 +35,10 @@ constexpr int64_t paged_decode_most_tokens(int64_t group_size) {
 // Of a tile, for one warp. Rows of few bytes come faster, and with fewer instructions, 32 at a time.
 constexpr int paged_decode_warp_keys(int head_dim, bool is_8bit) { return is_8bit || head_dim == 64 ? 32 : 16; }
 
+// Neighbouring keys, from a multiple of it on, whose rows lie at equal distances in pages of a multiple of it, and
+// outside: so one address and a multiplication for each find them all.
+constexpr int kPagedDecodeEvenRows = 16;
+
 // Stages of a warp's ring, of its keys and values of one tile each; follow from the compiled head dim. One of them is
 // consumed, so that an SM of Hopper has 64 or 96 KiB in flight, twice what the memory brings it in a microsecond and
 // more; with still more they only wait in queues.

@@ -192,30 +192,33 @@ struct DecodePlan : DecodeColumn {
     }
     column_idx = team_idx - part_idx * num_columns;
     static_cast<DecodeColumn&>(*this) = DecodeColumn(p, column_idx);
-    // Of up to 32 sequences, every lane keeps one's number of tiles; of more, they are looked up again. The lengths of
-    // AT_ONCE times as many are on their way together: a trip to memory for each 32 of 512 is 10 us.
+    // Of up to 32 sequences, every lane keeps one's number of tiles. Of more, it keeps that of some 32 neighbours,
+    // which are looked up again where a tile is theirs. The lengths of AT_ONCE times as many are on their way together:
+    // a trip to memory for each 32 of 512 is 10 us.
     constexpr int AT_ONCE = 4;
     const auto lengths_of = [&](int32_t seq) { return DecodeLengths(p, min(seq, p.num_seqs - 1)); };
     const auto num_tiles = [&](int32_t seq, const DecodeLengths& lengths) {
       return seq < p.num_seqs ? DecodeSequence<Mask>(p, lengths, first_row).num_tiles(p) : 0;
     };
-    int32_t own = 0, all_tiles = 0;
-    const auto add_up = [&](auto count, int32_t seq) {
-      DecodeLengths lengths[decltype(count)::value];
-#pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) lengths[i] = lengths_of(seq + 32 * i);
-#pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) all_tiles += own = num_tiles(seq + 32 * i, lengths[i]);
-    };
+    int32_t own = 0;
+    const int32_t seqs_of_lane = (p.num_seqs + 1023) / 1024 * 32;
     if (p.num_seqs <= 32) {
-      add_up(std::integral_constant<int, 1>(), lane);
+      own = num_tiles(lane, lengths_of(lane));
     } else {
 #pragma unroll 1
-      for (int32_t seq = lane; seq - lane < p.num_seqs; seq += 32 * AT_ONCE) {
-        add_up(std::integral_constant<int, AT_ONCE>(), seq);
+      for (int32_t first = 0, lane_begin = lane * seqs_of_lane; first < p.num_seqs; first += 32 * AT_ONCE) {
+        DecodeLengths lengths[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) lengths[i] = lengths_of(first + 32 * i + lane);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const int32_t sum = __reduce_add_sync(0xffffffffu, num_tiles(first + 32 * i + lane, lengths[i]));
+          const int32_t behind = first + 32 * i - lane_begin;
+          if (behind >= 0 && behind < seqs_of_lane) own += sum;
+        }
       }
     }
-    all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
+    const int32_t all_tiles = __reduce_add_sync(0xffffffffu, own);
     if constexpr (BESIDE) {
       // The other kernel takes the SMs that this one leaves, and never leaves one. So parts are as many as end when the
       // prompts do, and a tenth of what is left, since the two disturb each other.
@@ -236,10 +239,11 @@ struct DecodePlan : DecodeColumn {
     // The sequence that has a tile, and its first one.
     const auto find = [&](int32_t tile) {
       seq_begin = 0;
+      seq_idx = 0;
+      int32_t of_lane = own, seqs_each = p.num_seqs > 32 ? seqs_of_lane : 1;
 #pragma unroll 1
-      for (seq_idx = 0;; seq_idx += 32) {
-        if (p.num_seqs > 32) own = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
-        int32_t end = own;
+      while (true) {
+        int32_t end = of_lane;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
           const int32_t below = __shfl_up_sync(0xffffffffu, end, distance);
@@ -248,11 +252,15 @@ struct DecodePlan : DecodeColumn {
         const uint32_t ends_behind = __ballot_sync(0xffffffffu, tile < seq_begin + end);
         if (ends_behind != 0) {
           const int found = __ffs(ends_behind) - 1;
-          seq_idx += found;
-          seq_begin += __shfl_sync(0xffffffffu, end - own, found);
-          return;
+          seq_idx += found * seqs_each;
+          seq_begin += __shfl_sync(0xffffffffu, end - of_lane, found);
+          if (seqs_each == 1) return;
+          seqs_each = 1;
+        } else {
+          seq_idx += 32;
+          seq_begin += __shfl_sync(0xffffffffu, end, 31);
         }
-        seq_begin += __shfl_sync(0xffffffffu, end, 31);
+        of_lane = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
       }
     };
     if constexpr (INVARIANT) {

@@ -10,7 +10,6 @@
 #include "arch/cp_async.cuh"
 #include "arch/e4m3.cuh"
 #include "arch/pair.cuh"
-#include "arch/reduce.cuh"
 #include "arch/warp_gemm_8bit.cuh"
 #include "arch/warp_gemm_sm80.cuh"
 #include "attention/paged_decode_plan.cuh"
@@ -88,12 +87,33 @@ struct DecodeRows {
   int32_t kv_head_idx;
   bool evict_first;
 
-  __device__ __forceinline__ void load(Stage& stage, bool exists, int64_t block, int32_t token) const {
+  __device__ __forceinline__ void load(Stage& stage, bool exists, int32_t block, int32_t token) const {
     const uint32_t rows_exist = __ballot_sync(0xffffffffu, exists);
-    const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS, exists, block, token);
-    load_operand(stage.k, own_row, 0, rows_exist, p.head_dim);
-    load_operand(stage.v, KEYS < 32 ? own_row : row_of(true, exists, block, token), KEYS % 32, rows_exist,
-                 p.v_head_dim);
+    // Not with 16 bits, whose rows came in bursts so: 128 x 4,096 took 7 % longer.
+    if (Ring::k8Bit && p.even_rows) {
+#pragma unroll
+      for (int first = 0; first < KEYS; first += kPagedDecodeEvenRows) {
+        // Of the first of them that exists; if none does, nothing is read.
+        const int from = first + max(__ffs(rows_exist >> first & ((1 << kPagedDecodeEvenRows) - 1)) - 1, 0);
+        const int32_t run_block = __shfl_sync(0xffffffffu, block, from);
+        const int32_t run_token = __shfl_sync(0xffffffffu, token, from) - from % kPagedDecodeEvenRows + lane_row();
+        const auto load_run = [&](bool is_value, uint16_t* tile) {
+          const char* const own_row =
+              reinterpret_cast<const char*>(row_of(is_value, true, run_block, run_token) + lane_chunk() * CHUNK);
+          const auto distance = static_cast<uint32_t>((is_value ? p.v_token_stride : p.k_token_stride) * sizeof(KV));
+          load_rows<kPagedDecodeEvenRows>(tile + first * Ring::kColumns, rows_exist >> first, is_value, [&](int row) {
+            return reinterpret_cast<const KV*>(own_row + static_cast<uint64_t>(distance) * row);
+          });
+        };
+        load_run(false, stage.k);
+        load_run(true, stage.v);
+      }
+    } else {
+      const KV* const own_row = row_of(threadIdx.x % 32 >= KEYS, exists, block, token);
+      load_operand(stage.k, own_row, 0, rows_exist, p.head_dim);
+      load_operand(stage.v, KEYS < 32 ? own_row : row_of(true, exists, block, token), KEYS % 32, rows_exist,
+                   p.v_head_dim);
+    }
     if constexpr (Ring::k8Bit) {
       if (p.scales_of_tokens) {
         const auto load_scale = [&](float* target, const KvScale& scale) {
@@ -108,7 +128,7 @@ struct DecodeRows {
   }
 
   // Asks for the rows, of a page that exists, in the L2 cache; whether they are to be loaded need not be known yet.
-  __device__ __forceinline__ void prefetch(int64_t block, int32_t token) const {
+  __device__ __forceinline__ void prefetch(int32_t block, int32_t token) const {
     static_assert(KEYS == 16);
     const bool is_value = threadIdx.x % 32 >= KEYS;
     const KV* const row = row_of(is_value, true, block, token);
@@ -119,7 +139,11 @@ struct DecodeRows {
   }
 
  private:
-  __device__ __forceinline__ const KV* row_of(bool is_value, bool exists, int64_t block, int32_t token) const {
+  // Of a pass's rows and of a row's first chunks, those that the lane copies.
+  static __device__ __forceinline__ int lane_row() { return threadIdx.x % 32 / LANES; }
+  static __device__ __forceinline__ int lane_chunk() { return threadIdx.x % LANES; }
+
+  __device__ __forceinline__ const KV* row_of(bool is_value, bool exists, int32_t block, int32_t token) const {
     const KV* const row =
         static_cast<const KV*>(is_value ? p.v : p.k) + kv_head_idx * (is_value ? p.v_head_stride : p.k_head_stride);
     if (!exists) return row;
@@ -144,6 +168,32 @@ struct DecodeRows {
       }
     }
   }
+
+  // The first NUM_ROWS rows of a tile, of which those exist that have a bit; source_of(i) is where the
+  // lane's first chunk of row i + lane_row() lies. No bit of a pass's first row, or of a lane's further chunks, is one
+  // of the lane's own, so that its addresses follow from one by constants.
+  template <int NUM_ROWS, typename SourceOf>
+  __device__ __forceinline__ void load_rows(uint16_t* tile, uint32_t rows_exist, bool is_value,
+                                            SourceOf source_of) const {
+    constexpr int COLUMNS = Ring::kColumns;
+    const int32_t head_dim = is_value ? p.v_head_dim : p.head_dim;
+    const LaneAddress<COLUMNS> target(tile, lane_row(), lane_chunk());
+    const uint64_t policy = evict_first ? evict_first_policy() : evict_normal_policy();
+    uint32_t exist[CHUNKS / LANES];  // bit i: row i + lane_row(), and the chunk in it
+#pragma unroll
+    for (int i = 0; i < CHUNKS / LANES; ++i) {
+      exist[i] = (lane_chunk() + i * LANES) * CHUNK < head_dim ? rows_exist >> lane_row() : 0;
+    }
+#pragma unroll
+    for (int row = 0; row < NUM_ROWS; row += ROWS_PER_PASS) {
+      const KV* const source = source_of(row);
+      const int swizzle = swizzled<COLUMNS>(row, 0) / 8 - row * COLUMNS / 8;
+#pragma unroll
+      for (int i = 0; i < CHUNKS / LANES; ++i) {
+        cp_async_16_if(target.at(row, i * LANES ^ swizzle), source + i * LANES * CHUNK, exist[i] & 1u << row, policy);
+      }
+    }
+  }
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -159,28 +209,32 @@ __device__ __forceinline__ void load_q_8bit(uint32_t (&q_frag)[HEAD_DIM / 16][4]
                                             bool fp16, int half, int32_t head_dim) {
   constexpr int CHUNKS = HEAD_DIM / 16;
   uint2 fours[CHUNKS];
-  float largest = 0.0f;
+  uint32_t magnitudes = 0;  // the largest of even and of odd dims
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     fours[chunk] = make_uint2(0, 0);
     if (chunk * 16 < head_dim) {
       fours[chunk] = *reinterpret_cast<const uint2*>(row + chunk * 16 + threadIdx.x % 4 * 4);
     }
-    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(low.x), fabsf(low.y)), fmaxf(fabsf(high.x), fabsf(high.y))));
+    magnitudes = max_magnitudes(max_magnitudes(magnitudes, fours[chunk].x), fours[chunk].y);
   }
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  uint32_t largest = max(magnitudes >> 16, magnitudes & 0xffffu);
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   // From the bits of its exponent; above 2^126 the inverse would be 0.
-  const uint32_t exponent = min(__float_as_uint(largest) >> 23, 253u);
+  const uint32_t exponent = min(__float_as_uint(unpack_pair_as(fp16, largest).x) >> 23, 253u);
   row_scale = __uint_as_float(exponent << 23);
   const float inverse = __uint_as_float((254u - exponent) << 23);
+  const auto scale = [&](auto unpack) {
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const float2 low = unpack_pair_as(fp16, fours[chunk].x), high = unpack_pair_as(fp16, fours[chunk].y);
-    q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
-    q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
-  }
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const float2 low = unpack(fours[chunk].x), high = unpack(fours[chunk].y);
+      q_frag[chunk][half] = pack_pair<__half>(low.x * inverse, low.y * inverse);
+      q_frag[chunk][2 + half] = pack_pair<__half>(high.x * inverse, high.y * inverse);
+    }
+  };
+  fp16 ? scale([](uint32_t pair) { return unpack_pair<__half>(pair); })
+       : scale([](uint32_t pair) { return unpack_pair<__nv_bfloat16>(pair); });
 }
 
 __device__ __forceinline__ float scale_of_head(const KvScale& scale, int32_t kv_head_idx) {
@@ -323,16 +377,18 @@ struct DecodeProducts {
     softmax.update(scores, acc, softmax_scale(p, score_scale));
     if constexpr (K_8BIT) {
       if (p.scales_of_tokens) {
-        const float largest = warp_reduce(fabsf(now.v_scale[lane]), [](float a, float b) { return fmaxf(a, b); });
+        // Numbers that are not negative are ordered as their bits are, of which one instruction finds the largest.
+        const float largest =
+            __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(now.v_scale[lane]))));
         if (largest > value_scale) {
-          const float correction = value_scale / largest;
+          const float correction = __fdividef(value_scale, largest);
           value_scale = largest;
 #pragma unroll
           for (int i = 0; i < HEAD_DIM / 2; ++i) acc[0][i / 4][i % 4] *= correction;
         }
         float v_scale[KEY_TILES][2];
         scales_of_lane(v_scale, now.v_scale, true);
-        const float inverse = 1.0f / value_scale;
+        const float inverse = __fdividef(1.0f, value_scale);
 #pragma unroll
         for (int i = 0; i < 4 * KEY_TILES; ++i) scores[0][i / 4][i % 4] *= v_scale[i / 4][i % 2] * inverse;
       }
@@ -347,6 +403,29 @@ struct DecodeProducts {
   }
   static __device__ __forceinline__ float softmax_scale(const PagedDecodeParams& p, const ScoreScale& score_scale) {
     return is_general(p, score_scale) ? 1.0f : score_scale.pre;
+  }
+
+  // The results in 16 bits of up to eight rows, of a warp that has had all of a sequence's keys, out of its registers.
+  template <typename Output>
+  __device__ __forceinline__ void store(const PagedDecodeParams& p, const ScoreScale& score_scale, int32_t all_rows,
+                                        const Output& output) {
+    static_assert(K_8BIT);
+    const int lane = threadIdx.x % 32, row = lane / 4;
+    softmax.finish(softmax_scale(p, score_scale));
+    if (row >= all_rows) return;
+    const bool exists = row < output.num_rows;
+    const typename Output::Row target =
+        output.row(row, exists ? softmax.row_max[0][0] : -INFINITY, exists ? softmax.row_sum[0][0] : 0.0f);
+    const float scale = exists ? value_scale * target.final.inverse : 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < HEAD_DIM / 16; ++chunk) {
+      const float (&even)[4] = acc[0][2 * chunk], (&odd)[4] = acc[0][2 * chunk + 1];
+      if (chunk * 16 < p.v_head_dim) {
+        output.store_16bit(target, chunk * 4 + lane % 4, even[0] * scale, odd[0] * scale, even[1] * scale,
+                           odd[1] * scale);
+      }
+    }
+    if (lane % 4 == 0) output.store_lse(target);
   }
 
   // Leaves the results of rows that exist in the stage consumed last.
@@ -431,32 +510,50 @@ struct DecodeOutput {
     lse_begin = packed_q ? sequence.q_start : out_token * p.num_heads;
   }
 
-  __device__ __forceinline__ void store(int32_t row, int group, const DecodePartial& result) const {
+  struct Row {
+    RowResult final;
+    int64_t element;  // its first one in out
+    int32_t token, head;
+  };
+
+  __device__ __forceinline__ Row row(int32_t row, float row_max, float row_sum) const {
     const int32_t token = p.group_size.divide(column.first_row + row);
     const int32_t head = column.head(p, column.first_row + row);
     const float sink = p.sinks == nullptr || row >= num_rows ? -INFINITY : p.sinks[head] * kLog2E;
-    const RowResult final = finish_row(result.row_max, result.row_sum, sink);
-    const float (&sums)[4] = result.sums;
-    const int64_t element = ((out_token + token) * p.num_heads + head) * p.v_head_dim + group * 4;
+    return {finish_row(row_max, row_sum, sink), ((out_token + token) * p.num_heads + head) * p.v_head_dim, token, head};
+  }
+
+  __device__ __forceinline__ void store(int32_t row_idx, int group, const DecodePartial& result) const {
+    const Row of_result = row(row_idx, result.row_max, result.row_sum);
+    store_group(of_result, group, result.sums);
+    if (group == 0) store_lse(of_result);
+  }
+
+  __device__ __forceinline__ void store_group(const Row& row, int group, const float (&sums)[4]) const {
     if (__builtin_expect(p.out_scale != nullptr, 0)) {
-      const float inverse = __fdividef(final.inverse, *p.out_scale);
-      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + element) =
+      const float inverse = __fdividef(row.final.inverse, *p.out_scale);
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + row.element + group * 4) =
           pack_e4m3(sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
     } else {
-      const auto pack = [&](float low, float high) {
-        if constexpr (std::is_same_v<T, uint16_t>) {
-          return pack_pair_as(p.dtype == DType::kFloat16, low, high);
-        } else {
-          return pack_pair<T>(low, high);
-        }
-      };
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + element) =
-          make_uint2(pack(sums[0] * final.inverse, sums[1] * final.inverse),
-                     pack(sums[2] * final.inverse, sums[3] * final.inverse));
+      const float inverse = row.final.inverse;
+      store_16bit(row, group, sums[0] * inverse, sums[1] * inverse, sums[2] * inverse, sums[3] * inverse);
     }
-    if (group == 0) {
-      p.lse[lse_begin + head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + token] = final.lse;
-    }
+  }
+
+  __device__ __forceinline__ void store_16bit(const Row& row, int group, float a, float b, float c, float d) const {
+    const auto pack = [&](float low, float high) {
+      if constexpr (std::is_same_v<T, uint16_t>) {
+        return pack_pair_as(p.dtype == DType::kFloat16, low, high);
+      } else {
+        return pack_pair<T>(low, high);
+      }
+    };
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + row.element + group * 4) = make_uint2(pack(a, b), pack(c, d));
+  }
+
+  __device__ __forceinline__ void store_lse(const Row& row) const {
+    p.lse[lse_begin + row.head * (p.cu_seqlens_q != nullptr ? p.num_tokens : p.batch_q_len) + row.token] =
+        row.final.lse;
   }
 };
 

@@ -56,13 +56,14 @@ AttentionCall<T, KV> draw_short_call(int head_dim) {
   return call;
 }
 
+// many: sequences of few rows, for teams of one or two warps, of which one may have a sequence alone.
 template <typename T, typename KV>
-AttentionCall<T, KV> draw_call(int head_dim) {
+AttentionCall<T, KV> draw_call(int head_dim, bool many) {
   constexpr bool kIs8Bit = sizeof(KV) == 1;
   AttentionCall<T, KV> call;
   call.num_kv_heads = between(1, 3);
-  call.group = pick({1, 2, 3, 4, 8, 16, 20});
-  const int num_seqs = pick({1, 2, 3, 5, 34, 40});
+  call.group = many ? pick({1, 2, 3, 4, 8}) : pick({1, 2, 3, 4, 8, 16, 20});
+  const int num_seqs = many ? pick({34, 40}) : pick({1, 2, 3, 5, 34, 40});
   call.page_size = !kIs8Bit && one_in(3) ? 0 : pick({1, 3, 8, 16, 64});
   const bool paged = call.page_size > 0;
   call.packed_q = paged || one_in(2);
@@ -72,8 +73,8 @@ AttentionCall<T, KV> draw_call(int head_dim) {
   call.scales_of_tokens = call.has_scales && one_in(2);
   call.v_head_dim = paged ? call.head_dim : pick({call.head_dim, head_dim, head_dim - 16});
 
-  call.has_tree = paged && one_in(2);
-  const int most_q = between(1, std::max(1, (kIs8Bit ? pick({50, 90}) : 32) / call.group));
+  call.has_tree = !many && paged && one_in(2);
+  const int most_q = between(1, std::max(1, (many ? 8 : kIs8Bit ? pick({50, 90}) : 32) / call.group));
   const int most_k = num_seqs > 30 ? pick({5, 60}) : pick({1, 20, 150, 400, num_seqs < 3 ? 1000 : 400});
   const bool has_seqused_q = one_in(4), has_seqused_k = paged || one_in(2);
   for (int seq = 0; seq < num_seqs; ++seq) {
@@ -150,8 +151,8 @@ std::vector<KV> heads_apart(const AttentionCall<T, KV>& call, const std::vector<
 }
 
 template <typename T, typename KV = T>
-void run_call(int head_dim, bool is_short = false) {
-  AttentionCall<T, KV> call = is_short ? draw_short_call<T, KV>(head_dim) : draw_call<T, KV>(head_dim);
+void run_call(int head_dim, bool is_short = false, bool many = false) {
+  AttentionCall<T, KV> call = is_short ? draw_short_call<T, KV>(head_dim) : draw_call<T, KV>(head_dim, many);
   PagedDecodeParams p;
   call.fill_portable(p);
   const bool paged = call.page_size > 0;
@@ -165,14 +166,14 @@ void run_call(int head_dim, bool is_short = false) {
     p.v_scale = scale(call.v_scale);
     p.scales_of_tokens = call.scales_of_tokens;
   }
-  if (call.packed_q && !is_short && one_in(5)) p.max_q_len = between(1, call.max_q_len());
-  const int num_sms = is_short ? pick({30, 132}) : pick({1, 3, 8, 30, 132});
+  if (call.packed_q && !is_short && !many && one_in(5)) p.max_q_len = between(1, call.max_q_len());
+  const int num_sms = is_short ? pick({30, 132}) : many ? pick({1, 2}) : pick({1, 3, 8, 30, 132});
   const int max_k_len = paged ? call.max_blocks * call.page_size : call.max_k_len();
   const bool beside = p.max_q_len < INT32_MAX && !call.has_tree && one_in(2),
-             batch_invariant = paged && !is_short && one_in(2);
+             batch_invariant = paged && !is_short && !many && one_in(2);
   p.config = fastattn::paged_decode_config(
       {call.num_seqs, call.num_heads, call.num_kv_heads, std::max(call.head_dim, call.v_head_dim),
-       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len, num_sms, is_short || one_in(2),
+       std::min(call.max_q_len(), static_cast<int>(p.max_q_len)), max_k_len, num_sms, is_short || many || one_in(2),
        sizeof(KV) == 1, beside, batch_invariant, call.has_tree});
   if (batch_invariant) set_split(p, pick({p.config.split_tiles_log2, 0, 1}), max_k_len);
   current_call +=
@@ -211,11 +212,14 @@ int main(int argc, char** argv) {
       return one_in(2) ? run_call<__half>(compiled, true) : run_call<__nv_bfloat16>(compiled, true);
     }
     const int compiled = head_dim > 0 ? head_dim : dims[seed % std::size(dims)];
-    const bool fp16 = one_in(2), is_8bit = fastattn::paged_decode_has_8bit(compiled) && one_in(2), fp8 = one_in(2);
+    const bool many = seed % 8 == 2 && fastattn::paged_decode_has_8bit(compiled);
+    const bool fp16 = one_in(2), is_8bit = many || (fastattn::paged_decode_has_8bit(compiled) && one_in(2)),
+               fp8 = one_in(2);
     if (is_8bit && fp8) {
-      fp16 ? run_call<__half, __nv_fp8_e4m3>(compiled) : run_call<__nv_bfloat16, __nv_fp8_e4m3>(compiled);
+      fp16 ? run_call<__half, __nv_fp8_e4m3>(compiled, false, many)
+           : run_call<__nv_bfloat16, __nv_fp8_e4m3>(compiled, false, many);
     } else if (is_8bit) {
-      fp16 ? run_call<__half, int8_t>(compiled) : run_call<__nv_bfloat16, int8_t>(compiled);
+      fp16 ? run_call<__half, int8_t>(compiled, false, many) : run_call<__nv_bfloat16, int8_t>(compiled, false, many);
     } else {
       fp16 ? run_call<__half>(compiled) : run_call<__nv_bfloat16>(compiled);
     }

@@ -22,6 +22,9 @@ inline void cp_async_16(void* destination, const void* source, bool valid, uint6
 inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
   cp_async_16(emulator::smem_of(emulator::this_rank()) + destination, source, valid);
 }
+inline void cp_async_16_if(uint32_t destination, const void* source, uint32_t valid, uint64_t) {
+  cp_async_16(destination, source, valid != 0);
+}
 inline void cp_async_4(void* destination, const void* source, bool valid) {
   emulator::copy(destination, source, 4, valid);
 }

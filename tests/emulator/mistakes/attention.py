@@ -10,6 +10,7 @@ FWD_STORAGE = Header("attention/flash_fwd_sm90_storage.cuh", "flash_fwd_sm90")
 BWD = Header("attention/flash_bwd_sm90.cuh", "flash_bwd_sm90")
 DECODE = Header("attention/paged_decode.cuh", "paged_decode")
 DECODE_CLUSTER = Header("attention/paged_decode_cluster.cuh", "paged_decode")
+DECODE_WARP = Header("attention/paged_decode_warp.cuh", "paged_decode")
 DECODE_SHORT = Header("attention/paged_decode_short.cuh", "paged_decode")
 SM80 = Header("attention/flash_sm80.cuh", "flash_sm80")
 MASK = Header("attention/mask.cuh", "paged_decode")
@@ -303,6 +304,16 @@ MISTAKES = [
         "64",
         "expected",
         call=113,
+    ),
+    Mistake(
+        "a warp that has a sequence alone gives results to rows that have none",
+        DECODE_WARP,
+        "const bool exists = row < output.num_rows;",
+        "const bool exists = true;",
+        "paged_decode_8bit_hd64.cu",
+        "64",
+        "expected",
+        call=138,
     ),
     Mistake(
         "the warps' results are added up before all are there",
