@@ -19,13 +19,15 @@ struct FlashFwdSm90Tile {
   constexpr int num_threads() const { return 128 * (num_consumers + 1); }
 };
 
-// Compiled pairs of head dims, of q and k and of v; others are padded with zeros by the copy engine.
+// Compiled pairs of head dims, of q and k and of v; others are padded with zeros by the copy engine. In fp8 a product
+// sums over 32, so that Q and K of 80 are multiplied as 96.
 struct FlashFwdSm90HeadDims {
   int qk, v;
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90Fp8HeadDims[] = {{64, 64}, {96, 96}, {128, 128}, {192, 192}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90Fp8HeadDims[] = {{64, 64},   {96, 80},   {96, 96},
+                                                             {128, 128}, {192, 192}, {256, 256}};
 // Of K and V of 8 bits, and of packed groups.
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90FewHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
@@ -46,6 +48,7 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
 // are faster with the same few keys and two Q.
 constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim, bool few_rows, bool extras) {
   if (v_head_dim <= 64) return {3, 128};
+  if (v_head_dim <= 80) return few_rows || extras ? FlashFwdSm90Tile{2, 192} : FlashFwdSm90Tile{3, 128};
   if (v_head_dim <= 96) return {2, few_rows || extras ? 192 : 224};
   if (v_head_dim <= 128) return {2, 192};
   if (v_head_dim <= 192) return {2, few_rows || extras ? 128 : 160};
@@ -125,10 +128,7 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   const bool few_rows =
       problem.max_seqlen_q <= (problem.fp8 ? 2048 : 1024) && !problem.extras && !problem.batch_invariant;
   if (problem.fp8) {
-    // A row of 128 bytes is one box of the copy engine, of 96 it is two: 80 are faster in the former.
-    const int64_t widest = std::max(problem.head_dim, problem.v_head_dim);
-    dims = widest > 64 && widest <= 80 ? FlashFwdSm90HeadDims{128, 128}
-                                       : flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
     config.tile = flash_fwd_sm90_tile_fp8(dims.v, few_rows, problem.extras);
   } else if (problem.widens) {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
