@@ -104,7 +104,7 @@ constexpr Instantiation kInstantiations[] = {
     kInstance<__nv_fp8_e4m3, 96, 80, 3, 128, false>,
     kInstance<__nv_fp8_e4m3, 96, 80, 2, 192, true>,
     kInstance<__nv_fp8_e4m3, 96, 96, 2, 192, false>,
-    kInstance<__nv_fp8_e4m3, 96, 96, 2, 224, false>,
+    kInstance<__nv_fp8_e4m3, 96, 96, 3, 128, false>,
     kInstance<__nv_fp8_e4m3, 96, 96, 2, 192, true>,
     kInstance<__nv_fp8_e4m3, 128, 128, 2, 192, false>,
     kInstance<__nv_fp8_e4m3, 128, 128, 2, 192, true>,
