@@ -38,12 +38,9 @@ __device__ __forceinline__ float2 unpack_pair<__half>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// The larger of two pairs of whole numbers, each half for itself.
-__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-
 // The larger of `a`, which are magnitudes, and those of `b`, of each half: of either type, their bits are ordered as
 // integers are.
-__device__ __forceinline__ uint32_t max_magnitudes(uint32_t a, uint32_t b) { return larger_pair(a, b & 0x7fff7fffu); }
+__device__ __forceinline__ uint32_t max_magnitudes(uint32_t a, uint32_t b) { return __vmaxu2(a, b & 0x7fff7fffu); }
 
 // Where which of the two an element is shows at run time only.
 __device__ __forceinline__ uint32_t pack_pair_as(bool fp16, float low, float high) {

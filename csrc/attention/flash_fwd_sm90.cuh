@@ -108,7 +108,9 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  constexpr int PRODUCER_REGISTERS = (WIDENS || (FP8 && NUM_CONSUMERS == 3) ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
+  // Turners have 48 where three groups leave them so many, else 32, of which they spill four.
+  constexpr bool MORE_REGISTERS = WIDENS || (FP8 && NUM_CONSUMERS == 3 && V_HEAD_DIM <= 80);
+  constexpr int PRODUCER_REGISTERS = (MORE_REGISTERS ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;
   constexpr bool TURNS = !FP8 && NUM_CONSUMERS == 2;
   constexpr int kVoteOfGroup = 1, kTurnOfGroup = 4, kFactorsOfWideners = 7;  // barriers of the SM, one for each group

@@ -19,13 +19,15 @@ struct FlashFwdSm90Tile {
   constexpr int num_threads() const { return 128 * (num_consumers + 1); }
 };
 
-// Compiled pairs of head dims, of q and k and of v; others are padded with zeros by the copy engine.
+// Compiled pairs of head dims, of q and k and of v; others are padded with zeros by the copy engine. In fp8 a product
+// sums over 32, so that Q and K of 80 are multiplied as 96.
 struct FlashFwdSm90HeadDims {
   int qk, v;
 };
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90HeadDims[] = {{64, 64},   {80, 80},   {96, 96},  {128, 128},
                                                           {192, 128}, {192, 192}, {64, 256}, {256, 256}};
-constexpr FlashFwdSm90HeadDims kFlashFwdSm90Fp8HeadDims[] = {{64, 64}, {96, 96}, {128, 128}, {192, 192}, {256, 256}};
+constexpr FlashFwdSm90HeadDims kFlashFwdSm90Fp8HeadDims[] = {{64, 64},   {96, 80},   {96, 96},
+                                                             {128, 128}, {192, 192}, {256, 256}};
 // Of K and V of 8 bits, and of packed groups.
 constexpr FlashFwdSm90HeadDims kFlashFwdSm90FewHeadDims[] = {{64, 64}, {128, 128}, {256, 256}};
 
@@ -41,12 +43,13 @@ constexpr FlashFwdSm90Tile flash_fwd_sm90_tile(int v_head_dim, bool few_rows) {
   return {2, 80};
 }
 
-// Bounded by registers: P, rounded, takes a fourth of what S does. 224 keys at head dim 96 and 160 at 192, whose K and
-// V leave place for one Q only, are the most that fit; extras have fewer registers left, and would spill some. Few rows
-// are faster with the same few keys and two Q.
+// Bounded by registers: P, rounded, takes a fourth of what S does. 160 keys at head dim 192, whose K and V leave place
+// for one Q only, are the most that fit; extras have fewer registers left, and would spill some. There few rows are
+// faster with fewer keys and two Q; up to 96 they are those that two groups hold, where a third would be idle.
+constexpr int64_t flash_fwd_sm90_few_rows_fp8(int v_head_dim) { return v_head_dim <= 96 ? 128 : 2048; }
 constexpr FlashFwdSm90Tile flash_fwd_sm90_tile_fp8(int v_head_dim, bool few_rows, bool extras) {
   if (v_head_dim <= 64) return {3, 128};
-  if (v_head_dim <= 96) return {2, few_rows || extras ? 192 : 224};
+  if (v_head_dim <= 96) return few_rows || extras ? FlashFwdSm90Tile{2, 192} : FlashFwdSm90Tile{3, 128};
   if (v_head_dim <= 128) return {2, 192};
   if (v_head_dim <= 192) return {2, few_rows || extras ? 128 : 160};
   return {2, 96};
@@ -122,20 +125,18 @@ inline FlashFwdSm90Config flash_fwd_sm90_config(const FlashFwdSm90Problem& probl
   FlashFwdSm90Config config = {};
   const int64_t group = problem.num_heads / problem.num_kv_heads;
   FlashFwdSm90HeadDims dims;
-  const bool few_rows =
-      problem.max_seqlen_q <= (problem.fp8 ? 2048 : 1024) && !problem.extras && !problem.batch_invariant;
+  const auto has_few_rows = [&](int64_t most) {
+    return problem.max_seqlen_q <= most && !problem.extras && !problem.batch_invariant;
+  };
   if (problem.fp8) {
-    // A row of 128 bytes is one box of the copy engine, of 96 it is two: 80 are faster in the former.
-    const int64_t widest = std::max(problem.head_dim, problem.v_head_dim);
-    dims = widest > 64 && widest <= 80 ? FlashFwdSm90HeadDims{128, 128}
-                                       : flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
-    config.tile = flash_fwd_sm90_tile_fp8(dims.v, few_rows, problem.extras);
+    dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90Fp8HeadDims);
+    config.tile = flash_fwd_sm90_tile_fp8(dims.v, has_few_rows(flash_fwd_sm90_few_rows_fp8(dims.v)), problem.extras);
   } else if (problem.widens) {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);
     config.tile = flash_fwd_sm90_tile_widened(dims.v);
   } else {
     dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90HeadDims);
-    config.tile = flash_fwd_sm90_tile(dims.v, few_rows);
+    config.tile = flash_fwd_sm90_tile(dims.v, has_few_rows(1024));
     // Few rows of each head leave most of a tile empty. Packed they must save a fourth: positions of rows then take
     // divisions, and the tiles of long sequences are well filled anyway.
     const FlashFwdSm90HeadDims packed_dims = flash_fwd_sm90_head_dims(problem, kFlashFwdSm90FewHeadDims);

@@ -4,7 +4,7 @@ namespace fastattn {
 
 template cudaError_t launch_flash_fwd_sm90<__nv_fp8_e4m3, 96, 96, 2, 192, false>(const FlashFwdSm90Params&,
                                                                                  cudaStream_t);
-template cudaError_t launch_flash_fwd_sm90<__nv_fp8_e4m3, 96, 96, 2, 224, false>(const FlashFwdSm90Params&,
+template cudaError_t launch_flash_fwd_sm90<__nv_fp8_e4m3, 96, 96, 3, 128, false>(const FlashFwdSm90Params&,
                                                                                  cudaStream_t);
 template cudaError_t launch_flash_fwd_sm90<__nv_fp8_e4m3, 96, 96, 2, 192, true>(const FlashFwdSm90Params&,
                                                                                 cudaStream_t);

@@ -11,9 +11,12 @@
 
 namespace fastattn {
 
-// Elements of a row that lie side by side in shared memory: 128 bytes, or 64.
+// Elements of a row that lie side by side in shared memory: 128 bytes, or 64. Rows between the two are padded to 128,
+// so that each is one box of the copy engine.
+template <int BYTES>
+constexpr bool kIsWidePanel = BYTES % 128 == 0 || (BYTES > 64 && BYTES < 128);
 template <typename T, int HEAD_DIM>
-constexpr int kPanelOf = (HEAD_DIM * sizeof(T) % 128 == 0 ? 128 : 64) / sizeof(T);
+constexpr int kPanelOf = (kIsWidePanel<HEAD_DIM * sizeof(T)> ? 128 : 64) / sizeof(T);
 // With whole panels; the products leave out what a head dim of 80 is short of them.
 template <typename T, int HEAD_DIM>
 constexpr int kStoredDim = (HEAD_DIM + kPanelOf<T, HEAD_DIM> - 1) / kPanelOf<T, HEAD_DIM> * kPanelOf<T, HEAD_DIM>;

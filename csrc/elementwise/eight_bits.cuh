@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t largest_magnitude(uint32_t largest, const Pa
   if constexpr (IN_PAIRS) {
     uint32_t pair = 0;
 #pragma unroll
-    for (uint32_t word : elements.words) pair = larger_pair(pair, word & 0x7fff7fffu);
+    for (uint32_t word : elements.words) pair = max_magnitudes(pair, word);
     unpack(Pack<T, 2>{pair}, values);
   } else {
     unpack(elements, values);

@@ -159,13 +159,14 @@ int main(int argc, char** argv) {
       if (head_dim == 0 || (dims.qk == head_dim && dims.v == head_dim)) choices.push_back(dims);
     }
     const FlashFwdSm90HeadDims dims = choices[seed % choices.size()];
-    const auto is_among = [&](const auto& others) {
+    const auto is_among = [](const FlashFwdSm90HeadDims& dims, const auto& others) {
       return std::any_of(std::begin(others), std::end(others),
                          [&](const auto& other) { return other.qk == dims.qk && other.v == dims.v; });
     };
-    if (is_among(fastattn::kFlashFwdSm90Fp8HeadDims) && one_in(3)) {
-      run_call<__nv_fp8_e4m3>(dims);
-    } else if (is_among(fastattn::kFlashFwdSm90FewHeadDims) && one_in(2)) {
+    const FlashFwdSm90HeadDims fp8_dims = {dims.qk == 80 ? 96 : dims.qk, dims.v};
+    if (is_among(fp8_dims, fastattn::kFlashFwdSm90Fp8HeadDims) && one_in(3)) {
+      run_call<__nv_fp8_e4m3>(fp8_dims);
+    } else if (is_among(dims, fastattn::kFlashFwdSm90FewHeadDims) && one_in(2)) {
       const bool fp8 = one_in(2);
       if (one_in(2)) {
         fp8 ? run_call<__half, __nv_fp8_e4m3>(dims) : run_call<__half, int8_t>(dims);

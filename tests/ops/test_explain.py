@@ -166,27 +166,27 @@ def test_head_dims_of_v_have_pairs_of_their_own(dims: tuple[int, int], compiled:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "compiled", "tiles"),  # of 2,048 rows, of more, with extras
+    ("head_dim", "compiled", "tiles"),  # of 128 rows, 2,048, more, with extras
     [
-        (64, 64, [(192, 128), (192, 128), (192, 128)]),
-        (80, 128, [(128, 192), (128, 192), (128, 192)]),
-        (96, 96, [(128, 192), (128, 224), (128, 192)]),
-        (112, 128, [(128, 192), (128, 192), (128, 192)]),
-        (176, 192, [(128, 128), (128, 160), (128, 128)]),
-        (192, 192, [(128, 128), (128, 160), (128, 128)]),
-        (256, 256, [(128, 96), (128, 96), (128, 96)]),
+        (64, (64, 64), [(192, 128), (192, 128), (192, 128), (192, 128)]),
+        (80, (96, 80), [(128, 192), (192, 128), (192, 128), (128, 192)]),
+        (96, (96, 96), [(128, 192), (192, 128), (192, 128), (128, 192)]),
+        (112, (128, 128), [(128, 192), (128, 192), (128, 192), (128, 192)]),
+        (176, (192, 192), [(128, 128), (128, 128), (128, 160), (128, 128)]),
+        (192, (192, 192), [(128, 128), (128, 128), (128, 160), (128, 128)]),
+        (256, (256, 256), [(128, 96), (128, 96), (128, 96), (128, 96)]),
     ],
 )
-def test_fp8_has_head_dims_of_its_own(head_dim: int, compiled: int, tiles: list[tuple[int, int]]) -> None:
-    for rows, extras, tile in zip((2048, 2049, 2049), (False, False, True), tiles, strict=True):
+def test_fp8_has_head_dims_of_its_own(head_dim: int, compiled: tuple[int, int], tiles: list[tuple[int, int]]) -> None:
+    for rows, extras, tile in zip((128, 2048, 2049, 2049), (False, False, False, True), tiles, strict=True):
         config = _runtime.flash_fwd_sm90_config(
             2, 8, 8, head_dim, head_dim, rows, rows, False, 132, fp8=True, extras=extras
         )
-        assert (config["head_dim"], config["v_head_dim"]) == (compiled, compiled)
+        assert (config["head_dim"], config["v_head_dim"]) == compiled
         assert (config["block_m"], config["block_n"]) == tile
     q = torch.empty(2, 1000, 8, head_dim, dtype=torch.float8_e4m3fn, device="meta")
     told = fastattn.explain("flash_fwd", q, q)
-    assert (told.kernel, told.padded_head_dim, (told.block_m, told.block_n)) == ("sm90", compiled, tiles[0])
+    assert (told.kernel, told.padded_head_dim, (told.block_m, told.block_n)) == ("sm90", compiled[0], tiles[1])
     assert told.num_bytes == 5 * q.numel(), "three tensors of 8 bits, and one of 16"
     assert "in fp8" in str(told)
     wide = fastattn.explain("flash_fwd", q.shape, q.shape)

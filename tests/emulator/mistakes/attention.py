@@ -143,8 +143,8 @@ MISTAKES = [
         "kSizeLoadedV = BLOCK_N * V_HEAD_DIM",
         "flash_fwd_sm90_fp8_hd96.cu",
         "96",
-        "that was not initialized",
-        call=8,
+        "an arrival too many",
+        call=2,
     ),
     # Wrong rows, or an end that never comes: who is first, the schedule decides.
     Mistake(
