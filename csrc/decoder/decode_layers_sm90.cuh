@@ -27,7 +27,8 @@
 // every eighth 32 columns of a stage, whose K order both operands permute alike: a lane's 16 bytes of weight are the B
 // of two products, of a token those of one A, whose upper and lower eight rows are its two halves (words 0, 2, 1, 3).
 // So the first product is right in the upper rows, the second in the lower ones. Sums of the warps meet in shared
-// memory, in their order. A CTA has the same rows of out and down, and with them those of the residual stream.
+// memory, in their order. A CTA has the same rows of out and down, and with them those of the residual stream. Weights
+// of 4 bits have products of their own, and eight warps more (decode_layers_sm90_tiles.cuh).
 //
 // Attention. A CTA has one KV head of a token, and a part of its keys, so many as there are CTAs, but as many keys as
 // its warps have in registers at a time at least. Scores and sums of values are by mma, with K and V as they come from
