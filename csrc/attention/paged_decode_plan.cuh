@@ -172,9 +172,12 @@ struct DecodePlan : DecodeColumn {
   int32_t seq_idx;    // that has begin_tile
   int32_t seq_begin;  // its first tile
 
-  template <bool BESIDE, bool INVARIANT>
+  // KEEPS_SUMS: lanes know the tiles of more than 32 sequences. Caches of 8 bits, whose teams are many, gain a tenth
+  // with 512 short ones; with 16 bits the compiler makes two copies of the loader behind it: 2 to 5 % of one long
+  // sequence.
+  template <bool BESIDE, bool INVARIANT, bool KEEPS_SUMS>
   __device__ __forceinline__ DecodePlan(const PagedDecodeParams& p, const DecodeTeam<BESIDE>& team,
-                                        std::bool_constant<INVARIANT>) {
+                                        std::bool_constant<INVARIANT>, std::bool_constant<KEEPS_SUMS>) {
     const int lane = threadIdx.x % 32;
     const int32_t team_idx = team.of_grid();
     int32_t num_parts = p.num_parts_div.divisor, prompt_tiles = 0;
@@ -193,17 +196,17 @@ struct DecodePlan : DecodeColumn {
     column_idx = team_idx - part_idx * num_columns;
     static_cast<DecodeColumn&>(*this) = DecodeColumn(p, column_idx);
     // Of up to 32 sequences, every lane keeps one's number of tiles. Of more, it keeps that of some 32 neighbours,
-    // which are looked up again where a tile is theirs. The lengths of AT_ONCE times as many are on their way together:
-    // a trip to memory for each 32 of 512 is 10 us.
+    // which are looked up again where a tile is theirs, or all are. The lengths of AT_ONCE times as many are on their
+    // way together: a trip to memory for each 32 of 512 is 10 us.
     constexpr int AT_ONCE = 4;
     const auto lengths_of = [&](int32_t seq) { return DecodeLengths(p, min(seq, p.num_seqs - 1)); };
     const auto num_tiles = [&](int32_t seq, const DecodeLengths& lengths) {
       return seq < p.num_seqs ? DecodeSequence<Mask>(p, lengths, first_row).num_tiles(p) : 0;
     };
-    int32_t own = 0;
+    int32_t own = 0, all_tiles = 0;
     const int32_t seqs_of_lane = (p.num_seqs + 1023) / 1024 * 32;
     if (p.num_seqs <= 32) {
-      own = num_tiles(lane, lengths_of(lane));
+      all_tiles = own = num_tiles(lane, lengths_of(lane));
     } else {
 #pragma unroll 1
       for (int32_t first = 0, lane_begin = lane * seqs_of_lane; first < p.num_seqs; first += 32 * AT_ONCE) {
@@ -212,13 +215,16 @@ struct DecodePlan : DecodeColumn {
         for (int i = 0; i < AT_ONCE; ++i) lengths[i] = lengths_of(first + 32 * i + lane);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-          const int32_t sum = __reduce_add_sync(0xffffffffu, num_tiles(first + 32 * i + lane, lengths[i]));
-          const int32_t behind = first + 32 * i - lane_begin;
-          if (behind >= 0 && behind < seqs_of_lane) own += sum;
+          const int32_t tiles = num_tiles(first + 32 * i + lane, lengths[i]);
+          all_tiles += tiles;
+          if constexpr (KEEPS_SUMS) {
+            const int32_t sum = __reduce_add_sync(0xffffffffu, tiles), behind = first + 32 * i - lane_begin;
+            if (behind >= 0 && behind < seqs_of_lane) own += sum;
+          }
         }
       }
     }
-    const int32_t all_tiles = __reduce_add_sync(0xffffffffu, own);
+    all_tiles = __reduce_add_sync(0xffffffffu, all_tiles);
     if constexpr (BESIDE) {
       // The other kernel takes the SMs that this one leaves, and never leaves one. So parts are as many as end when the
       // prompts do, and a tenth of what is left, since the two disturb each other.
@@ -240,9 +246,10 @@ struct DecodePlan : DecodeColumn {
     const auto find = [&](int32_t tile) {
       seq_begin = 0;
       seq_idx = 0;
-      int32_t of_lane = own, seqs_each = p.num_seqs > 32 ? seqs_of_lane : 1;
+      int32_t of_lane = own, seqs_each = KEEPS_SUMS && p.num_seqs > 32 ? seqs_of_lane : 1;
 #pragma unroll 1
       while (true) {
+        if (!KEEPS_SUMS && p.num_seqs > 32) of_lane = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
         int32_t end = of_lane;
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
@@ -260,7 +267,7 @@ struct DecodePlan : DecodeColumn {
           seq_idx += 32;
           seq_begin += __shfl_sync(0xffffffffu, end, 31);
         }
-        of_lane = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
+        if constexpr (KEEPS_SUMS) of_lane = num_tiles(seq_idx + lane, lengths_of(seq_idx + lane));
       }
     };
     if constexpr (INVARIANT) {
