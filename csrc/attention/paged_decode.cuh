@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(PagedDecodeRingWithQ<KV, HEAD_DIM>::kMaxThread
   if constexpr (!BESIDE) grid_dependency_launch();
   grid_dependency_wait();
   if constexpr (BESIDE) grid_dependency_launch();
-  const DecodePlan<Mask> plan(p, team, std::bool_constant<INVARIANT>(), std::bool_constant<Ring::k8Bit>());
+  constexpr bool KEEPS_SUMS = Ring::k8Bit && HEAD_DIM <= 128;  // where registers are not short
+  const DecodePlan<Mask> plan(p, team, std::bool_constant<INVARIANT>(), std::bool_constant<KEEPS_SUMS>());
   if (plan.begin_tile >= plan.end_tile) return;
   DecodeLoader<KV, HEAD_DIM, Mask, Team> loader(p, plan);
 
