@@ -418,14 +418,7 @@ struct Decode {
             hand_over(workspace() + buffers.g + of_token * s.i + its_item * (kUnit / 2) + row, words, mark);
           }
         } else if constexpr (WHICH == kQkv) {
-          // A layer's addresses are looked up only where they are needed: constant memory is slow the first time.
-          float2 bias = make_float2(0.0f, 0.0f);
-          if (s.has_bias) {
-            bias = unpack_pair<T>(
-                *reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.layers[layer].qkv_bias) + out_row));
-          }
-          const uint32_t words = pack_pair<T>(fmaf(sum.x, factor, bias.x), fmaf(sum.y, factor, bias.y));
-          hand_over(workspace() + buffers.q + of_token * s.qkv_rows + out_row, words, mark);
+          hand_over_qkv(layer, of_token, out_row, sum, factor);
         } else {
           add_to_residual(layer, WHICH, of_token, out_row, number + index, sum);
         }
@@ -434,6 +427,17 @@ struct Decode {
       number += count;
       item += count * ctas;
     }
+  }
+
+  // Two neighbours of q, k or v, of a normalized token.
+  __device__ __forceinline__ void hand_over_qkv(int layer, int of_token, int row, float2 sum, float factor) {
+    // A layer's addresses are looked up only where they are needed: constant memory is slow the first time.
+    float2 bias = make_float2(0.0f, 0.0f);
+    if (s.has_bias) {
+      bias = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.layers[layer].qkv_bias) + row));
+    }
+    const uint32_t words = pack_pair<T>(fmaf(sum.x, factor, bias.x), fmaf(sum.y, factor, bias.y));
+    hand_over(workspace() + buffers.q + of_token * s.qkv_rows + row, words, mark);
   }
 
   __device__ float gated(float gate, float up) const {

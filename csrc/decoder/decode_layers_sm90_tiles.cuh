@@ -222,13 +222,7 @@ __device__ __forceinline__ void Decode<T, HEAD_DIM, MOST_TOKENS, Weights>::multi
         const uint32_t words = pack_pair<T>(gated(sum.x * factor, up.x * factor), gated(sum.y * factor, up.y * factor));
         hand_over(workspace() + buffers.g + of_token * s.i + out_row, words, mark);
       } else if constexpr (WHICH == kQkv) {
-        float2 bias = make_float2(0.0f, 0.0f);
-        if (s.has_bias) {
-          bias = unpack_pair<T>(
-              *reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.layers[layer].qkv_bias) + out_row));
-        }
-        const uint32_t words = pack_pair<T>(fmaf(sum.x, factor, bias.x), fmaf(sum.y, factor, bias.y));
-        hand_over(workspace() + buffers.q + of_token * s.qkv_rows + out_row, words, mark);
+        hand_over_qkv(layer, of_token, out_row, sum, factor);
       } else {
         add_to_residual(layer, WHICH, of_token, out_row, number, sum);
       }

@@ -18,6 +18,12 @@ def workspace(sizes: tuple[int, int, int, int, int]) -> torch.Tensor:
     return ops.decode_layers_workspace(*sizes, CUDA)
 
 
+def check(found: torch.Tensor, exact: torch.Tensor, one_by_one: torch.Tensor) -> None:
+    """At most twice as far from fp64 as the kernels one by one."""
+    error, allowed = (float((t.double() - exact).abs().max()) for t in (found, one_by_one))
+    assert error <= 2 * allowed + 1e-6, (error, allowed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("index", range(len(CALLS)))
 def test_it_is_as_exact_as_the_kernels_one_by_one(index: int, dtype: torch.dtype) -> None:
@@ -26,10 +32,7 @@ def test_it_is_as_exact_as_the_kernels_one_by_one(index: int, dtype: torch.dtype
     memory = workspace(sizes)
     found, k_cache, v_cache = call.run(memory)
     rows = [row for row, length in enumerate(lengths) if length]
-    exact = call.exact()[rows]
-    error = float((found[rows].double() - exact).abs().max())
-    allowed = float((call.layer_by_layer()[rows].double() - exact).abs().max())
-    assert error <= 2 * allowed + 1e-6, (error, allowed)
+    check(found[rows], call.exact()[rows], call.layer_by_layer()[rows])
     for _ in range(5):  # the workspace goes on counting
         again, k_again, v_again = call.run(memory)
         assert torch.equal(found[rows], again[rows])
@@ -55,13 +58,8 @@ def test_weights_in_4_bits_are_as_exact_as_the_kernels_one_by_one(index: int, or
     residual, k_cache, v_cache = call.run(memory)
     logits = call.head.logits.clone()
     rows = [row for row, length in enumerate(lengths) if length]
-    for found, exact, one_by_one in (
-        (residual, call.exact(), call.layer_by_layer()),
-        (logits, call.exact_logits(), call.logits_one_by_one()),
-    ):
-        error = float((found[rows].double() - exact[rows]).abs().max())
-        allowed = float((one_by_one[rows].double() - exact[rows]).abs().max())
-        assert error <= 2 * allowed + 1e-6, (error, allowed)
+    check(residual[rows], call.exact()[rows], call.layer_by_layer()[rows])
+    check(logits[rows], call.exact_logits()[rows], call.logits_one_by_one()[rows])
     for _ in range(5):
         again, k_again, v_again = call.run(memory)
         assert torch.equal(residual[rows], again[rows])
@@ -117,13 +115,8 @@ def test_a_head_makes_logits_of_token_ids(
     rows = [row for row, length in enumerate(lengths) if length]
     residual, _, _ = call.run(memory)
     logits = call.head.logits.clone()
-    for found, exact, one_by_one in (
-        (residual, call.exact(), call.layer_by_layer()),
-        (logits, call.exact_logits(), call.logits_one_by_one()),
-    ):
-        error = float((found[rows].double() - exact[rows]).abs().max())
-        allowed = float((one_by_one[rows].double() - exact[rows]).abs().max())
-        assert error <= 2 * allowed + 1e-6, (error, allowed)
+    check(residual[rows], call.exact()[rows], call.layer_by_layer()[rows])
+    check(logits[rows], call.exact_logits()[rows], call.logits_one_by_one()[rows])
     without = dataclasses.replace(call, head=None)
     assert torch.equal(
         without.run(memory)[0][rows], residual[rows]
