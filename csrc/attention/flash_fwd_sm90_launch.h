@@ -1,4 +1,4 @@
-// The launcher template of flash_fwd_sm90: declared here for the dispatch table, defined in flash_fwd_sm90.cuh,
+// The launcher template of flash_fwd_sm90: declared here for the dispatch table, defined in flash_fwd_sm90_launch.cuh,
 // instantiated in flash_fwd_sm90_hd*.cu, so that they compile in parallel.
 #pragma once
 

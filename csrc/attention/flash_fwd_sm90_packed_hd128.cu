@@ -1,4 +1,4 @@
-#include "attention/flash_fwd_sm90.cuh"
+#include "attention/flash_fwd_sm90_launch.cuh"
 
 namespace fastattn {
 
