@@ -3,6 +3,7 @@
 
 Looks, in what nvcc and ptxas printed with `-Xptxas -v`, for wgmma instructions that were serialized, a `setmaxnreg` that was
 ignored, and kernels that spill registers to memory. A spill that is known and meant stands in SPILLS_ALLOWED with its reason.
+And for time that the build lost: kernels that several objects compile, of which the linker keeps one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 # Part of a kernel's demangled or mangled name → (most bytes it may spill, why).
@@ -65,6 +67,7 @@ _WARNINGS = (
     (re.compile(r"setmaxnreg.*ignored", re.IGNORECASE), "setmaxnreg is ignored"),
 )
 _FUNCTION = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'|Function properties for (\S+)")
+_OBJECT = re.compile(r"Building CUDA object (\S+)")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -72,15 +75,19 @@ def findings(log: str) -> list[str]:
     """One line for each thing that must not be; of the spills of a kernel that was compiled several times the last ones count."""
     found = []
     spills: dict[tuple[str, ...], tuple[int, int]] = {}
-    kernel, arch, function = "?", "?", "?"
+    objects: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    kernel, arch, function, built = "?", "?", "?", "?"
     for line in log.splitlines():
         for pattern, meaning in _WARNINGS:
             if pattern.search(line):
                 found.append(f"{meaning}: {line.strip()}")
                 break
+        if match := _OBJECT.search(line):
+            built = match[1]
         if match := _FUNCTION.search(line):
             if match[1]:
                 kernel, arch, function = match[1], match[2], match[1]
+                objects[kernel, arch].add(built)
             else:
                 function = match[3]
         if match := _SPILLS.search(line):
@@ -89,6 +96,12 @@ def findings(log: str) -> list[str]:
         allowed = max((limit for part, (limit, _) in SPILLS_ALLOWED.items() if part in function), default=0)
         if out + back > allowed:
             found.append(f"{function} ({arch}) spills {out} bytes out and {back} in, allowed are {allowed}")
+    shared: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for (name, arch), names in objects.items():
+        if len(names) > 1:
+            shared[tuple(sorted(names))].append(f"{name} ({arch})")
+    for names, kernels in shared.items():
+        found.append(f"{' and '.join(names)} all compile {len(kernels)} kernels, one is {kernels[0]}")
     return found
 
 

@@ -43,6 +43,19 @@ def test_what_costs_speed_is_found(log: str, says: tuple[str, ...]) -> None:
     assert all(word in finding for word in says)
 
 
+def test_a_kernel_that_two_objects_compile_is_found() -> None:
+    first, second = (
+        "[1/9] Building CUDA object a/first.cu.o\n" + CLEAN,
+        "[2/9] Building CUDA object a/second.cu.o\n" + CLEAN,
+    )
+    assert check_ptxas.findings(first + first) == []
+    assert check_ptxas.findings(first + second.replace("sm_90a", "sm_80")) == []
+    (finding,) = check_ptxas.findings(first + second)
+    assert all(
+        word in finding for word in ("a/first.cu.o", "a/second.cu.o", "1 kernels", "_ZN8fastattn4gemmEv (sm_90a)")
+    )
+
+
 def test_an_allowed_spill_is_let_through_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_ptxas, "SPILLS_ALLOWED", {"gemm": (64, "measured: faster than fewer registers")})
     assert check_ptxas.findings(SPILL) == []
