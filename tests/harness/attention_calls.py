@@ -148,9 +148,9 @@ def paged_8bit_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]
             continue
         kind, of_tokens = kinds[index % 4]
         pools = Pages(call["k_cache"], call["v_cache"], call["block_table"], [], [])
-        call["k_cache"], call["v_cache"], scales = pools.in_8_bits(gen, kind, of_tokens)
-        if index % 8 != 1:  # else fp8 without scales
-            call |= scales
+        # Without scales the numbers are the values: numbers that want one would make scores in which fp32 is not exact.
+        call["k_cache"], call["v_cache"], scales = pools.in_8_bits(gen, kind, of_tokens, scaled=index % 8 != 1)
+        call |= scales
         index += 1
         yield f"{name} in {kind}", call
 

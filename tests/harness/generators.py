@@ -71,20 +71,26 @@ class Pages:
     k: list[Tensor]  # (length, Hk, D) for each sequence
     v: list[Tensor]
 
-    def in_8_bits(self, gen: Gen, dtype: torch.dtype, of_tokens: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """k_cache, v_cache and their scales; what no sequence owns is NaN, in int8 -128 and its scales."""
+    def in_8_bits(
+        self, gen: Gen, dtype: torch.dtype, of_tokens: bool, scaled: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """k_cache, v_cache and their scales, of which there are none unless scaled; what no sequence owns is NaN, in int8
+        -128 and its scales."""
         caches, scales = [], {}
         for name, cache in (("k_scale", self.k_cache), ("v_scale", self.v_cache)):
             owned = ~cache[..., 0].isnan()  # (num_blocks, block_size, Hk)
             largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
             scale = 4.0 / largest * (0.5 + gen.rand(*owned.shape))
+            if not scaled:
+                scale = torch.ones_like(scale)
             if not of_tokens:
                 scale = scale[0, 0]
             numbers = (cache.float() / scale.unsqueeze(-1)).clamp(-largest, largest)
             caches.append(
                 numbers.to(dtype) if dtype.is_floating_point else numbers.round().nan_to_num(-128.0).to(dtype)
             )
-            scales[name] = scale.masked_fill(~owned, float("nan")) if of_tokens else scale
+            if scaled:
+                scales[name] = scale.masked_fill(~owned, float("nan")) if of_tokens else scale
         return caches[0], caches[1], scales
 
 
