@@ -43,7 +43,7 @@ MISTAKES = [
         "flash_fwd_sm90_hd128.cu",
         "128",
         "expected",
-        39,
+        call=249,
     ),
     Mistake(
         "a group that passes over a block does not end its turn",
