@@ -18,7 +18,7 @@ struct FlashBwdSm90Tile {
 constexpr int kFlashBwdSm90HeadDims[] = {64, 96, 128, 192, 256};
 
 // Bounded by registers: dK and dV, block_n x head_dim, and S and dP, block_n x block_m, are fp32 in two warp groups.
-// With 64 keys both groups compute all of S and dP.
+// With 64 keys one group computes S and the other dP, and they exchange P and dS.
 constexpr FlashBwdSm90Tile flash_bwd_sm90_tile(int head_dim) {
   return head_dim <= 128 ? FlashBwdSm90Tile{64, 128} : FlashBwdSm90Tile{64, 64};
 }

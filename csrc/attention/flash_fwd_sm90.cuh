@@ -39,9 +39,9 @@
 // up.
 //
 // Registers hold O (64 x D), S (64 x BLOCK_N) and P of a group; P feeds the second product from there. Shared memory:
-// Q, K and V as panels of 64 (or 32) columns with the swizzle that wgmma reads. Rows leave through shared memory, each
-// warp's for itself and in whole lines, where that is faster; else straight from registers, 64 bytes at a time. Not by
-// the copy engine, so that packed sequences need no care about whose rows a tile's end would overwrite.
+// Q, K and V as panels of 128 (or 64) bytes of a row with the swizzle that wgmma reads. Rows leave through shared
+// memory, each warp's for itself and in whole lines, where that is faster; else straight from registers, 64 bytes at a
+// time. Not by the copy engine, so that packed sequences need no care about whose rows a tile's end would overwrite.
 //
 // Poison: keys behind the end of a sequence are loaded with their block, but masked in S and zero in V. Of the keys
 // that belong to a sequence, those in blocks that a row's tile walks over must be finite (0 * NaN is NaN).
@@ -53,7 +53,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cfloat>
 #include <type_traits>
 
@@ -100,7 +99,8 @@ __global__ void __launch_bounds__(128 * (NUM_CONSUMERS + 1), 1)
   constexpr uint32_t Q_BYTES = BLOCK_M * STORED_DIM * sizeof(T);
   constexpr uint32_t K_BYTES = BLOCK_N * STORED_DIM * sizeof(T);
   // setmaxnreg; together at most 504 (with three groups 512) for a thread of each group.
-  // Turners have 48 where three groups leave them so many, else 32, of which they spill four.
+  // Turners have 56 beside two groups, beside three 48 where these leave them so many, else 32, of which they spill
+  // four.
   constexpr bool MORE_REGISTERS = WIDENS || (FP8 && NUM_CONSUMERS == 3 && V_HEAD_DIM <= 80);
   constexpr int PRODUCER_REGISTERS = (MORE_REGISTERS ? 16 : 0) + (NUM_CONSUMERS == 2 ? 56 : 32);
   constexpr int CONSUMER_REGISTERS = (504 + 8 * (NUM_CONSUMERS - 2) - PRODUCER_REGISTERS) / NUM_CONSUMERS / 8 * 8;

@@ -17,7 +17,7 @@ template <int BYTES>
 constexpr bool kIsWidePanel = BYTES % 128 == 0 || (BYTES > 64 && BYTES < 128);
 template <typename T, int HEAD_DIM>
 constexpr int kPanelOf = (kIsWidePanel<HEAD_DIM * sizeof(T)> ? 128 : 64) / sizeof(T);
-// With whole panels; the products leave out what a head dim of 80 is short of them.
+// With whole panels; the products leave out what a head dim of 80, in fp8 also of 96, is short of them.
 template <typename T, int HEAD_DIM>
 constexpr int kStoredDim = (HEAD_DIM + kPanelOf<T, HEAD_DIM> - 1) / kPanelOf<T, HEAD_DIM> * kPanelOf<T, HEAD_DIM>;
 

@@ -24,9 +24,9 @@
 // A team is a CTA's warps. Beside prompts, which another kernel computes on the SMs that this one leaves (BESIDE), a
 // CTA is large enough for one an SM and has two teams; and how many teams have parts, follows from the lengths too.
 //
-// A warp takes 16 keys of each tile (32 at a head dim of 64), by itself: it loads them (cp.async) into a ring of its
-// own, which runs ahead over the borders of sequences, and has a maximum, sum and O of its own. There is no barrier but
-// at the end of a sequence:
+// A warp takes 16 keys of each tile (32 at a head dim of 64 and of 8 bits), by itself: it loads them (cp.async) into a
+// ring of its own, which runs ahead over the borders of sequences, and has a maximum, sum and O of its own. There is no
+// barrier but at the end of a sequence:
 //
 //     warp 0   ═ tile 0 keys  0-15 ═╪═ tile 1 keys  0-15 ═╪═ …   ┐
 //     warp 1   ═ tile 0 keys 16-31 ═╪═ tile 1 keys 16-31 ═╪═ …   │ merged in warp order where a sequence (or the team's

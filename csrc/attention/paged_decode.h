@@ -28,7 +28,8 @@ struct PagedDecodeParams : AttentionParams {
 
   // Derived by paged_decode.
   uint64_t launch_id = 0;
-  bool even_rows = false;  // pages are of a multiple of kPagedDecodeEvenRows tokens, or there are none
+  bool even_rows =
+      false;  // of 8 bits: kPagedDecodeEvenRows rows lie in one page, or there are none, at distances of 32 bits
   FastDivide num_parts_div, num_columns_div, num_kv_heads_div;
 };
 

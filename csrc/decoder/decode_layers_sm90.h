@@ -1,4 +1,4 @@
-// All layers of a Llama-like decoder for a few tokens, as one launch. The kernel is in decode_layers_sm90.cu.
+// All layers of a Llama-like decoder for a few tokens, as one launch. The kernel is in decode_layers_sm90.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>

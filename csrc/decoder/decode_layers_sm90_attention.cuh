@@ -1,4 +1,4 @@
-// The attention of the kernel for a decoder's layers (decode_layers_sm90.cu): a CTA's part of a head's keys, and what
+// The attention of the kernel for a decoder's layers (decode_layers_sm90.cuh): a CTA's part of a head's keys, and what
 // is made of all parts. Included behind the kernel's struct.
 #pragma once
 

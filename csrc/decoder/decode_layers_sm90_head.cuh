@@ -1,5 +1,5 @@
-// The language model's head in the kernel for a decoder's layers (decode_layers_sm90.cu): logits of what the last layer
-// left. Included behind the kernel's struct.
+// The language model's head in the kernel for a decoder's layers (decode_layers_sm90.cuh): logits of what the last
+// layer left. Included behind the kernel's struct.
 #pragma once
 
 namespace fastattn {

@@ -1,4 +1,4 @@
-// Sizes of the kernel for a decoder's layers (decode_layers_sm90.cu), and where everything stands in the workspace and
+// Sizes of the kernel for a decoder's layers (decode_layers_sm90.cuh), and where everything stands in the workspace and
 // in shared memory. Made on the host.
 #pragma once
 

@@ -81,7 +81,8 @@ struct Divider {
   }
 };
 
-// Four codes of quotients by a divisor in the range, the first in the lowest byte. These are numbers up to LARGEST.
+// Four codes of quotients by a divisor in the range, the first in the lowest byte. These are numbers up to LARGEST, in
+// e4m3 also beyond, which become LARGEST.
 __device__ __forceinline__ uint32_t four_codes(int8_t, const float* x, const Divider& divide) {
   uint32_t codes[4];  // in the lowest bytes: the sum's last bit is worth 1
 #pragma unroll

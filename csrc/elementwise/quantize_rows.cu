@@ -23,7 +23,6 @@
 // Groups of 128 columns with a scale each: 16 lanes have one, 8 elements a lane, and nothing meets in shared memory.
 //
 // How an element becomes its code: eight_bits.cuh.
-#include <algorithm>
 
 #include "arch/cp_async.cuh"
 #include "arch/dispatch.h"
@@ -254,7 +253,7 @@ cudaError_t launch_of(const QuantizeRowsParams& p, cudaStream_t stream) {
       constexpr int CTAS = Cache::kCtasPerSm;
       if constexpr (sizeof(typename Cache::Vec) == 16 && !Cache::kLong) {
         const int64_t num_ctas = CTAS * p.num_sms;
-        if (1024 * CTAS / num_threads == CTAS && p.num_rows >= kLeastTurns * num_ctas) {
+        if (num_ctas > 0 && 1024 * CTAS / num_threads == CTAS && p.num_rows >= kLeastTurns * num_ctas) {
           const auto kernel =
               p.gated ? quantize_rows_in_turns_kernel<Cache, Q, true> : quantize_rows_in_turns_kernel<Cache, Q, false>;
           const int64_t smem_bytes = p.row_size * (p.gated ? 4 : 2);

@@ -205,8 +205,9 @@ Tensor layer_norm_linear_op(const Tensor& x, const Tensor& weight, const Tensor&
   return dense_layer(kind, x, weight, weight_sum, bias, eps);
 }
 
-// A head and the draw behind it. Up to 32 rows the kernel that `linear` takes for a few draws too, and writes the best
-// of each tile; elsewhere `linear` writes logits, which are multiplied in the same order and rounded alike.
+// A head and the draw behind it. Up to 32 rows the kernel that `linear` takes for few rows draws too, and writes the
+// best of each tile; elsewhere, and where `linear` has tiles for so few (17 to 32 rows of a vocabulary below 6,000),
+// `linear` writes logits, which are multiplied in the same order and rounded alike.
 std::tuple<Tensor, Tensor> lm_head_sample_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                              const Tensor& temperature, const Tensor& seed, const Tensor& position,
                                              int64_t first_id) {
