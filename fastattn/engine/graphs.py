@@ -20,8 +20,8 @@ class DecodeGraph:
     """One captured step; reads the step buffers, writes ``result``."""
 
     graph: torch.cuda.CUDAGraph
-    # Logits (num_tokens, vocab_size), overwritten by each replay of any graph; of a greedy shape token ids (num_tokens) int32,
-    # overwritten by its own.
+    # Logits (num_tokens, vocab_size), of a greedy shape token ids (num_tokens) int32. Each replay of any graph may overwrite
+    # them, as all share memory; what copies them is queued before the next one.
     result: torch.Tensor
 
     def replay(self) -> torch.Tensor:

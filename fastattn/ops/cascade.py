@@ -10,9 +10,19 @@ from torch import Tensor
 
 from fastattn.ops.attention import paged_attention
 from fastattn.ops.attention_merge import merge_attention_states
-from fastattn.ops.checks import fail_type, fail_value, values_readable
+from fastattn.ops.checks import INT32, AtLeast, TensorArg, compile_check, fail_type, fail_value, values_readable
 
 _OP = "cascade_attention"
+_check_batch = compile_check(
+    "shared_prefix_levels",
+    TensorArg("cu_seqlens_q", "B+1", INT32),
+    TensorArg("seqused_k", "B", INT32),
+    TensorArg("block_table", "B max_blocks", INT32),
+    AtLeast("max_seqlen_q", 0),
+    AtLeast("num_shared_blocks", 0),
+    AtLeast("block_size", 1),
+    kernel="paged_attention",
+)
 
 
 class CascadeLevel(NamedTuple):
@@ -48,17 +58,17 @@ def shared_prefix_levels(
     block_size: tokens of a page.
 
     Returns the shared pages' level and that of what each sequence has behind them. Nothing waits for the GPU: a CUDA graph
-    may capture it. Raises ValueError for a number of pages that the table does not have; that the pages are the same is
-    checked where values are: on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
+    may capture it. Raises TypeError for what is not a tensor or an int or has another dtype, ValueError for anything else that
+    does not fit. That the pages are the same, and keys enough, is checked where values are: on the CPU, and on the GPU only with
+    FASTATTN_VALIDATE_INPUTS=1.
     """
     op = "shared_prefix_levels"
-    if block_table.dim() != 2 or block_table.shape[0] == 0:
+    _check_batch(cu_seqlens_q, seqused_k, block_table, max_seqlen_q, num_shared_blocks, block_size)
+    if block_table.shape[0] == 0:
         fail_value(op, f"block_table has shape {tuple(block_table.shape)}, expected (B, max_blocks), B ≥ 1")
-    if not 0 <= num_shared_blocks <= block_table.shape[1]:
+    if num_shared_blocks > block_table.shape[1]:
         allowed = f"0 ≤ num_shared_blocks ≤ {block_table.shape[1]}, the width of block_table"
         fail_value(op, f"num_shared_blocks is {num_shared_blocks}, expected {allowed}")
-    if block_size < 1:
-        fail_value(op, f"block_size is {block_size}, expected an int ≥ 1")
     own = CascadeLevel(cu_seqlens_q, seqused_k, block_table, max_seqlen_q)
     if num_shared_blocks == 0:
         return [own]
@@ -67,10 +77,13 @@ def shared_prefix_levels(
         if different := (shared != shared[:1]).any(1).nonzero().flatten().tolist():
             b = different[0]
             fail_value(op, f"block_table[{b}] begins with {shared[b].tolist()}, expected {shared[0].tolist()}, as [0]")
-        if short := (seqused_k.cpu() <= num_keys).nonzero().flatten().tolist():
+        num_queries = cu_seqlens_q.diff()
+        if short := (seqused_k.long() - num_keys < num_queries.clamp(min=1)).nonzero().flatten().tolist():
             b = short[0]
             fail_value(
-                op, f"seqused_k[{b}] is {int(seqused_k[b])}, expected more than the {num_keys} keys that are shared"
+                op,
+                f"seqused_k[{b}] is {int(seqused_k[b])}, expected more than the {num_keys} keys that are shared, those of its "
+                f"{int(num_queries[b])} queries at least",
             )
     ends = torch.stack((cu_seqlens_q[0], cu_seqlens_q[-1]))
     most = max_seqlen_q * (cu_seqlens_q.shape[0] - 1)

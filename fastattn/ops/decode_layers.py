@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastattn.ops._attention_checks import check_pages
 from fastattn.ops._library import define, has_cuda_kernel
 from fastattn.ops.checks import (
     FLOAT,
@@ -21,17 +22,17 @@ from fastattn.ops.checks import (
     fail_value,
     values_readable,
 )
+from fastattn.ops.four_bits import check_order
 from fastattn.reference import decode_layers as reference
 from fastattn.reference.w4_tiles import COLUMNS as TILE_COLUMNS
-from fastattn.reference.w4_tiles import ORDERS as TILE_ORDERS
 from fastattn.reference.w4_tiles import ROWS as TILE_ROWS
 
 MAX_DECODE_TOKENS = 4
 _MAX_LAYERS = 128
 _MAX_SPLITS, _MAX_GROUP = 32, 4
 _UNIT, _MAX_UNITS = 8, 16  # rows of a weight that are computed together, and how many of the stream a CTA has
-# Of a Hopper GPU, and of the kernel: what a stage of weights takes, and how many pay.
-_SHARED_MEMORY, _STAGE_BYTES, _TILED_STAGE_BYTES, _MIN_STAGES = 227 * 1024, 16896, 18432, 4
+# Of a Hopper GPU, and of the kernel: what a stage of weights takes, how many it needs, and how many pay.
+_SHARED_MEMORY, _STAGE_BYTES, _TILED_STAGE_BYTES, _MIN_STAGES, _PAYING_STAGES = 227 * 1024, 16896, 18432, 3, 4
 _ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -135,7 +136,7 @@ def decode_layers_max_tokens(
     0 if it does not take them: beside what is multiplied, shared memory must have room for the weights that come in the meantime.
     in_tiles: of `DecoderFp4Weights`."""
     widest = max(intermediate_size, hidden_size, num_heads * head_dim)
-    unit, stage_bytes = (TILE_ROWS, _TILED_STAGE_BYTES) if in_tiles else (_UNIT, _STAGE_BYTES)
+    unit = TILE_ROWS if in_tiles else _UNIT
     fits = (
         head_dim in ((128,) if in_tiles else (64, 128))
         and hidden_size % 64 == 0
@@ -146,10 +147,16 @@ def decode_layers_max_tokens(
         and hidden_size <= _UNIT * _MAX_UNITS * num_sms
     )
     for tokens in range(MAX_DECODE_TOKENS if fits else 0, 0, -1):
-        taken = tokens * (2 * widest + 64 + 2048) + 40 * head_dim * 4 + 12 * 1024
-        if tokens * num_heads <= num_sms and (_SHARED_MEMORY - taken) // stage_bytes >= _MIN_STAGES:
+        if tokens * num_heads <= num_sms and widest <= _most_columns(tokens, head_dim, _PAYING_STAGES, in_tiles):
             return tokens
     return 0
+
+
+def _most_columns(tokens: int, head_dim: int, num_stages: int, in_tiles: bool) -> int:
+    """Of what is multiplied, that shared memory has room for beside so many stages of weights."""
+    stages = num_stages * (_TILED_STAGE_BYTES if in_tiles else _STAGE_BYTES)
+    of_token = (_SHARED_MEMORY - stages - 40 * head_dim * 4 - 12 * 1024) // tokens
+    return (of_token - 64 - 2048) // 2
 
 
 def decode_layers_workspace(
@@ -193,8 +200,9 @@ def decode_layers(
     On Hopper one launch, cooperative: a CTA on each SM, which hand their results to each other, while the weights of what
     comes next are on their way (as HazyResearch's megakernel, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles).
     It needs T ≤ 4, D 64 or 128, H ≤ 4 Hk, N and I multiples of 64, a block_size that is a power of two, and as many SMs, and
-    rows of eight gates (16 in tiles), as T H at least; `decode_layers_max_tokens` says for how many tokens it is the better choice. On the CPU the
-    operators one after the other.
+    rows of eight gates (16 in tiles), as T H at least; and shared memory for T rows of N, I and H D numbers beside three stages of
+    weights: with T = 4 and D = 128 up to 17568 numbers, in tiles 16992. `decode_layers_max_tokens` says for how many tokens it is the
+    better choice. On the CPU the operators one after the other.
 
     With a head a whole step of a language model: what is in residual does not matter then, and logits are made of what it is
     in the end.
@@ -211,6 +219,7 @@ def decode_layers(
     head: `DecoderHead`. An id that does not exist is what it is for `embedding`.
 
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
+    Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check(
         residual, cos_sin, positions, slot_mapping, seqused_k, block_table, workspace, norm_eps, qk_norm_eps
@@ -238,6 +247,8 @@ def decode_layers(
             residual.shape, _intermediate_size(weights), num_heads, k_cache[0].shape, workspace.numel(), num_sms,
             in_tiles=in_tiles,
         )  # fmt: skip
+    if values_readable(positions):
+        _check_rows(positions, slot_mapping, seqused_k, block_table, cos_sin, k_cache[0])
     of_head: tuple[Tensor | None, ...] = (None,) * 6
     if head is not None:
         of_head = (head.token_ids, head.drawn, head.embedding, head.norm, head.weight, head.logits)
@@ -285,6 +296,8 @@ def check_kernel_sizes(
     """That the kernel takes what fits together: shapes of the stream and of a cache, and how many CTAs can run at once."""
     (tokens, hidden_size), (_, block_size, num_kv_heads, head_dim) = residual, cache
     num_ctas = min(num_sms, intermediate_size // (TILE_ROWS if in_tiles else _UNIT))
+    widest = max(hidden_size, intermediate_size, num_heads * head_dim)
+    columns = _most_columns(max(tokens, 1), head_dim, _MIN_STAGES, in_tiles)
     words = _workspace_words(hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim)
     most = _UNIT * _MAX_UNITS * num_ctas
     for holds, found, expected in (
@@ -306,6 +319,11 @@ def check_kernel_sizes(
         ),
         (hidden_size <= most, f"residual has N = {hidden_size} columns", f"at most {most} with {num_ctas} CTAs"),
         (
+            widest <= columns,
+            f"residual has {tokens} tokens of N = {hidden_size} columns, weights.down I = {intermediate_size}",
+            f"N, I and H D up to {columns}, of which shared memory has room for {tokens} tokens,",
+        ),
+        (
             workspace_words >= words,
             f"workspace has {workspace_words} elements",
             f"the {words} of decode_layers_workspace",
@@ -319,18 +337,46 @@ def _in_panels(columns: int) -> bool:
     return columns > 0 and columns % 64 == 0
 
 
+def _check_rows(
+    positions: Tensor, slot_mapping: Tensor, seqused_k: Tensor, block_table: Tensor, cos_sin: Tensor, cache: Tensor
+) -> None:
+    """The values that say where rows are, as the operators one by one check them; cache: of any layer."""
+    op, last_slot = "decode_layers", cache.shape[0] * cache.shape[1] - 1
+    check_range(op, "positions", positions, 0, cos_sin.shape[0] - 1, "max_position - 1 from cos_sin", cos_sin)
+    check_range(op, "slot_mapping", slot_mapping, -1, last_slot, "num_blocks * block_size - 1 from k_cache", cache)
+    try:
+        check_pages(cache, seqused_k, block_table)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        fail_type("decode_layers", f"{name} is a {type(t).__name__}, expected a Tensor")
+    if t.requires_grad and torch.is_grad_enabled():
+        message = f"{name} requires grad, expected no grad: decode_layers has no backward; use torch.no_grad()"
+        fail_value("decode_layers", message)
+
+
+def _check_list(name: str, tensors: Sequence[Tensor], num_layers: int | None = None, optional: bool = False) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        fail_type("decode_layers", f"{name} is a {type(tensors).__name__}, expected a list of tensors")
+    if num_layers is not None and len(tensors) != num_layers and not (optional and len(tensors) == 0):
+        fail_value("decode_layers", f"{name} has {len(tensors)} tensors, expected {num_layers} as k_cache")
+    for i, t in enumerate(tensors):
+        _check_tensor(f"{name}[{i}]", t)
+
+
 def _check_caches(
     residual: Tensor, cos_sin: Tensor, k_cache: Sequence[Tensor], v_cache: Sequence[Tensor], num_heads: int
 ) -> None:
+    _check_list("k_cache", k_cache)
     if not 1 <= len(k_cache) <= _MAX_LAYERS:
         fail_value("decode_layers", f"k_cache has {len(k_cache)} tensors, expected 1 to {_MAX_LAYERS}, one a layer")
-    if len(v_cache) != len(k_cache):
-        fail_value("decode_layers", f"v_cache has {len(v_cache)} tensors, expected {len(k_cache)} as k_cache")
+    _check_list("v_cache", v_cache, len(k_cache))
     shape = tuple(k_cache[0].shape)
     for name, caches in (("k_cache", k_cache), ("v_cache", v_cache)):
         for i, t in enumerate(caches):
-            if not isinstance(t, Tensor):
-                fail_type("decode_layers", f"{name}[{i}] is a {type(t).__name__}, expected a Tensor")
             if t.dtype is not residual.dtype:
                 fail_type("decode_layers", f"{name}[{i}] is {t.dtype}, expected {residual.dtype} as residual")
             if tuple(t.shape) != shape or len(shape) != 4 or t.device != residual.device or not t.is_contiguous():
@@ -354,11 +400,26 @@ def _check_caches(
 def _check_weights(
     residual: Tensor, weights: DecoderWeights | DecoderFp4Weights, k_cache: Sequence[Tensor], num_heads: int
 ) -> None:
+    if not isinstance(weights, (DecoderWeights, DecoderFp4Weights)):
+        fail_type(
+            "decode_layers",
+            f"weights is a {type(weights).__name__}, expected DecoderWeights or DecoderFp4Weights",
+        )
     num_layers, (num_kv_heads, head_dim) = len(k_cache), k_cache[0].shape[2:]
     n, rows = residual.shape[1], (num_heads + 2 * num_kv_heads) * head_dim
-    down = weights.down.codes if isinstance(weights, DecoderFp4Weights) else weights.down
-    if len(down) != num_layers:
-        fail_value("decode_layers", f"weights.down has {len(down)} tensors, expected {num_layers} as k_cache")
+    if isinstance(weights, DecoderFp4Weights):
+        for name in ("qkv", "out", "gate_up", "down"):
+            if not isinstance(found := getattr(weights, name), Fp4Tiles):
+                fail_type(
+                    "decode_layers",
+                    f"weights.{name} is a {type(found).__name__}, expected Fp4Tiles in DecoderFp4Weights",
+                )
+        of_down, down, num_dims, dims = "down.codes", weights.down.codes, 3, "(N/16, I/64, 512)"
+    else:
+        of_down, down, num_dims, dims = "down", weights.down, 2, "(N, I)"
+    _check_list(f"weights.{of_down}", down, num_layers)
+    if down[0].dim() != num_dims:
+        fail_value("decode_layers", f"weights.{of_down}[0] has shape {tuple(down[0].shape)}, expected {dims}")
     intermediate = _intermediate_size(weights)
     matrices = (
         ("qkv", rows, n),
@@ -369,7 +430,7 @@ def _check_weights(
     expected: list[tuple[str, Sequence[Tensor], tuple[int, ...], torch.dtype, bool]] = []
     for name, its_rows, columns in matrices:
         found = getattr(weights, name)
-        if not isinstance(found, Fp4Tiles):
+        if isinstance(weights, DecoderWeights):
             expected.append((name, found, (its_rows, columns), residual.dtype, False))
             continue
         if its_rows % TILE_ROWS or columns % TILE_COLUMNS:
@@ -385,16 +446,11 @@ def _check_weights(
         ]
     if isinstance(weights, DecoderFp4Weights):
         expected += [(name, getattr(weights, name), (n,), residual.dtype, False) for name in ("input_norm", "mlp_norm")]
-        if weights.tile_order not in TILE_ORDERS:
-            fail_value(
-                "decode_layers",
-                f"weights.tile_order is {weights.tile_order}, expected {' or '.join(map(str, TILE_ORDERS))}",
-            )
+        check_order("decode_layers", "weights.tile_order", weights.tile_order)
     for name, length in (("qkv_bias", rows), ("q_norm", head_dim), ("k_norm", head_dim)):
         expected.append((name, getattr(weights, name), (length,), residual.dtype, True))
     for name, tensors, shape, dtype, optional in expected:
-        if len(tensors) != num_layers and not (optional and len(tensors) == 0):
-            fail_value("decode_layers", f"weights.{name} has {len(tensors)} tensors, expected {num_layers} as k_cache")
+        _check_list(f"weights.{name}", tensors, num_layers, optional)
         for i, t in enumerate(tensors):
             if t.dtype is not dtype:
                 of = " as residual" if dtype is residual.dtype else ""
@@ -413,10 +469,11 @@ def _check_weights(
 
 
 def _check_head(residual: Tensor, head: DecoderHead) -> None:
+    if not isinstance(head, DecoderHead):
+        fail_type("decode_layers", f"head is a {type(head).__name__}, expected a DecoderHead or None")
     for name in ("token_ids", "embedding", "norm", "weight", "logits", "drawn"):
-        t = getattr(head, name)
-        if not isinstance(t, Tensor) and (name != "drawn" or t is not None):
-            fail_type("decode_layers", f"head.{name} is a {type(t).__name__}, expected a Tensor")
+        if name != "drawn" or head.drawn is not None:
+            _check_tensor(f"head.{name}", getattr(head, name))
     (tokens, n), vocab_size = residual.shape, head.weight.shape[0] if head.weight.dim() else 0
     drawn = 0 if head.drawn is None else head.drawn.numel()
     if vocab_size == 0 or vocab_size % 8:

@@ -172,16 +172,21 @@ def _check_tiles(
             fail_value(op, f"{name} has strides {t.stride()}, expected contiguous tiles")
 
 
-def _check_fp4_group(op: str, group_size: int) -> None:
-    if group_size not in FP4_GROUPS:
+def check_fp4_group(op: str, group_size: int) -> None:
+    if not isinstance(group_size, int) or group_size not in FP4_GROUPS:
         allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
-        fail_value(op, f"group_size is {group_size}, expected {allowed}")
+        fail_value(op, f"group_size is {group_size!r}, expected {allowed}")
+
+
+def check_order(op: str, name: str, order: int, allowed: tuple[int, ...] = w4_tiles.ORDERS) -> None:
+    """An order of tiles."""
+    if not isinstance(order, int) or order not in allowed:
+        fail_value(op, f"{name} is {order!r}, expected {' or '.join(map(str, allowed))}")
 
 
 def _check_tile_order(op: str, x: Tensor, in_tiles: bool, tile_order: int) -> None:
     """16, or with tiles 8 for few rows of x."""
-    if tile_order not in w4_tiles.ORDERS:
-        fail_value(op, f"tile_order is {tile_order}, expected {' or '.join(map(str, w4_tiles.ORDERS))}")
+    check_order(op, "tile_order", tile_order)
     if tile_order == 8 and not in_tiles:
         fail_value(op, "tile_order is 8, expected 16 where weight_packed is not in tiles")
     if tile_order == 8 and x.shape[:-1].numel() > MAX_ROWS_OF_ORDER_8:
@@ -250,7 +255,7 @@ def fp4_linear(
     in_tiles = _in_tiles(weight_packed)
     check = _check_fp4_tiles if in_tiles else _check_fp4
     check(x, weight_packed, weight_scale, global_scale, group_size, bias)
-    _check_fp4_group("fp4_linear", group_size)
+    check_fp4_group("fp4_linear", group_size)
     if in_tiles:
         of_rows = {"global_scale": global_scale, "bias": bias}
         _check_tiles("fp4_linear", x, weight_packed, of_rows, weight_scale, group_size)
@@ -296,7 +301,7 @@ def fp4_fp8_linear(
     in_tiles = _in_tiles(weight_packed)
     check = _check_fp4_fp8_tiles if in_tiles else _check_fp4_fp8
     check(x, x_scale, weight_packed, weight_scale, global_scale, group_size, bias, fast_accum)
-    _check_fp4_group("fp4_fp8_linear", group_size)
+    check_fp4_group("fp4_fp8_linear", group_size)
     if in_tiles:
         of_rows = {"global_scale": global_scale, "bias": bias}
         _check_tiles("fp4_fp8_linear", x, weight_packed, of_rows, weight_scale, group_size)

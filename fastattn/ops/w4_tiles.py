@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops.checks import fail_type, fail_value
-from fastattn.ops.four_bits import FP4_GROUPS
+from fastattn.ops.four_bits import check_fp4_group, check_order
 from fastattn.reference import w4_tiles as reference
 
 _DTYPES = (torch.uint8, torch.int32)
@@ -21,10 +21,8 @@ def _check_tensor(op: str, name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]
         fail_value(op, f"{name} has shape {tuple(t.shape)}, expected {shape}")
 
 
-def _check_order(op: str, order: int, dtype: torch.dtype) -> None:
-    allowed = (16,) if dtype is torch.int32 else reference.ORDERS
-    if order not in allowed:
-        fail_value(op, f"order is {order!r}, expected {' or '.join(map(str, allowed))}")
+def _orders(dtype: torch.dtype) -> tuple[int, ...]:
+    return (16,) if dtype is torch.int32 else reference.ORDERS
 
 
 def pack_w4_tiles(weight_packed: Tensor, order: int = 16) -> Tensor:
@@ -39,7 +37,7 @@ def pack_w4_tiles(weight_packed: Tensor, order: int = 16) -> Tensor:
     """
     op = "pack_w4_tiles"
     _check_tensor(op, "weight_packed", weight_packed, _DTYPES, "(N, K/2) in uint8 or (N, K/8) in int32", 2)
-    _check_order(op, order, weight_packed.dtype)
+    check_order(op, "order", order, _orders(weight_packed.dtype))
     of_row = reference.COLUMNS // 2 // weight_packed.element_size()
     if weight_packed.shape[0] % reference.ROWS or weight_packed.shape[1] % of_row:
         expected = f"(N, {of_row} · C), of 64 columns each, with N a multiple of {reference.ROWS}"
@@ -55,7 +53,7 @@ def unpack_w4_tiles(tiles: Tensor, order: int = 16) -> Tensor:
     op = "unpack_w4_tiles"
     shape = "(N/16, K/64, 512) in uint8 or (N/16, K/64, 128) in int32"
     _check_tensor(op, "tiles", tiles, _DTYPES, shape, 3)
-    _check_order(op, order, tiles.dtype)
+    check_order(op, "order", order, _orders(tiles.dtype))
     if tiles.shape[2] * tiles.element_size() != reference.ROWS * reference.COLUMNS // 2:
         fail_value(op, f"tiles has shape {tuple(tiles.shape)}, expected {shape}")
     return reference.unpack_tiles(tiles, order)
@@ -77,9 +75,7 @@ def pack_w4_scales(
     """
     op = "pack_w4_scales"
     _check_tensor(op, "weight_scale", weight_scale, (torch.uint8,), "(N, K/group_size)", 2)
-    if group_size not in FP4_GROUPS:
-        allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
-        fail_value(op, f"group_size is {group_size}, expected {allowed}")
+    check_fp4_group(op, group_size)
     rows, of_tile = weight_scale.shape[0], reference.COLUMNS // group_size
     if rows % reference.ROWS or weight_scale.shape[1] % of_tile:
         expected = f"(N, {of_tile} · C), of 64 columns each, with N a multiple of {reference.ROWS}"

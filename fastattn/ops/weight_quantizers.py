@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastattn.ops.checks import FLOAT, fail_type, fail_value
-from fastattn.ops.four_bits import FP4_GROUPS
+from fastattn.ops.four_bits import check_fp4_group
 from fastattn.reference import quantize as reference
 
 
@@ -21,7 +21,8 @@ def _check(op: str, name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape
         fail_value(op, f"{name} has shape {tuple(t.shape)}, expected {shape}")
 
 
-def _check_weight(op: str, weight: Tensor) -> None:
+def _checked_weight(op: str, weight: Tensor) -> Tensor:
+    """The weight without its gradient, which rounding has not: scales that require grad are refused where they are multiplied."""
     _check(op, "weight", weight, FLOAT.cpu, "(N, K)")
     if not weight.shape[1]:
         fail_value(op, f"weight has shape {tuple(weight.shape)}, expected (N, K) with K ≥ 1")
@@ -29,6 +30,7 @@ def _check_weight(op: str, weight: Tensor) -> None:
     if len(wrong):
         row, column = wrong[0].tolist()
         fail_value(op, f"weight[{row}, {column}] is {weight[row, column].item()}, expected finite numbers")
+    return weight.detach()
 
 
 def _check_group_size(op: str, group_size: int) -> None:
@@ -50,7 +52,7 @@ def _columns(op: str, num_columns: int | None, packed: Tensor, per_element: int)
     most = packed.shape[1] * per_element
     if num_columns is None:
         return most
-    least = most - per_element + 1
+    least = max(0, most - per_element + 1)
     if not isinstance(num_columns, int) or not least <= num_columns <= most:
         fail_value(
             op, f"num_columns is {num_columns!r}, expected {least} to {most} as weight_packed is {tuple(packed.shape)}"
@@ -74,7 +76,7 @@ def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor
     number that is not finite.
     """
     op = "quantize_int4"
-    _check_weight(op, weight)
+    weight = _checked_weight(op, weight)
     _check_group_size(op, group_size)
     scale = reference.int_step(reference.group_amax(weight, group_size), 4).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)  # in fp16 a step may be rounded to nothing
@@ -123,7 +125,7 @@ def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows.
     Raises as `quantize_int4`.
     """
-    _check_weight("quantize_nvfp4", weight)
+    weight = _checked_weight("quantize_nvfp4", weight)
     group_size = reference.NVFP4_GROUP
     global_scale = reference.nvfp4_global_scale(weight) if weight.numel() else weight.new_ones(1, dtype=torch.float32)
     scale = reference.nvfp4_scale(reference.group_amax(weight, group_size), global_scale)
@@ -140,7 +142,7 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns weight_packed (N, ⌈K/2⌉) uint8 and weight_scale (N, ⌈K/32⌉) uint8, exponents + 127.
     Raises as `quantize_int4`.
     """
-    _check_weight("quantize_mxfp4", weight)
+    weight = _checked_weight("quantize_mxfp4", weight)
     group_size = reference.MXFP4_GROUP
     scale = reference.mxfp4_scale(reference.group_amax(weight, group_size))
     return _pack_fp4(weight, reference.e8m0_step(scale), group_size), scale
@@ -164,9 +166,7 @@ def dequantize_fp4(
     op = "dequantize_fp4"
     _check(op, "weight_packed", weight_packed, (torch.uint8,), "(N, ⌈K/2⌉)")
     _check(op, "weight_scale", weight_scale, (torch.uint8,), "(N, ⌈K/group_size⌉)")
-    if group_size not in FP4_GROUPS:
-        allowed = " or ".join(f"{size} with scales in {kind}" for size, kind in FP4_GROUPS.items())
-        fail_value(op, f"group_size is {group_size!r}, expected {allowed}")
+    check_fp4_group(op, group_size)
     rows, columns = weight_packed.shape[0], _columns(op, num_columns, weight_packed, 2)
     _check_groups(op, "weight_scale", weight_scale, rows, columns, group_size)
     if group_size == reference.NVFP4_GROUP:

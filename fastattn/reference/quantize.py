@@ -41,11 +41,12 @@ def group_amax(weight: Tensor, group_size: int) -> Tensor:
 
 def per_column(values: Tensor, group_size: int, num_columns: int) -> Tensor:
     """A value a group, (N, G), as one a column: (N, num_columns)."""
-    return values.repeat_interleave(group_size, 1)[:, :num_columns]
+    return values.repeat_interleave(min(group_size, num_columns), 1)[:, :num_columns]
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
-    """(N, G, group_size) fp32; zeros fill up the last group."""
+    """(N, G, group_size) fp32; zeros fill up the last group. One that is wider than the weight is as wide."""
+    group_size = min(group_size, max(weight.shape[1], 1))
     padded = functional.pad(weight.float(), (0, -weight.shape[1] % group_size))
     return padded.reshape(weight.shape[0], padded.shape[1] // group_size, group_size)
 

@@ -121,11 +121,22 @@ def test_one_graph_serves_later_lengths() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"num_shared_blocks": -1}, ValueError, "num_shared_blocks is -1, expected 0 ≤ num_shared_blocks ≤ 7, the width of"),
-        ({"num_shared_blocks": 8}, ValueError, "num_shared_blocks is 8, expected"),
+        ({"num_shared_blocks": -1}, ValueError, "num_shared_blocks is -1, expected 0 ≤ num_shared_blocks"),
+        ({"num_shared_blocks": 8}, ValueError, "num_shared_blocks is 8, expected 0 ≤ num_shared_blocks ≤ 7, the width of"),
+        ({"num_shared_blocks": 1.0}, TypeError, "num_shared_blocks is 1.0, a float, expected an int"),
         ({"num_shared_blocks": 5}, ValueError, r"block_table\[1\] begins with \[.*\], expected \[.*\], as \[0\]"),
         ({"seqused_k": torch.tensor([70, 64], dtype=torch.int32)}, ValueError, r"seqused_k\[1\] is 64, expected more than the 64"),
-        ({"block_size": 0}, ValueError, "block_size is 0, expected an int ≥ 1"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 1, 5], dtype=torch.int32), "seqused_k": torch.tensor([65, 67], dtype=torch.int32)},
+            ValueError,
+            r"seqused_k\[1\] is 67, expected more than the 64 keys that are shared, those of its 4 queries at least",
+        ),
+        ({"block_size": 2**31 - 1}, ValueError, r"seqused_k\[0\] is 104, expected more than the 8589934588"),
+        ({"block_size": 0}, ValueError, "block_size is 0, expected 1 ≤ block_size"),
+        ({"block_size": 16.0}, TypeError, "block_size is 16.0, a float, expected an int"),
+        ({"seqused_k": [104, 97]}, TypeError, "seqused_k is a list, expected a torch.Tensor"),
+        ({"block_table": [[0], [0]]}, TypeError, "block_table is a list, expected a torch.Tensor"),
+        ({"seqused_k": torch.tensor([104, 97])}, TypeError, "seqused_k is torch.int64, expected torch.int32"),
         ({"block_table": torch.zeros(0, 4, dtype=torch.int32)}, ValueError, r"block_table has shape \(0, 4\)"),
     ],
 )  # fmt: skip

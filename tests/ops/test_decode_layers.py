@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,29 @@ def test_errors_name_what_of_4_bit_weights_does_not_fit() -> None:
         ),
         ({"mlp_norm": weights.mlp_norm[:1]}, r"weights.mlp_norm has 1 tensors, expected 2 as k_cache"),
         ({"tile_order": 4}, r"weights.tile_order is 4, expected 16 or 8"),
+        ({"tile_order": 16.0}, r"weights.tile_order is 16.0, expected 16 or 8"),
+        (
+            {"down": dataclasses.replace(down, codes=[t[0, 0] for t in down.codes])},
+            r"weights.down.codes\[0\] has shape \(512,\), expected \(N/16, I/64, 512\)",
+        ),
     ):
         with pytest.raises(ValueError, match=f"decode_layers: {message}"):
             _changed(call, weights=dataclasses.replace(weights, **changes)).run(None)  # type: ignore[arg-type]
     norms = [t.float() for t in weights.input_norm]
     with pytest.raises(TypeError, match=r"weights.input_norm\[0\] is torch.float32, expected torch.bfloat16"):
         _changed(call, weights=dataclasses.replace(weights, input_norm=norms)).run(None)
+    no_scale, one_tensor = dataclasses.replace(out, scale=None), dataclasses.replace(down, codes=down.codes[0])
+    no_globals = dataclasses.replace(out, global_scale=[None, None])
+    for name, wrong, message in (
+        ("qkv", norms, "weights.qkv is a list, expected Fp4Tiles in DecoderFp4Weights"),
+        ("down", norms, "weights.down is a list, expected Fp4Tiles in DecoderFp4Weights"),
+        ("out", no_scale, "weights.out.scale is a NoneType, expected a list of tensors"),
+        ("down", one_tensor, "weights.down.codes is a Tensor, expected a list of tensors"),
+        ("out", no_globals, r"weights.out.global_scale\[0\] is a NoneType, expected a Tensor"),
+        ("mlp_norm", [None, None], r"weights.mlp_norm\[0\] is a NoneType, expected a Tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"decode_layers: {message}"):
+            _changed(call, weights=dataclasses.replace(weights, **{name: wrong})).run(None)  # type: ignore[arg-type]
 
 
 def test_a_head_is_the_embedding_in_front_and_the_logits_behind() -> None:
@@ -107,6 +125,11 @@ def test_errors_name_what_of_the_head_does_not_fit() -> None:
     ):
         with pytest.raises(TypeError, match=f"decode_layers: {message}"):
             _changed(call, head=dataclasses.replace(head, **changes)).run(None)
+    trained = dataclasses.replace(head, norm=torch.nn.Parameter(head.norm))
+    with pytest.raises(ValueError, match=r"decode_layers: head.norm requires grad, expected no grad"):
+        _changed(call, head=trained).run(None)
+    with torch.no_grad():
+        _changed(call, head=trained).run(None)
 
 
 def _changed(call: DecodeCall, **changes: object) -> DecodeCall:
@@ -138,6 +161,72 @@ def test_errors_name_what_does_not_fit() -> None:
         _changed(call, weights=other).run(None)
 
 
+def test_errors_name_what_is_of_a_wrong_kind() -> None:
+    call = make_call(CPU, torch.bfloat16, 2, SIZES, [3, 5])
+    tiles = call.in_fp4(16).weights.qkv
+    for weights, message in (
+        (None, "weights is a NoneType, expected DecoderWeights or DecoderFp4Weights"),
+        ({"qkv": tiles}, "weights.qkv is a Fp4Tiles, expected a list of tensors"),
+        ({"down": tiles}, "weights.down is a Fp4Tiles, expected a list of tensors"),
+        ({"qkv": [None, None]}, r"weights.qkv\[0\] is a NoneType, expected a Tensor"),
+        ({"down": [1, 2]}, r"weights.down\[0\] is a int, expected a Tensor"),
+        ({"q_norm": None}, "weights.q_norm is a NoneType, expected a list of tensors"),
+    ):
+        wrong = weights if weights is None else dataclasses.replace(call.weights, **weights)
+        with pytest.raises(TypeError, match=f"decode_layers: {message}"):
+            _changed(call, weights=wrong).run(None)
+    with pytest.raises(TypeError, match="decode_layers: head is a str, expected a DecoderHead or None"):
+        _run(call, head="x")
+    for name, caches, message in (
+        ("k_cache", None, "k_cache is a NoneType, expected a list of tensors"),
+        ("k_cache", [None, None], r"k_cache\[0\] is a NoneType, expected a Tensor"),
+        ("v_cache", call.v_cache[0], "v_cache is a Tensor, expected a list of tensors"),
+    ):
+        with pytest.raises(TypeError, match=f"decode_layers: {message}"):
+            _run(call, **{name: caches})
+    for down, message in (
+        ([torch.tensor(1.0)] * 2, r"weights.down\[0\] has shape \(\), expected \(N, I\)"),
+        ([torch.nn.Parameter(t) for t in call.weights.down], r"weights.down\[0\] requires grad, expected no grad"),
+    ):
+        with pytest.raises(ValueError, match=f"decode_layers: {message}"):
+            _changed(call, weights=dataclasses.replace(call.weights, down=down)).run(None)
+
+
+def _run(call: DecodeCall, **changes: Any) -> None:
+    """In place, unlike `DecodeCall.run`."""
+    arguments = {"residual": call.residual, "weights": call.weights, "k_cache": call.k_cache, "v_cache": call.v_cache}
+    options = {"num_heads": call.sizes[2], "softmax_scale": 0.125}
+    ops.decode_layers(**{**arguments, **call.rows, **options, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("positions", [-1, 4], r"positions\[0\] is -1, expected 0 ≤ positions ≤ 5, max_position - 1 from cos_sin"),
+        ("positions", [2, 10**6], r"positions\[1\] is 1000000, expected 0 ≤ positions ≤ 5"),
+        (
+            "slot_mapping",
+            [-2, 3],
+            r"slot_mapping\[0\] is -2, expected -1 ≤ slot_mapping ≤ 63, num_blocks \* block_size",
+        ),
+        ("slot_mapping", [10**6, 3], r"slot_mapping\[0\] is 1000000, expected -1 ≤ slot_mapping ≤ 63"),
+        ("seqused_k", [-1, 5], r"paged_attention: seqused_k\[0\] is -1, expected 0 ≤ seqused_k ≤ 32, max_blocks \*"),
+        ("seqused_k", [3, 33], r"paged_attention: seqused_k\[1\] is 33, expected 0 ≤ seqused_k ≤ 32"),
+        ("block_table", [[4, 0], [0, 0]], r"paged_attention: block_table\[0, 0\] is 4, expected 0 ≤ block < 4"),
+        ("block_table", [[1, 4], [-1, 0]], r"paged_attention: block_table\[1, 0\] is -1, expected 0 ≤ block < 4"),
+    ],
+)
+def test_values_that_do_not_fit_are_named_before_anything_is_written(
+    name: str, values: list[int], message: str
+) -> None:
+    call = make_call(CPU, torch.bfloat16, 2, SIZES, [3, 5])
+    changed = [call.residual, *call.k_cache, *call.v_cache]
+    before = [t.nan_to_num(7.0) for t in changed]
+    with pytest.raises(ValueError, match=f"decode_layers: {message}"):
+        _run(call, **{name: torch.tensor(values, dtype=torch.int32)})
+    assert all(torch.equal(a, b.nan_to_num(7.0)) for a, b in zip(before, changed, strict=True))
+
+
 def test_errors_name_what_the_kernel_does_not_take() -> None:
     fitting = {
         "residual": (2, 576), "intermediate_size": 1536, "num_heads": 9, "cache": (40, 16, 3, 64),
@@ -159,6 +248,27 @@ def test_errors_name_what_the_kernel_does_not_take() -> None:
     ):
         with pytest.raises(ValueError, match=f"decode_layers: {message}.* on a GPU"):
             check_kernel_sizes(**{**fitting, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "in_tiles", "most"),
+    [
+        (4, (4096, 22016, 32, 8, 128), False, 17568),
+        (4, (8192, 28672, 32, 8, 128), False, 17568),
+        (3, (5120, 27648, 40, 10, 128), False, 23776),
+        (4, (4096, 17024, 32, 8, 128), True, 16992),
+    ],
+)
+def test_errors_name_what_shared_memory_has_no_room_for(
+    tokens: int, sizes: tuple[int, int, int, int, int], in_tiles: bool, most: int
+) -> None:
+    n, intermediate, heads, kv_heads, head_dim = sizes
+    words = ops.decode_layers_workspace(*sizes, torch.device("meta")).numel()
+    rest = heads, (40, 16, kv_heads, head_dim), words, 132
+    check_kernel_sizes((tokens, n), most // 64 * 64, *rest, in_tiles=in_tiles)
+    message = f"residual has {tokens} tokens of N = {n} columns, weights.down I = {intermediate}, expected N, I and H D up to {most}"
+    with pytest.raises(ValueError, match=f"decode_layers: {message}, of which .* on a GPU"):
+        check_kernel_sizes((tokens, n), intermediate, *rest, in_tiles=in_tiles)
 
 
 def test_which_models_it_is_for() -> None:

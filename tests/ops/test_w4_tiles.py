@@ -102,8 +102,11 @@ _TILES, _SCALES = torch.zeros(3, 1, 512, dtype=torch.uint8), torch.zeros(3, 1, 6
         (lambda: ops.pack_w4_tiles(torch.zeros(48, 48, dtype=torch.uint8)), r"weight_packed has shape \(48, 48\)"),
         (lambda: ops.pack_w4_tiles(torch.zeros(48, 8, dtype=torch.int32), 8), "order is 8, expected 16"),
         (lambda: ops.pack_w4_tiles(torch.zeros(48, 32, dtype=torch.uint8), 4), "order is 4, expected 16 or 8"),
+        (lambda: ops.pack_w4_tiles(torch.zeros(48, 32, dtype=torch.uint8), 16.0), "order is 16.0, expected 16 or 8"),  # type: ignore[arg-type]
         (lambda: ops.unpack_w4_tiles(torch.zeros(3, 1, 128, dtype=torch.uint8)), r"tiles has shape \(3, 1, 128\)"),
         (lambda: ops.pack_w4_scales(torch.zeros(48, 4, dtype=torch.uint8), 64), "group_size is 64, expected 16"),
+        (lambda: ops.pack_w4_scales(torch.zeros(48, 4, dtype=torch.uint8), 16.0), "group_size is 16.0, expected 16"),  # type: ignore[arg-type]
+        (lambda: ops.pack_w4_scales(torch.zeros(48, 4, dtype=torch.uint8), [16]), r"group_size is \[16\], expected 16"),  # type: ignore[arg-type]
         (lambda: ops.pack_w4_scales(torch.zeros(48, 3, dtype=torch.uint8), 32), r"weight_scale has shape \(48, 3\)"),
         (lambda: ops.unpack_w4_scales(torch.zeros(3, 1, 16, dtype=torch.uint8)), r"tiles has shape \(3, 1, 16\)"),
         (
@@ -113,6 +116,10 @@ _TILES, _SCALES = torch.zeros(3, 1, 512, dtype=torch.uint8), torch.zeros(3, 1, 6
         (
             lambda: ops.fp4_linear(torch.zeros(1, 64), _TILES, _SCALES, 16, tile_order=4),
             "tile_order is 4, expected 16 or 8",
+        ),
+        (
+            lambda: ops.fp4_linear(torch.zeros(1, 64), _TILES, _SCALES, 16, tile_order=8.0),  # type: ignore[arg-type]
+            "tile_order is 8.0, expected 16 or 8",
         ),
         (
             lambda: ops.fp4_linear(torch.zeros(1, 64), _TILES[0, :, :32], _TILES[0, :, :4], 16, tile_order=8),

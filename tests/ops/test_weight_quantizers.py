@@ -99,6 +99,30 @@ def test_no_rows_and_steps_that_fp16_has_not() -> None:
     assert ops.dequantize_int4(packed, scale, 128, num_columns=8).abs().max() < 1.2e-7
 
 
+@pytest.mark.parametrize("quantize", [ops.quantize_int4, ops.quantize_nvfp4, ops.quantize_mxfp4])
+def test_a_parameter_gives_what_its_products_take(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    weight, x = torch.nn.Linear(64, 16).weight, torch.randn(3, 64)
+    packed, scale, *whole = made = quantize(weight)
+    assert not any(t.requires_grad for t in made)
+    for found, expected in zip(made, quantize(weight.detach()), strict=True):
+        assert_equal(found, expected, "without grad")
+    if quantize is ops.quantize_int4:
+        ops.int4_linear(x, packed, scale, 128)
+    else:
+        ops.fp4_linear(x, packed, scale, 16 if whole else 32, *whole)
+
+
+def test_a_group_wider_than_the_weight_takes_no_more_memory() -> None:
+    weight, x, widest = torch.randn(4, 40), torch.randn(3, 40), 2**31 - 1
+    packed, scale = ops.quantize_int4(weight, widest)
+    zero_point = torch.zeros(4, 1, dtype=torch.int8)
+    for found, expected in zip((packed, scale), ops.quantize_int4(weight, 40), strict=True):
+        assert_equal(found, expected, "wide")
+    for dequantize in (ops.dequantize_int4, lambda *args: ops.int4_linear(x, *args)):
+        wide, as_wide = (dequantize(packed, scale, group, zero_point) for group in (widest, 40))
+        assert_equal(wide, as_wide, "wide")
+
+
 _W = torch.ones(4, 64)
 _INT4, _FP4 = ops.quantize_int4(_W, 32), ops.quantize_nvfp4(_W)
 
@@ -139,6 +163,11 @@ def test_weights_that_have_no_4_bits(
         (lambda: ops.dequantize_int4(*_INT4, 16), ValueError, r"weight_scale has shape \(4, 2\), expected \(4, 4\)"),
         (lambda: ops.dequantize_int4(*_INT4, 32, num_columns=56), ValueError, "num_columns is 56, expected 57 to 64"),
         (
+            lambda: ops.dequantize_int4(_INT4[0][:, :0], _INT4[1][:, :0], 32, num_columns=-3),
+            ValueError,
+            "num_columns is -3, expected 0 to 0",
+        ),
+        (
             lambda: ops.dequantize_int4(*_FP4[:2], 32),
             TypeError,
             r"weight_packed is torch\.uint8, expected torch\.int32",
@@ -150,6 +179,12 @@ def test_weights_that_have_no_4_bits(
             r"zero_point has shape \(4, 3\), expected \(4, 2\), one for 32 of 64 columns",
         ),
         (lambda: ops.dequantize_fp4(*_FP4[:2], 8), ValueError, "group_size is 8, expected 16 with scales in e4m3"),
+        (
+            lambda: ops.dequantize_fp4(*_FP4[:2], 16.0),
+            ValueError,
+            "group_size is 16.0, expected 16 with scales in e4m3",
+        ),  # type: ignore[arg-type]
+        (lambda: ops.dequantize_fp4(*_FP4[:2], [16]), ValueError, r"group_size is \[16\], expected 16 with scales"),  # type: ignore[arg-type]
         (lambda: ops.dequantize_fp4(*_FP4[:2], 32), ValueError, r"weight_scale has shape \(4, 4\), expected \(4, 2\)"),
         (
             lambda: ops.dequantize_fp4(*_FP4[:2], 16, _FP4[2][:1]),
