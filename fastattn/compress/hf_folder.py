@@ -138,6 +138,14 @@ def _rope_scaling(rope: RopeConfig, head_dim: int) -> dict[str, Any] | None:
             "high_freq_factor": rope.high_freq_factor,
             "original_max_position_embeddings": rope.original_max_position,
         }
+    if rope.scaling_type == "yarn":
+        scaling |= {
+            "original_max_position_embeddings": rope.original_max_position,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "truncate": rope.truncate,
+            "attention_factor": rope.attention_factor,
+        }
     return scaling
 
 

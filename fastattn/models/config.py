@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastattn.models.quantization import QuantizationConfig, kv_cache_scheme_from_hf, quantization_from_hf
 
-SCALING_TYPES = ("default", "linear", "llama3")
+SCALING_TYPES = ("default", "linear", "llama3", "yarn")
 
 _LIMITS = {
     "vocab_size": 2**24,
@@ -42,7 +43,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
 @dataclass(frozen=True)
 class RopeConfig:
     """theta: base of the angular frequencies. scaling_type, factor and the rest: how a model stretches them for long context
-    (see `nn.rotary`). freq_factors: a divisor per frequency, as GGUF files carry it for Llama 3. attention_factor: scales
+    (see `nn.rotary`). beta_fast, beta_slow, truncate: YaRN's. freq_factors: a divisor per frequency, as GGUF files carry it for Llama 3. attention_factor: scales
     cosines and sines."""
 
     theta: float = 10_000.0
@@ -51,6 +52,9 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     attention_factor: float = 1.0
     freq_factors: tuple[float, ...] | None = None
 
@@ -59,7 +63,16 @@ class RopeConfig:
             raise ValueError(
                 f"RopeConfig: scaling_type is {self.scaling_type!r}, supported are {', '.join(SCALING_TYPES)}"
             )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+        numbers = (
+            "theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+        )
+        for name in numbers:
             if not 0 < getattr(self, name) < 1e12:
                 raise ValueError(f"RopeConfig: {name} is {getattr(self, name)!r}, allowed is above 0, below 1e12")
         if not isinstance(self.original_max_position, int) or self.original_max_position < 1:
@@ -70,23 +83,59 @@ class RopeConfig:
             raise ValueError(
                 f"RopeConfig: low_freq_factor is {self.low_freq_factor}, allowed is below high_freq_factor = {self.high_freq_factor}"
             )
+        if self.scaling_type == "yarn" and not self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"RopeConfig: beta_slow is {self.beta_slow}, allowed is below beta_fast = {self.beta_fast}"
+            )
+        if self.scaling_type == "yarn" and self.theta <= 1:
+            raise ValueError(f"RopeConfig: theta is {self.theta}, allowed with yarn is above 1")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"RopeConfig: truncate is {self.truncate!r}, expected a bool")
+
+    @property
+    def longest(self) -> int:
+        """Positions that YaRN stretches the model's to; without it 0."""
+        return int(self.factor * self.original_max_position) if self.scaling_type == "yarn" else 0
 
     @classmethod
-    def from_hf(cls, scaling: Mapping[str, Any] | None, theta: float) -> RopeConfig:
-        """From `rope_scaling` (or `rope_parameters`) of a config.json."""
+    def from_hf(cls, scaling: Mapping[str, Any] | None, theta: float, max_position: int) -> RopeConfig:
+        """From `rope_scaling` (or `rope_parameters`) of a config.json whose `max_position_embeddings` is max_position."""
         if not isinstance(scaling, Mapping | None):
             raise ValueError(f"config.json: rope_scaling is {scaling!r}, expected an object")
         scaling = scaling or {}
         kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        _check_whole_heads(scaling)
+        trained = max_position if kind in ("llama3", "yarn") else cls.original_max_position
+        original = int(_number(scaling, "original_max_position_embeddings", trained))
+        factor = _number(scaling, "factor", max_position / original if kind == "yarn" and original > 0 else 1.0)
         return cls(
             theta=_number(scaling, "rope_theta", theta),
             scaling_type=kind,
-            factor=_number(scaling, "factor", 1.0),
+            factor=factor,
             low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
             high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
-            original_max_position=int(_number(scaling, "original_max_position_embeddings", 8192)),
-            attention_factor=_number(scaling, "attention_factor", 1.0),
+            original_max_position=original,
+            beta_fast=_number(scaling, "beta_fast", 32.0),
+            beta_slow=_number(scaling, "beta_slow", 1.0),
+            truncate=scaling.get("truncate", True),
+            attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
         )
+
+
+def _check_whole_heads(raw: Mapping[str, Any]) -> None:
+    if (part := raw.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"config.json: partial_rotary_factor is {part!r}, supported is 1")
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    """What the model says, or what the paper suggests; DeepSeek's form of it has two scales."""
+
+    def suggested(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scale, scale_of_all = _number(scaling, "mscale", 0.0), _number(scaling, "mscale_all_dim", 0.0)
+    default = suggested(scale) / suggested(scale_of_all) if scale > 0 and scale_of_all > 0 else suggested(1.0)
+    return _number(scaling, "attention_factor", default)
 
 
 @dataclass(frozen=True)
@@ -207,16 +256,19 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json: hidden_act is {activation!r}, supported are {', '.join(sorted(_HF_ACTIVATIONS))}"
         )
+    max_position = raw.get("max_position_embeddings", 2048)
+    _check_size("max_position_embeddings", max_position)
+    _check_whole_heads(raw)
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
     gemma = arch == "gemma3"
     rope_local = None
     if gemma:
         by_kind = scaling if isinstance(scaling, Mapping) else {}
         full, sliding = by_kind.get("full_attention", scaling), by_kind.get("sliding_attention")
-        rope = RopeConfig.from_hf(full, _number(raw, "rope_theta", 1e6))
-        rope_local = RopeConfig.from_hf(sliding, _number(raw, "rope_local_base_freq", 10_000.0))
+        rope = RopeConfig.from_hf(full, _number(raw, "rope_theta", 1e6), max_position)
+        rope_local = RopeConfig.from_hf(sliding, _number(raw, "rope_local_base_freq", 10_000.0), max_position)
     else:
-        rope = RopeConfig.from_hf(scaling, _number(raw, "rope_theta", 10_000.0))
+        rope = RopeConfig.from_hf(scaling, _number(raw, "rope_theta", 10_000.0), max_position)
     window = raw.get("sliding_window")
     if arch == "qwen2" or arch == "qwen3":
         window = window if raw.get("use_sliding_window") else None
@@ -245,7 +297,7 @@ def _config_from_hf(arch: str, raw: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=raw.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        max_position_embeddings=max(max_position, rope.longest),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=rope,
         rope_local=rope_local,
@@ -298,12 +350,25 @@ def config_from_gguf(
             f"metadata {name}.rope.dimension_count is {get('rope.dimension_count')}, supported is head_dim = {head_dim}"
         )
     scaling = metadata.get(f"{name}.rope.scaling.type", "none")
-    if not isinstance(scaling, str) or scaling not in ("none", "linear"):
-        raise ValueError(f"metadata {name}.rope.scaling.type is {scaling!r}, supported are 'none' and 'linear'")
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+        raise ValueError(f"metadata {name}.rope.scaling.type is {scaling!r}, supported are 'none', 'linear' and 'yarn'")
+    if get("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # llama.cpp's -1: as its default is
+        raise ValueError(
+            f"metadata {name}.rope.scaling.yarn_ext_factor is {get('rope.scaling.yarn_ext_factor')}, supported is 1"
+        )
+    max_position, factor = get("context_length"), float(get("rope.scaling.factor", 1.0))
+    of_attention = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0))
     rope = RopeConfig(
         theta=float(get("rope.freq_base", 1e6 if arch == "gemma3" else 10_000.0)),
-        scaling_type="linear" if scaling == "linear" else "default",
-        factor=float(get("rope.scaling.factor", 1.0)),
+        scaling_type="default" if scaling == "none" else scaling,
+        factor=factor,
+        original_max_position=get(
+            "rope.scaling.original_context_length",
+            max_position if scaling == "yarn" else RopeConfig.original_max_position,
+        ),
+        beta_fast=float(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(get("rope.scaling.yarn_beta_slow", 1.0)),
+        attention_factor=_yarn_attention_factor({}, factor) * of_attention if scaling == "yarn" else 1.0,
         freq_factors=freq_factors,
     )
     gemma = arch == "gemma3"
@@ -318,7 +383,7 @@ def config_from_gguf(
         num_heads=num_heads,
         num_kv_heads=get("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_position_embeddings=get("context_length"),
+        max_position_embeddings=max(max_position, rope.longest),
         rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
         rope=rope,
         rope_local=RopeConfig(theta=float(get("rope.freq_base_swa", 10_000.0))) if gemma else None,

@@ -27,7 +27,21 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
         blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
         scaled = torch.where(wavelengths > rope.original_max_position / low, frequencies / rope.factor, blended)
         return torch.where(wavelengths < rope.original_max_position / high, frequencies, scaled)
+    if rope.scaling_type == "yarn":
+        # YaRN (Peng et al., 2023): pairs that turn fewer than beta_slow times in the original context are stretched by
+        # `factor`, those that turn more than beta_fast times kept, the band between is blended.
+        first, last = (_pair_that_turns(turns, rope, rotary_dim) for turns in (rope.beta_fast, rope.beta_slow))
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotary_dim - 1)
+        ramp = ((torch.arange(rotary_dim // 2) - first) / max(last - first, 0.001)).clamp(0, 1)
+        return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
     return frequencies
+
+
+def _pair_that_turns(turns: float, rope: RopeConfig, rotary_dim: int) -> float:
+    """The pair whose angle goes round so many times in the original context, as a fraction between two."""
+    return rotary_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
 def rotary_table(rope: RopeConfig, rotary_dim: int, num_positions: int) -> torch.Tensor:

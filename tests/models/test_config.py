@@ -86,6 +86,11 @@ def test_gemma_as_a_part_of_a_larger_model() -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 256,
         },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {"rope_type": "yarn", "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5},
     ],
 )
 def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
@@ -93,8 +98,30 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> 
         "llama", **SIZES, head_dim=64, rope_parameters={"rope_theta": 50_000.0, **scaling}
     )
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
-    ours = inverse_frequencies(config_from_hf(theirs.to_dict()).rope, 64)
-    torch.testing.assert_close(ours.float(), rotary.inv_freq, rtol=1e-6, atol=0)
+    rope = config_from_hf(theirs.to_dict()).rope
+    torch.testing.assert_close(inverse_frequencies(rope, 64), rotary.inv_freq, rtol=1e-6, atol=0)
+    assert rope.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+def test_yarn_stretches_the_longest_context() -> None:
+    """Qwen's way to write it: max_position_embeddings is what the model was trained with."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = config_from_hf(LLAMA | {"max_position_embeddings": 512, "rope_scaling": scaling})
+    assert config.max_position_embeddings == 2048
+    # DeepSeek's: it is what the model can do, and the factor may be left to that.
+    del scaling["factor"]
+    again = config_from_hf(LLAMA | {"max_position_embeddings": 2048, "rope_scaling": scaling})
+    assert again == config
+
+
+def test_yarn_in_gguf_metadata_is_that_of_a_config_json() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    changes = {"type": "yarn", "factor": 4.0, "original_context_length": 512}
+    found = config_from_gguf(
+        GGUF | {f"llama.rope.scaling.{key}": value for key, value in changes.items()}, 128, has_lm_head=False
+    )
+    assert found.rope == config_from_hf(LLAMA | {"rope_scaling": scaling}).rope
+    assert found.max_position_embeddings == 2048
 
 
 @pytest.mark.parametrize(
@@ -116,9 +143,19 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> 
         ({"hidden_act": "relu"}, "hidden_act is 'relu', supported are "),
         ({"rope_scaling": 3}, "rope_scaling is 3, expected an object"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "scaling_type is 'yarn', supported are default, linear",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "scaling_type is 'dynamic', supported are default, linear, llama3, yarn",
         ),
+        ({"rope_scaling": {"type": "yarn", "factor": -2.0}}, "factor is -2.0, allowed is above 0"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1}},
+            "beta_slow is 1.0, allowed is below beta_fast = 1.0",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate is 'no', expected a bool"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}}, "original_max_position is 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e9}}, "max_position_embeddings is "),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, supported is 1"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25, supported is 1"),
         ({"rope_theta": -1}, "theta is -1.0, allowed is above 0"),
         ({"layer_types": "all"}, "layer_types is 'all', expected a list of strings"),
         ({"layer_types": ["full_attention"]}, "layer_is_sliding has 1 entries, expected num_layers = 8"),
@@ -151,7 +188,11 @@ def test_what_is_missing_in_a_config_json_is_named(key: str) -> None:
         ({"llama.embedding_length": [1]}, r"embedding_length is \[1\], expected a number"),
         ({"llama.feed_forward_length": 1.5}, "intermediate_size is 1.5"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8, supported is head_dim = 16"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', supported are 'none' and 'linear'"),
+        (
+            {"llama.rope.scaling.type": "longrope"},
+            "rope.scaling.type is 'longrope', supported are 'none', 'linear' and",
+        ),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5, supported is 1"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
     ],
 )

@@ -49,10 +49,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SMALL, rope_scaling=LLAMA3)),
     "mistral": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, rope_scaling=YARN)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL)),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**SMALL, sliding_window=8, query_pre_attn_scalar=16)),
 }
