@@ -14,6 +14,7 @@ from fastattn.ops.checks import (
     FLOAT,
     FP32,
     INT32,
+    AtLeast,
     NonNegative,
     TensorArg,
     check_range,
@@ -60,6 +61,8 @@ _check = compile_check(
     TensorArg("seqused_k", "T", INT32),
     TensorArg("block_table", "T max_blocks", INT32),
     TensorArg("workspace", "words", INT32, optional=True, mutated=True),
+    AtLeast("num_heads", 1),
+    NonNegative("softmax_scale"),
     NonNegative("norm_eps"),
     NonNegative("qk_norm_eps"),
 )
@@ -222,7 +225,8 @@ def decode_layers(
     Values in the int32 tensors are checked on the CPU, and on the GPU only with FASTATTN_VALIDATE_INPUTS=1.
     """
     _check(
-        residual, cos_sin, positions, slot_mapping, seqused_k, block_table, workspace, norm_eps, qk_norm_eps
+        residual, cos_sin, positions, slot_mapping, seqused_k, block_table, workspace, num_heads, softmax_scale, norm_eps,
+        qk_norm_eps,
     )  # fmt: skip
     _check_caches(residual, cos_sin, k_cache, v_cache, num_heads)
     _check_weights(residual, weights, k_cache, num_heads)
