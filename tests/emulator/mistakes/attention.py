@@ -247,6 +247,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=24,
     ),
     Mistake(
         "a sequence keeps the Q of the one before",
@@ -265,6 +266,7 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
+        call=24,
     ),
     Mistake(
         "a row of Q that another warp loads is not waited for",
@@ -354,6 +356,6 @@ MISTAKES = [
         "paged_decode_hd64.cu",
         "64",
         "expected",
-        call=11,
+        call=7,
     ),
 ]

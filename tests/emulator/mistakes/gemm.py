@@ -96,7 +96,7 @@ MISTAKES = [
         "gemm_sm90_few_rows.cu",
         "64",
         "expected",
-        call=28,
+        call=55,
     ),
     Mistake(
         "one group of 64 rows leaves every other panel to another",
@@ -236,7 +236,7 @@ MISTAKES = [
         "gemm_int8_sm90_few_rows.cu",
         "64",
         "expected",
-        call=58,
+        call=118,
     ),
     Mistake(
         "all rows that a lane adds a residual to get the first one's",
@@ -246,7 +246,7 @@ MISTAKES = [
         "gemm_added_sm90_few_rows.cu",
         "64",
         "expected",
-        call=16,
+        call=19,
     ),
     Mistake(
         "a residual's columns stay with the lane that asked for them",

@@ -84,6 +84,7 @@ MISTAKES = [
         "gemm_sm90_w4_int4_tiles.cu",
         "8",
         "expected",
+        call=10,
     ),
     Mistake(
         "a panel of x is released while a product reads it",
