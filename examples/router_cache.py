@@ -35,6 +35,7 @@ router:
       default: small
 cache:
   path: {folder}/cache.sqlite
+  lookup_timeout: 60   # by default a lookup that takes 0.25 s is a miss; a slow disk shall not spoil what this shows
 """
 
 with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 class FakeServer:
     """pieces: the texts of each answer, `gap` seconds apart. headers: of each answer. api_key: what clients must show.
     status: an error instead of answers. cut_after: pieces after which the stream breaks off. metrics: the text of /metrics.
+    gate: where there is one, the last piece waits for it.
 
     bodies, arrivals: what was asked so far, and when (monotonic seconds). num_left: streams that the client left early.
     """
@@ -36,6 +37,7 @@ class FakeServer:
     cut_after: int | None = None
     count_tokens: bool = True
     metrics: str = ""
+    gate: threading.Event | None = None
     models: tuple[str, ...] = ("fake-small", "fake-large")
     bodies: list[dict[str, Any]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
@@ -83,6 +85,8 @@ class FakeServer:
                     left = False
                     return
                 await asyncio.sleep(self.gap)
+                while self.gate is not None and index == len(self.pieces) - 1 and not self.gate.is_set():
+                    await asyncio.sleep(0.01)
                 choice = {"delta": {"content": piece}} if chat else {"text": piece}
                 yield _event({"model": body["model"], "choices": [{"index": 0, "finish_reason": None, **choice}]})
             end = {"delta": {}} if chat else {"text": ""}

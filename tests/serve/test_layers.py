@@ -38,7 +38,7 @@ def test_everything_in_front_of_two_engines(tiny_folder: Path, tmp_path: Path) -
                 }
             },
         },
-        "cache": {"path": str(tmp_path / "cache.db")},
+        "cache": {"path": str(tmp_path / "cache.db"), "lookup_timeout": 60.0},
         "guardrails": {"guards": [{"kind": "words", "name": "words", "words": ["forbidden"], "directions": ["input"]}]},
     }
     file = tmp_path / "config.yaml"
@@ -56,7 +56,7 @@ def test_everything_in_front_of_two_engines(tiny_folder: Path, tmp_path: Path) -
         assert status == 400 and "words" in message
         assert ask(server, "plain", "x")[0] == 404
         # It comes with the next sign of life.
-        wait_for(lambda: server.metric("fastattn:engine_steps_total") > 0, "steps that are counted", 10)
+        wait_for(lambda: server.metric("fastattn:engine_steps_total") > 0, "steps that are counted", 60)
 
 
 def test_ranks_that_die_are_replaced_with_their_engine(tiny_folder: Path) -> None:

@@ -299,7 +299,7 @@ def test_a_request_keeps_the_name_that_it_came_with(server: Running) -> None:
     body = {"model": MODEL, "max_tokens": 1, "prompt": "a"}
     named = server.post("/v1/completions", body, headers={"X-Request-Id": "edge-7f:1"})
     assert named.headers["x-request-id"] == "edge-7f:1" and "edge-7f" not in named.json()["id"]
-    wait_for(lambda: any("called edge-7f:1" in line for line in server.log), "a line in the log", 10)
+    wait_for(lambda: any("called edge-7f:1" in line for line in server.log), "a line in the log", 60)
     for odd in ("a b", "a" * 200, "caf\xe9", "<script>"):
         other = server.post("/v1/completions", body, headers={"X-Request-Id": odd.encode("latin-1")})
         assert other.json()["id"].endswith(other.headers["x-request-id"])

@@ -19,7 +19,7 @@ from tests.serve.harness import NO_TLS, Running, chat, events, flags, running, s
 
 KEYS = {"admin": "the-admin-key", "inference": "the-users-key"}
 ANSWER = chat("the a", temperature=0, max_tokens=20, ignore_eos=True)
-LONG = chat("a story", temperature=0, max_tokens=200, ignore_eos=True)
+LONG = chat("a story", temperature=0, max_tokens=480, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +144,16 @@ def test_what_becomes_of_running_requests(sleeper: Running) -> None:
 
 
 def test_who_leaves_while_requests_finish_has_not_asked_for_sleep(sleeper: Running) -> None:
-    slow = LONG | {"stream": True, "n": 8}
+    slow = LONG | {"stream": True, "n": 16}
     with httpx.stream(
         "POST", f"{sleeper.url}/v1/chat/completions", json=slow, headers=sleeper.headers, timeout=60, verify=NO_TLS
     ) as s:
         stream = events(s)
         next(stream)
+        soon = httpx.Timeout(60, read=0.1)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{sleeper.url}/sleep?mode=wait", headers=sleeper.headers, timeout=0.1, verify=NO_TLS)
-        wait_for(lambda: not is_sleeping(sleeper), "to be awake again", 10)
+            httpx.post(f"{sleeper.url}/sleep?mode=wait", headers=sleeper.headers, timeout=soon, verify=NO_TLS)
+        wait_for(lambda: not is_sleeping(sleeper), "to be awake again", 60)
         assert list(stream)[-1] == "[DONE]"
     assert not is_sleeping(sleeper)
 

@@ -366,14 +366,15 @@ def test_time_grows_with_length_only(name: str, unit: str) -> None:
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
-        best = 1e9
-        for _ in range(2):
-            before = time.process_time()
-            GUARDS[name].scan(text, 0, True)
-            best = min(best, time.process_time() - before)
-        return best
+        before = time.process_time()
+        GUARDS[name].scan(text, 0, True)
+        return time.process_time() - before
 
-    small, large = seconds(8_000), seconds(32_000)
+    small = large = 1e9
+    for i in range(5):  # rounds: other work on this machine slows some of them, and even their CPU time
+        small, large = min(small, seconds(8_000)), min(large, seconds(32_000))
+        if i > 0 and large < 9 * small + 0.02:
+            break
     assert large < 9 * small + 0.02, f"{small:.3f} s for 8,000 characters, {large:.3f} s for 32,000"
     assert large < 32 * 0.05, "50 ms a kilobyte is far beyond any machine's noise"
 

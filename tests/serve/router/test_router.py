@@ -23,6 +23,7 @@ from tests.serve.fakes import (
     error_of,
     saying,
     text,
+    until,
     until_error,
     wait,
 )
@@ -202,7 +203,7 @@ def test_the_least_busy_deployment_is_next() -> None:
         for backend in backends.values():
             backend.gate.clear()
         tasks = [asyncio.create_task(text(router, chat(), context())) for _ in range(9)]
-        await asyncio.sleep(0.02)
+        await until(lambda: sum(backend.num_running for backend in backends.values()) == 9)
         running = [backend.num_running for backend in backends.values()]
         for backend in backends.values():
             backend.gate.set()

@@ -85,7 +85,7 @@ def lines(request: Any, *pieces: str, **more: Any) -> bytes:
 
 
 def config(peer: Peer, **fields: Any) -> dict[str, Any]:
-    return {"model_name": "m", "api_base": peer.base, "model": "theirs", "timeout": 0.4} | fields
+    return {"model_name": "m", "api_base": peer.base, "model": "theirs", "timeout": 20.0} | fields
 
 
 def router(*entries: dict[str, Any], **fields: Any) -> Router:
@@ -124,7 +124,7 @@ def test_completions_and_bytes_in_any_pieces() -> None:
     data = lines(request, "grüße ", "日本", logprobs=[-0.5, -0.5])
     parts: list[bytes | float] = [data[i : i + 1] for i in range(len(data))]
     peer = Peer(events(*parts))
-    answer = wait(through(peer, request, timeout=20.0))
+    answer = wait(through(peer, request))
     assert answer["choices"][0]["text"] == "grüße 日本"
     assert peer.requests[0][0].startswith("POST /v1/completions")
 
@@ -170,10 +170,11 @@ FAULTS: dict[str, tuple[Handler, int, str]] = {
 def test_faults_are_told_and_another_model_answers(fault: str) -> None:
     handler, status, words = FAULTS[fault]
     peer = Peer(handler)
+    timeout = 0.4 if fault.startswith("hang") else 20.0
 
     async def run() -> None:
         async with peer.running():
-            alone = router(config(peer), allowed_fails=1)
+            alone = router(config(peer, timeout=timeout), allowed_fails=1)
             before = time.monotonic()
             error = await error_of(alone, REQUEST, context())
             assert (error.status, error.type) == (status, "server_error") and words in error.message, error.message
@@ -182,7 +183,9 @@ def test_faults_are_told_and_another_model_answers(fault: str) -> None:
             resting = await error_of(alone, REQUEST, context())
             assert (resting.status, resting.code) == (503, "model_unavailable"), "it rests"
             await alone.close()
-            backed = router(config(peer), {"model_name": "o", "engine": "ours"}, fallbacks={"m": ["o"]})
+            backed = router(
+                config(peer, timeout=timeout), {"model_name": "o", "engine": "ours"}, fallbacks={"m": ["o"]}
+            )
             assert await text(backed, REQUEST, context()) == "ours"
             await backed.close()
 
