@@ -464,8 +464,8 @@ int main(int argc, char** argv) {
       return one_in(2) ? run_gated_8_bit_call<__half>(few_rows, choice.tile)
                        : run_gated_8_bit_call<__nv_bfloat16>(few_rows, choice.tile);
     }
-    const bool adds = (few_rows && !choice.tile.in_order) ||
-                      fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, false, true);
+    const bool adds = few_rows ? !choice.tile.in_order
+                               : fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, false, true);
     if (adds && seed / choices.size() % 3 == 2) {
       const bool samples = few_rows && choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {
