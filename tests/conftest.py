@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, at whatever pace: what fails here is a mistake of the change, not of a crowded machine.
+settings.register_profile("fastattn", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fastattn")
 
 
 def pytest_configure(config: pytest.Config) -> None:

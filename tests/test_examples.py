@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_every_example_is_run_and_listed() -> None:
     assert all(f"`{name}`" in listed for name in programs)
 
 
+def free_port() -> int:
+    """Below those that the kernel gives to who asks for any (from 32768 on), one of which another worker's server may get
+    before the example's server does."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_example_runs(name: str, model: Path, tmp_path: Path) -> None:
     if name == "train_with_fastattn.py":
@@ -59,10 +69,8 @@ def test_example_runs(name: str, model: Path, tmp_path: Path) -> None:
     if name in ("guardrails.py", "openai_client.py", "router_cache.py", "structured_output.py"):
         for module in ("openai", "fastapi", "llguidance"):
             pytest.importorskip(module, reason=f"{module} comes with fastattn[test]")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     arguments, expected = RUNS[name]
-    command = [sys.executable, EXAMPLES / name, *(a.format(model=model, port=port) for a in arguments)]
+    command = [sys.executable, EXAMPLES / name, *(a.format(model=model, port=free_port()) for a in arguments)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

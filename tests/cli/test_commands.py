@@ -300,8 +300,12 @@ def test_version(invoke: Invoke) -> None:
 # ---- a process of its own ----
 
 _PROGRAM = """
+import time
 import fastattn.engine.setup, fastattn.models.loader
+from fastattn.engine.engine import Engine
 from tests.engine.tiny import TinySource
+step = Engine.step
+Engine.step = lambda self: time.sleep(0.02) or step(self)  # an answer takes longer than we may have to wait
 open_model = lambda name: TinySource()
 fastattn.models.loader.open_model = fastattn.engine.setup.open_model = open_model
 from fastattn.cli.main import app

@@ -54,7 +54,13 @@ def test_compensate_is_the_definition(reorder: bool) -> None:
     x, w = inputs(), weights()
     hessian = x.t() @ x / len(x)
     order = hessian.diagonal().argsort(descending=True).tolist() if reorder else list(range(w.shape[1]))
-    expected = naive(w, hessian, 0.01, order, lambda now, j: round_half(now[:, j]))
+
+    def change(now: Tensor, j: int) -> Tensor:
+        rounded = round_half(now[:, j])
+        assert (now[:, j] - rounded).abs().max() < 0.25 - 1e-4  # or fp32, which is off by 1e-6, may round the other way
+        return rounded
+
+    expected = naive(w, hessian, 0.01, order, change)
     found = compensate(w, hessian, lambda rest, j, pivots: round_half(rest[:, 0]), damp=0.01, reorder=reorder)
     assert torch.equal(found, round_half(found))
     assert torch.equal(found.double(), expected)
@@ -137,7 +143,10 @@ def test_sparsegpt_is_the_definition() -> None:
     def change(now: Tensor, j: int) -> Tensor:
         nonlocal keep
         if j % 4 == 0:
-            keep = keep_largest((now[:, j : j + 4] / pivots[j : j + 4]).square())
+            scores = (now[:, j : j + 4] / pivots[j : j + 4]).square()
+            third, second = scores.sort().values[:, 1:3].unbind(1)
+            assert (third < 0.999 * second).all()  # or fp32 may keep another
+            keep = keep_largest(scores)
         return now[:, j] * keep[:, j % 4]
 
     expected = naive(w, hessian, 0.01, list(range(24)), change)

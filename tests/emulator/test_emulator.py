@@ -24,6 +24,7 @@ FURTHER_CALLS = {"flash_fwd_sm90": 144}
 FURTHER_SIZES = {"gemm_sm90": ("4",), "flash_fwd_sm90": ("8",)}
 
 pytestmark = [
+    pytest.mark.timeout(1800),  # compiling counts, and waiting for another worker's
     pytest.mark.long,
     pytest.mark.skipif(CXX is None, reason="no g++"),
     pytest.mark.skipif(INCLUDE is None, reason="no CUDA headers: nvcc is neither on the PATH nor in CUDA_HOME"),

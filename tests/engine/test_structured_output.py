@@ -411,7 +411,8 @@ def test_speculation_changes_nothing(make_engine: MakeEngine) -> None:
     params = replace(DRAWN, structured_output=wish, max_tokens=60)
     prompt = "ab ab cd cd ababab cdcdcd ababab "
     plain = run(make_engine(), [prompt] * 2, [params, replace(params, temperature=0)])
-    engine = make_engine(speculative=SpeculativeConfig(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3))
+    spec = SpeculativeConfig(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, adaptive_draft_length=False)
+    engine = make_engine(speculative=spec)
     guessed = run(engine, [prompt] * 2, [params, replace(params, temperature=0)])
     assert [o.outputs[0].token_ids for o in guessed] == [o.outputs[0].token_ids for o in plain]
     assert engine.stats().num_accepted_tokens > 0

@@ -201,10 +201,11 @@ def test_what_requests_ask_for(odd: Pair) -> None:
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_speculation_on_ranks(odd: Pair, method: str) -> None:
     """Drafts are verified by all ranks in one step; who makes them is rank 0's own business."""
+    options: dict[str, Any] = {"num_speculative_tokens": 3, "adaptive_draft_length": False}
     if method == "ngram":
-        config, draft = SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3), None
+        config, draft = SpeculativeConfig(prompt_lookup_min=1, prompt_lookup_max=3, **options), None
     else:
-        config, draft = SpeculativeConfig(num_speculative_tokens=3, model="tiny"), odd.network
+        config, draft = SpeculativeConfig(model="tiny", **options), odd.network
     prompts = [*PROMPTS, "ab ab ab ab ab ab ab"]
     engine = odd.shared(draft, speculative=config, max_num_batched_tokens=40, num_kv_blocks=40)
     odd.compare(tiny.run(engine, prompts, GREEDY), tiny.run(odd.alone(), prompts, GREEDY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -60,11 +61,17 @@ def test_extend_is_linear() -> None:
 
     def seconds(count: int) -> float:
         tokens = [i * 7919 % 4099 for i in range(count)]
-        start = time.perf_counter()
+        start = time.thread_time()
         NgramIndex(1, 4).extend(tokens)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
-    assert min(seconds(200_000) for _ in range(2)) < 30 * min(seconds(20_000) for _ in range(5))
+    few = many = math.inf
+    for _ in range(6):  # in turns, so that a crowded machine slows both
+        few = min(few, *(seconds(20_000) for _ in range(5)))
+        many = min(many, seconds(200_000))
+        if many < 30 * few:
+            break
+    assert many < 30 * few
 
 
 @pytest.mark.parametrize(

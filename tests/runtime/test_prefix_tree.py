@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter, OrderedDict
@@ -402,11 +403,17 @@ def test_eviction_is_fast_with_many_different_prompts() -> None:
         tree = PrefixTree(pool, BLOCK_SIZE)
         for i in range(count):
             cache(tree, pool, [i, i])
-        start = time.perf_counter()
+        start = time.thread_time()
         assert tree.evict(count) == count
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
-    assert min(seconds(40_000) for _ in range(2)) < 100 * min(seconds(2_000) for _ in range(5))
+    few = many = math.inf
+    for _ in range(6):  # in turns, so that a crowded machine slows both
+        few = min(few, *(seconds(2_000) for _ in range(5)))
+        many = min(many, seconds(40_000))
+        if many < 100 * few:
+            break
+    assert many < 100 * few
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def test_a_draft_model_that_fails_ends_the_requests_that_it_was_asked_for(
 
 
 def test_a_shorter_draft_model_stops_guessing_at_its_end(network: DecoderModel, tokenizer: Tokenizer) -> None:
-    engine = make_engine(network, tokenizer, draft=network, speculative=SpeculativeConfig(model="x"))
+    spec = SpeculativeConfig(model="x", adaptive_draft_length=False)
+    engine = make_engine(network, tokenizer, draft=network, speculative=spec)
     assert engine.speculator is not None and isinstance(engine.speculator.proposer, DraftModelProposer)
     object.__setattr__(engine.speculator.proposer.runner.config, "max_model_len", 16)
     (output,) = run(engine, [{"prompt_token_ids": [5] * 10}], GREEDY)

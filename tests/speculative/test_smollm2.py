@@ -61,9 +61,9 @@ def draft(exact: Exact) -> DecoderModel:
 @pytest.mark.parametrize("who", ["ngram", "first layers", "itself"])
 def test_token_exact(exact: Exact, draft: DecoderModel, who: str) -> None:
     spec = (
-        SpeculativeConfig(prompt_lookup_min=1, prompt_lookup_max=4)
+        SpeculativeConfig(prompt_lookup_min=1, prompt_lookup_max=4, adaptive_draft_length=False)
         if who == "ngram"
-        else SpeculativeConfig(model=who, num_speculative_tokens=3)
+        else SpeculativeConfig(model=who, num_speculative_tokens=3, adaptive_draft_length=False)
     )
     model = {"ngram": None, "first layers": draft, "itself": exact.network}[who]
     longest = max(map(len, exact.prompts)) + exact.num_tokens
