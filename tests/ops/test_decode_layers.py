@@ -177,9 +177,9 @@ def test_errors_name_what_is_of_a_wrong_kind() -> None:
             _changed(call, weights=wrong).run(None)
     with pytest.raises(TypeError, match="decode_layers: head is a str, expected a DecoderHead or None"):
         _run(call, head="x")
-    with pytest.raises(TypeError, match="decode_layers: num_heads is 4.0, a float, expected an int"):
+    with pytest.raises(TypeError, match=r"decode_layers: num_heads is 4\.0, a float, expected an int"):
         _run(call, num_heads=4.0)
-    with pytest.raises(TypeError, match="decode_layers: softmax_scale is .x., a str, expected"):
+    with pytest.raises(TypeError, match="decode_layers: softmax_scale is 'x', a str, expected"):
         _run(call, softmax_scale="x")
     for name, caches, message in (
         ("k_cache", None, "k_cache is a NoneType, expected a list of tensors"),
