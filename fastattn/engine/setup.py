@@ -28,8 +28,8 @@ from fastattn.nn import TensorParallel, kv_cache_format
 from fastattn.speculative.config import SpeculativeConfig
 from fastattn.speculative.setup import build_speculator, open_draft
 
-# A step on a GPU may have to record a graph; an exchange on a CPU waits for nothing but the other ranks.
-_RANK_TIMEOUT_SECONDS = {"cpu": 4.0, "cuda": 15.0}
+# A step on a GPU may have to record a graph; on CPUs a rank may have to wait for other programs.
+_RANK_TIMEOUT_SECONDS = 15.0
 # Of which kind each option is; what is wrong with a number or name that is of the right kind, others know better.
 _ALLOWED: Allowed = {
     "dtype": (text, "'auto', 'float32', 'bfloat16' or 'float16'"),
@@ -67,7 +67,7 @@ class EngineOptions:
     is off. batch_invariant: a request's tokens and log-probabilities are the same bits alone and in any batch, however its prompt is
     cut, with prefix hits and after preemption; on one GPU (or CPU), without speculative decoding. disable_cascade_attn: see
     `EngineConfig`. tensor_parallel_size: ranks that share the model, a process and, on GPUs, a device each. rank_timeout_seconds: how long one
-    may keep the others waiting before all are ended: on CPUs in an exchange (4 if not given), on GPUs in a step (15).
+    may keep the others waiting before all are ended, on CPUs in an exchange, on GPUs in a step; 15 if not given.
     trace: file that takes a trace of every step, for Perfetto; compressed if it ends in .gz.
     """
 
@@ -224,7 +224,7 @@ def build_engine(model: str | ModelSource, options: EngineOptions, show_progress
     with ExitStack() as on_error:
         ranks, memory = None, rank_memory(device, options.tensor_parallel_size)
         if options.tensor_parallel_size > 1:
-            limit = options.rank_timeout_seconds or _RANK_TIMEOUT_SECONDS[device.type]
+            limit = options.rank_timeout_seconds or _RANK_TIMEOUT_SECONDS
             ranks = start_ranks(options.tensor_parallel_size, source, device, limit)
             on_error.callback(ranks.close)
             device = torch.device("cuda", 0) if device.type == "cuda" else device
