@@ -145,12 +145,53 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (low | high).reshape(-1, 16, 16).float().sub_(32).mul_(scales[..., None])
 
 
+def _q2_k(blocks: Tensor) -> Tensor:
+    scales, minima = (
+        (blocks[:, :16] & 15).float() * _half(blocks, 80),
+        (blocks[:, :16] >> 4).float() * _half(blocks, 82),
+    )
+    codes = _bits(blocks[:, 16:80].reshape(-1, 2, 32), _shifts(blocks, 2), 3).reshape(-1, 16, 16)
+    return codes.float().mul_(scales[..., None]).sub_(minima[..., None])
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    low = _bits(blocks[:, 32:96].reshape(-1, 2, 32), _shifts(blocks, 2), 3).reshape(-1, 16, 16)
+    high = _bits(blocks[:, :32], _shifts(blocks, 1), 1).reshape(-1, 16, 16) << 2
+    scales = _nibbles(blocks[:, 96:104]) | (_bits(blocks[:, 104:108], _shifts(blocks, 2), 3).reshape(-1, 16) << 4)
+    scales = scales.float().sub_(32).mul_(_half(blocks, 108))
+    return (low | high).float().sub_(4).mul_(scales[..., None])
+
+
+# What codes of IQ4 stand for: closer together around 0, where most weights are.
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _iq4_values(codes: Tensor) -> Tensor:
+    values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=codes.device)
+    return values.index_select(0, codes.reshape(-1).int()).reshape(codes.shape)
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _iq4_values(_nibbles(blocks[:, 2:])).mul_(_half(blocks, 0))
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    high = _bits(blocks[:, 2:4, None], _shifts(blocks, 2), 3).reshape(-1, 8) << 4
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), -1).reshape(-1, 8)
+    scales = (low | high).float().sub_(32).mul_(_half(blocks, 0))
+    return _iq4_values(_nibbles(blocks[:, 8:].reshape(-1, 8, 16))).mul_(scales[..., None])
+
+
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
