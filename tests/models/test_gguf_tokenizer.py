@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Pipeline
 from tokenizers.pre_tokenizers import ByteLevel
 
 from fastattn.models.loader.gguf_tokenizer import tokenizer_from_gguf
@@ -77,6 +78,28 @@ def test_smollm_cuts_digits_and_qwen_does_not_reach_across_them() -> None:
     assert made(BYTE_LEVEL, pre="gpt-2").encode("12") == ids(BYTE_LEVEL, "12")
     assert made(BYTE_LEVEL, pre="qwen2").encode("12") == ids(BYTE_LEVEL, "1", "2")
     assert made(BYTE_LEVEL, pre="llama-bpe").encode("12") == ids(BYTE_LEVEL, "12")
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        # Without contractions of their own, words that end before a capital, a digit at a time, slashes behind signs.
+        ("tekken", "I don't stop in 2024", ["I", " don", "'t", " stop", " in", " ", "2", "0", "2", "4"]),
+        ("tekken", "HTTPServer helloWorld", ["HTTPServer", " hello", "World"]),
+        ("tekken", "ÄRGER über//\n", ["ÄRGER", " über", "//\n"]),
+        ("llama-v3", "I don't stop in 2024", ["I", " don", "'t", " stop", " in", " ", "202", "4"]),
+        ("llama-v3", "helloWorld//\n", ["helloWorld", "//\n"]),
+        ("deepseek-r1-qwen", "don't 24", ["don", "'t", " ", "2", "4"]),
+    ],
+)
+def test_text_is_cut_before_it_is_merged(pre: str, text: str, pieces: list[str]) -> None:
+    pipeline = Pipeline.from_str(made(BYTE_LEVEL, pre=pre).parts()["pipeline"])
+    cut = pipeline.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[first:end] for _, (first, end) in cut] == pieces
+
+
+def test_tekken_takes_a_whole_word() -> None:
+    assert made(BYTE_LEVEL, pre="tekken", merges=["l l"]).encode("hello") == ids(BYTE_LEVEL, "hello")
 
 
 def test_llama3_takes_a_whole_word_that_no_merge_reaches() -> None:
@@ -152,7 +175,7 @@ def test_a_lone_surrogate_is_no_text() -> None:
         ("gpt2", {"tokens": []}, r"tokens is missing or not a list of strings"),
         ("gpt2", {"tokens": [1, 2]}, r"tokens is missing or not a list of strings"),
         ("gpt2", {"tokens": ["a", "a"], "merges": None, "token_type": None}, r"has the same token twice"),
-        ("gpt2", {"pre": "tekken"}, r"pre is 'tekken', supported are gpt-2, llama-bpe, llama3, qwen2, smollm"),
+        ("gpt2", {"pre": "jais"}, r"pre is 'jais', supported are deepseek-r1-qwen, gpt-2, llama-bpe, "),
         ("gpt2", {"pre": 7}, r"pre is 7, supported are"),
         ("gpt2", {"merges": ["ab"]}, r"merges has 'ab', expected two tokens"),
         ("gpt2", {"merges": "h e"}, r"merges is 'h e', expected a list"),

@@ -17,6 +17,12 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+# Mistral's, as its tekken.json has it: words end before a capital, digits come alone.
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _byte_level(*before: pre_tokenizers.PreTokenizer, use_regex: bool) -> pre_tokenizers.PreTokenizer:
@@ -33,8 +39,13 @@ _PRE_TOKENIZERS = {
     "smollm": lambda: _byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
     "llama-bpe": lambda: _byte_level(_split(_LLAMA3), use_regex=False),
     "llama3": lambda: _byte_level(_split(_LLAMA3), use_regex=False),
+    "llama-v3": lambda: _byte_level(_split(_LLAMA3), use_regex=False),
     "qwen2": lambda: _byte_level(_split(_QWEN2), use_regex=False),
+    "deepseek-r1-qwen": lambda: _byte_level(_split(_QWEN2), use_regex=False),
+    "tekken": lambda: _byte_level(_split(_TEKKEN), use_regex=False),
 }
+# A whole word that is in the vocabulary is taken as it is, even where merging would not reach it.
+_TAKES_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -82,8 +93,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> Pipeline:
         if not space:
             raise ValueError(f"metadata tokenizer.ggml.merges has {merge!r}, expected two tokens")
         merges.append((left, right))
-    # Llama 3 takes a whole word that is in the vocabulary as it is, even where merging would not reach it.
-    pipeline = Pipeline(_bpe(_vocabulary(tokens), merges, ignore_merges=name in ("llama-bpe", "llama3")))
+    pipeline = Pipeline(_bpe(_vocabulary(tokens), merges, ignore_merges=name in _TAKES_WORDS))
     if name == "qwen2":
         pipeline.normalizer = normalizers.NFC()
     pipeline.pre_tokenizer = _PRE_TOKENIZERS[name]()
