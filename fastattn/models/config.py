@@ -9,7 +9,8 @@ from typing import Any
 
 from fastattn.models.quantization import QuantizationConfig, kv_cache_scheme_from_hf, quantization_from_hf
 
-SCALING_TYPES = ("default", "linear", "llama3", "yarn")
+# "dynamic" changes nothing up to max_position_embeddings, and more tokens than that are not taken.
+SCALING_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 
 _LIMITS = {
     "vocab_size": 2**24,

@@ -111,8 +111,14 @@ def test_llama3_scaling_out_of_a_gguf_file() -> None:
         hf_config(odd, torch.float32)
 
 
-def test_yarn_is_written_as_it_was_read() -> None:
-    rope = RopeConfig(scaling_type="yarn", factor=4.0, original_max_position=32, beta_fast=16.0, attention_factor=1.2)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(scaling_type="yarn", factor=4.0, original_max_position=32, beta_fast=16.0, attention_factor=1.2),
+        RopeConfig(scaling_type="dynamic", factor=4.0),
+    ],
+)
+def test_rotary_scaling_is_written_as_it_was_read(rope: RopeConfig) -> None:
     raw = hf_config(replace(CONFIG, max_position_embeddings=128, rope=rope), torch.float32)
     assert config_from_hf(raw).rope == rope
 

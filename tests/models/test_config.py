@@ -79,6 +79,7 @@ def test_gemma_as_a_part_of_a_larger_model() -> None:
     [
         {"rope_type": "default"},
         {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
         {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -143,8 +144,8 @@ def test_yarn_in_gguf_metadata_is_that_of_a_config_json() -> None:
         ({"hidden_act": "relu"}, "hidden_act is 'relu', supported are "),
         ({"rope_scaling": 3}, "rope_scaling is 3, expected an object"),
         (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "scaling_type is 'dynamic', supported are default, linear, llama3, yarn",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "scaling_type is 'longrope', supported are default, dynamic, linear, llama3, yarn",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": -2.0}}, "factor is -2.0, allowed is above 0"),
         (
