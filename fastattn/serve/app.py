@@ -6,8 +6,9 @@ import array
 import asyncio
 import base64
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast, get_args
 
 import msgspec
@@ -32,7 +33,9 @@ from fastattn.serve.protocol import (
     TokenizeRequest,
 )
 from fastattn.serve.rate_limits import Ticket
-from fastattn.serve.sse import ClientGoneError, EventStream, unless_gone, up_to
+from fastattn.serve.response_events import last_response, named_event, response_events
+from fastattn.serve.responses import ResponsesRequest
+from fastattn.serve.sse import END, ClientGoneError, EventStream, event, unless_gone, up_to
 from fastattn.serve.state import ServerState
 from fastattn.serve.validation import validation_error
 
@@ -78,6 +81,16 @@ def make_app(state: ServerState) -> FastAPI:
     return app
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What clients get of an answer's chunks: one object, or a stream of events as they are on the wire, and its end."""
+
+    fold: Callable[[AsyncIterator[Chunk]], Awaitable[dict[str, Any]]]
+    stream: Callable[[AsyncIterator[Chunk]], AsyncIterator[Chunk]]
+    encode: Callable[[Any], bytes] = event
+    end: bytes = END
+
+
 class Handlers:
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -86,6 +99,7 @@ class Handlers:
         for path, handler in (
             ("/v1/chat/completions", self.chat),
             ("/v1/completions", self.complete),
+            ("/v1/responses", self.respond),
             ("/v1/embeddings", self.embed),
             ("/tokenize", self.tokenize),
             ("/detokenize", self.detokenize),
@@ -117,22 +131,48 @@ class Handlers:
         """A text that goes on."""
         return await self._answer(http, CompletionRequest)
 
+    async def respond(self, http: Request) -> Response:
+        """An answer to a conversation, in items; none is kept."""
+        ticket = self._state.limits.admit(http.state.key)
+        asked, num_bytes = await _read(http, ResponsesRequest)
+        request = asked.as_chat() if num_bytes <= _ON_THE_SPOT else await asyncio.to_thread(asked.as_chat)
+        context = self._context(http, asked.priority)
+        form = _Form(
+            lambda chunks: last_response(response_events(asked, chunks, context.request_id)),
+            lambda chunks: response_events(asked, chunks, context.request_id),
+            named_event,
+            b"",
+        )
+        return await self._run(http, ticket, request, num_bytes, context, form)
+
     async def _answer(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
         ticket = self._state.limits.admit(http.state.key)
         request, num_bytes = await _read(http, kind)
+        form = _Form(fold_chunks, lambda chunks: _for_client(chunks, request.wants_usage))
+        return await self._run(http, ticket, request, num_bytes, self._context(http, request.priority), form)
+
+    async def _run(
+        self,
+        http: Request,
+        ticket: Ticket,
+        request: ChatCompletionRequest | CompletionRequest,
+        num_bytes: int,
+        context: RequestContext,
+        form: _Form,
+    ) -> Response:
         if isinstance(request, ChatCompletionRequest):
             self._check_template_kwargs(request.chat_template_kwargs)
         backend = self._state.backend()
-        context = self._context(http, request.priority)
         num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
         ticket.reserve(num_bytes // 4 + (request.max_new_tokens or 16) * (request.n or 1) * num_prompts)
         try:
             chunks = _metered(backend.stream(request, context), ticket)
             if not request.stream:
-                answer = await unless_gone(http.receive, fold_chunks(chunks))
+                answer = await unless_gone(http.receive, form.fold(chunks))
                 ticket.forfeit()  # where nobody said what it took: a guard ended it, an upstream does not count
                 return _json(answer, 200, {**ticket.headers, **context.headers})
-            first = asyncio.ensure_future(anext(chunks))
+            events = form.stream(chunks)
+            first = asyncio.ensure_future(anext(events, None))
             # With its first chunk come the headers and the chance of a status; later, and the client hears a comment.
             await unless_gone(http.receive, up_to(self._state.config.stream_keep_alive, first))
         except (ClientGoneError, asyncio.CancelledError):
@@ -141,7 +181,6 @@ class Handlers:
         except BaseException:
             ticket.settle(0)
             raise
-        stream = _for_client(first, chunks, request.wants_usage)
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:
@@ -151,7 +190,10 @@ class Handlers:
                 self._state.metrics.disconnects.inc()
 
         config = self._state.config
-        return EventStream(stream, headers, config.write_timeout, config.stream_keep_alive, on_end)
+        stream = _with_first(first, events)
+        return EventStream(
+            stream, headers, config.write_timeout, config.stream_keep_alive, on_end, form.encode, form.end
+        )
 
     async def embed(self, http: Request) -> Response:
         """A vector for each text."""
@@ -331,16 +373,22 @@ async def _metered(chunks: AsyncIterator[Chunk], ticket: Ticket) -> AsyncIterato
             yield chunk
 
 
-async def _for_client(first: Awaitable[Chunk], rest: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
+async def _for_client(chunks: AsyncIterator[Chunk], wants_usage: bool) -> AsyncIterator[Chunk]:
     """Without the usage that was not asked for; with `usage: null` before it where it was."""
-    async with aclosing(rest) as stream:  # type: ignore[type-var]
-        chunk: Chunk | None = await first
-        while chunk is not None:
-            usage = chunk.get("usage")
+    async with aclosing(chunks) as stream:  # type: ignore[type-var]
+        async for chunk in stream:
             if wants_usage:
-                yield {**chunk, "usage": usage}
+                yield {**chunk, "usage": chunk.get("usage")}
             elif chunk["choices"]:
                 yield {key: value for key, value in chunk.items() if key != "usage"}
+
+
+async def _with_first(first: Awaitable[Chunk | None], rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """first: asked of the rest before."""
+    async with aclosing(rest) as stream:  # type: ignore[type-var]
+        chunk = await first
+        while chunk is not None:
+            yield chunk
             chunk = await anext(stream, None)
 
 

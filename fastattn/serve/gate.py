@@ -29,11 +29,12 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Labels of the metric of answers; all other paths are "other".
 ROUTES = (
     "/", "/health", "/metrics", "/openapi.json", "/ready", "/version", "/tokenize", "/detokenize",
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/sleep", "/wake_up", "/is_sleeping",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/sleep", "/wake_up",
+    "/is_sleeping",
 )  # fmt: skip
 _SCOPES = {"/metrics": "metrics", "/sleep": "admin", "/wake_up": "admin"}
 _FOR_ALL = ("/ready", "/version", "/is_sleeping")  # who has a key, whatever its scopes
-WORK = ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+WORK = ("/tokenize", "/detokenize", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what a proxy or a client may call a request
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 

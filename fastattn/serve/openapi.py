@@ -15,10 +15,12 @@ from fastattn.serve.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from fastattn.serve.responses import ResponsesRequest
 
 _BODIES = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,

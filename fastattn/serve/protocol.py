@@ -47,25 +47,25 @@ def _small(schema: dict[str, Any]) -> dict[str, Any]:
 JSONObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
 
 
 # ---- parts of requests ----
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
     prompt_cache_breakpoint: JSONObject | None = None  # see prompt_cache_options
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     name: ToolName
     arguments: Text
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """index: of a streamed call, which many clients send back as it came; its place says the same."""
 
     index: int | None = Field(None, exclude=True)
@@ -74,7 +74,7 @@ class ToolCall(_Strict):
     function: FunctionCall
 
 
-class Message(_Strict):
+class Message(Strict):
     """A turn. The fields that can only be None are what the openai client sends back of an answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -117,14 +117,14 @@ class Message(_Strict):
         return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     name: ToolName
     description: Text | None = None
     parameters: JSONObject | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -136,36 +136,39 @@ def _small_in_all(tools: list[Tool]) -> list[Tool]:
     return tools
 
 
-def _few_parts(messages: Any) -> Any:
+_PARTS = ("content", "tool_calls", "output", "summary")  # of a message, or an item of a response
+
+
+def few_parts(messages: Any) -> Any:
     """Before they are looked at one by one, which takes a second for as many as fit into a body."""
     found = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-    lists = [m[name] for m in found for name in ("content", "tool_calls") if isinstance(m.get(name), list)]
+    lists = [m[name] for m in found for name in _PARTS if isinstance(m.get(name), list)]
     if (count := sum(map(len, lists))) > MAX_PARTS:
         raise ValueError(f"there are {count} parts of contents and tool calls, allowed are {MAX_PARTS} in all")
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST), BeforeValidator(_few_parts)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_LIST), BeforeValidator(few_parts)]
 Tools = Annotated[list[Tool], Field(min_length=1, max_length=128), AfterValidator(_small_in_all)]
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     name: ToolName
 
 
-class NamedToolChoice(_Strict):
+class NamedToolChoice(Strict):
     type: Literal["function"]
     function: NamedFunction
 
 
-class JSONSchemaFormat(_Strict):
+class JSONSchemaFormat(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: Text | None = None
     schema_: JSONObject = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchemaFormat | None = None
 
@@ -176,7 +179,7 @@ class ResponseFormat(_Strict):
         return self
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's extension: exactly one of these."""
 
     json_: JSONObject | Text | None = Field(None, alias="json")
@@ -202,19 +205,19 @@ TemplateKwargs = Annotated[
 ]
 
 
-class Prediction(_Strict):
+class Prediction(Strict):
     """What the client expects to read, to be told faster; the answer is the same without."""
 
     type: Literal["content"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_LIST)]
 
 
-class PromptCacheOptions(_Strict):
+class PromptCacheOptions(Strict):
     mode: Literal["implicit", "explicit"] | None = None
     ttl: Literal["30m"] | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis; we send none
 
@@ -222,7 +225,7 @@ class StreamOptions(_Strict):
 # ---- requests ----
 
 
-class _Sampling(_Strict):
+class _Sampling(Strict):
     """What chat and text completion have in common."""
 
     model: Name
@@ -392,7 +395,7 @@ class CompletionRequest(_Sampling):
         return as_prompts(self.prompt)
 
 
-class EmbeddingRequest(_Strict):
+class EmbeddingRequest(Strict):
     model: Name
     input: (
         Text
@@ -409,7 +412,7 @@ class EmbeddingRequest(_Strict):
         return as_prompts(self.input)
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """A text, or a conversation through the chat template."""
 
     model: Name | None = None
@@ -431,7 +434,7 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     model: Name | None = None
     tokens: Annotated[list[TokenId], Field(max_length=2**20, fail_fast=True)]
 

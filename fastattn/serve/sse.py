@@ -17,7 +17,7 @@ from fastattn.serve.contract import APIError, Chunk
 logger = logging.getLogger("fastattn.serve")
 T = TypeVar("T")
 
-_END = b"data: [DONE]\n\n"
+END = b"data: [DONE]\n\n"
 _COMMENT = b": keep-alive\n\n"  # clients skip it, and proxies see that the stream lives
 
 
@@ -69,7 +69,7 @@ def event(value: Any) -> bytes:
 class EventStream(Response):
     """Chunks as events, then [DONE]; an error on the way is an event too. on_end is called once, however it ends.
 
-    write_timeout: seconds that the client may take nothing. keep_alive: seconds of silence until a comment.
+    encode, end: another form of event, and of what comes behind the last one. write_timeout: seconds that the client may take nothing. keep_alive: seconds of silence until a comment.
     """
 
     media_type = "text/event-stream"
@@ -81,11 +81,14 @@ class EventStream(Response):
         write_timeout: float,
         keep_alive: float,
         on_end: Callable[[bool], None],
+        encode: Callable[[Any], bytes] = event,
+        end: bytes = END,
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks, self._write_timeout, self._on_end = chunks, write_timeout, on_end
         self._keep_alive, self._last_write = keep_alive, 0.0
+        self._encode, self._end = encode, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         complete = False
@@ -104,19 +107,19 @@ class EventStream(Response):
         try:
             try:
                 async for chunk in self._chunks:
-                    await self._body(send, event(chunk))
+                    await self._body(send, self._encode(chunk))
             except APIError as error:
-                await self._body(send, event(error.body()))
+                await self._body(send, self._encode(error.body()))
             except _SlowClientError:
                 raise
             except Exception:
                 logger.exception("a stream ended with an error of ours")
-                await self._body(send, event(APIError(500, "internal error", "server_error").body()))
+                await self._body(send, self._encode(APIError(500, "internal error", "server_error").body()))
             finally:
                 comments.cancel()
                 await asyncio.wait({comments})
                 await self._chunks.aclose()  # type: ignore[attr-defined]
-            await self._body(send, _END, more=False)
+            await self._body(send, self._end, more=False)
         except _SlowClientError:
             logger.info("a client took nothing of its stream for %g s and is cut off", self._write_timeout)
             if abort := scope.get("fastattn.abort"):  # closing would wait for the client once more

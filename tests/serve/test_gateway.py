@@ -150,6 +150,21 @@ def test_the_openai_client_streams_a_hit(gateway: Running) -> None:
     assert outcomes == [("miss", 12), ("hit", 12)]
 
 
+def test_responses_go_the_same_way(gateway: Running) -> None:
+    """Routes, the cache and guards see the chat that a response is."""
+    body = {"model": "small", "input": "respond", "temperature": 0, "max_output_tokens": 12}
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    first, again = (gateway.post("/v1/responses", body, headers=headers) for _ in range(2))
+    assert [a.headers[CACHE] for a in (first, again)] == ["miss", "hit"] and first.headers[ROUTE] == "fixed"
+    assert first.json()["output"][0]["content"] == again.json()["output"][0]["content"]
+    assert first.json()["id"] != again.json()["id"] and first.json()["usage"] == again.json()["usage"]
+    mail = gateway.post("/v1/responses", body | {"model": "large", "input": "mail"}, headers=headers).json()
+    (part,) = mail["output"][0]["content"]
+    assert "jane" not in part["text"] and part["text"].startswith("Mail ")
+    refused = gateway.post("/v1/responses", body | {"input": "a forbidden topic"}, headers=headers)
+    assert refused.status_code == 400 and "error" in refused.json()
+
+
 def test_routes(gateway: Running) -> None:
     assert {"small", "large", "auto", "careful", "tiny-one"} == {
         m["id"] for m in gateway.get("/v1/models").json()["data"]

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from fastattn.serve.responses import ResponsesRequest
 from fastattn.serve.validation import validation_error
 
 CLIENT = openai.OpenAI(api_key="none")
@@ -22,22 +23,27 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": "hi"}]},
     ),
     "completions": (CLIENT.completions.create, CompletionRequest, {"prompt": "hi"}),
+    "responses": (CLIENT.responses.create, ResponsesRequest, {"input": "hi"}),
     "embeddings": (CLIENT.embeddings.create, EmbeddingRequest, {"input": "hi"}),
 }
 OF_THE_CLIENT = {"extra_headers", "extra_query", "extra_body", "timeout"}
 WITHOUT_EFFECT: dict[str, Any] = {
-    "best_of": 1, "metadata": {"a": "b"}, "modalities": ["text"],
+    "background": False, "best_of": 1, "metadata": {"a": "b"}, "modalities": ["text"],
     "prediction": {"type": "content", "content": [{"type": "text", "text": "a"}]}, "prompt_cache_key": "a",
     "prompt_cache_options": {"mode": "explicit", "ttl": "30m"}, "prompt_cache_retention": "24h", "safety_identifier": "a",
-    "service_tier": "auto", "store": False, "user": "a", "verbosity": "medium",
+    "service_tier": "auto", "store": False, "stream_options": {"include_obfuscation": False}, "truncation": "disabled",
+    "user": "a", "verbosity": "medium",
 }  # fmt: skip
 # What a client that means it would send; and other values of what is accepted with one.
 REFUSED: dict[str, Any] = {
     "audio": {"voice": "alloy", "format": "wav"}, "function_call": "auto", "functions": [{"name": "f"}],
-    "moderation": {"model": "m"}, "web_search_options": {}, "suffix": "a", "dimensions": 8,
+    "moderation": {"model": "m"}, "web_search_options": {}, "suffix": "a", "dimensions": 8, "access_programs": ["a"],
+    "background_options": {}, "context_management": [], "conversation": "a", "image": {}, "max_tool_calls": 1,
+    "previous_response_id": "a", "prompt": {"id": "a"},
 }  # fmt: skip
 OTHER_VALUES: dict[str, Any] = {
-    "modalities": ["text", "audio"], "service_tier": "flex", "store": True, "verbosity": "low", "best_of": 2,
+    "background": True, "modalities": ["text", "audio"], "service_tier": "flex", "store": True, "truncation": "auto",
+    "verbosity": "low", "best_of": 2,
 }  # fmt: skip
 
 

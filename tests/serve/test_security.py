@@ -34,7 +34,7 @@ KEYS = {
 ROUTES = {
     ("GET", "/"), ("GET", "/health"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/ready"), ("GET", "/version"),
     ("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping"), ("GET", "/v1/models"), ("GET", "/v1/models/{model:path}"), ("POST", "/detokenize"), ("POST", "/tokenize"),
-    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"),
 }  # fmt: skip
 
 
