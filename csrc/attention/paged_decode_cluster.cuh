@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(PagedDecodeRing<KV, HEAD_DIM>::kMaxThreads, 1)
   using Storage = DecodeClusterStorage<T, KV, HEAD_DIM>;
   using Ring = PagedDecodeRing<KV, HEAD_DIM>;
   using Mask = AttentionMask;
-  constexpr int KEYS = Ring::kKeys, STAGES = Storage::kStages;
-  constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return __trap();  // never launched, and never silent
 #else
+  constexpr int KEYS = Ring::kKeys, STAGES = Storage::kStages;
+  constexpr int GROUPS = HEAD_DIM / 4;  // of four dims, which one thread takes when results are added up
   Storage& smem = shared_storage_of_128<Storage>();
   const int32_t rank = static_cast<int32_t>(cluster_rank()), cluster_log2 = p.config.cluster_log2;
   const int num_warps = p.config.num_warps, num_threads = 32 * num_warps;

@@ -278,13 +278,13 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
   if (warp_idx < NUM_WARPS && (kStores || column < end_column)) {
     if constexpr (!EARLY) load_factors();
     const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
-      GemmSm90RowNorm norm;
+      [[maybe_unused]] GemmSm90RowNorm norm;
       if constexpr (kNormed) {
         if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
         norm = row_norm_of<Operands::kNorm>(p, total, row_first);
       }
-      float row_scale = 0.0f;
-      int32_t row_zero_point = 0;
+      [[maybe_unused]] float row_scale = 0.0f;
+      [[maybe_unused]] int32_t row_zero_point = 0;
       if constexpr (Operands::kScaled) row_scale = smem.rows.scale(sum_row);
       if constexpr (kGemmSm90HasZeroPoints<Operands>) {
         if (p.x_zero_point != nullptr) row_zero_point = smem.rows.zero_point(sum_row);
