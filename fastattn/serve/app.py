@@ -336,6 +336,7 @@ class Handlers:
             priority=key.priority + own,
             cache_control=frozenset(part.strip() for part in directives if part.strip()),
             request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
+            trace={n: http.headers[n] for n in ("traceparent", "tracestate") if n in http.headers},
         )
 
 

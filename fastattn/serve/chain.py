@@ -1,4 +1,4 @@
-"""Puts together what answers: guardrails, cache and router where they are configured, the engines behind them."""
+"""Puts together what answers: traces, guardrails, cache and router where they are configured, the engines behind them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ def build_chain(state: ServerState) -> Chain:
         guards = build_guardrails(config.guardrails, backend, decode=_decoder(state), registry=registry)
         backend = guards
         closers.insert(0, guards.close)
+    if config.otlp_traces_endpoint is not None:
+        from fastattn.serve.tracing import Tracing
+
+        traced = Tracing(backend, config.otlp_traces_endpoint)
+        backend = traced
+        closers.append(traced.close)
     return Chain(backend, tuple(closers))
 
 

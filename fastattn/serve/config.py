@@ -221,6 +221,14 @@ class ServeConfig(EngineSettings):
         Field(description="Variables of chat templates that requests may set in chat_template_kwargs."),
     ] = ["enable_thinking", "thinking", "reasoning_effort"]
 
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Field(
+            pattern=r"^https?://\S+$",
+            description="Where OpenTelemetry traces of answers go, OTLP over HTTP: http://HOST:4318/v1/traces.",
+        ),
+    ] = None
+
     # ---- how it lives ----
     shutdown_timeout: Annotated[
         float, Field(ge=0, le=86400, description="Seconds that running answers get to finish after SIGTERM.")

@@ -26,7 +26,12 @@ class Flight:
     ) -> None:
         # Its own context: the headers that the parts below set are every reader's.
         self.context = RequestContext(
-            context.request_id, context.tenant, context.priority, context.cache_control, context.request_headers
+            context.request_id,
+            context.tenant,
+            context.priority,
+            context.cache_control,
+            context.request_headers,
+            trace=context.trace,
         )
         self.chunks: list[msgspec.Raw] = []
         self.num_bytes = 0

@@ -62,7 +62,7 @@ class Upstream:
         url, seen = self._base + _PATHS[type(request)], _Progress()
         try:
             async with self._client.stream(
-                "POST", url, json=body, headers={"x-request-id": context.request_id}
+                "POST", url, json=body, headers={"x-request-id": context.request_id, **context.trace}
             ) as response:
                 if response.status_code != 200:
                     raise await self._refusal(response)
