@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import base64
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -40,6 +41,10 @@ from fastattn.serve.state import ServerState
 from fastattn.serve.validation import validation_error
 
 M = TypeVar("M", bound=BaseModel)
+_TRACE_PARENT, _TRACE_STATE = (
+    re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    re.compile(r"[ -~]{1,512}"),
+)
 _ON_THE_SPOT = 64 << 10  # bytes of a body that are read in the event loop: about a millisecond
 
 
@@ -336,8 +341,16 @@ class Handlers:
             priority=key.priority + own,
             cache_control=frozenset(part.strip() for part in directives if part.strip()),
             request_headers={n: http.headers[n] for n in self._state.rule_headers if n in http.headers},
-            trace={n: http.headers[n] for n in ("traceparent", "tracestate") if n in http.headers},
+            trace=_trace(http),
         )
+
+
+def _trace(http: Request) -> dict[str, str]:
+    """W3C's trace headers, if they are what they should be: others go into the headers of another server's requests too."""
+    parent, state = http.headers.get("traceparent", ""), http.headers.get("tracestate", "")
+    if not _TRACE_PARENT.fullmatch(parent):
+        return {}
+    return {"traceparent": parent} | ({"tracestate": state} if _TRACE_STATE.fullmatch(state) else {})
 
 
 def _query(http: Request, *names: str) -> dict[str, str]:

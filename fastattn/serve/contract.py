@@ -59,7 +59,8 @@ class RequestContext:
     headers: response headers that the parts add (x-fastattn-model, x-fastattn-route, x-fastattn-cache); sent with the
     first chunk, so they must be set before it is given out. on_refusal: a guard that blocks or redacts an answer calls
     these, so that what it kept from the client is not kept elsewhere. cacheable: the router says no when another model than
-    the chosen one had to answer. trace: W3C's trace headers, as they came and as they go on to another server. usage: of the answer so far, where its maker counts; for a guard that ends it early.
+    the chosen one had to answer. trace: W3C's trace headers, as they came and as they go on to another server. usage: of the
+    answer so far, where its maker counts; for a guard that ends it early.
     """
 
     request_id: str

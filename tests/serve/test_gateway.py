@@ -165,6 +165,20 @@ def test_responses_go_the_same_way(gateway: Running) -> None:
     assert refused.status_code == 400 and "error" in refused.json()
 
 
+def test_only_a_trace_goes_on_to_another_server(gateway: Running, upstream: Peer) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for given, state, passed in (
+        (parent, b"a=b", {"traceparent": parent, "tracestate": "a=b"}),
+        (parent, b"\xff", {"traceparent": parent}),
+        (b"\xff", b"a=b", {}),
+        (b"00-nonsense", b"", {}),
+    ):
+        headers = {"traceparent": given, "tracestate": state}
+        assert ask(gateway, f"trace {given!r} {state!r}", "large", headers=headers).status_code == 200
+        _, found, _ = upstream.requests[-1]
+        assert {name: value for name, value in found.items() if name.startswith("trace")} == passed
+
+
 def test_routes(gateway: Running) -> None:
     assert {"small", "large", "auto", "careful", "tiny-one"} == {
         m["id"] for m in gateway.get("/v1/models").json()["data"]
