@@ -80,6 +80,10 @@ class RopeConfig:
             raise ValueError(f"RopeConfig: original_max_position is {self.original_max_position!r}, allowed is above 0")
         if bad := [f for f in self.freq_factors or () if not 0 < f < 1e12]:
             raise ValueError(f"RopeConfig: freq_factors has {bad[0]!r}, allowed is above 0, below 1e12")
+        if self.freq_factors is not None and self.scaling_type != "default":
+            raise ValueError(
+                f"RopeConfig: scaling_type is {self.scaling_type!r}, allowed with freq_factors is 'default'"
+            )
         if self.scaling_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"RopeConfig: low_freq_factor is {self.low_freq_factor}, allowed is below high_freq_factor = {self.high_freq_factor}"
@@ -361,7 +365,7 @@ def config_from_gguf(
     of_attention = get("rope.scaling.yarn_attn_factor", get("rope.scaling.attn_factor", 1.0))
     rope = RopeConfig(
         theta=float(get("rope.freq_base", 1e6 if arch == "gemma3" else 10_000.0)),
-        scaling_type="default" if scaling == "none" else scaling,
+        scaling_type="default" if scaling == "none" or factor == 1 else scaling,
         factor=factor,
         original_max_position=get(
             "rope.scaling.original_context_length",

@@ -94,6 +94,7 @@ class _Form:
     stream: Callable[[AsyncIterator[Chunk]], AsyncIterator[Chunk]]
     encode: Callable[[Any], bytes] = event
     end: bytes = END
+    on_begin: Callable[[], None] = lambda: None  # the headers of a stream are sent
 
 
 class Handlers:
@@ -142,11 +143,13 @@ class Handlers:
         asked, num_bytes = await _read(http, ResponsesRequest)
         request = asked.as_chat() if num_bytes <= _ON_THE_SPOT else await asyncio.to_thread(asked.as_chat)
         context = self._context(http, asked.priority)
+        begun = asyncio.Event()
         form = _Form(
             lambda chunks: last_response(response_events(asked, chunks, context.request_id)),
-            lambda chunks: response_events(asked, chunks, context.request_id),
+            lambda chunks: response_events(asked, chunks, context.request_id, begun.is_set),
             named_event,
             b"",
+            begun.set,
         )
         return await self._run(http, ticket, request, num_bytes, context, form)
 
@@ -186,6 +189,7 @@ class Handlers:
         except BaseException:
             ticket.settle(0)
             raise
+        form.on_begin()
         headers = {**ticket.headers, **context.headers}
 
         def on_end(complete: bool) -> None:

@@ -312,7 +312,7 @@ class ChatCompletionRequest(_Sampling):
     chat_template_kwargs: TemplateKwargs | None = None
     # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     verbosity: Literal["medium"] | None = None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from typing_extensions import Self
 
+from fastattn.serve.contract import APIError
 from fastattn.serve.protocol import (
     MAX_LIST,
     MAX_LOGPROBS,
@@ -28,10 +29,12 @@ from fastattn.serve.validation import validation_error
 LOGPROBS = "message.output_text.logprobs"
 _INT32 = 2**31 - 1
 
-_BEFORE_WORDS = {"role", "reasoning_content"}  # of a turn's parts; calls come last
-
 Id = Annotated[str, Field(max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
+
+
+# The first wrong one says enough, as of token ids; log-probabilities of an answer are as many as its tokens.
+_Objects = Annotated[list[JSONObject], Field(max_length=2**17, fail_fast=True)]
 
 
 class TextPart(Strict):
@@ -39,8 +42,9 @@ class TextPart(Strict):
 
     type: Literal["input_text", "output_text"]
     text: Text
-    annotations: list[JSONObject] | None = None
-    logprobs: list[JSONObject] | None = None
+    annotations: _Objects | None = None
+    logprobs: _Objects | None = None
+    prompt_cache_breakpoint: JSONObject | None = None
 
 
 class RefusalPart(Strict):
@@ -112,6 +116,7 @@ class FunctionTool(Strict):
     description: Text | None = None
     parameters: JSONObject | None = None
     strict: bool | None = None
+    defer_loading: Literal[False] | None = None
 
 
 class ChosenFunction(Strict):
@@ -143,7 +148,7 @@ class ReasoningOptions(Strict):
     summary: Literal["auto"] | None = None
     generate_summary: Literal["auto"] | None = None
     context: Literal["auto"] | None = None
-    mode: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class StreamOptions(Strict):
@@ -152,7 +157,11 @@ class StreamOptions(Strict):
 
 class ResponsesRequest(Strict):
     model: Name
-    input: Text | Items
+    # Tags in capitals are no part of a field's name in errors.
+    input: Annotated[
+        Annotated[Text, Tag("Text")] | Annotated[Items, Tag("Items")],
+        Discriminator(lambda value: "Text" if isinstance(value, str) else "Items"),
+    ]
     instructions: Text | None = None
     include: (
         Annotated[list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]], Field(max_length=8)]
@@ -228,7 +237,7 @@ class ResponsesRequest(Strict):
             chat["response_format"] = {"type": kind, **({"json_schema": given} if given else {})}
         if self.tools:
             chat["tools"] = [
-                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+                {"type": "function", "function": tool.model_dump(exclude={"type", "defer_loading"}, exclude_none=True)}
                 for tool in self.tools
             ]
         if isinstance(self.tool_choice, ChosenFunction):
@@ -240,7 +249,10 @@ class ResponsesRequest(Strict):
         try:
             return ChatCompletionRequest.model_validate(chat)
         except ValidationError as error:
-            raise validation_error(error) from None
+            found = validation_error(error)
+            if (found.param or "").startswith("messages"):
+                found = APIError(400, f"input: {found.message.partition(': ')[2]}", param="input", code=found.code)
+            raise found from None
 
     def _messages(self) -> list[dict[str, Any]]:
         """A turn of the assistant's is one message: what it thought, what it said, and what it called."""
@@ -255,17 +267,12 @@ class ResponsesRequest(Strict):
                 turn = {}
                 messages.append(_message(item))
                 continue
-            added = _of_turn(item)
-            follows = isinstance(item, CallItem) or not turn.keys() - (
-                {"role"} if isinstance(item, ReasoningItem) else _BEFORE_WORDS
-            )
-            if not turn or not follows:
+            # What comes between calls and what they gave belongs to the calls' turn; else words end one, and thoughts begin one.
+            if not turn or ("content" in turn and "tool_calls" not in turn and not isinstance(item, CallItem)):
                 turn = {"role": "assistant"}
                 messages.append(turn)
-            if isinstance(item, CallItem):
-                turn.setdefault("tool_calls", []).extend(added["tool_calls"])
-            else:
-                turn.update(added)
+            for name, value in _of_turn(item).items():
+                turn[name] = turn[name] + value if name in turn else value
         for message in messages:
             if message["role"] == "assistant" and not message.keys() & {"content", "tool_calls", "refusal"}:
                 message["content"] = ""

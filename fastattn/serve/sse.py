@@ -138,8 +138,12 @@ class EventStream(Response):
     async def _body(self, send: Send, data: bytes, more: bool = True) -> None:
         # Waits while the connection's buffer is full.
         message = {"type": "http.response.body", "body": data, "more_body": more}
-        try:
-            await asyncio.wait_for(send(message), self._write_timeout)
-        except asyncio.TimeoutError:
-            raise _SlowClientError from None
+        task = asyncio.ensure_future(send(message))
+        try:  # wait_for of Python below 3.12 swallows a cancellation that comes when the message has just been sent
+            await asyncio.wait({task}, timeout=self._write_timeout)
+        finally:
+            sent = not task.cancel()
+        if not sent:
+            raise _SlowClientError
+        task.result()
         self._last_write = asyncio.get_running_loop().time()

@@ -121,16 +121,22 @@ class _Answer:
         self._ends: dict[int, str] = {}
 
     def add(self, chunk: Chunk) -> None:
-        if "gen_ai.response.model" not in self._found:
-            self._found |= {"gen_ai.response.model": chunk["model"], "gen_ai.response.id": chunk["id"]}
+        """Other servers' chunks may lack anything that is not looked at elsewhere."""
+        for key, name in (("gen_ai.response.model", "model"), ("gen_ai.response.id", "id")):
+            if key not in self._found and isinstance(value := chunk.get(name), str):
+                self._found[key] = value
         for choice in chunk["choices"]:
             if "gen_ai.latency.time_to_first_token" not in self._found and _says_something(choice):
                 self._found["gen_ai.latency.time_to_first_token"] = time.monotonic() - self._start
-            if choice.get("finish_reason"):
-                self._ends[choice.get("index", 0)] = choice["finish_reason"]
-        if usage := chunk.get("usage"):
-            self._found["gen_ai.usage.input_tokens"] = usage["prompt_tokens"]
-            self._found["gen_ai.usage.output_tokens"] = usage["completion_tokens"]
+            if isinstance(end := choice.get("finish_reason"), str):
+                self._ends[choice.get("index") or 0] = end
+        usage = chunk.get("usage") or {}
+        for key, name in (
+            ("gen_ai.usage.input_tokens", "prompt_tokens"),
+            ("gen_ai.usage.output_tokens", "completion_tokens"),
+        ):
+            if isinstance(count := usage.get(name), int):
+                self._found[key] = count
 
     def attributes(self) -> dict[str, Any]:
         ends = {"gen_ai.response.finish_reasons": [self._ends[i] for i in sorted(self._ends)]} if self._ends else {}

@@ -104,6 +104,14 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> 
     assert rope.attention_factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
+def test_divisors_of_a_gguf_file_and_another_scaling_exclude_one_another() -> None:
+    metadata = GGUF | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(ValueError, match="scaling_type is 'yarn', allowed with freq_factors is 'default'"):
+        config_from_gguf(metadata, 128, has_lm_head=False, freq_factors=(2.0,) * 8)
+    metadata["llama.rope.scaling.factor"] = 1.0  # which is none
+    assert config_from_gguf(metadata, 128, has_lm_head=False, freq_factors=(2.0,) * 8).rope.scaling_type == "default"
+
+
 def test_yarn_stretches_the_longest_context() -> None:
     """Qwen's way to write it: max_position_embeddings is what the model was trained with."""
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}

@@ -18,6 +18,7 @@ from fastattn.serve.contract import APIError
 from fastattn.serve.messages import TokenizerParts
 from fastattn.serve.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest
 from fastattn.serve.renderer import Renderer, _as_template_sees
+from fastattn.serve.responses import ResponsesRequest
 from fastattn.serve.sse import EventStream
 from fastattn.serve.tools import forced_schema
 from tests.serve.fakes import until, wait
@@ -91,6 +92,25 @@ def test_leaving_several_requests_at_once(server: Running) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
     wait_for(lambda: server.metric("fastattn:num_requests_running") == 0, "an idle engine", 30)
     assert not any("error of ours" in line or "Traceback" in line for line in server.log[seen:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        (ChatCompletionRequest, '{"model":"m","messages":[{"role":"user","content":"a"}],"modalities":[', "]}"),
+        (ResponsesRequest, '{"model":"m","input":[', "]}"),
+        (
+            ResponsesRequest,
+            '{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"a","logprobs":[',
+            "]}]}]}",
+        ),
+    ],
+)
+def test_long_lists_of_what_is_wrong(kind: Any, before: str, after: str) -> None:
+    start = time.process_time()
+    with pytest.raises(APIError):
+        _parse(f"{before}{'1,' * 300_000}1{after}".encode(), kind)
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, DetokenizeRequest])
@@ -206,3 +226,30 @@ def test_a_client_that_does_not_read_is_cut_off_at_once(caplog: pytest.LogCaptur
 def test_what_is_not_offered_is_said(server: Running) -> None:
     response = server.post("/v1/completions", {"model": "tiny", "prompt": "a", "suffix": "b"})
     assert response.status_code == 400 and "not supported" in json.loads(response.text)["error"]["message"]
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_a_client_that_leaves_is_noticed_between_any_two_chunks(num_turns: int) -> None:
+    """Chunks that come without a pause, and a cancellation that comes when one has just been sent: once lost, and all were made."""
+    sent: list[bytes] = []
+    sixth = asyncio.Event()
+
+    async def chunks() -> Any:
+        for _ in range(400):
+            yield {"choices": []}
+            await asyncio.sleep(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 6:
+            sixth.set()
+
+    async def receive() -> Any:
+        await sixth.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    ended: list[bool] = []
+    asyncio.run(EventStream(chunks(), {}, 60, 60, ended.append)({"type": "http"}, receive, send))
+    assert ended == [False] and len(sent) < 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,6 +32,13 @@ ADD = {
 
 def respond(client: openai.OpenAI, **options: Any) -> Any:
     return client.responses.create(**{"model": MODEL, "input": "hello", "max_output_tokens": 12, "temperature": 0} | options)  # fmt: skip
+
+
+def call_item(number: int) -> dict[str, Any]:
+    return {"type": "function_call", "call_id": f"c{number}", "name": "add", "arguments": "{}"}
+
+
+ANNOTATED = {"type": "output_text", "text": "a", "annotations": [1] * 100_000}
 
 
 def said(client: openai.OpenAI, messages: Any) -> str:
@@ -122,6 +130,9 @@ def test_a_schema_and_logprobs(client: openai.OpenAI) -> None:
         ({"store": True}, "store: Input should be False"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\]"),
         ({"tool_choice": {"type": "function", "name": "add"}}, "tool_choice names 'add', which is not among the tools"),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user"}]}, r"input\[1\]"),
+        ({"input": [call_item(n) for n in range(200)]}, "input: .*at most 128 items"),
+        ({"input": [{"role": "assistant", "content": [ANNOTATED]}]}, r"input\[0\].message.content"),
         ({"top_logprobs": 1}, "top_logprobs is allowed only with include"),
         ({"max_output_tokens": 10**9}, "the model takes 512 tokens in all"),
     ],
@@ -139,10 +150,6 @@ def test_a_stream_on_the_wire(server: Running) -> None:
 
 
 # ---- conversations ----
-
-
-def call(number: int) -> dict[str, Any]:
-    return {"type": "function_call", "call_id": f"c{number}", "name": "add", "arguments": "{}"}
 
 
 def called(*numbers: int) -> list[dict[str, Any]]:
@@ -163,13 +170,13 @@ THOUGHT = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": 
         ),
         # What it thought, said and called is one turn.
         (
-            [THOUGHT, {"role": "assistant", "content": "I add"}, call(1), call(2), OUTPUT],
+            [THOUGHT, {"role": "assistant", "content": "I add"}, call_item(1), call_item(2), OUTPUT],
             [
                 {"role": "assistant", "reasoning_content": "hm", "content": "I add", "tool_calls": called(1, 2)},
                 {"role": "tool", "tool_call_id": "c1", "content": "3"},
             ],
         ),
-        ([call(1), OUTPUT, call(2)], [
+        ([call_item(1), OUTPUT, call_item(2)], [
             {"role": "assistant", "tool_calls": called(1)},
             {"role": "tool", "tool_call_id": "c1", "content": "3"},
             {"role": "assistant", "tool_calls": called(2)},
@@ -177,9 +184,14 @@ THOUGHT = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": 
         ([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}], [
             {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"},
         ]),
-        ([{"role": "assistant", "content": "a"}, THOUGHT, call(1)], [
+        ([{"role": "assistant", "content": "a"}, THOUGHT, call_item(1)], [
             {"role": "assistant", "content": "a"},
             {"role": "assistant", "reasoning_content": "hm", "tool_calls": called(1)},
+        ]),
+        # What is said and thought before the calls have their answers is of the same turn.
+        ([call_item(1), {"role": "assistant", "content": "wait"}, THOUGHT, call_item(2), OUTPUT], [
+            {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": called(1, 2)},
+            {"role": "tool", "tool_call_id": "c1", "content": "3"},
         ]),
         ([THOUGHT], [{"role": "assistant", "reasoning_content": "hm", "content": ""}]),
         ([{"type": "reasoning", "summary": []}, {"role": "user", "content": "a"}], [
@@ -214,21 +226,40 @@ def test_options_are_those_of_a_chat() -> None:
 # ---- events ----
 
 
-def answered(deltas: list[Any], finish: str | None = "stop", error: APIError | None = None, **asked: Any) -> list[dict[str, Any]]:  # fmt: skip
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def answered(
+    deltas: list[Any],
+    finish: str | None = "stop",
+    error: Exception | None = None,
+    *,
+    has_begun: bool = False,
+    chunkless: bool = False,
+    usage: Any = USAGE,
+    logprobs: bool = False,
+    **asked: Any,
+) -> list[dict[str, Any]]:
     """Events of an answer in these deltas; each is what the client's own types take."""
     request = ResponsesRequest.model_validate({"model": "m", "input": "a", "stream": True} | asked)
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "served"}
 
     async def chunks() -> AsyncIterator[Chunk]:
-        for delta in deltas:
-            yield {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]}
+        for number, delta in enumerate(deltas):
+            row = {"token": str(number), "logprob": -1.0, "bytes": None, "top_logprobs": []}
+            rows = {"content": [row], "refusal": None} if logprobs else None
+            choice = {"index": 0, "delta": delta, "logprobs": rows, "finish_reason": None}
+            yield {**head, "choices": [choice, {**choice, "index": 1}]}  # another choice is not this answer's
         if error is not None:
             raise error
+        if chunkless:
+            return
         yield {**head, "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish}]}
-        yield {**head, "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
+        yield {**head, "choices": [], "usage": usage}
 
     async def collect() -> list[dict[str, Any]]:
-        return [event async for event in response_events(request, chunks(), "r")]
+        events = response_events(request, chunks(), "r", lambda: has_begun)
+        return [json.loads(named_event(event).partition(b"data: ")[2]) async for event in events]
 
     events: list[dict[str, Any]] = wait(collect())
     for event in events:
@@ -262,6 +293,7 @@ def test_thoughts_words_and_calls_are_items_in_their_order() -> None:
         "output_item.added", "reasoning_text.delta", "reasoning_text.delta", "reasoning_text.done", "output_item.done",
         "output_item.added", "content_part.added", "output_text.delta", "output_text.delta", "output_text.done",
         "content_part.done", "output_item.done",
+        # Calls begin with their arguments, and not before those that were named before them.
         "output_item.added", "output_item.added", "function_call_arguments.delta", "function_call_arguments.delta",
         "function_call_arguments.delta",
         "function_call_arguments.done", "output_item.done", "function_call_arguments.done", "output_item.done",
@@ -300,9 +332,48 @@ def test_an_error_on_the_way() -> None:
         answered([{"content": "I "}], error=error, stream=False)
     with pytest.raises(APIError, match="the engine died"):
         answered([], error=error)
-    assert named_event(error.body()).startswith(
-        b'event: error\ndata: {"type":"error","code":"server_error","message":"the'
-    )
+    late = answered([], error=error, has_begun=True)  # the headers went out with a comment
+    assert kinds(late) == ["created", "in_progress", "failed"]
+    assert late[-1]["response"]["error"]["message"] == "the engine died"
+    fault = answered([{"content": "I "}], error=RuntimeError("a secret"))
+    assert kinds(fault)[-1] == "failed" and "secret" not in str(fault)
+    assert fault[-1]["response"]["error"]["code"] == "server_error"
+    with pytest.raises(APIError, match="before its first chunk"):
+        answered([], chunkless=True)
+    assert named_event(error.body()).startswith(b'event: error\ndata: {"type":"error","sequence_number":0,"code":null')
+
+
+def test_calls_of_other_servers() -> None:
+    """Ids that come late or never, names in pieces, no arguments; thoughts under two names; usage in part."""
+    calls: list[Any] = [
+        {"tool_calls": [{"index": 0, "id": None, "function": {"name": "get_"}}]},
+        {"tool_calls": [{"index": 0, "id": "late", "function": {"name": "weather"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {"tool_calls": [{"index": 1, "function": {"name": "now"}}]},
+        {"tool_calls": [{"index": 2, "id": "", "function": {"name": "x", "arguments": "1"}}]},
+    ]
+    deltas = [{"reasoning": "hm", "reasoning_content": "hm"}, *calls]
+    events = answered(deltas, finish="tool_calls", usage={"prompt_tokens": 4, "prompt_tokens_details": [1]})
+    response = Response.model_validate(events[-1]["response"])
+    thought, *found = response.output
+    assert thought.content[0].text == "hm"  # type: ignore[union-attr, index]
+    assert [(c.call_id, c.name, c.arguments) for c in found] == [  # type: ignore[union-attr]
+        ("late", "get_weather", "{}"), ("call_r_1", "now", ""), ("call_r_2", "x", "1"),
+    ]  # fmt: skip
+    assert response.usage is not None and (response.usage.input_tokens, response.usage.total_tokens) == (4, 4)
+    added = [e["item"] for e in events if e["type"] == "response.output_item.added"]
+    assert [(a["id"], a.get("call_id")) for a in added] == [
+        (o.id, getattr(o, "call_id", None)) for o in response.output
+    ]
+
+
+def test_logprobs_are_those_of_the_text() -> None:
+    deltas = [{"reasoning": "hm"}, {"content": "a"}, {}, {"content": "b"}, {}]
+    events = answered(deltas, logprobs=True, include=[LOGPROBS])
+    (_, said) = events[-1]["response"]["output"]
+    assert [row["token"] for row in said["content"][0]["logprobs"]] == ["1", "2", "3", "4"]
+    sent = [[row["token"] for row in e["logprobs"]] for e in events if e["type"] == "response.output_text.delta"]
+    assert sent == [["1"], ["2", "3"]]
 
 
 def test_whoever_leaves_ends_the_work() -> None:

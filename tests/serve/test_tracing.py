@@ -79,6 +79,27 @@ def test_a_span_says_what_was_asked_and_answered_and_no_word_of_it() -> None:
     assert span.resource.attributes["service.name"] == "fastattn"
 
 
+def test_what_another_server_leaves_out_is_left_out() -> None:
+    """A span never ends an answer."""
+
+    def bare(request: Any, _: Any) -> list[Any]:
+        found = chunks(request, ["hi"])
+        for chunk in found:
+            del chunk["id"], chunk["model"]
+        found[-1]["usage"] = {"total_tokens": 5}
+        found[0]["id"] = found[0]["model"] = None
+        return found
+
+    collected = Collected(Scripted(bare))
+
+    async def all_of() -> int:
+        return len([chunk async for chunk in collected.tracing.stream(chat(), context())])
+
+    assert wait(all_of()) == 4
+    found = attributes(collected.span())
+    assert found["gen_ai.response.finish_reasons"] == ("stop",) and "gen_ai.usage.input_tokens" not in found
+
+
 def test_a_text_of_several_completions() -> None:
     asked = completion("hi", n=2)
     collected = Collected(Scripted(lambda request, _: [*chunks(request, "a", usage=False), *chunks(request, "b", index=1, finish="length")]))  # fmt: skip
