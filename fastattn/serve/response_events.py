@@ -148,7 +148,7 @@ class _Answer:
         self._open, self._calls = None, {}
 
     def end(self) -> Iterator[Event]:
-        if not self._output:  # a message that says nothing
+        if not self._output and not self._calls:  # a message that says nothing
             yield from self._begin_part("content")
         reason = _ENDS.get(self._end or "")
         yield from self.close("completed" if reason is None else "incomplete")

@@ -361,6 +361,8 @@ def test_calls_of_other_servers() -> None:
         ("late", "get_weather", "{}"), ("call_r_1", "now", ""), ("call_r_2", "x", "1"),
     ]  # fmt: skip
     assert response.usage is not None and (response.usage.input_tokens, response.usage.total_tokens) == (4, 4)
+    lone = answered([{"tool_calls": [{"index": 0, "id": "a", "function": {"name": "now", "arguments": ""}}]}])
+    assert [(item["type"], item["call_id"]) for item in lone[-1]["response"]["output"]] == [("function_call", "a")]
     added = [e["item"] for e in events if e["type"] == "response.output_item.added"]
     assert [(a["id"], a.get("call_id")) for a in added] == [
         (o.id, getattr(o, "call_id", None)) for o in response.output
