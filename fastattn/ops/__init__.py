@@ -7,15 +7,8 @@ from fastattn.ops.attention_backward import batch_attention_backward, varlen_att
 from fastattn.ops.attention_merge import merge_attention_states
 from fastattn.ops.blocks import copy_blocks, swap_blocks
 from fastattn.ops.cascade import CascadeLevel, cascade_attention, shared_prefix_levels
-from fastattn.ops.decode_layers import (
-    DecoderFp4Weights,
-    DecoderHead,
-    DecoderWeights,
-    Fp4Tiles,
-    decode_layers,
-    decode_layers_max_tokens,
-    decode_layers_workspace,
-)
+from fastattn.ops.decode_layers import decode_layers, decode_layers_max_tokens, decode_layers_workspace
+from fastattn.ops.decoder_weights import DecoderFp4Weights, DecoderHead, DecoderWeights, Fp4Tiles
 from fastattn.ops.eight_bits import (
     fp8_linear,
     int8_linear,

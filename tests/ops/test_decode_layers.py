@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastattn import ops
-from fastattn.ops.decode_layers import check_kernel_sizes
+from fastattn.ops._decode_layers_checks import check_kernel_sizes
 from tests.harness.decode_layers import DecodeCall, make_call
 
 CPU = torch.device("cpu")

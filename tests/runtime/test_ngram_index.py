@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn._runtime import NgramIndex
+from tests.harness.growth import assert_grows_less
 
 
 def brute_force(tokens: list[int], min_n: int, max_n: int, max_tokens: int) -> list[int]:
@@ -65,13 +65,7 @@ def test_extend_is_linear() -> None:
         NgramIndex(1, 4).extend(tokens)
         return time.thread_time() - start
 
-    few = many = math.inf
-    for _ in range(6):  # in turns, so that a crowded machine slows both
-        few = min(few, *(seconds(20_000) for _ in range(5)))
-        many = min(many, seconds(200_000))
-        if many < 30 * few:
-            break
-    assert many < 30 * few
+    assert_grows_less(seconds, 20_000, 200_000, 30)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import Counter, OrderedDict
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fastattn._runtime import BlockPool, PrefixTree, TokenSequence
+from tests.harness.growth import assert_grows_less
 
 BLOCK_SIZE = 2
 SIZE = 3  # of the blocks of the model
@@ -407,13 +407,7 @@ def test_eviction_is_fast_with_many_different_prompts() -> None:
         assert tree.evict(count) == count
         return time.thread_time() - start
 
-    few = many = math.inf
-    for _ in range(6):  # in turns, so that a crowded machine slows both
-        few = min(few, *(seconds(2_000) for _ in range(5)))
-        many = min(many, seconds(40_000))
-        if many < 100 * few:
-            break
-    assert many < 100 * few
+    assert_grows_less(seconds, 2_000, 40_000, 100)
 
 
 @pytest.mark.parametrize(
