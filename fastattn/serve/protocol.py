@@ -225,15 +225,39 @@ class StreamOptions(Strict):
 # ---- requests ----
 
 
-class _Sampling(Strict):
-    """What chat and text completion have in common."""
+class Drawing(Strict):
+    """Who answers, and how its tokens are drawn; the last five are vLLM's extensions."""
 
     model: Name
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None  # a label of the client's; nothing depends on it
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=_INT32)] | None = None
+
+
+class Labels(Strict):
+    """What changes no answer: labels and hints of the client's, or the one value that says what we do."""
+
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+
+
+class _Sampling(Drawing):
+    """What chat and text completion have in common."""
+
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=4096)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(max_length=16)]
@@ -241,19 +265,12 @@ class _Sampling(Strict):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None  # a label of the client's; nothing depends on it
     # vLLM's extensions
-    top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT32)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=_INT32)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JSONObject | Text | None = None
     guided_regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
@@ -297,7 +314,7 @@ class _Sampling(Strict):
         return self.structured_outputs
 
 
-class ChatCompletionRequest(_Sampling):
+class ChatCompletionRequest(_Sampling, Labels):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
@@ -310,17 +327,10 @@ class ChatCompletionRequest(_Sampling):
     # For the chat template, if it knows them; the second is vLLM's, with names that the operator allows.
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: TemplateKwargs | None = None
-    # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    # As labels, these change no answer.
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     verbosity: Literal["medium"] | None = None
     prediction: Prediction | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
-    prompt_cache_options: PromptCacheOptions | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
     # OpenAI's, and not ours: an answer without them would be another than was asked for.
     audio: None = None
     function_call: None = None  # tools and tool_choice have replaced these two

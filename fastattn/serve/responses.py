@@ -15,9 +15,9 @@ from fastattn.serve.protocol import (
     MAX_LIST,
     MAX_LOGPROBS,
     ChatCompletionRequest,
+    Drawing,
     JSONObject,
-    Name,
-    PromptCacheOptions,
+    Labels,
     Strict,
     TemplateKwargs,
     Text,
@@ -155,8 +155,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # padding against traffic analysis; we send none
 
 
-class ResponsesRequest(Strict):
-    model: Name
+class ResponsesRequest(Drawing, Labels):
     # Tags in capitals are no part of a field's name in errors.
     input: Annotated[
         Annotated[Text, Tag("Text")] | Annotated[Items, Tag("Items")],
@@ -171,31 +170,15 @@ class ResponsesRequest(Strict):
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    # vLLM's extensions, as chat completions have them
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=_INT32)] | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    # What follows changes no answer: labels and hints of the client's, or the one value that says what we do.
+    chat_template_kwargs: TemplateKwargs | None = None  # vLLM's extension
+    # As labels, these change no answer.
     background: Literal[False] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
-    prompt_cache_options: PromptCacheOptions | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
     stream_options: StreamOptions | None = None
     truncation: Literal["disabled"] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
     # OpenAI's, and not ours: they want what is kept between requests, or tools of the server's own.
     access_programs: None = None
     background_options: None = None
@@ -219,10 +202,7 @@ class ResponsesRequest(Strict):
 
     def as_chat(self) -> ChatCompletionRequest:
         """The same as a chat. Raises APIError for what is wrong in one, such as a tool_choice that is no tool."""
-        names = (
-            "model", "parallel_tool_calls", "temperature", "top_p", "top_logprobs", "seed", "top_k", "min_p",
-            "repetition_penalty", "priority", "chat_template_kwargs", "stream",
-        )  # fmt: skip
+        names = (*Drawing.model_fields, "parallel_tool_calls", "top_logprobs", "chat_template_kwargs", "stream")
         chat: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         chat["messages"] = self._messages()
         if self.max_output_tokens is not None:
