@@ -2,6 +2,7 @@
 #include "arch/dispatch.h"
 #include "arch/grid_dependency.cuh"
 #include "arch/launch.cuh"
+#include "arch/reduce.cuh"
 #include "arch/vec.cuh"
 #include "elementwise/add_rows.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kAddThreads = 256;
 constexpr int64_t kPartSize = 8 * kAddThreads;  // of a row
-constexpr int64_t kSumSize = 64;                // columns whose squares are added up: gemm/gemm_sm90.h
+constexpr int64_t kSumSize = 32;                // columns whose squares are added up: gemm/gemm_sm90.h
 
 template <typename T>
 __global__ void __launch_bounds__(kAddThreads)
@@ -24,20 +25,18 @@ __global__ void __launch_bounds__(kAddThreads)
   T* const out = static_cast<T*>(p.out) + row * p.row_size;
   const T* const added = static_cast<const T*>(p.rows) + p.of_rows.offset(row);
   float* const squares = p.squares == nullptr ? nullptr : p.squares + row * ((p.row_size + kSumSize - 1) / kSumSize);
-  float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPartSize / kAddThreads; ++i) {
-    const int64_t column = first + i * 32 + lane;
+    const int64_t column = first + i * kSumSize + lane;
+    float square = 0.0f;
     if (column < p.row_size) {
       const T value = round_to<T>(to_float(out[column]) + to_float(added[column]));
       out[column] = value;
-      sum += to_float(value) * to_float(value);
+      square = to_float(value) * to_float(value);
     }
-    if (squares == nullptr || i % 2 == 0) continue;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (lane == 0 && first + (i - 1) * 32 < p.row_size) squares[first / kSumSize + i / 2] = sum;
-    sum = 0.0f;
+    if (squares == nullptr) continue;
+    const float sum = warp_reduce(square, [](float a, float b) { return a + b; });
+    if (lane == 0 && column < p.row_size) squares[first / kSumSize + i] = sum;
   }
 }
 

@@ -14,7 +14,7 @@ struct AddRowsParams {
   void* out = nullptr;         // (M, N), contiguous
   const void* rows = nullptr;  // (M, N)
   Rows of_rows;                // where its rows begin
-  float* squares = nullptr;    // (M, N / 64 rounded up) or nullptr: sums over 64 columns of a row
+  float* squares = nullptr;    // (M, N / 32 rounded up) or nullptr: sums over 32 columns of a row
   int64_t num_rows = 0;        // M
   int64_t row_size = 0;        // N
   DType dtype = DType::kBFloat16;

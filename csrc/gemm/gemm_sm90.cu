@@ -1,5 +1,6 @@
 // Dispatch tables of the Hopper GEMMs.
 #include "arch/dispatch.h"
+#include "gemm/gemm_row_norms_sm90.h"
 #include "gemm/gemm_sm90.h"
 #include "gemm/gemm_sm90_launch.h"
 
@@ -20,16 +21,12 @@ constexpr Instantiation kFewRows = {{BLOCK_M, BLOCK_N, CTAS_PER_SM},
 
 // Which exist: add a line here, in gemm_sm90_config.h, and its instantiation in gemm_*sm90_*_rows.cu.
 template <typename Operands>
-constexpr Instantiation kNormManyRows[] = {
-    kManyRows<Operands, 64, 224>,  kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
-    kManyRows<Operands, 128, 192>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
-    kManyRows<Operands, 192, 128>, kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
-template <typename Operands>
 constexpr Instantiation kAllManyRows[] = {
-    kManyRows<Operands, 64, 96>,         kManyRows<Operands, 64, 128>,  kManyRows<Operands, 64, 192>,
-    kManyRows<Operands, 64, 224>,        kManyRows<Operands, 128, 96>,  kManyRows<Operands, 128, 128>,
-    kManyRows<Operands, 128, 192, true>, kManyRows<Operands, 128, 224>, kManyRows<Operands, 128, 256>,
-    kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>, kManyRows<Operands, 192, 224>};
+    kManyRows<Operands, 64, 96>,   kManyRows<Operands, 64, 128>,        kManyRows<Operands, 64, 192>,
+    kManyRows<Operands, 64, 224>,  kManyRows<Operands, 128, 96>,        kManyRows<Operands, 128, 128>,
+    kManyRows<Operands, 128, 160>, kManyRows<Operands, 128, 192, true>, kManyRows<Operands, 128, 224>,
+    kManyRows<Operands, 128, 256>, kManyRows<Operands, 192, 128>,       kManyRows<Operands, 192, 192>,
+    kManyRows<Operands, 192, 224>};
 template <typename Operands>
 constexpr Instantiation kWideManyRows[] = {kManyRows<Operands, 128, 128, true>, kManyRows<Operands, 128, 192, true>,
                                            kManyRows<Operands, 128, 224>,       kManyRows<Operands, 128, 256>,
@@ -116,13 +113,21 @@ cudaError_t launch(const GemmSm90Params& params, cudaStream_t stream) {
     return launch_of(kGatedManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (ManyRowsOperands::kTwoLevels) {
     return launch_of(kTwoLevelsManyRows<ManyRowsOperands>, params, stream);
-  } else if constexpr (ManyRowsOperands::kNorm != GemmSm90Norm::kNone) {
-    return launch_of(kNormManyRows<ManyRowsOperands>, params, stream);
   } else if constexpr (std::is_same_v<typename ManyRowsOperands::Element, __nv_fp8_e4m3>) {
     return launch_of(kWideManyRows<ManyRowsOperands>, params, stream);
   } else {
     return launch_of(kAllManyRows<ManyRowsOperands>, params, stream);
   }
+}
+
+// Behind the kernel that gives its rows' norms, if it is to have them.
+template <typename Operands, typename Epilogue = GemmSm90Plain>
+cudaError_t launch_normed(const GemmSm90Params& params, cudaStream_t stream) {
+  if (params.config.num_row_norms > 0) {
+    const cudaError_t error = gemm_row_norms_sm90(params, Operands::kNorm, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch<Operands, Operands, Epilogue>(params, stream);
 }
 
 }  // namespace
@@ -133,9 +138,7 @@ cudaError_t gemm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
 
 cudaError_t gemm_rms_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    using Operands = GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>;
-    using Given = GemmSm90Normed<decltype(type), GemmSm90Norm::kRmsGiven>;
-    return params.x_squares == nullptr ? launch<Operands>(params, stream) : launch<Operands, Given>(params, stream);
+    return launch_normed<GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>>(params, stream);
   });
 }
 
@@ -148,10 +151,7 @@ cudaError_t gemm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
 
 cudaError_t gemm_rms_norm_gated_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    using Operands = GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>;
-    using Given = GemmSm90Normed<decltype(type), GemmSm90Norm::kRmsGiven>;
-    return params.x_squares == nullptr ? launch<Operands, Operands, GemmSm90Gated>(params, stream)
-                                       : launch<Operands, Given, GemmSm90Gated>(params, stream);
+    return launch_normed<GemmSm90Normed<decltype(type), GemmSm90Norm::kRms>, GemmSm90Gated>(params, stream);
   });
 }
 
@@ -162,7 +162,7 @@ cudaError_t gemm_added_sm90(const GemmSm90AddedParams& params, cudaStream_t stre
 
 cudaError_t gemm_layer_norm_sm90(const GemmSm90Params& params, cudaStream_t stream) {
   return dispatch_half(params.dtype, [&](auto type) {
-    return launch<GemmSm90Normed<decltype(type), GemmSm90Norm::kLayer>>(params, stream);
+    return launch_normed<GemmSm90Normed<decltype(type), GemmSm90Norm::kLayer>>(params, stream);
   });
 }
 

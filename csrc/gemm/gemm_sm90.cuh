@@ -44,6 +44,9 @@
 // Clusters walk over tiles in groups of config.group_rows rows of tiles, column by column, so that those that run at
 // the same time share x and weight in the L2 cache.
 //
+// Of norms of x's rows, what a row's sums are turned into results with comes from a kernel that runs beside the first
+// tiles: gemm_row_norms_sm90.cu. An SM has room for both where gemm_sm90_leaves_room says so.
+//
 // Limits: 16-byte aligned rows, N a multiple of 8, K of 16 bytes. Rows past N and columns past K are zeros in shared
 // memory.
 #pragma once
@@ -52,33 +55,40 @@
 
 #include "arch/launch_id.h"
 #include "gemm/gemm_sm90_launch.h"
-#include "gemm/gemm_sm90_norm.cuh"
 #include "gemm/gemm_sm90_stream_k.cuh"
 #include "gemm/gemm_sm90_tiles.cuh"
 
 namespace fastattn {
 
 // Three groups, two in turns and those of wide tiles, which get others' sums, need more registers than threads begin
-// with, and have those of one more, which loads.
-template <int BLOCK_M, int BLOCK_N, bool TURNS>
+// with, and have those of one more, which loads. Where a norm's CTA is to run beside them, tiles have as few as if
+// there were 512 threads, and these sums come by fewer at a time.
+template <int BLOCK_M, int BLOCK_N, bool TURNS, bool NORMED>
 struct GemmSm90ManyRowsThreads {
   static constexpr int kConsumers = BLOCK_M / 64;
   static constexpr bool kMovesRegisters = TURNS || kConsumers > 2 || (kConsumers == 2 && BLOCK_N == 256);
   static constexpr int kNum = 128 * kConsumers + (kMovesRegisters ? 128 : 32);
+  // Whether the kernel that gives norms may run at the same time.
+  static constexpr bool kBesideNorms = NORMED && gemm_sm90_leaves_room({BLOCK_M, BLOCK_N, 1, TURNS});
+  static constexpr int kBound = kBesideNorms && kConsumers == 2 ? 512 : kNum;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160, kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kSumsAtOnce = kBesideNorms ? 2 : 8;  // by fours
 };
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
-constexpr bool kGemmSm90Streams = gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels,
-                                                    Epilogue::kRows == 2, kGemmSm90Counts<Operands::kNorm>);
+constexpr bool kGemmSm90Streams =
+    gemm_sm90_streams({BLOCK_M, BLOCK_N, 1, TURNS}, Operands::kTwoLevels, Epilogue::kRows == 2);
 
 template <typename Operands, int BLOCK_M, int BLOCK_N, bool TURNS, typename Epilogue>
-__global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, 1)
+__global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS, kGemmSm90HasNorm<Operands>>::kBound,
+                                  1)
     gemm_sm90_kernel(const __grid_constant__ GemmSm90ArgsWith<typename Epilogue::Params> args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = typename Operands::Out;
   using Storage = GemmSm90Storage<Operands, BLOCK_M, BLOCK_N>;
-  using Threads = GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>;
+  constexpr bool NORMED = kGemmSm90HasNorm<Operands>;
+  using Threads = GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS, NORMED>;
+  constexpr bool BESIDE = Threads::kBesideNorms;
   static_assert(!TURNS || Threads::kConsumers == 2);
   constexpr int PANEL = decltype(Storage::ring)::kPanel;
   constexpr int STAGES = Storage::kStages;
@@ -107,7 +117,7 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
   __syncwarp();
   cluster_meet();
   grid_dependency_launch();
-  grid_dependency_wait();
+  if constexpr (!BESIDE) grid_dependency_wait();  // else what wrote x has ended: gemm_row_norms_sm90.cu
 
   // ---- which tiles
   const int32_t n_tiles = static_cast<int32_t>(p.config.n_tiles);
@@ -164,11 +174,9 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
     const auto release = [&](uint32_t stage) {
       if (lane < NUM_CTAS) smem.empty[stage].arrive_at_cta(lane);
     };
-    constexpr bool kCounts = kGemmSm90Counts<Operands::kNorm>, kGiven = Operands::kNorm == GemmSm90Norm::kRmsGiven;
-    static_assert(!(kCounts || kGiven) || !OWN_TILES, "a warp has 16 rows");
-    GemmSm90RowMoments<T, Operands::kNorm, 2> moments;
-    using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8 + (kCounts ? 1 : 0)>;
+    using Handed = GemmSm90HandedSums<typename Operands::Sum, BLOCK_N / 8>;
     int buffer = 0;
+    bool waits = true;
 #pragma unroll 1
     for (int32_t part = OWN_TILES ? group : 0; part < walk.num_parts; part += HALVES) {
       const Tile tile = tile_of(walk.tile(part));
@@ -176,16 +184,16 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       const int32_t first_row = tile.first_m + (OWN_TILES ? 0 : group * 64) + warp_idx % 4 * 16;
       const int32_t end_row = min(tile.first_m + cta_rows, num_rows);
       const bool ends_tile = end == num_steps;
-      GemmSm90GivenSquares given(p);
+      GemmSm90RowFactors of_rows[HALVES];
       using Added = std::conditional_t<Epilogue::kAdds, GemmSm90AddedRows<T, HALVES, BLOCK_N>, GemmSm90NothingAdded>;
       Added added(p, first_row, end_row, tile.first_n, lane);
-      const auto beside_products = [&](uint32_t stage, int32_t step) {
-        if constexpr (kCounts) {
-          const int32_t columns_left = static_cast<int32_t>(p.k) - (begin + step) * PANEL;
-          moments.add(smem.ring.a[stage][0] + warp_idx * 16 * PANEL, columns_left, lane);
-        }
-        if constexpr (kGiven) {
-          if (ends_tile) given.look(p, first_row + lane / 4, lane, step);
+      const auto beside_products = [&](uint32_t, int32_t step) {
+        if constexpr (BESIDE) {  // soon enough for them to have come when the products end
+          if (ends_tile && step == max(end - begin - 4, 0)) {
+            if (waits) grid_dependency_wait();
+            waits = false;
+            load_row_norms(of_rows, p, first_row, lane);
+          }
         }
         if constexpr (Epilogue::kAdds) {
           if (ends_tile && step == 0) added.prefetch();
@@ -199,12 +207,11 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
       buffer ^= 1;
       if (ends_tile) columns.fetch(p, tile.first_n);
 
-      GemmSm90RowFactors of_rows[HALVES];
 #pragma unroll
       for (int half = 0; half < HALVES; ++half) {
         load_row_scales<Operands>(of_rows[half], p, first_row + half * 64, lane);
       }
-      if constexpr (kCounts) moments.begin(p, first_row, lane);
+      if constexpr (NORMED && !BESIDE) load_row_norms(of_rows, p, first_row, lane);
       if constexpr (Operands::kTwoLevels) {
         constexpr int PART_N = BLOCK_N > 128 ? BLOCK_N / 2 : BLOCK_N;
         if constexpr (kGemmSm90HasBlockScales<Operands>) {
@@ -227,7 +234,6 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
         if (!ends_tile) {
           const Handed handed(p, blockIdx.x, group);
           handed.put(acc[0]);
-          if constexpr (kCounts) moments.put(handed, BLOCK_N / 8);
           handed.hand_on(p.launch_id, kGemmSm90GroupBarrier + group);
           continue;
         }
@@ -238,19 +244,8 @@ __global__ void __launch_bounds__(GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURN
             --other;
             const Handed handed(p, other * NUM_CTAS + static_cast<int32_t>(rank), group);
             handed.await(p.launch_id, kGemmSm90GroupBarrier + group);
-            handed.add_to(acc[0]);
-            if constexpr (kCounts) moments.add_from(handed, BLOCK_N / 8);
+            handed.template add_to<Threads::kSumsAtOnce>(acc[0]);
           } while (GemmSm90Walk::run_begin(num_tiles * num_steps, other, num_clusters) > first_step);
-        }
-      }
-      if constexpr (kGiven) given.finish(of_rows[0], p, first_row + lane / 4, lane);
-      if constexpr (kCounts) {
-        moments.finish();
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const GemmSm90RowNorm norm = row_norm_of<Operands::kNorm>(p, moments.of[r], moments.first[r]);
-          of_rows[0].scale[r] = norm.scale;
-          of_rows[0].mean[r] = norm.mean;
         }
       }
       columns.arrive(p, kGemmSm90GroupBarrier + group);
@@ -275,7 +270,8 @@ cudaError_t launch_gemm_sm90(const typename Epilogue::Params& p, cudaStream_t st
   if (error != cudaSuccess) return error;
   if (p.config.stream_k) args.p.launch_id = new_launch_id();
   return launch_clusters(gemm_sm90_kernel<Operands, BLOCK_M, BLOCK_N, TURNS, Epilogue>, p.config.num_ctas, 2,
-                         GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS>::kNum, sizeof(Storage) + 1024, stream, args);
+                         GemmSm90ManyRowsThreads<BLOCK_M, BLOCK_N, TURNS, kGemmSm90HasNorm<Operands>>::kNum,
+                         sizeof(Storage) + 1024, stream, args);
 }
 
 // Of an epilogue that adds, with the tile that the call's configuration names.
@@ -283,7 +279,7 @@ template <typename Operands, typename Epilogue, size_t TILE_IDX = 0>
 cudaError_t launch_gemm_added_sm90_tile(const typename Epilogue::Params& p, cudaStream_t stream) {
   if constexpr (TILE_IDX < std::size(kGemmSm90Tiles)) {
     constexpr GemmSm90Tile kTile = kGemmSm90Tiles[TILE_IDX];
-    if constexpr (gemm_sm90_has_tile(kTile, false, false, false, false, false, true)) {
+    if constexpr (gemm_sm90_has_tile(kTile, false, false, false, false, true)) {
       const GemmSm90Tile& wanted = p.config.tile;
       if (wanted.block_m == kTile.block_m && wanted.block_n == kTile.block_n && wanted.turns == kTile.turns) {
         return launch_gemm_sm90<Operands, kTile.block_m, kTile.block_n, kTile.turns, Epilogue>(p, stream);

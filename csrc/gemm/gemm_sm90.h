@@ -46,13 +46,14 @@ struct GemmSm90Params {
   // Of norms, whose weight and bias are in `weight` and `bias`.
   float eps = 0.0f;
   const float* weight_sum = nullptr;  // (N), 8-byte aligned, of each row of weight: LayerNorm
+  float2* row_norms = nullptr;        // workspace of config.num_row_norms, not initialized
 
   // Of gates: out is (M, N / 2), N a multiple of 16, rows of weight as gemm_sm90_epilogue.cuh says;
   // act(g) = g / (1 + 2^-(gate_linear g + gate_cubic g^3)).
   float gate_linear = 0.0f, gate_cubic = 0.0f;
 
-  // Of RMSNorm, where they are known: sums of the squares of 64 columns of x.
-  const float* x_squares = nullptr;  // (M, K / 64 rounded up), contiguous
+  // Of RMSNorm, where they are known: sums of the squares of 32 columns of x.
+  const float* x_squares = nullptr;  // (M, K / 32 rounded up), contiguous
 };
 
 // What makes it SiLU, and GeLU in its tanh form.
@@ -78,7 +79,7 @@ struct GemmSm90SampledParams : GemmSm90Params {
 struct GemmSm90AddedParams : GemmSm90Params {
   const void* residual = nullptr;  // (M, N) T, rows 16-byte aligned, in the kernel for few rows 8-byte
   int64_t residual_stride = 0;     // elements
-  float* squares = nullptr;        // (M, N / 64 rounded up) or nullptr: sums of the squares of 64 columns of out
+  float* squares = nullptr;        // (M, N / 32 rounded up) or nullptr: sums of the squares of 32 columns of out
 };
 
 // Each enqueues the kernel. Needs M > 0 and N > 0. cudaErrorInvalidValue if no instantiation fits.

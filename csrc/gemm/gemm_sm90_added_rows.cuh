@@ -7,7 +7,7 @@
 //   of 16     │ lanes 4 - 7 │             │             │             │     its two rows, some chunks ahead;
 //             │      …      │             │             │             │     shuffles give it the columns that it
 //             └─────────────┴─────────────┴─────────────┴─────────────┴─    has sums of
-//             └── squares of 64 columns ──┘ one number of each row, in its place of (M, N / 64)
+//             └── squares ──┘ one number of each row, in its place of (M, N / 32)
 //
 // Lines are asked for as far as L2 when a tile begins, the first chunks behind its last products.
 #pragma once
@@ -40,7 +40,6 @@ struct GemmSm90AddedRows {
   int32_t row, column, end_row;  // of a lane's first 8 columns; where rows end
   int lane;
   uint4 asked[kSlots][2];
-  float squares[HALVES][2] = {};
 
   // first_row: of the warp, whose rows end at `end`.
   __device__ __forceinline__ GemmSm90AddedRows(const GemmSm90AddedParams& params, int32_t first_row, int32_t end,
@@ -102,7 +101,7 @@ struct GemmSm90AddedRows {
       *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
     }
     if (p.squares == nullptr) return;
-    float& sum = squares[half][r];
+    float sum = 0.0f;
     if (column + first < static_cast<int32_t>(p.n)) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -111,13 +110,11 @@ struct GemmSm90AddedRows {
         sum += pair.y * pair.y;
       }
     }
-    if (first % kGemmSm90SquaresPart == 0) return;  // half of them
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane % 4 == 0 && has(offset, first - 32)) {
+    if (lane % 4 == 0 && has(offset, first)) {
       p.squares[(row + offset) * num_squares_parts(p.n) + (column + first) / kGemmSm90SquaresPart] = sum;
     }
-    sum = 0.0f;
   }
 
  private:

@@ -182,6 +182,8 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     }
   };
 
+  const bool given_norms = kNormed && p.row_norms != nullptr;  // gemm_row_norms_sm90.cu: what wrote x has ended
+
   typename Operands::Sum acc[1][BLOCK_M / 8][4] = {};
   RingPosition<STAGES> position;
   if (warp_idx == NUM_WARPS) {
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
       for (int32_t panel = begin_step * Ring::kPanels; panel < end_ahead * Ring::kPanels; ++panel) {
         tma_prefetch_4d(args.weight, panel * Ring::kPanel, first_n, 0, 0, policy);
       }
-      grid_dependency_wait();
+      if (!given_norms) grid_dependency_wait();
       for (int32_t step = begin_step; step < end_step; ++step) {
         const uint32_t stage = position.stage();
         smem.empty[stage].wait(position.parity() ^ 1);
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     grid_dependency_launch();
   } else {
     // ------------------------------------------------------------------------------ consumers
-    grid_dependency_wait();
+    if (!given_norms) grid_dependency_wait();
     if constexpr (Operands::kScaled) smem.rows.fetch(p, first_m, num_rows, 128 * GROUPS);
     if constexpr (EARLY) load_factors();  // they are here when products have ended
     if constexpr (Epilogue::kAdds) {      // as far as L2 what other rows of this lane get
@@ -234,9 +236,10 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     const bool has_rows = first_row < BLOCK_M;
     GemmSm90RowMoments<T, Operands::kNorm, NUM_EIGHTS> moments;
     if constexpr (kNormed) moments.begin(p, first_m + first_row, lane);
-    const bool counts = has_rows && (kCentred || p.x_squares == nullptr);
+    const bool counts = has_rows && !given_norms && (kCentred || p.x_squares == nullptr);
     if constexpr (kNormed && !kCentred) {
-      if (has_rows && !counts) moments.take(p, first_m + first_row, lane, rank * PARTS + part, num_splits * PARTS);
+      if (has_rows && !given_norms && !counts)
+        moments.take(p, first_m + first_row, lane, rank * PARTS + part, num_splits * PARTS);
     }
     const auto add_moments = [&](uint32_t stage, int32_t step) {
       if constexpr (kNormed) {
@@ -262,7 +265,9 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
                                         add_moments, [] {});
     }
     if constexpr (kNormed) {
-      if (has_rows) {
+      if (given_norms) {
+        grid_dependency_wait();
+      } else if (has_rows) {
         moments.finish();
         smem.moments.keep(moments, part, first_row, lane);
       }
@@ -280,8 +285,13 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     const auto store = [&](int32_t sum_row, auto& sums, const auto& total) {
       [[maybe_unused]] GemmSm90RowNorm norm;
       if constexpr (kNormed) {
-        if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
-        norm = row_norm_of<Operands::kNorm>(p, total, row_first);
+        if (given_norms) {
+          const float2 given = sum_row < num_rows ? p.row_norms[first_m + sum_row] : float2{};
+          norm = {given.x, given.y};
+        } else {
+          if (kCentred && sum_row != row) row_first = first_of_row<T>(p, first_m + sum_row);
+          norm = row_norm_of<Operands::kNorm>(p, total, row_first);
+        }
       }
       [[maybe_unused]] float row_scale = 0.0f;
       [[maybe_unused]] int32_t row_zero_point = 0;

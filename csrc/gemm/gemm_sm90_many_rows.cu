@@ -8,6 +8,7 @@ template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 64, 192>(con
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 64, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 96>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 128>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 160>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 192, true>(const GemmSm90Params&,
                                                                                     cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__nv_bfloat16>, 128, 224>(const GemmSm90Params&, cudaStream_t);
@@ -21,6 +22,7 @@ template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 64, 192>(const Gemm
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 64, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 96>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 128>(const GemmSm90Params&, cudaStream_t);
+template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 160>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 192, true>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 224>(const GemmSm90Params&, cudaStream_t);
 template cudaError_t launch_gemm_sm90<GemmSm90Dense<__half>, 128, 256>(const GemmSm90Params&, cudaStream_t);

@@ -4,8 +4,9 @@
 //   RMSNorm     out[m, n] = sum / rms(x[m])                                 + bias[n]     sum = x[m] . weight[n]
 //   LayerNorm   out[m, n] = (sum - mean(x[m]) * weight_sum[n]) / std(x[m])  + bias[n]     weight_sum[n] = weight[n] . 1
 //
-// so that all a row needs are two numbers at the end. Consumers add up what these are made of from the stages of x as
-// they pass by, while their products run:
+// so that all a row needs are two numbers at the end. For many rows a kernel in front gives them
+// (gemm_row_norms_sm90.cu). For few, consumers add up what these are made of from the stages of x as they pass by,
+// while their products run:
 //
 //               64 columns of a stage = 8 chunks of 16 bytes
 //              ┌────┬────┬────┬────┬────┬────┬────┬────┐
@@ -14,7 +15,7 @@
 //              │    …    │    …    │    …    │    …    │
 //              └────┴────┴────┴────┴────┴────┴────┴────┘
 //
-// RMSNorm's sums may be given: of parts of 64 columns, which the product that wrote x has added up.
+// RMSNorm's sums may be given: of parts of 32 columns, which the product that wrote x has added up.
 //
 // LayerNorm's sums are of x - x[m, 0]. A row's own element is at most sqrt(K) standard deviations from its mean, so
 // that the variance, a difference of two sums, keeps its digits however large the mean is.
@@ -35,6 +36,24 @@ namespace fastattn {
 // Sums over columns of a row: of x - x[m, 0] (LayerNorm only) and of its square; of x's square for RMSNorm.
 struct GemmSm90Moments {
   float sum = 0.0f, squares = 0.0f;
+
+  template <typename T, bool CENTRED>
+  __device__ __forceinline__ void add_pair(uint32_t word, float origin) {
+    float2 pair;
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // two instructions, where unpack_pair takes three
+      pair = make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+    } else {
+      pair = unpack_pair<T>(word);
+    }
+    if constexpr (CENTRED) {
+      pair.x -= origin;
+      pair.y -= origin;
+      sum += pair.x;
+      sum += pair.y;
+    }
+    squares += pair.x * pair.x;
+    squares += pair.y * pair.y;
+  }
 };
 
 // What the sums of a row are to be turned into values with: (sum - mean * weight_sum) * scale.
@@ -83,10 +102,10 @@ struct GemmSm90RowMoments {
       for (int chunk = 0; chunk < 2; ++chunk) {
         const uint4 words = load_shared_16_bytes((address ^ chunk * 16) + i * 1024);
         const float origin = (lane % 4 * 2 + chunk) * 8 < columns_left ? first[i] : 0.0f;
-        add_pair(of[i], words.x, origin);
-        add_pair(of[i], words.y, origin);
-        add_pair(of[i], words.z, origin);
-        add_pair(of[i], words.w, origin);
+        of[i].template add_pair<T, kCentred>(words.x, origin);
+        of[i].template add_pair<T, kCentred>(words.y, origin);
+        of[i].template add_pair<T, kCentred>(words.z, origin);
+        of[i].template add_pair<T, kCentred>(words.w, origin);
       }
     }
   }
@@ -116,21 +135,6 @@ struct GemmSm90RowMoments {
     }
   }
 
-  // To others that have the rest of K, and from them: gemm_sm90_stream_k.cuh.
-  template <typename Handed>
-  __device__ __forceinline__ void put(const Handed& handed, int place) const {
-    static_assert(NUM_EIGHTS == 2);
-    const float values[1][4] = {{of[0].sum, of[0].squares, of[1].sum, of[1].squares}};
-    handed.put(values, place);
-  }
-  template <typename Handed>
-  __device__ __forceinline__ void add_from(const Handed& handed, int place) {
-    float values[1][4] = {{of[0].sum, of[0].squares, of[1].sum, of[1].squares}};
-    handed.add_to(values, place);
-    of[0] = {values[0][0], values[0][1]};
-    of[1] = {values[0][2], values[0][3]};
-  }
-
   // Every lane gets those of its rows.
   __device__ __forceinline__ void finish() {
 #pragma unroll
@@ -141,69 +145,6 @@ struct GemmSm90RowMoments {
         if constexpr (kCentred) of[i].sum += __shfl_xor_sync(0xffffffffu, of[i].sum, distance);
       }
     }
-  }
-
- private:
-  __device__ __forceinline__ static void add_pair(GemmSm90Moments& moments, uint32_t word, float origin) {
-    float2 pair;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // two instructions, where unpack_pair takes three
-      pair = make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
-    } else {
-      pair = unpack_pair<T>(word);
-    }
-    if constexpr (kCentred) {
-      pair.x -= origin;
-      pair.y -= origin;
-      moments.sum += pair.x;
-      moments.sum += pair.y;
-    }
-    moments.squares += pair.x * pair.x;
-    moments.squares += pair.y * pair.y;
-  }
-};
-
-// Many rows whose sums of squares are given: of a lane's two rows, 8 apart, every fourth. A lane asks for one beside a
-// stage's products and adds it kSteps stages later: one step of a narrow tile is shorter than the way to L2 and back.
-// Nothing moves from register to register meanwhile, since that would wait for it.
-struct GemmSm90GivenSquares {
-  static constexpr int kSteps = 3;
-  int32_t num_parts, first = 0, next = 0;  // the parts that are asked for next, and beside which stage
-  float asked[2] = {}, squares[2] = {};
-
-  __device__ __forceinline__ explicit GemmSm90GivenSquares(const GemmSm90Params& p)
-      : num_parts(num_squares_parts(p.k)) {}
-
-  // What is to be done beside the i-th stage of a tile.
-  __device__ __forceinline__ void look(const GemmSm90Params& p, int32_t row, int lane, int32_t i) {
-    if (i == next && first < num_parts + 4) step(p, row, lane);
-  }
-
-  // Behind the last one: every lane gets what its rows are multiplied by.
-  template <typename RowFactors>
-  __device__ __forceinline__ void finish(RowFactors& of_rows, const GemmSm90Params& p, int32_t row, int lane) {
-#pragma unroll 1
-    while (first < num_parts + 4) step(p, row, lane);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      GemmSm90Moments moments = {0.0f, squares[r]};
-      moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 1);
-      moments.squares += __shfl_xor_sync(0xffffffffu, moments.squares, 2);
-      of_rows.scale[r] = row_norm_of<GemmSm90Norm::kRmsGiven>(p, moments, 0.0f).scale;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void step(const GemmSm90Params& p, int32_t row, int lane) {
-    const int32_t part = first + lane % 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      squares[r] += asked[r];
-      asked[r] = 0.0f;
-      const int32_t of_row = row + r * 8;
-      if (part < num_parts && of_row < p.m) asked[r] = p.x_squares[int64_t{of_row} * num_parts + part];
-    }
-    first += 4;
-    next += kSteps;
   }
 };
 

@@ -42,8 +42,8 @@ struct GemmSm90Dense {
   static constexpr GemmSm90Norm kNorm = GemmSm90Norm::kNone;
 };
 
-template <GemmSm90Norm NORM>
-constexpr bool kGemmSm90Counts = gemm_sm90_counts(NORM);
+template <typename Operands>
+constexpr bool kGemmSm90HasNorm = Operands::kNorm != GemmSm90Norm::kNone;
 
 // Sums of squares of a row of so many columns, on the device.
 __device__ __forceinline__ int32_t num_squares_parts(int64_t columns) {

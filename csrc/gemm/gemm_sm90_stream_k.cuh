@@ -96,9 +96,9 @@ struct GemmSm90HandedSums {
     }
     named_barrier_sync(barrier, 128);
   }
-  template <int FOURS>
+  template <int AT_ONCE = 8, int FOURS>
   __device__ __forceinline__ void add_to(Sum (&values)[FOURS][4], int first = 0) const {
-    constexpr int BATCH = FOURS < 8 ? FOURS : 8;  // on their way at the same time
+    constexpr int BATCH = FOURS < AT_ONCE ? FOURS : AT_ONCE;  // on their way at the same time
 #pragma unroll
     for (int begin = 0; begin < FOURS; begin += BATCH) {
       Four others[BATCH];

@@ -122,8 +122,10 @@ struct GemmSm90Storage {
   static constexpr int kConsumers = BLOCK_M / 64;
   using Columns = GemmSm90Columns<Operands, BLOCK_N>;
   static constexpr int kColumnsBytes = 2 * kConsumers * sizeof(Columns);
-  static constexpr int kStages = std::min<int>(
-      8, (kGemmSm90SmemBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
+  // Beside a norm's kernel, whose CTAs have none but what each CTA has.
+  static constexpr int kBytes = kGemmSm90SmemBytes - (kGemmSm90HasNorm<Operands> ? 1024 : 0);
+  static constexpr int kStages =
+      std::min<int>(8, (kBytes - kColumnsBytes) / ((BLOCK_M + BLOCK_N) * kGemmSm90PanelBytes + 2 * sizeof(MBarrier)));
 
   GemmSm90Ring<typename Operands::Element, BLOCK_M, BLOCK_N, 1, kStages, kConsumers> ring;
   Columns columns[2][kConsumers];  // of this tile and the next, by group
@@ -274,6 +276,23 @@ __device__ __forceinline__ void load_row_scales(GemmSm90RowFactors& of_rows, con
       if (row + 8 * r >= p.m) continue;
       of_rows.scale[r] = Operands::row_scale(p, row + 8 * r);
       if constexpr (kGemmSm90HasZeroPoints<Operands>) of_rows.zero_point[r] = zero_point_of(p, row + 8 * r);
+    }
+  }
+}
+
+// Of norms, behind the kernel that gives them (no __ldg: it may have run beside this one).
+template <int HALVES, typename Params>
+__device__ __forceinline__ void load_row_norms(GemmSm90RowFactors (&of_rows)[HALVES], const Params& p,
+                                               int32_t first_row, int32_t lane) {
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t row = first_row + half * 64 + 8 * r + lane / 4;
+      if (row >= p.m) continue;
+      const float2 norm = __ldcg(p.row_norms + row);
+      of_rows[half].scale[r] = norm.x;
+      of_rows[half].mean[r] = norm.y;
     }
   }
 }

@@ -19,7 +19,7 @@ struct DenseLayer {
   cudaError_t (*gated_sm90)(const GemmSm90Params&, cudaStream_t) = nullptr;
 };
 
-// Of sums of the squares of 64 columns each: of rows (..., N) it is (..., N / 64 rounded up).
+// Of sums of the squares of 32 columns each: of rows (..., N) it is (..., N / 32 rounded up).
 std::vector<int64_t> shape_of_sums(std::vector<int64_t> rows) {
   rows.back() = gemm_sm90_squares_parts(rows.back());
   return rows;
@@ -74,6 +74,11 @@ Tensor dense_layer(const DenseLayer& kind, const Tensor& x_given, const Tensor& 
                                  .gated = activation.has_value(),
                                  .in_order = batch_invariant});
     const auto workspaces = workspaces_of(p, x);
+    std::optional<Tensor> row_norms;
+    if (p.config.num_row_norms > 0) {
+      row_norms = empty(x, {2 * p.config.num_row_norms}, ScalarType::Float);
+      p.row_norms = static_cast<float2*>(row_norms->data_ptr());
+    }
     check_launch(kind.op, (activation ? kind.gated_sm90 : kind.sm90)(p, stream_of(x)));
     return out;
   }

@@ -151,7 +151,7 @@ class LayerWalk:
         )
         residual = states.reshape(-1, hidden).clone()  # the layer adds its attention into it
         out, residual = layer(None, residual, table, meta, *caches[0])
-        return (residual if out is None else residual + out).view(count, length, hidden)
+        return (residual + out if isinstance(out, Tensor) else residual).view(count, length, hidden)
 
 
 def read_weight(source: ModelSource, name: str, out: Tensor) -> None:

@@ -21,21 +21,21 @@ LARGEST_GROUP = 32
 
 
 class DecoderLayer(nn.Module):
-    """One block. ``x``: what the previous one left to add to the residual stream, None for nothing; it is added in place.
-    Returns what the next one shall add, and the stream. So each addition shares a kernel with the norm that follows it, or
-    with the product in front of it.
+    """One block. ``x``: what the previous one left to add to the residual stream, which is added in place; where there is
+    nothing, None, or what its norm takes. Returns that for the next one, and the stream. So each addition shares a kernel
+    with the norm that follows it, or with the product in front of it.
 
     cache: the layer's `nn.LayerCache`."""
 
     @abstractmethod
     def forward(
         self,
-        x: torch.Tensor | None,
+        x: torch.Tensor | nn.NormInside | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]: ...
 
 
 class DecoderModel(nn.Module):
@@ -78,14 +78,14 @@ class DecoderModel(nn.Module):
     ) -> torch.Tensor:
         """token_ids (T,) int32 → hidden states (T, hidden_size), final norm applied. drawn: see `nn.Embedding`."""
         x, residual = self.run_layers(self.embed_tokens(token_ids, drawn), meta, kv_cache)
-        hidden: torch.Tensor = self.norm(residual) if x is None else self.norm(x, residual)
+        hidden: torch.Tensor = self.norm(x, residual) if isinstance(x, torch.Tensor) else self.norm(residual)
         return hidden
 
     def run_layers(
         self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]:
         """residual (T, hidden_size), in place → what is still to be added to it, and the stream."""
-        x: torch.Tensor | None = None
+        x: torch.Tensor | nn.NormInside | None = None
         for index, layer in enumerate(self.layers):
             is_local = self.cos_sin_local is not None and self.config.layer_is_sliding[index]
             table = self.cos_sin_local if is_local else self.cos_sin

@@ -20,15 +20,15 @@ class Gemma3Layer(LlamaLayer):
 
     def forward(
         self,
-        x: torch.Tensor | None,
+        x: torch.Tensor | nn.NormInside | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        rows = self.input_layernorm.before(self.self_attn.qkv_proj, *((residual,) if x is None else (x, residual)))
-        x = self.post_attention_layernorm(self.self_attn(rows, cos_sin, meta, *cache))
-        rows = self.pre_feedforward_layernorm.before(self.mlp.gate_up_proj, x, residual)
+    ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]:
+        rows = self._first_norm(x, residual)
+        added = self.post_attention_layernorm(self.self_attn(rows, cos_sin, meta, *cache))
+        rows = self.pre_feedforward_layernorm.before(self.mlp.gate_up_proj, added, residual)
         return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 

@@ -10,8 +10,8 @@ from fastattn import nn, ops
 from fastattn.models.config import ModelConfig
 from fastattn.models.decoder import DecoderLayer, DecoderModel, KVCache
 
-# Up to the first a decoder layer is six kernels: sums of squares are hidden behind the weights that are read, and so are
-# residuals. From the second on too: a pass over the rows for each norm takes longer than what is added to the products.
+# Between the two a decoder layer has kernels for norms and residuals. Elsewhere products add residuals and normalize: of few
+# rows sums of squares are hidden behind the weights that are read, of many they come from the products in front.
 _FEW_ROWS, _MANY_ROWS = 64, 4096
 
 
@@ -41,19 +41,23 @@ class LlamaLayer(DecoderLayer):
 
     def forward(
         self,
-        x: torch.Tensor | None,
+        x: torch.Tensor | nn.NormInside | None,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         meta: nn.AttentionMetadata,
         *cache: torch.Tensor,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if x is None and self.norms_inside and not _FEW_ROWS < residual.shape[0] < _MANY_ROWS:
-            eps = self.input_layernorm.eps
-            residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm_eps=eps)
-            return None, self.mlp(residual, residual=residual, norm_eps=eps)
-        rows = self.input_layernorm.before(self.self_attn.qkv_proj, *((residual,) if x is None else (x, residual)))
-        x = self.self_attn(rows, cos_sin, meta, *cache)
-        return self.mlp(self.post_attention_layernorm.before(self.mlp.gate_up_proj, x, residual)), residual
+    ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]:
+        if not isinstance(x, torch.Tensor) and self.norms_inside and not _FEW_ROWS < residual.shape[0] < _MANY_ROWS:
+            norm = nn.NormInside(self.input_layernorm.eps) if x is None else x
+            residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm=norm)
+            return norm, self.mlp(residual, residual=residual, norm=norm)
+        rows = self._first_norm(x, residual)
+        added = self.self_attn(rows, cos_sin, meta, *cache)
+        return self.mlp(self.post_attention_layernorm.before(self.mlp.gate_up_proj, added, residual)), residual
+
+    def _first_norm(self, x: torch.Tensor | nn.NormInside | None, residual: torch.Tensor) -> nn.Rows:
+        norm, layer = self.input_layernorm, self.self_attn.qkv_proj
+        return norm.before(layer, x, residual) if isinstance(x, torch.Tensor) else norm.before(layer, residual)
 
     def put_norms_inside(self) -> None:
         """Folds both norms' weights into the layers behind them, whose kernels can then normalize. Once, after loading."""
@@ -125,7 +129,7 @@ class LlamaForCausalLM(DecoderModel):
 
     def run_layers(
         self, residual: torch.Tensor, meta: nn.AttentionMetadata, kv_cache: KVCache
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]:
         if not self._is_one_kernel(residual.shape[0], residual.dtype, meta, kv_cache):
             return super().run_layers(residual, meta, kv_cache)
         self.decode_layers(residual, meta, kv_cache)

@@ -14,13 +14,13 @@ from fastattn.nn.kv_cache import (
     check_kv_cache_scales,
     kv_cache_format,
 )
-from fastattn.nn.linear import Linear, MergedLinear
+from fastattn.nn.linear import Linear, MergedLinear, NormInside
 from fastattn.nn.module import Module, Weight, Weights
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.norm_linear import NormLinear
 from fastattn.nn.parallel import ALONE, CollectiveError, TensorParallel
 from fastattn.nn.parallel_mlp import ParallelMLP
-from fastattn.nn.quantized import Fp8Scheme, Int8Scheme, QuantizedWeight, Scheme
+from fastattn.nn.quantized import Fp8Scheme, Int8Scheme, QuantizedWeight, Rows, Scheme
 from fastattn.nn.rotary import rotary_table
 from fastattn.nn.shard import Shard
 from fastattn.reference.gated_linear import interleave_gate_up, split_gate_up
@@ -47,10 +47,12 @@ __all__ = [
     "Linear",
     "MergedLinear",
     "Module",
+    "NormInside",
     "NormLinear",
     "ParallelMLP",
     "QuantizedWeight",
     "RMSNorm",
+    "Rows",
     "Scheme",
     "Shard",
     "TensorParallel",

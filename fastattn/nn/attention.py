@@ -8,7 +8,7 @@ import torch
 
 from fastattn import ops
 from fastattn.nn.kv_cache import calibrated_scale
-from fastattn.nn.linear import Linear, MergedLinear
+from fastattn.nn.linear import Linear, MergedLinear, NormInside
 from fastattn.nn.module import Module
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.parallel import ALONE, TensorParallel
@@ -85,11 +85,11 @@ class Attention(Module):
         v_scale: torch.Tensor | None = None,
         *,
         residual: torch.Tensor | None = None,
-        norm_eps: float | None = None,
+        norm: NormInside | None = None,
     ) -> torch.Tensor:
-        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`. residual, norm_eps:
+        """x (T, hidden_size); cos_sin (max_position, head_dim); caches and their scales: see `LayerCache`. residual, norm:
         see `ParallelMLP`."""
-        qkv = self.qkv_proj(x, norm_eps=norm_eps).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv_proj(x, norm=norm).view(x.shape[0], -1, self.head_dim)
         q = qkv[:, : self.num_heads]
         k = qkv[:, self.num_heads : self.num_heads + self.num_kv_heads]
         v = qkv[:, self.num_heads + self.num_kv_heads :]
@@ -138,7 +138,7 @@ class Attention(Module):
                 v_scale=v_scale,
                 batch_invariant=self.batch_invariant,
             )
-        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual))
+        return self.tp.all_reduce(self.o_proj(out.view(x.shape[0], -1), residual, norm))
 
     def _calibrate(
         self,

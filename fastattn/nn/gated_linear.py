@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn import ops
-from fastattn.nn.linear import MergedLinear
+from fastattn.nn.linear import MergedLinear, NormInside
 from fastattn.nn.quantized import Rows, in_turns
 from fastattn.nn.shard import Shard
 
@@ -27,11 +27,13 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, (("gate_proj", rows), ("up_proj", rows)), bias)
         self.activation = activation
 
-    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
-        """x (T, in_features) → (T, gates). norm_eps: see `MergedLinear`; where rows are in turns."""
-        if norm_eps is not None:
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm: NormInside | None = None) -> torch.Tensor:
+        """x (T, in_features) → (T, gates). norm: see `MergedLinear`; where rows are in turns."""
+        if norm is not None:
             assert isinstance(x, torch.Tensor)
-            return ops.rms_norm_gated_linear(x, self.weight, self.bias, self.activation, norm_eps)
+            return ops.rms_norm_gated_linear(
+                x, self.weight, self.bias, self.activation, norm.eps, sums_of_squares=norm.sums
+            )
         if self.interleaved and self.quantized is not None:
             return self.quantized.gated(x, self.bias, self.activation)
         if self.interleaved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,19 @@ from fastattn.reference import linear as reference
 from fastattn.reference.norm_linear import fold_rms_norm
 
 _FOLDED_ROWS = 4096  # at a time: they are in fp64 for a moment
+_FEW_ROWS = 64  # up to so many a product finds a norm's sums itself, behind the weights that it reads
+
+
+@dataclass
+class NormInside:
+    """RMSNorm of the residual stream inside the products behind it, and what goes from product to product: the sums that the
+    one which added to the stream has found of its rows (`ops.linear(…, with_sums=True)`), None for none."""
+
+    eps: float
+    sums: torch.Tensor | None = None
+
+    def takes_sums(self, rows: torch.Tensor) -> bool:
+        return rows.shape[0] > _FEW_ROWS
 
 
 class Linear(Module):
@@ -68,13 +82,17 @@ class Linear(Module):
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).train(linear.training)
 
-    def forward(self, x: Rows, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """residual: added before the result is rounded; of a plain weight."""
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm: NormInside | None = None) -> torch.Tensor:
+        """residual: added before the result is rounded; of a plain weight. norm: that of the stream which the
+        result is, for which its sums are left."""
         if self.quantized is not None:
             assert residual is None, "a residual is added to the result of a plain weight"
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
         assert not isinstance(x, EightBitRows), "rows in 8 bits are for a weight that takes them"
+        if residual is not None and norm is not None and norm.takes_sums(residual):
+            out, norm.sums = ops.linear(x, self.weight, self.bias, residual=residual, with_sums=True)
+            return out
         if residual is not None:
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if self.packed is not None:
@@ -166,11 +184,11 @@ class MergedLinear(Linear):
             layer.quantize([scheme])
         self.separate, self.weight, self.bias = torch.nn.ModuleList(layers), empty_parameter(0), None
 
-    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
-        """norm_eps: x is RMS-normalized first, in the same kernel; of a layer that has the norm's weight (`fold_norm`)."""
-        if norm_eps is not None:
-            assert isinstance(x, torch.Tensor)
-            return ops.rms_norm_linear(x, self.weight, self.bias, norm_eps)
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm: NormInside | None = None) -> torch.Tensor:
+        """norm: of x, first, in the same kernel; of a layer that has the norm's weight (`fold_norm`)."""
+        if norm is not None:
+            assert isinstance(x, torch.Tensor) and residual is None
+            return ops.rms_norm_linear(x, self.weight, self.bias, norm.eps, sums_of_squares=norm.sums)
         if self.separate is not None:
             return torch.cat([layer(x) for layer in self.separate], -1)
         return super().forward(x, residual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.nn.gated_linear import GatedLinear
-from fastattn.nn.linear import Linear
+from fastattn.nn.linear import Linear, NormInside
 from fastattn.nn.module import Module
 from fastattn.nn.parallel import ALONE, TensorParallel
 from fastattn.nn.quantized import Rows
@@ -28,11 +28,11 @@ class ParallelMLP(Module):
         self.gate_up_proj = GatedLinear(hidden_size, rows, activation, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, columns)
 
-    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm_eps: float | None = None) -> torch.Tensor:
-        """residual, norm_eps: added to the result and normalizing x in the products' kernels, on a single rank."""
+    def forward(self, x: Rows, residual: torch.Tensor | None = None, norm: NormInside | None = None) -> torch.Tensor:
+        """residual, norm: added to the result, and of x and then of the result, in the products' kernels, on a single rank."""
         gate_up, down = self.gate_up_proj, self.down_proj.quantized
-        inside = residual is not None or norm_eps is not None
+        inside = residual is not None or norm is not None
         if down is not None and down.takes_activation and not gate_up.interleaved and not inside:
             # One kernel activates and rounds.
             return self.tp.all_reduce(down(gate_up.product(x), self.down_proj.bias, gate_up.activation))
-        return self.tp.all_reduce(self.down_proj(gate_up(x, norm_eps=norm_eps), residual))
+        return self.tp.all_reduce(self.down_proj(gate_up(x, norm=norm), residual, norm))

@@ -13,7 +13,7 @@ from fastattn.reference import linear as reference
 
 
 def sums_shape(rows: torch.Size) -> tuple[int, ...]:
-    """Of rows (…, N) that of their sums of squares, (…, ⌈N / 64⌉)."""
+    """Of rows (…, N) that of their sums of squares, (…, ⌈N / 32⌉)."""
     return (*rows[:-1], -(-rows[-1] // reference.SQUARES_PART))
 
 
@@ -92,8 +92,8 @@ def linear(
     batch_invariant: a row's result is the same bits whatever rows are beside it and however many: its sums are added up in the
       order of K, by one CTA; on the CPU, one row after the other. On the same GPU and with the same build. Not with a residual.
 
-    Returns (…, N) in x's dtype, contiguous; with_sums also the sums of its squares, as rounded, over 64 columns each,
-    (…, ⌈N / 64⌉) fp32, contiguous.
+    Returns (…, N) in x's dtype, contiguous; with_sums also the sums of its squares, as rounded, over 32 columns each,
+    (…, ⌈N / 32⌉) fp32, contiguous.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.
     """
     if residual is None:

@@ -60,7 +60,7 @@ def rms_norm_linear(
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
     weight: (N, K), bias: (N), x's dtype.
     eps: finite, ≥ 0.
-    sums_of_squares: (…, ⌈K / 64⌉) fp32, of the squares of 64 columns of x each, as `linear(…, residual=, with_sums=True)`
+    sums_of_squares: (…, ⌈K / 32⌉) fp32, of the squares of 32 columns of x each, as `linear(…, residual=, with_sums=True)`
         gives them with x. The kernel then counts none itself.
 
     Returns (…, N) in x's dtype, contiguous; fp32 inside, rounded once.

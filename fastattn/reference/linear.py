@@ -41,7 +41,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     return product.add_(residual.float()).to(x.dtype)
 
 
-SQUARES_PART = 64  # columns of a row whose squares are one sum, as many as a tile of few rows has
+SQUARES_PART = 32  # columns of a row whose squares are one sum: all tiles of the kernels have whole ones
 
 
 def linear_add_sums(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def linear_add_sums(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
 
 
 def sums_of_squares(x: Tensor) -> Tensor:
-    """x (…, N) → of the squares of 64 neighbouring columns each, (…, ⌈N / 64⌉) fp32."""
+    """x (…, N) → of the squares of 32 neighbouring columns each, (…, ⌈N / 32⌉) fp32."""
     squares = functional.pad(x.float().square(), (0, -x.shape[-1] % SQUARES_PART))
     return squares.view(*squares.shape[:-1], squares.shape[-1] // SQUARES_PART, SQUARES_PART).sum(-1)
 

@@ -9,6 +9,7 @@
 
 #include "gemm/gemm_added_sm90_few_rows.cu"
 #include "gemm/gemm_added_sm90_many_rows.cu"
+#include "gemm/gemm_row_norms_sm90.cu"
 #include "gemm/gemm_sampled_sm90_few_rows.cu"
 #include "gemm/gemm_sm90.cu"
 #include "gemm/gemm_sm90_w4_fours_tiles.cu"
@@ -144,7 +145,7 @@ const Kind kKinds[] = {
     {"rms_norm_linear of squares",
      {.norm = Norm::kRmsGiven},
      launch_plain<gemm_rms_norm_sm90, false, true>,
-     streams<Normed<Norm::kRmsGiven>>},
+     streams<Normed<Norm::kRms>>},
     {"layer_norm_linear", {.norm = Norm::kLayer}, launch_plain<gemm_layer_norm_sm90>, streams<Normed<Norm::kLayer>>},
     {"gated_linear", {.gated = true}, launch_plain<gemm_gated_sm90>, streams<Dense, GemmSm90Gated>},
     {"gated_linear in order",
@@ -158,7 +159,7 @@ const Kind kKinds[] = {
     {"rms_norm_gated_linear of squares",
      {.norm = Norm::kRmsGiven, .gated = true},
      launch_plain<gemm_rms_norm_gated_sm90, false, true>,
-     streams<Normed<Norm::kRmsGiven>, GemmSm90Gated>},
+     streams<Normed<Norm::kRms>, GemmSm90Gated>},
     {"int8_linear", {.element_bytes = 1}, launch_plain<gemm_int8_sm90>, streams<Int8>},
     {"int8_linear with zero points",
      {.element_bytes = 1, .zero_points = true},
@@ -242,12 +243,14 @@ void check_many_rows(const Kind& kind, const GemmSm90Problem& problem, const Gem
   require(c.num_ctas % 2 == 0 && c.num_ctas <= std::max<int64_t>(2, problem.num_sms), "CTAs that do not run at once");
   require(launched.num_ctas == c.num_ctas && launched.cluster_size == 2, "grid");
   require(num_tiles <= INT32_MAX, "tiles that are not counted");
+  const bool beside = problem.norm != Norm::kNone && gemm_sm90_leaves_room(c.tile);
+  require(!beside || launched.smem_bytes + 2 * kReservedBytes <= kSmBytes, "no room for a CTA that gives norms");
   require(c.stream_k || c.num_ctas <= 2 * num_tiles, "clusters without a tile");
   if (c.stream_k) {
     require(!problem.in_order, "tiles are shared, out of order");
     require(kind.streams(c.tile), "tiles are shared, by an instance that does not");
     require(num_tiles * num_stages <= INT32_MAX, "stages that are not counted");
-    const int64_t sums_of_cta = c.tile.block_m * c.tile.block_n + (gemm_sm90_counts(problem.norm) ? 1024 : 0);
+    const int64_t sums_of_cta = c.tile.block_m * c.tile.block_n;
     require(c.num_sums() == c.num_ctas * sums_of_cta && c.num_marks() == 2 * c.num_ctas, "workspaces");
   }
   if (num_tiles <= kMostTilesWalked) {

@@ -53,12 +53,13 @@ void run_call(bool few_rows, const fastattn::GemmSm90Tile& tile, bool fast_accum
   }
   const int64_t num_sms = tile.turns ? pick<int64_t>({2, 2, 4}) : pick<int64_t>({2, 4, 7, 132});
   const bool two_levels = kFp8 && !fast_accum;
-  config.stream_k = !few_rows &&
-                    gemm_sm90_streams(tile, two_levels, gate != Gate::kNone, fastattn::gemm_sm90_counts(norm)) &&
-                    one_in(2);
+  config.stream_k = !few_rows && gemm_sm90_streams(tile, two_levels, gate != Gate::kNone) && one_in(2);
+  config.gives_norms = few_rows && one_in(2);
   set_gemm_sm90_grid(config, {p.m, p.n, p.k, num_sms, sizeof(E), two_levels, norm}, num_splits);
   config.group_rows = pick({1, 2, 8});
   const Workspaces workspaces(p);
+  std::vector<float2> row_norms(config.num_row_norms, float2{NAN, NAN});
+  p.row_norms = row_norms.data();
 
   const auto draw_matrix = [&](int64_t rows, int64_t columns, int64_t& stride, float mean, float size) {
     stride = columns + kUnit * pick({0, 0, 1, 5});
@@ -236,7 +237,7 @@ struct ExactCall {
     p.dtype = TypeInfo<T>::kDType;
     p.config.few_rows = few_rows;
     p.config.tile = tile;
-    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false, false, false) && one_in(2);
+    p.config.stream_k = !few_rows && gemm_sm90_streams(tile, false, false) && one_in(2);
     if (shares_weight && one_in(2)) p.config.weight_rows = 8 * between(1, tile.block_n / 8);
     p.m = pick({1, between(1, tile.block_m), tile.block_m, between(1, 2 * tile.block_m)});
     p.n = 8 * between(1, 3 * tile.block_n / 8);
@@ -395,11 +396,11 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
     return run_call<T, T>(few_rows, tile, false, Norm::kNone, pick({Gate::kNone, Gate::kSilu, Gate::kGeluTanh}));
   }
   struct Kinds {  // of products that a tile of many rows has
-    bool two_levels = false, norm = false, gated = false, block_scales = false, narrow = true;
+    bool two_levels = false, gated = false, block_scales = false, narrow = true;
   };
   const auto has = [&](const Kinds& kinds) {
-    return few_rows || fastattn::gemm_sm90_has_tile(tile, kinds.two_levels, kinds.norm, kinds.gated, kinds.block_scales,
-                                                    false, false, kinds.narrow);
+    return few_rows || fastattn::gemm_sm90_has_tile(tile, kinds.two_levels, kinds.gated, kinds.block_scales, false,
+                                                    false, kinds.narrow);
   };
   const auto run_half = [&](Norm norm, Gate gate) { run_call<T, T>(few_rows, tile, false, norm, gate); };
   const auto run_fp8 = [&](bool fast_accum, bool blocks) {
@@ -411,9 +412,8 @@ void run_call_of_any(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   };
   add(has({}), [&] { run_call<int8_t, T>(few_rows, tile, false); });
   add(has({}), [&] { run_half(Norm::kNone, Gate::kNone); });
-  const bool has_norms = has({.norm = true});
-  add(has_norms, [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
-  add(has_norms, [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
+  add(has({}), [&] { run_half(Norm::kRmsGiven, Gate::kNone); });
+  add(has({}), [&] { run_half(one_in(2) ? Norm::kRms : Norm::kLayer, Gate::kNone); });
   add(has({.gated = true}),
       [&] { run_half(pick({Norm::kRms, Norm::kNone, Norm::kRmsGiven}), one_in(2) ? Gate::kSilu : Gate::kGeluTanh); });
   add(has({.two_levels = true}), [&] { run_fp8(false, false); });
@@ -429,7 +429,7 @@ template <typename T>
 void run_gated_8_bit_call(bool few_rows, const fastattn::GemmSm90Tile& tile) {
   const Gate gate = one_in(2) ? Gate::kSilu : Gate::kGeluTanh;
   if (one_in(2)) return run_call<int8_t, T>(few_rows, tile, false, Norm::kNone, gate);
-  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, false, true);
+  const bool has_two_levels = few_rows || fastattn::gemm_sm90_has_tile(tile, true, true);
   run_call<__nv_fp8_e4m3, T>(few_rows, tile, !has_two_levels || one_in(3), Norm::kNone, gate);
 }
 
@@ -448,11 +448,10 @@ int main(int argc, char** argv) {
     // In place of a tile's rows: those with turns, and so on; the last, gates of products in 8 bits.
     constexpr int kTurns = 1, kStreams = 2, kInOrder = 3, kGates = 4;
     const auto has_other_size = [&](const Choice& choice) {
-      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, false, false);
+      if (size == kStreams) return choice.few_rows || !fastattn::gemm_sm90_streams(choice.tile, false, false);
       if (size == kGates) {
-        return choice.tile.in_order ||
-               !(choice.few_rows || (fastattn::gemm_sm90_has_tile(choice.tile, false, false, true) &&
-                                     fastattn::gemm_sm90_has_8_bit_gates(choice.tile)));
+        return choice.tile.in_order || !(choice.few_rows || (fastattn::gemm_sm90_has_tile(choice.tile, false, true) &&
+                                                             fastattn::gemm_sm90_has_8_bit_gates(choice.tile)));
       }
       const int own = choice.tile.turns ? kTurns : choice.tile.in_order ? kInOrder : choice.tile.block_m;
       return size != 0 && own != size;
@@ -464,8 +463,8 @@ int main(int argc, char** argv) {
       return one_in(2) ? run_gated_8_bit_call<__half>(few_rows, choice.tile)
                        : run_gated_8_bit_call<__nv_bfloat16>(few_rows, choice.tile);
     }
-    const bool adds = few_rows ? !choice.tile.in_order
-                               : fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, false, true);
+    const bool adds =
+        few_rows ? !choice.tile.in_order : fastattn::gemm_sm90_has_tile(choice.tile, false, false, false, false, true);
     if (adds && seed / choices.size() % 3 == 2) {
       const bool samples = few_rows && choice.tile.block_m <= fastattn::kGemmSm90MostSampledRows && !one_in(3);
       if (one_in(2)) {

@@ -8,6 +8,8 @@ extern "C" cudaError_t cudaMemsetAsync(void* target, int value, size_t num_bytes
   return cudaSuccess;
 }
 
+extern "C" cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
 namespace emulator {
 namespace {
 

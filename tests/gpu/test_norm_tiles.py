@@ -1,4 +1,4 @@
-"""Norms inside products, their squares counted or given, in each tile that a model's sizes choose on a GPU of 132 SMs."""
+"""Norms inside products, their squares given or not, in each tile that a model's sizes choose on a GPU of 132 SMs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ pytestmark = pytest.mark.gpu
 SIZES = (  # M, N, K
     (100, 28672, 1032),  # 64 x 224
     (256, 6144, 4096),  # 128 x 96
-    (256, 4096, 14336),  # stream-K: given squares in 128 x 128, counted in 128 x 256
+    (256, 4096, 14336),  # stream-K in 128 x 128, beside the norms' kernel
+    (640, 4096, 14336),  # 128 x 256, behind it
+    (5000, 6144, 520),  # turns
+    (48, 4096, 2056),  # few rows, that kernel in front
     (256, 8192, 8192),  # 128 x 128
-    (509, 6144, 4096),  # 128 x 192
+    (509, 6144, 4096),  # 128 x 192 in turns, one tile a pair
     (384, 28672, 1032),  # three groups
 )
 
@@ -36,7 +39,7 @@ def test_a_norm_is_as_exact_as_before_the_product(m: int, n: int, k: int, kind: 
     def ours() -> torch.Tensor:
         if kind == "layer":
             return ops.layer_norm_linear(x, weight, weight.double().sum(1).float(), bias)
-        parts = F.pad(x.float().square(), (0, -k % 64)).unflatten(-1, (-1, 64)).sum(-1)
+        parts = F.pad(x.float().square(), (0, -k % 32)).unflatten(-1, (-1, 32)).sum(-1)
         return ops.rms_norm_linear(x, weight, bias, sums_of_squares=parts if kind == "rms_given" else None)
 
     exact = F.linear(normed(x.double()), weight.double(), bias.double())
@@ -67,7 +70,7 @@ def test_gates_of_65_to_128_rows(m: int, n: int, k: int, kind: str, dtype: torch
     def ours() -> torch.Tensor:
         if not kind:
             return ops.gated_linear(x, weight)
-        parts = F.pad(x.float().square(), (0, -k % 64)).unflatten(-1, (-1, 64)).sum(-1)
+        parts = F.pad(x.float().square(), (0, -k % 32)).unflatten(-1, (-1, 32)).sum(-1)
         return ops.rms_norm_gated_linear(x, weight, sums_of_squares=parts if kind == "rms_given" else None)
 
     exact, got = plain(x.double(), gate.double(), up.double()), ours()

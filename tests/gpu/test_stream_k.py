@@ -30,7 +30,7 @@ def plain(norm: str, gated: bool) -> tuple[Callable[[Tensor], Tensor], Callable[
         if norm == "layer":
             return ops.layer_norm_linear(x, weight, weight.float().sum(1), bias)
         if norm == "rms_given":
-            return ops.rms_norm_linear(x, weight, bias, sums_of_squares=x.float().square().view(M, -1, 64).sum(-1))
+            return ops.rms_norm_linear(x, weight, bias, sums_of_squares=x.float().square().view(M, -1, 32).sum(-1))
         return (ops.rms_norm_linear if norm else ops.linear)(x, weight, bias)
 
     def torchs(x: Tensor) -> Tensor:

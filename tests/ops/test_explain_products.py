@@ -23,7 +23,7 @@ def test_dense_layers() -> None:
     many = fastattn.explain("linear", torch.empty(8192, 4096, device="meta"), (6144, 4096))
     assert (many.kernel, many.num_splits, many.num_ctas, many.fuses_norm) == ("sm90", 1, 132, False)
     shared = fastattn.explain("rms_norm_linear", (256, 14336), (4096, 14336))
-    assert (shared.block_m, shared.block_n, shared.num_ctas, shared.stream_k) == (128, 256, 128, True)
+    assert (shared.block_m, shared.block_n, shared.num_ctas, shared.stream_k) == (128, 128, 128, True)
     assert "shared out evenly (stream-K)" in str(shared) and not many.stream_k
     assert "tiles of 128 rows of x and" in str(many) and "bound by its matrix units" in str(many)
     for odd in (((3, 4096), (6143, 4096)), ((3, 4092), (6144, 4092)), ((0, 64), (64, 64))):
@@ -94,27 +94,22 @@ def test_norms_and_gates_get_tiles_that_they_have() -> None:
     for m, n, k in itertools.product((256, 384, 768, 4096), (6144, 28672), (4096, 14336)):
         for norm, gated in ((True, False), (False, True), (True, True)):
             config = _runtime.gemm_sm90_config(m, n, k, 132, norm="rms" if norm else "", gated=gated)
-            assert not config["turns"]
-            assert not gated or config["block_n"] % 64 == 0
+            assert not gated or (config["block_n"] % 64 == 0 and not config["turns"])
             tiles.add((config["block_m"], config["block_n"]))
     assert {(128, 256), (192, 192)} <= tiles
 
 
 def test_given_squares_and_residuals_get_the_tiles_of_plain_products() -> None:
-    """But for columns that end in half of a sum of squares, and turns that hide nothing of the last tile."""
+    """But for turns, which hide nothing of the last tile's residual, and where a norm's kernel has room beside another."""
     for m, n, k in itertools.product((256, 512, 1024), (6144, 8192, 28672), (4096, 14336)):
         given = _runtime.gemm_sm90_config(m, n, k, 132, norm="rms_given")
         plain = _runtime.gemm_sm90_config(m, n, k, 132)
-        assert not given["turns"]
-        if not plain["turns"]:
-            assert given == plain
-        added = _runtime.gemm_sm90_config(m, n, k, 132, added=True)
-        assert added["few_rows"] or added["block_n"] % 64 == 0
+        assert given | {"gives_norms": False} == plain, (m, n, k)
     for call in ({"norm": "rms_given"}, {"added": True}):
         shared = _runtime.gemm_sm90_config(256, 4096, 14336, 132, **call)
         assert (shared["block_m"], shared["block_n"], shared["stream_k"], shared["turns"]) == (128, 128, True, False)
         whole = _runtime.gemm_sm90_config(512, 6144, 4096, 132, **call)
-        assert (whole["block_m"], whole["block_n"], whole["turns"]) == (128, 192, False)
+        assert (whole["block_m"], whole["block_n"], whole["turns"]) == (128, 192, "norm" in call)
     assert _runtime.gemm_sm90_config(128, 28672, 4096, 132, norm="rms_given")["block_m"] == 64
     assert _runtime.gemm_sm90_config(8192, 6144, 4096, 132, added=True)["turns"]
 
@@ -130,13 +125,12 @@ def test_scales_of_blocks_and_zero_points_get_tiles_that_they_have() -> None:
 MOST_LOST = dict.fromkeys(("bf16", "int8", "fp8_fast", "fp8"), (39, 0.05, 0.005))  # problems, of any, in the mean
 MOST_LOST |= {
     "gated": (40, 0.05, 0.005),
-    "rms": (40, 0.05, 0.005),
-    "layer": (40, 0.08, 0.01),
-    "rms_gated": (24, 0.08, 0.01),
-    "bf16_h200": (82, 0.06, 0.01),
+    "bf16_h200": (85, 0.06, 0.01),
+    "rms_h200": (23, 0.1, 0.02),
+    "layer_h200": (23, 0.1, 0.02),
+    "given_h200": (23, 0.12, 0.02),
     "int8_h200": (40, 0.1, 0.02),
     "gated_h200": (10, 0.02, 0.005),
-    "rms_gated_h200": (4, 0.02, 0.005),
 }
 
 
@@ -144,7 +138,7 @@ MOST_LOST |= {
 def test_what_is_chosen_is_about_the_fastest_that_was_measured(kind: str) -> None:
     """fp8: sums in two levels."""
     logs = []
-    norm = "rms" if "rms" in kind else "layer" if kind == "layer" else ""
+    norm = {"rms_h200": "rms", "layer_h200": "layer", "given_h200": "rms_given"}.get(kind, "")
     for line in (Path(__file__).parent / "gemm_sm90_times.txt").read_text().splitlines():
         of_kind, *problem = line.split()
         if of_kind != kind:
@@ -166,7 +160,7 @@ def test_what_is_chosen_is_about_the_fastest_that_was_measured(kind: str) -> Non
         name = f"{config['block_m']}x{config['block_n']}" + "t" * config["turns"] + "s" * config["stream_k"]
         if config["few_rows"]:
             shared = f"w{config['weight_rows']}" * (config["weight_rows"] < config["block_n"])
-            name = f"few-{name}{shared}x{config['ctas_per_sm']}/{config['num_splits']}"
+            name = f"few-{name}{shared}x{config['ctas_per_sm']}/{config['num_splits']}" + "g" * config["gives_norms"]
         assert name in times, f"{line}: {name} takes more than 1.25 times the best"
         logs.append(math.log(times[name] / min(times.values())))
         assert logs[-1] < MOST_LOST[kind][1], f"{line}: {name}"

@@ -40,8 +40,8 @@ def linear_add_calls(gen: Gen, dtype: torch.dtype) -> Iterator[tuple[str, Call]]
 
 
 def sums_of_squares(x: Tensor) -> Tensor:
-    """Of 64 columns each, as the product that wrote x would give them."""
-    parts = [part.float().square().sum(-1) for part in x.split(64, -1)] if x.shape[-1] else []
+    """Of 32 columns each, as the product that wrote x would give them."""
+    parts = [part.float().square().sum(-1) for part in x.split(32, -1)] if x.shape[-1] else []
     return torch.stack(parts, -1) if parts else x.new_empty((*x.shape[:-1], 0), dtype=torch.float32)
 
 
