@@ -149,8 +149,7 @@ struct GemmSm90Problem {
   bool is_short() const {
     return !gated && !block_scales && narrow() && !two_levels && num_panels() <= kGemmSm90ShortPanels;
   }
-  // Of them in 16 bits, with so many rows, it was measured that a cluster begins later, and tiles of fewer
-  // rows.
+  // Of them in 16 bits, with so many rows, it was measured that a cluster begins later, and tiles of fewer rows.
   bool has_lower_tiles() const { return is_short() && element_bytes == 2 && m >= 16 && m <= 128; }
 };
 
@@ -249,7 +248,7 @@ inline double gemm_sm90_time(const GemmSm90Config& config, const GemmSm90Problem
     const double panel_us = std::max(products_us, half ? 0.27 : 0.0);
     const double us = 6.8 + num_panels * panel_us + num_epilogues * epilogue_us;
     // Boxes of fewer rows of weight are read less well.
-    double read_us = 8.0 + (block_n < 128 ? 1.18 : block_n == 160 ? 1.18 : 1.13) * weight_us;
+    double read_us = 8.0 + (block_n < 128 || block_n == 160 ? 1.18 : 1.13) * weight_us;
     if (half) {
       // A last wave of few tiles is not read faster than it is multiplied. Behind more waves, and longer ones, pairs
       // begin it at different times, so that more of it runs beside others' tiles.

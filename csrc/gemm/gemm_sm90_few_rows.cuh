@@ -238,8 +238,9 @@ __global__ void __launch_bounds__(128 * GROUPS + 32, CTAS_PER_SM)
     if constexpr (kNormed) moments.begin(p, first_m + first_row, lane);
     const bool counts = has_rows && !given_norms && (kCentred || p.x_squares == nullptr);
     if constexpr (kNormed && !kCentred) {
-      if (has_rows && !given_norms && !counts)
+      if (has_rows && !given_norms && !counts) {
         moments.take(p, first_m + first_row, lane, rank * PARTS + part, num_splits * PARTS);
+      }
     }
     const auto add_moments = [&](uint32_t stage, int32_t step) {
       if constexpr (kNormed) {

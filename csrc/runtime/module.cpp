@@ -318,8 +318,8 @@ void bind_kernel_configs(py::module_& m) {
         return py::dict("few_rows"_a = c.few_rows, "block_m"_a = c.tile.block_m, "block_n"_a = c.tile.block_n,
                         "ctas_per_sm"_a = c.tile.ctas_per_sm, "turns"_a = c.tile.turns, "in_order"_a = c.tile.in_order,
                         "weight_rows"_a = c.weight_rows, "num_splits"_a = c.num_splits, "stream_k"_a = c.stream_k,
-                        "gives_norms"_a = c.gives_norms, "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles, "rows"_a = c.rows,
-                        "group_rows"_a = c.group_rows, "num_ctas"_a = c.num_ctas);
+                        "gives_norms"_a = c.gives_norms, "m_tiles"_a = c.m_tiles, "n_tiles"_a = c.n_tiles,
+                        "rows"_a = c.rows, "group_rows"_a = c.group_rows, "num_ctas"_a = c.num_ctas);
       },
       "m"_a, "n"_a, "k"_a, "num_sms"_a, "element_bytes"_a = 2, "two_levels"_a = false, "norm"_a = "", "gated"_a = false,
       "block_scales"_a = false, "zero_points"_a = false, "in_order"_a = false, "fast_accum"_a = false,

@@ -17,7 +17,7 @@ _NORMS = {"rms_norm": 1e-6, "layer_norm": 1e-5}  # and their eps
 
 
 class NormLinear(torch.nn.Module):
-    """`linear(norm(x))`, one kernel on Hopper; for inference.
+    """`linear(norm(x))`, on Hopper without a normalized x; for inference.
 
     norm: "rms_norm" or "layer_norm", whose weight and bias are in those of the layer. eps: 1e-6 and 1e-5 by default.
     State: weight (out_features, in_features); bias (out_features), with bias=True; weight_sum (out_features) in fp32, of

@@ -88,7 +88,7 @@ def rms_norm_gated_linear(
     """`gated_linear(rms_norm(x), weight, bias, activation)`, with the norm's weight in `weight`: `fastattn.nn.fold_rms_norm`
     puts it there, before or after rows are interleaved.
 
-    On Hopper one kernel where `gated_linear` is one; elsewhere three. eps: finite, ≥ 0. sums_of_squares: as in
+    On Hopper as `rms_norm_linear`, where `gated_linear` is one kernel; elsewhere three. eps: finite, ≥ 0. sums_of_squares: as in
     `rms_norm_linear`. The rest is as in `gated_linear`.
     """
     _check_rms_norm_gated_linear(x, weight, bias, sums_of_squares, eps)

@@ -53,15 +53,15 @@ def rms_norm_linear(
 ) -> Tensor:
     """`linear(rms_norm(x), weight, bias)`, with the norm's weight in `weight`: `fastattn.nn.fold_rms_norm` puts it there.
 
-    On Hopper one kernel, which takes x as it is, adds up its rows' squares beside the product and divides by their root
-    where it rounds; no normalized x is written. K and N must be multiples of 8 for it, and rows 16-byte aligned; other
-    calls, and other GPUs, take two kernels.
+    On Hopper the product takes x as it is, and divides by the root of its rows' squares where it rounds; no normalized x is
+    written. Few rows' squares are added up beside the products, many rows' by a short kernel in front. K and N must be
+    multiples of 8 for it, and rows 16-byte aligned; other calls, and other GPUs, take a norm and a product.
 
     x: (…, K), 1 to 3 dimensions, bf16 or fp16, on the CPU also fp32; the last dimension contiguous.
     weight: (N, K), bias: (N), x's dtype.
     eps: finite, ≥ 0.
     sums_of_squares: (…, ⌈K / 32⌉) fp32, of the squares of 32 columns of x each, as `linear(…, residual=, with_sums=True)`
-        gives them with x. The kernel then counts none itself.
+        gives them with x. x's own are then not added up.
 
     Returns (…, N) in x's dtype, contiguous; fp32 inside, rounded once.
     Raises TypeError for what is not a tensor or has another dtype, ValueError for anything else that does not fit.

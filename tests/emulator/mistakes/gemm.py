@@ -35,7 +35,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
-        call=116,
+        call=249,
     ),
     Mistake(
         "a CTA stores rows that are the next one's, of which it has loaded nothing",
@@ -55,7 +55,7 @@ MISTAKES = [
         "gemm_sm90_many_rows.cu",
         "128",
         "expected",
-        call=344,
+        call=369,
     ),
     # The launch failed on a GPU: a barrier that is two phases behind looks like one whose phase is over.
     Mistake(
@@ -135,7 +135,7 @@ MISTAKES = [
         "gemm_fp8_sm90_many_rows.cu",
         "128",
         "in the call: seed",
-        call=716,
+        call=802,
     ),
     Mistake(
         "sums of a panel are multiplied by the scales of the one before",
@@ -176,7 +176,7 @@ MISTAKES = [
         "gemm_layer_norm_sm90_few_rows.cu",
         "8",
         "expected",
-        call=3,
+        call=97,
     ),
     Mistake(
         "a variance is the difference of two large numbers",
@@ -196,7 +196,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_many_rows.cu",
         "128",
         "expected",
-        call=3,
+        call=1,
     ),
     Mistake(
         "columns of out take the place of those eight before",
@@ -276,7 +276,7 @@ MISTAKES = [
         "gemm_rms_norm_sm90_few_rows.cu",
         "8",
         "expected",
-        call=34,
+        call=61,
     ),
     Mistake(
         "half of a tile's tokens are not looked at",
