@@ -48,7 +48,7 @@ class LlamaLayer(DecoderLayer):
         *cache: torch.Tensor,
     ) -> tuple[torch.Tensor | nn.NormInside | None, torch.Tensor]:
         if not isinstance(x, torch.Tensor) and self.norms_inside and not _FEW_ROWS < residual.shape[0] < _MANY_ROWS:
-            norm = nn.NormInside(self.input_layernorm.eps) if x is None else x
+            norm = nn.NormInside(self.input_layernorm.eps, residual.shape[0] > _FEW_ROWS) if x is None else x
             residual = self.self_attn(residual, cos_sin, meta, *cache, residual=residual, norm=norm)
             return norm, self.mlp(residual, residual=residual, norm=norm)
         rows = self._first_norm(x, residual)

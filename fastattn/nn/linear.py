@@ -17,19 +17,16 @@ from fastattn.reference import linear as reference
 from fastattn.reference.norm_linear import fold_rms_norm
 
 _FOLDED_ROWS = 4096  # at a time: they are in fp64 for a moment
-_FEW_ROWS = 64  # up to so many a product finds a norm's sums itself, behind the weights that it reads
 
 
 @dataclass
 class NormInside:
     """RMSNorm of the residual stream inside the products behind it, and what goes from product to product: the sums that the
-    one which added to the stream has found of its rows (`ops.linear(…, with_sums=True)`), None for none."""
+    one which added to the stream has found of its rows (`ops.linear(…, with_sums=True)`), where it is to find them."""
 
     eps: float
+    takes_sums: bool
     sums: torch.Tensor | None = None
-
-    def takes_sums(self, rows: torch.Tensor) -> bool:
-        return rows.shape[0] > _FEW_ROWS
 
 
 class Linear(Module):
@@ -90,7 +87,7 @@ class Linear(Module):
             out: torch.Tensor = self.quantized(x, self.bias)
             return out
         assert not isinstance(x, EightBitRows), "rows in 8 bits are for a weight that takes them"
-        if residual is not None and norm is not None and norm.takes_sums(residual):
+        if residual is not None and norm is not None and norm.takes_sums:
             out, norm.sums = ops.linear(x, self.weight, self.bias, residual=residual, with_sums=True)
             return out
         if residual is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 import fastattn.models.llama as llama
+from fastattn import ops
 from fastattn.engine.sampling_params import SamplingParams
 from fastattn.models.llama import LlamaForCausalLM, LlamaLayer
 from fastattn.models.registry import load_model
@@ -37,12 +39,28 @@ def test_hidden_states_are_the_same(plain: LlamaForCausalLM, monkeypatch: pytest
     for layer in layers(inside):
         layer.put_norms_inside()
         assert (layer.input_layernorm.weight == 1).all()
-    # The 40 tokens are few rows, then many, then neither.
-    for few, many in ((64, 1024), (39, 40), (39, 1024)):
+    given = []  # whether a norm had its rows' sums of squares
+    for name in ("rms_norm_linear", "rms_norm_gated_linear"):
+        inner = getattr(ops, name)
+
+        def spy(*args: Any, sums_of_squares: torch.Tensor | None, inner: Any = inner) -> torch.Tensor:
+            given.append(sums_of_squares is not None)
+            return inner(*args, sums_of_squares=sums_of_squares)
+
+        monkeypatch.setattr(ops, name, spy)
+    norms = 2 * len(layers(inside))
+    # The 40 tokens are few rows, then many, which all but the first product get sums of, then neither.
+    for few, many, sums in (
+        (64, 1024, [False] * norms),
+        (39, 40, [False] + [True] * (norms - 1)),
+        (39, 1024, []),
+    ):
         monkeypatch.setattr(llama, "_FEW_ROWS", few)
         monkeypatch.setattr(llama, "_MANY_ROWS", many)
+        given.clear()
         found = tiny.full_hidden(inside, token_ids)
         assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+        assert given == sums
     # Without the norms' weights, which are folded in, the separate kernels would give something else.
     for layer in layers(inside):
         layer.input_layernorm.weight.fill_(1.1)
