@@ -303,9 +303,8 @@ def check_trees(op: str, tree_mask: Tensor, offsets: list[int]) -> None:
                 )
 
 
-def check_pages(k_cache: Tensor, seqused_k: Tensor, block_table: Tensor) -> None:
+def check_pages(op: str, k_cache: Tensor, seqused_k: Tensor, block_table: Tensor) -> None:
     """Lengths fit the table, and used entries name blocks. Unused entries may hold anything."""
-    op = "paged_attention"
     num_blocks, block_size = k_cache.shape[:2]
     capacity = block_table.shape[1] * block_size
     lengths = seqused_k.tolist()

@@ -123,10 +123,7 @@ def check_rows(
     op, last_slot = "decode_layers", cache.shape[0] * cache.shape[1] - 1
     check_range(op, "positions", positions, 0, cos_sin.shape[0] - 1, "max_position - 1 from cos_sin", cos_sin)
     check_range(op, "slot_mapping", slot_mapping, -1, last_slot, "num_blocks * block_size - 1 from k_cache", cache)
-    try:
-        check_pages(cache, seqused_k, block_table)
-    except ValueError as error:
-        raise ValueError(f"{op}: {error}") from None
+    check_pages(op, cache, seqused_k, block_table)
 
 
 def _check_tensor(name: str, t: Tensor) -> None:

@@ -108,7 +108,7 @@ def paged_attention(
     if values_readable(cu_seqlens_q):
         starts = cu_seqlens_q.tolist()
         check_queries(op, q, starts, max_seqlen_q)
-        check_pages(k_cache, seqused_k, block_table)
+        check_pages(op, k_cache, seqused_k, block_table)
         if tree_mask is not None:
             check_trees(op, tree_mask, starts)
     call = (

@@ -214,10 +214,10 @@ def _run(call: DecodeCall, **changes: Any) -> None:
             r"slot_mapping\[0\] is -2, expected -1 ≤ slot_mapping ≤ 63, num_blocks \* block_size",
         ),
         ("slot_mapping", [10**6, 3], r"slot_mapping\[0\] is 1000000, expected -1 ≤ slot_mapping ≤ 63"),
-        ("seqused_k", [-1, 5], r"paged_attention: seqused_k\[0\] is -1, expected 0 ≤ seqused_k ≤ 32, max_blocks \*"),
-        ("seqused_k", [3, 33], r"paged_attention: seqused_k\[1\] is 33, expected 0 ≤ seqused_k ≤ 32"),
-        ("block_table", [[4, 0], [0, 0]], r"paged_attention: block_table\[0, 0\] is 4, expected 0 ≤ block < 4"),
-        ("block_table", [[1, 4], [-1, 0]], r"paged_attention: block_table\[1, 0\] is -1, expected 0 ≤ block < 4"),
+        ("seqused_k", [-1, 5], r"seqused_k\[0\] is -1, expected 0 ≤ seqused_k ≤ 32, max_blocks \*"),
+        ("seqused_k", [3, 33], r"seqused_k\[1\] is 33, expected 0 ≤ seqused_k ≤ 32"),
+        ("block_table", [[4, 0], [0, 0]], r"block_table\[0, 0\] is 4, expected 0 ≤ block < 4"),
+        ("block_table", [[1, 4], [-1, 0]], r"block_table\[1, 0\] is -1, expected 0 ≤ block < 4"),
     ],
 )
 def test_values_that_do_not_fit_are_named_before_anything_is_written(
