@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn.models.llama as llama
 from fastattn import LLM, SamplingParams, ops
 from fastattn.engine.device import device_memory
 from fastattn.engine.memory_plan import memory_plan
@@ -101,12 +102,15 @@ def test_gates_ups_and_activation_are_one_product(llm: LLM) -> None:
     assert float(error) <= 2 * float(allowed)
 
 
-def test_logits_hold_the_2x_rule(llm: LLM, judges: tuple[Any, Any]) -> None:
-    """Over all positions of all prompts: the largest error, and the mean."""
+@pytest.mark.parametrize("many", [4096, 65], ids=["separate norms", "norms inside"])
+def test_logits_hold_the_2x_rule(llm: LLM, judges: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    """Over all positions of all prompts, and of all together: the largest error, and the mean. many: rows from which on products
+    normalize."""
+    monkeypatch.setattr(llama, "_MANY_ROWS", many)
     exact_model, plain_model = judges
     ours, plain = [], []
-    for prompt in PROMPTS:
-        ids = llm.tokenizer.encode(prompt)
+    for prompt in (*PROMPTS, " ".join(PROMPTS)):
+        ids = llm.tokenizer.encode(prompt)[:2000]
         exact = logits_of(exact_model, ids)
         ours.append((our_logits(llm, ids) - exact).abs())
         plain.append((logits_of(plain_model, ids) - exact).abs())
