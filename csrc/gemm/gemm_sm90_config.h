@@ -37,12 +37,11 @@ constexpr GemmSm90Tile kGemmSm90Tiles[] = {
 // 224 would have it in place of a stage.
 constexpr bool gemm_sm90_has_zero_points(int block_n) { return block_n != 224; }
 
-// Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no
-// gates have turns, and half of their columns are stored, 32 at a time. Where blocks have scales, 128
-// columns have one, and where a residual is added 64 have a sum of squares, and 128 x 192 is there with turns, which
-// hide what is waited for, and without, since their last tile's rows are one group's. `narrow`: whether there are tiles
-// of 64 rows, of gates in 192 and 256 columns, of 96 columns, and instead of 128 x 128 in turns those without, which
-// can be streamed.
+// Which of them there are: those that are the fastest somewhere. Sums in two levels (fp8) take more registers; no gates
+// have turns, and half of their columns are stored, 32 at a time. Where blocks have scales, 128 columns have one, and
+// where a residual is added 128 x 192 is there with turns, which hide what is waited for, and without, since their last
+// tile's rows are one group's. `narrow`: whether there are tiles of 64 rows, of gates in 192 and 256 columns, of 96 and
+// 160 columns, and instead of 128 x 128 in turns those without, which can be streamed.
 constexpr bool gemm_sm90_has_tile(const GemmSm90Tile& tile, bool two_levels, bool gated = false,
                                   bool block_scales = false, bool zero_points = false, bool added = false,
                                   bool narrow = true) {
