@@ -247,13 +247,14 @@ def drawn_trees(seed: int) -> None:
     attend_twice(rng, shape, rng.choice(PAGES), runs, lengths, dtype, kind, trees=True)
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("dim", [80, 128, 256])
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
-def test_what_is_appended_is_attended_to(kind: torch.dtype, dim: int, hadamard: bool) -> None:
+def test_what_is_appended_is_attended_to(kind: torch.dtype, dim: int, hadamard: bool, seed: int) -> None:
     """Keys and values that rope_kv_write makes of 8 bits, with their scales, and the same ones in 16 bits. Where it mixes the
     dims of keys it mixes those of queries."""
-    torch.manual_seed(dim)  # the largest of 300,000 errors: another draw's is above the bound now and then
+    torch.manual_seed(seed)
     tokens, heads, page = 300, (8, 2), 16
     q, k, v = (torch.randn(tokens, n, dim, dtype=torch.bfloat16, device="cuda") for n in (heads[0], heads[1], heads[1]))
     angle = torch.rand(tokens, dim // 2, device="cuda") * 6
